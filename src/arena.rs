@@ -1,0 +1,370 @@
+//! Arenas: all weights of a network in one allocation (floor 3).
+//!
+//! A network is a description; its layers hold [`Param`] and [`Stat`] handles into a [`Layout`]. An [`Arena`] gives the
+//! layout values, gradients and running statistics, each one contiguous tensor, so that an optimiser, a momentum update,
+//! a checkpoint and an all-reduce see one array. A momentum encoder is a second arena of the same layout.
+
+use std::cell::{Ref, RefCell};
+use std::sync::Arc;
+
+use crate::device::{Device, Group, Philox, Purpose};
+use crate::tensor::{Shape, Tensor};
+
+/// Every slot starts at a multiple of this many elements, so that a vectorised kernel may treat a whole arena alike.
+pub const SLOT_ALIGNMENT: usize = 16;
+
+/// What a slot holds: optimisers decide by it what to decay, files decide by it how to transpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SlotKind {
+    /// A convolution's filters `[k, r, s, c]`.
+    Filter,
+    /// A linear layer's weights `[out, in]`.
+    Matrix,
+    /// A linear layer's bias `[out]`.
+    Bias,
+    /// A batch norm's scale `[c]`, gamma.
+    Gain,
+    /// A batch norm's shift `[c]`, beta.
+    Shift,
+    /// A batch norm's running mean `[c]`; not a parameter.
+    RunningMean,
+    /// A batch norm's running variance `[c]`; not a parameter.
+    RunningVariance,
+}
+
+impl SlotKind {
+    /// True of biases and of batch norm's parameters, which most recipes exempt from weight decay and LARS.
+    pub fn is_bias_or_norm(self) -> bool {
+        matches!(self, SlotKind::Bias | SlotKind::Gain | SlotKind::Shift)
+    }
+}
+
+/// How a slot starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All the same.
+    Constant(f64),
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// Uniform in `[-bound, bound)`.
+    Uniform(f64),
+}
+
+/// One named piece of an arena.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Its name in files, torchvision's where torchvision has one.
+    pub name: String,
+    /// First element in the arena.
+    pub offset: usize,
+    /// Its shape on a device.
+    pub shape: Shape,
+    /// What it holds.
+    pub kind: SlotKind,
+    /// How it starts.
+    pub init: Init,
+    /// Channels that exist on disk, where the device pads the innermost size (an RGB stem: 3 of 4).
+    pub channels: usize,
+}
+
+/// A layer's handle on a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Param {
+    offset: usize,
+    shape: Shape,
+}
+
+impl Param {
+    /// The parameter's shape.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
+    }
+}
+
+/// A layer's handle on a running statistic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stat {
+    offset: usize,
+    shape: Shape,
+}
+
+/// The slots of a network in the order in which its layers asked for them.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    params: Vec<Slot>,
+    stats: Vec<Slot>,
+}
+
+impl Layout {
+    /// No slots yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a parameter. Use [`Layout::padded_param`] where files hold fewer channels than the device.
+    ///
+    /// # Panics
+    /// When the name is taken.
+    pub fn param(
+        &mut self,
+        name: impl Into<String>,
+        shape: impl Into<Shape>,
+        kind: SlotKind,
+        init: Init,
+    ) -> Param {
+        let shape = shape.into();
+        let channels = shape.last().copied().unwrap_or(1);
+        self.padded_param(name, shape, kind, init, channels)
+    }
+
+    /// Adds a parameter whose innermost size is padded with zeros from `channels` up.
+    ///
+    /// # Panics
+    /// When the name is taken.
+    pub fn padded_param(
+        &mut self,
+        name: impl Into<String>,
+        shape: impl Into<Shape>,
+        kind: SlotKind,
+        init: Init,
+        channels: usize,
+    ) -> Param {
+        let shape = shape.into();
+        let name = self.fresh(name.into());
+        let offset = end(&self.params);
+        self.params.push(Slot { name, offset, shape, kind, init, channels });
+        Param { offset, shape }
+    }
+
+    /// Adds a running statistic of `c` channels that starts at `value`.
+    ///
+    /// # Panics
+    /// When the name is taken.
+    pub fn stat(
+        &mut self,
+        name: impl Into<String>,
+        c: usize,
+        kind: SlotKind,
+        value: f64,
+    ) -> Stat {
+        let name = self.fresh(name.into());
+        let (offset, shape) = (end(&self.stats), Shape::from([c]));
+        let init = Init::Constant(value);
+        self.stats.push(Slot { name, offset, shape, kind, init, channels: c });
+        Stat { offset, shape }
+    }
+
+    /// The parameters, in order.
+    pub fn params(&self) -> &[Slot] {
+        &self.params
+    }
+
+    /// The running statistics, in order.
+    pub fn stats(&self) -> &[Slot] {
+        &self.stats
+    }
+
+    /// Number of weights, padding not counted.
+    pub fn weights(&self) -> usize {
+        self.params.iter().map(|s| s.shape.elements() / s.shape.last().unwrap_or(&1) * s.channels).sum()
+    }
+
+    fn fresh(&self, name: String) -> String {
+        let taken = self.params.iter().chain(&self.stats).any(|s| s.name == name);
+        assert!(!taken, "layout: two slots are named {name}");
+        name
+    }
+}
+
+fn end(slots: &[Slot]) -> usize {
+    slots
+        .last()
+        .map_or(0, |s| (s.offset + s.shape.elements()).next_multiple_of(SLOT_ALIGNMENT))
+}
+
+/// Values, gradients and running statistics of one layout.
+#[derive(Debug)]
+pub struct Arena {
+    layout: Arc<Layout>,
+    values: Tensor,
+    gradients: RefCell<Tensor>,
+    statistics: RefCell<Tensor>,
+    group: Group,
+}
+
+impl Arena {
+    /// An arena with freshly drawn values: the same seed draws the same numbers on every device.
+    pub fn new(layout: &Arc<Layout>, device: &Device, seed: u64) -> Self {
+        let mut values = vec![0.0; end(&layout.params)];
+        for (index, slot) in layout.params.iter().enumerate() {
+            let mut rng = Philox::new(seed, Purpose::Weights, index as u32, 0);
+            let inner = *slot.shape.last().unwrap_or(&1);
+            for (i, value) in
+                values[slot.offset..][..slot.shape.elements()].iter_mut().enumerate()
+            {
+                if i % inner >= slot.channels {
+                    continue; // padding stays zero: its inputs are zero, so its gradient is, too
+                }
+                // Rounded to f32, so that the reference device starts from the CPU's weights exactly.
+                *value = f64::from(match slot.init {
+                    Init::Constant(v) => v as f32,
+                    Init::Normal(std) => (std * rng.normal()) as f32,
+                    Init::Uniform(bound) => {
+                        rng.uniform_in(-1.0, 1.0) * bound as f32
+                    }
+                });
+            }
+        }
+        let mut statistics = vec![0.0; end(&layout.stats)];
+        for slot in &layout.stats {
+            if let Init::Constant(v) = slot.init {
+                statistics[slot.offset..][..slot.shape.elements()].fill(v);
+            }
+        }
+        Self {
+            layout: layout.clone(),
+            values: Tensor::from_f64(device, [values.len()], &values),
+            gradients: RefCell::new(Tensor::zeros(device, [values.len()])),
+            statistics: RefCell::new(Tensor::from_f64(device, [statistics.len()], &statistics)),
+            group: Group::alone(),
+        }
+    }
+
+    /// Another arena of the same layout with the same values and statistics: how a momentum encoder starts.
+    pub fn twin(&self) -> Self {
+        Self {
+            layout: self.layout.clone(),
+            values: self.values.copy(),
+            gradients: RefCell::new(Tensor::zeros(self.device(), [self.values.len()])),
+            statistics: RefCell::new(self.statistics.borrow().copy()),
+            group: self.group.clone(),
+        }
+    }
+
+    /// The slots.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> &Device {
+        self.values.device()
+    }
+
+    /// The processes that share its gradients and batch statistics.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// All values, padding between slots included.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// All values, to write.
+    pub fn values_mut(&mut self) -> &mut Tensor {
+        &mut self.values
+    }
+
+    /// All gradients, laid out as the values.
+    pub fn gradients(&self) -> Ref<'_, Tensor> {
+        self.gradients.borrow()
+    }
+
+    /// All running statistics.
+    pub fn statistics(&self) -> Ref<'_, Tensor> {
+        self.statistics.borrow()
+    }
+
+    /// All running statistics, to write.
+    pub fn statistics_mut(&mut self) -> &mut Tensor {
+        self.statistics.get_mut()
+    }
+
+    /// Values, to write, and gradients beside them: what an optimiser sees.
+    pub fn values_and_gradients(&mut self) -> (&mut Tensor, &Tensor) {
+        (&mut self.values, self.gradients.get_mut())
+    }
+
+    /// Sets every gradient to zero.
+    pub fn zero_gradients(&mut self) {
+        self.gradients.get_mut().view_mut().fill(0.0);
+    }
+
+    /// A parameter's value, sharing the arena's memory: drop it before the next update.
+    pub fn value(&self, param: Param) -> Tensor {
+        self.values.slice(param.offset, param.shape)
+    }
+
+    /// A parameter's gradient, copied.
+    pub fn gradient(&self, param: Param) -> Tensor {
+        self.gradients.borrow().slice(param.offset, param.shape).copy()
+    }
+
+    /// A slot's values as f64: for files and tests.
+    pub fn slot_values(&self, slot: &Slot) -> Vec<f64> {
+        match slot.kind {
+            SlotKind::RunningMean | SlotKind::RunningVariance => {
+                self.statistics.borrow().slice(slot.offset, slot.shape).to_f64()
+            }
+            _ => self.values.slice(slot.offset, slot.shape).to_f64(),
+        }
+    }
+
+    pub(crate) fn gradients_cell(&self) -> &RefCell<Tensor> {
+        &self.gradients
+    }
+
+    pub(crate) fn stat(&self, stat: Stat) -> Tensor {
+        self.statistics.borrow().slice(stat.offset, stat.shape)
+    }
+
+    pub(crate) fn update_stat(&self, stat: Stat, f: impl FnOnce(crate::tensor::TensorMut<'_>)) {
+        let mut statistics = self.statistics.borrow_mut();
+        f(statistics.view_mut().slice(stat.offset, stat.shape));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> Arc<Layout> {
+        let mut layout = Layout::new();
+        layout.padded_param("stem", [2, 3, 3, 4], SlotKind::Filter, Init::Normal(1.0), 3);
+        layout.param("gain", [5], SlotKind::Gain, Init::Constant(1.0));
+        layout.param("fc", [7, 5], SlotKind::Matrix, Init::Uniform(0.5));
+        layout.stat("mean", 5, SlotKind::RunningMean, 0.0);
+        Arc::new(layout)
+    }
+
+    #[test]
+    fn slots_are_aligned_and_padding_is_zero() {
+        let layout = layout();
+        assert!(layout.params().iter().all(|s| s.offset % SLOT_ALIGNMENT == 0));
+        assert_eq!(layout.weights(), 2 * 3 * 3 * 3 + 5 + 35);
+        let arena = Arena::new(&layout, &Device::reference(), 3);
+        let stem = arena.slot_values(&layout.params()[0]);
+        assert!(stem.chunks(4).all(|pixel| pixel[3] == 0.0 && pixel[0] != 0.0));
+    }
+
+    #[test]
+    fn every_device_starts_from_the_same_weights() {
+        let layout = layout();
+        let truth = Arena::new(&layout, &Device::reference(), 3);
+        let cpu = Arena::new(&layout, &Device::cpu(1).unwrap(), 3);
+        assert_eq!(truth.values().to_f64(), cpu.values().to_f64());
+    }
+
+    #[test]
+    #[should_panic(expected = "two slots are named gain")]
+    fn a_name_is_used_once() {
+        let mut layout = Layout::new();
+        layout.param("gain", [1], SlotKind::Gain, Init::Constant(1.0));
+        layout.param("gain", [1], SlotKind::Gain, Init::Constant(1.0));
+    }
+}

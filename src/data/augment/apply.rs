@@ -1,0 +1,291 @@
+//! Applying drawn numbers to an image. Floor 5.
+
+use super::params::{ColourOp, CropBox, Params};
+use super::policy::{BlurKind, Filter, Normalise, Pixels, Policy};
+use super::resize::Resize;
+use super::{blur, colour, float, resize};
+use crate::data::source::Image;
+
+/// Buffers that [`Policy::apply`] and [`center`] use again and again; one per thread.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    resize: resize::Buffers,
+    blur: blur::Buffers,
+    bytes: Vec<[u8; 4]>,
+    floats: Vec<[f32; 4]>,
+}
+
+impl Policy {
+    /// Writes the view of `image` that `params` describe to `out`, `[size, size, 4]`, the fourth channel zero.
+    ///
+    /// # Panics
+    /// When `out` has another length, or the crop does not lie in the image.
+    #[track_caller]
+    pub fn apply(&self, params: &Params, image: &Image, out: &mut [f32], scratch: &mut Scratch) {
+        let (size, crop) = (self.size, params.crop);
+        assert_eq!(out.len(), size * size * 4, "augment: room for [{size}, {size}, 4]");
+        assert!(
+            crop.left + crop.width <= image.width && crop.top + crop.height <= image.height,
+            "augment: {crop:?} in an image of {} x {}",
+            image.width,
+            image.height
+        );
+        let resize = Resize {
+            crop,
+            whole: [size; 2],
+            first: [0; 2],
+            size,
+            filter: self.filter,
+            antialias: self.antialias,
+            flip: params.flip,
+        };
+        match self.pixels {
+            Pixels::U8 => {
+                resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
+                self.change_u8(params, scratch);
+                write_u8(&scratch.bytes, self.normalise.as_ref(), out);
+            }
+            Pixels::Float => {
+                resize.to_float(image, &mut scratch.resize, &mut scratch.floats);
+                self.change_float(params, scratch);
+                write_float(&scratch.floats, self.normalise.as_ref(), out);
+            }
+        }
+    }
+
+    fn change_u8(&self, params: &Params, scratch: &mut Scratch) {
+        let Scratch { bytes: pixels, floats, blur: buffers, .. } = scratch;
+        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
+            for op in drawn.order {
+                match op {
+                    ColourOp::Brightness => colour::brightness(pixels, drawn.brightness),
+                    ColourOp::Contrast => colour::contrast(pixels, drawn.contrast),
+                    ColourOp::Saturation => colour::saturation(pixels, drawn.saturation),
+                    // The way to HSV and back is not exact: without a range there is no such step, as in
+                    // torchvision.
+                    ColourOp::Hue if jitter.hue > 0.0 => colour::hue(pixels, drawn.hue),
+                    ColourOp::Hue => {}
+                }
+            }
+        }
+        if params.grey {
+            colour::grey(pixels);
+        }
+        if let (Some(sigma), Some(blur)) = (params.blur, &self.blur) {
+            match blur.kind {
+                BlurKind::Gaussian => blur::gaussian_u8(pixels, self.size, sigma, floats, buffers),
+                BlurKind::PillowBox => blur::pillow(pixels, self.size, sigma, buffers),
+            }
+        }
+        if let (true, Some(solarise)) = (params.solarise, &self.solarise) {
+            colour::solarise(pixels, solarise.threshold);
+        }
+    }
+
+    fn change_float(&self, params: &Params, scratch: &mut Scratch) {
+        let Scratch { floats: pixels, blur: buffers, .. } = scratch;
+        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
+            for op in drawn.order {
+                match op {
+                    ColourOp::Brightness if jitter.additive_brightness => {
+                        float::brightness_added(pixels, drawn.brightness);
+                    }
+                    ColourOp::Brightness => float::brightness(pixels, drawn.brightness),
+                    ColourOp::Contrast => float::contrast(pixels, drawn.contrast),
+                    ColourOp::Saturation => float::saturation(pixels, drawn.saturation),
+                    ColourOp::Hue => float::hue(pixels, drawn.hue),
+                }
+            }
+        }
+        if params.grey {
+            float::grey(pixels);
+        }
+        if let Some(sigma) = params.blur {
+            blur::gaussian(pixels, self.size, sigma, buffers);
+        }
+        if let (true, Some(solarise)) = (params.solarise, &self.solarise) {
+            float::solarise(pixels, solarise.threshold);
+        }
+    }
+}
+
+/// The evaluation's view of an image: the shorter side brought to 8/7 of `size` (256 for 224; bilinear,
+/// antialiased, 8-bit), then the middle `[size, size]`; an image of that size already is only normalised. `out`
+/// is `[size, size, 4]`.
+///
+/// # Panics
+/// When `out` has another length.
+#[track_caller]
+pub fn center(
+    image: &Image,
+    size: usize,
+    normalise: Option<&Normalise>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
+    let (width, height) = (image.width, image.height);
+    let whole = if [width, height] == [size; 2] {
+        [size; 2]
+    } else {
+        let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded
+        // The longer side truncated, as torchvision's `Resize` does.
+        [target * width / short, target * height / short]
+    };
+    // Halves to even, as torchvision's `CenterCrop` rounds.
+    let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
+    let resize = Resize {
+        crop: CropBox { left: 0, top: 0, width, height },
+        whole,
+        first,
+        size,
+        filter: Filter::Bilinear,
+        antialias: true,
+        flip: false,
+    };
+    resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
+    write_u8(&scratch.bytes, normalise, out);
+}
+
+/// Per channel what is subtracted and divided by.
+fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
+    let ([r, g, b], [sr, sg, sb]) = normalise.map_or(([0.0; 3], [1.0; 3]), |n| (n.mean, n.std));
+    ([r, g, b, 0.0], [sr, sg, sb, 1.0])
+}
+
+fn write_u8(pixels: &[[u8; 4]], normalise: Option<&Normalise>, out: &mut [f32]) {
+    let (mean, std) = scale(normalise);
+    for (out, pixel) in out.as_chunks_mut::<4>().0.iter_mut().zip(pixels) {
+        for c in 0..4 {
+            out[c] = (f32::from(pixel[c]) / 255.0 - mean[c]) / std[c];
+        }
+    }
+}
+
+fn write_float(pixels: &[[f32; 4]], normalise: Option<&Normalise>, out: &mut [f32]) {
+    let (mean, std) = scale(normalise);
+    for (out, pixel) in out.as_chunks_mut::<4>().0.iter_mut().zip(pixels) {
+        for c in 0..4 {
+            out[c] = (pixel[c] - mean[c]) / std[c];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::policy::{Blur, Jitter, Solarise};
+    use super::*;
+    use crate::device::{Philox, Purpose};
+
+    fn noise(width: usize, height: usize) -> Image {
+        let mut rng = Philox::new(9, Purpose::Test, 0, 0);
+        Image {
+            width,
+            height,
+            pixels: (0..width * height * 3).map(|_| rng.next_u32() as u8).collect(),
+        }
+    }
+
+    fn view(policy: &Policy, params: &Params, image: &Image) -> Vec<f32> {
+        let mut out = vec![f32::NAN; policy.size * policy.size * 4];
+        policy.apply(params, image, &mut out, &mut Scratch::default());
+        out
+    }
+
+    fn plain(crop: CropBox) -> Params {
+        Params { crop, flip: false, jitter: None, grey: false, blur: None, solarise: false }
+    }
+
+    #[test]
+    fn an_identity_crop_leaves_pixels_as_they_are() {
+        let image = noise(6, 6);
+        let whole = CropBox { left: 0, top: 0, width: 6, height: 6 };
+        for pixels in [Pixels::U8, Pixels::Float] {
+            let policy = Policy { pixels, ..Policy::crop(6) };
+            let (same, mirrored) = (
+                view(&policy, &plain(whole), &image),
+                view(&policy, &Params { flip: true, ..plain(whole) }, &image),
+            );
+            for (i, rgb) in image.pixels.chunks_exact(3).enumerate() {
+                let expected = [rgb[0], rgb[1], rgb[2], 0].map(|v| f32::from(v) / 255.0);
+                let other = i / 6 * 6 + 5 - i % 6;
+                assert_eq!(same[i * 4..][..4], expected, "{pixels:?}");
+                assert_eq!(mirrored[other * 4..][..4], expected, "{pixels:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_fourth_channel_is_zero_and_values_in_range_after_everything() {
+        let image = noise(37, 50);
+        for (pixels, kind) in [
+            (Pixels::U8, BlurKind::PillowBox),
+            (Pixels::U8, BlurKind::Gaussian),
+            (Pixels::Float, BlurKind::Gaussian),
+        ] {
+            let additive_brightness = pixels == Pixels::Float;
+            let policy = Policy {
+                pixels,
+                filter: Filter::Bicubic,
+                flip: 0.5,
+                jitter: Some(Jitter {
+                    p: 0.8,
+                    brightness: 0.8,
+                    contrast: 0.8,
+                    saturation: 0.8,
+                    hue: 0.2,
+                    additive_brightness,
+                }),
+                grey: 0.2,
+                blur: Some(Blur { p: 0.5, sigma: [0.1, 2.0], kind }),
+                solarise: Some(Solarise { p: 0.2, threshold: 0.5 }),
+                ..Policy::crop(40)
+            };
+            policy.check().unwrap();
+            for i in 0..50 {
+                let params = policy.draw(&mut Philox::new(2, Purpose::Test, 0, i), 37, 50);
+                let out = view(&policy, &params, &image);
+                for pixel in out.chunks_exact(4) {
+                    // Float sums of a blur's weights may pass 1 by rounding.
+                    assert!(
+                        pixel[..3].iter().all(|v| (0.0..1.00001).contains(v)),
+                        "{pixel:?} of {params:?}"
+                    );
+                    assert_eq!(pixel[3], 0.0, "{params:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn normalisation_takes_the_mean_and_divides() {
+        let image = Image { width: 1, height: 1, pixels: vec![255, 51, 0] };
+        let normalise = Some(Normalise { mean: [0.5, 0.1, 0.2], std: [0.5, 0.2, 0.1] });
+        let policy = Policy { normalise: normalise.clone(), ..Policy::crop(1) };
+        let got = view(&policy, &plain(CropBox { left: 0, top: 0, width: 1, height: 1 }), &image);
+        for (got, expected) in got.iter().zip([1.0f32, 0.5, -2.0, 0.0]) {
+            assert!((got - expected).abs() < 1e-6, "got {got}, expected {expected}");
+        }
+        let mut centred = [9.0; 4];
+        center(&image, 1, normalise.as_ref(), &mut centred, &mut Scratch::default());
+        assert_eq!(got, centred);
+    }
+
+    #[test]
+    fn the_centre_of_an_image_of_eight_sevenths_is_cut_without_resampling() {
+        let image = noise(8, 8);
+        let mut out = [0.0; 7 * 7 * 4];
+        center(&image, 7, None, &mut out, &mut Scratch::default());
+        assert_eq!(out[0], f32::from(image.pixels[0]) / 255.0);
+        let mut out = [0.0; 14 * 14 * 4];
+        center(&noise(20, 16), 14, None, &mut out, &mut Scratch::default());
+        assert_eq!(out[1], f32::from(noise(20, 16).pixels[(20 + 3) * 3 + 1]) / 255.0);
+    }
+
+    #[test]
+    fn the_smallest_images_are_enlarged() {
+        let mut out = [0.0; 5 * 5 * 4];
+        center(&noise(1, 3), 5, None, &mut out, &mut Scratch::default());
+        assert!(out.iter().any(|&v| v > 0.0));
+    }
+}

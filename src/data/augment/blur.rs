@@ -1,0 +1,184 @@
+//! The two blurs of the published methods.
+//!
+//! [`gaussian`] samples `exp(-x^2 / (2 sigma^2))` at `2 r + 1` integers, normalises, and convolves across and
+//! down with zeros outside the image, so that borders darken (simclr:data_util.py `gaussian_blur`, padding SAME).
+//! [`pillow`] is Pillow's `GaussianBlur`, to the bit: three box blurs of a fractional radius with borders
+//! repeated, 8-bit in between (src/libImaging/BoxBlur.c; Gwosdek et al., 2011). Pixels have four channels, the
+//! fourth zero. Floor 5.
+
+/// Buffers of a blur.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    kernel: Vec<f32>,
+    floats: Vec<[f32; 4]>,
+    bytes: Vec<[u8; 4]>,
+    sums: Vec<u32>,
+}
+
+/// Radius in pixels of the sampled Gaussian for a crop: `int(size / 10 / 2)`, 11 at 224.
+pub fn radius(size: usize) -> usize {
+    size / 20
+}
+
+/// Blurs a square of `size * size` pixels. `sigma > 0`, in pixels.
+pub fn gaussian(pixels: &mut [[f32; 4]], size: usize, sigma: f32, buffers: &mut Buffers) {
+    let Buffers { kernel, floats: across, .. } = buffers;
+    let radius = radius(size);
+    kernel.clear();
+    kernel.extend((0..=2 * radius).map(|i| {
+        let x = i as f32 - radius as f32;
+        (-x * x / (2.0 * sigma * sigma)).exp()
+    }));
+    let sum: f32 = kernel.iter().sum();
+    kernel.iter_mut().for_each(|w| *w /= sum);
+    across.clear();
+    across.resize(size * size, [0.0; 4]);
+    for (i, &weight) in kernel.iter().enumerate() {
+        let (from, to, count) = overlap(i, radius, size);
+        for (row, out) in pixels.chunks_exact(size).zip(across.chunks_exact_mut(size)) {
+            add(&row[from..from + count], &mut out[to..to + count], weight);
+        }
+    }
+    pixels.fill([0.0; 4]);
+    for (i, &weight) in kernel.iter().enumerate() {
+        let (from, to, count) = overlap(i, radius, size);
+        add(
+            &across[from * size..(from + count) * size],
+            &mut pixels[to * size..(to + count) * size],
+            weight,
+        );
+    }
+}
+
+/// For tap `i`, the first input, the first output and the number of places where both are inside.
+fn overlap(i: usize, radius: usize, size: usize) -> (usize, usize, usize) {
+    let (from, to) = (i.saturating_sub(radius), radius.saturating_sub(i));
+    (from, to, size.saturating_sub(from.max(to)))
+}
+
+fn add(values: &[[f32; 4]], sums: &mut [[f32; 4]], weight: f32) {
+    for (sum, value) in sums.as_flattened_mut().iter_mut().zip(values.as_flattened()) {
+        *sum += value * weight;
+    }
+}
+
+/// Blurs a square of `size * size` 8-bit pixels as Pillow does. `sigma > 0`, in pixels.
+pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buffers) {
+    let Buffers { bytes: other, sums, .. } = buffers;
+    other.resize(size * size, [0; 4]);
+    let radius = box_radius(sigma);
+    // Across, a row is `size` places of one pixel; down, the image is `size` places of one row.
+    for _ in 0..PASSES {
+        for (row, out) in pixels.chunks_exact(size).zip(other.chunks_exact_mut(size)) {
+            box_blur(row.as_flattened(), out.as_flattened_mut(), 4, radius, sums);
+        }
+        pixels.copy_from_slice(other);
+    }
+    for _ in 0..PASSES {
+        box_blur(pixels.as_flattened(), other.as_flattened_mut(), 4 * size, radius, sums);
+        pixels.copy_from_slice(other);
+    }
+}
+
+/// Box blurs that stand for a Gaussian.
+const PASSES: usize = 3;
+
+/// Radius of the box whose three-fold application has standard deviation `sigma`.
+fn box_radius(sigma: f32) -> f32 {
+    // f32 and f64 as in the C code, where the literals are doubles.
+    let variance = sigma * sigma / PASSES as f32;
+    let length = (12.0 * f64::from(variance) + 1.0).sqrt() as f32;
+    let whole = ((f64::from(length) - 1.0) / 2.0).floor() as f32;
+    let share = (2.0 * whole + 1.0) * (whole * (whole + 1.0) - 3.0 * variance);
+    whole + share / (6.0 * (variance - (whole + 1.0) * (whole + 1.0)))
+}
+
+/// One box blur over places of `lanes` values each: a running sum, and a fraction of the two values beyond it.
+fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, radius: f32, sums: &mut Vec<u32>) {
+    let last = input.len() / lanes - 1;
+    let whole = radius as usize;
+    let weight = (16_777_216.0 / (radius * 2.0 + 1.0)) as u32; // of 2^24
+    let fraction = (16_777_216 - (whole as u32 * 2 + 1) * weight) / 2;
+    let place = |i: usize| &input[i * lanes..][..lanes];
+    // The sum around the place before the first, where everything up to it is the first.
+    sums.clear();
+    sums.extend(place(0).iter().map(|&v| u32::from(v) * (whole as u32 + 1)));
+    for i in 0..whole {
+        sums.iter_mut().zip(place(i.min(last))).for_each(|(sum, &v)| *sum += u32::from(v));
+    }
+    for (i, out) in output.chunks_exact_mut(lanes).enumerate() {
+        let (behind, ahead) = (place(i.saturating_sub(whole + 1)), place((i + whole).min(last)));
+        let beyond = place((i + whole + 1).min(last));
+        let values = behind.iter().zip(ahead).zip(beyond);
+        for ((sum, out), ((&behind, &ahead), &beyond)) in sums.iter_mut().zip(out).zip(values) {
+            // Wraps below zero for a moment only: what leaves was added before.
+            *sum = sum.wrapping_add(u32::from(ahead)).wrapping_sub(u32::from(behind));
+            let bulk = *sum * weight + (u32::from(behind) + u32::from(beyond)) * fraction;
+            *out = ((bulk + (1 << 23)) >> 24) as u8;
+        }
+    }
+}
+
+/// Blurs 8-bit pixels with the sampled Gaussian, rounded.
+pub fn gaussian_u8(
+    pixels: &mut [[u8; 4]],
+    size: usize,
+    sigma: f32,
+    floats: &mut Vec<[f32; 4]>,
+    buffers: &mut Buffers,
+) {
+    floats.clear();
+    floats.extend(pixels.iter().map(|p| p.map(f32::from)));
+    gaussian(floats, size, sigma, buffers);
+    for (byte, float) in pixels.as_flattened_mut().iter_mut().zip(floats.as_flattened()) {
+        *byte = (float + 0.5) as u8;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_becomes_a_gaussian_and_borders_darken() {
+        let size = 40; // radius 2
+        let mut point = vec![[0.0; 4]; size * size];
+        point[20 * size + 20] = [1.0; 4];
+        gaussian(&mut point, size, 1.0, &mut Buffers::default());
+        let weights = [-2.0f32, -1.0, 0.0, 1.0, 2.0].map(|x| (-x * x / 2.0).exp());
+        let sum: f32 = weights.iter().sum();
+        for (dy, dx) in [(0, 0), (1, 2), (2, 2), (4, 3)] {
+            let expected = weights[dy] * weights[dx] / (sum * sum);
+            let got = point[(18 + dy) * size + 18 + dx][1];
+            assert!((got - expected).abs() < 1e-6, "got {got}, expected {expected}");
+        }
+        assert_eq!(point[20 * size + 23], [0.0; 4]);
+        let mut white = vec![[1.0; 4]; size * size];
+        gaussian(&mut white, size, 1.0, &mut Buffers::default());
+        let edge = (weights[2] + weights[3] + weights[4]) / sum;
+        assert!(
+            (white[0][0] - edge * edge).abs() < 1e-6
+                && (white[20 * size + 20][0] - 1.0).abs() < 1e-6
+        );
+    }
+
+    #[test]
+    fn the_number_of_taps_is_the_published_one() {
+        assert_eq!([224, 96, 32, 19].map(|size| 2 * radius(size) + 1), [23, 9, 3, 1]);
+    }
+
+    #[test]
+    fn box_blurs_keep_a_flat_image_and_the_sum_of_a_point() {
+        for sigma in [0.1, 0.8, 2.0, 20.0] {
+            let mut flat = vec![[200, 3, 255, 0]; 81];
+            pillow(&mut flat, 9, sigma, &mut Buffers::default());
+            assert_eq!(flat, vec![[200, 3, 255, 0]; 81], "sigma {sigma}");
+        }
+        let mut point = vec![[0; 4]; 31 * 31];
+        point[15 * 31 + 15] = [255; 4];
+        pillow(&mut point, 31, 1.0, &mut Buffers::default());
+        let sum: u32 = point.iter().map(|p| u32::from(p[0])).sum();
+        assert!((240..265).contains(&sum), "{sum}");
+        assert!(point[15 * 31 + 15][0].abs_diff(41) <= 2, "{}", point[15 * 31 + 15][0]); // 255 / (2 pi)
+    }
+}

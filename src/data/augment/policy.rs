@@ -1,0 +1,288 @@
+//! What an augmentation may do, as a recipe says it.
+//!
+//! The operations come in one order: crop and resize, flip, jitter, grey, blur, solarise, normalise. Floor 5.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// One distribution of views of an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// Side of the square crop in pixels, 1 to 1024.
+    pub size: usize,
+    /// The crop's share of the image's area, low and high, in `(0, 1]`.
+    #[serde(default = "default_area")]
+    pub area: [f32; 2],
+    /// The crop's width over its height, low and high, > 0; drawn uniformly in the logarithm.
+    #[serde(default = "default_aspect")]
+    pub aspect: [f32; 2],
+    /// How the crop is brought to size.
+    #[serde(default)]
+    pub filter: Filter,
+    /// Whether shrinking widens the filter, as Pillow does; TensorFlow's resize, and so SimCLR, does not.
+    #[serde(default = "yes")]
+    pub antialias: bool,
+    /// What pixels are between operations.
+    #[serde(default)]
+    pub pixels: Pixels,
+    /// Probability of a horizontal flip.
+    #[serde(default)]
+    pub flip: f32,
+    /// Colour jitter; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jitter: Option<Jitter>,
+    /// Probability of turning grey.
+    #[serde(default)]
+    pub grey: f32,
+    /// Blur; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blur: Option<Blur>,
+    /// Inversion of bright pixels; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solarise: Option<Solarise>,
+    /// Normalisation of channels; values stay in `[0, 1]` if absent, as in SimCLR.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub normalise: Option<Normalise>,
+}
+
+/// How an image is resampled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filter {
+    /// A triangle; torchvision's.
+    #[default]
+    Bilinear,
+    /// Keys' cubic with a = -1/2; SimCLR's and BYOL's.
+    Bicubic,
+}
+
+/// What pixels are between operations; decides how colours are changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pixels {
+    /// 8-bit, rounded as Pillow does: torchvision's transforms on Pillow images (MoCo, SwAV, SimSiam).
+    #[default]
+    U8,
+    /// Float in `[0, 1]`, clipped after each operation: SimCLR and BYOL.
+    Float,
+}
+
+/// Changes of brightness, contrast, saturation and hue, in random order.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jitter {
+    /// Probability that any of it happens.
+    pub p: f32,
+    /// Factor in `max(0, 1 - b) ..= 1 + b`; or, if `additive_brightness`, what is added, in `-b ..= b`. `b >= 0`.
+    #[serde(default)]
+    pub brightness: f32,
+    /// Factor in `max(0, 1 - c) ..= 1 + c`, `c >= 0`.
+    #[serde(default)]
+    pub contrast: f32,
+    /// Factor in `max(0, 1 - s) ..= 1 + s`, `s >= 0`.
+    #[serde(default)]
+    pub saturation: f32,
+    /// Turn of the colour circle in `-h ..= h`, `h` in `0..=0.5`.
+    #[serde(default)]
+    pub hue: f32,
+    /// Brightness is added instead of multiplied (BYOL, SimCLR's `simclrv1`); with float pixels only.
+    #[serde(default)]
+    pub additive_brightness: bool,
+}
+
+/// Gaussian blur.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Blur {
+    /// Probability that it happens.
+    pub p: f32,
+    /// Standard deviation in pixels, low and high, > 0; drawn uniformly.
+    #[serde(default = "default_sigma")]
+    pub sigma: [f32; 2],
+    /// How it is computed.
+    #[serde(default)]
+    pub kind: BlurKind,
+}
+
+/// How a blur is computed. The difference is worth several points of accuracy (lightly-ai/lightly#1051).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlurKind {
+    /// A sampled Gaussian of `2 * (size / 20) + 1` taps (23 at 224), zeros outside the image: SimCLR and BYOL.
+    /// Below 20 pixels it does nothing.
+    #[default]
+    Gaussian,
+    /// Three box blurs of fractional radius, borders repeated: Pillow's `GaussianBlur` (MoCo, SwAV, SimSiam);
+    /// with 8-bit pixels only.
+    PillowBox,
+}
+
+/// Inversion of values from a threshold on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Solarise {
+    /// Probability that it happens.
+    pub p: f32,
+    /// In `[0, 1]`; 0.5 inverts 8-bit values from 128 on.
+    #[serde(default = "half")]
+    pub threshold: f32,
+}
+
+/// `(value - mean) / std` per channel, values in `[0, 1]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Normalise {
+    /// Red, green, blue.
+    pub mean: [f32; 3],
+    /// Red, green, blue; > 0.
+    pub std: [f32; 3],
+}
+
+fn default_area() -> [f32; 2] {
+    [0.08, 1.0]
+}
+
+fn default_aspect() -> [f32; 2] {
+    [3.0 / 4.0, 4.0 / 3.0]
+}
+
+fn default_sigma() -> [f32; 2] {
+    [0.1, 2.0]
+}
+
+fn half() -> f32 {
+    0.5
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Policy {
+    /// The plain random crop: area 0.08 to 1, aspect 3/4 to 4/3, bilinear, 8-bit, and nothing else.
+    pub fn crop(size: usize) -> Self {
+        Self {
+            size,
+            area: default_area(),
+            aspect: default_aspect(),
+            filter: Filter::Bilinear,
+            antialias: true,
+            pixels: Pixels::U8,
+            flip: 0.0,
+            jitter: None,
+            grey: 0.0,
+            blur: None,
+            solarise: None,
+            normalise: None,
+        }
+    }
+
+    /// Whether every number is in its range and the operations go together.
+    ///
+    /// # Errors
+    /// Names the first setting that is wrong and what it may be.
+    pub fn check(&self) -> Result<()> {
+        let rule =
+            |holds: bool, message: String| if holds { Ok(()) } else { Err(Error::config(message)) };
+        let range = |name: &str, [low, high]: [f32; 2], most: f32| {
+            let holds = 0.0 < low && low <= high && high <= most;
+            rule(
+                holds,
+                format!("augmentation: {name} = [{low}, {high}] must rise within (0, {most}]"),
+            )
+        };
+        let chance = |name: &str, p: f32| {
+            rule(
+                (0.0..=1.0).contains(&p),
+                format!("augmentation: {name} = {p} must be a probability in 0..=1"),
+            )
+        };
+        rule(
+            (1..=1024).contains(&self.size),
+            format!("augmentation: size = {} must be in 1..=1024", self.size),
+        )?;
+        range("area", self.area, 1.0)?;
+        range("aspect", self.aspect, 100.0)?;
+        chance("flip", self.flip)?;
+        chance("grey", self.grey)?;
+        if let Some(jitter) = &self.jitter {
+            chance("jitter.p", jitter.p)?;
+            for (name, value, most) in [
+                ("brightness", jitter.brightness, 10.0),
+                ("contrast", jitter.contrast, 10.0),
+                ("saturation", jitter.saturation, 10.0),
+                ("hue", jitter.hue, 0.5),
+            ] {
+                let message =
+                    format!("augmentation: jitter.{name} = {value} must be in 0..={most}");
+                rule((0.0..=most).contains(&value), message)?;
+            }
+            let holds = !jitter.additive_brightness || self.pixels == Pixels::Float;
+            rule(
+                holds,
+                "augmentation: jitter.additive_brightness needs pixels = \"float\"".into(),
+            )?;
+        }
+        if let Some(blur) = &self.blur {
+            chance("blur.p", blur.p)?;
+            range("blur.sigma", blur.sigma, 100.0)?;
+            let holds = blur.kind == BlurKind::Gaussian || self.pixels == Pixels::U8;
+            rule(holds, "augmentation: blur.kind = \"pillow_box\" needs pixels = \"u8\"".into())?;
+        }
+        if let Some(solarise) = &self.solarise {
+            chance("solarise.p", solarise.p)?;
+            chance("solarise.threshold", solarise.threshold)?;
+        }
+        if let Some(normalise) = &self.normalise {
+            let holds = normalise.std.iter().all(|&s| s > 0.0);
+            rule(
+                holds,
+                format!("augmentation: normalise.std = {:?} must be positive", normalise.std),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_says_what_it_wants_and_no_more() {
+        let text = "size = 32\nflip = 0.5\njitter = { p = 0.8, brightness = 0.4, hue = 0.1 }\nblur = { p = 0.5 }";
+        let policy: Policy = toml::from_str(text).unwrap();
+        assert_eq!(policy.blur.as_ref().unwrap().sigma, [0.1, 2.0]);
+        assert_eq!((policy.area, policy.pixels), ([0.08, 1.0], Pixels::U8));
+        let again: Policy = toml::from_str(&toml::to_string(&policy).unwrap()).unwrap();
+        assert_eq!(again, policy);
+        let error = toml::from_str::<Policy>("size = 32\nflipp = 0.5").unwrap_err().to_string();
+        assert!(error.contains("flipp"), "{error}");
+    }
+
+    #[test]
+    fn a_setting_out_of_range_is_named() {
+        for (text, expected) in [
+            ("size = 0", "size = 0 must be in 1..=1024"),
+            ("size = 8\narea = [0.5, 0.1]", "area = [0.5, 0.1] must rise within (0, 1]"),
+            ("size = 8\nflip = 1.5", "flip = 1.5 must be a probability"),
+            ("size = 8\nflip = nan", "flip = NaN must be a probability"),
+            ("size = 8\njitter = { p = 1.0, hue = 0.6 }", "jitter.hue = 0.6 must be in 0..=0.5"),
+            (
+                "size = 8\njitter = { p = 1.0, additive_brightness = true }",
+                "needs pixels = \"float\"",
+            ),
+            (
+                "size = 8\npixels = \"float\"\nblur = { p = 1.0, kind = \"pillow_box\" }",
+                "needs pixels = \"u8\"",
+            ),
+            ("size = 8\nnormalise = { mean = [0, 0, 0], std = [1, 0, 1] }", "must be positive"),
+        ] {
+            let message =
+                toml::from_str::<Policy>(text).unwrap().check().expect_err(expected).to_string();
+            assert!(message.contains(expected), "expected `{expected}` in `{message}`");
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! JPEG and PNG files to RGB.
+//!
+//! Grey, palette, alpha, 16-bit, CMYK and YCCK images are converted; alpha is dropped, not blended, and embedded
+//! colour profiles and orientations are ignored, as Pillow's `convert("RGB")` does. Sizes are checked before
+//! anything is decoded, and a JPEG that ends early is an error, not a picture with a grey foot. Floor 5.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use image::ImageDecoder;
+use zune_core::colorspace::ColorSpace;
+use zune_core::options::DecoderOptions;
+use zune_jpeg::JpegDecoder;
+
+use super::source::Image;
+use crate::error::{Error, Result};
+
+/// The most pixels an image may have: Pillow's limit against decompression bombs.
+const PIXEL_LIMIT: usize = 178_956_970;
+
+/// File extensions that are read, in lower case.
+pub const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "jpe", "png"];
+
+/// Decodes the contents of an image file; the format is told by its first bytes, whatever its name.
+///
+/// # Errors
+/// When they are neither JPEG nor PNG, damaged, or too large; the message names `path`.
+pub fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> {
+    let decoded = match bytes {
+        [] => Err("is empty (0 bytes)".to_string()),
+        [0xFF, 0xD8, ..] => jpeg(bytes, into),
+        [0x89, b'P', b'N', b'G', ..] => png(bytes, into),
+        _ => Err("is neither a JPEG nor a PNG file".to_string()),
+    };
+    decoded.map_err(|reason| Error::format(path, reason))
+}
+
+fn check_size(width: usize, height: usize) -> Result<(), String> {
+    if width == 0 || height == 0 {
+        return Err(format!("has {width} x {height} pixels"));
+    }
+    if width.checked_mul(height).is_none_or(|pixels| pixels > PIXEL_LIMIT) {
+        return Err(format!("has {width} x {height} pixels; the limit is {PIXEL_LIMIT} in all"));
+    }
+    Ok(())
+}
+
+fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
+    let failed = |e| format!("is a damaged JPEG file: {e}");
+    // The decoder fills up what is missing; a file is whole if the end marker follows the last scan's beginning.
+    // Neither marker can occur inside a scan, where 0xFF is followed by 0.
+    let last = |code| bytes.windows(2).rposition(|pair| pair == [0xFF, code]);
+    if last(0xD9) < last(0xDA) {
+        return Err("is a JPEG file that ends early: copy or download it again".to_string());
+    }
+    // 65,535 is the format's own limit; ours is on the product.
+    let options = DecoderOptions::default().set_max_width(65_535).set_max_height(65_535);
+    let mut decoder = JpegDecoder::new_with_options(bytes, options);
+    decoder.decode_headers().map_err(failed)?;
+    let (width, height) = decoder.dimensions().ok_or("is a JPEG file without a size")?;
+    check_size(width, height)?;
+    let grey = decoder.get_input_colorspace() == Some(ColorSpace::Luma);
+    let wanted = if grey { ColorSpace::Luma } else { ColorSpace::RGB };
+    decoder.set_options(options.jpeg_set_out_colorspace(wanted));
+    into.resize(width, height);
+    let channels = if grey { 1 } else { 3 };
+    decoder.decode_into(&mut into.pixels[..width * height * channels]).map_err(failed)?;
+    if grey {
+        spread_grey(&mut into.pixels);
+    }
+    Ok(())
+}
+
+/// Grey values in the first third of a buffer become RGB in the whole of it.
+fn spread_grey(pixels: &mut [u8]) {
+    // From the back, so that nothing is overwritten before it is read.
+    for i in (0..pixels.len() / 3).rev() {
+        let value = pixels[i];
+        pixels[3 * i..3 * i + 3].fill(value);
+    }
+}
+
+fn png(bytes: &[u8], into: &mut Image) -> Result<(), String> {
+    let failed = |e| format!("is a damaged PNG file: {e}");
+    let decoder = image::codecs::png::PngDecoder::new(Cursor::new(bytes)).map_err(failed)?;
+    let (width, height) = decoder.dimensions();
+    check_size(width as usize, height as usize)?;
+    let decoded = image::DynamicImage::from_decoder(decoder).map_err(failed)?;
+    // Moves the pixels where they are RGB already, as in most files.
+    let rgb = decoded.into_rgb8();
+    into.resize(width as usize, height as usize);
+    into.pixels.copy_from_slice(rgb.as_raw());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use image::{ColorType, ExtendedColorType, ImageEncoder};
+
+    use super::*;
+
+    fn encode(pixels: &[u8], kind: ColorType) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        image::codecs::png::PngEncoder::new(&mut bytes)
+            .write_image(pixels, 2, 1, ExtendedColorType::from(kind))
+            .unwrap();
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Image {
+        let mut image = Image::default();
+        decode(Path::new("x"), bytes, &mut image).unwrap();
+        image
+    }
+
+    fn fixture(name: &str) -> Vec<u8> {
+        let path = Path::new("tests/fixtures").join(name);
+        std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
+    #[test]
+    fn every_kind_of_png_becomes_rgb() {
+        let cases: [(&[u8], ColorType, [u8; 6]); 4] = [
+            (&[7, 200], ColorType::L8, [7, 7, 7, 200, 200, 200]),
+            (&[1, 2, 3, 4, 5, 6], ColorType::Rgb8, [1, 2, 3, 4, 5, 6]),
+            (&[1, 2, 3, 0, 5, 6, 7, 128], ColorType::Rgba8, [1, 2, 3, 5, 6, 7]),
+            (&[9, 0, 8, 255], ColorType::La8, [9, 9, 9, 8, 8, 8]),
+        ];
+        for (pixels, kind, expected) in cases {
+            assert_eq!(read(&encode(pixels, kind)).pixels, expected, "{kind:?}");
+        }
+        let deep: Vec<u8> = [0u16, 0x8080, 0xFFFF, 0x0101, 0xFE00, 0x7FFF]
+            .iter()
+            .flat_map(|v| v.to_ne_bytes())
+            .collect();
+        assert_eq!(read(&encode(&deep, ColorType::Rgb16)).pixels[..4], [0, 128, 255, 1]);
+        assert_eq!(read(&fixture("palette.png")).pixels, [255, 0, 0, 0, 0, 255]);
+    }
+
+    #[test]
+    fn every_kind_of_jpeg_becomes_rgb() {
+        // Each fixture is 16 x 8 of one colour, made by Pillow (tests/fixtures/README.md).
+        for (name, expected) in [
+            ("grey.jpg", [120, 120, 120]),
+            ("colour.jpg", [200, 100, 50]),
+            ("progressive.jpg", [200, 100, 50]),
+            ("cmyk.jpg", [200, 100, 50]),
+        ] {
+            let image = read(&fixture(name));
+            assert_eq!((image.width, image.height), (16, 8), "{name}");
+            let worst = image
+                .pixels
+                .chunks_exact(3)
+                .flat_map(|p| (0..3).map(|c| p[c].abs_diff(expected[c])))
+                .max();
+            assert!(
+                worst <= Some(3),
+                "{name}: {worst:?} levels from {expected:?}, got {:?}",
+                &image.pixels[..3]
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_image_is_said() {
+        let png = encode(&[1, 2], ColorType::L8);
+        let jpeg = fixture("grey.jpg");
+        // A size of 2^31 - 1 squared in the header, with its checksum (of `IHDR` and what follows) put right.
+        let mut bomb = png.clone();
+        bomb[16..24].copy_from_slice(&[0x7F, 0xFF, 0xFF, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF]);
+        let mut crc = flate2::Crc::new();
+        crc.update(&bomb[12..29]);
+        bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+        let mut wide = jpeg.clone();
+        let frame = wide.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+        wide[frame + 5..frame + 9].fill(0xFF);
+        let cases: [(&[u8], &str); 7] = [
+            (b"", "cat.jpg: is empty (0 bytes)"),
+            (b"GIF89a", "is neither a JPEG nor a PNG file"),
+            (&png[..png.len() - 20], "is a damaged PNG file"),
+            (&jpeg[..jpeg.len() - 6], "is a JPEG file that ends early"),
+            (&jpeg[..20], "is a damaged JPEG file"),
+            (&bomb, "the limit is 178956970 in all"),
+            (&wide, "has 65535 x 65535 pixels"),
+        ];
+        for (bytes, expected) in cases {
+            let message = decode(Path::new("cat.jpg"), bytes, &mut Image::default())
+                .expect_err(expected)
+                .to_string();
+            assert!(message.contains(expected), "expected `{expected}` in `{message}`");
+        }
+    }
+}

@@ -1,0 +1,406 @@
+//! Batches of augmented crops, made on threads ahead of their use.
+//!
+//! A coordinating thread walks epochs and batches; a pool of worker threads reads and augments the samples of one
+//! batch; finished batches wait in a channel with room for one, so that at most two are ahead. What a batch holds
+//! depends on seed, epoch and position alone, never on the number of threads: the order of an epoch is one
+//! shuffle, every view has a random stream of its own, and a broken image is replaced by the next readable one in
+//! the epoch's order (under the broken one's stream, so that the two crops of that image in the batch differ).
+//! Floor 5.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::augment::Policy;
+use super::plan::{Plan, lock};
+use super::source::Source;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Finished batches that wait for the consumer, besides the one in the making.
+const AHEAD: usize = 1;
+
+/// Samples of one training step.
+#[derive(Debug)]
+pub struct Batch {
+    /// From 0.
+    pub epoch: u32,
+    /// In the epoch, from 0.
+    pub position: usize,
+    /// Which image of the source each sample is.
+    pub indices: Vec<u32>,
+    /// Class of each sample; -1 where it has none.
+    pub labels: Vec<i32>,
+    /// One tensor `[views * batch, s, s, 4]` per distinct crop size, in the order in which the sizes first occur
+    /// among the views; all samples of a size's first view, then all of its second. The fourth channel is zero.
+    pub crops: Vec<Tensor>,
+}
+
+/// An image that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its place in the source.
+    pub index: u32,
+    /// Which file, and why.
+    pub reason: String,
+}
+
+/// Hands out the batches of a run, in order.
+pub struct Loader {
+    plan: Arc<Plan>,
+    threads: usize,
+    /// Epoch and position of the next batch.
+    next: (u32, usize),
+    running: Option<Running>,
+    waited: Duration,
+}
+
+/// The threads' side of a loader that has been started.
+struct Running {
+    batches: Receiver<Result<Batch>>,
+    stop: Arc<AtomicBool>,
+    coordinator: Option<JoinHandle<()>>,
+}
+
+impl Loader {
+    /// A loader of `source` with one view of each sample per policy, `batch` samples a batch, on `threads` worker
+    /// threads (0: one per core). An epoch's last samples that fill no batch are left out. Threads start with the
+    /// first batch.
+    ///
+    /// # Errors
+    /// When a policy is out of range, there is none, or the source holds less than one batch.
+    pub fn new(
+        source: Arc<dyn Source>,
+        policies: Vec<Policy>,
+        batch: usize,
+        seed: u64,
+        threads: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        policies.iter().try_for_each(Policy::check)?;
+        let images = source.len();
+        if policies.is_empty() || batch == 0 {
+            return Err(Error::config("a batch needs at least one view and one sample"));
+        }
+        if images < batch {
+            let reason = format!(
+                "a batch of {batch} is larger than the set of {images} images: lower the batch size"
+            );
+            return Err(Error::config(reason));
+        }
+        if (images * policies.len()) as u64 > u64::from(u32::MAX) {
+            return Err(Error::config(format!(
+                "{images} images are more than a loader can number"
+            )));
+        }
+        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (view, policy) in policies.iter().enumerate() {
+            match groups.iter_mut().find(|(size, _)| *size == policy.size) {
+                Some((_, views)) => views.push(view),
+                None => groups.push((policy.size, vec![view])),
+            }
+        }
+        let (device, skipped) = (device.clone(), Mutex::default());
+        let plan = Arc::new(Plan { source, policies, groups, batch, seed, device, skipped });
+        Ok(Self { plan, threads, next: (0, 0), running: None, waited: Duration::ZERO })
+    }
+
+    /// Makes batch `position` of `epoch` the next one; what was prepared is dropped.
+    ///
+    /// # Panics
+    /// When an epoch has no such batch.
+    pub fn seek(&mut self, epoch: u32, position: usize) {
+        let length = self.batches_per_epoch();
+        assert!(position < length, "loader: batch {position} of an epoch of {length}");
+        self.running = None;
+        self.next = (epoch, position);
+    }
+
+    /// The next batch. After an epoch's last comes the next epoch's first, without a pause.
+    ///
+    /// # Errors
+    /// When no image at all can be read, or a thread failed; the loader has then ended.
+    pub fn next_batch(&mut self) -> Result<Batch> {
+        if self.running.is_none() {
+            self.running = Some(self.start()?);
+        }
+        let running = self.running.as_ref().expect("started above");
+        let begin = Instant::now();
+        let batch = running.batches.recv();
+        self.waited += begin.elapsed();
+        let batch =
+            batch.unwrap_or_else(|_| Err(Error::config("the loader ended after an error")))?;
+        let (epoch, position) = self.next;
+        debug_assert_eq!((batch.epoch, batch.position), (epoch, position));
+        let last = position + 1 == self.batches_per_epoch();
+        self.next = if last { (epoch + 1, 0) } else { (epoch, position + 1) };
+        Ok(batch)
+    }
+
+    /// The batches that are left of the current epoch; none is lost if it is dropped half-way.
+    pub fn epoch(&mut self) -> impl Iterator<Item = Result<Batch>> + '_ {
+        let (_, position) = self.next;
+        (position..self.batches_per_epoch()).map(|_| self.next_batch())
+    }
+
+    /// Batches in an epoch.
+    pub fn batches_per_epoch(&self) -> usize {
+        self.plan.source.len() / self.plan.batch
+    }
+
+    /// Views of a sample.
+    pub fn views(&self) -> usize {
+        self.plan.policies.len()
+    }
+
+    /// How long [`Loader::next_batch`] has waited for data in all, the first batch included.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// The images met so far that could not be read, each once, by index.
+    pub fn skipped(&self) -> Vec<Skipped> {
+        let skipped = lock(&self.plan.skipped);
+        skipped.iter().map(|(&index, reason)| Skipped { index, reason: reason.clone() }).collect()
+    }
+
+    fn start(&self) -> Result<Running> {
+        let refused = |e: &dyn std::fmt::Display| {
+            Error::Device(format!("cannot start the loader's threads: {e}"))
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .thread_name(|i| format!("selfsup-loader-{i}"))
+            .build()
+            .map_err(|e| refused(&e))?;
+        let (sender, batches) = sync_channel(AHEAD);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (plan, next, stopped) = (self.plan.clone(), self.next, stop.clone());
+        let coordinator = std::thread::Builder::new()
+            .name("selfsup-loader".into())
+            .spawn(move || plan.produce(&pool, next, &sender, &stopped))
+            .map_err(|e| refused(&e))?;
+        Ok(Running { batches, stop, coordinator: Some(coordinator) })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // A closed channel wakes a coordinator that waits to hand over a batch.
+        self.batches = sync_channel(0).1;
+        if let Some(coordinator) = self.coordinator.take() {
+            // Its panics are caught and sent: there is nothing to learn from the result.
+            let _ = coordinator.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::data::augment::{Jitter, Scratch};
+    use crate::data::order::order;
+    use crate::data::{Folder, Image, Split, Subset, fashion_scattered};
+    use crate::device::{Philox, Purpose};
+
+    fn policy(size: usize) -> Policy {
+        let (brightness, contrast, saturation, hue) = (0.4, 0.4, 0.4, 0.1);
+        let jitter = Some(Jitter {
+            p: 0.8,
+            brightness,
+            contrast,
+            saturation,
+            hue,
+            additive_brightness: false,
+        });
+        Policy { flip: 0.5, jitter, grey: 0.2, ..Policy::crop(size) }
+    }
+
+    /// 23 images, two views of 16 pixels around one of 8, batches of 5.
+    fn loader(threads: usize, device: &Device) -> Loader {
+        let set = Subset::first(Arc::new(fashion_scattered(Split::Test)), 23);
+        Loader::new(Arc::new(set), vec![policy(16), policy(8), policy(16)], 5, 11, threads, device)
+            .unwrap()
+    }
+
+    type Summary = (u32, usize, Vec<u32>, Vec<i32>, Vec<Vec<f64>>);
+
+    fn summary(batch: Result<Batch>) -> Summary {
+        let batch = batch.unwrap();
+        let crops = batch.crops.iter().map(Tensor::to_f64).collect();
+        (batch.epoch, batch.position, batch.indices, batch.labels, crops)
+    }
+
+    #[test]
+    fn batches_are_the_same_with_any_number_of_threads_and_on_both_devices() {
+        let run = |threads, device: &Device| -> Vec<Summary> {
+            let mut loader = loader(threads, device);
+            (0..9).map(|_| summary(loader.next_batch())).collect()
+        };
+        let one = run(1, &Device::cpu(1).unwrap().poisoned());
+        assert_eq!(one, run(2, &Device::cpu(1).unwrap()));
+        assert_eq!(one, run(3, &Device::cpu(2).unwrap()));
+        assert_eq!(one, run(2, &Device::reference().poisoned()));
+        assert_eq!(
+            one.iter().map(|b| (b.0, b.1)).collect::<Vec<_>>()[3..6],
+            [(0, 3), (1, 0), (1, 1)]
+        );
+        assert_ne!(one[0].2, one[4].2);
+        assert!(one.iter().all(|b| b.4.iter().flatten().all(|v| v.is_finite())));
+    }
+
+    #[test]
+    fn a_batch_is_a_function_of_its_place() {
+        let device = Device::cpu(1).unwrap();
+        let mut straight = loader(2, &device);
+        let all: Vec<_> = (0..8).map(|_| summary(straight.next_batch())).collect();
+        let mut resumed = loader(1, &device);
+        resumed.seek(1, 2);
+        assert_eq!(resumed.epoch().map(summary).collect::<Vec<_>>(), all[6..8]);
+        resumed.seek(0, 1);
+        assert_eq!(resumed.epoch().map(summary).next().as_ref(), Some(&all[1]));
+        assert_eq!(summary(resumed.next_batch()), all[2]);
+    }
+
+    #[test]
+    fn crops_are_grouped_by_size_and_lie_view_by_view() {
+        let device = Device::cpu(1).unwrap();
+        let mut loader = loader(2, &device);
+        let batch = loader.next_batch().unwrap();
+        let shapes: Vec<_> = batch.crops.iter().map(|c| c.shape().to_vec()).collect();
+        assert_eq!(shapes, [[10, 16, 16, 4], [5, 8, 8, 4]]);
+        let set = fashion_scattered(Split::Test);
+        let mut image = Image::default();
+        for (group, row, view) in [(0, 3, 0), (0, 8, 2), (1, 3, 1)] {
+            let index = batch.indices[3];
+            set.read(index as usize, &mut image).unwrap();
+            let policy = policy(if view == 1 { 8 } else { 16 });
+            let mut rng = Philox::new(11, Purpose::Augmentation, 0, index * 3 + view);
+            let mut expected = vec![0.0; policy.size * policy.size * 4];
+            policy.apply(
+                &policy.draw(&mut rng, 32, 32),
+                &image,
+                &mut expected,
+                &mut Scratch::default(),
+            );
+            assert_eq!(batch.crops[group].rows(row, 1).data::<f32>(), expected);
+        }
+        assert_eq!(batch.labels[3], set.label(batch.indices[3] as usize).unwrap() as i32);
+    }
+
+    #[test]
+    fn after_the_first_batches_no_memory_is_asked_for() {
+        let device = Device::cpu(1).unwrap();
+        let mut loader = loader(2, &device);
+        (0..4).for_each(|_| drop(loader.next_batch().unwrap()));
+        let before = device.memory_use().allocations;
+        (0..20).for_each(|_| drop(loader.next_batch().unwrap()));
+        // One is in use, one waits, one is in the making: what the first batches did not need at once, later ones
+        // may.
+        assert!(device.memory_use().allocations <= before.max(3 * 2), "{:?}", device.memory_use());
+    }
+
+    #[test]
+    fn dropping_a_loader_half_way_ends_its_threads() {
+        let device = Device::cpu(1).unwrap();
+        let mut loader = loader(3, &device);
+        drop(loader.next_batch().unwrap());
+        drop(loader);
+        assert_eq!(device.memory_use().live, 0);
+    }
+
+    fn folder_with_broken(root: &Path, images: usize, broken: &[usize]) -> Arc<Folder> {
+        for i in 0..images {
+            let path = root.join(format!("{i}.png"));
+            if broken.contains(&i) {
+                std::fs::write(path, "not an image").unwrap();
+            } else {
+                image::GrayImage::from_pixel(4, 4, image::Luma([i as u8])).save(path).unwrap();
+            }
+        }
+        Arc::new(Folder::open(root).unwrap())
+    }
+
+    #[test]
+    fn a_broken_image_gives_way_to_the_next_in_order_and_is_named_once() {
+        let root = tempfile::tempdir().unwrap();
+        let set = folder_with_broken(root.path(), 8, &[2, 5]);
+        let device = Device::reference();
+        let indices = |threads| {
+            let mut loader =
+                Loader::new(set.clone(), vec![Policy::crop(2)], 4, 3, threads, &device).unwrap();
+            let indices: Vec<u32> =
+                (0..6).flat_map(|_| loader.next_batch().unwrap().indices).collect();
+            (indices, loader.skipped())
+        };
+        let (got, skipped) = indices(1);
+        assert_eq!((&got, &skipped), (&indices(3).0, &indices(3).1));
+        for (epoch, got) in got.chunks(8).enumerate() {
+            let order = order(3, epoch as u32, 8);
+            let next = |place: usize| {
+                (place..place + 8).map(|p| order[p % 8]).find(|i| ![2, 5].contains(i)).unwrap()
+            };
+            assert_eq!(got, (0..8).map(next).collect::<Vec<_>>());
+        }
+        assert_eq!(skipped.iter().map(|s| s.index).collect::<Vec<_>>(), [2, 5]);
+        assert!(
+            skipped[0].reason.ends_with("2.png: is neither a JPEG nor a PNG file"),
+            "{:?}",
+            skipped[0]
+        );
+    }
+
+    #[test]
+    fn what_no_loader_can_do_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let set = folder_with_broken(root.path(), 3, &[0, 1, 2]);
+        let device = Device::reference();
+        let new = |policies, batch| Loader::new(set.clone(), policies, batch, 3, 2, &device);
+        let message = |result: Result<Loader>| result.err().expect("an error").to_string();
+        assert!(
+            message(new(vec![Policy::crop(2)], 4))
+                .contains("a batch of 4 is larger than the set of 3 images")
+        );
+        assert!(message(new(vec![], 1)).contains("at least one view"));
+        assert!(message(new(vec![Policy::crop(0)], 1)).contains("size = 0"));
+        let mut loader = new(vec![Policy::crop(2)], 2).unwrap();
+        let error = loader.next_batch().unwrap_err().to_string();
+        assert!(error.contains("none of the 3 images can be read; the first: "), "{error}");
+        assert!(loader.next_batch().is_err());
+    }
+
+    struct Panics;
+    impl Source for Panics {
+        fn len(&self) -> usize {
+            10
+        }
+        fn read(&self, index: usize, _: &mut Image) -> Result<()> {
+            panic!("no image {index} today")
+        }
+        fn label(&self, _: usize) -> Option<u32> {
+            None
+        }
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+        fn name(&self, _: usize) -> String {
+            String::new()
+        }
+    }
+
+    #[test]
+    fn a_panic_on_a_thread_comes_out_as_an_error() {
+        let mut loader =
+            Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
+                .unwrap();
+        let error = loader.next_batch().unwrap_err().to_string();
+        assert!(error.contains("a loader thread panicked: no image"), "{error}");
+        assert!(loader.next_batch().is_err());
+    }
+}

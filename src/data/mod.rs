@@ -1,0 +1,28 @@
+//! Images in, batches of augmented crops out.
+//!
+//! A [`Source`] gives `index -> (u8 image, label)`; a [`Policy`] draws the numbers of one augmentation and
+//! applies them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed,
+//! epoch and position. Evaluation has one transform, [`center`], and one way to read a set in order,
+//! [`center_batch`]. Nothing here knows of networks or methods. Floor 5.
+
+pub mod augment;
+mod cifar;
+mod decode;
+mod evaluation;
+mod folder;
+mod idx;
+mod loader;
+mod open;
+mod order;
+mod plan;
+mod rows;
+mod source;
+
+pub use augment::{Policy, center};
+pub use cifar::Cifar;
+pub use evaluation::center_batch;
+pub use folder::Folder;
+pub use idx::{Idx, fashion_scattered};
+pub use loader::{Batch, Loader, Skipped};
+pub use open::open;
+pub use source::{Image, Source, Split, Subset};

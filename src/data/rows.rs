@@ -1,0 +1,33 @@
+//! Rows of a tensor of images, written from f32 whatever the device's float type. Floor 5.
+
+use crate::tensor::{DType, Tensor};
+
+/// Where one view of one sample goes: `s * s * 4` values.
+pub enum Row<'a> {
+    /// In f32.
+    F32(&'a mut [f32]),
+    /// On the reference device.
+    F64(&'a mut [f64]),
+}
+
+impl Row<'_> {
+    /// Lets `write` fill the row; `buffer` stands in for rows that are not f32.
+    pub fn fill(self, buffer: &mut Vec<f32>, write: impl FnOnce(&mut [f32])) {
+        match self {
+            Row::F32(values) => write(values),
+            Row::F64(values) => {
+                buffer.resize(values.len(), 0.0);
+                write(buffer);
+                values.iter_mut().zip(buffer).for_each(|(to, &mut from)| *to = f64::from(from));
+            }
+        }
+    }
+}
+
+/// A float tensor's rows of `length` values.
+pub fn rows_of(tensor: &mut Tensor, length: usize) -> Vec<Row<'_>> {
+    match tensor.dtype() {
+        DType::F64 => tensor.data_mut().chunks_exact_mut(length).map(Row::F64).collect(),
+        _ => tensor.data_mut().chunks_exact_mut(length).map(Row::F32).collect(),
+    }
+}

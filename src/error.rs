@@ -1,0 +1,63 @@
+//! Errors of the world: files, recipes, devices, broken data.
+//!
+//! The rule of the crate: a caller's bug (shapes that do not fit, a temperature of zero) panics with the
+//! operation's name and the shapes; whatever a correct program can meet returns [`Error`], which names the
+//! thing and, where it is known, the remedy. Messages are lower case without a full stop, so that they chain.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong outside the program's control.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is there but is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what was expected.
+        reason: String,
+    },
+    /// A recipe, a flag or a setting asks for something impossible.
+    #[error("{0}")]
+    Config(String),
+    /// A checkpoint or weight file does not fit the network.
+    #[error("{0}")]
+    Weights(String),
+    /// A device cannot be used.
+    #[error("{0}")]
+    Device(String),
+    /// A run stopped because its numbers went wrong.
+    #[error("{0}")]
+    Diverged(String),
+}
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An [`Error::Io`] at a path, for `map_err`.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { path, source }
+    }
+
+    /// An [`Error::Format`] at a path.
+    pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
+        Error::Format { path: path.as_ref().to_path_buf(), reason: reason.into() }
+    }
+
+    /// An [`Error::Config`].
+    pub fn config(reason: impl Into<String>) -> Error {
+        Error::Config(reason.into())
+    }
+}

@@ -1,0 +1,107 @@
+//! Batch norm as a layer, and convolution, batch norm, residual and ReLU as one unit.
+
+use crate::arena::{Init, Layout, Param, SlotKind};
+use crate::ops::{self, BatchNorm, Running};
+use crate::tape::Var;
+
+/// A batch norm's slots, named as torchvision names them.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    gain: Option<Param>,
+    shift: Option<Param>,
+    running: Running,
+    groups: usize,
+}
+
+impl Norm {
+    /// Adds the slots of a batch norm of `c` channels under `name`, normalising `groups` runs of rows apart.
+    ///
+    /// `gain` is what the scale starts at, `None` for no scale; `shift` whether there is one.
+    pub fn new(
+        layout: &mut Layout,
+        name: &str,
+        c: usize,
+        gain: Option<f64>,
+        shift: bool,
+        groups: usize,
+    ) -> Self {
+        let gain = gain.map(|v| {
+            layout.param(format!("{name}.weight"), [c], SlotKind::Gain, Init::Constant(v))
+        });
+        let shift = shift.then(|| {
+            layout.param(format!("{name}.bias"), [c], SlotKind::Shift, Init::Constant(0.0))
+        });
+        let running = Running {
+            mean: layout.stat(format!("{name}.running_mean"), c, SlotKind::RunningMean, 0.0),
+            variance: layout.stat(
+                format!("{name}.running_var"),
+                c,
+                SlotKind::RunningVariance,
+                1.0,
+            ),
+        };
+        Self { gain, shift, running, groups }
+    }
+
+    /// Normalises `x`, then adds `residual`, then applies a ReLU if asked to.
+    #[track_caller]
+    pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
+        let tape = x.tape();
+        let (gain, shift) = (self.gain.map(|p| tape.param(p)), self.shift.map(|p| tape.param(p)));
+        ops::batch_norm(
+            x,
+            BatchNorm {
+                gain: gain.as_ref(),
+                shift: shift.as_ref(),
+                residual,
+                relu,
+                groups: self.groups,
+                running: Some(self.running),
+            },
+        )
+    }
+}
+
+/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the unit that ResNets are made of and
+/// that faster kernels fuse.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvBn {
+    filters: Param,
+    stride: usize,
+    pad: usize,
+    norm: Norm,
+}
+
+impl ConvBn {
+    /// Adds the slots for `k` filters of `size x size` over `c` channels, padded so that stride 1 keeps the image's size.
+    /// `names` are the convolution's and the batch norm's; `gain` what the batch norm's scale starts at.
+    ///
+    /// Filters start as torchvision's (`kaiming_normal`, fan out: He et al. 2015): std `sqrt(2 / (k size²))`.
+    #[allow(clippy::too_many_arguments)] // each is one fact of the layer; a struct would only rename them
+    pub fn new(
+        layout: &mut Layout,
+        names: (&str, &str),
+        c: usize,
+        k: usize,
+        size: usize,
+        stride: usize,
+        gain: f64,
+        groups: usize,
+    ) -> Self {
+        let init = Init::Normal((2.0 / (k * size * size) as f64).sqrt());
+        let name = format!("{}.weight", names.0);
+        // Images have three channels on disk and four on a device.
+        let device_c = if c == 3 { 4 } else { c };
+        let shape = [k, size, size, device_c];
+        let filters = layout.padded_param(name, shape, SlotKind::Filter, init, c);
+        let norm = Norm::new(layout, names.1, k, Some(gain), true, groups);
+        Self { filters, stride, pad: size / 2, norm }
+    }
+
+    /// `relu(norm(conv(x)) + residual)`, residual and ReLU as asked for.
+    #[track_caller]
+    pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
+        let y = ops::conv2d(x, &x.tape().param(self.filters), self.stride, self.pad);
+        self.norm.forward(&y, residual, relu)
+    }
+}

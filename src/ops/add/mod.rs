@@ -1,0 +1,47 @@
+//! `y = a + b`, element by element: the join of a residual block without batch norm, and the sum of gradients.
+//!
+//! `dy` flows on to both inputs unchanged.
+
+use rayon::prelude::*;
+
+use crate::device::{Device, DeviceKind};
+use crate::ops::CHUNK;
+use crate::tape::Var;
+use crate::tensor::{Tensor, TensorMut};
+
+/// `a + b`, both of one shape.
+///
+/// # Panics
+/// When the shapes differ.
+#[track_caller]
+pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
+    assert_eq!(a.shape(), b.shape(), "add: {:?} and {:?} differ", a.shape(), b.shape());
+    let mut y = a.value().copy();
+    add_into(a.tape().device(), &mut y.view_mut(), b.value());
+    let (a_id, b_id) = (a.id(), b.id());
+    a.tape().record("add", y, &[a, b], move |dy, gradients| {
+        gradients.add(a_id, dy.clone());
+        gradients.add(b_id, dy);
+    })
+}
+
+/// `sum += x`.
+pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (sum, x) = (sum.data_mut::<f32>(), x.data::<f32>());
+            device.run(|| {
+                sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(sum, x)| {
+                    for (sum, x) in sum.iter_mut().zip(x) {
+                        *sum += x;
+                    }
+                });
+            });
+        }
+        DeviceKind::Reference => {
+            for (sum, x) in sum.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
+                *sum += x;
+            }
+        }
+    }
+}

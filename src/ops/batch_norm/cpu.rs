@@ -1,0 +1,296 @@
+//! f32 over rows. Statistics are taken in one read: each chunk of rows stays in cache for its mean and its squared
+//! deviations, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::{Dims, RUNNING_WEIGHT, Saved};
+use crate::ops::CHUNK;
+use crate::tensor::Tensor;
+
+/// Rows of a parallel task: about 64 KiB of one operand.
+fn chunk_rows(c: usize) -> usize {
+    (CHUNK / c.max(1)).max(1)
+}
+
+fn chunks(dims: Dims) -> usize {
+    dims.rows.div_ceil(chunk_rows(dims.c))
+}
+
+/// Floats that [`moments`] needs for the moments of all chunks.
+pub(super) fn partial_len(dims: Dims) -> usize {
+    dims.groups * chunks(dims) * 2 * dims.c
+}
+
+/// Mean and biased variance of each group, `[groups, c]`.
+pub(super) fn moments(
+    mean: &mut [f32],
+    variance: &mut [f32],
+    partial: &mut [f32],
+    x: &[f32],
+    dims: Dims,
+) {
+    let c = dims.c;
+    if dims.len() == 0 {
+        mean.fill(0.0);
+        variance.fill(0.0);
+        return;
+    }
+    let rows = chunk_rows(c);
+    let per_group = x.par_chunks(dims.len()).flat_map(|group| group.par_chunks(rows * c));
+    let tasks: Vec<&[f32]> = per_group.collect();
+    partial.par_chunks_mut(2 * c).zip(tasks).for_each(|(partial, x)| {
+        let (mean, m2) = partial.split_at_mut(c);
+        chunk_moments(mean, m2, x);
+    });
+    let groups = mean.chunks_exact_mut(c).zip(variance.chunks_exact_mut(c));
+    for ((mean, variance), partial) in groups.zip(partial.chunks_exact(chunks(dims) * 2 * c)) {
+        for j in 0..c {
+            let (mut seen, mut mu, mut m2) = (0.0_f64, 0.0_f64, 0.0_f64);
+            for (i, chunk) in partial.chunks_exact(2 * c).enumerate() {
+                let m = rows.min(dims.rows - i * rows) as f64;
+                let delta = f64::from(chunk[j]) - mu;
+                m2 += f64::from(chunk[c + j]) + delta * delta * seen * m / (seen + m);
+                mu += delta * m / (seen + m);
+                seen += m;
+            }
+            mean[j] = mu as f32;
+            variance[j] = (m2 / seen) as f32;
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn chunk_moments(mean: &mut [f32], m2: &mut [f32], x: &[f32]) {
+    let c = mean.len();
+    let scale = c as f32 / x.len() as f32;
+    mean.fill(0.0);
+    for row in x.chunks_exact(c) {
+        for (mean, x) in mean.iter_mut().zip(row) {
+            *mean += x;
+        }
+    }
+    mean.iter_mut().for_each(|mean| *mean *= scale);
+    m2.fill(0.0);
+    for row in x.chunks_exact(c) {
+        for ((m2, x), mean) in m2.iter_mut().zip(row).zip(mean.iter()) {
+            *m2 += (x - mean) * (x - mean);
+        }
+    }
+}
+
+/// `y = relu((x - mean) inv_std gain + shift + residual)`.
+pub(super) fn apply(
+    y: &mut [f32],
+    saved: &Saved,
+    shift: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    relu: bool,
+) {
+    let Dims { groups, c, .. } = saved.dims;
+    let shift = shift.map(Tensor::data::<f32>);
+    let residual = residual.map(Tensor::data::<f32>);
+    // Per group, y = a x + b.
+    let mut line = vec![0.0; 2 * groups * c];
+    for (g, line) in line.chunks_exact_mut(2 * c).enumerate() {
+        let (a, b) = line.split_at_mut(c);
+        let (scale, mean) = scale_and_mean(saved, g);
+        for j in 0..c {
+            a[j] = scale(j);
+            b[j] = shift.map_or(0.0, |s| s[j]) - mean[j] * a[j];
+        }
+    }
+    for_chunks(y, saved.dims, |g, at, y| {
+        let (a, b) = line[2 * g * c..][..2 * c].split_at(c);
+        let x = &saved.x.data::<f32>()[at..][..y.len()];
+        let residual = residual.map(|r| &r[at..][..x.len()]);
+        apply_rows(y, x, residual, a, b, relu);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn apply_rows(
+    y: &mut [f32],
+    x: &[f32],
+    residual: Option<&[f32]>,
+    a: &[f32],
+    b: &[f32],
+    relu: bool,
+) {
+    let c = a.len();
+    let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
+    let clip = |v: f32| if v < floor { floor } else { v }; // not `max`, which would hide a NaN
+    match residual {
+        None => {
+            for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                for (((y, x), a), b) in y.iter_mut().zip(x).zip(a).zip(b) {
+                    *y = clip(x * a + b);
+                }
+            }
+        }
+        Some(r) => {
+            let inputs = x.chunks_exact(c).zip(r.chunks_exact(c));
+            for (y, (x, r)) in y.chunks_exact_mut(c).zip(inputs) {
+                for ((((y, x), r), a), b) in y.iter_mut().zip(x).zip(r).zip(a).zip(b) {
+                    *y = clip(x * a + b + r);
+                }
+            }
+        }
+    }
+}
+
+/// `dy` where `y > 0`, else 0; in place when nobody else holds `dy`.
+pub(super) fn masked(dy: Tensor, y: &Tensor) -> Tensor {
+    let mut dz = if dy.is_unique() { dy } else { dy.copy() };
+    let device = y.device().clone();
+    let (out, y) = (dz.data_mut::<f32>(), y.data::<f32>());
+    device.run(|| {
+        out.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(dz, y)| mask(dz, y));
+    });
+    dz
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn mask(dz: &mut [f32], y: &[f32]) {
+    for (dz, y) in dz.iter_mut().zip(y) {
+        *dz = if *y > 0.0 { *dz } else { 0.0 };
+    }
+}
+
+/// `[groups, 2, c]`: Σ dz and Σ dz x̂, chunk sums in f32, their total in f64.
+pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
+    let dims = saved.dims;
+    let c = dims.c;
+    if dims.len() == 0 {
+        sums.fill(0.0);
+        return;
+    }
+    let mut partial = Tensor::floats(saved.x.device(), [partial_len(dims)]);
+    let (rows, per_group) = (chunk_rows(c), chunks(dims));
+    partial.data_mut::<f32>().par_chunks_mut(2 * c).enumerate().for_each(|(i, partial)| {
+        let (group, chunk) = (i / per_group, i % per_group);
+        let at = group * dims.len() + chunk * rows * c;
+        let len = (rows.min(dims.rows - chunk * rows)) * c;
+        let x = &saved.x.data::<f32>()[at..][..len];
+        let mean = &saved.mean.data::<f32>()[group * c..][..c];
+        let inv_std = &saved.inv_std.data::<f32>()[group * c..][..c];
+        let (sum, dot) = partial.split_at_mut(c);
+        chunk_sums(sum, dot, &dz[at..][..len], x, mean, inv_std);
+    });
+    let partial = partial.data::<f32>().chunks_exact(per_group * 2 * c);
+    for (sums, partial) in sums.chunks_exact_mut(2 * c).zip(partial) {
+        for (j, sum) in sums.iter_mut().enumerate() {
+            let total: f64 = partial.chunks_exact(2 * c).map(|p| f64::from(p[j])).sum();
+            *sum = total as f32;
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn chunk_sums(
+    sum: &mut [f32],
+    dot: &mut [f32],
+    dz: &[f32],
+    x: &[f32],
+    mean: &[f32],
+    inv_std: &[f32],
+) {
+    let c = sum.len();
+    sum.fill(0.0);
+    dot.fill(0.0);
+    for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
+        let out = sum.iter_mut().zip(dot.iter_mut());
+        for ((((sum, dot), dz), x), mean) in out.zip(dz).zip(x).zip(mean) {
+            *sum += dz;
+            *dot += dz * (x - mean);
+        }
+    }
+    for (dot, inv_std) in dot.iter_mut().zip(inv_std) {
+        *dot *= inv_std;
+    }
+}
+
+pub(super) fn sum_groups(total: &mut [f32], sums: &[f32], which: usize) {
+    let c = total.len();
+    total.fill(0.0);
+    for group in sums.chunks_exact((2 * c).max(1)) {
+        for (total, sum) in total.iter_mut().zip(&group[which * c..]) {
+            *total += sum;
+        }
+    }
+}
+
+pub(super) fn input_gradient(
+    dx: &mut [f32],
+    dz: &[f32],
+    sums: &[f32],
+    saved: &Saved,
+    accumulate: bool,
+) {
+    let Dims { groups, rows, c } = saved.dims;
+    // Per group, dx = a dz + b x + d.
+    let mut line = vec![0.0; 3 * groups * c];
+    for (g, line) in line.chunks_exact_mut(3 * c).enumerate() {
+        let (scale, mean) = scale_and_mean(saved, g);
+        let inv_std = &saved.inv_std.data::<f32>()[g * c..];
+        let (sum, dot) = sums[2 * g * c..][..2 * c].split_at(c);
+        for j in 0..c {
+            let a = scale(j);
+            let b = -a * inv_std[j] * dot[j] / rows as f32;
+            line[j] = a;
+            line[c + j] = b;
+            line[2 * c + j] = -a * sum[j] / rows as f32 - b * mean[j];
+        }
+    }
+    for_chunks(dx, saved.dims, |g, at, dx| {
+        let line = &line[3 * g * c..][..3 * c];
+        let x = &saved.x.data::<f32>()[at..][..dx.len()];
+        input_gradient_rows(dx, &dz[at..][..x.len()], x, line, accumulate);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn input_gradient_rows(dx: &mut [f32], dz: &[f32], x: &[f32], line: &[f32], accumulate: bool) {
+    let c = line.len() / 3;
+    let (a, rest) = line.split_at(c);
+    let (b, d) = rest.split_at(c);
+    let inputs = dz.chunks_exact(c).zip(x.chunks_exact(c));
+    for (dx, (dz, x)) in dx.chunks_exact_mut(c).zip(inputs) {
+        let line = a.iter().zip(b).zip(d);
+        for (((dx, dz), x), ((a, b), d)) in dx.iter_mut().zip(dz).zip(x).zip(line) {
+            let value = a * dz + b * x + d;
+            *dx = if accumulate { *dx + value } else { value };
+        }
+    }
+}
+
+pub(super) fn move_running(running: &mut [f32], batch: &[f32], factor: f64) {
+    let c = running.len();
+    let groups = batch.len() / c.max(1);
+    let weight = RUNNING_WEIGHT * factor / groups as f64;
+    for (j, running) in running.iter_mut().enumerate() {
+        let sum: f64 = batch.iter().skip(j).step_by(c).map(|&b| f64::from(b)).sum();
+        *running = (f64::from(*running) * (1.0 - RUNNING_WEIGHT) + weight * sum) as f32;
+    }
+}
+
+/// `gain inv_std` of a channel, and the means, of one group.
+fn scale_and_mean(saved: &Saved, group: usize) -> (impl Fn(usize) -> f32 + '_, &[f32]) {
+    let c = saved.dims.c;
+    let inv_std = &saved.inv_std.data::<f32>()[group * c..];
+    let gain = saved.gain.as_ref().map(Tensor::data::<f32>);
+    (move |j| inv_std[j] * gain.map_or(1.0, |g| g[j]), &saved.mean.data()[group * c..])
+}
+
+/// Calls `f(group, first element, rows)` on chunks of rows in parallel.
+fn for_chunks(out: &mut [f32], dims: Dims, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
+    if dims.len() == 0 {
+        return;
+    }
+    let chunk = chunk_rows(dims.c) * dims.c;
+    out.par_chunks_mut(dims.len()).enumerate().for_each(|(g, out)| {
+        out.par_chunks_mut(chunk).enumerate().for_each(|(i, rows)| {
+            f(g, g * dims.len() + i * chunk, rows);
+        });
+    });
+}

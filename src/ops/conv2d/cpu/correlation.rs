@@ -1,0 +1,435 @@
+//! Forward and data gradient: both are correlations of an image with packed filters.
+//!
+//! Forward: `y[p, q, k] = sum over r, s, c of x[p t + r - pad, q t + s - pad, c] w[k, r, s, c]`, stride `t`.
+//!
+//! Data gradient: the row `h = i t + a` of `dx` meets only the filter rows `r` with `r = a + pad (mod t)`, at
+//! `p = (h + pad - r) / t`. So the rows of one phase `a` are a correlation of `dy` with stride 1 and every `t`-th filter
+//! row, last row first; likewise columns. The `t * t` phases fill `dx` between them, and no zero is multiplied.
+//!
+//! A lane is a span of images, or some rows of one image. It packs a band of rows of a group of images into its own
+//! piece of the workspace, then walks blocks of outputs, rows and tiles. All of this is chosen from the shape alone.
+
+use rayon::prelude::*;
+
+use super::super::Conv2dDims;
+use super::filter::{Blocks, FilterView};
+use super::LINE;
+use super::isa::Isa;
+use super::kernel;
+use super::slab::Slab;
+use super::tile::{Correlate, MAX_ROWS};
+
+/// Floats of a slab: with the filters of one block of outputs it should stay in the second-level cache.
+const SLAB_FLOATS: usize = 96 * 1024;
+
+/// Lanes wanted, so that several threads finish together; more cost workspace.
+const LANES_WANTED: usize = 16;
+const LANES_MOST: usize = 64;
+
+/// Images in a group from which a tile runs over images and not over columns: then it can leave out taps that fall
+/// outside the image.
+const IMAGES_PER_TILE: usize = 7;
+
+/// A set of correlations that fill one output between them, one for each phase.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem {
+    /// Images; input `[n, h, w, c]`; output `[n, out_h, out_w, k]`.
+    n: usize,
+    h: usize,
+    w: usize,
+    c: usize,
+    out_h: usize,
+    out_w: usize,
+    k: usize,
+    /// The filter as it lies in memory, before it is split into phases: `[_, r, s, _]`.
+    r: usize,
+    s: usize,
+    stride: usize,
+    pad: usize,
+    gradient: bool,
+}
+
+/// One of them: outputs at rows `row0 + i * step`, columns `column0 + j * step`.
+#[derive(Clone, Copy, Debug)]
+struct Phase {
+    row0: usize,
+    column0: usize,
+    r: usize,
+    s: usize,
+    stride: usize,
+    pad_y: isize,
+    pad_x: isize,
+    view: FilterView,
+}
+
+/// Taps of the filter that an output phase meets, the first of them, and the padding of the resulting correlation.
+fn phase_taps(phase: usize, taps: usize, stride: usize, pad: usize) -> (usize, usize, isize) {
+    let first = (phase + pad) % stride;
+    let count = if first < taps { (taps - first).div_ceil(stride) } else { 0 };
+    (count, first, count as isize - 1 - ((phase + pad) / stride) as isize)
+}
+
+impl Problem {
+    pub fn forward(d: &Conv2dDims) -> Problem {
+        let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
+        let gradient = false;
+        Problem { n, h, w, c, out_h: p, out_w: q, k, r, s, stride, pad, gradient }.flattened()
+    }
+
+    pub fn data_gradient(d: &Conv2dDims) -> Problem {
+        let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
+        let gradient = true;
+        Problem { n, h: p, w: q, c: k, out_h: h, out_w: w, k: c, r, s, stride, pad, gradient }
+            .flattened()
+    }
+
+    /// A 1x1 convolution is a matrix product: every pixel is an image of its own.
+    fn flattened(self) -> Problem {
+        if (self.r, self.s, self.stride, self.pad) == (1, 1, 1, 0) {
+            Problem { n: self.n * self.h * self.w, h: 1, w: 1, out_h: 1, out_w: 1, ..self }
+        } else {
+            self
+        }
+    }
+
+    /// Rows and columns between neighbouring outputs of one phase.
+    fn step(&self) -> usize {
+        if self.gradient { self.stride } else { 1 }
+    }
+
+    fn phases(self) -> impl Iterator<Item = Phase> {
+        let step = self.step();
+        (0..step * step).map(move |i| self.phase(i / step, i % step))
+    }
+
+    fn phase(&self, row0: usize, column0: usize) -> Phase {
+        let (row, column) = ((self.s * self.weight_c()) as isize, self.weight_c() as isize);
+        let filter = self.r as isize * row;
+        if !self.gradient {
+            let (r, s, c) = (self.r, self.s, self.c);
+            let view = FilterView { start: 0, output: filter, row, column, input: 1, r, s, c };
+            let pad = self.pad as isize;
+            return Phase {
+                row0,
+                column0,
+                r,
+                s,
+                stride: self.stride,
+                pad_y: pad,
+                pad_x: pad,
+                view,
+            };
+        }
+        let step = self.stride as isize;
+        let (r, first_row, pad_y) = phase_taps(row0, self.r, self.stride, self.pad);
+        let (s, first_column, pad_x) = phase_taps(column0, self.s, self.stride, self.pad);
+        let last_row = first_row as isize + (r as isize - 1) * step;
+        let last_column = first_column as isize + (s as isize - 1) * step;
+        let view = FilterView {
+            start: last_row * row + last_column * column,
+            output: 1,
+            row: -step * row,
+            column: -step * column,
+            input: filter,
+            r,
+            s,
+            c: self.c,
+        };
+        Phase { row0, column0, r, s, stride: 1, pad_y, pad_x, view }
+    }
+
+    /// Channels of the filter in memory.
+    fn weight_c(&self) -> usize {
+        if self.gradient { self.k } else { self.c }
+    }
+
+    fn image_len(&self) -> usize {
+        self.out_h * self.out_w * self.k
+    }
+
+    /// Channels in a block of the slab.
+    fn block(&self) -> usize {
+        if self.c <= 4 { 4 } else { 16 }
+    }
+}
+
+/// How a problem is cut, from its shape and the instruction set.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    isa: Isa,
+    blocks: Blocks,
+    /// Images in a group, and in the span of a lane.
+    group: usize,
+    span: usize,
+    /// Output rows (of all phases) in the part of a lane, and parts of an image; whole spans if `parts` is 1.
+    part_rows: usize,
+    parts: usize,
+    /// Floats of all packed filters, and of one lane's slab.
+    filters_len: usize,
+    slab_len: usize,
+}
+
+impl Plan {
+    fn new(p: &Problem, isa: Isa) -> Plan {
+        let blocks = Blocks { k: p.k, lanes: isa.lanes() };
+        let vectors = if p.k <= isa.lanes() { 1 } else { 2 };
+        let group = group_images(p, isa.tile_rows(vectors));
+        let groups = p.n.div_ceil(group);
+        let span = groups.div_ceil(LANES_MOST) * group;
+        let rows = p.out_h.div_ceil(p.step()).max(1);
+        let parts_wanted =
+            if group == 1 { LANES_WANTED.div_ceil(groups.max(1)).min(rows) } else { 1 };
+        let part_rows = rows.div_ceil(parts_wanted) * p.step();
+        let parts = if parts_wanted == 1 { 1 } else { p.out_h.div_ceil(part_rows) };
+        let slab_len = p.phases().map(|f| band_slab(p, &f, group, part_rows).len()).max();
+        Plan {
+            isa,
+            blocks,
+            group,
+            span: if parts > 1 { 1 } else { span },
+            part_rows,
+            parts,
+            filters_len: (blocks.padded() * p.r * p.s * p.c).next_multiple_of(LINE),
+            slab_len: slab_len.unwrap_or(0).next_multiple_of(LINE),
+        }
+    }
+
+    fn lanes(&self, p: &Problem) -> usize {
+        p.n.div_ceil(self.span) * self.parts
+    }
+}
+
+/// Images packed and computed together.
+fn group_images(p: &Problem, tile_rows: usize) -> usize {
+    let quarter = (p.n / 4).max(1);
+    if (p.out_h, p.out_w) == (1, 1) {
+        // tiles share the filters of a block while these are close: as many tiles as the slab holds
+        let most = (SLAB_FLOATS / p.c.max(1)).min(256) / tile_rows * tile_rows;
+        let wanted = p.n.div_ceil(LANES_WANTED).next_multiple_of(tile_rows);
+        return wanted.min(most.max(tile_rows));
+    }
+    let columns = p.out_w.div_ceil(p.step());
+    if quarter >= 8 && columns <= 32 {
+        // groups come in fours, so that 2 or 4 threads finish together; a tile has one step of overhead in ten
+        let cost = |g: usize| p.n.div_ceil(g).next_multiple_of(4) * (g + 1);
+        let least = tile_rows.min(8);
+        return (least..=tile_rows).min_by_key(|&g| cost(g)).unwrap_or(least);
+    }
+    (tile_rows / columns.max(1)).clamp(1, quarter)
+}
+
+/// The largest slab that one band of a phase needs.
+fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
+    let q = p.out_w.saturating_sub(f.column0).div_ceil(p.step());
+    let (c, block) = (p.c, p.block());
+    let Phase { r, s, stride, pad_y, pad_x, .. } = *f;
+    let mut slab = Slab { c, block, images, r, s, stride, pad_y, pad_x, band: 1, q };
+    let rows = part_rows.div_ceil(p.step()).max(1);
+    while slab.band < rows && (Slab { band: slab.band + 1, ..slab }).len() <= SLAB_FLOATS {
+        slab.band += 1;
+    }
+    // bands of equal height
+    slab.band = rows.div_ceil(rows.div_ceil(slab.band));
+    slab
+}
+
+pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
+    let plan = Plan::new(p, isa);
+    plan.filters_len + plan.lanes(p) * plan.slab_len
+}
+
+/// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if `accumulate`.
+pub fn run(
+    p: &Problem,
+    isa: Isa,
+    out: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    workspace: &mut [f32],
+    accumulate: bool,
+) {
+    if out.is_empty() {
+        return;
+    }
+    let plan = Plan::new(p, isa);
+    if plan.slab_len == 0 {
+        // no tap meets any output
+        if !accumulate {
+            out.fill(0.0);
+        }
+        return;
+    }
+    let (filters, slabs) = workspace.split_at_mut(plan.filters_len);
+    let mut rest = &mut *filters;
+    for f in p.phases() {
+        let (packed, tail) = rest.split_at_mut(plan.blocks.padded() * f.r * f.s * p.c);
+        f.view.pack(packed, w, plan.blocks, p.block());
+        rest = tail;
+    }
+    let filters = &*filters;
+    let part_len =
+        if plan.parts > 1 { plan.part_rows * p.out_w * p.k } else { plan.span * p.image_len() };
+    out.par_chunks_mut(plan.span * p.image_len())
+        .zip(slabs.par_chunks_mut(plan.parts * plan.slab_len))
+        .enumerate()
+        .for_each(|(span, (out, slabs))| {
+            let x = &x[span * plan.span * p.h * p.w * p.c..];
+            out.par_chunks_mut(part_len)
+                .zip(slabs.par_chunks_mut(plan.slab_len))
+                .enumerate()
+                .for_each(|(part, (out, slab))| {
+                    let lane = Lane { p, plan: &plan, x, filters, accumulate };
+                    lane.run(out, slab, part * plan.part_rows);
+                });
+        });
+}
+
+struct Lane<'a> {
+    p: &'a Problem,
+    plan: &'a Plan,
+    /// From the first image of the lane.
+    x: &'a [f32],
+    filters: &'a [f32],
+    accumulate: bool,
+}
+
+impl Lane<'_> {
+    /// Fills `out`: whole images, or the rows of one image from `first_row` on.
+    fn run(&self, out: &mut [f32], slab: &mut [f32], first_row: usize) {
+        let p = self.p;
+        for (g, out) in out.chunks_mut(self.plan.group * p.image_len()).enumerate() {
+            let x = &self.x[g * self.plan.group * p.h * p.w * p.c..];
+            let images = if self.plan.parts > 1 { 1 } else { out.len() / p.image_len() };
+            let rows = out.len() / images / (p.out_w * p.k);
+            let mut filters = self.filters;
+            for f in p.phases() {
+                let (packed, rest) = filters.split_at(self.plan.blocks.padded() * f.r * f.s * p.c);
+                filters = rest;
+                if (f.r == 0 || f.s == 0) && self.accumulate {
+                    continue;
+                }
+                self.run_phase(&f, out, x, packed, slab, images, first_row, rows);
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn run_phase(
+        &self,
+        f: &Phase,
+        out: &mut [f32],
+        x: &[f32],
+        filters: &[f32],
+        slab: &mut [f32],
+        images: usize,
+        first_row: usize,
+        rows: usize,
+    ) {
+        let p = self.p;
+        let step = p.step();
+        let shape = band_slab(p, f, images, self.plan.part_rows);
+        if shape.q == 0 {
+            return;
+        }
+        let outputs = rows.saturating_sub(f.row0).div_ceil(step);
+        for start in (0..outputs).step_by(shape.band) {
+            let band = shape.band.min(outputs - start);
+            let first = first_row / step + start;
+            let shape = Slab { band, ..shape };
+            shape.pack(slab, x, p.h, p.w, first);
+            let band =
+                Band { lane: self, f, shape, slab, first, row0: start * step + f.row0, rows };
+            let mut packed = filters;
+            for b in 0..self.plan.blocks.count() {
+                let (block, rest) = packed.split_at(self.plan.blocks.width(b) * f.r * f.s * p.c);
+                packed = rest;
+                band.run_block(out, block, b);
+            }
+        }
+    }
+}
+
+/// A packed band of one phase.
+struct Band<'a> {
+    lane: &'a Lane<'a>,
+    f: &'a Phase,
+    shape: Slab,
+    slab: &'a [f32],
+    /// The band's first output row in its phase, and where that row lies in the lane's output of `rows` rows.
+    first: usize,
+    row0: usize,
+    rows: usize,
+}
+
+impl Band<'_> {
+    /// Outputs `b * blocks.full()..` of every pixel of the band.
+    fn run_block(&self, out: &mut [f32], filters: &[f32], b: usize) {
+        let (p, f, s) = (self.lane.p, self.f, &self.shape);
+        let blocks = self.lane.plan.blocks;
+        let most = self.lane.plan.isa.tile_rows(blocks.vectors(b));
+        let over_images = s.images >= IMAGES_PER_TILE;
+        for i in 0..s.band {
+            let taken = ((self.first + i) * f.stride) as isize;
+            let tap_rows = clip(f.r, f.pad_y - taken, p.h);
+            let out_row = self.row0 + i * p.step();
+            let slab_row = i * s.output_row_len();
+            // a run is a stretch of pixels whose tiles meet the same taps
+            let (runs, length) = if over_images { (s.q, s.images) } else { (1, s.q * s.images) };
+            let tiles = length.div_ceil(most);
+            for run in 0..runs {
+                let tap_columns = if over_images {
+                    clip(f.s, f.pad_x - (run * f.stride) as isize, p.w)
+                } else {
+                    (0, f.s)
+                };
+                for t in 0..tiles {
+                    let (from, to) = (t * length / tiles, (t + 1) * length / tiles);
+                    let pixel = run * length + from;
+                    let mut tile = Correlate {
+                        x: self.slab.as_ptr().wrapping_add(slab_row + pixel * s.block),
+                        w: filters.as_ptr(),
+                        y: out[b * blocks.full()..].as_mut_ptr(),
+                        y_offsets: [0; MAX_ROWS],
+                        live: blocks.live(b),
+                        accumulate: self.lane.accumulate,
+                        c: p.c,
+                        taps: (f.r, f.s),
+                        tap_rows,
+                        tap_columns,
+                        x_block: s.block_len(),
+                        x_row: s.row_len(),
+                        x_phase: s.phase_len(),
+                        x_column: s.column_len(),
+                        stride: f.stride,
+                    };
+                    let (mut column, mut image) = (pixel / s.images, pixel % s.images);
+                    for offset in &mut tile.y_offsets[..to - from] {
+                        let row = image * self.rows + out_row;
+                        *offset = (row * p.out_w + f.column0 + column * p.step()) * p.k;
+                        image += 1;
+                        if image == s.images {
+                            (column, image) = (column + 1, 0);
+                        }
+                    }
+                    let kernel = kernel::correlate(
+                        self.lane.plan.isa,
+                        to - from,
+                        blocks.vectors(b),
+                        s.block,
+                    );
+                    // SAFETY: the slab holds every column the tile's taps meet and every row in `tap_rows`; the
+                    // filters of the block are packed whole; the offsets are those of existing pixels of `out`, and
+                    // `live` ends with the last output.
+                    unsafe { kernel(&tile) }
+                }
+            }
+        }
+    }
+}
+
+/// The taps `lo..hi` of `taps` for which `tap - pad` lies in `0..len`.
+fn clip(taps: usize, pad: isize, len: usize) -> (usize, usize) {
+    let lo = pad.clamp(0, taps as isize) as usize;
+    let hi = (len as isize + pad).clamp(lo as isize, taps as isize) as usize;
+    (lo, hi)
+}

@@ -1,0 +1,91 @@
+//! Tables of the tile kernels, one instance for every tile height and instruction set, and the way to call one.
+//!
+//! The heights are compile-time constants because the accumulators have to be registers. A call checks the instruction
+//! set's tile limits; the addresses are the drivers' business.
+
+use super::isa::Isa;
+use super::tile::{Correlate, Outer};
+
+type CorrelateKernel = unsafe fn(&Correlate);
+type OuterKernel = unsafe fn(&Outer);
+
+/// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for tiles one vector wide,
+/// up to `$two` for tiles of two.
+macro_rules! kernels {
+    ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
+        mod $set {
+            use super::super::tile::{self, Correlate, Outer};
+            use super::super::vector::*;
+            use super::{CorrelateKernel, OuterKernel};
+
+            /// # Safety
+            /// That of [`tile::correlate`], with the instruction set present.
+            $(#[$feature])?
+            unsafe fn correlate<const M: usize, const NV: usize, const CB: usize>(t: &Correlate) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { tile::correlate::<$v, M, NV, CB>(t) }
+            }
+
+            /// # Safety
+            /// That of [`tile::outer`], with the instruction set present.
+            $(#[$feature])?
+            unsafe fn outer<const M: usize, const NV: usize>(t: &Outer) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { tile::outer::<$v, M, NV>(t) }
+            }
+
+            pub static CORRELATE_ONE_BY_4: &[CorrelateKernel] = &[$(correlate::<$one, 1, 4>),*];
+            pub static CORRELATE_TWO_BY_4: &[CorrelateKernel] = &[$(correlate::<$two, 2, 4>),*];
+            pub static CORRELATE_ONE_BY_16: &[CorrelateKernel] = &[$(correlate::<$one, 1, 16>),*];
+            pub static CORRELATE_TWO_BY_16: &[CorrelateKernel] = &[$(correlate::<$two, 2, 16>),*];
+            pub static OUTER_ONE: &[OuterKernel] = &[$(outer::<$one, 1>),*];
+            pub static OUTER_TWO: &[OuterKernel] = &[$(outer::<$two, 2>),*];
+        }
+    };
+}
+
+kernels!(portable, Plain, , [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]);
+
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2, Ymm, #[target_feature(enable = "avx2,fma")], [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]);
+
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512, Zmm, #[target_feature(enable = "avx512f")],
+    [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28],
+    [1 2 3 4 5 6 7 8 9 10 11 12 13 14]);
+
+macro_rules! table {
+    ($isa:expr, $name:ident) => {
+        match $isa {
+            Isa::Portable => portable::$name,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::$name,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::$name,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("an x86 instruction set on another processor"),
+        }
+    };
+}
+
+/// The kernel for `rows` pixels, `vectors` vectors of filters, and slabs of `block` (4 or 16) channels.
+pub fn correlate(isa: Isa, rows: usize, vectors: usize, block: usize) -> CorrelateKernel {
+    let table = match (vectors, block) {
+        (1, 4) => table!(isa, CORRELATE_ONE_BY_4),
+        (2, 4) => table!(isa, CORRELATE_TWO_BY_4),
+        (1, 16) => table!(isa, CORRELATE_ONE_BY_16),
+        (2, 16) => table!(isa, CORRELATE_TWO_BY_16),
+        _ => unreachable!("no tile of {vectors} vectors on blocks of {block} channels"),
+    };
+    table[rows - 1]
+}
+
+/// The kernel for `rows` channels and `vectors` vectors of filters.
+pub fn outer(isa: Isa, rows: usize, vectors: usize) -> OuterKernel {
+    let table = match vectors {
+        1 => table!(isa, OUTER_ONE),
+        2 => table!(isa, OUTER_TWO),
+        _ => unreachable!("no tile of {vectors} vectors"),
+    };
+    table[rows - 1]
+}

@@ -1,0 +1,324 @@
+//! Weight gradient: `dw[k, r, s, c] = sum over n, p, q of x[n, p t + r - pad, q t + s - pad, c] dy[n, p, q, k]`.
+//!
+//! For one tap it is a matrix product over pixels. The pixels are cut into chunks and the filters into sets; a task
+//! owns one set on one chunk and adds into its own partial sum, `[block of k][r][s][c][width]`. The chunks are then
+//! summed in order. Chunks and sets follow from the shape, so the sum has one order whatever the threads.
+//!
+//! A task packs a band of rows of `x` (`slab.rs`) and the same band of `dy`, then runs every tap and block over it
+//! while they are in the cache. Taps outside the image are left out.
+
+use rayon::prelude::*;
+
+use super::super::Conv2dDims;
+use super::filter::Blocks;
+use super::LINE;
+use super::isa::Isa;
+use super::kernel;
+use super::slab::Slab;
+use super::tile::Outer;
+
+/// Pixels in a band: so many that adding a tile to the partial sum costs little, so few that both operands of a tile
+/// stay near the first-level cache.
+const BAND_PIXELS: usize = 256;
+
+/// Floats of the slab of `x`, at most (one row is always allowed).
+const SLAB_FLOATS: usize = 160 * 1024;
+
+/// Floats of all partial sums, at most (one chunk is always allowed).
+const PARTIAL_FLOATS: usize = 4 * 1024 * 1024;
+
+/// Tasks wanted, so that several threads finish together.
+const TASKS_WANTED: usize = 32;
+
+/// Blocks of filters that share one packed band of `x`, at most.
+const BLOCKS_PER_SET: usize = 4;
+
+/// How the sum is cut, from the shape and the instruction set.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    isa: Isa,
+    blocks: Blocks,
+    /// Blocks of filters in a set.
+    set: usize,
+    /// Images in a group, output rows in a band.
+    group: usize,
+    band: usize,
+    /// Bands in a chunk, and chunks.
+    chunk: usize,
+    chunks: usize,
+    /// Channels of a tile.
+    tile: usize,
+    slab_len: usize,
+    dy_len: usize,
+}
+
+impl Plan {
+    fn new(d: &Conv2dDims, isa: Isa) -> Plan {
+        let blocks = Blocks { k: d.k, lanes: isa.lanes() };
+        let widest = if d.k <= isa.lanes() { 1 } else { 2 };
+        let tile = d.c.div_ceil(d.c.div_ceil(isa.tile_rows(widest)).max(1));
+        let wanted = if (d.p, d.q) == (1, 1) { BAND_PIXELS } else { 16usize.div_ceil(d.q.max(1)) };
+        let group = wanted.min(SLAB_FLOATS / d.c.max(1)).clamp(1, d.n.max(1));
+        let slab = |band: usize| slab(d, tile, group, band);
+        let mut band = 1;
+        while band < d.p
+            && (band + 1) * d.q * group <= BAND_PIXELS
+            && slab(band + 1).len() <= SLAB_FLOATS
+        {
+            band += 1;
+        }
+        let bands = d.p.div_ceil(band);
+        let units = d.n.div_ceil(group) * bands;
+        let sums = blocks.padded() * d.r * d.s * d.c;
+        // a chunk has a few bands, or the partial sums cost more than they bring
+        let chunks_most = units.div_ceil(2).min(PARTIAL_FLOATS / sums.max(1)).max(1);
+        let mut set = blocks.count().clamp(1, BLOCKS_PER_SET);
+        while set > 1 && blocks.count().div_ceil(set) * chunks_most < TASKS_WANTED / 2 {
+            set -= 1;
+        }
+        let sets = blocks.count().div_ceil(set).max(1);
+        let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
+        Plan {
+            isa,
+            blocks,
+            set,
+            group,
+            band,
+            chunk,
+            chunks: units.div_ceil(chunk),
+            tile,
+            slab_len: slab(band).len().next_multiple_of(LINE),
+            dy_len: (set * blocks.full() * band * d.q * group).next_multiple_of(LINE),
+        }
+    }
+
+    fn sums_len(&self, d: &Conv2dDims) -> usize {
+        (self.blocks.padded() * d.r * d.s * d.c).next_multiple_of(LINE)
+    }
+
+    fn sets(&self) -> usize {
+        self.blocks.count().div_ceil(self.set)
+    }
+
+    fn scratch_len(&self) -> usize {
+        self.slab_len + self.dy_len
+    }
+}
+
+fn slab(d: &Conv2dDims, tile: usize, images: usize, band: usize) -> Slab {
+    let pad = d.pad as isize;
+    let (c, r, s, stride, q) = (d.c, d.r, d.s, d.stride, d.q);
+    Slab { c, block: tile, images, r, s, stride, pad_y: pad, pad_x: pad, band, q }
+}
+
+/// A 1x1 convolution is a matrix product: every pixel is an image of its own.
+fn flattened(d: &Conv2dDims) -> Conv2dDims {
+    if (d.r, d.s, d.stride, d.pad) == (1, 1, 1, 0) {
+        Conv2dDims { n: d.n * d.h * d.w, h: 1, w: 1, p: 1, q: 1, ..*d }
+    } else {
+        *d
+    }
+}
+
+pub fn workspace_len(d: &Conv2dDims, isa: Isa) -> usize {
+    let d = &flattened(d);
+    let plan = Plan::new(d, isa);
+    plan.chunks * (plan.sums_len(d) + plan.sets() * plan.scratch_len())
+}
+
+/// `dw` `[k, r, s, c]`; `dw +=` if `accumulate`.
+pub fn run(
+    d: &Conv2dDims,
+    isa: Isa,
+    dw: &mut [f32],
+    x: &[f32],
+    dy: &[f32],
+    workspace: &mut [f32],
+    accumulate: bool,
+) {
+    let d = &flattened(d);
+    let plan = Plan::new(d, isa);
+    if dw.is_empty() {
+        return;
+    }
+    if x.is_empty() || dy.is_empty() {
+        if !accumulate {
+            dw.fill(0.0);
+        }
+        return;
+    }
+    let sums_len = plan.sums_len(d);
+    let per_set = plan.set * plan.blocks.full() * d.r * d.s * d.c;
+    let (sums, scratch) = workspace.split_at_mut(plan.chunks * sums_len);
+    sums.par_chunks_mut(sums_len)
+        .zip(scratch.par_chunks_mut(plan.sets() * plan.scratch_len()))
+        .enumerate()
+        .for_each(|(chunk, (sums, scratch))| {
+            sums.par_chunks_mut(per_set)
+                .zip(scratch.par_chunks_mut(plan.scratch_len()))
+                .enumerate()
+                .for_each(|(set, (sums, scratch))| {
+                    Task { d, plan: &plan, x, dy, first_block: set * plan.set }
+                        .run(sums, scratch, chunk);
+                });
+        });
+    finish(d, &plan, dw, sums, accumulate);
+}
+
+/// Sums the chunks in order and puts the filters into their own layout.
+fn finish(d: &Conv2dDims, plan: &Plan, dw: &mut [f32], sums: &mut [f32], accumulate: bool) {
+    let (total, others) = sums.split_at_mut(plan.sums_len(d));
+    let others = &*others;
+    let stretch = 4096;
+    total.par_chunks_mut(stretch).enumerate().for_each(|(i, total)| {
+        for other in others.chunks_exact(plan.sums_len(d)) {
+            let other = &other[i * stretch..][..total.len()];
+            total.iter_mut().zip(other).for_each(|(t, o)| *t += o);
+        }
+    });
+    let total = &*total;
+    let per_filter = d.r * d.s * d.c;
+    let full = plan.blocks.full();
+    dw.par_chunks_mut(full * per_filter).enumerate().for_each(|(b, dw)| {
+        let width = plan.blocks.width(b);
+        let sums = &total[b * full * per_filter..][..width * per_filter];
+        // squares, so that a line of either side is used up while it is in the cache
+        for start in (0..per_filter).step_by(16) {
+            let end = per_filter.min(start + 16);
+            for (o, dw) in dw.chunks_exact_mut(per_filter).enumerate() {
+                for (i, dw) in (start..end).zip(&mut dw[start..end]) {
+                    let sum = sums[i * width + o];
+                    *dw = if accumulate { *dw + sum } else { sum };
+                }
+            }
+        }
+    });
+}
+
+/// One set of filters on one chunk of pixels.
+struct Task<'a> {
+    d: &'a Conv2dDims,
+    plan: &'a Plan,
+    x: &'a [f32],
+    dy: &'a [f32],
+    first_block: usize,
+}
+
+impl Task<'_> {
+    fn run(&self, sums: &mut [f32], scratch: &mut [f32], chunk: usize) {
+        let (d, plan) = (self.d, self.plan);
+        sums.fill(0.0);
+        let (x_slab, dy_slab) = scratch.split_at_mut(plan.slab_len);
+        let bands = d.p.div_ceil(plan.band);
+        let units = d.n.div_ceil(plan.group) * bands;
+        for unit in chunk * plan.chunk..units.min((chunk + 1) * plan.chunk) {
+            let (first_image, first) = (unit / bands * plan.group, unit % bands * plan.band);
+            let images = plan.group.min(d.n - first_image);
+            let shape = slab(d, plan.tile, images, plan.band.min(d.p - first));
+            shape.pack(x_slab, &self.x[first_image * d.h * d.w * d.c..], d.h, d.w, first);
+            self.pack_dy(dy_slab, &shape, first_image, first);
+            self.run_band(sums, x_slab, dy_slab, &shape, first);
+        }
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = usize> + use<> {
+        self.first_block..self.plan.blocks.count().min(self.first_block + self.plan.set)
+    }
+
+    /// `slab` `[block][row][column][image][width]`, filters that do not exist being zeros.
+    fn pack_dy(&self, slab: &mut [f32], shape: &Slab, first_image: usize, first: usize) {
+        let d = self.d;
+        let (pixels, images) = (shape.band * d.q * shape.images, shape.images);
+        let full = self.plan.blocks.full();
+        for i in 0..shape.band {
+            for j in 0..d.q {
+                for image in 0..images {
+                    let from = (((first_image + image) * d.p + first + i) * d.q + j) * d.k;
+                    let pixel = (i * d.q + j) * images + image;
+                    let mut start = 0;
+                    for b in self.blocks() {
+                        let (width, live) = (self.plan.blocks.width(b), self.plan.blocks.live(b));
+                        let out = &mut slab[start + pixel * width..][..width];
+                        let from = &self.dy[from + b * full..][..live];
+                        if live == 32 {
+                            out[..32].copy_from_slice(&from[..32]);
+                        } else {
+                            out[..live].copy_from_slice(from);
+                            out[live..].fill(0.0);
+                        }
+                        start += pixels * width;
+                    }
+                }
+            }
+        }
+    }
+
+    fn run_band(
+        &self,
+        sums: &mut [f32],
+        x_slab: &[f32],
+        dy_slab: &[f32],
+        shape: &Slab,
+        first: usize,
+    ) {
+        let (d, plan) = (self.d, self.plan);
+        let images = shape.images;
+        let row_pixels = d.q * images;
+        for c in (0..d.c).step_by(plan.tile) {
+            let channels = plan.tile.min(d.c - c);
+            let x_block = c / plan.tile * shape.block_len();
+            for i in 0..d.r {
+                let (from, to) = valid(first, shape.band, i, d.stride, d.pad, d.h);
+                for j in 0..d.s {
+                    let (left, right) = valid(0, d.q, j, d.stride, d.pad, d.w);
+                    if from == to || left == right {
+                        continue;
+                    }
+                    let x = x_block
+                        + from * shape.output_row_len()
+                        + i * shape.row_len()
+                        + j % d.stride * shape.phase_len()
+                        + (j / d.stride + left) * shape.column_len();
+                    let (mut dy_start, mut sum_start) = (0, 0);
+                    for b in self.blocks() {
+                        let width = plan.blocks.width(b);
+                        let dy = dy_start + (from * row_pixels + left * images) * width;
+                        let dw = sum_start + ((i * d.s + j) * d.c + c) * width;
+                        let tile = Outer {
+                            x: x_slab[x..].as_ptr(),
+                            dy: dy_slab[dy..].as_ptr(),
+                            dw: sums[dw..dw + channels * width].as_mut_ptr(),
+                            runs: to - from,
+                            length: (right - left) * images,
+                            x_run: shape.output_row_len(),
+                            dy_run: row_pixels * width,
+                            x_pixel: plan.tile,
+                        };
+                        let kernel = kernel::outer(plan.isa, channels, plan.blocks.vectors(b));
+                        // SAFETY: rows `from..to` and columns `left..right` are those whose tap lies inside the image,
+                        // which the slab holds; `dy`'s slab holds all rows and columns of the band; the tile of `sums`
+                        // was sliced to its length.
+                        unsafe { kernel(&tile) }
+                        dy_start += shape.band * row_pixels * width;
+                        sum_start += width * d.r * d.s * d.c;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The outputs `lo..hi` of `count` from `first` on (counted from `first`) whose tap lies inside `len` inputs.
+fn valid(
+    first: usize,
+    count: usize,
+    tap: usize,
+    stride: usize,
+    pad: usize,
+    len: usize,
+) -> (usize, usize) {
+    // first + o >= (pad - tap) / stride, and (first + o) * stride < len + pad - tap
+    let lo = pad.saturating_sub(tap).div_ceil(stride).saturating_sub(first).min(count);
+    let hi = (len + pad).saturating_sub(tap).div_ceil(stride).saturating_sub(first).min(count);
+    (lo, hi.max(lo))
+}

@@ -1,0 +1,129 @@
+//! Convolution of images `x [n, h, w, c]` with filters `w [k, r, s, c]`, without bias:
+//! `y[n, p, q, k] = Σ_{r, s, c} x[n, p stride + r - pad, q stride + s - pad, c] w[k, r, s, c]`, zero outside the image.
+//!
+//! `dx` is the correlation of `dy` with the same filters read backwards, `dw` that of `x` with `dy`.
+
+mod cpu;
+mod reference;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+use cpu::Direction;
+
+/// The sizes of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Conv2dDims {
+    /// Images.
+    pub n: usize,
+    /// Input height.
+    pub h: usize,
+    /// Input width.
+    pub w: usize,
+    /// Input channels.
+    pub c: usize,
+    /// Output channels.
+    pub k: usize,
+    /// Filter height.
+    pub r: usize,
+    /// Filter width.
+    pub s: usize,
+    /// Output height.
+    pub p: usize,
+    /// Output width.
+    pub q: usize,
+    /// Step of the filter in both directions.
+    pub stride: usize,
+    /// Zeros around the image, on all four sides.
+    pub pad: usize,
+}
+
+impl Conv2dDims {
+    /// The sizes for an input `[n, h, w, c]` and filters `[k, r, s, c]`.
+    ///
+    /// # Panics
+    /// When the channels differ, `stride` is 0, or the filter does not fit the padded image.
+    #[track_caller]
+    pub fn new(input: [usize; 4], filters: [usize; 4], stride: usize, pad: usize) -> Self {
+        let ([n, h, w, c], [k, r, s, filter_c]) = (input, filters);
+        assert_eq!(c, filter_c, "conv2d: input {input:?} and filters {filters:?} do not fit");
+        assert!(stride > 0, "conv2d: stride 0");
+        assert!(
+            r > 0 && s > 0 && h + 2 * pad >= r && w + 2 * pad >= s,
+            "conv2d: filters {filters:?} do not fit the input {input:?} padded by {pad}"
+        );
+        let p = (h + 2 * pad - r) / stride + 1;
+        let q = (w + 2 * pad - s) / stride + 1;
+        Self { n, h, w, c, k, r, s, p, q, stride, pad }
+    }
+}
+
+/// The convolution of `x [n, h, w, c]` with `w [k, r, s, c]`.
+///
+/// # Panics
+/// As [`Conv2dDims::new`].
+#[track_caller]
+pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t> {
+    let d = Conv2dDims::new(
+        x.value().dims("conv2d: the input"),
+        w.value().dims("conv2d: the filters"),
+        stride,
+        pad,
+    );
+    let device = x.tape().device().clone();
+    let (x_value, w_value) = (x.value().clone(), w.value().clone());
+    let mut y = Tensor::floats(&device, [d.n, d.p, d.q, d.k]);
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let mut workspace = workspace(&x_value, &d, Direction::Forward);
+            let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
+            device.run(|| cpu::forward(y, x, w, workspace.data_mut(), &d));
+        }
+        DeviceKind::Reference => {
+            reference::forward(y.data_mut(), x_value.data(), w_value.data(), &d);
+        }
+    }
+    let (x_id, w_id) = (x.id(), w.id());
+    x.tape().record("conv2d", y, &[x, w], move |dy, gradients| {
+        if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
+            match device.kind() {
+                DeviceKind::Cpu => {
+                    let mut workspace = workspace(&x_value, &d, Direction::WeightGradient);
+                    let (dw, x, dy) = (dw.data_mut(), x_value.data(), dy.data());
+                    device.run(|| {
+                        cpu::weight_gradient(dw, x, dy, workspace.data_mut(), &d, accumulate);
+                    });
+                }
+                DeviceKind::Reference => reference::weight_gradient(
+                    dw.data_mut(),
+                    x_value.data(),
+                    dy.data(),
+                    &d,
+                    accumulate,
+                ),
+            }
+        }
+        if let Some((mut dx, accumulate)) = gradients.target(x_id, x_value.shape()) {
+            match device.kind() {
+                DeviceKind::Cpu => {
+                    let mut workspace = workspace(&x_value, &d, Direction::DataGradient);
+                    let (dx, dy, w) = (dx.data_mut(), dy.data(), w_value.data());
+                    device.run(|| {
+                        cpu::data_gradient(dx, dy, w, workspace.data_mut(), &d, accumulate);
+                    });
+                }
+                DeviceKind::Reference => reference::data_gradient(
+                    dx.data_mut(),
+                    dy.data(),
+                    w_value.data(),
+                    &d,
+                    accumulate,
+                ),
+            }
+        }
+    })
+}
+
+fn workspace(x: &Tensor, d: &Conv2dDims, direction: Direction) -> Tensor {
+    Tensor::floats(x.device(), [cpu::workspace_len(d, direction)])
+}

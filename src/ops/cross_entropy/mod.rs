@@ -1,0 +1,84 @@
+//! Softmax cross-entropy: `L = mean_i (lse(x_i) - x_i[label_i])` over `x [n, k]` and labels `0..k`; a scalar.
+//!
+//! `dx_i = (softmax(x_i) - onehot(label_i)) dL / n`.
+
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// The mean cross-entropy of logits `x [n, k]` against `labels [n]` (i32, each in `0..k`).
+///
+/// # Panics
+/// When the shapes do not fit, `n` is 0, or a label is out of range.
+#[track_caller]
+pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
+    let [n, k] = x.value().dims("cross_entropy: the logits");
+    assert_eq!(**labels.shape(), [n], "cross_entropy: labels {:?}, {n} rows", labels.shape());
+    assert!(n > 0, "cross_entropy: no rows");
+    let bad = labels.data::<i32>().iter().find(|&&l| l < 0 || l as usize >= k);
+    assert!(bad.is_none(), "cross_entropy: label {} of {k} classes", bad.unwrap_or(&0));
+    let device = x.tape().device().clone();
+    let (x_value, labels) = (x.value().clone(), labels.clone());
+    let rows: f64 = match device.kind() {
+        DeviceKind::Cpu => {
+            // Row losses in f64, summed in order.
+            x_value
+                .data::<f32>()
+                .chunks_exact(k)
+                .zip(labels.data::<i32>())
+                .map(|(row, &label)| {
+                    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let sum: f64 = row.iter().map(|&v| f64::from((v - max).exp())).sum();
+                    sum.ln() + f64::from(max) - f64::from(row[label as usize])
+                })
+                .sum()
+        }
+        DeviceKind::Reference => {
+            let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
+            rows.map(|(row, &label)| log_sum_exp(row) - row[label as usize]).sum()
+        }
+    };
+    let y = Tensor::from_f64(&device, [], &[rows / n as f64]);
+    let x_id = x.id();
+    x.tape().record("cross_entropy", y, &[x], move |dy, gradients| {
+        let mut dx = x_value.empty_like();
+        let scale = dy.scalar() / n as f64;
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dx, x) = (dx.data_mut::<f32>(), x_value.data::<f32>());
+                let rows = x.par_chunks(k).zip(labels.data::<i32>());
+                let softmax = |(dx, (x, &label)): (&mut [f32], (&[f32], &i32))| {
+                    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let mut sum = 0.0;
+                    for (dx, x) in dx.iter_mut().zip(x) {
+                        *dx = (x - max).exp();
+                        sum += f64::from(*dx);
+                    }
+                    let factor = (scale / sum) as f32;
+                    dx.iter_mut().for_each(|dx| *dx *= factor);
+                    dx[label as usize] -= scale as f32;
+                };
+                device.run(|| dx.par_chunks_mut(k).zip(rows).for_each(softmax));
+            }
+            DeviceKind::Reference => {
+                let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
+                let rows = dx.data_mut::<f64>().chunks_exact_mut(k).zip(rows);
+                for (dx, (x, &label)) in rows {
+                    let lse = log_sum_exp(x);
+                    for (j, (dx, x)) in dx.iter_mut().zip(x).enumerate() {
+                        let target = f64::from(j == label as usize);
+                        *dx = ((x - lse).exp() - target) * scale;
+                    }
+                }
+            }
+        }
+        gradients.add(x_id, dx);
+    })
+}
+
+fn log_sum_exp(row: &[f64]) -> f64 {
+    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    row.iter().map(|v| (v - max).exp()).sum::<f64>().ln() + max
+}

@@ -1,0 +1,95 @@
+//! Rows on the unit sphere: `y_i = x_i / max(|x_i|, eps)`, `x [n, d]`, eps 1e-12 (PyTorch's `normalize`).
+//!
+//! `dx_i = (dy_i - y_i <y_i, dy_i>) / |x_i|`; below eps the norm is a constant and `dx_i = dy_i / eps`.
+
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// The smallest norm that is divided by.
+pub(crate) const EPS: f64 = 1e-12;
+
+/// Unit rows of `x [n, d]`.
+///
+/// # Panics
+/// When `x` is not of rank 2.
+#[track_caller]
+pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
+    let [n, d] = x.value().dims("l2_normalize: the input");
+    let device = x.tape().device().clone();
+    let mut y = x.value().empty_like();
+    let mut norms = Tensor::floats(&device, [n]);
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (y, norms, x) = (y.data_mut(), norms.data_mut(), x.value().data());
+            device.run(|| forward_cpu(y, norms, x, d));
+        }
+        DeviceKind::Reference => {
+            forward_reference(y.data_mut(), norms.data_mut(), x.value().data(), d);
+        }
+    }
+    let (x_id, saved) = (x.id(), y.clone());
+    x.tape().record("l2_normalize", y, &[x], move |dy, gradients| {
+        let mut dx = dy.empty_like();
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dx, dy, y, norms) = (dx.data_mut(), dy.data(), saved.data(), norms.data());
+                device.run(|| backward_cpu(dx, dy, y, norms, d));
+            }
+            DeviceKind::Reference => {
+                backward_reference(dx.data_mut(), dy.data(), saved.data(), norms.data(), d);
+            }
+        }
+        gradients.add(x_id, dx);
+    })
+}
+
+fn forward_cpu(y: &mut [f32], norms: &mut [f32], x: &[f32], d: usize) {
+    let rows = y.par_chunks_mut(d.max(1)).zip(x.par_chunks(d.max(1)));
+    rows.zip(norms).for_each(|((y, x), norm)| {
+        let square: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
+        *norm = square.sqrt() as f32;
+        let scale = 1.0 / norm.max(EPS as f32);
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = x * scale;
+        }
+    });
+}
+
+fn backward_cpu(dx: &mut [f32], dy: &[f32], y: &[f32], norms: &[f32], d: usize) {
+    let inputs = dy.par_chunks(d.max(1)).zip(y.par_chunks(d.max(1))).zip(norms);
+    dx.par_chunks_mut(d.max(1)).zip(inputs).for_each(|(dx, ((dy, y), &norm))| {
+        let scale = 1.0 / norm.max(EPS as f32);
+        let dot = if norm > EPS as f32 {
+            y.iter().zip(dy).map(|(&y, &dy)| f64::from(y) * f64::from(dy)).sum::<f64>() as f32
+        } else {
+            0.0
+        };
+        for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+            *dx = (dy - y * dot) * scale;
+        }
+    });
+}
+
+fn forward_reference(y: &mut [f64], norms: &mut [f64], x: &[f64], d: usize) {
+    for (i, norm) in norms.iter_mut().enumerate() {
+        let row = i * d..(i + 1) * d;
+        *norm = x[row.clone()].iter().map(|v| v * v).sum::<f64>().sqrt();
+        for j in row {
+            y[j] = x[j] / norm.max(EPS);
+        }
+    }
+}
+
+fn backward_reference(dx: &mut [f64], dy: &[f64], y: &[f64], norms: &[f64], d: usize) {
+    for (i, &norm) in norms.iter().enumerate() {
+        let row = i * d..(i + 1) * d;
+        let dot: f64 = row.clone().map(|j| y[j] * dy[j]).sum();
+        for j in row {
+            let along = if norm > EPS { y[j] * dot } else { 0.0 };
+            dx[j] = (dy[j] - along) / norm.max(EPS);
+        }
+    }
+}

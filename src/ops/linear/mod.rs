@@ -1,0 +1,95 @@
+//! Linear layer: `y = x Wᵀ + b` with `x [n, d]`, `W [k, d]`, `b [k]`, `y [n, k]`.
+//!
+//! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_n dy`. A 1x1 convolution is the same product over pixels.
+
+mod cpu;
+mod reference;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// The sizes of a linear layer.
+#[derive(Clone, Copy, Debug)]
+struct Dims {
+    n: usize,
+    d: usize,
+    k: usize,
+}
+
+/// `x Wᵀ + b`.
+///
+/// # Panics
+/// When `x [n, d]`, `w [k, d]` and `bias [k]` do not fit.
+#[track_caller]
+pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
+    let [n, d] = x.value().dims("linear: the input");
+    let [k, w_d] = w.value().dims("linear: the weights");
+    assert_eq!(d, w_d, "linear: input {:?} and weights {:?} do not fit", x.shape(), w.shape());
+    if let Some(bias) = bias {
+        assert_eq!(**bias.shape(), [k], "linear: bias {:?} for {k} outputs", bias.shape());
+    }
+    let dims = Dims { n, d, k };
+    let device = x.tape().device().clone();
+    let mut y = Tensor::floats(&device, [n, k]);
+    let (x_value, w_value) = (x.value().clone(), w.value().clone());
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
+            let bias = bias.map(|b| b.value().data());
+            device.run(|| cpu::forward(y, x, w, bias, dims));
+        }
+        DeviceKind::Reference => reference::forward(
+            y.data_mut(),
+            x_value.data(),
+            w_value.data(),
+            bias.map(|b| b.value().data()),
+            dims,
+        ),
+    }
+    let (x_id, w_id, bias_id) = (x.id(), w.id(), bias.map(Var::id));
+    let mut inputs = vec![x, w];
+    inputs.extend(bias);
+    x.tape().record("linear", y, &inputs, move |dy, gradients| {
+        if let Some((mut dx, accumulate)) = gradients.target(x_id, x_value.shape()) {
+            match device.kind() {
+                DeviceKind::Cpu => {
+                    let (dx, dy, w) = (dx.data_mut(), dy.data(), w_value.data());
+                    device.run(|| cpu::input_gradient(dx, dy, w, dims, accumulate));
+                }
+                DeviceKind::Reference => reference::input_gradient(
+                    dx.data_mut(),
+                    dy.data(),
+                    w_value.data(),
+                    dims,
+                    accumulate,
+                ),
+            }
+        }
+        if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
+            match device.kind() {
+                DeviceKind::Cpu => {
+                    let (dw, dy, x) = (dw.data_mut(), dy.data(), x_value.data());
+                    device.run(|| cpu::weight_gradient(dw, dy, x, dims, accumulate));
+                }
+                DeviceKind::Reference => reference::weight_gradient(
+                    dw.data_mut(),
+                    dy.data(),
+                    x_value.data(),
+                    dims,
+                    accumulate,
+                ),
+            }
+        }
+        if let Some(id) = bias_id
+            && let Some((mut db, accumulate)) = gradients.target(id, &[k].into())
+        {
+            match device.kind() {
+                DeviceKind::Cpu => cpu::bias_gradient(db.data_mut(), dy.data(), accumulate),
+                DeviceKind::Reference => {
+                    reference::bias_gradient(db.data_mut(), dy.data(), accumulate);
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,32 @@
+//! The primitives (floor 3).
+//!
+//! Each is a folder: `mod.rs` has the maths with shapes and source, the checks and the recording on the tape; `cpu.rs`
+//! the f32 path over slices; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
+//! not to be fast. A new primitive is a folder, the re-export below and a row in the case table of the tests.
+
+mod add;
+mod batch_norm;
+mod conv2d;
+mod cross_entropy;
+mod l2_normalize;
+mod linear;
+mod nt_xent;
+mod pool;
+mod relu;
+pub(crate) mod rows;
+mod scale;
+
+pub use add::add;
+pub(crate) use add::add_into;
+pub use batch_norm::{BatchNorm, Running, batch_norm};
+pub use conv2d::{Conv2dDims, conv2d};
+pub use cross_entropy::cross_entropy;
+pub use l2_normalize::l2_normalize;
+pub use linear::linear;
+pub use nt_xent::nt_xent;
+pub use pool::{max_pool, mean_pool};
+pub use relu::relu;
+pub use scale::{mean, scale};
+
+/// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.
+pub(crate) const CHUNK: usize = 1 << 14;

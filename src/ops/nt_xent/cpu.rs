@@ -1,0 +1,109 @@
+//! Tiles of similarities, rows in parallel; a tile lives in cache from its product to its exponentials.
+
+use rayon::prelude::*;
+
+use super::Dims;
+use crate::device::{Matrix, product_alone};
+
+/// Rows of a task, and columns of a tile.
+const BLOCK: usize = 64;
+const TILE: usize = 256;
+
+/// Below this temperature the fixed maximum would push exponentials out of f32's range.
+const FIXED_MAXIMUM_FROM: f64 = 0.025;
+
+pub(super) fn workspace_len(dims: Dims) -> usize {
+    dims.rows.div_ceil(BLOCK) * BLOCK * TILE
+}
+
+/// Calls `f(first column, similarities [block, columns], columns)` for each tile of one block of rows.
+fn tiles(
+    tile: &mut [f32],
+    z: &[f32],
+    first_row: usize,
+    block: usize,
+    dims: Dims,
+    mut f: impl FnMut(usize, &mut [f32], usize),
+) {
+    let Dims { rows, d, .. } = dims;
+    let own = Matrix::new(&z[first_row * d..], block, d);
+    for first in (0..rows).step_by(TILE) {
+        let columns = TILE.min(rows - first);
+        let similarities = &mut tile[..block * columns];
+        let others = Matrix::new(&z[first * d..], columns, d).transposed();
+        product_alone(similarities, own, others, false);
+        f(first, similarities, columns);
+    }
+}
+
+/// Fills `lse` and returns the loss.
+pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: Dims) -> f64 {
+    let inv_t = (1.0 / dims.temperature) as f32;
+    let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
+    let tasks = lse.par_chunks_mut(BLOCK).zip(workspace.par_chunks_mut(BLOCK * TILE));
+    tasks.enumerate().for_each(|(b, (lse, tile))| {
+        let mut sums = [0.0_f64; BLOCK];
+        let mut maxima = [if fixed { inv_t } else { f32::NEG_INFINITY }; BLOCK];
+        tiles(tile, z, b * BLOCK, lse.len(), dims, |first, similarities, columns| {
+            for (r, row) in similarities.chunks_exact_mut(columns).enumerate() {
+                let own = b * BLOCK + r;
+                if (first..first + columns).contains(&own) {
+                    row[own - first] = f32::NEG_INFINITY; // no row is its own negative
+                }
+                if !fixed {
+                    let max = row.iter().fold(maxima[r], |max, s| max.max(s * inv_t));
+                    if max > maxima[r] {
+                        sums[r] *= f64::from((maxima[r] - max).exp());
+                        maxima[r] = max;
+                    }
+                }
+                sums[r] += row.iter().map(|s| f64::from((s * inv_t - maxima[r]).exp())).sum::<f64>();
+            }
+        });
+        for (r, lse) in lse.iter_mut().enumerate() {
+            *lse = (sums[r].ln() + f64::from(maxima[r])) as f32;
+        }
+    });
+    let d = dims.d;
+    let losses = lse.iter().enumerate().map(|(i, &lse)| {
+        let (own, positive) = (&z[i * d..][..d], &z[dims.positive(i) * d..][..d]);
+        let s: f64 = own.iter().zip(positive).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        f64::from(lse) - s / dims.temperature
+    });
+    losses.sum::<f64>() / dims.rows as f64
+}
+
+pub(super) fn backward(
+    dz: &mut [f32],
+    workspace: &mut [f32],
+    z: &[f32],
+    lse: &[f32],
+    dims: Dims,
+    scale: f64,
+) {
+    let d = dims.d;
+    let (inv_t, scale) = ((1.0 / dims.temperature) as f32, scale as f32);
+    let tasks = dz.par_chunks_mut(BLOCK * d).zip(workspace.par_chunks_mut(BLOCK * TILE));
+    tasks.enumerate().for_each(|(b, (dz, tile))| {
+        let block = dz.len() / d;
+        dz.fill(0.0);
+        tiles(tile, z, b * BLOCK, block, dims, |first, weights, columns| {
+            for (r, row) in weights.chunks_exact_mut(columns).enumerate() {
+                let own = b * BLOCK + r;
+                for (weight, lse_j) in row.iter_mut().zip(&lse[first..]) {
+                    let logit = *weight * inv_t;
+                    *weight = scale * ((logit - lse[own]).exp() + (logit - lse_j).exp());
+                }
+                let positive = dims.positive(own);
+                if (first..first + columns).contains(&own) {
+                    row[own - first] = 0.0;
+                }
+                if (first..first + columns).contains(&positive) {
+                    row[positive - first] -= 2.0 * scale;
+                }
+            }
+            let weights = Matrix::new(weights, block, columns);
+            product_alone(dz, weights, Matrix::new(&z[first * d..], columns, d), true);
+        });
+    });
+}

@@ -1,0 +1,119 @@
+//! Max pooling; comparisons only, so one generic loop serves both devices.
+
+use rayon::prelude::*;
+
+use crate::device::{Device, DeviceKind};
+use crate::tape::Var;
+use crate::tensor::{Element, Tensor};
+
+/// The sizes of a max pooling.
+#[derive(Clone, Copy, Debug)]
+struct Dims {
+    h: usize,
+    w: usize,
+    c: usize,
+    p: usize,
+    q: usize,
+    size: usize,
+    stride: usize,
+    pad: usize,
+}
+
+impl Dims {
+    /// The rows, or columns, of `of` that window `o` covers.
+    fn window(self, o: usize, of: usize) -> std::ops::Range<usize> {
+        let start = o * self.stride;
+        start.saturating_sub(self.pad)..(start + self.size).saturating_sub(self.pad).min(of)
+    }
+
+    /// First elements of the pixels of window `(p, q)`, in row order.
+    fn pixels(self, p: usize, q: usize) -> impl Iterator<Item = usize> {
+        let columns = self.window(q, self.w);
+        self.window(p, self.h)
+            .flat_map(move |i| columns.clone().map(move |j| (i * self.w + j) * self.c))
+    }
+}
+
+/// Largest values of `size x size` windows, `stride` apart, over `x [n, h, w, c]` padded by `pad`.
+///
+/// # Panics
+/// When a window does not fit the padded image, `stride` is 0 or `pad` is more than half of `size`.
+#[track_caller]
+pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<'t> {
+    let [n, h, w, c] = x.value().dims("max_pool: the input");
+    assert!(stride > 0 && 2 * pad <= size, "max_pool: size {size}, stride {stride}, pad {pad}");
+    assert!(
+        size > 0 && h.min(w) + 2 * pad >= size,
+        "max_pool: {size} x {size} windows do not fit {h} x {w} images padded by {pad}"
+    );
+    let p = (h + 2 * pad - size) / stride + 1;
+    let q = (w + 2 * pad - size) / stride + 1;
+    let dims = Dims { h, w, c, p, q, size, stride, pad };
+    let device = x.tape().device();
+    let mut y = Tensor::floats(device, [n, p, q, c]);
+    match device.kind() {
+        DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), dims, device),
+        DeviceKind::Reference => forward::<f64>(&mut y, x.value(), dims, device),
+    }
+    let (x_id, x_value, y_value) = (x.id(), x.value().clone(), y.clone());
+    x.tape().record("max_pool", y, &[x], move |dy, gradients| {
+        let device = dy.device();
+        let mut dx = Tensor::floats(device, *x_value.shape());
+        match device.kind() {
+            DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, &x_value, &y_value, dims, device),
+            DeviceKind::Reference => {
+                backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device);
+            }
+        }
+        gradients.add(x_id, dx);
+    })
+}
+
+fn forward<T: Element + PartialOrd>(y: &mut Tensor, x: &Tensor, dims: Dims, device: &Device) {
+    let Dims { h, w, c, p, q, .. } = dims;
+    let (y, x) = (y.data_mut::<T>(), x.data::<T>());
+    device.run(|| {
+        let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
+        images.for_each(|(y, x)| {
+            for (o, y) in y.chunks_exact_mut(c).enumerate() {
+                for (i, pixel) in dims.pixels(o / q, o % q).enumerate() {
+                    for (y, &x) in y.iter_mut().zip(&x[pixel..pixel + c]) {
+                        // `x != x`: a NaN wins, and stays.
+                        #[allow(clippy::eq_op)]
+                        if i == 0 || x > *y || x != x {
+                            *y = x;
+                        }
+                    }
+                }
+            }
+        });
+    });
+}
+
+fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
+    dx: &mut Tensor,
+    dy: &Tensor,
+    x: &Tensor,
+    y: &Tensor,
+    dims: Dims,
+    device: &Device,
+) {
+    let Dims { h, w, c, p, q, .. } = dims;
+    let (dx, dy, x, y) = (dx.data_mut::<T>(), dy.data::<T>(), x.data::<T>(), y.data::<T>());
+    let (input, output) = ((h * w * c).max(1), (p * q * c).max(1));
+    device.run(|| {
+        let images = x.par_chunks(input).zip(dy.par_chunks(output).zip(y.par_chunks(output)));
+        dx.par_chunks_mut(input).zip(images).for_each(|(dx, (x, (dy, y)))| {
+            dx.fill(T::default());
+            let outputs = dy.chunks_exact(c).zip(y.chunks_exact(c));
+            for (o, (dy, y)) in outputs.enumerate() {
+                for j in 0..c {
+                    let first = dims.pixels(o / q, o % q).find(|&pixel| x[pixel + j] == y[j]);
+                    if let Some(pixel) = first {
+                        dx[pixel + j] += dy[j];
+                    }
+                }
+            }
+        });
+    });
+}

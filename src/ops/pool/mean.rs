@@ -1,0 +1,62 @@
+//! Global mean pooling; one generic loop serves both devices, with sums in f64.
+
+use rayon::prelude::*;
+
+use crate::device::{Device, DeviceKind};
+use crate::tape::Var;
+use crate::tensor::{Float, Tensor};
+
+/// The mean over all pixels: `[n, h, w, c]` to `[n, c]`.
+///
+/// # Panics
+/// When `x` is not of rank 4, or has no pixels.
+#[track_caller]
+pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
+    let [n, h, w, c] = x.value().dims("mean_pool: the input");
+    assert!(h * w > 0, "mean_pool: images of {h} x {w} have no mean");
+    let device = x.tape().device();
+    let mut y = Tensor::floats(device, [n, c]);
+    match device.kind() {
+        DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), device),
+        DeviceKind::Reference => forward::<f64>(&mut y, x.value(), device),
+    }
+    let (x_id, shape) = (x.id(), *x.shape());
+    x.tape().record("mean_pool", y, &[x], move |dy, gradients| {
+        let device = dy.device();
+        let mut dx = Tensor::floats(device, shape);
+        match device.kind() {
+            DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, device),
+            DeviceKind::Reference => backward::<f64>(&mut dx, &dy, device),
+        }
+        gradients.add(x_id, dx);
+    })
+}
+
+fn forward<T: Float>(y: &mut Tensor, x: &Tensor, device: &Device) {
+    let c = y.shape()[1].max(1);
+    let image = x.shape()[1] * x.shape()[2] * c;
+    let (y, x) = (y.data_mut::<T>(), x.data::<T>());
+    device.run(|| {
+        y.par_chunks_mut(c).zip(x.par_chunks(image)).for_each(|(y, x)| {
+            for (j, y) in y.iter_mut().enumerate() {
+                let sum: f64 = x.iter().skip(j).step_by(c).map(|v| v.widen()).sum();
+                *y = T::narrow(sum / (image / c) as f64);
+            }
+        });
+    });
+}
+
+fn backward<T: Float>(dx: &mut Tensor, dy: &Tensor, device: &Device) {
+    let c = dy.shape()[1].max(1);
+    let image = dx.shape()[1] * dx.shape()[2] * c;
+    let (dx, dy) = (dx.data_mut::<T>(), dy.data::<T>());
+    device.run(|| {
+        dx.par_chunks_mut(image).zip(dy.par_chunks(c)).for_each(|(dx, dy)| {
+            for pixel in dx.chunks_exact_mut(c) {
+                for (dx, &dy) in pixel.iter_mut().zip(dy) {
+                    *dx = T::narrow(dy.widen() / (image / c) as f64);
+                }
+            }
+        });
+    });
+}

@@ -1,0 +1,56 @@
+//! `y = max(x, 0)`, element by element; `dx = dy` where `y > 0`, else 0.
+//!
+//! The mask is recomputed from `y`, which the next operation keeps anyway. At 0 the gradient is 0, as in PyTorch.
+
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::ops::CHUNK;
+use crate::tape::Var;
+
+/// `max(x, 0)` of any shape.
+pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {
+    let device = x.tape().device().clone();
+    let mut y = x.value().empty_like();
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (y, x) = (y.data_mut::<f32>(), x.value().data::<f32>());
+            device.run(|| {
+                y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+                    for (y, x) in y.iter_mut().zip(x) {
+                        *y = if *x < 0.0 { 0.0 } else { *x }; // not `max`, which would hide a NaN
+                    }
+                });
+            });
+        }
+        DeviceKind::Reference => {
+            for (y, x) in y.data_mut::<f64>().iter_mut().zip(x.value().data::<f64>()) {
+                *y = if *x < 0.0 { 0.0 } else { *x };
+            }
+        }
+    }
+    let (x_id, saved) = (x.id(), y.clone());
+    x.tape().record("relu", y, &[x], move |dy, gradients| {
+        let mut dx = dy.empty_like();
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dx, dy, y) = (dx.data_mut::<f32>(), dy.data::<f32>(), saved.data::<f32>());
+                device.run(|| {
+                    let inputs = dy.par_chunks(CHUNK).zip(y.par_chunks(CHUNK));
+                    dx.par_chunks_mut(CHUNK).zip(inputs).for_each(|(dx, (dy, y))| {
+                        for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+                            *dx = if *y > 0.0 { *dy } else { 0.0 };
+                        }
+                    });
+                });
+            }
+            DeviceKind::Reference => {
+                let (dy, y) = (dy.data::<f64>(), saved.data::<f64>());
+                for ((dx, dy), y) in dx.data_mut::<f64>().iter_mut().zip(dy).zip(y) {
+                    *dx = if *y > 0.0 { *dy } else { 0.0 };
+                }
+            }
+        }
+        gradients.add(x_id, dx);
+    })
+}

@@ -1,0 +1,50 @@
+//! `y = factor x`, and the mean of scalars: how losses are put together.
+
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::ops::{CHUNK, add};
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// `factor x`, of any shape.
+pub fn scale<'t>(x: &Var<'t>, factor: f64) -> Var<'t> {
+    let y = scaled(x.value(), factor);
+    let x_id = x.id();
+    x.tape().record("scale", y, &[x], move |dy, gradients| {
+        gradients.add(x_id, scaled(&dy, factor));
+    })
+}
+
+/// The mean of scalars.
+///
+/// # Panics
+/// When there are none, or their shapes differ.
+#[track_caller]
+pub fn mean<'t>(terms: &[Var<'t>]) -> Var<'t> {
+    let (first, rest) = terms.split_first().expect("mean: of no terms");
+    let sum = rest.iter().fold(first.clone(), |sum, term| add(&sum, term));
+    scale(&sum, 1.0 / terms.len() as f64)
+}
+
+fn scaled(x: &Tensor, factor: f64) -> Tensor {
+    let mut y = x.empty_like();
+    match x.device().kind() {
+        DeviceKind::Cpu => {
+            let (y, x_data, factor) = (y.data_mut::<f32>(), x.data::<f32>(), factor as f32);
+            x.device().run(|| {
+                y.par_chunks_mut(CHUNK).zip(x_data.par_chunks(CHUNK)).for_each(|(y, x)| {
+                    for (y, x) in y.iter_mut().zip(x) {
+                        *y = factor * x;
+                    }
+                });
+            });
+        }
+        DeviceKind::Reference => {
+            for (y, x) in y.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
+                *y = factor * x;
+            }
+        }
+    }
+    y
+}

@@ -1,0 +1,37 @@
+//! The momentum encoder's update: `target = m target + (1 - m) online` over every parameter, batch norm's included.
+//!
+//! Running statistics are not averaged: the target keeps its own (MoCo and BYOL alike, methods.md 1.0).
+
+use rayon::prelude::*;
+
+use crate::arena::Arena;
+use crate::ops::CHUNK;
+use crate::tensor::{DType, Float};
+
+/// Moves `target` towards `online`; `momentum` in `0..=1` is the weight of the old value.
+///
+/// # Panics
+/// When the arenas have different layouts or the momentum is out of range.
+#[track_caller]
+pub fn ema(target: &mut Arena, online: &Arena, momentum: f64) {
+    assert!((0.0..=1.0).contains(&momentum), "ema: momentum {momentum} is not in 0..=1");
+    assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
+    match online.values().dtype() {
+        DType::F64 => average::<f64>(target, online, momentum),
+        _ => average::<f32>(target, online, momentum),
+    }
+}
+
+fn average<T: Float>(target: &mut Arena, online: &Arena, momentum: f64) {
+    let online = online.values().data::<T>();
+    let device = target.device().clone();
+    let target = target.values_mut().data_mut::<T>();
+    device.run(|| {
+        target.par_chunks_mut(CHUNK).zip(online.par_chunks(CHUNK)).for_each(|(target, online)| {
+            for (target, online) in target.iter_mut().zip(online) {
+                *target =
+                    T::narrow(momentum * target.widen() + (1.0 - momentum) * online.widen());
+            }
+        });
+    });
+}

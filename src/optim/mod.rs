@@ -1,0 +1,9 @@
+//! Updates over whole arenas (floor 4): SGD, LARS, the momentum encoder, learning-rate schedules.
+
+mod ema;
+mod optimizer;
+mod schedule;
+
+pub use ema::ema;
+pub use optimizer::{Exclude, Lars, Optimizer, Rule, Sgd, TrustNorm};
+pub use schedule::{LrRule, Schedule};

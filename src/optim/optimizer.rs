@@ -1,0 +1,283 @@
+//! SGD and LARS over an arena.
+//!
+//! SGD as PyTorch has it: `g += wd w; m = mu m + g; w -= lr m` (Nesterov: `w -= lr (g + mu m)`).
+//! LARS (You et al. 2017, arXiv:1708.03888) scales each slot's gradient by `eta |w| / |g|` first. Five published codes
+//! disagree on the rest; [`Lars`] has a setting for each point and a constructor for each code
+//! (sources: methods.md 1.0, which names repository and file for each).
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::arena::{Arena, SlotKind};
+use crate::ops::CHUNK;
+use crate::tensor::{DType, Float, Tensor};
+
+/// Which slots are spared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exclude {
+    /// None: biases and batch norm are treated as all others.
+    Nothing,
+    /// Biases and batch norm's gains and shifts have no weight decay and, in LARS, no trust ratio.
+    BiasAndNorm,
+}
+
+impl Exclude {
+    fn spares(self, kind: SlotKind) -> bool {
+        self == Exclude::BiasAndNorm && kind.is_bias_or_norm()
+    }
+}
+
+/// Stochastic gradient descent.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sgd {
+    /// The share of the old direction that is kept, in `0..1`.
+    pub momentum: f64,
+    /// Look ahead along the new direction.
+    pub nesterov: bool,
+    /// Added to the gradient, times the weight.
+    pub weight_decay: f64,
+    /// Slots without weight decay.
+    pub exclude: Exclude,
+}
+
+/// What the weight's norm is divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrustNorm {
+    /// `|g + wd w|`; where either norm is 0 the ratio is 1 (SimCLR, BYOL).
+    OfDecayed,
+    /// `|g| + wd |w| + 1e-8`; where either norm is 0 the gradient stays as it is, without decay (LARC and its heirs).
+    SumOfNorms,
+}
+
+/// Layer-wise adaptive rate scaling.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lars {
+    /// The trust coefficient, eta.
+    pub trust: f64,
+    /// What the weight's norm is divided by.
+    pub norm: TrustNorm,
+    /// Never scale beyond plain SGD: the ratio is `min(ratio / lr, 1)`.
+    pub clip: bool,
+    /// The learning rate goes into the momentum (`m = mu m + lr g; w -= m`) instead of onto it.
+    pub lr_in_momentum: bool,
+    /// The share of the old direction that is kept, in `0..1`.
+    pub momentum: f64,
+    /// Added to the gradient, times the weight.
+    pub weight_decay: f64,
+    /// Slots without weight decay and without trust ratio.
+    pub exclude: Exclude,
+}
+
+const EPS: f64 = 1e-8;
+
+impl Lars {
+    /// google-research/simclr, `lars_optimizer.py`.
+    pub fn simclr(momentum: f64, weight_decay: f64) -> Self {
+        Self {
+            trust: 1e-3,
+            norm: TrustNorm::OfDecayed,
+            clip: false,
+            lr_in_momentum: true,
+            momentum,
+            weight_decay,
+            exclude: Exclude::BiasAndNorm,
+        }
+    }
+
+    /// deepmind-research, `byol/utils/optimizers.py`.
+    pub fn byol(momentum: f64, weight_decay: f64) -> Self {
+        Self { lr_in_momentum: false, ..Self::simclr(momentum, weight_decay) }
+    }
+
+    /// apex `LARC` around SGD, as SwAV and SimSiam's linear evaluation use it: nothing is excluded.
+    pub fn larc(momentum: f64, weight_decay: f64) -> Self {
+        Self {
+            norm: TrustNorm::SumOfNorms,
+            exclude: Exclude::Nothing,
+            ..Self::byol(momentum, weight_decay)
+        }
+    }
+
+    /// lightly, `utils/lars.py`, with biases and batch norm in its group without weight decay.
+    pub fn lightly(momentum: f64, weight_decay: f64) -> Self {
+        Self { exclude: Exclude::BiasAndNorm, ..Self::larc(momentum, weight_decay) }
+    }
+
+    /// solo-learn, `utils/lars.py`, with the settings of its CIFAR recipes: `eta` 0.02 and clipping.
+    pub fn solo_learn(momentum: f64, weight_decay: f64) -> Self {
+        Self { trust: 0.02, clip: true, ..Self::lightly(momentum, weight_decay) }
+    }
+
+    /// `(scale, decay)` of a slot: its gradient becomes `scale (g + decay w)`.
+    fn scaling(&self, w: f64, g: f64, decayed: f64, lr: f64) -> (f64, f64) {
+        let known = match self.norm {
+            TrustNorm::OfDecayed => w > 0.0 && decayed > 0.0,
+            TrustNorm::SumOfNorms => w > 0.0 && g > 0.0,
+        };
+        let (ratio, decay) = match (self.norm, known) {
+            (TrustNorm::OfDecayed, true) => (self.trust * w / decayed, self.weight_decay),
+            (TrustNorm::OfDecayed, false) => (1.0, self.weight_decay),
+            (TrustNorm::SumOfNorms, true) => {
+                (self.trust * w / (g + self.weight_decay * w + EPS), self.weight_decay)
+            }
+            (TrustNorm::SumOfNorms, false) => return (1.0, 0.0),
+        };
+        (if self.clip && known { (ratio / lr).min(1.0) } else { ratio }, decay)
+    }
+}
+
+/// An update rule with its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// Stochastic gradient descent.
+    Sgd(Sgd),
+    /// Layer-wise adaptive rate scaling.
+    Lars(Lars),
+}
+
+/// One slot as the optimiser sees it.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    offset: usize,
+    len: usize,
+    spared: bool,
+}
+
+/// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    scale: f64,
+    decay: f64,
+    momentum: f64,
+    nesterov: bool,
+    in_lr: f64,
+    out_lr: f64,
+}
+
+/// A rule and its momentum, one value for each weight.
+#[derive(Debug)]
+pub struct Optimizer {
+    rule: Rule,
+    momentum: Tensor,
+    segments: Vec<Segment>,
+}
+
+impl Optimizer {
+    /// An optimiser for an arena, its momentum zero.
+    pub fn new(rule: Rule, arena: &Arena) -> Self {
+        let exclude = match rule {
+            Rule::Sgd(sgd) => sgd.exclude,
+            Rule::Lars(lars) => lars.exclude,
+        };
+        let segment = |slot: &crate::arena::Slot| Segment {
+            offset: slot.offset,
+            len: slot.shape.elements(),
+            spared: exclude.spares(slot.kind),
+        };
+        Self {
+            rule,
+            momentum: Tensor::zeros(arena.device(), [arena.values().len()]),
+            segments: arena.layout().params().iter().map(segment).collect(),
+        }
+    }
+
+    /// The momentum, laid out as the arena's values.
+    pub fn momentum(&self) -> &Tensor {
+        &self.momentum
+    }
+
+    /// The momentum, to restore.
+    pub fn momentum_mut(&mut self) -> &mut Tensor {
+        &mut self.momentum
+    }
+
+    /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
+    pub fn step(&mut self, arena: &mut Arena, lr: f64) {
+        match arena.values().dtype() {
+            DType::F64 => self.step_as::<f64>(arena, lr),
+            _ => self.step_as::<f32>(arena, lr),
+        }
+    }
+
+    fn step_as<T: Float>(&mut self, arena: &mut Arena, lr: f64) {
+        let device = arena.device().clone();
+        let (values, gradients) = arena.values_and_gradients();
+        let (w, g) = (values.data_mut::<T>(), gradients.data::<T>());
+        let m = self.momentum.data_mut::<T>();
+        let rule = self.rule;
+        // Slots lie one after another, so each takes its part off the front.
+        let (mut rest_w, mut rest_m, mut at) = (w, m, 0);
+        let mut slots = Vec::with_capacity(self.segments.len());
+        for segment in &self.segments {
+            let skip = segment.offset - at;
+            let (w, later_w) = rest_w[skip..].split_at_mut(segment.len);
+            let (m, later_m) = rest_m[skip..].split_at_mut(segment.len);
+            slots.push((w, m, &g[segment.offset..][..segment.len], segment.spared));
+            (rest_w, rest_m, at) = (later_w, later_m, segment.offset + segment.len);
+        }
+        device.run(|| {
+            slots.into_par_iter().for_each(|(w, m, g, spared)| {
+                let step = slot_step(rule, w, g, spared, lr);
+                w.par_chunks_mut(CHUNK)
+                    .zip(m.par_chunks_mut(CHUNK))
+                    .zip(g.par_chunks(CHUNK))
+                    .for_each(|((w, m), g)| update(w, m, g, step));
+            });
+        });
+    }
+}
+
+fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], spared: bool, lr: f64) -> Step {
+    match rule {
+        Rule::Sgd(sgd) => Step {
+            scale: 1.0,
+            decay: if spared { 0.0 } else { sgd.weight_decay },
+            momentum: sgd.momentum,
+            nesterov: sgd.nesterov,
+            in_lr: 1.0,
+            out_lr: lr,
+        },
+        Rule::Lars(lars) => {
+            let (scale, decay) = if spared {
+                (1.0, 0.0)
+            } else {
+                let [w_norm, g_norm, decayed] = norms(w, g, lars.weight_decay);
+                lars.scaling(w_norm, g_norm, decayed, lr)
+            };
+            let (in_lr, out_lr) = if lars.lr_in_momentum { (lr, 1.0) } else { (1.0, lr) };
+            Step { scale, decay, momentum: lars.momentum, nesterov: false, in_lr, out_lr }
+        }
+    }
+}
+
+fn update<T: Float>(w: &mut [T], m: &mut [T], g: &[T], step: Step) {
+    for ((w, m), g) in w.iter_mut().zip(m).zip(g) {
+        let direction = step.in_lr * step.scale * (g.widen() + step.decay * w.widen());
+        let moved = step.momentum * m.widen() + direction;
+        *m = T::narrow(moved);
+        let along = if step.nesterov { direction + step.momentum * moved } else { moved };
+        *w = T::narrow(w.widen() - step.out_lr * along);
+    }
+}
+
+/// `|w|`, `|g|` and `|g + wd w|`, chunk sums added in order.
+fn norms<T: Float>(w: &[T], g: &[T], weight_decay: f64) -> [f64; 3] {
+    let partial: Vec<[f64; 3]> = w
+        .par_chunks(CHUNK)
+        .zip(g.par_chunks(CHUNK))
+        .map(|(w, g)| {
+            w.iter().zip(g).fold([0.0; 3], |[ww, gg, dd], (w, g)| {
+                let (w, g) = (w.widen(), g.widen());
+                let d = g + weight_decay * w;
+                [ww + w * w, gg + g * g, dd + d * d]
+            })
+        })
+        .collect();
+    let sum = partial.iter().fold([0.0; 3], |a, b| [a[0] + b[0], a[1] + b[1], a[2] + b[2]]);
+    sum.map(f64::sqrt)
+}
