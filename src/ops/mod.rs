@@ -28,5 +28,14 @@ pub use pool::{max_pool, mean_pool};
 pub use relu::relu;
 pub use scale::{mean, scale};
 
+/// The instruction set that the CPU's kernels run on here.
+pub fn instruction_set() -> &'static str {
+    match conv2d::Isa::current() {
+        conv2d::Isa::Portable => "portable",
+        conv2d::Isa::Avx2 => "AVX2",
+        conv2d::Isa::Avx512 => "AVX-512",
+    }
+}
+
 /// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.
 pub(crate) const CHUNK: usize = 1 << 14;

@@ -10,6 +10,7 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 use cpu::Direction;
+pub(super) use cpu::Isa;
 
 /// The sizes of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -12,19 +12,20 @@
 use rayon::prelude::*;
 
 use super::super::Conv2dDims;
-use super::filter::{Blocks, FilterView};
 use super::LINE;
+use super::filter::{Blocks, FilterView};
 use super::isa::Isa;
 use super::kernel;
 use super::slab::Slab;
+use super::slots::{self, Slots};
 use super::tile::{Correlate, MAX_ROWS};
+use super::vector::prefetch;
 
 /// Floats of a slab: with the filters of one block of outputs it should stay in the second-level cache.
 const SLAB_FLOATS: usize = 96 * 1024;
 
 /// Lanes wanted, so that several threads finish together; more cost workspace.
 const LANES_WANTED: usize = 16;
-const LANES_MOST: usize = 64;
 
 /// Images in a group from which a tile runs over images and not over columns: then it can leave out taps that fall
 /// outside the image.
@@ -175,7 +176,7 @@ impl Plan {
         let vectors = if p.k <= isa.lanes() { 1 } else { 2 };
         let group = group_images(p, isa.tile_rows(vectors));
         let groups = p.n.div_ceil(group);
-        let span = groups.div_ceil(LANES_MOST) * group;
+        let span = groups.div_ceil(slots::MOST) * group;
         let rows = p.out_h.div_ceil(p.step()).max(1);
         let parts_wanted =
             if group == 1 { LANES_WANTED.div_ceil(groups.max(1)).min(rows) } else { 1 };
@@ -209,9 +210,13 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
         return wanted.min(most.max(tile_rows));
     }
     let columns = p.out_w.div_ceil(p.step());
+    if tile_rows > 14 && columns >= 16 {
+        // one vector of filters: tall tiles over columns, no stores to distant images
+        return quarter.min(2);
+    }
     if quarter >= 8 && columns <= 32 {
-        // groups come in fours, so that 2 or 4 threads finish together; a tile has one step of overhead in ten
-        let cost = |g: usize| p.n.div_ceil(g).next_multiple_of(4) * (g + 1);
+        // groups come in twos, so that two threads finish together; a tile has the overhead of two rows
+        let cost = |g: usize| p.n.div_ceil(g).next_multiple_of(2) * (g + 2);
         let least = tile_rows.min(8);
         return (least..=tile_rows).min_by_key(|&g| cost(g)).unwrap_or(least);
     }
@@ -223,7 +228,7 @@ fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
     let q = p.out_w.saturating_sub(f.column0).div_ceil(p.step());
     let (c, block) = (p.c, p.block());
     let Phase { r, s, stride, pad_y, pad_x, .. } = *f;
-    let mut slab = Slab { c, block, images, r, s, stride, pad_y, pad_x, band: 1, q };
+    let mut slab = Slab { c, block, pitch: block, images, r, s, stride, pad_y, pad_x, band: 1, q };
     let rows = part_rows.div_ceil(p.step()).max(1);
     while slab.band < rows && (Slab { band: slab.band + 1, ..slab }).len() <= SLAB_FLOATS {
         slab.band += 1;
@@ -269,19 +274,14 @@ pub fn run(
     let filters = &*filters;
     let part_len =
         if plan.parts > 1 { plan.part_rows * p.out_w * p.k } else { plan.span * p.image_len() };
-    out.par_chunks_mut(plan.span * p.image_len())
-        .zip(slabs.par_chunks_mut(plan.parts * plan.slab_len))
-        .enumerate()
-        .for_each(|(span, (out, slabs))| {
-            let x = &x[span * plan.span * p.h * p.w * p.c..];
-            out.par_chunks_mut(part_len)
-                .zip(slabs.par_chunks_mut(plan.slab_len))
-                .enumerate()
-                .for_each(|(part, (out, slab))| {
-                    let lane = Lane { p, plan: &plan, x, filters, accumulate };
-                    lane.run(out, slab, part * plan.part_rows);
-                });
+    let slots = Slots::new(slabs, plan.slab_len);
+    out.par_chunks_mut(plan.span * p.image_len()).enumerate().for_each(|(span, out)| {
+        let x = &x[span * plan.span * p.h * p.w * p.c..];
+        let lane = Lane { p, plan: &plan, x, filters, accumulate };
+        out.par_chunks_mut(part_len).enumerate().for_each(|(part, out)| {
+            slots.lend(|slab| lane.run(out, slab, part * plan.part_rows));
         });
+    });
 }
 
 struct Lane<'a> {
@@ -327,7 +327,8 @@ impl Lane<'_> {
     ) {
         let p = self.p;
         let step = p.step();
-        let shape = band_slab(p, f, images, self.plan.part_rows);
+        // the height of a full group: a smaller one might otherwise take a larger slab
+        let shape = Slab { images, ..band_slab(p, f, self.plan.group, self.plan.part_rows) };
         if shape.q == 0 {
             return;
         }
@@ -337,8 +338,18 @@ impl Lane<'_> {
             let first = first_row / step + start;
             let shape = Slab { band, ..shape };
             shape.pack(slab, x, p.h, p.w, first);
-            let band =
-                Band { lane: self, f, shape, slab, first, row0: start * step + f.row0, rows };
+            // the input of the next band, where it lies in one piece
+            let (from, len) = if (p.h, p.w) == (1, 1) {
+                (images * p.c, images * p.c)
+            } else if images == 1 {
+                let row = f.stride * p.w * p.c;
+                ((first + shape.band) * row, shape.band * row)
+            } else {
+                (0, 0)
+            };
+            let ahead = &x[from.min(x.len())..(from + len).min(x.len())];
+            let row0 = start * step + f.row0;
+            let mut band = Band { lane: self, f, shape, slab, first, row0, rows, ahead };
             let mut packed = filters;
             for b in 0..self.plan.blocks.count() {
                 let (block, rest) = packed.split_at(self.plan.blocks.width(b) * f.r * f.s * p.c);
@@ -359,12 +370,14 @@ struct Band<'a> {
     first: usize,
     row0: usize,
     rows: usize,
+    /// Input that will be packed next: the tiles ask for it, a few lines each, so that it arrives while they compute.
+    ahead: &'a [f32],
 }
 
 impl Band<'_> {
     /// Outputs `b * blocks.full()..` of every pixel of the band.
-    fn run_block(&self, out: &mut [f32], filters: &[f32], b: usize) {
-        let (p, f, s) = (self.lane.p, self.f, &self.shape);
+    fn run_block(&mut self, out: &mut [f32], filters: &[f32], b: usize) {
+        let (p, f, s) = (self.lane.p, self.f, self.shape);
         let blocks = self.lane.plan.blocks;
         let most = self.lane.plan.isa.tile_rows(blocks.vectors(b));
         let over_images = s.images >= IMAGES_PER_TILE;
@@ -376,6 +389,9 @@ impl Band<'_> {
             // a run is a stretch of pixels whose tiles meet the same taps
             let (runs, length) = if over_images { (s.q, s.images) } else { (1, s.q * s.images) };
             let tiles = length.div_ceil(most);
+            // this block's share, spread over its tiles
+            let left = (blocks.count() - b) * (s.band - i) * runs * tiles;
+            let share = self.ahead.len().div_ceil(left).next_multiple_of(LINE);
             for run in 0..runs {
                 let tap_columns = if over_images {
                     clip(f.s, f.pad_x - (run * f.stride) as isize, p.w)
@@ -386,7 +402,7 @@ impl Band<'_> {
                     let (from, to) = (t * length / tiles, (t + 1) * length / tiles);
                     let pixel = run * length + from;
                     let mut tile = Correlate {
-                        x: self.slab.as_ptr().wrapping_add(slab_row + pixel * s.block),
+                        x: self.slab.as_ptr().wrapping_add(slab_row + pixel * s.pitch),
                         w: filters.as_ptr(),
                         y: out[b * blocks.full()..].as_mut_ptr(),
                         y_offsets: [0; MAX_ROWS],
@@ -417,6 +433,9 @@ impl Band<'_> {
                         blocks.vectors(b),
                         s.block,
                     );
+                    let (now, later) = self.ahead.split_at(share.min(self.ahead.len()));
+                    now.iter().step_by(LINE).for_each(|line| prefetch(line));
+                    self.ahead = later;
                     // SAFETY: the slab holds every column the tile's taps meet and every row in `tap_rows`; the
                     // filters of the block are packed whole; the offsets are those of existing pixels of `out`, and
                     // `live` ends with the last output.

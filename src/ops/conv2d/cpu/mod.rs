@@ -17,6 +17,7 @@ mod filter;
 mod isa;
 mod kernel;
 mod slab;
+mod slots;
 #[cfg(test)]
 mod tests;
 mod tile;

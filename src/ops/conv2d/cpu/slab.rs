@@ -1,16 +1,17 @@
 //! Input pixels of a band of rows, rearranged so that the tile kernels meet them at constant distances.
 //!
-//! Layout `[c/block][row][column phase][column][image][block]`. Rows and columns that one filter tap meets at
+//! Layout `[c/block][row][column phase][column][image][pitch]`, of which the first `block` floats are channels. Rows and columns that one filter tap meets at
 //! successive outputs are neighbours: with stride `t` there are `min(t, taps)` phases, and tap `i` is phase `i % t`, place
 //! `i / t`. Columns outside the image are zeros. Rows outside it stay unwritten: whoever reads a slab skips their taps.
-//! The last block of channels may be short; its missing channels stay unwritten as well.
+//! Channels that a block does not have may hold anything.
 
 /// The extent of a slab; [`Slab::pack`] fills one.
 #[derive(Clone, Copy, Debug)]
 pub struct Slab {
     pub c: usize,
-    /// Channels in a block, the distance between neighbours in floats.
+    /// Channels in a block, and floats from a pixel to the next, at least as many: 4, 8, 16 or 32.
     pub block: usize,
+    pub pitch: usize,
     pub images: usize,
     /// Filter taps down and across; none make an empty slab.
     pub r: usize,
@@ -40,7 +41,7 @@ impl Slab {
 
     /// Floats from one column to the next of its phase.
     pub fn column_len(&self) -> usize {
-        self.images * self.block
+        self.images * self.pitch
     }
 
     /// Floats from one column phase to the next.
@@ -109,7 +110,7 @@ impl Slab {
         if pixels.is_empty() {
             return;
         }
-        let range = pixels.start * self.block..pixels.end * self.block;
+        let range = pixels.start * self.pitch..pixels.end * self.pitch;
         for block in 0..self.c.div_ceil(self.block) {
             slab[block * block_len..][range.clone()].fill(0.0);
         }
@@ -117,37 +118,46 @@ impl Slab {
 
     /// `columns` columns of every image, `stride` columns apart in `x` (which starts at the first; an image has
     /// `image_len` floats), to adjacent pixels of all blocks.
-    fn copy(&self, slab: &mut [f32], x: &[f32], columns: usize, image_len: usize, block_len: usize) {
-        let (whole, rest) = (self.c / self.block, self.c % self.block);
-        let step = self.stride * self.c;
+    fn copy(
+        &self,
+        slab: &mut [f32],
+        x: &[f32],
+        columns: usize,
+        image_len: usize,
+        block_len: usize,
+    ) {
+        match self.pitch {
+            4 => self.copy_pitched::<4>(slab, x, columns, image_len, block_len),
+            8 => self.copy_pitched::<8>(slab, x, columns, image_len, block_len),
+            16 => self.copy_pitched::<16>(slab, x, columns, image_len, block_len),
+            32 => self.copy_pitched::<32>(slab, x, columns, image_len, block_len),
+            pitch => unreachable!("a slab of pitch {pitch}"),
+        }
+    }
+
+    fn copy_pitched<const PITCH: usize>(
+        &self,
+        slab: &mut [f32],
+        x: &[f32],
+        columns: usize,
+        image_len: usize,
+        block_len: usize,
+    ) {
         for image in 0..self.images {
-            let x = &x[image * image_len..];
             for column in 0..columns {
-                let pixel = &x[column * step..][..self.c];
-                let mut start = (column * self.images + image) * self.block;
-                // a length known to the compiler makes a copy a few moves in place of a call
-                match self.block {
-                    16 => {
-                        for channels in pixel.chunks_exact(16) {
-                            slab[start..start + 16].copy_from_slice(channels);
-                            start += block_len;
-                        }
+                let pixel = image * image_len + column * self.stride * self.c;
+                let mut start = (column * self.images + image) * PITCH;
+                for c in (0..self.c).step_by(self.block) {
+                    let from = pixel + c;
+                    // a length known to the compiler makes a copy a few moves in place of a call: take what follows
+                    // the block along
+                    if let Some(channels) = x.get(from..from + PITCH) {
+                        slab[start..start + PITCH].copy_from_slice(channels);
+                    } else {
+                        let channels = self.block.min(self.c - c);
+                        slab[start..start + channels].copy_from_slice(&x[from..from + channels]);
                     }
-                    4 => {
-                        for channels in pixel.chunks_exact(4) {
-                            slab[start..start + 4].copy_from_slice(channels);
-                            start += block_len;
-                        }
-                    }
-                    block => {
-                        for channels in pixel.chunks_exact(block) {
-                            slab[start..start + block].copy_from_slice(channels);
-                            start += block_len;
-                        }
-                    }
-                }
-                if rest > 0 {
-                    slab[start..start + rest].copy_from_slice(&pixel[whole * self.block..]);
+                    start += block_len;
                 }
             }
         }

@@ -183,6 +183,7 @@ fn table() -> Vec<Conv2dDims> {
         dims([1, 40, 3, 8], [8, 3, 3], 1, 1), // rows of one image over lanes
         dims([1, 3, 70, 5], [40, 3, 3], 2, 0), // long rows
         dims([1, 4, 4, 300], [40, 1, 1], 1, 0), // many channels
+        dims([34, 12, 30, 48], [17, 3, 1], 1, 1), // the last group is smaller, its bands no higher
     ]
 }
 

@@ -71,6 +71,12 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const CB: us
     unsafe {
         let width = NV * V::LANES;
         let mut acc = [[V::zero(); NV]; M];
+        // the outputs are asked for now, so that the stores at the end find them
+        for offset in &t.y_offsets[..M] {
+            for j in 0..NV {
+                prefetch(t.y.wrapping_add(offset + j * V::LANES));
+            }
+        }
         let (first, last) = t.tap_columns;
         let first_column = (first % t.stride) * t.x_phase + (first / t.stride) * t.x_column;
         let wrap = (t.stride * t.x_phase).wrapping_sub(t.x_column);
@@ -150,7 +156,7 @@ unsafe fn store_row<V: Vector, const NV: usize>(
 pub struct Outer {
     /// First channel of the tile at the first pixel.
     pub x: *const f32,
-    /// Packed `[pixel][NV * LANES]`.
+    /// First filter of the tile at the first pixel.
     pub dy: *const f32,
     /// `[M][NV * LANES]`.
     pub dw: *mut f32,
@@ -160,8 +166,9 @@ pub struct Outer {
     /// Floats between runs.
     pub x_run: usize,
     pub dy_run: usize,
-    /// Floats between pixels of a run in `x`.
+    /// Floats between pixels of a run.
     pub x_pixel: usize,
+    pub dy_pixel: usize,
 }
 
 /// # Safety
@@ -188,7 +195,7 @@ pub unsafe fn outer<V: Vector, const M: usize, const NV: usize>(t: &Outer) {
                     }
                 }
                 x = x.wrapping_add(t.x_pixel);
-                dy = dy.add(width);
+                dy = dy.wrapping_add(t.dy_pixel);
             }
             x_run = x_run.wrapping_add(t.x_run);
             dy_run = dy_run.wrapping_add(t.dy_run);

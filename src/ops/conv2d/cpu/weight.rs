@@ -10,11 +10,12 @@
 use rayon::prelude::*;
 
 use super::super::Conv2dDims;
-use super::filter::Blocks;
 use super::LINE;
+use super::filter::Blocks;
 use super::isa::Isa;
 use super::kernel;
 use super::slab::Slab;
+use super::slots::{self, Slots};
 use super::tile::Outer;
 
 /// Pixels in a band: so many that adding a tile to the partial sum costs little, so few that both operands of a tile
@@ -48,6 +49,7 @@ struct Plan {
     chunks: usize,
     /// Channels of a tile.
     tile: usize,
+    /// Floats of the packed band of `x` and of `dy`; 0 if the tiles read the tensor itself.
     slab_len: usize,
     dy_len: usize,
 }
@@ -72,12 +74,18 @@ impl Plan {
         let sums = blocks.padded() * d.r * d.s * d.c;
         // a chunk has a few bands, or the partial sums cost more than they bring
         let chunks_most = units.div_ceil(2).min(PARTIAL_FLOATS / sums.max(1)).max(1);
-        let mut set = blocks.count().clamp(1, BLOCKS_PER_SET);
-        while set > 1 && blocks.count().div_ceil(set) * chunks_most < TASKS_WANTED / 2 {
+        let least = blocks.count().div_ceil(slots::MOST).max(1);
+        let mut set = blocks.count().min(BLOCKS_PER_SET).max(least);
+        while set > least && blocks.count().div_ceil(set) * chunks_most < TASKS_WANTED / 2 {
             set -= 1;
         }
         let sets = blocks.count().div_ceil(set).max(1);
         let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
+        // a single tile or block of a run lies in the tensor as it would lie packed, unless images are interleaved
+        let in_order = group == 1 || (d.p, d.q, d.h, d.w) == (1, 1, 1, 1);
+        let slab_len = if in_order && d.c == tile { 0 } else { slab(band).len() };
+        let dy_in_order = in_order && blocks.count() == 1 && d.k == blocks.padded();
+        let dy_len = if dy_in_order { 0 } else { set * blocks.full() * band * d.q * group };
         Plan {
             isa,
             blocks,
@@ -87,8 +95,8 @@ impl Plan {
             chunk,
             chunks: units.div_ceil(chunk),
             tile,
-            slab_len: slab(band).len().next_multiple_of(LINE),
-            dy_len: (set * blocks.full() * band * d.q * group).next_multiple_of(LINE),
+            slab_len: slab_len.next_multiple_of(LINE),
+            dy_len: dy_len.next_multiple_of(LINE),
         }
     }
 
@@ -108,7 +116,8 @@ impl Plan {
 fn slab(d: &Conv2dDims, tile: usize, images: usize, band: usize) -> Slab {
     let pad = d.pad as isize;
     let (c, r, s, stride, q) = (d.c, d.r, d.s, d.stride, d.q);
-    Slab { c, block: tile, images, r, s, stride, pad_y: pad, pad_x: pad, band, q }
+    let pitch = tile.next_power_of_two().max(4);
+    Slab { c, block: tile, pitch, images, r, s, stride, pad_y: pad, pad_x: pad, band, q }
 }
 
 /// A 1x1 convolution is a matrix product: every pixel is an image of its own.
@@ -150,18 +159,13 @@ pub fn run(
     let sums_len = plan.sums_len(d);
     let per_set = plan.set * plan.blocks.full() * d.r * d.s * d.c;
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * sums_len);
-    sums.par_chunks_mut(sums_len)
-        .zip(scratch.par_chunks_mut(plan.sets() * plan.scratch_len()))
-        .enumerate()
-        .for_each(|(chunk, (sums, scratch))| {
-            sums.par_chunks_mut(per_set)
-                .zip(scratch.par_chunks_mut(plan.scratch_len()))
-                .enumerate()
-                .for_each(|(set, (sums, scratch))| {
-                    Task { d, plan: &plan, x, dy, first_block: set * plan.set }
-                        .run(sums, scratch, chunk);
-                });
+    let slots = Slots::new(scratch, plan.scratch_len());
+    sums.par_chunks_mut(sums_len).enumerate().for_each(|(chunk, sums)| {
+        sums.par_chunks_mut(per_set).take(plan.sets()).enumerate().for_each(|(set, sums)| {
+            let task = Task { d, plan: &plan, x, dy, first_block: set * plan.set };
+            slots.lend(|scratch| task.run(sums, scratch, chunk));
         });
+    });
     finish(d, &plan, dw, sums, accumulate);
 }
 
@@ -215,9 +219,13 @@ impl Task<'_> {
             let (first_image, first) = (unit / bands * plan.group, unit % bands * plan.band);
             let images = plan.group.min(d.n - first_image);
             let shape = slab(d, plan.tile, images, plan.band.min(d.p - first));
-            shape.pack(x_slab, &self.x[first_image * d.h * d.w * d.c..], d.h, d.w, first);
-            self.pack_dy(dy_slab, &shape, first_image, first);
-            self.run_band(sums, x_slab, dy_slab, &shape, first);
+            if plan.slab_len > 0 {
+                shape.pack(x_slab, &self.x[first_image * d.h * d.w * d.c..], d.h, d.w, first);
+            }
+            if plan.dy_len > 0 {
+                self.pack_dy(dy_slab, &shape, first_image, first);
+            }
+            self.run_band(sums, x_slab, dy_slab, &shape, first_image, first);
         }
     }
 
@@ -240,11 +248,17 @@ impl Task<'_> {
                         let (width, live) = (self.plan.blocks.width(b), self.plan.blocks.live(b));
                         let out = &mut slab[start + pixel * width..][..width];
                         let from = &self.dy[from + b * full..][..live];
-                        if live == 32 {
-                            out[..32].copy_from_slice(&from[..32]);
-                        } else {
-                            out[..live].copy_from_slice(from);
-                            out[live..].fill(0.0);
+                        // a length known to the compiler makes a copy a few moves in place of a call
+                        match live {
+                            32 => out[..32].copy_from_slice(&from[..32]),
+                            16 => {
+                                out[..16].copy_from_slice(&from[..16]);
+                                out[16..].fill(0.0);
+                            }
+                            _ => {
+                                out[..live].copy_from_slice(from);
+                                out[live..].fill(0.0);
+                            }
                         }
                         start += pixels * width;
                     }
@@ -259,14 +273,19 @@ impl Task<'_> {
         x_slab: &[f32],
         dy_slab: &[f32],
         shape: &Slab,
+        first_image: usize,
         first: usize,
     ) {
         let (d, plan) = (self.d, self.plan);
         let images = shape.images;
         let row_pixels = d.q * images;
+        let (x_run, x_pixel) = if plan.slab_len > 0 {
+            (shape.output_row_len(), shape.pitch)
+        } else {
+            (d.stride * d.w * d.c, d.stride * d.c)
+        };
         for c in (0..d.c).step_by(plan.tile) {
             let channels = plan.tile.min(d.c - c);
-            let x_block = c / plan.tile * shape.block_len();
             for i in 0..d.r {
                 let (from, to) = valid(first, shape.band, i, d.stride, d.pad, d.h);
                 for j in 0..d.s {
@@ -274,30 +293,43 @@ impl Task<'_> {
                     if from == to || left == right {
                         continue;
                     }
-                    let x = x_block
-                        + from * shape.output_row_len()
-                        + i * shape.row_len()
-                        + j % d.stride * shape.phase_len()
-                        + (j / d.stride + left) * shape.column_len();
+                    let x = if plan.slab_len > 0 {
+                        let start = c / plan.tile * shape.block_len()
+                            + from * shape.output_row_len()
+                            + i * shape.row_len()
+                            + j % d.stride * shape.phase_len()
+                            + (j / d.stride + left) * shape.column_len();
+                        &x_slab[start..]
+                    } else {
+                        let row = first_image * d.h + (first + from) * d.stride + i - d.pad;
+                        &self.x[(row * d.w + left * d.stride + j - d.pad) * d.c + c..]
+                    };
                     let (mut dy_start, mut sum_start) = (0, 0);
                     for b in self.blocks() {
                         let width = plan.blocks.width(b);
-                        let dy = dy_start + (from * row_pixels + left * images) * width;
+                        let pixel = from * row_pixels + left * images;
+                        let (dy, dy_pixel) = if plan.dy_len > 0 {
+                            (&dy_slab[dy_start + pixel * width..], width)
+                        } else {
+                            let pixel = (first_image * d.p + first) * d.q + pixel;
+                            (&self.dy[pixel * d.k + b * plan.blocks.full()..], d.k)
+                        };
                         let dw = sum_start + ((i * d.s + j) * d.c + c) * width;
                         let tile = Outer {
-                            x: x_slab[x..].as_ptr(),
-                            dy: dy_slab[dy..].as_ptr(),
+                            x: x.as_ptr(),
+                            dy: dy.as_ptr(),
                             dw: sums[dw..dw + channels * width].as_mut_ptr(),
                             runs: to - from,
                             length: (right - left) * images,
-                            x_run: shape.output_row_len(),
-                            dy_run: row_pixels * width,
-                            x_pixel: plan.tile,
+                            x_run,
+                            dy_run: row_pixels * dy_pixel,
+                            x_pixel,
+                            dy_pixel,
                         };
                         let kernel = kernel::outer(plan.isa, channels, plan.blocks.vectors(b));
                         // SAFETY: rows `from..to` and columns `left..right` are those whose tap lies inside the image,
-                        // which the slab holds; `dy`'s slab holds all rows and columns of the band; the tile of `sums`
-                        // was sliced to its length.
+                        // which tensor and slab hold; `dy` is packed for the whole band, or is read where blocks have
+                        // no padding; the tile of `sums` was sliced to its length.
                         unsafe { kernel(&tile) }
                         dy_start += shape.band * row_pixels * width;
                         sum_start += width * d.r * d.s * d.c;

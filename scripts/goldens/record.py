@@ -1,0 +1,39 @@
+"""What is kept of a tensor: the record of tests/suite/golden.rs, and the file they go to."""
+
+import numpy as np
+import torch
+import torchvision
+from safetensors.numpy import save_file
+
+from . import seeded
+
+WHOLE, ENTRIES = 64, 32
+
+
+def numbers(x):
+    if isinstance(x, torch.Tensor):
+        x = x.detach().double().numpy()
+    return np.asarray(x, np.float64).ravel()
+
+
+def error(got, want):
+    """The relative L2 error."""
+    difference = np.linalg.norm(numbers(got) - numbers(want))
+    return 0.0 if difference == 0 else difference / np.linalg.norm(numbers(want))
+
+
+def record(want, f32=None, entries=ENTRIES, whole=WHOLE):
+    """`want` is the truth; `f32` what PyTorch makes of the same in f32."""
+    x = numbers(want)
+    own = 0.0 if f32 is None else error(f32, x)
+    head = [x.size, own, np.linalg.norm(x), np.abs(x).max(initial=0)]
+    head += [x @ seeded.unit(seeded.seed(f"projection {j}"), x.size) for j in range(4)]
+    kept = x if x.size <= whole else x[seeded.indices(seeded.seed("entries"), entries, x.size)]
+    return np.concatenate([head, kept])
+
+
+def save(tensors, path):
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(t, np.float64) for name, t in tensors.items()}, path, versions)
+    print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 1024:.0f} KiB")

@@ -1,0 +1,1 @@
+def make(path, root): pass

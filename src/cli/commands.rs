@@ -1,0 +1,159 @@
+//! What each command does.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::args::{Demo, EvalKnn, Train};
+use super::progress::Progress;
+use super::{say, talk};
+use crate::arena::Arena;
+use crate::data::Source;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::eval::{self, Features, Knn};
+use crate::methods::{self, Method, Recipe};
+use crate::train::{self, Run};
+
+/// Labelled images of each class that the demo's linear probe sees.
+const LABELS: usize = 10;
+
+pub(super) fn demo(demo: &Demo) -> Result<()> {
+    let recipe = Recipe::load("demo", &demo.set)?;
+    let start = Instant::now();
+    let run = run(&recipe, demo.out.as_deref())?;
+    let (train, test) = run.images();
+    let test = test.ok_or_else(|| Error::config("the demo needs labelled held-out images"))?;
+    let device = run.online().device().clone();
+    let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
+    compared.print("kNN", |bank, queries| {
+        Ok(eval::knn_accuracy(bank, queries, Knn::default(), &device))
+    })?;
+    compared.print(&format!("linear ({LABELS} labels per class)"), |bank, queries| {
+        eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)
+    })?;
+    talk(&format!(
+        "{} training and {} held-out images, seed {}, {:.0} s",
+        train.len(),
+        test.len(),
+        recipe.seed,
+        start.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
+
+pub(super) fn train(train: &Train) -> Result<()> {
+    let recipe = Recipe::load(&train.recipe, &train.set)?;
+    let name = Path::new(&train.recipe).file_stem().unwrap_or_default();
+    let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
+    run(&recipe, Some(&out))?;
+    talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
+    say(&train::newest(&out)?.display().to_string())
+}
+
+fn run(recipe: &Recipe, out: Option<&Path>) -> Result<Run> {
+    let device = Device::cpu(recipe.train.threads)?;
+    let mut run = Run::new(recipe, &device, out)?;
+    let schedule = *run.schedule();
+    talk(&format!(
+        "{} on {} images, {} threads; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
+        recipe.method.name,
+        run.images().0.len(),
+        device.threads(),
+        recipe.train.batch,
+        recipe.optim.lr,
+        recipe.optim.lr_rule,
+        schedule.peak,
+        schedule.warmup,
+        schedule.total,
+    ));
+    run.train(&mut Progress::new(schedule.total))?;
+    Ok(run)
+}
+
+pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
+    if args.temperature.is_nan() || args.temperature <= 0.0 {
+        return Err(Error::config("--temperature must be above 0"));
+    }
+    let file = args.run.join("recipe.toml");
+    let recipe = Recipe::load(&file.to_string_lossy(), &args.set)?;
+    let device = Device::cpu(recipe.train.threads)?;
+    let method = methods::build(&recipe)?;
+    let mut arena = Arena::new(method.layout(), &device, recipe.seed);
+    let checkpoint = train::newest(&args.run)?;
+    train::load_weights(&checkpoint, &mut arena)?;
+    let (train, test) = train::sources(&recipe.data)?;
+    let test = test.ok_or_else(|| {
+        let path = &recipe.data.path;
+        Error::Config(format!("{path} has no labelled held-out images (test/ or val/) to evaluate on"))
+    })?;
+    let knn = Knn { k: args.k as usize, temperature: args.temperature };
+    talk(&format!(
+        "{}: {} bank and {} held-out images, k {}, temperature {}, seed {}",
+        checkpoint.display(),
+        train.len(),
+        test.len(),
+        knn.k,
+        knn.temperature,
+        recipe.seed
+    ));
+    Compared::new(&recipe, &*method, &arena, &*train, &*test)?
+        .print("kNN", |bank, queries| Ok(eval::knn_accuracy(bank, queries, knn, &device)))
+}
+
+/// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.
+struct Compared {
+    rows: [(&'static str, Features, Features); 3],
+}
+
+impl Compared {
+    fn new(
+        recipe: &Recipe,
+        method: &dyn Method,
+        trained: &Arena,
+        train: &dyn Source,
+        test: &dyn Source,
+    ) -> Result<Self> {
+        let random = Arena::new(method.layout(), trained.device(), recipe.seed);
+        let policy = &recipe.augment[0];
+        let trunk = |arena: &Arena, source: &dyn Source| {
+            let normalise = policy.normalise.as_ref();
+            eval::trunk_features(arena, method.backbone(), source, policy.size, normalise)
+        };
+        let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
+        Ok(Self {
+            rows: [
+                ("raw pixels", pixels(train)?, pixels(test)?),
+                ("random init", trunk(&random, train)?, trunk(&random, test)?),
+                ("trained", trunk(trained, train)?, trunk(trained, test)?),
+            ],
+        })
+    }
+
+    fn print(
+        &self,
+        what: &str,
+        accuracy: impl Fn(&Features, &Features) -> Result<f64>,
+    ) -> Result<()> {
+        for (name, bank, queries) in &self.rows {
+            say(&format!("{what} {name}: {:.1}%", 100.0 * accuracy(bank, queries)?))?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn recipes(name: Option<&str>) -> Result<()> {
+    let Some(name) = name else {
+        return methods::builtin_names().try_for_each(say);
+    };
+    let text = methods::builtin(name).ok_or_else(|| {
+        let known = methods::builtin_names().collect::<Vec<_>>().join(", ");
+        Error::Config(format!("there is no recipe {name}; built in are: {known}"))
+    })?;
+    say(text.trim_end())
+}
+
+pub(super) fn devices() -> Result<()> {
+    let device = Device::cpu(0)?;
+    let isa = crate::ops::instruction_set();
+    say(&format!("cpu: {} threads, {isa} kernels", device.threads()))
+}

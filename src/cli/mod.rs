@@ -1,0 +1,50 @@
+//! The command line (floor 7): results on stdout, talk on stderr, exit codes 0 (done), 1 (failed), 2 (asked wrongly).
+
+mod args;
+mod commands;
+mod progress;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::Error;
+use args::{Args, Command, Eval};
+
+/// The program.
+pub fn main() -> ExitCode {
+    let args = Args::parse(); // exits with 2 by itself
+    let done = match args.command {
+        Command::Demo(demo) => commands::demo(&demo),
+        Command::Train(train) => commands::train(&train),
+        Command::Eval { what: Eval::Knn(knn) } => commands::eval_knn(&knn),
+        Command::Recipes { name } => commands::recipes(name.as_deref()),
+        Command::Devices => commands::devices(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads stdout has had enough: `selfsup recipes demo | head -1`.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            talk(&format!("selfsup: {error}"));
+            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+/// A line on stderr.
+fn talk(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}"); // nobody is left to tell
+}
+
+/// A line of result on stdout.
+fn say(line: &str) -> crate::Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(Error::io("standard output"))
+}
+
+fn on_terminal() -> bool {
+    std::io::stderr().is_terminal()
+}

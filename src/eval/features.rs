@@ -1,0 +1,96 @@
+//! Features of images under the evaluation's transform: a trunk's, or the pixels themselves.
+
+use crate::arena::Arena;
+use crate::data::augment::Normalise;
+use crate::data::{Skipped, Source, center_batch};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::nn::ResNet;
+use crate::tape::evaluate;
+use crate::tensor::Tensor;
+
+/// Images of one forward pass.
+const BATCH: usize = 256;
+
+/// Features of labelled images, on the host.
+#[derive(Clone, Debug)]
+pub struct Features {
+    /// `[n, d]`, row-major.
+    pub values: Vec<f32>,
+    /// Size of a row.
+    pub d: usize,
+    /// The class of each row.
+    pub labels: Vec<u32>,
+    /// Images that could not be read and have no row.
+    pub skipped: Vec<Skipped>,
+}
+
+impl Features {
+    /// The same features, each row scaled to unit length.
+    pub fn normalised(mut self) -> Self {
+        for row in self.values.chunks_exact_mut(self.d.max(1)) {
+            let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt().max(1e-12);
+            row.iter_mut().for_each(|v| *v = (f64::from(*v) / norm) as f32);
+        }
+        self
+    }
+}
+
+/// The features that `backbone` with the arena's weights gives each image: running statistics, the centre of the image at
+/// `size` pixels.
+///
+/// # Errors
+/// When an image has no label, or the device fails.
+pub fn trunk_features(
+    arena: &Arena,
+    backbone: &ResNet,
+    source: &dyn Source,
+    size: usize,
+    normalise: Option<&Normalise>,
+) -> Result<Features> {
+    collect(source, size, normalise, arena.device(), backbone.features(), |images| {
+        evaluate(arena, |tape| backbone.forward(&tape.input(images)))
+    })
+}
+
+/// The pixels, three a position: the baseline that costs nothing.
+///
+/// # Errors
+/// When an image has no label.
+pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
+    collect(source, size, None, device, size * size * 3, |images| {
+        let rgb: Vec<f64> =
+            images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
+        Ok(Tensor::from_f64(device, [images.shape()[0], size * size * 3], &rgb))
+    })
+}
+
+fn collect(
+    source: &dyn Source,
+    size: usize,
+    normalise: Option<&Normalise>,
+    device: &Device,
+    d: usize,
+    mut features: impl FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<Features> {
+    let mut all = Features {
+        values: Vec::with_capacity(source.len() * d),
+        d,
+        labels: Vec::with_capacity(source.len()),
+        skipped: Vec::new(),
+    };
+    for from in (0..source.len()).step_by(BATCH) {
+        let to = (from + BATCH).min(source.len());
+        let (batch, skipped) = center_batch(source, from..to, size, normalise, device);
+        all.skipped.extend(skipped);
+        for (&index, &label) in batch.indices.iter().zip(&batch.labels) {
+            let label = u32::try_from(label).map_err(|_| {
+                let name = source.name(index as usize);
+                Error::Config(format!("{name} has no label: evaluation needs a labelled set"))
+            })?;
+            all.labels.push(label);
+        }
+        all.values.extend(features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32));
+    }
+    Ok(all)
+}

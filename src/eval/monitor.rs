@@ -1,0 +1,108 @@
+//! The collapse monitor: how far unit embeddings `z [n, d]` are spread.
+
+use crate::tensor::Tensor;
+
+/// How far embeddings are spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// Standard deviation of a channel, averaged over channels, times `sqrt(d)`: about 1 when embeddings fill the sphere, 0 when
+    /// they have collapsed to a point (SimSiam, section 4.1).
+    pub std: f64,
+    /// `exp` of the entropy of the normalised singular values of the centred embeddings (Roy and Vetterli 2007): how many
+    /// directions they use, at most `min(n - 1, d)`.
+    pub effective_rank: f64,
+}
+
+/// Rows that are looked at: the Gram matrix of more would cost more than it tells.
+const ROWS: usize = 128;
+
+/// The spread of `z [n, d]`; `n >= 2`.
+///
+/// # Panics
+/// When `z` is not of rank 2.
+pub fn spread(z: &Tensor) -> Spread {
+    let [all, d] = z.dims("spread: the embeddings");
+    // Evenly over the rows: the first half may all be of one view.
+    let n = all.min(ROWS);
+    let values = z.to_f64();
+    let mut rows: Vec<Vec<f64>> =
+        (0..n).map(|i| values[i * all / n.max(1) * d..][..d].to_vec()).collect();
+    for j in 0..d {
+        let mean = rows.iter().map(|row| row[j]).sum::<f64>() / n as f64;
+        rows.iter_mut().for_each(|row| row[j] -= mean);
+    }
+    let stds = (0..d).map(|j| (rows.iter().map(|r| r[j] * r[j]).sum::<f64>() / n as f64).sqrt());
+    let std = stds.sum::<f64>() / (d as f64).sqrt();
+
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let gram = rows.iter().map(|a| rows.iter().map(|b| dot(a, b)).collect()).collect();
+    let singular: Vec<f64> =
+        symmetric_eigenvalues(gram).into_iter().map(|v| v.max(0.0).sqrt()).collect();
+    let total: f64 = singular.iter().sum();
+    let entropy: f64 = singular
+        .iter()
+        .map(|s| s / total.max(f64::MIN_POSITIVE))
+        .filter(|&p| p > 1e-12)
+        .map(|p| -p * p.ln())
+        .sum();
+    Spread { std, effective_rank: entropy.exp() }
+}
+
+/// Eigenvalues by Jacobi's rotations.
+fn symmetric_eigenvalues(mut a: Vec<Vec<f64>>) -> Vec<f64> {
+    let n = a.len();
+    for _sweep in 0..12 {
+        let off: f64 = (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| a[i][j].powi(2)).sum();
+        let diagonal: f64 = (0..n).map(|i| a[i][i].powi(2)).sum();
+        if off <= 1e-18 * diagonal {
+            break;
+        }
+        for p in 0..n {
+            for q in p + 1..n {
+                if a[p][q] == 0.0 {
+                    continue;
+                }
+                let theta = (a[q][q] - a[p][p]) / (2.0 * a[p][q]);
+                let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
+                let c = 1.0 / (t * t + 1.0).sqrt();
+                let s = t * c;
+                for row in &mut a {
+                    (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
+                }
+                let (head, tail) = a.split_at_mut(q);
+                for (x, y) in head[p].iter_mut().zip(&mut tail[0]) {
+                    (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
+                }
+            }
+        }
+    }
+    (0..n).map(|i| a[i][i]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Device, Philox, Purpose};
+
+    fn unit_rows(n: usize, d: usize, directions: usize) -> Tensor {
+        let mut rng = Philox::new(5, Purpose::Test, 0, 0);
+        let mut values = vec![0.0; n * d];
+        for row in values.chunks_exact_mut(d) {
+            row[..directions].fill_with(|| rng.normal());
+            let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+            row.iter_mut().for_each(|v| *v /= norm);
+        }
+        Tensor::from_f64(&Device::reference(), [n, d], &values)
+    }
+
+    #[test]
+    fn random_directions_are_spread_and_a_point_is_not() {
+        let healthy = spread(&unit_rows(128, 16, 16));
+        assert!((healthy.std - 1.0).abs() < 0.05, "{healthy:?}");
+        assert!(healthy.effective_rank > 15.0, "{healthy:?}");
+        let flat = spread(&unit_rows(128, 16, 3));
+        assert!((2.5..3.01).contains(&flat.effective_rank), "{flat:?}");
+        let point = Tensor::from_f64(&Device::reference(), [8, 2], &[0.6, 0.8].repeat(8));
+        assert!(spread(&point).std < 1e-9);
+    }
+}

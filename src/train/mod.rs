@@ -1,0 +1,9 @@
+//! Training runs (floor 6): the loop, what it writes, and what it does when numbers go wrong.
+
+mod checkpoint;
+mod metrics;
+mod run;
+
+pub use checkpoint::{load_weights, newest, save, weights_in};
+pub use metrics::Metrics;
+pub use run::{EpochReport, Run, StepReport, Watch, sources};

@@ -1,0 +1,311 @@
+//! One training run: data, method, optimiser and what is written, step after step.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::arena::Arena;
+use crate::data::{self, Loader, Source, Split, Subset};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::eval::{self, Knn, Spread};
+use crate::methods::{self, DataSettings, Method, Recipe};
+use crate::optim::{Optimizer, Schedule};
+use crate::tape::step;
+use crate::train::{Metrics, checkpoint};
+
+/// What a step looked like.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// Steps done, from 1.
+    pub step: u64,
+    /// Steps of the run.
+    pub total: u64,
+    /// Its loss.
+    pub loss: f64,
+    /// Its learning rate.
+    pub lr: f64,
+    /// Views a second, over the steps of this epoch so far.
+    pub views_per_second: f64,
+}
+
+/// What an epoch looked like.
+#[derive(Clone, Copy, Debug)]
+pub struct EpochReport {
+    /// Epochs done, from 1.
+    pub epoch: u32,
+    /// Epochs of the run.
+    pub epochs: u32,
+    /// Mean loss of its steps.
+    pub loss: f64,
+    /// How far the embeddings of its last step were spread.
+    pub spread: Option<Spread>,
+    /// kNN accuracy on held-out images, in `0..=1`, if it was measured.
+    pub knn: Option<f64>,
+    /// Views a second, evaluation excluded.
+    pub views_per_second: f64,
+    /// Share of its time that the run waited for data.
+    pub waiting: f64,
+}
+
+/// Who is told how a run goes. The library itself prints nothing.
+pub trait Watch {
+    /// A step is done.
+    fn step(&mut self, report: &StepReport);
+    /// An epoch is done.
+    fn epoch(&mut self, report: &EpochReport);
+    /// Something worth a sentence.
+    fn note(&mut self, sentence: &str);
+}
+
+/// Below this share of `1 / sqrt(d)` embeddings have collapsed. Healthy runs stay above 0.3.
+const COLLAPSED: f64 = 0.05;
+
+/// Above this share of an epoch the wait for data is worth a sentence.
+const WAITING: f64 = 0.1;
+
+/// The training and held-out images of a recipe; no held-out ones where the set has none or no labels.
+///
+/// # Errors
+/// When the path does not hold a data set.
+pub fn sources(settings: &DataSettings) -> Result<(Arc<dyn Source>, Option<Arc<dyn Source>>)> {
+    let open = |split| -> Result<Arc<dyn Source>> {
+        if settings.path == "fashion-scattered" {
+            return Ok(Arc::new(data::fashion_scattered(split)));
+        }
+        Ok(data::open(Path::new(&settings.path), split)?.into())
+    };
+    let limited = |source: Arc<dyn Source>, limit: usize| -> Arc<dyn Source> {
+        if limit == 0 { source } else { Arc::new(Subset::spread(source, limit)) }
+    };
+    let train = limited(open(Split::Train)?, settings.limit);
+    if train.classes().is_empty() {
+        return Ok((train, None));
+    }
+    let test = match open(Split::Test) {
+        Ok(test) => Some(limited(test, settings.test_limit)),
+        Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
+        Err(error) => return Err(error),
+    };
+    Ok((train, test))
+}
+
+/// A run under way.
+pub struct Run {
+    recipe: Recipe,
+    method: Box<dyn Method>,
+    online: Arena,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    loader: Loader,
+    train: Arc<dyn Source>,
+    test: Option<Arc<dyn Source>>,
+    folder: Option<(PathBuf, Metrics)>,
+    step: u64,
+}
+
+impl Run {
+    /// Prepares a run on a device; with `folder`, makes it and writes the resolved recipe there.
+    ///
+    /// # Errors
+    /// When recipe, data and device do not go together, or `folder` already holds a run.
+    pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
+        let method = methods::build(recipe)?;
+        let (train, test) = sources(&recipe.data)?;
+        let loader = Loader::new(
+            train.clone(),
+            recipe.policies(method.views())?,
+            recipe.train.batch,
+            recipe.seed,
+            recipe.train.loader_threads,
+            device,
+        )?;
+        let online = Arena::new(method.layout(), device, recipe.seed);
+        let optimizer = Optimizer::new(recipe.optim.rule, &online);
+        let schedule = recipe.schedule(train.len());
+        let folder = folder.map(|folder| start_folder(folder, recipe)).transpose()?;
+        Ok(Self {
+            recipe: recipe.clone(),
+            method,
+            online,
+            optimizer,
+            schedule,
+            loader,
+            train,
+            test,
+            folder,
+            step: 0,
+        })
+    }
+
+    /// The weights.
+    pub fn online(&self) -> &Arena {
+        &self.online
+    }
+
+    /// The method.
+    pub fn method(&self) -> &dyn Method {
+        &*self.method
+    }
+
+    /// Training and held-out images.
+    pub fn images(&self) -> (&Arc<dyn Source>, Option<&Arc<dyn Source>>) {
+        (&self.train, self.test.as_ref())
+    }
+
+    /// The learning rate, step by step.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// Trains to the end.
+    ///
+    /// # Errors
+    /// When the loss is no longer a number or the embeddings collapse, with a sentence on what was seen and what to try; when
+    /// data cannot be read or a file cannot be written. Checkpoints written before stay.
+    pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
+        let epochs = self.recipe.train.epochs;
+        for epoch in 0..epochs {
+            let report = self.epoch(epoch, watch)?;
+            if report.waiting > WAITING {
+                watch.note(&format!(
+                    "{:.0}% of this epoch was spent waiting for images: give the loader more threads, or faster files",
+                    100.0 * report.waiting
+                ));
+            }
+            watch.epoch(&report);
+            let last = epoch + 1 == epochs;
+            if due(self.recipe.train.checkpoint_every, epoch) || last {
+                self.checkpoint()?;
+            }
+        }
+        for skipped in self.loader.skipped() {
+            watch.note(&format!("skipped image {}: {}", skipped.index, skipped.reason));
+        }
+        Ok(())
+    }
+
+    fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
+        let (start, waited) = (Instant::now(), self.loader.waited());
+        let views = self.loader.batches_per_epoch() * self.recipe.train.batch * self.method.views();
+        let (mut losses, mut embeddings) = (0.0, None);
+        let steps = self.loader.batches_per_epoch();
+        for i in 0..steps {
+            let batch = self.loader.next_batch()?;
+            self.method.prepare(self.step);
+            let method = &mut self.method;
+            let loss = step(&mut self.online, |tape| method.loss(tape, &batch.crops))?;
+            let lr = self.schedule.lr(self.step);
+            self.optimizer.step(&mut self.online, lr);
+            self.step += 1;
+            let progress = self.step as f64 / self.schedule.total.max(1) as f64;
+            self.method.after_update(&mut self.online, progress);
+            let loss = loss.scalar();
+            if !loss.is_finite() {
+                return Err(Error::Diverged(format!(
+                    "the loss became {loss} at step {} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs",
+                    self.step
+                )));
+            }
+            losses += loss;
+            embeddings = self.method.take_embeddings();
+            let done = (i + 1) as f64 / steps as f64;
+            let report = StepReport {
+                step: self.step,
+                total: self.schedule.total,
+                loss,
+                lr,
+                views_per_second: done * views as f64 / start.elapsed().as_secs_f64(),
+            };
+            watch.step(&report);
+            if let Some((_, metrics)) = &mut self.folder {
+                metrics.write(&json!({ "step": self.step, "loss": loss, "lr": lr }))?;
+            }
+        }
+        let elapsed = start.elapsed();
+        let spread = embeddings.as_ref().map(eval::spread);
+        drop(embeddings);
+        if let Some(spread) = spread
+            && spread.std < COLLAPSED
+        {
+            return Err(Error::Diverged(format!(
+                "the embeddings collapsed in epoch {}: their deviation is {:.4} of 1/sqrt(d), where a healthy run has about 1; \
+                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
+                epoch + 1,
+                spread.std
+            )));
+        }
+        let last = epoch + 1 == self.recipe.train.epochs;
+        let knn = if due(self.recipe.train.knn_every, epoch) || last { self.knn()? } else { None };
+        let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
+        let report = EpochReport {
+            epoch: epoch + 1,
+            epochs: self.recipe.train.epochs,
+            loss: losses / steps as f64,
+            spread,
+            knn,
+            views_per_second: views as f64 / elapsed.as_secs_f64(),
+            waiting: share(self.loader.waited() - waited),
+        };
+        if let Some((_, metrics)) = &mut self.folder {
+            metrics.write(&json!({
+                "epoch": report.epoch,
+                "step": self.step,
+                "loss": report.loss,
+                "embedding_std": spread.map(|s| s.std),
+                "effective_rank": spread.map(|s| s.effective_rank),
+                "knn": knn,
+                "views_per_second": report.views_per_second,
+                "waiting": report.waiting,
+            }))?;
+        }
+        Ok(report)
+    }
+
+    /// kNN accuracy on the held-out images; `None` without any.
+    fn knn(&self) -> Result<Option<f64>> {
+        let Some(test) = &self.test else { return Ok(None) };
+        let policy = &self.recipe.augment[0];
+        let features = |source: &Arc<dyn Source>| {
+            eval::trunk_features(
+                &self.online,
+                self.method.backbone(),
+                &**source,
+                policy.size,
+                policy.normalise.as_ref(),
+            )
+        };
+        let (bank, queries) = (features(&self.train)?, features(test)?);
+        Ok(Some(eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device())))
+    }
+
+    fn checkpoint(&self) -> Result<()> {
+        let Some((folder, _)) = &self.folder else { return Ok(()) };
+        let metadata = HashMap::from([
+            ("format".into(), "pt".into()),
+            ("selfsup.step".into(), self.step.to_string()),
+            ("selfsup.recipe".into(), self.recipe.to_toml()),
+        ]);
+        let keep = self.recipe.train.keep;
+        checkpoint::save(folder, self.step, &self.online, &self.optimizer, metadata, keep)?;
+        Ok(())
+    }
+}
+
+/// Whether something done every `every` epochs is due after `epoch`, which counts from 0.
+fn due(every: u32, epoch: u32) -> bool {
+    every > 0 && (epoch + 1).is_multiple_of(every)
+}
+
+fn start_folder(folder: &Path, recipe: &Recipe) -> Result<(PathBuf, Metrics)> {
+    if folder.join("recipe.toml").exists() {
+        return Err(Error::format(folder, "already holds a run: choose another --out"));
+    }
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let path = folder.join("recipe.toml");
+    std::fs::write(&path, recipe.to_toml()).map_err(Error::io(&path))?;
+    Ok((folder.to_path_buf(), Metrics::open(folder)?))
+}
