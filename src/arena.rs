@@ -144,13 +144,7 @@ impl Layout {
     ///
     /// # Panics
     /// When the name is taken.
-    pub fn stat(
-        &mut self,
-        name: impl Into<String>,
-        c: usize,
-        kind: SlotKind,
-        value: f64,
-    ) -> Stat {
+    pub fn stat(&mut self, name: impl Into<String>, c: usize, kind: SlotKind, value: f64) -> Stat {
         let name = self.fresh(name.into());
         let (offset, shape) = (end(&self.stats), Shape::from([c]));
         let init = Init::Constant(value);
@@ -170,7 +164,10 @@ impl Layout {
 
     /// Number of weights, padding not counted.
     pub fn weights(&self) -> usize {
-        self.params.iter().map(|s| s.shape.elements() / s.shape.last().unwrap_or(&1) * s.channels).sum()
+        self.params
+            .iter()
+            .map(|s| s.shape.elements() / s.shape.last().unwrap_or(&1) * s.channels)
+            .sum()
     }
 
     fn fresh(&self, name: String) -> String {
@@ -181,9 +178,7 @@ impl Layout {
 }
 
 fn end(slots: &[Slot]) -> usize {
-    slots
-        .last()
-        .map_or(0, |s| (s.offset + s.shape.elements()).next_multiple_of(SLOT_ALIGNMENT))
+    slots.last().map_or(0, |s| (s.offset + s.shape.elements()).next_multiple_of(SLOT_ALIGNMENT))
 }
 
 /// Values, gradients and running statistics of one layout.
@@ -203,8 +198,7 @@ impl Arena {
         for (index, slot) in layout.params.iter().enumerate() {
             let mut rng = Philox::new(seed, Purpose::Weights, index as u32, 0);
             let inner = *slot.shape.last().unwrap_or(&1);
-            for (i, value) in
-                values[slot.offset..][..slot.shape.elements()].iter_mut().enumerate()
+            for (i, value) in values[slot.offset..][..slot.shape.elements()].iter_mut().enumerate()
             {
                 if i % inner >= slot.channels {
                     continue; // padding stays zero: its inputs are zero, so its gradient is, too
@@ -213,9 +207,7 @@ impl Arena {
                 *value = f64::from(match slot.init {
                     Init::Constant(v) => v as f32,
                     Init::Normal(std) => (std * rng.normal()) as f32,
-                    Init::Uniform(bound) => {
-                        rng.uniform_in(-1.0, 1.0) * bound as f32
-                    }
+                    Init::Uniform(bound) => rng.uniform_in(-1.0, 1.0) * bound as f32,
                 });
             }
         }

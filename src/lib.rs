@@ -1,4 +1,53 @@
-//! selfsup
+//! selfsup: a compute engine for self-supervised vision.
+//!
+//! Primitives (convolution, batch norm, contrastive losses, optimiser updates) under a small autograd tape, and methods as
+//! thin graphs over them. This page is the architecture; the README shows how to run it.
+//!
+//! # Floors
+//!
+//! Imports point down, and a test fails when one points up.
+//!
+//! | floor | module | what it is |
+//! |---|---|---|
+//! | 7 | [`cli`], `main.rs` | the `selfsup` program |
+//! | 6 | [`train`], [`eval`] | the loop, checkpoints, metrics; kNN, linear probe, collapse monitor |
+//! | 5 | [`methods`], [`data`] | each method one file, and its recipes; sources, augmentation, loading |
+//! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
+//! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
+//! | 2 | [`tensor`] | shape, dtype, memory |
+//! | 1 | [`device`] | where memory lives and operations run: pool, threads, Philox, the seam between processes |
+//! | 0 | [`error`] | what can go wrong in the world |
+//!
+//! # How the parts meet
+//!
+//! **A network is a description; its weights are an arena.** Layers hold [`Param`](arena::Param) handles into a
+//! [`Layout`](arena::Layout); an [`Arena`](arena::Arena) gives the layout values, gradients and running statistics, each one
+//! contiguous tensor. An optimiser, a momentum encoder ([`optim::ema`]), a checkpoint see one array. A momentum encoder is a
+//! second arena run through the same description.
+//!
+//! **A tape lives inside a step.** [`tape::step`] makes a tape over an arena, lets a closure build the loss, runs backward into
+//! the arena's gradients and drops the graph. Values borrow the tape, so a graph cannot outlive the weights it was made from.
+//! [`tape::cached_step`] does the same over micro-batches, exactly, for losses that couple all rows
+//! ([GradCache](https://arxiv.org/abs/2101.06983)).
+//!
+//! **A primitive is one folder** of [`ops`]: maths, shape rule, gradient, CPU path and naive f64 reference. It is public, and
+//! so is what it is made of: a program can record an operation of its own (`examples/custom_op.rs`).
+//!
+//! **Truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64; tests hold every
+//! primitive, whole networks and whole training steps against it, and it against PyTorch's f64.
+//!
+//! **The same seed gives the same run**, to the last bit on one machine, whatever the number of threads: work is cut by shape,
+//! sums have one order, random numbers are counter-based ([Philox](device::Philox), keyed by seed, epoch and sample).
+//!
+//! **A method is one file** that reads like its paper: [`methods::simclr`] for
+//! [SimCLR](https://arxiv.org/abs/2002.05709). What it needs from the outside is the [`Method`](methods::Method) trait.
+//!
+//! # Panics and errors
+//!
+//! A caller's bug panics, with the operation's name and the shapes: shapes that do not fit, a temperature of zero, a tensor
+//! written while shared. What a correct program can meet is an [`Error`]: files, recipes, devices, diverging runs. Below
+//! [`cli`] nothing prints and nothing exits.
+
 pub mod arena;
 pub mod cli;
 pub mod data;
@@ -12,4 +61,5 @@ pub mod optim;
 pub mod tape;
 pub mod tensor;
 pub mod train;
+
 pub use error::{Error, Result};

@@ -253,8 +253,7 @@ impl Gradients<'_> {
             VarId::Node(index) => {
                 let slot = &mut self.nodes[index];
                 let accumulate = slot.is_some();
-                let tensor =
-                    slot.get_or_insert_with(|| Tensor::floats(self.device, *shape));
+                let tensor = slot.get_or_insert_with(|| Tensor::floats(self.device, *shape));
                 assert_eq!(tensor.shape(), shape, "two gradients of one value differ in shape");
                 if !tensor.is_unique() {
                     *tensor = tensor.copy(); // an `add` shared it with another value's gradient
@@ -338,8 +337,7 @@ pub fn cached_step(
     use crate::ops::rows::{interleave_views, pick_views};
     arena.zero_gradients();
     let look = Mode { gradients: false, batch_statistics: true, update_running: false };
-    let parts: Vec<Tensor> =
-        (0..count).map(|i| embed(&Tape::new(arena, look), i).value).collect();
+    let parts: Vec<Tensor> = (0..count).map(|i| embed(&Tape::new(arena, look), i).value).collect();
     let all = interleave_views(&parts, views);
     drop(parts);
     let (loss, dz) = {
@@ -389,10 +387,7 @@ pub fn forward(
 ///
 /// # Errors
 /// When the device fails.
-pub fn evaluate(
-    arena: &Arena,
-    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Result<Tensor> {
+pub fn evaluate(arena: &Arena, f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>) -> Result<Tensor> {
     let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
     let tape = Tape::new(arena, mode);
     Ok(f(&tape).value)

@@ -396,12 +396,7 @@ impl<'a> TensorMut<'a> {
     }
 
     fn reborrow(&mut self) -> TensorMut<'_> {
-        TensorMut {
-            memory: self.memory,
-            offset: self.offset,
-            shape: self.shape,
-            dtype: self.dtype,
-        }
+        TensorMut { memory: self.memory, offset: self.offset, shape: self.shape, dtype: self.dtype }
     }
 
     #[track_caller]

@@ -32,6 +32,15 @@ def record(want, f32=None, entries=ENTRIES, whole=WHOLE):
     return np.concatenate([head, kept])
 
 
+def table(truth, f32=None):
+    """Records of many tensors by name, as one table sorted by name: the name's hash, then a short record."""
+    rows = []
+    for name in sorted(truth):
+        short = record(truth[name], None if f32 is None else f32[name], entries=8, whole=8)
+        rows.append(np.concatenate([[seeded.seed(name) >> 11], short, np.zeros(16 - short.size)]))
+    return np.stack(rows)
+
+
 def save(tensors, path):
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     path.parent.mkdir(exist_ok=True)

@@ -84,7 +84,9 @@ pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
     let (train, test) = train::sources(&recipe.data)?;
     let test = test.ok_or_else(|| {
         let path = &recipe.data.path;
-        Error::Config(format!("{path} has no labelled held-out images (test/ or val/) to evaluate on"))
+        Error::Config(format!(
+            "{path} has no labelled held-out images (test/ or val/) to evaluate on"
+        ))
     })?;
     let knn = Knn { k: args.k as usize, temperature: args.temperature };
     talk(&format!(

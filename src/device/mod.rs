@@ -14,8 +14,8 @@ use std::sync::Arc;
 pub use group::Group;
 pub(crate) use memory::Memory;
 pub use memory::MemoryUse;
-pub(crate) use product::{Matrix, product, product_alone};
 pub use philox::{Philox, Purpose, philox4x32};
+pub(crate) use product::{Matrix, product, product_alone};
 
 use crate::error::{Error, Result};
 use memory::Pool;
@@ -51,11 +51,7 @@ impl Device {
 
     /// The f64 reference device.
     pub fn reference() -> Self {
-        Self(Arc::new(Inner {
-            kind: DeviceKind::Reference,
-            pool: Pool::new(false),
-            threads: None,
-        }))
+        Self(Arc::new(Inner { kind: DeviceKind::Reference, pool: Pool::new(false), threads: None }))
     }
 
     /// This kind of device anew, with memory that is filled with NaN before each use: an operation that leaves a

@@ -97,12 +97,7 @@ mod tests {
 
     #[test]
     fn near_neighbours_outvote_many_far_ones() {
-        let bank = features(&[
-            ([1.0, 0.0], 0),
-            ([0.0, 1.0], 1),
-            ([0.1, 1.0], 1),
-            ([-0.1, 1.0], 1),
-        ]);
+        let bank = features(&[([1.0, 0.0], 0), ([0.0, 1.0], 1), ([0.1, 1.0], 1), ([-0.1, 1.0], 1)]);
         let queries = features(&[([5.0, 0.4], 0), ([0.0, 0.2], 1)]);
         let device = Device::cpu(2).unwrap();
         let sharp = Knn { k: 4, temperature: 0.1 };

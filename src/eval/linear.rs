@@ -34,9 +34,8 @@ pub fn few_label_accuracy(
 ) -> Result<f64> {
     let (mean, scale) = moments(bank);
     let standardised = |values: &[f32]| -> Vec<f32> {
-        let columns = |(i, v): (usize, &f32)| {
-            ((f64::from(*v) - mean[i % bank.d]) * scale[i % bank.d]) as f32
-        };
+        let columns =
+            |(i, v): (usize, &f32)| ((f64::from(*v) - mean[i % bank.d]) * scale[i % bank.d]) as f32;
         values.iter().enumerate().map(columns).collect()
     };
     let classes = bank.labels.iter().max().map_or(0, |&l| l as usize + 1);
@@ -47,8 +46,7 @@ pub fn few_label_accuracy(
         let chosen = labelled(&bank.labels, classes, per_class, seed, draw);
         let rows: Vec<f32> =
             chosen.iter().flat_map(|&i| &bank.values[i * bank.d..][..bank.d]).copied().collect();
-        let images =
-            Tensor::from_slice(device, [chosen.len(), bank.d], &standardised(&rows));
+        let images = Tensor::from_slice(device, [chosen.len(), bank.d], &standardised(&rows));
         let labels: Vec<i32> = chosen.iter().map(|&i| bank.labels[i] as i32).collect();
         let labels = Tensor::from_slice(device, [labels.len()], &labels);
         total += probe(&images, &labels, classes, &held_out, &queries.labels, device)?;
@@ -96,17 +94,10 @@ fn probe(
 }
 
 /// `per_class` images of each class, in class order.
-fn labelled(
-    labels: &[u32],
-    classes: usize,
-    per_class: usize,
-    seed: u64,
-    draw: u32,
-) -> Vec<usize> {
+fn labelled(labels: &[u32], classes: usize, per_class: usize, seed: u64, draw: u32) -> Vec<usize> {
     let mut chosen = Vec::with_capacity(classes * per_class);
     for class in 0..classes as u32 {
-        let mut members: Vec<usize> =
-            (0..labels.len()).filter(|&i| labels[i] == class).collect();
+        let mut members: Vec<usize> = (0..labels.len()).filter(|&i| labels[i] == class).collect();
         Philox::new(seed, Purpose::Labels, draw, class).shuffle(&mut members);
         chosen.extend(members.into_iter().take(per_class));
     }
@@ -141,7 +132,9 @@ mod tests {
             let labels: Vec<u32> = (0..n as u32).map(|i| i % 3).collect();
             let values = labels
                 .iter()
-                .flat_map(|&l| [0, 1, 2].map(|j| (rng.normal() * 0.1) as f32 + (j == l) as u8 as f32))
+                .flat_map(|&l| {
+                    [0, 1, 2].map(|j| (rng.normal() * 0.1) as f32 + (j == l) as u8 as f32)
+                })
                 .collect();
             Features { values, d: 3, labels, skipped: Vec::new() }
         };

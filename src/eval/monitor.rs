@@ -52,7 +52,8 @@ pub fn spread(z: &Tensor) -> Spread {
 fn symmetric_eigenvalues(mut a: Vec<Vec<f64>>) -> Vec<f64> {
     let n = a.len();
     for _sweep in 0..12 {
-        let off: f64 = (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| a[i][j].powi(2)).sum();
+        let off: f64 =
+            (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| a[i][j].powi(2)).sum();
         let diagonal: f64 = (0..n).map(|i| a[i][i].powi(2)).sum();
         if off <= 1e-18 * diagonal {
             break;

@@ -67,12 +67,11 @@ pub const ALL: &[(&str, Build)] = &[("simclr", simclr::build)];
 /// # Errors
 /// When no method has that name, or its settings do not fit.
 pub fn build(recipe: &Recipe) -> Result<Box<dyn Method>> {
-    let (_, build) =
-        ALL.iter().find(|(name, _)| *name == recipe.method.name).ok_or_else(|| {
-            let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
-            let (name, known) = (&recipe.method.name, names.join(", "));
-            Error::Config(format!("there is no method `{name}`; known are: {known}"))
-        })?;
+    let (_, build) = ALL.iter().find(|(name, _)| *name == recipe.method.name).ok_or_else(|| {
+        let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
+        let (name, known) = (&recipe.method.name, names.join(", "));
+        Error::Config(format!("there is no method `{name}`; known are: {known}"))
+    })?;
     recipe.network.check()?;
     build(&recipe.network, &recipe.method.settings)
 }

@@ -184,12 +184,14 @@ fn read(name: &str) -> Result<String> {
 
 /// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
 fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
-    let malformed =
-        || Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"));
+    let malformed = || {
+        Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
+    };
     let (path, value) = setting.split_once('=').ok_or_else(malformed)?;
-    let value = format!("v = {value}")
-        .parse::<toml::Table>()
-        .map_or_else(|_| toml::Value::String(value.into()), |mut t| t.remove("v").expect("set above"));
+    let value = format!("v = {value}").parse::<toml::Table>().map_or_else(
+        |_| toml::Value::String(value.into()),
+        |mut t| t.remove("v").expect("set above"),
+    );
     let keys: Vec<&str> = path.trim().split('.').collect();
     let (last, parents) = keys.split_last().expect("split gives at least one");
     // `augment.flip=0` reaches every table of an array, `augment.1.flip=0` one.
@@ -298,7 +300,10 @@ mod tests {
     #[test]
     fn mistakes_name_the_key_and_the_nearest_one() {
         assert!(message(&["train.epoch=3"]).contains("(did you mean `epochs`?)"));
-        assert!(message(&["train.epochs=many"]).contains("train.epochs") || message(&["train.epochs=many"]).contains("epochs"));
+        assert!(
+            message(&["train.epochs=many"]).contains("train.epochs")
+                || message(&["train.epochs=many"]).contains("epochs")
+        );
         assert!(message(&["train.epochs"]).contains("--set takes key.path=value"));
         assert!(message(&["train.batch=1"]).contains("train.batch starts at 2"));
         assert!(message(&["network.depth=20"]).contains("network.depth is 20"));

@@ -55,7 +55,8 @@ impl SimClr {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
         // No biases: each is followed by a batch norm, the last of which has no shift either (`model_util.py`).
-        let layer = |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
+        let layer =
+            |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
         let layers = [
             layer(settings.hidden, NormKind::Affine, true),
             layer(settings.embedding, NormKind::ScaleOnly, false),

@@ -33,12 +33,7 @@ impl Norm {
         });
         let running = Running {
             mean: layout.stat(format!("{name}.running_mean"), c, SlotKind::RunningMean, 0.0),
-            variance: layout.stat(
-                format!("{name}.running_var"),
-                c,
-                SlotKind::RunningVariance,
-                1.0,
-            ),
+            variance: layout.stat(format!("{name}.running_var"), c, SlotKind::RunningVariance, 1.0),
         };
         Self { gain, shift, running, groups }
     }

@@ -66,9 +66,9 @@ impl Mlp {
             };
             let weight_name = format!("{name}.weight");
             let weights = layout.param(weight_name, [k, d], SlotKind::Matrix, weight_init);
-            let bias = layer.bias.then(|| {
-                layout.param(format!("{name}.bias"), [k], SlotKind::Bias, bias_init)
-            });
+            let bias = layer
+                .bias
+                .then(|| layout.param(format!("{name}.bias"), [k], SlotKind::Bias, bias_init));
             let mut norm = |gain, shift| {
                 Some(Norm::new(layout, &format!("{name}.norm"), k, gain, shift, groups))
             };

@@ -141,7 +141,8 @@ impl ResNet {
                     })
                     .collect();
                 let projection = (c != k || stride != 1).then(|| {
-                    let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+                    let (conv, norm) =
+                        (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
                     unit(conv, norm, c, k, 1, stride, 1.0)
                 });
                 blocks.push(Block { convolutions, projection });

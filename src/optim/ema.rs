@@ -29,8 +29,7 @@ fn average<T: Float>(target: &mut Arena, online: &Arena, momentum: f64) {
     device.run(|| {
         target.par_chunks_mut(CHUNK).zip(online.par_chunks(CHUNK)).for_each(|(target, online)| {
             for (target, online) in target.iter_mut().zip(online) {
-                *target =
-                    T::narrow(momentum * target.widen() + (1.0 - momentum) * online.widen());
+                *target = T::narrow(momentum * target.widen() + (1.0 - momentum) * online.widen());
             }
         });
     });

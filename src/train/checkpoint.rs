@@ -253,7 +253,9 @@ mod tests {
         let path = save(folder.path(), 1, &saved, &optimizer, HashMap::new(), 1).unwrap();
         let error = load_weights(&path, &mut arena(3, 1)).unwrap_err().to_string();
         assert!(
-            error.ends_with("backbone.conv1.weight is F32 [2, 3, 3, 3]; this network has F32 [3, 3, 3, 3]"),
+            error.ends_with(
+                "backbone.conv1.weight is F32 [2, 3, 3, 3]; this network has F32 [3, 3, 3, 3]"
+            ),
             "{error}"
         );
         std::fs::write(&path, b"garbage").unwrap();

@@ -22,11 +22,8 @@ impl Metrics {
     /// When the folder cannot be written.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("metrics.jsonl");
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(Error::io(&path))?;
+        let file =
+            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
         Ok(Self { path, file })
     }
 

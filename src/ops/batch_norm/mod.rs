@@ -103,8 +103,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     } else {
         let running = with.running.expect("batch_norm: evaluation needs running statistics");
         let (mean, variance) = (x.tape().stat(running.mean), x.tape().stat(running.variance));
-        let inv_std: Vec<f64> =
-            variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
+        let inv_std: Vec<f64> = variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
         (mean.copy(), Tensor::from_f64(&device, [1, c], &inv_std))
     };
 

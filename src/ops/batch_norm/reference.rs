@@ -104,4 +104,3 @@ fn normalised(saved: &Saved, g: usize, j: usize, i: usize) -> f64 {
     let at = g * saved.dims.c + j;
     (saved.x.data::<f64>()[i] - saved.mean.data::<f64>()[at]) * saved.inv_std.data::<f64>()[at]
 }
-

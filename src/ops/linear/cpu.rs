@@ -11,24 +11,12 @@ pub(super) fn forward(y: &mut [f32], x: &[f32], w: &[f32], bias: Option<&[f32]>,
     product(y, Matrix::new(x, n, d), Matrix::new(w, k, d).transposed(), bias.is_some());
 }
 
-pub(super) fn input_gradient(
-    dx: &mut [f32],
-    dy: &[f32],
-    w: &[f32],
-    dims: Dims,
-    accumulate: bool,
-) {
+pub(super) fn input_gradient(dx: &mut [f32], dy: &[f32], w: &[f32], dims: Dims, accumulate: bool) {
     let Dims { n, d, k } = dims;
     product(dx, Matrix::new(dy, n, k), Matrix::new(w, k, d), accumulate);
 }
 
-pub(super) fn weight_gradient(
-    dw: &mut [f32],
-    dy: &[f32],
-    x: &[f32],
-    dims: Dims,
-    accumulate: bool,
-) {
+pub(super) fn weight_gradient(dw: &mut [f32], dy: &[f32], x: &[f32], dims: Dims, accumulate: bool) {
     let Dims { n, d, k } = dims;
     product(dw, Matrix::new(dy, n, k).transposed(), Matrix::new(x, n, d), accumulate);
 }

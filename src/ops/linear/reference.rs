@@ -12,13 +12,7 @@ pub(super) fn forward(y: &mut [f64], x: &[f64], w: &[f64], bias: Option<&[f64]>,
     }
 }
 
-pub(super) fn input_gradient(
-    dx: &mut [f64],
-    dy: &[f64],
-    w: &[f64],
-    dims: Dims,
-    accumulate: bool,
-) {
+pub(super) fn input_gradient(dx: &mut [f64], dy: &[f64], w: &[f64], dims: Dims, accumulate: bool) {
     let Dims { n, d, k } = dims;
     for i in 0..n {
         for t in 0..d {
@@ -28,13 +22,7 @@ pub(super) fn input_gradient(
     }
 }
 
-pub(super) fn weight_gradient(
-    dw: &mut [f64],
-    dy: &[f64],
-    x: &[f64],
-    dims: Dims,
-    accumulate: bool,
-) {
+pub(super) fn weight_gradient(dw: &mut [f64], dy: &[f64], x: &[f64], dims: Dims, accumulate: bool) {
     let Dims { n, d, k } = dims;
     for j in 0..k {
         for t in 0..d {

@@ -57,7 +57,8 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: D
                         maxima[r] = max;
                     }
                 }
-                sums[r] += row.iter().map(|s| f64::from((s * inv_t - maxima[r]).exp())).sum::<f64>();
+                sums[r] +=
+                    row.iter().map(|s| f64::from((s * inv_t - maxima[r]).exp())).sum::<f64>();
             }
         });
         for (r, lse) in lse.iter_mut().enumerate() {

@@ -39,7 +39,10 @@ impl Dims {
 #[track_caller]
 pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     let [rows, d] = z.value().dims("nt_xent: the embeddings");
-    assert!(rows.is_multiple_of(2) && rows >= 4, "nt_xent: {rows} rows, not two views of 2 or more");
+    assert!(
+        rows.is_multiple_of(2) && rows >= 4,
+        "nt_xent: {rows} rows, not two views of 2 or more"
+    );
     assert!(temperature > 0.0, "nt_xent: temperature {temperature}");
     let dims = Dims { rows, d, temperature };
     let device = z.tape().device().clone();

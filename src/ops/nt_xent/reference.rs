@@ -11,10 +11,8 @@ pub(super) fn forward(lse: &mut [f64], z: &[f64], dims: Dims) -> f64 {
     let Dims { rows, d, temperature } = dims;
     let mut sum = 0.0;
     for (i, lse) in lse.iter_mut().enumerate() {
-        let others: Vec<f64> = (0..rows)
-            .filter(|&j| j != i)
-            .map(|j| similarity(z, d, i, j) / temperature)
-            .collect();
+        let others: Vec<f64> =
+            (0..rows).filter(|&j| j != i).map(|j| similarity(z, d, i, j) / temperature).collect();
         let max = others.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         *lse = others.iter().map(|v| (v - max).exp()).sum::<f64>().ln() + max;
         sum += *lse - similarity(z, d, i, dims.positive(i)) / temperature;

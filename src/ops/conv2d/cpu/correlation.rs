@@ -55,8 +55,14 @@ pub struct Problem {
 struct Phase {
     row0: usize,
     column0: usize,
+    /// Outputs across.
+    q: usize,
+    /// Input channels, taps and column stride as the tiles see them: with few channels a row of taps is one tap.
+    c: usize,
     r: usize,
     s: usize,
+    stride_x: usize,
+    /// Row stride.
     stride: usize,
     pad_y: isize,
     pad_x: isize,
@@ -106,20 +112,14 @@ impl Problem {
     fn phase(&self, row0: usize, column0: usize) -> Phase {
         let (row, column) = ((self.s * self.weight_c()) as isize, self.weight_c() as isize);
         let filter = self.r as isize * row;
+        let q = self.out_w.saturating_sub(column0).div_ceil(self.step());
         if !self.gradient {
-            let (r, s, c) = (self.r, self.s, self.c);
+            let (r, stride, pad) = (self.r, self.stride, self.pad as isize);
+            let (s, c, stride_x) =
+                if self.merged() { (1, self.s * self.c, 1) } else { (self.s, self.c, stride) };
             let view = FilterView { start: 0, output: filter, row, column, input: 1, r, s, c };
-            let pad = self.pad as isize;
-            return Phase {
-                row0,
-                column0,
-                r,
-                s,
-                stride: self.stride,
-                pad_y: pad,
-                pad_x: pad,
-                view,
-            };
+            let (pad_y, pad_x) = (pad, pad);
+            return Phase { row0, column0, q, c, r, s, stride_x, stride, pad_y, pad_x, view };
         }
         let step = self.stride as isize;
         let (r, first_row, pad_y) = phase_taps(row0, self.r, self.stride, self.pad);
@@ -136,7 +136,8 @@ impl Problem {
             s,
             c: self.c,
         };
-        Phase { row0, column0, r, s, stride: 1, pad_y, pad_x, view }
+        let (c, stride_x, stride) = (self.c, 1, 1);
+        Phase { row0, column0, q, c, r, s, stride_x, stride, pad_y, pad_x, view }
     }
 
     /// Channels of the filter in memory.
@@ -148,9 +149,24 @@ impl Problem {
         self.out_h * self.out_w * self.k
     }
 
-    /// Channels in a block of the slab.
+    /// Whether the taps of a filter row are read as one: a stem's four channels make loops that are too short, but its
+    /// pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
+    fn merged(&self) -> bool {
+        !self.gradient && self.c == 4 && self.s > 1 && self.stride <= 2
+    }
+
+    /// Channels in a block, as the tiles see them.
     fn block(&self) -> usize {
-        if self.c <= 4 { 4 } else { 16 }
+        match self.c {
+            _ if self.merged() => self.c * self.s,
+            ..=4 => 4,
+            _ => 16,
+        }
+    }
+
+    /// Floats between neighbouring outputs' pixels in a slab.
+    fn pixel_len(&self) -> usize {
+        if self.merged() { self.c * self.stride } else { self.block() }
     }
 }
 
@@ -202,6 +218,9 @@ impl Plan {
 
 /// Images packed and computed together.
 fn group_images(p: &Problem, tile_rows: usize) -> usize {
+    if p.merged() {
+        return 1;
+    }
     let quarter = (p.n / 4).max(1);
     if (p.out_h, p.out_w) == (1, 1) {
         // tiles share the filters of a block while these are close: as many tiles as the slab holds
@@ -225,10 +244,12 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
 
 /// The largest slab that one band of a phase needs.
 fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
-    let q = p.out_w.saturating_sub(f.column0).div_ceil(p.step());
-    let (c, block) = (p.c, p.block());
-    let Phase { r, s, stride, pad_y, pad_x, .. } = *f;
-    let mut slab = Slab { c, block, pitch: block, images, r, s, stride, pad_y, pad_x, band: 1, q };
+    let Phase { r, s, stride: stride_y, stride_x, pad_y, pad_x, .. } = *f;
+    // merged taps need every column in its place
+    let (q, block) = if p.merged() { ((f.q - 1) * p.stride + p.s, p.c) } else { (f.q, p.block()) };
+    let (c, pitch, band) = (p.c, block, 1);
+    let mut slab =
+        Slab { c, block, pitch, images, r, s, stride_y, stride_x, pad_y, pad_x, band, q };
     let rows = part_rows.div_ceil(p.step()).max(1);
     while slab.band < rows && (Slab { band: slab.band + 1, ..slab }).len() <= SLAB_FLOATS {
         slab.band += 1;
@@ -267,7 +288,7 @@ pub fn run(
     let (filters, slabs) = workspace.split_at_mut(plan.filters_len);
     let mut rest = &mut *filters;
     for f in p.phases() {
-        let (packed, tail) = rest.split_at_mut(plan.blocks.padded() * f.r * f.s * p.c);
+        let (packed, tail) = rest.split_at_mut(plan.blocks.padded() * f.r * f.s * f.c);
         f.view.pack(packed, w, plan.blocks, p.block());
         rest = tail;
     }
@@ -303,7 +324,7 @@ impl Lane<'_> {
             let rows = out.len() / images / (p.out_w * p.k);
             let mut filters = self.filters;
             for f in p.phases() {
-                let (packed, rest) = filters.split_at(self.plan.blocks.padded() * f.r * f.s * p.c);
+                let (packed, rest) = filters.split_at(self.plan.blocks.padded() * f.r * f.s * f.c);
                 filters = rest;
                 if (f.r == 0 || f.s == 0) && self.accumulate {
                     continue;
@@ -329,7 +350,7 @@ impl Lane<'_> {
         let step = p.step();
         // the height of a full group: a smaller one might otherwise take a larger slab
         let shape = Slab { images, ..band_slab(p, f, self.plan.group, self.plan.part_rows) };
-        if shape.q == 0 {
+        if f.q == 0 {
             return;
         }
         let outputs = rows.saturating_sub(f.row0).div_ceil(step);
@@ -352,7 +373,7 @@ impl Lane<'_> {
             let mut band = Band { lane: self, f, shape, slab, first, row0, rows, ahead };
             let mut packed = filters;
             for b in 0..self.plan.blocks.count() {
-                let (block, rest) = packed.split_at(self.plan.blocks.width(b) * f.r * f.s * p.c);
+                let (block, rest) = packed.split_at(self.plan.blocks.width(b) * f.r * f.s * f.c);
                 packed = rest;
                 band.run_block(out, block, b);
             }
@@ -387,14 +408,14 @@ impl Band<'_> {
             let out_row = self.row0 + i * p.step();
             let slab_row = i * s.output_row_len();
             // a run is a stretch of pixels whose tiles meet the same taps
-            let (runs, length) = if over_images { (s.q, s.images) } else { (1, s.q * s.images) };
+            let (runs, length) = if over_images { (f.q, s.images) } else { (1, f.q * s.images) };
             let tiles = length.div_ceil(most);
             // this block's share, spread over its tiles
             let left = (blocks.count() - b) * (s.band - i) * runs * tiles;
             let share = self.ahead.len().div_ceil(left).next_multiple_of(LINE);
             for run in 0..runs {
                 let tap_columns = if over_images {
-                    clip(f.s, f.pad_x - (run * f.stride) as isize, p.w)
+                    clip(f.s, f.pad_x - (run * f.stride_x) as isize, p.w)
                 } else {
                     (0, f.s)
                 };
@@ -402,13 +423,14 @@ impl Band<'_> {
                     let (from, to) = (t * length / tiles, (t + 1) * length / tiles);
                     let pixel = run * length + from;
                     let mut tile = Correlate {
-                        x: self.slab.as_ptr().wrapping_add(slab_row + pixel * s.pitch),
+                        x: self.slab.as_ptr().wrapping_add(slab_row + pixel * p.pixel_len()),
                         w: filters.as_ptr(),
                         y: out[b * blocks.full()..].as_mut_ptr(),
                         y_offsets: [0; MAX_ROWS],
                         live: blocks.live(b),
                         accumulate: self.lane.accumulate,
-                        c: p.c,
+                        c: f.c,
+                        block: p.block(),
                         taps: (f.r, f.s),
                         tap_rows,
                         tap_columns,
@@ -416,7 +438,7 @@ impl Band<'_> {
                         x_row: s.row_len(),
                         x_phase: s.phase_len(),
                         x_column: s.column_len(),
-                        stride: f.stride,
+                        stride: f.stride_x,
                     };
                     let (mut column, mut image) = (pixel / s.images, pixel % s.images);
                     for offset in &mut tile.y_offsets[..to - from] {
@@ -431,7 +453,7 @@ impl Band<'_> {
                         self.lane.plan.isa,
                         to - from,
                         blocks.vectors(b),
-                        s.block,
+                        p.pixel_len(),
                     );
                     let (now, later) = self.ahead.split_at(share.min(self.ahead.len()));
                     now.iter().step_by(LINE).for_each(|line| prefetch(line));

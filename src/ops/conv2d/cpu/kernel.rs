@@ -21,9 +21,9 @@ macro_rules! kernels {
             /// # Safety
             /// That of [`tile::correlate`], with the instruction set present.
             $(#[$feature])?
-            unsafe fn correlate<const M: usize, const NV: usize, const CB: usize>(t: &Correlate) {
+            unsafe fn correlate<const M: usize, const NV: usize, const PITCH: usize>(t: &Correlate) {
                 // SAFETY: the caller vouches for the same.
-                unsafe { tile::correlate::<$v, M, NV, CB>(t) }
+                unsafe { tile::correlate::<$v, M, NV, PITCH>(t) }
             }
 
             /// # Safety
@@ -36,6 +36,8 @@ macro_rules! kernels {
 
             pub static CORRELATE_ONE_BY_4: &[CorrelateKernel] = &[$(correlate::<$one, 1, 4>),*];
             pub static CORRELATE_TWO_BY_4: &[CorrelateKernel] = &[$(correlate::<$two, 2, 4>),*];
+            pub static CORRELATE_ONE_BY_8: &[CorrelateKernel] = &[$(correlate::<$one, 1, 8>),*];
+            pub static CORRELATE_TWO_BY_8: &[CorrelateKernel] = &[$(correlate::<$two, 2, 8>),*];
             pub static CORRELATE_ONE_BY_16: &[CorrelateKernel] = &[$(correlate::<$one, 1, 16>),*];
             pub static CORRELATE_TWO_BY_16: &[CorrelateKernel] = &[$(correlate::<$two, 2, 16>),*];
             pub static OUTER_ONE: &[OuterKernel] = &[$(outer::<$one, 1>),*];
@@ -68,14 +70,16 @@ macro_rules! table {
     };
 }
 
-/// The kernel for `rows` pixels, `vectors` vectors of filters, and slabs of `block` (4 or 16) channels.
-pub fn correlate(isa: Isa, rows: usize, vectors: usize, block: usize) -> CorrelateKernel {
-    let table = match (vectors, block) {
+/// The kernel for `rows` pixels, `vectors` vectors of filters, and pixels `pitch` (4, 8 or 16) floats apart.
+pub fn correlate(isa: Isa, rows: usize, vectors: usize, pitch: usize) -> CorrelateKernel {
+    let table = match (vectors, pitch) {
         (1, 4) => table!(isa, CORRELATE_ONE_BY_4),
         (2, 4) => table!(isa, CORRELATE_TWO_BY_4),
+        (1, 8) => table!(isa, CORRELATE_ONE_BY_8),
+        (2, 8) => table!(isa, CORRELATE_TWO_BY_8),
         (1, 16) => table!(isa, CORRELATE_ONE_BY_16),
         (2, 16) => table!(isa, CORRELATE_TWO_BY_16),
-        _ => unreachable!("no tile of {vectors} vectors on blocks of {block} channels"),
+        _ => unreachable!("no tile of {vectors} vectors on pixels {pitch} floats apart"),
     };
     table[rows - 1]
 }

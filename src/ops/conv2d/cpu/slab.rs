@@ -16,7 +16,8 @@ pub struct Slab {
     /// Filter taps down and across; none make an empty slab.
     pub r: usize,
     pub s: usize,
-    pub stride: usize,
+    pub stride_y: usize,
+    pub stride_x: usize,
     pub pad_y: isize,
     pub pad_x: isize,
     /// Outputs that the band computes per image, down and across.
@@ -26,17 +27,17 @@ pub struct Slab {
 
 impl Slab {
     fn row_phases(&self) -> usize {
-        self.stride.min(self.r)
+        self.stride_y.min(self.r)
     }
 
     /// Column phases times places, and places of one phase.
     fn columns(&self) -> (usize, usize) {
-        let places = if self.s == 0 { 0 } else { self.q + (self.s - 1) / self.stride };
-        (self.stride.min(self.s) * places, places)
+        let places = if self.s == 0 { 0 } else { self.q + (self.s - 1) / self.stride_x };
+        (self.stride_x.min(self.s) * places, places)
     }
 
     fn rows(&self) -> usize {
-        if self.r == 0 { 0 } else { (self.band + (self.r - 1) / self.stride) * self.row_phases() }
+        if self.r == 0 { 0 } else { (self.band + (self.r - 1) / self.stride_y) * self.row_phases() }
     }
 
     /// Floats from one column to the next of its phase.
@@ -76,16 +77,16 @@ impl Slab {
         let slab = &mut slab[..self.len()];
         for row in 0..self.rows() {
             let (place, phase) = (row / self.row_phases(), row % self.row_phases());
-            let y = ((first + place) * self.stride + phase) as isize - self.pad_y;
+            let y = ((first + place) * self.stride_y + phase) as isize - self.pad_y;
             if !(0..h as isize).contains(&y) {
                 continue;
             }
             let x_row = &x[y as usize * w * self.c..];
-            for phase in 0..self.stride.min(self.s) {
+            for phase in 0..self.stride_x.min(self.s) {
                 // the column of place i is i * stride + phase - pad: inside for left <= i < right
                 let before = self.pad_x - phase as isize;
                 let places_up_to = |column: isize| {
-                    let stride = self.stride as isize;
+                    let stride = self.stride_x as isize;
                     (column + stride - 1).div_euclid(stride).clamp(0, places as isize) as usize
                 };
                 let left = places_up_to(before);
@@ -97,7 +98,7 @@ impl Slab {
                 if left == right {
                     continue;
                 }
-                let column = (left * self.stride) as isize - before;
+                let column = (left * self.stride_x) as isize - before;
                 let from = &x_row[column as usize * self.c..];
                 let to = &mut slab[start + left * column_len..];
                 self.copy(to, from, right - left, h * w * self.c, block_len);
@@ -145,7 +146,7 @@ impl Slab {
     ) {
         for image in 0..self.images {
             for column in 0..columns {
-                let pixel = image * image_len + column * self.stride * self.c;
+                let pixel = image * image_len + column * self.stride_x * self.c;
                 let mut start = (column * self.images + image) * PITCH;
                 for c in (0..self.c).step_by(self.block) {
                     let from = pixel + c;

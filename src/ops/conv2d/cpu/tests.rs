@@ -166,6 +166,8 @@ fn table() -> Vec<Conv2dDims> {
         dims([1, 3, 2, 3], [4, 3, 3], 3, 5), // whole outputs in the padding
         dims([2, 8, 8, 4], [16, 3, 3], 1, 1), // stem of small images
         dims([1, 21, 19, 4], [64, 7, 7], 2, 3), // stem of large images
+        dims([2, 7, 9, 4], [20, 2, 3], 3, 2), // a stem of stride 3
+        dims([3, 7, 6, 4], [33, 7, 5], 2, 4), // a stem, mostly padding
         dims([2, 9, 9, 16], [16, 3, 3], 1, 1), // one vector of filters
         dims([2, 9, 9, 16], [32, 3, 3], 2, 1), // stride 2, odd
         dims([2, 8, 8, 32], [64, 3, 3], 2, 1), // stride 2, a row and a column unused

@@ -35,7 +35,7 @@ const AHEAD: usize = 16;
 pub struct Correlate {
     /// Slab position of the tile's first pixel at tap (0, 0), channel 0.
     pub x: *const f32,
-    /// Packed filters of this block of outputs: `[c/CB][r][s][CB][NV * LANES]`.
+    /// Packed filters of this block of outputs: `[c/block][r][s][block][NV * LANES]`.
     pub w: *const f32,
     pub y: *mut f32,
     /// Where pixel `m` of the tile is written, in floats from `y`.
@@ -43,8 +43,9 @@ pub struct Correlate {
     /// How many of the `NV * LANES` outputs exist; the rest are packed as zeros and not stored.
     pub live: usize,
     pub accumulate: bool,
-    /// Input channels.
+    /// Input channels, and channels in a block of the slab.
     pub c: usize,
+    pub block: usize,
     /// Taps of the whole filter, and the half-open ranges of those that meet the image.
     pub taps: (usize, usize),
     pub tap_rows: (usize, usize),
@@ -55,16 +56,16 @@ pub struct Correlate {
     /// Floats from one column phase to the next, and from a column to the next of the same phase.
     pub x_phase: usize,
     pub x_column: usize,
-    /// The convolution's stride: the number of column phases.
+    /// Column phases of the slab.
     pub stride: usize,
 }
 
 /// # Safety
-/// `V`'s instruction set is enabled. `t.x` and `t.w` cover every tap in range for `M` pixels `CB` floats apart and `t.c`
+/// `V`'s instruction set is enabled. `t.x` and `t.w` cover every tap in range for `M` pixels `PITCH` floats apart and `t.c`
 /// channels; `t.live <= NV * LANES` floats at each of the first `M` `t.y_offsets` are writable (readable too when
 /// accumulating).
 #[inline(always)]
-pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const CB: usize>(
+pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH: usize>(
     t: &Correlate,
 ) {
     // SAFETY: every address below is one that the caller vouches for.
@@ -83,7 +84,7 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const CB: us
         let (mut x_block, mut w_block) = (t.x, t.w);
         let mut remaining = t.c;
         while remaining > 0 {
-            let channels = remaining.min(CB);
+            let channels = remaining.min(t.block);
             for i in t.tap_rows.0..t.tap_rows.1 {
                 let mut x_tap = x_block.add(i * t.x_row + first_column);
                 let mut w = w_block.add((i * t.taps.1 + first) * channels * width);
@@ -97,7 +98,7 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const CB: us
                             prefetch(w.wrapping_add(AHEAD * width + j * V::LANES));
                         }
                         for (m, row) in acc.iter_mut().enumerate() {
-                            let pixel = V::splat(x.add(m * CB));
+                            let pixel = V::splat(x.add(m * PITCH));
                             for (a, f) in row.iter_mut().zip(filters) {
                                 *a = pixel.mul_add(f, *a);
                             }

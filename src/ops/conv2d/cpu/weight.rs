@@ -58,8 +58,15 @@ impl Plan {
     fn new(d: &Conv2dDims, isa: Isa) -> Plan {
         let blocks = Blocks { k: d.k, lanes: isa.lanes() };
         let widest = if d.k <= isa.lanes() { 1 } else { 2 };
-        let tile = d.c.div_ceil(d.c.div_ceil(isa.tile_rows(widest)).max(1));
-        let wanted = if (d.p, d.q) == (1, 1) { BAND_PIXELS } else { 16usize.div_ceil(d.q.max(1)) };
+        let (_, c) = taps(d);
+        let tile = c.div_ceil(c.div_ceil(isa.tile_rows(widest)).max(1));
+        let wanted = if merged(d) {
+            1
+        } else if (d.p, d.q) == (1, 1) {
+            BAND_PIXELS
+        } else {
+            16usize.div_ceil(d.q.max(1))
+        };
         let group = wanted.min(SLAB_FLOATS / d.c.max(1)).clamp(1, d.n.max(1));
         let slab = |band: usize| slab(d, tile, group, band);
         let mut band = 1;
@@ -83,7 +90,7 @@ impl Plan {
         let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
         // a single tile or block of a run lies in the tensor as it would lie packed, unless images are interleaved
         let in_order = group == 1 || (d.p, d.q, d.h, d.w) == (1, 1, 1, 1);
-        let slab_len = if in_order && d.c == tile { 0 } else { slab(band).len() };
+        let slab_len = if in_order && d.c == tile && !merged(d) { 0 } else { slab(band).len() };
         let dy_in_order = in_order && blocks.count() == 1 && d.k == blocks.padded();
         let dy_len = if dy_in_order { 0 } else { set * blocks.full() * band * d.q * group };
         Plan {
@@ -114,10 +121,22 @@ impl Plan {
 }
 
 fn slab(d: &Conv2dDims, tile: usize, images: usize, band: usize) -> Slab {
-    let pad = d.pad as isize;
-    let (c, r, s, stride, q) = (d.c, d.r, d.s, d.stride, d.q);
-    let pitch = tile.next_power_of_two().max(4);
-    Slab { c, block: tile, pitch, images, r, s, stride, pad_y: pad, pad_x: pad, band, q }
+    let (c, r, stride_y, pad) = (d.c, d.r, d.stride, d.pad as isize);
+    let (s, stride_x, q, block) =
+        if merged(d) { (1, 1, (d.q - 1) * d.stride + d.s, c) } else { (d.s, d.stride, d.q, tile) };
+    let pitch = block.next_power_of_two().max(4);
+    Slab { c, block, pitch, images, r, s, stride_y, stride_x, pad_y: pad, pad_x: pad, band, q }
+}
+
+/// Whether the taps of a filter row are read as one: a stem's four channels make tiles that are too small, but its
+/// pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
+fn merged(d: &Conv2dDims) -> bool {
+    d.c == 4 && d.s > 1
+}
+
+/// Taps of a filter row and channels, as the tiles see them.
+fn taps(d: &Conv2dDims) -> (usize, usize) {
+    if merged(d) { (1, d.s * d.c) } else { (d.s, d.c) }
 }
 
 /// A 1x1 convolution is a matrix product: every pixel is an image of its own.
@@ -279,21 +298,27 @@ impl Task<'_> {
         let (d, plan) = (self.d, self.plan);
         let images = shape.images;
         let row_pixels = d.q * images;
-        let (x_run, x_pixel) = if plan.slab_len > 0 {
+        let (columns, row_channels) = taps(d);
+        let (x_run, x_pixel) = if merged(d) {
+            (shape.output_row_len(), d.stride * shape.pitch)
+        } else if plan.slab_len > 0 {
             (shape.output_row_len(), shape.pitch)
         } else {
             (d.stride * d.w * d.c, d.stride * d.c)
         };
-        for c in (0..d.c).step_by(plan.tile) {
-            let channels = plan.tile.min(d.c - c);
+        for c in (0..row_channels).step_by(plan.tile) {
+            let channels = plan.tile.min(row_channels - c);
             for i in 0..d.r {
                 let (from, to) = valid(first, shape.band, i, d.stride, d.pad, d.h);
-                for j in 0..d.s {
-                    let (left, right) = valid(0, d.q, j, d.stride, d.pad, d.w);
+                for j in 0..columns {
+                    let (left, right) =
+                        if merged(d) { (0, d.q) } else { valid(0, d.q, j, d.stride, d.pad, d.w) };
                     if from == to || left == right {
                         continue;
                     }
-                    let x = if plan.slab_len > 0 {
+                    let x = if merged(d) {
+                        &x_slab[from * shape.output_row_len() + i * shape.row_len() + c..]
+                    } else if plan.slab_len > 0 {
                         let start = c / plan.tile * shape.block_len()
                             + from * shape.output_row_len()
                             + i * shape.row_len()
@@ -314,7 +339,7 @@ impl Task<'_> {
                             let pixel = (first_image * d.p + first) * d.q + pixel;
                             (&self.dy[pixel * d.k + b * plan.blocks.full()..], d.k)
                         };
-                        let dw = sum_start + ((i * d.s + j) * d.c + c) * width;
+                        let dw = sum_start + ((i * columns + j) * row_channels + c) * width;
                         let tile = Outer {
                             x: x.as_ptr(),
                             dy: dy.as_ptr(),

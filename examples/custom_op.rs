@@ -1,0 +1,59 @@
+//! A primitive of one's own: softplus, `y = log(1 + exp(x))`, `dx = dy / (1 + exp(-x))`.
+//!
+//! It computes its value, then records what backward does. The same code, on the reference device, is checked against finite
+//! differences below.
+
+use std::sync::Arc;
+
+use selfsup::arena::{Arena, Init, Layout, SlotKind};
+use selfsup::device::{Device, DeviceKind};
+use selfsup::ops::linear;
+use selfsup::tape::{Var, evaluate, step};
+use selfsup::tensor::{Element, Tensor};
+
+/// Softplus of any shape.
+pub fn softplus<'t>(x: &Var<'t>) -> Var<'t> {
+    let y = match x.tape().device().kind() {
+        DeviceKind::Reference => map(x.value(), x.value(), |x: f64, _| x.exp().ln_1p()),
+        _ => map(x.value(), x.value(), |x: f32, _| x.exp().ln_1p()),
+    };
+    let (id, saved) = (x.id(), x.value().clone());
+    x.tape().record("softplus", y, &[x], move |dy, gradients| {
+        let dx = match dy.device().kind() {
+            DeviceKind::Reference => map(&saved, &dy, |x: f64, dy| dy / (1.0 + (-x).exp())),
+            _ => map(&saved, &dy, |x: f32, dy| dy / (1.0 + (-x).exp())),
+        };
+        gradients.add(id, dx);
+    })
+}
+
+fn map<T: Element>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T) -> Tensor {
+    let mut out = a.empty_like();
+    for (out, (a, b)) in out.data_mut::<T>().iter_mut().zip(a.data().iter().zip(b.data())) {
+        *out = f(*a, *b);
+    }
+    out
+}
+
+pub fn main() {
+    let device = Device::reference();
+    let mut layout = Layout::new();
+    let w = layout.param("w", [1, 3], SlotKind::Matrix, Init::Uniform(1.0));
+    let mut arena = Arena::new(&Arc::new(layout), &device, 7);
+    let x = Tensor::from_f64(&device, [1, 3], &[0.5, -1.0, 2.0]);
+    step(&mut arena, |tape| softplus(&linear(&tape.input(&x), &tape.param(w), None)))
+        .expect("the reference device does not fail");
+    let gradient = arena.gradient(w).to_f64();
+    for (i, gradient) in gradient.iter().enumerate() {
+        let mut loss_at = |shift: f64| {
+            arena.values_mut().data_mut::<f64>()[i] += shift;
+            let loss =
+                evaluate(&arena, |tape| softplus(&linear(&tape.input(&x), &tape.param(w), None)));
+            arena.values_mut().data_mut::<f64>()[i] -= shift;
+            loss.expect("the reference device does not fail").scalar()
+        };
+        let difference = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5;
+        println!("dw[{i}]: recorded {gradient:.9}, finite difference {difference:.9}");
+        assert!((gradient - difference).abs() < 1e-8);
+    }
+}

@@ -1,0 +1,28 @@
+//! The project's tests of the library, one binary: each module tests one thing and names its facts as sentences.
+
+#[path = "suite/case.rs"]
+mod case;
+#[path = "suite/cases.rs"]
+mod cases;
+#[path = "suite/compare.rs"]
+mod compare;
+#[path = "suite/examples.rs"]
+mod examples;
+#[path = "suite/floors.rs"]
+mod floors;
+#[path = "suite/golden.rs"]
+mod golden;
+#[path = "suite/program.rs"]
+mod program;
+#[path = "suite/provoked.rs"]
+mod provoked;
+#[path = "suite/random_shapes.rs"]
+mod random_shapes;
+#[path = "suite/seeded.rs"]
+mod seeded;
+#[path = "suite/surface.rs"]
+mod surface;
+#[path = "suite/truth.rs"]
+mod truth;
+#[path = "suite/memory.rs"]
+mod memory;

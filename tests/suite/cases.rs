@@ -1,0 +1,216 @@
+//! The case table: `cases.txt` has a row for each size of each primitive, this file what the words mean.
+//!
+//! `scripts/make-goldens` reads the same rows and gives the words the same meaning in PyTorch. A new primitive adds rows
+//! there, a function here and one there.
+
+use selfsup::ops::{self, BatchNorm};
+use selfsup::tape::Tape;
+use selfsup::tensor::Tensor;
+
+use crate::case::{Build, Case, Input};
+use crate::seeded;
+
+/// A row: a primitive and its settings.
+#[derive(Clone, Debug)]
+pub struct Row {
+    line: String,
+}
+
+impl Row {
+    /// A row from its text, words one space apart.
+    pub fn new(line: &str) -> Self {
+        Self { line: line.split_whitespace().collect::<Vec<_>>().join(" ") }
+    }
+
+    fn primitive(&self) -> &str {
+        self.line.split(' ').next().unwrap()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.line.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+    }
+
+    #[track_caller]
+    fn get(&self, key: &str) -> usize {
+        self.number(key) as usize
+    }
+
+    #[track_caller]
+    fn number(&self, key: &str) -> f64 {
+        let text = self.text(key).unwrap_or_else(|| panic!("{}: no {key}", self.line));
+        text.parse().unwrap_or_else(|_| panic!("{}: {key} is no number", self.line))
+    }
+
+    fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {
+        keys.map(|key| self.get(key))
+    }
+
+    /// An input of values in `[-1, 1)`.
+    fn input(&self, name: &'static str, shape: &[usize]) -> Input {
+        self.input_of(name, shape, seeded::unit)
+    }
+
+    fn input_of(
+        &self,
+        name: &'static str,
+        shape: &[usize],
+        values: impl Fn(u64, usize) -> Vec<f64>,
+    ) -> Input {
+        let values = values(self.seed(name), shape.iter().product());
+        Input { name, shape: shape.to_vec(), values, step: STEP }
+    }
+
+    fn seed(&self, name: &str) -> u64 {
+        seeded::seed(&format!("{}|{name}", self.line))
+    }
+
+    fn case(self, inputs: Vec<Input>, build: Build) -> Case {
+        let loose = if self.text("loose").is_some() { self.number("loose") } else { 1.0 };
+        Case { name: self.line, inputs, loose, build }
+    }
+}
+
+/// What finite differences step by: a power of two, so that inputs of f32 values move by exactly this much.
+const STEP: f64 = 1.0 / (1 << 20) as f64;
+
+/// All rows.
+pub fn table() -> Vec<Case> {
+    let rows = include_str!("cases.txt").lines().map(str::trim);
+    rows.filter(|line| !line.is_empty() && !line.starts_with('#')).map(case).collect()
+}
+
+/// The case of one row.
+pub fn case(line: &str) -> Case {
+    let row = Row::new(line);
+    match row.primitive() {
+        "conv2d" => conv2d(row),
+        "linear" => linear(row),
+        "batch_norm" => batch_norm(row),
+        "relu" => relu(row),
+        "add" => add(row),
+        "scale" => scale(row),
+        "mean" => mean(row),
+        "max_pool" => max_pool(row),
+        "mean_pool" => mean_pool(row),
+        "l2_normalize" => l2_normalize(row),
+        "nt_xent" => nt_xent(row),
+        "cross_entropy" => cross_entropy(row),
+        other => panic!("{line}: there is no primitive {other} in the case table"),
+    }
+}
+
+fn conv2d(row: Row) -> Case {
+    let [n, h, w, c, k, r, s] = row.sizes(["n", "h", "w", "c", "k", "r", "s"]);
+    let [stride, pad] = row.sizes(["stride", "pad"]);
+    let inputs = vec![row.input("x", &[n, h, w, c]), row.input("w", &[k, r, s, c])];
+    row.case(inputs, Box::new(move |_, v| ops::conv2d(&v[0], &v[1], stride, pad)))
+}
+
+fn linear(row: Row) -> Case {
+    let [n, d, k] = row.sizes(["n", "d", "k"]);
+    let bias = row.get("bias") == 1;
+    let mut inputs = vec![row.input("x", &[n, d]), row.input("w", &[k, d])];
+    if bias {
+        inputs.push(row.input("b", &[k]));
+    }
+    row.case(inputs, Box::new(|_, v| ops::linear(&v[0], &v[1], v.get(2))))
+}
+
+/// `with` lists what is present, of `gain`, `shift`, `residual` and `relu`; `offset` moves the input's mean.
+fn batch_norm(row: Row) -> Case {
+    let [rows, c, groups] = row.sizes(["rows", "c", "groups"]);
+    let with = |what: &str| row.text("with").is_some_and(|all| all.split('+').any(|w| w == what));
+    let offset = if row.text("offset").is_some() { row.number("offset") } else { 0.0 };
+    let mut inputs =
+        vec![row.input_of("x", &[rows, c], |seed, count| seeded::around(seed, count, offset, 1.0))];
+    if with("gain") {
+        let around_one = |seed, count| seeded::around(seed, count, 1.0, 0.5);
+        inputs.push(row.input_of("gain", &[c], around_one));
+    }
+    if with("shift") {
+        inputs.push(row.input("shift", &[c]));
+    }
+    if with("residual") {
+        inputs.push(row.input("residual", &[rows, c]));
+    }
+    let relu = with("relu");
+    let place = |name| inputs.iter().position(|input| input.name == name);
+    let (gain, shift, residual) = (place("gain"), place("shift"), place("residual"));
+    let build: Build = Box::new(move |_, v| {
+        let var = |place: Option<usize>| place.map(|i| &v[i]);
+        let (gain, shift, residual) = (var(gain), var(shift), var(residual));
+        ops::batch_norm(&v[0], BatchNorm { gain, shift, residual, relu, groups, running: None })
+    });
+    row.case(inputs, build)
+}
+
+fn relu(row: Row) -> Case {
+    let input = row.input_of("x", &row.sizes(["n", "c"]), seeded::off_zero);
+    row.case(vec![input], Box::new(|_, v| ops::relu(&v[0])))
+}
+
+fn add(row: Row) -> Case {
+    let shape = row.sizes(["n", "c"]);
+    let inputs = vec![row.input("a", &shape), row.input("b", &shape)];
+    row.case(inputs, Box::new(|_, v| ops::add(&v[0], &v[1])))
+}
+
+fn scale(row: Row) -> Case {
+    let factor = row.number("factor");
+    let input = row.input("x", &row.sizes(["n", "c"]));
+    row.case(vec![input], Box::new(move |_, v| ops::scale(&v[0], factor)))
+}
+
+fn mean(row: Row) -> Case {
+    let names = ["a", "b", "c", "d", "e"];
+    let inputs = names[..row.get("terms")].iter().map(|name| row.input(name, &[])).collect();
+    row.case(inputs, Box::new(|_, v| ops::mean(v)))
+}
+
+/// `values` is `distinct`, or `tied`, where finite differences have no meaning.
+fn max_pool(row: Row) -> Case {
+    let shape = row.sizes(["n", "h", "w", "c"]);
+    let [size, stride, pad] = row.sizes(["size", "stride", "pad"]);
+    let mut input = match row.text("values") {
+        Some("tied") => row.input_of("x", &shape, seeded::tied),
+        _ => row.input_of("x", &shape, seeded::distinct),
+    };
+    if row.text("values") == Some("tied") {
+        input.step = 0.0;
+    }
+    row.case(vec![input], Box::new(move |_, v| ops::max_pool(&v[0], size, stride, pad)))
+}
+
+fn mean_pool(row: Row) -> Case {
+    let input = row.input("x", &row.sizes(["n", "h", "w", "c"]));
+    row.case(vec![input], Box::new(|_, v| ops::mean_pool(&v[0])))
+}
+
+fn l2_normalize(row: Row) -> Case {
+    let scale = row.number("scale");
+    let shape = row.sizes(["n", "d"]);
+    let mut input =
+        row.input_of("x", &shape, |seed, count| seeded::around(seed, count, 0.0, scale));
+    input.step = STEP * scale;
+    row.case(vec![input], Box::new(|_, v| ops::l2_normalize(&v[0])))
+}
+
+fn nt_xent(row: Row) -> Case {
+    let temperature = row.number("t");
+    let [rows, d] = row.sizes(["rows", "d"]);
+    let mut input = row.input_of("z", &[rows, d], |seed, _| seeded::unit_rows(seed, rows, d));
+    input.step = STEP * temperature;
+    row.case(vec![input], Box::new(move |_, v| ops::nt_xent(&v[0], temperature)))
+}
+
+fn cross_entropy(row: Row) -> Case {
+    let [n, k] = row.sizes(["n", "k"]);
+    let spread = row.number("spread");
+    let labels = seeded::indices(row.seed("labels"), n, k);
+    let labels: Vec<i32> = labels.into_iter().map(|label| label as i32).collect();
+    let input = row.input_of("x", &[n, k], |seed, count| seeded::around(seed, count, 0.0, spread));
+    let build: Build = Box::new(move |tape: &Tape<'_>, v| {
+        ops::cross_entropy(&v[0], &Tensor::from_slice(tape.device(), [labels.len()], &labels))
+    });
+    row.case(vec![input], build)
+}

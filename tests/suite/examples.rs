@@ -1,0 +1,17 @@
+//! The examples run, as they stand in `examples/`.
+
+#[path = "../../examples/custom_op.rs"]
+mod custom_op;
+#[path = "../../examples/embed.rs"]
+mod embed;
+
+#[test]
+fn a_program_embeds_the_engine_in_under_sixty_lines() {
+    embed::main();
+    assert!(include_str!("../../examples/embed.rs").lines().count() < 60);
+}
+
+#[test]
+fn a_program_adds_a_primitive_of_its_own() {
+    custom_op::main();
+}

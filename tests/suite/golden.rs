@@ -1,0 +1,121 @@
+//! Goldens: what PyTorch computes in f64, and how far its own f32 is from that. `scripts/make-goldens` writes them.
+//!
+//! A tensor is a record of f64: `[count, PyTorch f32's relative error, L2 norm, largest magnitude, four projections,
+//! entries…]`. All entries are kept up to 64, else 32 seeded ones; a projection is the dot product with seeded numbers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use safetensors::{Dtype, SafeTensors};
+
+use crate::compare::{close, largest, norm, ratio};
+use crate::seeded;
+
+const HEAD: usize = 8;
+const WHOLE: usize = 64;
+
+/// A file of goldens.
+#[derive(Debug)]
+pub struct Goldens {
+    tensors: BTreeMap<String, Vec<f64>>,
+}
+
+impl Goldens {
+    /// `tests/goldens/{name}.safetensors`.
+    pub fn open(name: &str) -> Self {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+        let path = folder.join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let decode = |data: &[u8]| -> Vec<f64> {
+            data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let tensors = file.iter().map(|(name, view)| {
+            assert_eq!(view.dtype(), Dtype::F64, "{name}");
+            (name.to_owned(), decode(view.data()))
+        });
+        Self { tensors: tensors.collect() }
+    }
+
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Plain numbers.
+    #[track_caller]
+    pub fn numbers(&self, name: &str) -> &[f64] {
+        let missing = || panic!("no golden `{name}`: run scripts/make-goldens");
+        self.tensors.get(name).unwrap_or_else(missing)
+    }
+
+    /// The record of a tensor.
+    #[track_caller]
+    pub fn record(&self, name: &str) -> Record<'_> {
+        Record { name: name.to_owned(), values: self.numbers(name) }
+    }
+
+    /// Records of several tensors that lie in one table, `width` numbers each.
+    #[track_caller]
+    pub fn row(&self, name: &str, width: usize, row: usize) -> Record<'_> {
+        let values = &self.numbers(name)[row * width..][..width];
+        Record { name: format!("{name}[{row}]"), values }
+    }
+}
+
+/// What is kept of one tensor.
+#[derive(Clone, Debug)]
+pub struct Record<'a> {
+    name: String,
+    values: &'a [f64],
+}
+
+impl Record<'_> {
+    /// `max(floor, 4 x PyTorch f32's own error)`.
+    pub fn tolerance(&self, floor: f64) -> f64 {
+        assert!(self.values[1].is_finite(), "{}: PyTorch's error is {}", self.name, self.values[1]);
+        floor.max(4.0 * self.values[1])
+    }
+
+    /// Compares a tensor; its relative error, or what is wrong.
+    pub fn check(&self, got: &[f64], tolerance: f64) -> Result<f64, String> {
+        let [count, _, want_norm, want_max] = self.values[..4].try_into().unwrap();
+        let name = &self.name;
+        if got.len() != count as usize {
+            return Err(format!("{name}: {} numbers, expected {count}", got.len()));
+        }
+        let kept = &self.values[HEAD..];
+        if got.len() <= WHOLE && got.len() <= kept.len() {
+            return close(name, got, &kept[..got.len()], tolerance);
+        }
+        if let Some(i) = got.iter().position(|v| !v.is_finite()) {
+            return Err(format!("{name}: got {} at {i} of {}", got[i], got.len()));
+        }
+        let norm_error = ratio((norm(got) - want_norm).abs(), want_norm);
+        // A projection of an error is that error times about sqrt(1/3), the spread of the seeded numbers.
+        let projected = projections(got);
+        let squares = projected.iter().zip(&self.values[4..HEAD]).map(|(g, w)| (g - w).powi(2));
+        let projection_error = ratio((squares.sum::<f64>() * 3.0 / 4.0).sqrt(), want_norm);
+        let at = seeded::indices(seeded::seed("entries"), kept.len(), got.len());
+        let off: Vec<f64> = at.iter().zip(kept).map(|(&i, want)| got[i] - want).collect();
+        let entry_error = ratio(largest(&off), want_max);
+        if norm_error <= tolerance
+            && projection_error <= 2.0 * tolerance
+            && entry_error <= 16.0 * tolerance
+        {
+            return Ok(norm_error.max(projection_error));
+        }
+        Err(format!(
+            "{name}: tolerance {tolerance:.2e}; error of the norm {norm_error:.2e}, of projections \
+             {projection_error:.2e}, of the worst entry {entry_error:.2e}; norm {}, expected {want_norm}",
+            norm(got)
+        ))
+    }
+}
+
+fn projections(values: &[f64]) -> [f64; 4] {
+    std::array::from_fn(|j| {
+        let weights = seeded::unit(seeded::seed(&format!("projection {j}")), values.len());
+        values.iter().zip(weights).map(|(v, w)| v * w).sum()
+    })
+}

@@ -1,0 +1,155 @@
+//! The program as a person runs it, on small runs.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Two epochs of a narrow network on a few of the bundled images.
+const SMALL: &[&str] = &[
+    "network.width=2",
+    "method.hidden=8",
+    "method.embedding=8",
+    "data.limit=64",
+    "data.test_limit=40",
+    "train.epochs=2",
+    "train.batch=16",
+];
+
+fn selfsup(folder: &Path, words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_selfsup"))
+        .current_dir(folder)
+        .args(words)
+        .output()
+        .expect("the program starts")
+}
+
+fn with_settings<'a>(words: &[&'a str], settings: &[&'a str]) -> Vec<&'a str> {
+    let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+    words.iter().copied().chain(settings).collect()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// Trains a small run and returns its checkpoint's bytes and its metrics without times and speeds.
+fn run(folder: &Path, name: &str, threads: usize, loader_threads: usize) -> (Vec<u8>, String) {
+    let threads = format!("train.threads={threads}");
+    let loader = format!("train.loader_threads={loader_threads}");
+    let settings: Vec<&str> = SMALL.iter().copied().chain([&*threads, &*loader]).collect();
+    let output = selfsup(folder, &with_settings(&["train", "demo", "--out", name], &settings));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let checkpoint = std::fs::read(folder.join(text(&output.stdout).trim())).unwrap();
+    let header = 8 + u64::from_le_bytes(checkpoint[..8].try_into().unwrap()) as usize;
+    let metrics = std::fs::read_to_string(folder.join(name).join("metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| {
+        let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
+        let record = record.as_object_mut().unwrap();
+        record.remove("views_per_second");
+        record.remove("waiting");
+        serde_json::to_string(record).unwrap() + "\n"
+    });
+    // The header holds the resolved recipe, and that the numbers of threads, which must not show in the weights.
+    (checkpoint[header..].to_vec(), lines.collect())
+}
+
+#[test]
+fn one_seed_gives_one_run_to_the_last_bit_whatever_the_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = run(folder.path(), "a", 1, 1);
+    assert!(first.0.len() > 10_000 && first.1.lines().count() == 2 * 4 + 2, "{}", first.1);
+    for (name, threads, loader_threads) in [("b", 1, 1), ("c", 2, 1), ("d", 1, 2), ("e", 2, 2)] {
+        let again = run(folder.path(), name, threads, loader_threads);
+        assert!(again.0 == first.0, "{threads}, {loader_threads} threads: the weights differ");
+        assert_eq!(again.1, first.1, "{threads}, {loader_threads} threads");
+    }
+}
+
+#[test]
+fn the_demo_prints_its_six_lines_and_nothing_else_on_stdout() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = selfsup(folder.path(), &with_settings(&["demo"], SMALL));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    let mut expected = Vec::new();
+    for what in ["kNN", "linear (10 labels per class)"] {
+        for features in ["raw pixels", "random init", "trained"] {
+            expected.push(format!("{what} {features}: "));
+        }
+    }
+    assert_eq!(lines.len(), 6, "{lines:#?}");
+    for (line, start) in lines.iter().zip(&expected) {
+        let number = line.strip_prefix(start.as_str()).and_then(|rest| rest.strip_suffix('%'));
+        let number: f64 = number.unwrap_or_else(|| panic!("{line}")).parse().unwrap();
+        assert!((0.0..=100.0).contains(&number), "{line}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the demo leaves no files");
+}
+
+#[test]
+fn a_run_is_evaluated_from_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), "run", 2, 2);
+    let output = selfsup(folder.path(), &["eval", "knn", "run", "--k", "20"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+    assert!(lines[2].starts_with("kNN trained: "), "{lines:#?}");
+    let files = ["recipe.toml", "metrics.jsonl", "step-00000008.safetensors"];
+    assert!(files.iter().all(|file| folder.path().join("run").join(file).is_file()));
+}
+
+#[test]
+fn recipes_and_devices_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = selfsup(folder.path(), &["recipes"]);
+    assert!(text(&names.stdout).lines().any(|line| line == "simclr-imagenet"));
+    let recipe = selfsup(folder.path(), &["recipes", "demo"]);
+    assert!(text(&recipe.stdout).contains("[method]\nname = \"simclr\""));
+    let devices = selfsup(folder.path(), &["devices"]);
+    assert!(text(&devices.stdout).starts_with("cpu: "));
+}
+
+#[test]
+fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("used")).unwrap();
+    std::fs::write(folder.path().join("used/recipe.toml"), "").unwrap();
+    std::fs::write(folder.path().join("bad.toml"), "seed = ").unwrap();
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["train", "no-such"], 2, "there is no recipe file no-such"),
+        (&["train", "bad.toml"], 1, "bad.toml: is not TOML"),
+        (&["train", "demo", "--set", "train.epoch=1"], 2, "(did you mean `epochs`?)"),
+        (
+            &["train", "demo", "--set", "train.batch=20000"],
+            2,
+            "a batch of 20000 is larger than the set",
+        ),
+        (&["train", "demo", "--set", "data.path=nowhere"], 1, "nowhere: no such file or folder"),
+        (&["train", "demo", "--set", "method.name=simcrl"], 2, "there is no method `simcrl`"),
+        (&["train", "demo", "--out", "used"], 1, "used: already holds a run"),
+        (&["eval", "knn", "empty"], 2, "there is no recipe file"),
+        (&["eval", "knn", "empty", "--k", "0"], 2, "0 is not in 1.."),
+        (&["recipes", "nothing"], 2, "there is no recipe nothing"),
+        (&["fly"], 2, "unrecognized subcommand 'fly'"),
+    ];
+    for (words, code, sentence) in cases {
+        let output = selfsup(folder.path(), words);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(*code), "{words:?}: {said}");
+        assert!(said.contains(sentence), "{words:?}: {said}");
+        assert!(!said.contains("panicked") && output.stdout.is_empty(), "{words:?}: {said}");
+    }
+    assert!(!folder.path().join("runs").exists(), "a refused run leaves a folder behind");
+}
+
+#[test]
+fn a_diverging_run_stops_with_advice() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings: Vec<&str> =
+        SMALL.iter().copied().chain(["optim.lr=1e30", "optim.warmup_epochs=0"]).collect();
+    let output = selfsup(folder.path(), &with_settings(&["demo"], &settings));
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("lower optim.lr"), "{said}");
+}
