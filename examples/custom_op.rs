@@ -35,6 +35,7 @@ fn map<T: Element>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T) -> Tensor {
     out
 }
 
+/// Checks the gradient of a small layer.
 pub fn main() {
     let device = Device::reference();
     let mut layout = Layout::new();

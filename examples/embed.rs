@@ -29,6 +29,7 @@ fn views(device: &Device, round: u32) -> Tensor {
     Tensor::from_slice(device, [2 * IMAGES, SIZE, SIZE, 4], &values)
 }
 
+/// Trains for ten steps.
 pub fn main() {
     let device = Device::cpu(0).expect("threads");
     let mut layout = Layout::new();

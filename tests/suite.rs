@@ -1,5 +1,7 @@
 //! The project's tests of the library, one binary: each module tests one thing and names its facts as sentences.
 
+#[path = "suite/accumulation.rs"]
+mod accumulation;
 #[path = "suite/case.rs"]
 mod case;
 #[path = "suite/cases.rs"]
@@ -12,6 +14,14 @@ mod examples;
 mod floors;
 #[path = "suite/golden.rs"]
 mod golden;
+#[path = "suite/memory.rs"]
+mod memory;
+#[path = "suite/network.rs"]
+mod network;
+#[path = "suite/networks.rs"]
+mod networks;
+#[path = "suite/optimizers.rs"]
+mod optimizers;
 #[path = "suite/program.rs"]
 mod program;
 #[path = "suite/provoked.rs"]
@@ -20,9 +30,9 @@ mod provoked;
 mod random_shapes;
 #[path = "suite/seeded.rs"]
 mod seeded;
+#[path = "suite/steps.rs"]
+mod steps;
 #[path = "suite/surface.rs"]
 mod surface;
 #[path = "suite/truth.rs"]
 mod truth;
-#[path = "suite/memory.rs"]
-mod memory;

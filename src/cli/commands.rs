@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn};
 use crate::methods::{self, Method, Recipe};
-use crate::train::{self, Run};
+use crate::train::{self, Images, Run};
 
 /// Labelled images of each class that the demo's linear probe sees.
 const LABELS: usize = 10;
@@ -21,8 +21,7 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
     let run = run(&recipe, demo.out.as_deref())?;
-    let (train, test) = run.images();
-    let test = test.ok_or_else(|| Error::config("the demo needs labelled held-out images"))?;
+    let (train, test) = (&run.images().train, run.images().held_out()?);
     let device = run.online().device().clone();
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
     compared.print("kNN", |bank, queries| {
@@ -57,7 +56,7 @@ fn run(recipe: &Recipe, out: Option<&Path>) -> Result<Run> {
     talk(&format!(
         "{} on {} images, {} threads; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
         recipe.method.name,
-        run.images().0.len(),
+        run.images().train.len(),
         device.threads(),
         recipe.train.batch,
         recipe.optim.lr,
@@ -81,13 +80,8 @@ pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
     let mut arena = Arena::new(method.layout(), &device, recipe.seed);
     let checkpoint = train::newest(&args.run)?;
     train::load_weights(&checkpoint, &mut arena)?;
-    let (train, test) = train::sources(&recipe.data)?;
-    let test = test.ok_or_else(|| {
-        let path = &recipe.data.path;
-        Error::Config(format!(
-            "{path} has no labelled held-out images (test/ or val/) to evaluate on"
-        ))
-    })?;
+    let images = Images::open(&recipe.data)?;
+    let (train, test) = (&images.train, images.held_out()?);
     let knn = Knn { k: args.k as usize, temperature: args.temperature };
     talk(&format!(
         "{}: {} bank and {} held-out images, k {}, temperature {}, seed {}",
@@ -98,7 +92,7 @@ pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
         knn.temperature,
         recipe.seed
     ));
-    Compared::new(&recipe, &*method, &arena, &*train, &*test)?
+    Compared::new(&recipe, &*method, &arena, &**train, &**test)?
         .print("kNN", |bank, queries| Ok(eval::knn_accuracy(bank, queries, knn, &device)))
 }
 

@@ -6,4 +6,4 @@ mod run;
 
 pub use checkpoint::{load_weights, newest, save, weights_in};
 pub use metrics::Metrics;
-pub use run::{EpochReport, Run, StepReport, Watch, sources};
+pub use run::{EpochReport, Images, Run, StepReport, Watch};

@@ -67,30 +67,52 @@ const COLLAPSED: f64 = 0.05;
 /// Above this share of an epoch the wait for data is worth a sentence.
 const WAITING: f64 = 0.1;
 
-/// The training and held-out images of a recipe; no held-out ones where the set has none or no labels.
-///
-/// # Errors
-/// When the path does not hold a data set.
-pub fn sources(settings: &DataSettings) -> Result<(Arc<dyn Source>, Option<Arc<dyn Source>>)> {
-    let open = |split| -> Result<Arc<dyn Source>> {
-        if settings.path == "fashion-scattered" {
-            return Ok(Arc::new(data::fashion_scattered(split)));
+/// The images of a run.
+#[derive(Clone)]
+pub struct Images {
+    /// What is trained on.
+    pub train: Arc<dyn Source>,
+    /// What is held out; none where the set has no such part or no labels.
+    pub test: Option<Arc<dyn Source>>,
+}
+
+impl Images {
+    /// The images that a recipe names.
+    ///
+    /// # Errors
+    /// When the path does not hold a data set.
+    pub fn open(settings: &DataSettings) -> Result<Self> {
+        let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
+            let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
+                Arc::new(data::fashion_scattered(split))
+            } else {
+                data::open(Path::new(&settings.path), split)?.into()
+            };
+            Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
+        };
+        let train = open(Split::Train, settings.limit)?;
+        if train.classes().is_empty() {
+            return Ok(Self { train, test: None });
         }
-        Ok(data::open(Path::new(&settings.path), split)?.into())
-    };
-    let limited = |source: Arc<dyn Source>, limit: usize| -> Arc<dyn Source> {
-        if limit == 0 { source } else { Arc::new(Subset::spread(source, limit)) }
-    };
-    let train = limited(open(Split::Train)?, settings.limit);
-    if train.classes().is_empty() {
-        return Ok((train, None));
+        let test = match open(Split::Test, settings.test_limit) {
+            Ok(test) => Some(test),
+            Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
+            Err(error) => return Err(error),
+        };
+        Ok(Self { train, test })
     }
-    let test = match open(Split::Test) {
-        Ok(test) => Some(limited(test, settings.test_limit)),
-        Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
-        Err(error) => return Err(error),
-    };
-    Ok((train, test))
+
+    /// The held-out images, for a command that cannot do without.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn held_out(&self) -> Result<&Arc<dyn Source>> {
+        self.test.as_ref().ok_or_else(|| {
+            Error::config(
+                "evaluation needs labelled held-out images: class folders in test/ or val/",
+            )
+        })
+    }
 }
 
 /// A run under way.
@@ -101,8 +123,7 @@ pub struct Run {
     optimizer: Optimizer,
     schedule: Schedule,
     loader: Loader,
-    train: Arc<dyn Source>,
-    test: Option<Arc<dyn Source>>,
+    images: Images,
     folder: Option<(PathBuf, Metrics)>,
     step: u64,
 }
@@ -114,9 +135,9 @@ impl Run {
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
         let method = methods::build(recipe)?;
-        let (train, test) = sources(&recipe.data)?;
+        let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
-            train.clone(),
+            images.train.clone(),
             recipe.policies(method.views())?,
             recipe.train.batch,
             recipe.seed,
@@ -125,7 +146,7 @@ impl Run {
         )?;
         let online = Arena::new(method.layout(), device, recipe.seed);
         let optimizer = Optimizer::new(recipe.optim.rule, &online);
-        let schedule = recipe.schedule(train.len());
+        let schedule = recipe.schedule(images.train.len());
         let folder = folder.map(|folder| start_folder(folder, recipe)).transpose()?;
         Ok(Self {
             recipe: recipe.clone(),
@@ -134,8 +155,7 @@ impl Run {
             optimizer,
             schedule,
             loader,
-            train,
-            test,
+            images,
             folder,
             step: 0,
         })
@@ -152,8 +172,8 @@ impl Run {
     }
 
     /// Training and held-out images.
-    pub fn images(&self) -> (&Arc<dyn Source>, Option<&Arc<dyn Source>>) {
-        (&self.train, self.test.as_ref())
+    pub fn images(&self) -> &Images {
+        &self.images
     }
 
     /// The learning rate, step by step.
@@ -267,7 +287,7 @@ impl Run {
 
     /// kNN accuracy on the held-out images; `None` without any.
     fn knn(&self) -> Result<Option<f64>> {
-        let Some(test) = &self.test else { return Ok(None) };
+        let Some(test) = &self.images.test else { return Ok(None) };
         let policy = &self.recipe.augment[0];
         let features = |source: &Arc<dyn Source>| {
             eval::trunk_features(
@@ -278,7 +298,7 @@ impl Run {
                 policy.normalise.as_ref(),
             )
         };
-        let (bank, queries) = (features(&self.train)?, features(test)?);
+        let (bank, queries) = (features(&self.images.train)?, features(test)?);
         Ok(Some(eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device())))
     }
 

@@ -26,7 +26,7 @@ impl Row {
         self.line.split(' ').next().unwrap()
     }
 
-    fn text(&self, key: &str) -> Option<&str> {
+    pub fn text(&self, key: &str) -> Option<&str> {
         self.line.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
     }
 
@@ -41,7 +41,7 @@ impl Row {
         text.parse().unwrap_or_else(|_| panic!("{}: {key} is no number", self.line))
     }
 
-    fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {
+    pub fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {
         keys.map(|key| self.get(key))
     }
 

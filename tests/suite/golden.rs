@@ -12,7 +12,8 @@ use crate::compare::{close, largest, norm, ratio};
 use crate::seeded;
 
 const HEAD: usize = 8;
-const WHOLE: usize = 64;
+/// Numbers of a row of a table: the hash of a name, and a record with up to eight entries.
+const ROW: usize = 1 + HEAD + 8;
 
 /// A file of goldens.
 #[derive(Debug)]
@@ -55,11 +56,28 @@ impl Goldens {
         Record { name: name.to_owned(), values: self.numbers(name) }
     }
 
-    /// Records of several tensors that lie in one table, `width` numbers each.
+    /// The records of several tensors, which lie in one table, sorted by name: `got` must be just these tensors.
+    ///
+    /// `tolerance` is asked for each record.
     #[track_caller]
-    pub fn row(&self, name: &str, width: usize, row: usize) -> Record<'_> {
-        let values = &self.numbers(name)[row * width..][..width];
-        Record { name: format!("{name}[{row}]"), values }
+    pub fn check_table(
+        &self,
+        name: &str,
+        got: &BTreeMap<String, Vec<f64>>,
+        tolerance: impl Fn(&Record<'_>) -> f64,
+    ) -> Vec<Result<f64, String>> {
+        let rows = self.numbers(name).chunks_exact(ROW);
+        if rows.len() != got.len() {
+            return vec![Err(format!("{name}: {} tensors, expected {}", got.len(), rows.len()))];
+        }
+        let check = |((slot, got), row): ((&String, &Vec<f64>), &[f64])| {
+            if row[0] != (seeded::seed(slot) >> 11) as f64 {
+                return Err(format!("{name}: {slot} is not the tensor expected here"));
+            }
+            let record = Record { name: format!("{name}|{slot}"), values: &row[1..] };
+            record.check(got, tolerance(&record))
+        };
+        got.iter().zip(rows).map(check).collect()
     }
 }
 
@@ -85,7 +103,7 @@ impl Record<'_> {
             return Err(format!("{name}: {} numbers, expected {count}", got.len()));
         }
         let kept = &self.values[HEAD..];
-        if got.len() <= WHOLE && got.len() <= kept.len() {
+        if got.len() <= kept.len() {
             return close(name, got, &kept[..got.len()], tolerance);
         }
         if let Some(i) = got.iter().position(|v| !v.is_finite()) {

@@ -77,5 +77,8 @@ fn evaluation_saves_nothing_for_backward() {
         assert_eq!(tape.nodes(), []);
         y
     });
-    assert_eq!(device.memory_use().live - before, features.unwrap().size_in_bytes().next_multiple_of(64));
+    assert_eq!(
+        device.memory_use().live - before,
+        features.unwrap().size_in_bytes().next_multiple_of(64)
+    );
 }

@@ -1,0 +1,155 @@
+//! A step over micro-batches is the step of one batch whose batch norm treats the micro-batches apart.
+
+use selfsup::arena::Arena;
+use selfsup::device::Device;
+use selfsup::methods::Method;
+use selfsup::methods::simclr::{Settings, SimClr};
+use selfsup::nn::{ResNetConfig, Stem};
+use selfsup::ops;
+use selfsup::tape::{self, Var};
+use selfsup::tensor::Tensor;
+
+use crate::compare::{close, report};
+use crate::network;
+
+/// Micro-batches, images of each, views of each image.
+const COUNT: usize = 4;
+const IMAGES: usize = 3;
+const VIEWS: usize = 2;
+/// Rows of a micro-batch.
+const ROWS: usize = IMAGES * VIEWS;
+
+fn method(norm_groups: usize) -> SimClr {
+    let (depth, width, stem) = (18, 4, Stem::Small);
+    let network = ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups };
+    SimClr::new(&network, &Settings { temperature: 0.2, hidden: 16, embedding: 8 })
+}
+
+fn arena(method: &SimClr, device: &Device) -> Arena {
+    network::seeded_arena(method.layout(), device, "accumulation")
+}
+
+/// All rows, micro-batch after micro-batch, each view after view.
+fn images(device: &Device) -> Tensor {
+    network::images(device, "accumulation|images", [COUNT * ROWS, 8, 8])
+}
+
+/// Rows from the order of micro-batches to that of views.
+fn view_after_view<'t>(z: &Var<'t>) -> Var<'t> {
+    let [rows, d] = z.value().dims("embeddings");
+    let from: Vec<usize> = (0..VIEWS)
+        .flat_map(|view| (0..COUNT).map(move |part| part * ROWS + view * IMAGES))
+        .flat_map(|first| first..first + IMAGES)
+        .collect();
+    let values = z.value().to_f64();
+    let moved: Vec<f64> =
+        from.iter().flat_map(|&row| values[row * d..][..d].iter().copied()).collect();
+    let (id, device) = (z.id(), z.tape().device().clone());
+    let value = Tensor::from_f64(&device, [rows, d], &moved);
+    z.tape().record("view_after_view", value, &[z], move |dy, gradients| {
+        let mut dz = vec![0.0; rows * d];
+        for (&row, dy) in from.iter().zip(dy.to_f64().chunks_exact(d)) {
+            dz[row * d..][..d].copy_from_slice(dy);
+        }
+        gradients.add(id, Tensor::from_f64(&device, [rows, d], &dz));
+    })
+}
+
+/// Loss, and gradients by name.
+type Outcome = (f64, std::collections::BTreeMap<String, Vec<f64>>);
+
+fn one_batch(device: &Device, groups: usize) -> Outcome {
+    let method = method(groups);
+    let mut arena = arena(&method, device);
+    let images = images(device);
+    let loss = tape::step(&mut arena, |tape| {
+        method.contrast(&view_after_view(&method.embed(&tape.input(&images))))
+    });
+    (loss.unwrap().scalar(), network::gradients(&arena))
+}
+
+fn micro_batches(device: &Device) -> Outcome {
+    let method = method(1);
+    let mut arena = arena(&method, device);
+    let images = images(device);
+    let loss = tape::cached_step(
+        &mut arena,
+        COUNT,
+        VIEWS,
+        |tape, i| method.embed(&tape.input(&images.rows(i * ROWS, ROWS))),
+        |z| method.contrast(&z),
+    );
+    (loss.unwrap().scalar(), network::gradients(&arena))
+}
+
+fn compare(got: &Outcome, want: &Outcome, tolerance: f64) -> Vec<Result<f64, String>> {
+    assert!(got.1.keys().eq(want.1.keys()));
+    let slots = got.1.iter().zip(want.1.values());
+    let mut results = vec![close("loss", &[got.0], &[want.0], tolerance)];
+    results.extend(slots.map(|((name, got), want)| close(name, got, want, tolerance)));
+    results
+}
+
+#[test]
+fn micro_batches_equal_one_batch_with_grouped_batch_norm() {
+    let device = Device::reference().poisoned();
+    let results = compare(&micro_batches(&device), &one_batch(&device, COUNT), 1e-10);
+    report("four micro-batches in f64", results);
+}
+
+#[test]
+fn micro_batches_on_the_cpu_equal_those_of_the_reference() {
+    let cpu = micro_batches(&Device::cpu(2).unwrap().poisoned());
+    let results = compare(&cpu, &micro_batches(&Device::reference()), 1e-4);
+    report("four micro-batches on the CPU", results);
+}
+
+#[test]
+fn one_batch_norm_over_all_micro_batches_is_caught() {
+    let device = Device::reference();
+    let results = compare(&micro_batches(&device), &one_batch(&device, 1), 1e-3);
+    assert!(results.iter().all(Result::is_err), "{results:?}");
+}
+
+/// The loss of a micro-batch's own rows has other negatives: caching is what makes it exact.
+#[test]
+fn the_mean_of_losses_of_micro_batches_is_caught() {
+    let device = Device::reference();
+    let method = method(1);
+    let mut arena = arena(&method, &device);
+    let images = images(&device);
+    let mut losses = Vec::new();
+    arena.zero_gradients();
+    for i in 0..COUNT {
+        let loss = tape::backward_pass(&mut arena, |tape| {
+            let z = method.embed(&tape.input(&images.rows(i * ROWS, ROWS)));
+            ops::scale(&method.contrast(&z), 1.0 / COUNT as f64)
+        });
+        losses.push(loss.unwrap().scalar());
+    }
+    let wrong = (losses.iter().sum(), network::gradients(&arena));
+    let results = compare(&wrong, &one_batch(&device, COUNT), 1e-3);
+    assert!(results.iter().all(Result::is_err), "{results:?}");
+}
+
+/// Gradients of losses that are means over samples add up without caching.
+#[test]
+fn backward_passes_add_their_gradients() {
+    let device = Device::reference().poisoned();
+    let method = method(1);
+    let images = images(&device).rows(0, ROWS);
+    let mut once = arena(&method, &device);
+    tape::step(&mut once, |tape| method.contrast(&method.embed(&tape.input(&images)))).unwrap();
+    let mut thrice = arena(&method, &device);
+    thrice.zero_gradients();
+    for factor in [0.5, 0.25, 0.25] {
+        tape::backward_pass(&mut thrice, |tape| {
+            ops::scale(&method.contrast(&method.embed(&tape.input(&images))), factor)
+        })
+        .unwrap();
+    }
+    let (want, got) = (network::gradients(&once), network::gradients(&thrice));
+    let results =
+        got.iter().zip(want.values()).map(|((name, got), want)| close(name, got, want, 1e-12));
+    report("three backward passes", results.collect());
+}

@@ -1,0 +1,133 @@
+//! ResNets against PyTorch: features, the gradient of every slot, running statistics, evaluation.
+
+use std::sync::Arc;
+
+use selfsup::arena::{Arena, Layout};
+use selfsup::device::Device;
+use selfsup::nn::{ResNet, ResNetConfig, Stem};
+use selfsup::tape;
+use selfsup::tensor::Tensor;
+
+use crate::case::dot;
+use crate::cases::Row;
+use crate::compare::report;
+use crate::golden::{Goldens, Record};
+use crate::network;
+use crate::seeded;
+
+/// Relative error allowed in f64.
+const EXACT: f64 = 1e-8;
+
+struct Network {
+    line: String,
+    trunk: ResNet,
+    arena: Arena,
+    images: Tensor,
+}
+
+fn networks(device: &Device) -> Vec<Network> {
+    let lines = include_str!("networks.txt").lines();
+    let rows = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+    rows.map(|line| Network::new(line, device)).collect()
+}
+
+impl Network {
+    fn new(line: &str, device: &Device) -> Self {
+        let row = Row::new(line);
+        let [depth, width, norm_groups, n, h, w] =
+            row.sizes(["depth", "width", "groups", "n", "h", "w"]);
+        let stem = if row.text("stem") == Some("image") { Stem::Image } else { Stem::Small };
+        let config = ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups };
+        let mut layout = Layout::new();
+        let trunk = ResNet::new(&mut layout, "", &config);
+        let arena = network::seeded_arena(&Arc::new(layout), device, line);
+        let images = network::images(device, &format!("{line}|images"), [n, h, w]);
+        Self { line: line.to_owned(), trunk, arena, images }
+    }
+
+    /// Features; gradients and running statistics are in the arena.
+    fn train(&mut self) -> Vec<f64> {
+        let (mut features, seed) = (Vec::new(), seeded::seed(&format!("{}|w", self.line)));
+        let loss = tape::step(&mut self.arena, |tape| {
+            let y = self.trunk.forward(&tape.input(&self.images));
+            features = y.value().to_f64();
+            dot(&y, &seeded::unit(seed, features.len()))
+        });
+        loss.unwrap();
+        features
+    }
+
+    fn evaluate(&self) -> Vec<f64> {
+        let y = tape::evaluate(&self.arena, |tape| self.trunk.forward(&tape.input(&self.images)));
+        y.unwrap().to_f64()
+    }
+
+    /// Everything against the goldens.
+    fn check(
+        &mut self,
+        goldens: &Goldens,
+        tolerance: impl Fn(&str, &Record<'_>) -> f64,
+    ) -> Vec<Result<f64, String>> {
+        let line = self.line.clone();
+        let one = |part: &str, got: &[f64]| {
+            let record = goldens.record(&format!("{line}|{part}"));
+            record.check(got, tolerance(part, &record))
+        };
+        let features = self.train();
+        let mut results = vec![one("features", &features), one("evaluation", &self.evaluate())];
+        for (part, got) in [
+            ("gradients", network::gradients(&self.arena)),
+            ("statistics", network::statistics(&self.arena)),
+        ] {
+            let name = format!("{line}|{part}");
+            results.extend(goldens.check_table(&name, &got, |record| tolerance(part, record)));
+        }
+        results
+    }
+}
+
+#[test]
+fn resnets_in_f64_agree_with_pytorch() {
+    let goldens = Goldens::open("networks");
+    let mut networks = networks(&Device::reference().poisoned());
+    assert_eq!(goldens.names().count(), 4 * networks.len(), "run scripts/make-goldens");
+    let results = networks.iter_mut().flat_map(|network| network.check(&goldens, |_, _| EXACT));
+    report("ResNets in f64", results.collect());
+}
+
+#[test]
+fn resnets_on_the_cpu_agree_with_pytorch() {
+    let goldens = Goldens::open("networks");
+    let mut networks = networks(&Device::cpu(2).unwrap().poisoned());
+    let tolerance = |part: &str, record: &Record<'_>| {
+        record.tolerance(if part == "gradients" { 1e-4 } else { 1e-5 })
+    };
+    let results = networks.iter_mut().flat_map(|network| network.check(&goldens, tolerance));
+    report("ResNets on the CPU", results.collect());
+}
+
+/// methods.md 6.1 (k), provoked: the batch's statistics in their place give other features.
+#[test]
+fn evaluation_by_the_statistics_of_the_batch_is_caught() {
+    let goldens = Goldens::open("networks");
+    for mut network in networks(&Device::reference()) {
+        network.train();
+        let wrong = network.train();
+        let record = goldens.record(&format!("{}|evaluation", network.line));
+        assert!(record.check(&wrong, 1e-2).is_err(), "{}", network.line);
+    }
+}
+
+/// The same bits for 1, 2 and 3 threads through a whole network, forward and backward.
+#[test]
+fn a_network_does_not_depend_on_the_number_of_threads() {
+    let line = "resnet depth=50 width=8 stem=image n=4 h=33 w=29 groups=1";
+    let [one, two, three] = [1, 2, 3].map(|threads| {
+        let mut network = Network::new(line, &Device::cpu(threads).unwrap().poisoned());
+        let features = network.train();
+        (features, network::gradients(&network.arena), network::statistics(&network.arena))
+    });
+    assert!(one.0.iter().all(|v| v.is_finite()));
+    assert!(one == two, "one thread and two differ");
+    assert!(one == three, "one thread and three differ");
+}

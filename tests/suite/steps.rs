@@ -1,0 +1,187 @@
+//! Ten steps of SimCLR against PyTorch: in f64 free-running, in f32 each from the state that f64 had.
+
+use std::collections::BTreeMap;
+
+use selfsup::arena::Arena;
+use selfsup::device::Device;
+use selfsup::methods::Method;
+use selfsup::methods::simclr::{Settings, SimClr};
+use selfsup::nn::{ResNetConfig, Stem};
+use selfsup::ops;
+use selfsup::optim::{Exclude, Lars, Optimizer, Rule, Schedule, Sgd};
+use selfsup::tape;
+use selfsup::tensor::Tensor;
+
+use crate::case::write;
+use crate::compare::report;
+use crate::golden::{Goldens, Record};
+use crate::network;
+
+const STEPS: usize = 10;
+/// Rows of a batch: two views of eight images.
+const ROWS: usize = 16;
+const SIDE: usize = 16;
+
+/// The settings of a run; `scripts/goldens/steps.py` has the same.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    name: &'static str,
+    temperature: f64,
+    schedule: Schedule,
+    rule: Rule,
+}
+
+fn runs() -> [Run; 3] {
+    let sgd =
+        |nesterov, exclude| Rule::Sgd(Sgd { momentum: 0.9, nesterov, weight_decay: 1e-3, exclude });
+    let run = |name, temperature, peak, warmup, rule| Run {
+        name,
+        temperature,
+        schedule: Schedule { peak, warmup, total: STEPS as u64 },
+        rule,
+    };
+    [
+        run("simclr lars", 0.1, 0.3, 3, Rule::Lars(Lars::simclr(0.9, 1e-4))),
+        run("simclr sgd", 0.5, 0.05, 0, sgd(false, Exclude::Nothing)),
+        run("simclr nesterov", 0.5, 0.05, 2, sgd(true, Exclude::BiasAndNorm)),
+    ]
+}
+
+impl Run {
+    fn method(&self) -> SimClr {
+        let network = ResNetConfig {
+            depth: 18,
+            width: 8,
+            stem: Stem::Small,
+            zero_init_residual: false,
+            norm_groups: 1,
+        };
+        let settings = Settings { temperature: self.temperature, hidden: 64, embedding: 24 };
+        SimClr::new(&network, &settings)
+    }
+
+    fn views(&self, device: &Device, step: usize) -> [Tensor; 1] {
+        [network::images(device, &format!("{}|images {step}", self.name), [ROWS, SIDE, SIDE])]
+    }
+}
+
+/// A loss and its gradients against the goldens of a step.
+fn check_gradients(
+    goldens: &Goldens,
+    name: &str,
+    loss: f64,
+    arena: &Arena,
+    [of_loss, of_gradients]: [&dyn Fn(&Record<'_>) -> f64; 2],
+) -> Vec<Result<f64, String>> {
+    let record = goldens.record(&format!("{name}|loss"));
+    let mut results = vec![record.check(&[loss], of_loss(&record))];
+    let gradients = network::gradients(arena);
+    results.extend(goldens.check_table(&format!("{name}|gradients"), &gradients, of_gradients));
+    results
+}
+
+/// Parameters and running statistics after a step.
+fn check_slots(goldens: &Goldens, name: &str, arena: &Arena) -> Vec<Result<f64, String>> {
+    let mut slots: BTreeMap<_, _> = network::parameters(arena);
+    slots.extend(network::statistics(arena));
+    goldens.check_table(&format!("{name}|slots"), &slots, |_| EXACT)
+}
+
+const EXACT: f64 = 1e-8;
+
+/// A whole run on the reference device, its loss times `factor`.
+fn free_running(run: Run, factor: f64, rule: Rule) -> Vec<Result<f64, String>> {
+    let device = Device::reference().poisoned();
+    let goldens = Goldens::open("steps");
+    let mut method = run.method();
+    let mut arena = network::seeded_arena(method.layout(), &device, run.name);
+    let mut optimizer = Optimizer::new(rule, &arena);
+    let mut results = Vec::new();
+    for step in 0..STEPS {
+        let views = run.views(&device, step);
+        method.prepare(step as u64);
+        let loss = tape::step(&mut arena, |tape| ops::scale(&method.loss(tape, &views), factor));
+        let name = format!("{}|{step}", run.name);
+        let (loss, exact) = (loss.unwrap().scalar(), |_: &Record<'_>| EXACT);
+        results.extend(check_gradients(&goldens, &name, loss, &arena, [&exact, &exact]));
+        optimizer.step(&mut arena, run.schedule.lr(step as u64));
+        method.after_update(&mut arena, step as f64 / STEPS as f64);
+        results.extend(check_slots(&goldens, &name, &arena));
+    }
+    results
+}
+
+#[test]
+fn ten_steps_of_simclr_in_f64_agree_with_pytorch() {
+    let names = Goldens::open("steps").names().count();
+    assert_eq!(names, 3 * STEPS * runs().len(), "run scripts/make-goldens");
+    for run in runs() {
+        report(run.name, free_running(run, 1.0, run.rule));
+    }
+}
+
+/// The golden state is that of the reference device, which the test above holds to PyTorch.
+#[test]
+fn every_step_of_simclr_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
+    let (reference, cpu) = (Device::reference(), Device::cpu(2).unwrap().poisoned());
+    let goldens = Goldens::open("steps");
+    for run in runs() {
+        let mut method = run.method();
+        let mut truth = network::seeded_arena(method.layout(), &reference, run.name);
+        let mut arena = Arena::new(method.layout(), &cpu, 0);
+        let mut optimizer = Optimizer::new(run.rule, &truth);
+        let mut results = Vec::new();
+        for step in 0..STEPS {
+            write(arena.values_mut(), 0, &truth.values().to_f64());
+            write(arena.statistics_mut(), 0, &truth.statistics().to_f64());
+            let views = run.views(&cpu, step);
+            let loss = tape::step(&mut arena, |tape| method.loss(tape, &views));
+            results.extend(check_gradients(
+                &goldens,
+                &format!("{}|{step}", run.name),
+                loss.unwrap().scalar(),
+                &arena,
+                [&|_| 1e-5, &|record| record.tolerance(1e-4)],
+            ));
+            let views = run.views(&reference, step);
+            tape::step(&mut truth, |tape| method.loss(tape, &views)).unwrap();
+            optimizer.step(&mut truth, run.schedule.lr(step as u64));
+        }
+        report(&format!("{} on the CPU", run.name), results);
+    }
+}
+
+/// The complaints about the state after the steps, not about the loss itself.
+fn about_slots(results: Vec<Result<f64, String>>) -> Vec<String> {
+    results.into_iter().filter_map(Result::err).filter(|e| e.contains("|slots")).collect()
+}
+
+/// methods.md 6.1 (i), provoked.
+#[test]
+fn half_of_the_loss_of_simclr_is_caught() {
+    for run in runs() {
+        let results = free_running(run, 0.5, run.rule);
+        assert!(results.iter().any(|r| r.as_ref().is_err_and(|e| e.contains("|0|loss"))));
+        assert!(!about_slots(results).is_empty(), "{}: the weights moved alike", run.name);
+    }
+}
+
+/// Settings that recipes get wrong, provoked: each must show in the weights.
+#[test]
+fn another_setting_of_the_optimizer_is_caught() {
+    let [lars, sgd, _] = runs();
+    let Rule::Lars(simclr) = lars.rule else { panic!("the first run is LARS") };
+    for wrong in [
+        Lars { exclude: Exclude::Nothing, ..simclr },
+        Lars { lr_in_momentum: false, ..simclr },
+        Lars { weight_decay: 0.0, ..simclr },
+    ] {
+        let complaints = about_slots(free_running(lars, 1.0, Rule::Lars(wrong)));
+        assert!(!complaints.is_empty(), "{wrong:?} passed");
+    }
+    let Rule::Sgd(plain) = sgd.rule else { panic!("the second run is SGD") };
+    for wrong in [Sgd { exclude: Exclude::BiasAndNorm, ..plain }, Sgd { nesterov: true, ..plain }] {
+        let complaints = about_slots(free_running(sgd, 1.0, Rule::Sgd(wrong)));
+        assert!(!complaints.is_empty(), "{wrong:?} passed");
+    }
+}
