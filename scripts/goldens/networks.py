@@ -6,37 +6,52 @@ import torch
 
 from . import seeded
 from .record import record, save, table
-from .trunk import Trunk, fill, outside, slots
+from .trunk import STEADY, Trunk, fill, outside, slots, steadiness
 
 
-def run(line, dtype):
-    words = dict(word.split("=", 1) for word in line.split(" ")[1:])
-    depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
-    trunk = Trunk(depth, width, words["stem"], groups)
-    fill(trunk, line)
-    trunk = trunk.to(dtype)
-    numbers = lambda what, *shape: torch.from_numpy(  # noqa: E731
-        seeded.unit(seeded.seed(f"{line}|{what}"), math.prod(shape)).reshape(shape)
-    ).to(dtype)
-    images = numbers("images", n, h, w, 3)
-    y = trunk(images)
-    (y * numbers("w", *y.shape)).sum().backward()
-    parameters = dict(trunk.named_parameters())
-    result = {
-        "features": y,
-        "gradients": {name: outside(p.grad) for name, p in parameters.items()},
-        "statistics": {name: outside(s) for name, s in slots(trunk).items() if name not in parameters},
-    }
-    with torch.no_grad():
-        result["evaluation"] = trunk.eval()(images)
-    return result
+class Network:
+    """A row."""
+
+    def __init__(self, line, dtype=torch.float64):
+        self.line, self.dtype = line, dtype
+        words = dict(word.split("=", 1) for word in line.split(" ")[1:])
+        depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
+        self.trunk = Trunk(depth, width, words["stem"], groups)
+        fill(self.trunk, line)
+        self.trunk.to(dtype)
+        self.images = self.numbers("images", n, h, w, 3)
+
+    def numbers(self, what, *shape):
+        values = seeded.unit(seeded.seed(f"{self.line}|{what}"), math.prod(shape))
+        return torch.from_numpy(values.reshape(shape)).to(self.dtype)
+
+    def train(self, images):
+        """Features, and the gradient of every parameter."""
+        self.trunk.zero_grad()
+        y = self.trunk(images)
+        (y * self.numbers("w", *y.shape)).sum().backward()
+        return y, {name: outside(p.grad) for name, p in self.trunk.named_parameters()}
+
+    def run(self):
+        features, gradients = self.train(self.images)
+        result = {"features": features, "gradients": gradients}
+        result["statistics"] = {k: outside(s) for k, s in slots(self.trunk).items() if k not in gradients}
+        with torch.no_grad():
+            result["evaluation"] = self.trunk.eval()(self.images)
+        return result
+
+
+def steady(line):
+    network = Network(line)
+    return steadiness(lambda images: network.train(images)[1], network.images) < STEADY
 
 
 def make(path, root):
     tensors = {}
     for line in (root / "tests/suite/networks.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
-            truth, own = run(line, torch.float64), run(line, torch.float32)
+            assert steady(line), f"{line}: lies on a kink; take another draw"
+            truth, own = Network(line).run(), Network(line, torch.float32).run()
             for part in truth:
                 keep = table if isinstance(truth[part], dict) else record
                 tensors[f"{line}|{part}"] = keep(truth[part], own[part])

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from . import seeded
+from .record import error
 
 BLOCKS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3])}
 
@@ -85,3 +86,20 @@ def spread(name, shape):
     if name.endswith("running_var"):
         return seeded.around(1.0, 0.5)
     return seeded.around(1.0, 0.3) if name.endswith("weight") else seeded.around(0.0, 0.2)
+
+
+def steadiness(gradients, images, tries=3):
+    """How much gradients jump, relative L2 of the worst slot, when images move by about what f32 rounds.
+
+    Where a ReLU's input is nearly zero, rounding decides which way a whole gradient goes. What is compared in f32, on
+    machines that round differently, must lie off such kinks: another draw of the images is then to be taken.
+    """
+    truth, worst = gradients(images), 0.0
+    for i in range(tries):
+        move = seeded.unit(seeded.seed(f"steadiness {i}"), images.numel()).reshape(images.shape)
+        moved = gradients(images * (1 + 1e-6 * torch.from_numpy(move)))
+        worst = max(worst, max(error(moved[name], truth[name]) for name in truth))
+    return worst
+
+
+STEADY = 1e-3

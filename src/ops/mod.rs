@@ -28,6 +28,14 @@ pub use pool::{max_pool, mean_pool};
 pub use relu::relu;
 pub use scale::{mean, scale};
 
+/// The CPU's kernels as functions of slices: for benchmarks, and for programs that bring their own memory.
+pub mod kernels {
+    /// Convolution in three directions; see the functions for shapes.
+    pub mod conv2d {
+        pub use crate::ops::conv2d::kernels::*;
+    }
+}
+
 /// The instruction set that the CPU's kernels run on here.
 pub fn instruction_set() -> &'static str {
     match conv2d::Isa::current() {

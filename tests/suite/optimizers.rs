@@ -151,8 +151,10 @@ fn a_trust_ratio_of_zero_weights_is_caught() {
             let zero = SLOTS.iter().position(|(name, ..)| *name == "zero").unwrap();
             write_slot(arena, zero, &[1e-30; 24]);
         });
-        let caught =
-            check(name, &steps, 1e-4).into_iter().any(|r| r.is_err_and(|e| e.contains("|zero")));
+        // The first step has a learning rate of zero: whatever is not zero then is still what it was.
+        let first = format!("{name}|0");
+        let about = |e: &String| e.contains("|zero") && !e.starts_with(&first);
+        let caught = check(name, &steps, 1e-4).iter().any(|r| r.as_ref().is_err_and(about));
         // SGD has no trust ratio that could be wrong.
         assert_eq!(caught, matches!(rule, Rule::Lars(_)), "{name}");
     }

@@ -2,7 +2,7 @@
 
 use selfsup::device::Device;
 use selfsup::ops;
-use selfsup::tape::Var;
+use selfsup::tape::{self, Var};
 use selfsup::tensor::Tensor;
 
 use crate::case::{Outcome, Route};
@@ -129,4 +129,32 @@ fn half_of_a_loss_is_caught() {
     let halved = case(line).run_with(&Device::reference(), Route::Param, &|y| ops::scale(&y, 0.5));
     let record = goldens.record(&format!("{line}|y"));
     assert!(record.check(&halved.output, 1e-2).is_err(), "{halved:?}");
+}
+
+/// NT-Xent as a cross-entropy over the whole matrix of similarities, each row's own among them or not.
+fn nt_xent_by_matrix(line: &str, mask: bool) -> Vec<f64> {
+    let case = case(line);
+    let rows = case.inputs[0].shape[0];
+    let labels: Vec<i32> = (0..rows).map(|i| ((i + rows / 2) % rows) as i32).collect();
+    let mut diagonal = vec![0.0; rows * rows];
+    diagonal.iter_mut().step_by(rows + 1).for_each(|v| *v = if mask { -1e9 } else { 0.0 });
+    let (mut arena, params) = case.arena(&Device::reference());
+    let loss = tape::step(&mut arena, |tape| {
+        let z = tape.param(params[0]);
+        let logits = ops::scale(&ops::linear(&z, &z, None), 1.0 / 0.1);
+        let masks = Tensor::from_f64(tape.device(), [rows, rows], &diagonal);
+        let labels = Tensor::from_slice(tape.device(), [rows], &labels);
+        ops::cross_entropy(&ops::add(&logits, &tape.input(&masks)), &labels)
+    });
+    vec![loss.unwrap().scalar()]
+}
+
+#[test]
+fn a_similarity_matrix_with_its_diagonal_is_caught() {
+    let line = "nt_xent rows=6 d=3 t=0.1";
+    let goldens = Goldens::open("primitives");
+    let record = goldens.record(&format!("{line}|y"));
+    let right = record.check(&nt_xent_by_matrix(line, true), 1e-10);
+    assert!(right.is_ok(), "{right:?}");
+    assert!(record.check(&nt_xent_by_matrix(line, false), 1e-2).is_err());
 }

@@ -26,6 +26,8 @@ const SIDE: usize = 16;
 #[derive(Clone, Copy, Debug)]
 struct Run {
     name: &'static str,
+    /// Which images: a draw with no ReLU input so near zero that rounding decides which way gradients go.
+    draw: usize,
     temperature: f64,
     schedule: Schedule,
     rule: Rule,
@@ -34,16 +36,17 @@ struct Run {
 fn runs() -> [Run; 3] {
     let sgd =
         |nesterov, exclude| Rule::Sgd(Sgd { momentum: 0.9, nesterov, weight_decay: 1e-3, exclude });
-    let run = |name, temperature, peak, warmup, rule| Run {
+    let run = |name, draw, temperature, peak, warmup, rule| Run {
         name,
+        draw,
         temperature,
         schedule: Schedule { peak, warmup, total: STEPS as u64 },
         rule,
     };
     [
-        run("simclr lars", 0.1, 0.3, 3, Rule::Lars(Lars::simclr(0.9, 1e-4))),
-        run("simclr sgd", 0.5, 0.05, 0, sgd(false, Exclude::Nothing)),
-        run("simclr nesterov", 0.5, 0.05, 2, sgd(true, Exclude::BiasAndNorm)),
+        run("simclr lars", 1, 0.1, 0.3, 3, Rule::Lars(Lars::simclr(0.9, 1e-4))),
+        run("simclr sgd", 4, 0.5, 0.05, 0, sgd(false, Exclude::Nothing)),
+        run("simclr nesterov", 1, 0.5, 0.05, 2, sgd(true, Exclude::BiasAndNorm)),
     ]
 }
 
@@ -61,7 +64,8 @@ impl Run {
     }
 
     fn views(&self, device: &Device, step: usize) -> [Tensor; 1] {
-        [network::images(device, &format!("{}|images {step}", self.name), [ROWS, SIDE, SIDE])]
+        let what = format!("{}|draw {}|images {step}", self.name, self.draw);
+        [network::images(device, &what, [ROWS, SIDE, SIDE])]
     }
 }
 

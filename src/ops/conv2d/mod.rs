@@ -12,6 +12,11 @@ use crate::tensor::Tensor;
 use cpu::Direction;
 pub(super) use cpu::Isa;
 
+/// What [`kernels`](super::kernels) shows of this operation.
+pub(super) mod kernels {
+    pub use super::cpu::{Direction, data_gradient, forward, weight_gradient, workspace_len};
+}
+
 /// The sizes of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dDims {

@@ -1,13 +1,16 @@
 //! Forward and data gradient: both are correlations of an image with packed filters.
 //!
-//! Forward: `y[p, q, k] = sum over r, s, c of x[p t + r - pad, q t + s - pad, c] w[k, r, s, c]`, stride `t`.
+//! Forward: `y[p, q, k] = sum over r, s, c of x[p t + r - pad, q t + s - pad, c] w[k, r, s, c]`,
+//! stride `t`.
 //!
-//! Data gradient: the row `h = i t + a` of `dx` meets only the filter rows `r` with `r = a + pad (mod t)`, at
-//! `p = (h + pad - r) / t`. So the rows of one phase `a` are a correlation of `dy` with stride 1 and every `t`-th filter
-//! row, last row first; likewise columns. The `t * t` phases fill `dx` between them, and no zero is multiplied.
+//! Data gradient: the row `h = i t + a` of `dx` meets only the filter rows `r` with `r = a + pad
+//! (mod t)`, at `p = (h + pad - r) / t`. So the rows of one phase `a` are a correlation of `dy`
+//! with stride 1 and every `t`-th filter row, last row first; likewise columns. The `t * t` phases
+//! fill `dx` between them, and no zero is multiplied.
 //!
-//! A lane is a span of images, or some rows of one image. It packs a band of rows of a group of images into its own
-//! piece of the workspace, then walks blocks of outputs, rows and tiles. All of this is chosen from the shape alone.
+//! A lane is a span of images, or some rows of one image. It packs a band of rows of a group of
+//! images into its own piece of the workspace, then walks blocks of outputs, rows and tiles. All of
+//! this is chosen from the shape alone.
 
 use rayon::prelude::*;
 
@@ -19,16 +22,17 @@ use super::kernel;
 use super::slab::Slab;
 use super::slots::{self, Slots};
 use super::tile::{Correlate, MAX_ROWS};
-use super::vector::prefetch;
+use super::vector::prefetch_share;
 
-/// Floats of a slab: with the filters of one block of outputs it should stay in the second-level cache.
+/// Floats of a slab: with the filters of one block of outputs it should stay in the second-level
+/// cache.
 const SLAB_FLOATS: usize = 96 * 1024;
 
 /// Lanes wanted, so that several threads finish together; more cost workspace.
 const LANES_WANTED: usize = 16;
 
-/// Images in a group from which a tile runs over images and not over columns: then it can leave out taps that fall
-/// outside the image.
+/// Images in a group from which a tile runs over images and not over columns: then it can leave out
+/// taps that fall outside the image.
 const IMAGES_PER_TILE: usize = 7;
 
 /// A set of correlations that fill one output between them, one for each phase.
@@ -57,7 +61,8 @@ struct Phase {
     column0: usize,
     /// Outputs across.
     q: usize,
-    /// Input channels, taps and column stride as the tiles see them: with few channels a row of taps is one tap.
+    /// Input channels, taps and column stride as the tiles see them: with few channels a row of
+    /// taps is one tap.
     c: usize,
     r: usize,
     s: usize,
@@ -69,7 +74,8 @@ struct Phase {
     view: FilterView,
 }
 
-/// Taps of the filter that an output phase meets, the first of them, and the padding of the resulting correlation.
+/// Taps of the filter that an output phase meets, the first of them, and the padding of the
+/// resulting correlation.
 fn phase_taps(phase: usize, taps: usize, stride: usize, pad: usize) -> (usize, usize, isize) {
     let first = (phase + pad) % stride;
     let count = if first < taps { (taps - first).div_ceil(stride) } else { 0 };
@@ -149,8 +155,9 @@ impl Problem {
         self.out_h * self.out_w * self.k
     }
 
-    /// Whether the taps of a filter row are read as one: a stem's four channels make loops that are too short, but its
-    /// pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
+    /// Whether the taps of a filter row are read as one: a stem's four channels make loops that are
+    /// too short, but its pixels lie side by side, so that `s` taps of 4 channels are one tap of `4
+    /// s`.
     fn merged(&self) -> bool {
         !self.gradient && self.c == 4 && self.s > 1 && self.stride <= 2
     }
@@ -178,7 +185,8 @@ struct Plan {
     /// Images in a group, and in the span of a lane.
     group: usize,
     span: usize,
-    /// Output rows (of all phases) in the part of a lane, and parts of an image; whole spans if `parts` is 1.
+    /// Output rows (of all phases) in the part of a lane, and parts of an image; whole spans if
+    /// `parts` is 1.
     part_rows: usize,
     parts: usize,
     /// Floats of all packed filters, and of one lane's slab.
@@ -234,7 +242,8 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
         return quarter.min(2);
     }
     if quarter >= 8 && columns <= 32 {
-        // groups come in twos, so that two threads finish together; a tile has the overhead of two rows
+        // groups come in twos, so that two threads finish together; a tile has the overhead of two
+        // rows
         let cost = |g: usize| p.n.div_ceil(g).next_multiple_of(2) * (g + 2);
         let least = tile_rows.min(8);
         return (least..=tile_rows).min_by_key(|&g| cost(g)).unwrap_or(least);
@@ -249,7 +258,7 @@ fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
     let (q, block) = if p.merged() { ((f.q - 1) * p.stride + p.s, p.c) } else { (f.q, p.block()) };
     let (c, pitch, band) = (p.c, block, 1);
     let mut slab =
-        Slab { c, block, pitch, images, r, s, stride_y, stride_x, pad_y, pad_x, band, q };
+        Slab { c, of: c, block, pitch, images, r, s, stride_y, stride_x, pad_y, pad_x, band, q };
     let rows = part_rows.div_ceil(p.step()).max(1);
     while slab.band < rows && (Slab { band: slab.band + 1, ..slab }).len() <= SLAB_FLOATS {
         slab.band += 1;
@@ -264,7 +273,8 @@ pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
     plan.filters_len + plan.lanes(p) * plan.slab_len
 }
 
-/// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if `accumulate`.
+/// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if
+/// `accumulate`.
 pub fn run(
     p: &Problem,
     isa: Isa,
@@ -387,11 +397,13 @@ struct Band<'a> {
     f: &'a Phase,
     shape: Slab,
     slab: &'a [f32],
-    /// The band's first output row in its phase, and where that row lies in the lane's output of `rows` rows.
+    /// The band's first output row in its phase, and where that row lies in the lane's output of
+    /// `rows` rows.
     first: usize,
     row0: usize,
     rows: usize,
-    /// Input that will be packed next: the tiles ask for it, a few lines each, so that it arrives while they compute.
+    /// Input that will be packed next: the tiles ask for it, a few lines each, so that it arrives
+    /// while they compute.
     ahead: &'a [f32],
 }
 
@@ -410,9 +422,6 @@ impl Band<'_> {
             // a run is a stretch of pixels whose tiles meet the same taps
             let (runs, length) = if over_images { (f.q, s.images) } else { (1, f.q * s.images) };
             let tiles = length.div_ceil(most);
-            // this block's share, spread over its tiles
-            let left = (blocks.count() - b) * (s.band - i) * runs * tiles;
-            let share = self.ahead.len().div_ceil(left).next_multiple_of(LINE);
             for run in 0..runs {
                 let tap_columns = if over_images {
                     clip(f.s, f.pad_x - (run * f.stride_x) as isize, p.w)
@@ -455,12 +464,12 @@ impl Band<'_> {
                         blocks.vectors(b),
                         p.pixel_len(),
                     );
-                    let (now, later) = self.ahead.split_at(share.min(self.ahead.len()));
-                    now.iter().step_by(LINE).for_each(|line| prefetch(line));
-                    self.ahead = later;
-                    // SAFETY: the slab holds every column the tile's taps meet and every row in `tap_rows`; the
-                    // filters of the block are packed whole; the offsets are those of existing pixels of `out`, and
-                    // `live` ends with the last output.
+                    let rows_left = (blocks.count() - b) * s.band - i;
+                    let tiles_left = (rows_left * runs - run) * tiles - t;
+                    self.ahead = prefetch_share(self.ahead, tiles_left);
+                    // SAFETY: the slab holds every column the tile's taps meet and every row in
+                    // `tap_rows`; the filters of the block are packed whole; the offsets are those
+                    // of existing pixels of `out`, and `live` ends with the last output.
                     unsafe { kernel(&tile) }
                 }
             }

@@ -1,7 +1,7 @@
 //! Filters packed for the tile kernels: blocks of outputs, each `[c/block][r][s][block][width]`.
 //!
-//! A block of outputs is two vectors wide; a last one that needs only one vector gets one. Outputs that do not exist
-//! are zeros.
+//! A block of outputs is two vectors wide; a last one that needs only one vector gets one. Outputs
+//! that do not exist are zeros.
 
 use rayon::prelude::*;
 

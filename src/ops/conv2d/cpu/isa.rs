@@ -1,7 +1,8 @@
 //! Which instruction set the convolution runs on, decided once per process.
 //!
-//! The three sets run the same drivers and the same generic tile kernels; they differ in the vector type and in the
-//! size of a tile. Results are equal to the last bit for one set, and differ in rounding between sets.
+//! The three sets run the same drivers and the same generic tile kernels; they differ in the vector
+//! type and in the size of a tile. Results are equal to the last bit for one set, and differ in
+//! rounding between sets.
 
 use std::sync::OnceLock;
 
@@ -17,8 +18,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The set this process uses: `SELFSUP_ISA` (`portable`, `avx2` or `avx512`) if set, else the best the machine
-    /// has. Read once.
+    /// The set this process uses: `SELFSUP_ISA` (`portable`, `avx2` or `avx512`) if set, else the
+    /// best the machine has. Read once.
     ///
     /// # Panics
     /// If `SELFSUP_ISA` names an unknown set, or one that the machine lacks.
@@ -66,8 +67,8 @@ impl Isa {
         }
     }
 
-    /// The most rows a tile may have when each is `vectors` (1 or 2) vectors wide: the accumulators, `vectors`
-    /// operands and one broadcast have to fit the registers.
+    /// The most rows a tile may have when each is `vectors` (1 or 2) vectors wide: the
+    /// accumulators, `vectors` operands and one broadcast have to fit the registers.
     pub fn tile_rows(self, vectors: usize) -> usize {
         match self {
             Isa::Portable | Isa::Avx2 => 12 / vectors,

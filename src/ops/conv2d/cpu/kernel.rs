@@ -1,7 +1,8 @@
-//! Tables of the tile kernels, one instance for every tile height and instruction set, and the way to call one.
+//! Tables of the tile kernels, one instance for every tile height and instruction set, and the way
+//! to call one.
 //!
-//! The heights are compile-time constants because the accumulators have to be registers. A call checks the instruction
-//! set's tile limits; the addresses are the drivers' business.
+//! The heights are compile-time constants because the accumulators have to be registers. A call
+//! checks the instruction set's tile limits; the addresses are the drivers' business.
 
 use super::isa::Isa;
 use super::tile::{Correlate, Outer};
@@ -9,8 +10,8 @@ use super::tile::{Correlate, Outer};
 type CorrelateKernel = unsafe fn(&Correlate);
 type OuterKernel = unsafe fn(&Outer);
 
-/// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for tiles one vector wide,
-/// up to `$two` for tiles of two.
+/// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for
+/// tiles one vector wide, up to `$two` for tiles of two.
 macro_rules! kernels {
     ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
         mod $set {
@@ -21,7 +22,9 @@ macro_rules! kernels {
             /// # Safety
             /// That of [`tile::correlate`], with the instruction set present.
             $(#[$feature])?
-            unsafe fn correlate<const M: usize, const NV: usize, const PITCH: usize>(t: &Correlate) {
+            unsafe fn correlate<const M: usize, const NV: usize, const PITCH: usize>(
+                t: &Correlate,
+            ) {
                 // SAFETY: the caller vouches for the same.
                 unsafe { tile::correlate::<$v, M, NV, PITCH>(t) }
             }
@@ -49,7 +52,9 @@ macro_rules! kernels {
 kernels!(portable, Plain, , [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]);
 
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, Ymm, #[target_feature(enable = "avx2,fma")], [1 2 3 4 5 6 7 8 9 10 11 12], [1 2 3 4 5 6]);
+kernels!(avx2, Ymm, #[target_feature(enable = "avx2,fma")],
+    [1 2 3 4 5 6 7 8 9 10 11 12],
+    [1 2 3 4 5 6]);
 
 #[cfg(target_arch = "x86_64")]
 kernels!(avx512, Zmm, #[target_feature(enable = "avx512f")],
@@ -70,7 +75,8 @@ macro_rules! table {
     };
 }
 
-/// The kernel for `rows` pixels, `vectors` vectors of filters, and pixels `pitch` (4, 8 or 16) floats apart.
+/// The kernel for `rows` pixels, `vectors` vectors of filters, and pixels `pitch` (4, 8 or 16)
+/// floats apart.
 pub fn correlate(isa: Isa, rows: usize, vectors: usize, pitch: usize) -> CorrelateKernel {
     let table = match (vectors, pitch) {
         (1, 4) => table!(isa, CORRELATE_ONE_BY_4),

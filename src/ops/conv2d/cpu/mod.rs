@@ -1,14 +1,16 @@
 //! The convolution on the CPU, in f32, as functions of slices.
 //!
-//! `y[n, p, q, k] = sum over r, s, c of x[n, p t + r - pad, q t + s - pad, c] w[k, r, s, c]`, its gradient with respect
-//! to `x` and that with respect to `w`.
+//! `y[n, p, q, k] = sum over r, s, c of x[n, p t + r - pad, q t + s - pad, c] w[k, r, s, c]`, its
+//! gradient with respect to `x` and that with respect to `w`.
 //!
-//! A direct convolution: no im2col matrix, one register tile for each direction, as in oneDNN's `jit:avx512_core`
-//! (Georganas et al. 2018, "Anatomy of high-performance deep learning convolutions on SIMD architectures"). Activations
-//! stay channels-last outside; a band of rows at a time is rearranged in the workspace.
+//! A direct convolution: no im2col matrix, one register tile for each direction, as in oneDNN's
+//! `jit:avx512_core` (Georganas et al. 2018, "Anatomy of high-performance deep learning
+//! convolutions on SIMD architectures"). Activations stay channels-last outside; a band of rows at
+//! a time is rearranged in the workspace.
 //!
-//! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon pool. Run inside the
-//! pool that should do the work. Nothing is allocated. There is no bias, no dilation, no grouping, no bf16 here.
+//! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon
+//! pool. Run inside the pool that should do the work. Nothing is allocated. There is no bias, no
+//! dilation, no grouping, no bf16 here.
 //!
 //! Floor F3, below the op that checks shapes and records gradients.
 
@@ -32,18 +34,22 @@ use correlation::Problem;
 /// Which of the three products a workspace is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
+    /// `y` from `x` and `w`.
     Forward,
+    /// `dx` from `dy` and `w`.
     DataGradient,
+    /// `dw` from `x` and `dy`.
     WeightGradient,
 }
 
-/// Floats of scratch that `direction` needs: packed filters, bands of rows, partial sums. Depends on the dims and the
-/// machine's instruction set only.
+/// Floats of scratch that `direction` needs: packed filters, bands of rows, partial sums. Depends
+/// on the dims and the machine's instruction set only.
 pub fn workspace_len(d: &Conv2dDims, direction: Direction) -> usize {
     workspace_len_on(Isa::current(), d, direction)
 }
 
-/// x `[n, h, w, c]`; w `[k, r, s, c]`; y `[n, p, q, k]`, overwritten. The workspace may hold anything.
+/// x `[n, h, w, c]`; w `[k, r, s, c]`; y `[n, p, q, k]`, overwritten. The workspace may hold
+/// anything.
 ///
 /// # Panics
 /// If a slice is not as long as its shape says, or the workspace is shorter than [`workspace_len`].
@@ -52,7 +58,8 @@ pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], workspace: &mut [f32], d: &C
     forward_on(Isa::current(), y, x, w, workspace, d);
 }
 
-/// dy `[n, p, q, k]`; w `[k, r, s, c]`; dx `[n, h, w, c]`, overwritten, or added to if `accumulate`.
+/// dy `[n, p, q, k]`; w `[k, r, s, c]`; dx `[n, h, w, c]`, overwritten, or added to if
+/// `accumulate`.
 ///
 /// # Panics
 /// As [`forward`].
@@ -68,7 +75,8 @@ pub fn data_gradient(
     data_gradient_on(Isa::current(), dx, dy, w, workspace, d, accumulate);
 }
 
-/// x `[n, h, w, c]`; dy `[n, p, q, k]`; dw `[k, r, s, c]`, overwritten, or added to if `accumulate`.
+/// x `[n, h, w, c]`; dy `[n, p, q, k]`; dw `[k, r, s, c]`, overwritten, or added to if
+/// `accumulate`.
 ///
 /// # Panics
 /// As [`forward`].
@@ -84,7 +92,8 @@ pub fn weight_gradient(
     weight_gradient_on(Isa::current(), dw, x, dy, workspace, d, accumulate);
 }
 
-/// Floats in a cache line. The pieces of a workspace start on one, or every vector load would touch two lines.
+/// Floats in a cache line. The pieces of a workspace start on one, or every vector load would touch
+/// two lines.
 const LINE: usize = 16;
 
 fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
@@ -143,7 +152,8 @@ fn weight_gradient_on(
     weight::run(d, isa, dw, x, dy, workspace, accumulate);
 }
 
-/// The part of the workspace that is used, from the start of a cache line, once the lengths of image, filter and output are found right.
+/// The part of the workspace that is used, from the start of a cache line, once the lengths of
+/// image, filter and output are found right.
 #[track_caller]
 fn checked<'a>(
     isa: Isa,

@@ -1,14 +1,18 @@
-//! Input pixels of a band of rows, rearranged so that the tile kernels meet them at constant distances.
+//! Input pixels of a band of rows, rearranged so that the tile kernels meet them at constant
+//! distances.
 //!
-//! Layout `[c/block][row][column phase][column][image][pitch]`, of which the first `block` floats are channels. Rows and columns that one filter tap meets at
-//! successive outputs are neighbours: with stride `t` there are `min(t, taps)` phases, and tap `i` is phase `i % t`, place
-//! `i / t`. Columns outside the image are zeros. Rows outside it stay unwritten: whoever reads a slab skips their taps.
-//! Channels that a block does not have may hold anything.
+//! Layout `[c/block][row][column phase][column][image][pitch]`, of which the first `block` floats
+//! are channels. Rows and columns that one filter tap meets at successive outputs are neighbours:
+//! with stride `t` there are `min(t, taps)` phases, and tap `i` is phase `i % t`, place `i / t`.
+//! Columns outside the image are zeros. Rows outside it stay unwritten: whoever reads a slab skips
+//! their taps. Channels that a block does not have may hold anything.
 
 /// The extent of a slab; [`Slab::pack`] fills one.
 #[derive(Clone, Copy, Debug)]
 pub struct Slab {
+    /// Channels taken, and channels of a pixel of the tensor.
     pub c: usize,
+    pub of: usize,
     /// Channels in a block, and floats from a pixel to the next, at least as many: 4, 8, 16 or 32.
     pub block: usize,
     pub pitch: usize,
@@ -70,7 +74,8 @@ impl Slab {
         self.c.div_ceil(self.block) * self.block_len()
     }
 
-    /// Fills `slab` from the first `self.images` images of `x` `[_, h, w, c]`, for outputs from row `first` on.
+    /// Fills `slab` from the first `self.images` images of `x` `[_, h, w, c]`, for outputs from row
+    /// `first` on.
     pub fn pack(&self, slab: &mut [f32], x: &[f32], h: usize, w: usize, first: usize) {
         let (row_len, block_len) = (self.row_len(), self.block_len());
         let places = self.columns().1;
@@ -81,7 +86,7 @@ impl Slab {
             if !(0..h as isize).contains(&y) {
                 continue;
             }
-            let x_row = &x[y as usize * w * self.c..];
+            let x_row = &x[y as usize * w * self.of..];
             for phase in 0..self.stride_x.min(self.s) {
                 // the column of place i is i * stride + phase - pad: inside for left <= i < right
                 let before = self.pad_x - phase as isize;
@@ -99,9 +104,9 @@ impl Slab {
                     continue;
                 }
                 let column = (left * self.stride_x) as isize - before;
-                let from = &x_row[column as usize * self.c..];
+                let from = &x_row[column as usize * self.of..];
                 let to = &mut slab[start + left * column_len..];
-                self.copy(to, from, right - left, h * w * self.c, block_len);
+                self.copy(to, from, right - left, h * w * self.of, block_len);
             }
         }
     }
@@ -117,8 +122,8 @@ impl Slab {
         }
     }
 
-    /// `columns` columns of every image, `stride` columns apart in `x` (which starts at the first; an image has
-    /// `image_len` floats), to adjacent pixels of all blocks.
+    /// `columns` columns of every image, `stride` columns apart in `x` (which starts at the first;
+    /// an image has `image_len` floats), to adjacent pixels of all blocks.
     fn copy(
         &self,
         slab: &mut [f32],
@@ -127,6 +132,12 @@ impl Slab {
         image_len: usize,
         block_len: usize,
     ) {
+        if (self.images, self.stride_x) == (1, 1) && self.c == self.pitch && self.of == self.c {
+            // a row as it is
+            let len = columns * self.c;
+            slab[..len].copy_from_slice(&x[..len]);
+            return;
+        }
         match self.pitch {
             4 => self.copy_pitched::<4>(slab, x, columns, image_len, block_len),
             8 => self.copy_pitched::<8>(slab, x, columns, image_len, block_len),
@@ -146,12 +157,12 @@ impl Slab {
     ) {
         for image in 0..self.images {
             for column in 0..columns {
-                let pixel = image * image_len + column * self.stride_x * self.c;
+                let pixel = image * image_len + column * self.stride_x * self.of;
                 let mut start = (column * self.images + image) * PITCH;
                 for c in (0..self.c).step_by(self.block) {
                     let from = pixel + c;
-                    // a length known to the compiler makes a copy a few moves in place of a call: take what follows
-                    // the block along
+                    // a length known to the compiler makes a copy a few moves in place of a call:
+                    // take what follows the block along
                     if let Some(channels) = x.get(from..from + PITCH) {
                         slab[start..start + PITCH].copy_from_slice(channels);
                     } else {

@@ -1,8 +1,9 @@
 //! Scratch that tasks borrow while they run.
 //!
-//! There is one slot for every task, so that any number of threads can run; but a task takes the first free one. Two
-//! threads then share two slots, which stay in the caches, where a slot per task would be cold each time (that cost as
-//! much as reading the input). Which slot a task gets does not show in its results.
+//! There is one slot for every task, so that any number of threads can run; but a task takes the
+//! first free one. Two threads then share two slots, which stay in the caches, where a slot per
+//! task would be cold each time (that cost as much as reading the input). Which slot a task gets
+//! does not show in its results.
 
 use std::sync::Mutex;
 

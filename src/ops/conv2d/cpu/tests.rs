@@ -1,4 +1,5 @@
-//! Every direction on every instruction set the machine has, against a naive f64 sum; bits across thread counts.
+//! Every direction on every instruction set the machine has, against a naive f64 sum; bits across
+//! thread counts.
 
 use super::*;
 

@@ -1,20 +1,23 @@
-//! The two tile kernels: a few pixels times a few filters (`Correlate`), and a few channels times a few filters
-//! (`Outer`).
+//! The two tile kernels: a few pixels times a few filters (`Correlate`), and a few channels times a
+//! few filters (`Outer`).
 //!
-//! A tile keeps `M` rows of `NV` vectors in registers through a whole reduction. Each step loads `NV` vectors of one
-//! operand, broadcasts `M` floats of the other, and issues `M * NV` multiply-adds: on AVX-512 14 x 2 = 28 of them for
-//! 16 loads, which keeps both multiply-add ports busy. The operands come packed (`slab.rs`, `filter.rs`), so that all
-//! `M` broadcast addresses are one register plus constants.
+//! A tile keeps `M` rows of `NV` vectors in registers through a whole reduction. Each step loads
+//! `NV` vectors of one operand, broadcasts `M` floats of the other, and issues `M * NV`
+//! multiply-adds: on AVX-512 14 x 2 = 28 of them for 16 loads, which keeps both multiply-add ports
+//! busy. The operands come packed (`slab.rs`, `filter.rs`), so that all `M` broadcast addresses are
+//! one register plus constants.
 //!
-//! Generic over the vector; `kernel.rs` instantiates them inside functions that enable an instruction set.
+//! Generic over the vector; `kernel.rs` instantiates them inside functions that enable an
+//! instruction set.
 
 use super::vector::{Vector, prefetch};
 
 /// The most rows of a tile, on any instruction set.
 pub const MAX_ROWS: usize = 28;
 
-/// Runs a block for every row below `$rows`, a constant, with the row a literal: a loop left over by the compiler would
-/// keep the accumulators in memory (it did from 12 rows of two vectors on, at a third of the speed).
+/// Runs a block for every row below `$rows`, a constant, with the row a literal: a loop left over
+/// by the compiler would keep the accumulators in memory (it did from 12 rows of two vectors on, at
+/// a third of the speed).
 macro_rules! each_row {
     ($rows:expr, |$m:ident| $block:block) => {
         each_row!(@ $rows, $m, $block,
@@ -28,10 +31,12 @@ macro_rules! each_row {
     };
 }
 
-/// Steps by which the filters are asked for before they are used. They stream from the second-level cache.
+/// Steps by which the filters are asked for before they are used. They stream from the second-level
+/// cache.
 const AHEAD: usize = 16;
 
-/// One tile of a correlation: `y[m] = sum over taps and channels of x[m + tap, channel] * w[tap, channel]`.
+/// One tile of a correlation: `y[m] = sum over taps and channels of x[m + tap, channel] * w[tap,
+/// channel]`.
 pub struct Correlate {
     /// Slab position of the tile's first pixel at tap (0, 0), channel 0.
     pub x: *const f32,
@@ -61,9 +66,9 @@ pub struct Correlate {
 }
 
 /// # Safety
-/// `V`'s instruction set is enabled. `t.x` and `t.w` cover every tap in range for `M` pixels `PITCH` floats apart and `t.c`
-/// channels; `t.live <= NV * LANES` floats at each of the first `M` `t.y_offsets` are writable (readable too when
-/// accumulating).
+/// `V`'s instruction set is enabled. `t.x` and `t.w` cover every tap in range for `M` pixels
+/// `PITCH` floats apart and `t.c` channels; `t.live <= NV * LANES` floats at each of the first `M`
+/// `t.y_offsets` are writable (readable too when accumulating).
 #[inline(always)]
 pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH: usize>(
     t: &Correlate,
@@ -134,7 +139,8 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH:
 /// Writes or adds the first `live` floats of a row of accumulators.
 ///
 /// # Safety
-/// `V`'s instruction set is enabled; `live` floats at `y` are writable (readable too if `accumulate`).
+/// `V`'s instruction set is enabled; `live` floats at `y` are writable (readable too if
+/// `accumulate`).
 #[inline(always)]
 unsafe fn store_row<V: Vector, const NV: usize>(
     y: *mut f32,
@@ -173,8 +179,9 @@ pub struct Outer {
 }
 
 /// # Safety
-/// `V`'s instruction set is enabled. `t.x` and `t.dy` cover `t.runs` runs of `t.length` pixels, with `M` channels and
-/// `NV * LANES` filters at each; `t.dw` is `M * NV * LANES` readable and writable floats.
+/// `V`'s instruction set is enabled. `t.x` and `t.dy` cover `t.runs` runs of `t.length` pixels,
+/// with `M` channels and `NV * LANES` filters at each; `t.dw` is `M * NV * LANES` readable and
+/// writable floats.
 #[inline(always)]
 pub unsafe fn outer<V: Vector, const M: usize, const NV: usize>(t: &Outer) {
     // SAFETY: every address below is one that the caller vouches for.

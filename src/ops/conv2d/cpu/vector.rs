@@ -1,7 +1,9 @@
 //! The few vector operations that the tile kernels are written in, once per instruction set.
 //!
-//! Every method is `#[inline(always)]` and is meant to end up inside a function that enables the instruction set
-//! (`kernel.rs`): only there do the intrinsics become single instructions.
+//! Every method is `#[inline(always)]` and is meant to end up inside a function that enables the
+//! instruction set (`kernel.rs`): only there do the intrinsics become single instructions.
+
+use super::LINE;
 
 /// A register of `LANES` floats.
 pub trait Vector: Copy {
@@ -60,6 +62,15 @@ pub fn prefetch(p: *const f32) {
     let _ = p;
 }
 
+/// Asks for one of `shares` equal shares of `ahead`; returns the rest.
+#[inline]
+pub fn prefetch_share(ahead: &[f32], shares: usize) -> &[f32] {
+    let share = ahead.len().div_ceil(shares.max(1)).next_multiple_of(LINE).min(ahead.len());
+    let (now, later) = ahead.split_at(share);
+    now.iter().step_by(LINE).for_each(|line| prefetch(line));
+    later
+}
+
 /// Four floats that the compiler maps to whatever the target has.
 #[derive(Clone, Copy)]
 pub struct Plain([f32; 4]);
@@ -80,7 +91,8 @@ impl Vector for Plain {
 
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
-        // SAFETY: the caller vouches for four floats at `p`; an array of floats may be read unaligned.
+        // SAFETY: the caller vouches for four floats at `p`; an array of floats may be read
+        // unaligned.
         Plain(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
     }
 

@@ -1,11 +1,13 @@
-//! Weight gradient: `dw[k, r, s, c] = sum over n, p, q of x[n, p t + r - pad, q t + s - pad, c] dy[n, p, q, k]`.
+//! Weight gradient: `dw[k, r, s, c] = sum over n, p, q of x[n, p t + r - pad, q t + s - pad, c]
+//! dy[n, p, q, k]`.
 //!
-//! For one tap it is a matrix product over pixels. The pixels are cut into chunks and the filters into sets; a task
-//! owns one set on one chunk and adds into its own partial sum, `[block of k][r][s][c][width]`. The chunks are then
-//! summed in order. Chunks and sets follow from the shape, so the sum has one order whatever the threads.
+//! For one tap it is a matrix product over pixels. The pixels are cut into chunks and the filters
+//! into sets; a task owns one set on one chunk and adds into its own partial sum, `[block of
+//! k][r][s][c][width]`. The chunks are then summed in order. Chunks and sets follow from the shape,
+//! so the sum has one order whatever the threads.
 //!
-//! A task packs a band of rows of `x` (`slab.rs`) and the same band of `dy`, then runs every tap and block over it
-//! while they are in the cache. Taps outside the image are left out.
+//! A task packs a band of rows of `x` (`slab.rs`) and the same band of `dy`, then runs every tap
+//! and block over it while they are in the cache. Taps outside the image are left out.
 
 use rayon::prelude::*;
 
@@ -18,8 +20,8 @@ use super::slab::Slab;
 use super::slots::{self, Slots};
 use super::tile::Outer;
 
-/// Pixels in a band: so many that adding a tile to the partial sum costs little, so few that both operands of a tile
-/// stay near the first-level cache.
+/// Pixels in a band: so many that adding a tile to the partial sum costs little, so few that both
+/// operands of a tile stay near the first-level cache.
 const BAND_PIXELS: usize = 256;
 
 /// Floats of the slab of `x`, at most (one row is always allowed).
@@ -88,11 +90,13 @@ impl Plan {
         }
         let sets = blocks.count().div_ceil(set).max(1);
         let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
-        // a single tile or block of a run lies in the tensor as it would lie packed, unless images are interleaved
+        // a single tile or block of a run lies in the tensor as it would lie packed, unless images
+        // are interleaved
         let in_order = group == 1 || (d.p, d.q, d.h, d.w) == (1, 1, 1, 1);
         let slab_len = if in_order && d.c == tile && !merged(d) { 0 } else { slab(band).len() };
         let dy_in_order = in_order && blocks.count() == 1 && d.k == blocks.padded();
-        let dy_len = if dy_in_order { 0 } else { set * blocks.full() * band * d.q * group };
+        let dy_len =
+            if dy_in_order { 0 } else { gradient_slab(d, blocks, 0..set, group, band).len() };
         Plan {
             isa,
             blocks,
@@ -125,11 +129,46 @@ fn slab(d: &Conv2dDims, tile: usize, images: usize, band: usize) -> Slab {
     let (s, stride_x, q, block) =
         if merged(d) { (1, 1, (d.q - 1) * d.stride + d.s, c) } else { (d.s, d.stride, d.q, tile) };
     let pitch = block.next_power_of_two().max(4);
-    Slab { c, block, pitch, images, r, s, stride_y, stride_x, pad_y: pad, pad_x: pad, band, q }
+    Slab {
+        c,
+        of: c,
+        block,
+        pitch,
+        images,
+        r,
+        s,
+        stride_y,
+        stride_x,
+        pad_y: pad,
+        pad_x: pad,
+        band,
+        q,
+    }
 }
 
-/// Whether the taps of a filter row are read as one: a stem's four channels make tiles that are too small, but its
-/// pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
+/// Floats between pixels of a block of gradients.
+fn gradient_pitch(blocks: Blocks) -> usize {
+    blocks.full().min(blocks.padded())
+}
+
+/// The gradients of a set of blocks. Filters that do not exist are left as they come: they only
+/// meet their like.
+fn gradient_slab(
+    d: &Conv2dDims,
+    blocks: Blocks,
+    set: std::ops::Range<usize>,
+    images: usize,
+    band: usize,
+) -> Slab {
+    let c = d.k.min(set.end * blocks.full()) - set.start * blocks.full();
+    let pitch = gradient_pitch(blocks);
+    let (r, s, stride_y, stride_x, pad_y, pad_x) = (1, 1, 1, 1, 0, 0);
+    let (of, block, q) = (d.k, pitch, d.q);
+    Slab { c, of, block, pitch, images, r, s, stride_y, stride_x, pad_y, pad_x, band, q }
+}
+
+/// Whether the taps of a filter row are read as one: a stem's four channels make tiles that are too
+/// small, but its pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
 fn merged(d: &Conv2dDims) -> bool {
     d.c == 4 && d.s > 1
 }
@@ -242,48 +281,16 @@ impl Task<'_> {
                 shape.pack(x_slab, &self.x[first_image * d.h * d.w * d.c..], d.h, d.w, first);
             }
             if plan.dy_len > 0 {
-                self.pack_dy(dy_slab, &shape, first_image, first);
+                let start = first_image * d.p * d.q * d.k + self.first_block * plan.blocks.full();
+                let dy_shape = gradient_slab(d, plan.blocks, self.blocks(), images, shape.band);
+                dy_shape.pack(dy_slab, &self.dy[start..], d.p, d.q, first);
             }
             self.run_band(sums, x_slab, dy_slab, &shape, first_image, first);
         }
     }
 
-    fn blocks(&self) -> impl Iterator<Item = usize> + use<> {
+    fn blocks(&self) -> std::ops::Range<usize> {
         self.first_block..self.plan.blocks.count().min(self.first_block + self.plan.set)
-    }
-
-    /// `slab` `[block][row][column][image][width]`, filters that do not exist being zeros.
-    fn pack_dy(&self, slab: &mut [f32], shape: &Slab, first_image: usize, first: usize) {
-        let d = self.d;
-        let (pixels, images) = (shape.band * d.q * shape.images, shape.images);
-        let full = self.plan.blocks.full();
-        for i in 0..shape.band {
-            for j in 0..d.q {
-                for image in 0..images {
-                    let from = (((first_image + image) * d.p + first + i) * d.q + j) * d.k;
-                    let pixel = (i * d.q + j) * images + image;
-                    let mut start = 0;
-                    for b in self.blocks() {
-                        let (width, live) = (self.plan.blocks.width(b), self.plan.blocks.live(b));
-                        let out = &mut slab[start + pixel * width..][..width];
-                        let from = &self.dy[from + b * full..][..live];
-                        // a length known to the compiler makes a copy a few moves in place of a call
-                        match live {
-                            32 => out[..32].copy_from_slice(&from[..32]),
-                            16 => {
-                                out[..16].copy_from_slice(&from[..16]);
-                                out[16..].fill(0.0);
-                            }
-                            _ => {
-                                out[..live].copy_from_slice(from);
-                                out[live..].fill(0.0);
-                            }
-                        }
-                        start += pixels * width;
-                    }
-                }
-            }
-        }
     }
 
     fn run_band(
@@ -298,6 +305,7 @@ impl Task<'_> {
         let (d, plan) = (self.d, self.plan);
         let images = shape.images;
         let row_pixels = d.q * images;
+        let pitch = gradient_pitch(plan.blocks);
         let (columns, row_channels) = taps(d);
         let (x_run, x_pixel) = if merged(d) {
             (shape.output_row_len(), d.stride * shape.pitch)
@@ -334,7 +342,7 @@ impl Task<'_> {
                         let width = plan.blocks.width(b);
                         let pixel = from * row_pixels + left * images;
                         let (dy, dy_pixel) = if plan.dy_len > 0 {
-                            (&dy_slab[dy_start + pixel * width..], width)
+                            (&dy_slab[dy_start + pixel * pitch..], pitch)
                         } else {
                             let pixel = (first_image * d.p + first) * d.q + pixel;
                             (&self.dy[pixel * d.k + b * plan.blocks.full()..], d.k)
@@ -352,11 +360,12 @@ impl Task<'_> {
                             dy_pixel,
                         };
                         let kernel = kernel::outer(plan.isa, channels, plan.blocks.vectors(b));
-                        // SAFETY: rows `from..to` and columns `left..right` are those whose tap lies inside the image,
-                        // which tensor and slab hold; `dy` is packed for the whole band, or is read where blocks have
-                        // no padding; the tile of `sums` was sliced to its length.
+                        // SAFETY: rows `from..to` and columns `left..right` are those whose tap
+                        // lies inside the image, which tensor and slab hold; `dy` is packed for the
+                        // whole band, or is read where blocks have no padding; the tile of `sums`
+                        // was sliced to its length.
                         unsafe { kernel(&tile) }
-                        dy_start += shape.band * row_pixels * width;
+                        dy_start += shape.band * row_pixels * pitch;
                         sum_start += width * d.r * d.s * d.c;
                     }
                 }
@@ -365,7 +374,8 @@ impl Task<'_> {
     }
 }
 
-/// The outputs `lo..hi` of `count` from `first` on (counted from `first`) whose tap lies inside `len` inputs.
+/// The outputs `lo..hi` of `count` from `first` on (counted from `first`) whose tap lies inside
+/// `len` inputs.
 fn valid(
     first: usize,
     count: usize,

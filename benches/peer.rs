@@ -1,0 +1,136 @@
+//! Times single operations and whole steps on request, for the scripts in `benches/peers` that run PyTorch beside it.
+//!
+//! One request a line on stdin, one answer a line on stdout, so that both sides measure in the same minute:
+//! `conv N H W C K R STRIDE PAD forward|data|weight` and `step DEPTH WIDTH image|small SIZE BATCH` answer with the least
+//! seconds of a few repetitions, `memory` with the peak resident bytes of the process.
+
+use std::io::{BufRead, Write};
+use std::time::{Duration, Instant};
+
+use selfsup::arena::Arena;
+use selfsup::device::{Device, Philox, Purpose};
+use selfsup::methods::Method;
+use selfsup::methods::simclr::{Settings, SimClr};
+use selfsup::nn::{ResNetConfig, Stem};
+use selfsup::ops::Conv2dDims;
+use selfsup::ops::kernels::conv2d::{self, Direction};
+use selfsup::optim::{Exclude, Optimizer, Rule, Sgd};
+use selfsup::tape::step;
+use selfsup::tensor::Tensor;
+
+/// The least time of some runs, after one that warms up: at least three, and more for as long as `budget` lasts.
+fn least(budget: Duration, mut f: impl FnMut()) -> f64 {
+    f();
+    let (start, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
+    while runs < 3 || start.elapsed() < budget {
+        let before = Instant::now();
+        f();
+        best = best.min(before.elapsed().as_secs_f64());
+        runs += 1;
+    }
+    best
+}
+
+fn noise(n: usize) -> Vec<f32> {
+    let mut rng = Philox::new(1, Purpose::Test, 0, 0);
+    (0..n).map(|_| rng.uniform_in(-1.0, 1.0)).collect()
+}
+
+fn conv(device: &Device, words: &[&str]) -> f64 {
+    let n: Vec<usize> = words[..8].iter().map(|w| w.parse().expect("a size")).collect();
+    let (input, filters) = ([n[0], n[1], n[2], n[3]], [n[4], n[5], n[5], n[3]]);
+    let d = Conv2dDims::new(input, filters, n[6], n[7]);
+    let mut x = noise(d.n * d.h * d.w * d.c);
+    let mut w = noise(d.k * d.r * d.s * d.c);
+    let mut y = noise(d.n * d.p * d.q * d.k);
+    let direction = match words[8] {
+        "forward" => Direction::Forward,
+        "data" => Direction::DataGradient,
+        _ => Direction::WeightGradient,
+    };
+    let mut scratch = vec![0.0; conv2d::workspace_len(&d, direction)];
+    device.run(|| {
+        least(Duration::from_millis(250), || match direction {
+            Direction::Forward => conv2d::forward(&mut y, &x, &w, &mut scratch, &d),
+            Direction::DataGradient => {
+                conv2d::data_gradient(&mut x, &y, &w, &mut scratch, &d, false);
+            }
+            Direction::WeightGradient => {
+                conv2d::weight_gradient(&mut w, &x, &y, &mut scratch, &d, false);
+            }
+        })
+    })
+}
+
+/// A SimCLR training step, its batch ready.
+struct Training {
+    method: SimClr,
+    online: Arena,
+    optimizer: Optimizer,
+    views: Tensor,
+}
+
+impl Training {
+    fn new(device: &Device, words: &[&str]) -> Self {
+        let number = |i: usize| words[i].parse::<usize>().expect("a size");
+        let stem = if words[2] == "image" { Stem::Image } else { Stem::Small };
+        let config = ResNetConfig {
+            depth: number(0),
+            width: number(1),
+            stem,
+            zero_init_residual: true,
+            norm_groups: 1,
+        };
+        let hidden = number(1) * if number(0) < 50 { 8 } else { 32 };
+        let settings = Settings { temperature: 0.5, hidden, embedding: 128 };
+        let method = SimClr::new(&config, &settings);
+        let online = Arena::new(method.layout(), device, 1);
+        let rule =
+            Sgd { momentum: 0.9, nesterov: false, weight_decay: 1e-4, exclude: Exclude::Nothing };
+        let optimizer = Optimizer::new(Rule::Sgd(rule), &online);
+        let (size, rows) = (number(3), 2 * number(4));
+        let mut pixels = noise(rows * size * size * 4);
+        pixels.iter_mut().skip(3).step_by(4).for_each(|fourth| *fourth = 0.0);
+        let views = Tensor::from_slice(device, [rows, size, size, 4], &pixels);
+        Self { method, online, optimizer, views }
+    }
+
+    fn step(&mut self) {
+        let method = &mut self.method;
+        let views = std::slice::from_ref(&self.views);
+        let loss = step(&mut self.online, |tape| method.loss(tape, views));
+        assert!(loss.expect("the CPU does not fail").scalar().is_finite());
+        self.optimizer.step(&mut self.online, 1e-3);
+        self.method.take_embeddings();
+    }
+}
+
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|l| l.trim().split(' ').next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+fn main() {
+    let device = Device::cpu(0).expect("threads");
+    let mut training: Option<(String, Training)> = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("stdin");
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let answer = match words.as_slice() {
+            ["conv", rest @ ..] => conv(&device, rest).to_string(),
+            ["step", rest @ ..] => {
+                if training.as_ref().is_none_or(|(name, _)| *name != line) {
+                    training = Some((line.clone(), Training::new(&device, rest)));
+                }
+                let (_, training) = training.as_mut().expect("made above");
+                least(Duration::from_secs(2), || training.step()).to_string()
+            }
+            ["memory"] => peak_memory().to_string(),
+            _ => continue, // what cargo passes to every bench
+        };
+        println!("{answer}");
+        std::io::stdout().flush().expect("stdout");
+    }
+}

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""selfsup beside PyTorch on the CPU, in one run: convolutions, whole SimCLR steps, peak memory.
+
+    pip install torch==2.9.1
+    python benches/peers/cpu.py [--rounds 5] [--threads 2]
+
+Both sides take turns, so that a noisy machine is noisy for both; ratios are medians over rounds, ours over PyTorch's in speed
+(above 1: faster) and in memory (below 1: less). Tests never need this.
+"""
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = {"resnet18-32": (18, 64, "small", 32, 64), "resnet50-128": (50, 64, "image", 128, 8)}
+
+
+def least(budget, f):
+    f()
+    start, best, runs = time.perf_counter(), math.inf, 0
+    while runs < 3 or time.perf_counter() - start < budget:
+        before = time.perf_counter()
+        f()
+        best = min(best, time.perf_counter() - before)
+        runs += 1
+    return best
+
+
+def layers():
+    """Every distinct convolution of ResNet-50 at 224 pixels: (size, c, k, filter, stride)."""
+    found, c = [(224, 3, 64, 7, 2)], 64
+    for stage, size in enumerate((56, 28, 14, 7)):
+        inner, before = 64 << stage, size if stage == 0 else 2 * size
+        stride = 1 if stage == 0 else 2
+        found += [(before, c, inner, 1, 1), (before, inner, inner, 3, stride), (before, c, 4 * inner, 1, stride)]
+        c = 4 * inner
+        found += [(size, c, inner, 1, 1), (size, inner, inner, 3, 1), (size, inner, c, 1, 1)]
+    return list(dict.fromkeys(found))
+
+
+class Ours:
+    def __init__(self, threads):
+        command = ["cargo", "bench", "--quiet", "--bench", "peer"]
+        subprocess.run([*command, "--no-run"], cwd=ROOT, check=True)
+        env = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def ask(self, request):
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def torch_step(name, channels_last):
+    """A SimCLR step as a PyTorch user writes it: torchvision's ResNet, batch norms and all, SGD."""
+    import torch
+    from torch import nn
+
+    depth, width, stem, size, batch = STEPS[name]
+
+    class Block(nn.Module):
+        def __init__(self, c, inner, stride, bottleneck):
+            super().__init__()
+            k = inner * (4 if bottleneck else 1)
+            shapes = [(c, inner, 1, 1), (inner, inner, 3, stride), (inner, k, 1, 1)] if bottleneck else [
+                (c, inner, 3, stride), (inner, k, 3, 1)]
+            self.convs = nn.ModuleList(
+                nn.Conv2d(a, b, r, s, r // 2, bias=False) for a, b, r, s in shapes)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b, _, _ in shapes)
+            self.down = None
+            if c != k or stride != 1:
+                self.down = nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), nn.BatchNorm2d(k))
+
+        def forward(self, x):
+            shortcut = x if self.down is None else self.down(x)
+            for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+                x = norm(conv(x))
+                if i + 1 < len(self.convs):
+                    x = torch.relu_(x)
+            return torch.relu_(x + shortcut)
+
+    counts, bottleneck = ([2, 2, 2, 2], False) if depth == 18 else ([3, 4, 6, 3], True)
+    parts = [nn.Conv2d(3, width, 3, 1, 1, bias=False)] if stem == "small" else [
+        nn.Conv2d(3, width, 7, 2, 3, bias=False)]
+    parts += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    if stem != "small":
+        parts.append(nn.MaxPool2d(3, 2, 1))
+    c = width
+    for stage, count in enumerate(counts):
+        for i in range(count):
+            inner = width << stage
+            parts.append(Block(c, inner, 2 if stage and i == 0 else 1, bottleneck))
+            c = inner * (4 if bottleneck else 1)
+    parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, c, bias=False), nn.BatchNorm1d(c)]
+    parts += [nn.ReLU(inplace=True), nn.Linear(c, 128, bias=False), nn.BatchNorm1d(128)]
+    net = nn.Sequential(*parts)
+    x = torch.rand(2 * batch, 3, size, size) * 2 - 1
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+    positives = torch.arange(2 * batch).roll(batch)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        z = nn.functional.normalize(net(x))
+        logits = (z @ z.T / 0.5).fill_diagonal_(-1e9)
+        (2 * nn.functional.cross_entropy(logits, positives)).backward()
+        optimizer.step()
+
+    return step
+
+
+def memory_of(name, threads, side):
+    """Peak resident bytes of a process of its own that makes three steps."""
+    if side == "ours":
+        ours = Ours(threads)
+        ours.ask("step " + " ".join(map(str, STEPS[name])))
+        peak = ours.ask("memory")
+        ours.end()
+        return peak
+    words = [sys.executable, __file__, "--threads", str(threads), "--memory-of", name, side]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        step = torch_step(args.memory_of[0], args.memory_of[1] == "channels_last")
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    print(f"PyTorch {torch.__version__}, {args.threads} threads; {time.strftime('%Y-%m-%d')}")
+    ours = Ours(args.threads)
+    print(f"\n{'conv2d, batch 8':<26} {'direction':<9} {'ours':>8} {'PyTorch':>8} GFLOP/s {'ratio':>6}")
+    conv_ratios = []
+    for size, c, k, r, stride in layers():
+        x = torch.randn(8, c, size, size).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(k, c, r, r).contiguous(memory_format=torch.channels_last)
+        pad = r // 2
+        y = torch.nn.functional.conv2d(x, w, None, stride, pad)
+        dy = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
+
+        def backward(mask):
+            return torch.ops.aten.convolution_backward(
+                dy, x, w, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, mask)
+
+        theirs = {
+            "forward": lambda: torch.nn.functional.conv2d(x, w, None, stride, pad),
+            "data": lambda: backward([True, False, False]),
+            "weight": lambda: backward([False, True, False]),
+        }
+        for direction, f in theirs.items():
+            if c == 3 and direction == "data":
+                continue  # no gradient flows to images
+            device_c = 4 if c == 3 else c
+            request = f"conv 8 {size} {size} {device_c} {k} {r} {stride} {pad} {direction}"
+            pairs = [(ours.ask(request), least(0.25, f)) for _ in range(max(1, args.rounds // 2))]
+            ratio = statistics.median(theirs / own for own, theirs in pairs)
+            conv_ratios.append(ratio)
+            flop = 2 * y.numel() * c * r * r / 1e9
+            own, their = (min(p[i] for p in pairs) for i in (0, 1))
+            print(f"{size:>3} px {c:>4} -> {k:>4} {r}x{r}/{stride:<5} {direction:<9} {flop / own:8.0f} {flop / their:8.0f} {'':7} {ratio:6.2f}", flush=True)
+
+    step_ratios, memory_ratios = {}, []
+    for name, shape in STEPS.items():
+        formats = {"channels_first": torch_step(name, False), "channels_last": torch_step(name, True)}
+        ratios, best = [], {}
+        for _ in range(args.rounds):
+            own = ours.ask("step " + " ".join(map(str, shape)))
+            times = {fmt: least(2.0, step) for fmt, step in formats.items()}
+            ratios.append(min(times.values()) / own)
+            for key, value in {"ours": own, **times}.items():
+                best[key] = min(value, best.get(key, math.inf))
+        step_ratios[name] = statistics.median(ratios)
+        views = 2 * shape[4]
+        print(f"\n{name}, SimCLR step of {views} views: " + ", ".join(f"{k} {views / v:.1f} views/s" for k, v in best.items()))
+        peaks = {side: memory_of(name, args.threads, side) for side in ("ours", *formats)}
+        print("peak memory: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
+        memory_ratios.append(peaks["ours"] / min(v for k, v in peaks.items() if k != "ours"))
+    ours.end()
+
+    print()
+    for name, ratio in step_ratios.items():
+        print(f"{name} step ratio: {ratio:.2f}")
+    mean = math.exp(statistics.mean(map(math.log, conv_ratios)))
+    print(f"conv speed ratio (geometric mean, worst): {mean:.2f} {min(conv_ratios):.2f}")
+    print(f"peak memory ratio: {max(memory_ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
