@@ -9,7 +9,7 @@ from torch import nn
 
 from . import seeded
 from .record import record, save, table
-from .trunk import STEADY, Trunk, fill, outside, slots, steadiness
+from .trunk import MARGIN, Trunk, fill, margin, outside, slots
 
 BATCH, SIDE, HIDDEN, EMBEDDING, STEPS = 8, 16, 64, 24, 10
 
@@ -32,10 +32,11 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = Trunk(18, 8, "small")
         self.head = nn.ModuleList([Layer(64, HIDDEN, True), Layer(HIDDEN, EMBEDDING, False)])
+        self.relu = nn.ReLU()
         self.double()
 
     def forward(self, x):
-        return self.head[1](self.head[0](self.backbone(x)).relu())
+        return self.head[1](self.relu(self.head[0](self.backbone(x))))
 
 
 def contrastive_loss(hidden, temperature):
@@ -117,8 +118,7 @@ def run(name, draw=None):
         shape = (2 * BATCH, SIDE, SIDE, 3)
         images = seeded.unit(seeded.seed(f"{name}|draw {draw}|images {step}"), math.prod(shape))
         images = torch.from_numpy(images.reshape(shape))
-        state = copy.deepcopy(network)
-        if steadiness(lambda images: gradients(state, images, temperature)[1], images) > STEADY:
+        if margin(copy.deepcopy(network), images) < MARGIN:
             return None
         own_loss, own = gradients(copy.deepcopy(network).float(), images, temperature)
         loss, truth = gradients(network, images, temperature)
