@@ -1,5 +1,6 @@
 """ResNets of any width with torchvision's blocks and names, weights from the formula, batch norm split in runs of rows."""
 
+import copy
 import math
 
 import torch
@@ -87,31 +88,41 @@ def spread(name, shape):
     return seeded.around(1.0, 0.3) if name.endswith("weight") else seeded.around(0.0, 0.2)
 
 
-# f32 is off by up to about 1e-6 at the input of a ReLU behind a batch norm.
-MARGIN = 1e-6
-
-
-def margin(module, images):
-    """How near the network comes to a kink: the smallest input of a ReLU, or lead of a maximum in a pooling window.
+def kinked(module, images):
+    """Whether f32 may go another way than f64 at a ReLU, or in a pooling window: within six times its error there.
 
     At a kink rounding decides which way a whole gradient goes. What is compared in f32, on machines that round
-    differently, must lie off kinks: another draw of the images is then to be taken.
+    differently, must lie off kinks, so images are drawn until they do.
     """
-    gaps = []
+    truth, own = at_kinks(copy.deepcopy(module), images), at_kinks(copy.deepcopy(module).float(), images.float())
+    for (gap, x), (_, y) in zip(truth, own):
+        rest = [dim for dim in range(x.dim()) if dim != 1]
+        error = (x - y).pow(2).mean(rest, keepdim=True).sqrt()  # of each channel
+        if (gap < 6 * error).any():
+            return True
+    return False
+
+
+def at_kinks(module, images):
+    """For each ReLU and each pooling: how far each number is from a kink, and the numbers that go in."""
+    found = []
 
     def relu(_, inputs):
-        gaps.append(inputs[0].detach().abs().min().item())
+        x = inputs[0].detach().double().clone()
+        found.append((x.abs(), x))
 
     def pool(_, inputs):
-        x = F.pad(inputs[0].detach(), [1] * 4, value=-1.0)
-        windows = F.unfold(x.flatten(0, 1)[:, None], 3, stride=2)  # [n c, 9, windows]
+        x = inputs[0].detach().double().clone()
+        windows = F.unfold(F.pad(x, [1] * 4, value=-1.0).flatten(0, 1)[:, None], 3, stride=2)  # [n c, 9, windows]
         first, second = windows.topk(2, dim=1).values.unbind(1)
-        gaps.append((first - second)[first > 0].min().item())
+        # No gradient flows through a maximum of zero: a ReLU comes before.
+        lead = torch.where(first > 0, first - second, math.inf).min(1).values
+        found.append((lead.view(*x.shape[:2], 1, 1), x))
 
-    hooks = [m.register_forward_pre_hook(relu) for m in module.modules() if isinstance(m, nn.ReLU)]
-    hooks += [m.register_forward_pre_hook(pool) for m in module.modules() if isinstance(m, nn.MaxPool2d)]
+    kinds = {nn.ReLU: relu, nn.MaxPool2d: pool}
+    for inner in module.modules():
+        if type(inner) in kinds:
+            inner.register_forward_pre_hook(kinds[type(inner)])
     with torch.no_grad():
         module(images)
-    for hook in hooks:
-        hook.remove()
-    return min(gaps)
+    return found

@@ -8,6 +8,7 @@ mod add;
 mod batch_norm;
 mod conv2d;
 mod cross_entropy;
+pub mod kernels;
 mod l2_normalize;
 mod linear;
 mod nt_xent;
@@ -27,14 +28,6 @@ pub use nt_xent::nt_xent;
 pub use pool::{max_pool, mean_pool};
 pub use relu::relu;
 pub use scale::{mean, scale};
-
-/// The CPU's kernels as functions of slices: for benchmarks, and for programs that bring their own memory.
-pub mod kernels {
-    /// Convolution in three directions; see the functions for shapes.
-    pub mod conv2d {
-        pub use crate::ops::conv2d::kernels::*;
-    }
-}
 
 /// The instruction set that the CPU's kernels run on here.
 pub fn instruction_set() -> &'static str {

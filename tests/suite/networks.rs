@@ -25,14 +25,14 @@ struct Network {
     images: Tensor,
 }
 
-fn networks(device: &Device) -> Vec<Network> {
+fn networks(goldens: &Goldens, device: &Device) -> Vec<Network> {
     let lines = include_str!("networks.txt").lines();
     let rows = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-    rows.map(|line| Network::new(line, device)).collect()
+    rows.map(|line| Network::new(line, goldens, device)).collect()
 }
 
 impl Network {
-    fn new(line: &str, device: &Device) -> Self {
+    fn new(line: &str, goldens: &Goldens, device: &Device) -> Self {
         let row = Row::new(line);
         let [depth, width, norm_groups, n, h, w] =
             row.sizes(["depth", "width", "groups", "n", "h", "w"]);
@@ -41,7 +41,9 @@ impl Network {
         let mut layout = Layout::new();
         let trunk = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);
-        let images = network::images(device, &format!("{line}|images"), [n, h, w]);
+        // Images with no ReLU input so near zero that rounding decides which way gradients go.
+        let draw = goldens.numbers(&format!("{line}|draw"))[0];
+        let images = network::images(device, &format!("{line}|images {draw}"), [n, h, w]);
         Self { line: line.to_owned(), trunk, arena, images }
     }
 
@@ -89,8 +91,8 @@ impl Network {
 #[test]
 fn resnets_in_f64_agree_with_pytorch() {
     let goldens = Goldens::open("networks");
-    let mut networks = networks(&Device::reference().poisoned());
-    assert_eq!(goldens.names().count(), 4 * networks.len(), "run scripts/make-goldens");
+    let mut networks = networks(&goldens, &Device::reference().poisoned());
+    assert_eq!(goldens.names().count(), 5 * networks.len(), "run scripts/make-goldens");
     let results = networks.iter_mut().flat_map(|network| network.check(&goldens, |_, _| EXACT));
     report("ResNets in f64", results.collect());
 }
@@ -98,7 +100,7 @@ fn resnets_in_f64_agree_with_pytorch() {
 #[test]
 fn resnets_on_the_cpu_agree_with_pytorch() {
     let goldens = Goldens::open("networks");
-    let mut networks = networks(&Device::cpu(2).unwrap().poisoned());
+    let mut networks = networks(&goldens, &Device::cpu(2).unwrap().poisoned());
     let tolerance = |part: &str, record: &Record<'_>| {
         record.tolerance(if part == "gradients" { 1e-4 } else { 1e-5 })
     };
@@ -110,7 +112,7 @@ fn resnets_on_the_cpu_agree_with_pytorch() {
 #[test]
 fn evaluation_by_the_statistics_of_the_batch_is_caught() {
     let goldens = Goldens::open("networks");
-    for mut network in networks(&Device::reference()) {
+    for mut network in networks(&goldens, &Device::reference()) {
         network.train();
         let wrong = network.train();
         let record = goldens.record(&format!("{}|evaluation", network.line));
@@ -122,8 +124,9 @@ fn evaluation_by_the_statistics_of_the_batch_is_caught() {
 #[test]
 fn a_network_does_not_depend_on_the_number_of_threads() {
     let line = "resnet depth=50 width=8 stem=image n=4 h=33 w=29 groups=1";
+    let goldens = Goldens::open("networks");
     let [one, two, three] = [1, 2, 3].map(|threads| {
-        let mut network = Network::new(line, &Device::cpu(threads).unwrap().poisoned());
+        let mut network = Network::new(line, &goldens, &Device::cpu(threads).unwrap().poisoned());
         let features = network.train();
         (features, network::gradients(&network.arena), network::statistics(&network.arena))
     });

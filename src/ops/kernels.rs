@@ -1,0 +1,6 @@
+//! The CPU's kernels as functions of slices: for benchmarks, and for programs that bring their own memory.
+
+/// Convolution in three directions; see the functions for shapes.
+pub mod conv2d {
+    pub use crate::ops::conv2d::kernels::*;
+}
