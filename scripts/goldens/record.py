@@ -42,7 +42,9 @@ def table(truth, f32=None):
 
 
 def save(tensors, path):
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    # One entry: several would come in a random order, and the same numbers would not be the same file.
+    versions = {"made_by": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     path.parent.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(t, np.float64) for name, t in tensors.items()}, path, versions)
+    path.chmod(0o644)
     print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 1024:.0f} KiB")

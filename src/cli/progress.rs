@@ -63,6 +63,9 @@ impl Watch for Progress {
             line += &format!(", kNN {:.1}%", 100.0 * knn);
         }
         self.line(&line);
+        if let Some(bar) = self.bar.as_ref().filter(|_| epoch == epochs) {
+            bar.finish_and_clear(); // the lines stay; results follow
+        }
     }
 
     fn note(&mut self, sentence: &str) {
