@@ -319,8 +319,8 @@ pub fn backward_pass(
 ///
 /// `embed(tape, i)` embeds micro-batch `i` of `count` into `[views * m, d]`, view after view; `loss` gets the embeddings
 /// of the whole batch, `[views * n, d]`, again view after view. The embeddings are computed twice: once without saving
-/// anything, then with a tape for each micro-batch in turn. Batch norm sees the rows of a micro-batch, and running
-/// statistics move once.
+/// anything, then with a tape for each micro-batch in turn. Batch norm sees the rows of a micro-batch, and
+/// running statistics move once for each, in the second pass.
 ///
 /// # Errors
 /// When the device fails.

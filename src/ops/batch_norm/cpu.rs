@@ -90,21 +90,22 @@ pub(super) fn apply(
     let Dims { groups, c, .. } = saved.dims;
     let shift = shift.map(Tensor::data::<f32>);
     let residual = residual.map(Tensor::data::<f32>);
-    // Per group, y = a x + b.
+    // Per group, y = a (x - mean) + b: a x + (b - a mean) would lose digits where the mean is far from zero.
     let mut line = vec![0.0; 2 * groups * c];
     for (g, line) in line.chunks_exact_mut(2 * c).enumerate() {
         let (a, b) = line.split_at_mut(c);
-        let (scale, mean) = scale_and_mean(saved, g);
+        let (scale, _) = scale_and_mean(saved, g);
         for j in 0..c {
             a[j] = scale(j);
-            b[j] = shift.map_or(0.0, |s| s[j]) - mean[j] * a[j];
+            b[j] = shift.map_or(0.0, |s| s[j]);
         }
     }
     for_chunks(y, saved.dims, |g, at, y| {
         let (a, b) = line[2 * g * c..][..2 * c].split_at(c);
+        let mean = &saved.mean.data::<f32>()[g * c..][..c];
         let x = &saved.x.data::<f32>()[at..][..y.len()];
         let residual = residual.map(|r| &r[at..][..x.len()]);
-        apply_rows(y, x, residual, a, b, relu);
+        apply_rows(y, x, residual, [mean, a, b], relu);
     });
 }
 
@@ -113,26 +114,26 @@ fn apply_rows(
     y: &mut [f32],
     x: &[f32],
     residual: Option<&[f32]>,
-    a: &[f32],
-    b: &[f32],
+    [mean, a, b]: [&[f32]; 3],
     relu: bool,
 ) {
     let c = a.len();
     let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
     let clip = |v: f32| if v < floor { floor } else { v }; // not `max`, which would hide a NaN
+    let line = || mean.iter().zip(a).zip(b);
     match residual {
         None => {
             for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                for (((y, x), a), b) in y.iter_mut().zip(x).zip(a).zip(b) {
-                    *y = clip(x * a + b);
+                for ((y, x), ((mean, a), b)) in y.iter_mut().zip(x).zip(line()) {
+                    *y = clip((x - mean) * a + b);
                 }
             }
         }
         Some(r) => {
             let inputs = x.chunks_exact(c).zip(r.chunks_exact(c));
             for (y, (x, r)) in y.chunks_exact_mut(c).zip(inputs) {
-                for ((((y, x), r), a), b) in y.iter_mut().zip(x).zip(r).zip(a).zip(b) {
-                    *y = clip(x * a + b + r);
+                for (((y, x), r), ((mean, a), b)) in y.iter_mut().zip(x).zip(r).zip(line()) {
+                    *y = clip((x - mean) * a + b + r);
                 }
             }
         }
