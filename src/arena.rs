@@ -284,7 +284,7 @@ impl Arena {
 
     /// Sets every gradient to zero.
     pub fn zero_gradients(&mut self) {
-        self.gradients.get_mut().view_mut().fill(0.0);
+        crate::ops::fill(self.gradients.get_mut(), 0.0);
     }
 
     /// A parameter's value, sharing the arena's memory: drop it before the next update.

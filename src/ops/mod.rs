@@ -4,6 +4,11 @@
 //! the f32 path over slices; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
 //! not to be fast. A new primitive is a folder, the re-export below and a row in the case table of the tests.
 
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::tensor::Tensor;
+
 mod add;
 mod batch_norm;
 mod conv2d;
@@ -35,6 +40,18 @@ pub fn instruction_set() -> &'static str {
         conv2d::Isa::Portable => "portable",
         conv2d::Isa::Avx2 => "AVX2",
         conv2d::Isa::Avx512 => "AVX-512",
+    }
+}
+
+/// Sets every element of a float tensor, in parallel: a whole network's gradients are worth more than one thread.
+pub(crate) fn fill(x: &mut Tensor, value: f64) {
+    let device = x.device().clone();
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let x = x.data_mut::<f32>();
+            device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value as f32)));
+        }
+        DeviceKind::Reference => x.view_mut().fill(value),
     }
 }
 

@@ -140,26 +140,45 @@ fn apply_rows(
     }
 }
 
-/// `dy` where `y > 0`, else 0; in place when nobody else holds `dy`.
-pub(super) fn masked(dy: Tensor, y: &Tensor) -> Tensor {
-    let mut dz = if dy.is_unique() { dy } else { dy.copy() };
-    let device = y.device().clone();
-    let (out, y) = (dz.data_mut::<f32>(), y.data::<f32>());
-    device.run(|| {
-        out.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(dz, y)| mask(dz, y));
-    });
-    dz
-}
-
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn mask(dz: &mut [f32], y: &[f32]) {
-    for (dz, y) in dz.iter_mut().zip(y) {
-        *dz = if *y > 0.0 { *dz } else { 0.0 };
-    }
-}
-
 /// `[groups, 2, c]`: Σ dz and Σ dz x̂, chunk sums in f32, their total in f64.
 pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
+    let c = saved.dims.c;
+    let chunks = dz.chunks(saved.dims.len().max(1)).flat_map(|g| row_chunks(g, c)).collect();
+    sum_chunks(sums, chunks, saved, |sum, dot, dz: &[f32], (x, mean, inv_std)| {
+        chunk_sums(sum, dot, dz, x, mean, inv_std);
+    });
+}
+
+/// `dz = dy` where `y > 0`, else 0, in place, and [`backward_sums`] of it in the same pass.
+pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &Saved) {
+    let c = saved.dims.c;
+    let group = saved.dims.len().max(1);
+    let outputs = y.chunks(group).flat_map(|g| row_chunks(g, c));
+    let chunk = chunk_rows(c) * c.max(1);
+    let chunks = dz.chunks_mut(group).flat_map(|g| g.chunks_mut(chunk)).zip(outputs).collect();
+    let both = |sum: &mut [f32], dot: &mut [f32], (dz, y): (&mut [f32], &[f32]), at: Place<'_>| {
+        let (x, mean, inv_std) = at;
+        mask(dz, y); // 64 KiB, still in cache for the sums
+        chunk_sums(sum, dot, dz, x, mean, inv_std);
+    };
+    sum_chunks(sums, chunks, saved, both);
+}
+
+/// Chunks of whole rows of one group.
+fn row_chunks(group: &[f32], c: usize) -> impl Iterator<Item = &[f32]> {
+    group.chunks(chunk_rows(c) * c.max(1))
+}
+
+/// `x` of a chunk, mean and `1 / std` of its group.
+type Place<'a> = (&'a [f32], &'a [f32], &'a [f32]);
+
+/// Calls `f(sum, dot, part, place)` for each chunk of rows in parallel, then adds up what it left in `sum` and `dot`, in order.
+fn sum_chunks<P: Send>(
+    sums: &mut [f32],
+    parts: Vec<P>,
+    saved: &Saved,
+    f: impl Fn(&mut [f32], &mut [f32], P, Place<'_>) + Sync,
+) {
     let dims = saved.dims;
     let c = dims.c;
     if dims.len() == 0 {
@@ -168,7 +187,8 @@ pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
     }
     let mut partial = Tensor::floats(saved.x.device(), [partial_len(dims)]);
     let (rows, per_group) = (chunk_rows(c), chunks(dims));
-    partial.data_mut::<f32>().par_chunks_mut(2 * c).enumerate().for_each(|(i, partial)| {
+    let tasks = partial.data_mut::<f32>().par_chunks_mut(2 * c).zip(parts);
+    tasks.enumerate().for_each(|(i, (partial, part))| {
         let (group, chunk) = (i / per_group, i % per_group);
         let at = group * dims.len() + chunk * rows * c;
         let len = (rows.min(dims.rows - chunk * rows)) * c;
@@ -176,7 +196,7 @@ pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
         let mean = &saved.mean.data::<f32>()[group * c..][..c];
         let inv_std = &saved.inv_std.data::<f32>()[group * c..][..c];
         let (sum, dot) = partial.split_at_mut(c);
-        chunk_sums(sum, dot, &dz[at..][..len], x, mean, inv_std);
+        f(sum, dot, part, (x, mean, inv_std));
     });
     let partial = partial.data::<f32>().chunks_exact(per_group * 2 * c);
     for (sums, partial) in sums.chunks_exact_mut(2 * c).zip(partial) {
@@ -184,6 +204,13 @@ pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
             let total: f64 = partial.chunks_exact(2 * c).map(|p| f64::from(p[j])).sum();
             *sum = total as f32;
         }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn mask(dz: &mut [f32], y: &[f32]) {
+    for (dz, y) in dz.iter_mut().zip(y) {
+        *dz = if *y > 0.0 { *dz } else { 0.0 };
     }
 }
 
@@ -210,7 +237,6 @@ fn chunk_sums(
         *dot *= inv_std;
     }
 }
-
 pub(super) fn sum_groups(total: &mut [f32], sums: &[f32], which: usize) {
     let c = total.len();
     total.fill(0.0);

@@ -140,11 +140,17 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
         let mut dz = dy;
         match device.kind() {
             DeviceKind::Cpu => {
-                if let Some(y) = &mask {
-                    dz = cpu::masked(dz, y);
+                if mask.is_some() && !dz.is_unique() {
+                    dz = dz.copy();
                 }
-                let (sums, dz) = (sums.data_mut(), dz.data());
-                device.run(|| cpu::backward_sums(sums, dz, &saved));
+                let sums = sums.data_mut();
+                match &mask {
+                    Some(y) => {
+                        let dz = dz.data_mut();
+                        device.run(|| cpu::mask_and_sum(sums, dz, y.data(), &saved));
+                    }
+                    None => device.run(|| cpu::backward_sums(sums, dz.data(), &saved)),
+                }
             }
             DeviceKind::Reference => {
                 if let Some(y) = &mask {

@@ -105,12 +105,18 @@ fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
         let images = x.par_chunks(input).zip(dy.par_chunks(output).zip(y.par_chunks(output)));
         dx.par_chunks_mut(input).zip(images).for_each(|(dx, (x, (dy, y)))| {
             dx.fill(T::default());
+            // What each channel still has to give; its first largest pixel takes all, later ones nothing.
+            let mut rest = vec![T::default(); c];
             let outputs = dy.chunks_exact(c).zip(y.chunks_exact(c));
             for (o, (dy, y)) in outputs.enumerate() {
-                for j in 0..c {
-                    let first = dims.pixels(o / q, o % q).find(|&pixel| x[pixel + j] == y[j]);
-                    if let Some(pixel) = first {
-                        dx[pixel + j] += dy[j];
+                rest.copy_from_slice(dy);
+                for pixel in dims.pixels(o / q, o % q) {
+                    let x = &x[pixel..pixel + c];
+                    let places = dx[pixel..pixel + c].iter_mut().zip(&mut rest);
+                    for ((dx, rest), (x, y)) in places.zip(x.iter().zip(y)) {
+                        let largest = x == y;
+                        *dx += if largest { *rest } else { T::default() };
+                        *rest = if largest { T::default() } else { *rest };
                     }
                 }
             }
