@@ -300,10 +300,7 @@ mod tests {
     #[test]
     fn mistakes_name_the_key_and_the_nearest_one() {
         assert!(message(&["train.epoch=3"]).contains("(did you mean `epochs`?)"));
-        assert!(
-            message(&["train.epochs=many"]).contains("train.epochs")
-                || message(&["train.epochs=many"]).contains("epochs")
-        );
+        assert!(message(&["train.epochs=many"]).contains("invalid type: string \"many\""));
         assert!(message(&["train.epochs"]).contains("--set takes key.path=value"));
         assert!(message(&["train.batch=1"]).contains("train.batch starts at 2"));
         assert!(message(&["network.depth=20"]).contains("network.depth is 20"));
