@@ -5,6 +5,7 @@
 //! disagree on the rest; [`Lars`] has a setting for each point and a constructor for each code
 //! (sources: methods.md 1.0, which names repository and file for each).
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -255,6 +256,7 @@ fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], spared: bool, lr: f64) -> S
     }
 }
 
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn update<T: Float>(w: &mut [T], m: &mut [T], g: &[T], step: Step) {
     for ((w, m), g) in w.iter_mut().zip(m).zip(g) {
         let direction = step.in_lr * step.scale * (g.widen() + step.decay * w.widen());

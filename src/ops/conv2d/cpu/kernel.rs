@@ -7,6 +7,13 @@
 use super::isa::Isa;
 use super::tile::{Correlate, Outer};
 
+/// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
+const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
+
+/// Channels of a tensor whose pixels the kernels can read where they lie. With 1,024 the rows of a
+/// tile would all fall into one set of the first-level cache.
+pub const DIRECT: [usize; 4] = [64, 128, 256, 512];
+
 type CorrelateKernel = unsafe fn(&Correlate);
 type OuterKernel = unsafe fn(&Outer);
 
@@ -37,14 +44,27 @@ macro_rules! kernels {
                 unsafe { tile::outer::<$v, M, NV>(t) }
             }
 
-            pub static CORRELATE_ONE_BY_4: &[CorrelateKernel] = &[$(correlate::<$one, 1, 4>),*];
-            pub static CORRELATE_TWO_BY_4: &[CorrelateKernel] = &[$(correlate::<$two, 2, 4>),*];
-            pub static CORRELATE_ONE_BY_8: &[CorrelateKernel] = &[$(correlate::<$one, 1, 8>),*];
-            pub static CORRELATE_TWO_BY_8: &[CorrelateKernel] = &[$(correlate::<$two, 2, 8>),*];
-            pub static CORRELATE_ONE_BY_16: &[CorrelateKernel] = &[$(correlate::<$one, 1, 16>),*];
-            pub static CORRELATE_TWO_BY_16: &[CorrelateKernel] = &[$(correlate::<$two, 2, 16>),*];
-            pub static OUTER_ONE: &[OuterKernel] = &[$(outer::<$one, 1>),*];
-            pub static OUTER_TWO: &[OuterKernel] = &[$(outer::<$two, 2>),*];
+            /// By the place of the pitch in [`super::PITCHES`].
+            pub(super) static CORRELATE_ONE: [&[CorrelateKernel]; super::PITCHES.len()] = [
+                &[$(correlate::<$one, 1, 4>),*],
+                &[$(correlate::<$one, 1, 8>),*],
+                &[$(correlate::<$one, 1, 16>),*],
+                &[$(correlate::<$one, 1, 64>),*],
+                &[$(correlate::<$one, 1, 128>),*],
+                &[$(correlate::<$one, 1, 256>),*],
+                &[$(correlate::<$one, 1, 512>),*],
+            ];
+            pub(super) static CORRELATE_TWO: [&[CorrelateKernel]; super::PITCHES.len()] = [
+                &[$(correlate::<$two, 2, 4>),*],
+                &[$(correlate::<$two, 2, 8>),*],
+                &[$(correlate::<$two, 2, 16>),*],
+                &[$(correlate::<$two, 2, 64>),*],
+                &[$(correlate::<$two, 2, 128>),*],
+                &[$(correlate::<$two, 2, 256>),*],
+                &[$(correlate::<$two, 2, 512>),*],
+            ];
+            pub(super) static OUTER_ONE: &[OuterKernel] = &[$(outer::<$one, 1>),*];
+            pub(super) static OUTER_TWO: &[OuterKernel] = &[$(outer::<$two, 2>),*];
         }
     };
 }
@@ -75,19 +95,17 @@ macro_rules! table {
     };
 }
 
-/// The kernel for `rows` pixels, `vectors` vectors of filters, and pixels `pitch` (4, 8 or 16)
-/// floats apart.
+/// The kernel for `rows` pixels, `vectors` vectors of filters, and pixels `pitch` floats apart: 4, 8 or
+/// 16 in a slab, one of [`DIRECT`] in a tensor.
 pub fn correlate(isa: Isa, rows: usize, vectors: usize, pitch: usize) -> CorrelateKernel {
-    let table = match (vectors, pitch) {
-        (1, 4) => table!(isa, CORRELATE_ONE_BY_4),
-        (2, 4) => table!(isa, CORRELATE_TWO_BY_4),
-        (1, 8) => table!(isa, CORRELATE_ONE_BY_8),
-        (2, 8) => table!(isa, CORRELATE_TWO_BY_8),
-        (1, 16) => table!(isa, CORRELATE_ONE_BY_16),
-        (2, 16) => table!(isa, CORRELATE_TWO_BY_16),
-        _ => unreachable!("no tile of {vectors} vectors on pixels {pitch} floats apart"),
+    let tables = match vectors {
+        1 => &table!(isa, CORRELATE_ONE),
+        2 => &table!(isa, CORRELATE_TWO),
+        _ => unreachable!("no tile of {vectors} vectors"),
     };
-    table[rows - 1]
+    let place = PITCHES.iter().position(|&p| p == pitch);
+    let place = place.unwrap_or_else(|| unreachable!("no tile of pixels {pitch} floats apart"));
+    tables[place][rows - 1]
 }
 
 /// The kernel for `rows` channels and `vectors` vectors of filters.

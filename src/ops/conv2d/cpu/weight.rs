@@ -91,10 +91,12 @@ impl Plan {
         let sets = blocks.count().div_ceil(set).max(1);
         let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
         // a single tile or block of a run lies in the tensor as it would lie packed, unless images
-        // are interleaved
-        let in_order = group == 1 || (d.p, d.q, d.h, d.w) == (1, 1, 1, 1);
-        let slab_len = if in_order && d.c == tile && !merged(d) { 0 } else { slab(band).len() };
-        let dy_in_order = in_order && blocks.count() == 1 && d.k == blocks.padded();
+        // are interleaved; of a product the channels are read where they lie, gradients are not
+        // (lines far apart share sets of the first-level cache, and tiles take two of each)
+        let product = (d.p, d.q, d.h, d.w) == (1, 1, 1, 1) && !merged(d);
+        let x_in_order = product || group == 1 && d.c == tile && !merged(d);
+        let slab_len = if x_in_order { 0 } else { slab(band).len() };
+        let dy_in_order = (group == 1 || product) && blocks.count() == 1 && d.k == blocks.padded();
         let dy_len =
             if dy_in_order { 0 } else { gradient_slab(d, blocks, 0..set, group, band).len() };
         Plan {
