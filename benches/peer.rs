@@ -2,7 +2,8 @@
 //!
 //! One request a line on stdin, one answer a line on stdout, so that both sides measure in the same minute:
 //! `conv N H W C K R STRIDE PAD forward|data|weight` and `step DEPTH WIDTH image|small SIZE BATCH` answer with the least
-//! seconds of a few repetitions, `memory` with the peak resident bytes of the process.
+//! seconds of a few repetitions, `phases` with the arguments of `step` with those of the forward pass, the backward pass
+//! and the update, `memory` with the peak resident bytes of the process.
 
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
@@ -95,13 +96,34 @@ impl Training {
         Self { method, online, optimizer, views }
     }
 
-    fn step(&mut self) {
+    /// One step; seconds of its forward pass, backward pass and update.
+    fn step(&mut self) -> [f64; 3] {
         let method = &mut self.method;
         let views = std::slice::from_ref(&self.views);
-        let loss = step(&mut self.online, |tape| method.loss(tape, views));
+        let start = Instant::now();
+        let mut forward = 0.0;
+        let loss = step(&mut self.online, |tape| {
+            let loss = method.loss(tape, views);
+            forward = start.elapsed().as_secs_f64();
+            loss
+        });
         assert!(loss.expect("the CPU does not fail").scalar().is_finite());
+        let both = start.elapsed().as_secs_f64();
         self.optimizer.step(&mut self.online, 1e-3);
         self.method.take_embeddings();
+        [forward, both - forward, start.elapsed().as_secs_f64() - both]
+    }
+
+    /// The least of each phase over a few steps, after one that warms up.
+    fn phases(&mut self) -> String {
+        self.step();
+        let mut best = [f64::MAX; 3];
+        for _ in 0..5 {
+            for (best, now) in best.iter_mut().zip(self.step()) {
+                *best = best.min(now);
+            }
+        }
+        best.map(|seconds| seconds.to_string()).join(" ")
     }
 }
 
@@ -120,12 +142,16 @@ fn main() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match words.as_slice() {
             ["conv", rest @ ..] => conv(&device, rest).to_string(),
-            ["step", rest @ ..] => {
-                if training.as_ref().is_none_or(|(name, _)| *name != line) {
-                    training = Some((line.clone(), Training::new(&device, rest)));
+            [what @ ("step" | "phases"), rest @ ..] => {
+                let name = rest.join(" ");
+                if training.as_ref().is_none_or(|(made, _)| *made != name) {
+                    training = Some((name, Training::new(&device, rest)));
                 }
                 let (_, training) = training.as_mut().expect("made above");
-                least(Duration::from_secs(2), || training.step()).to_string()
+                match *what {
+                    "step" => least(Duration::from_secs(2), || drop(training.step())).to_string(),
+                    _ => training.phases(),
+                }
             }
             ["memory"] => peak_memory().to_string(),
             _ => continue, // what cargo passes to every bench

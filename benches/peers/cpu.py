@@ -55,9 +55,12 @@ class Ours:
         )
 
     def ask(self, request):
+        return self.ask_all(request)[0]
+
+    def ask_all(self, request):
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return [float(word) for word in self.process.stdout.readline().split()]
 
     def end(self):
         self.process.stdin.close()
@@ -114,13 +117,42 @@ def torch_step(name, channels_last):
     positives = torch.arange(2 * batch).roll(batch)
 
     def step():
+        """Seconds of the forward pass, the backward pass and the update."""
+        start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         z = nn.functional.normalize(net(x))
         logits = (z @ z.T / 0.5).fill_diagonal_(-1e9)
-        (2 * nn.functional.cross_entropy(logits, positives)).backward()
+        loss = 2 * nn.functional.cross_entropy(logits, positives)
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
         optimizer.step()
+        return forward - start, backward - forward, time.perf_counter() - backward
 
     return step
+
+
+# What PyTorch's operators belong to, by a piece of their name; the first that fits.
+CLASSES = {
+    "convolution": ("convolution", "mkldnn"),
+    "batch norm": ("batch_norm",),
+    "relu, add, pooling": ("relu", "threshold", "add_", "pool", "aten::add"),
+    "products, loss": ("mm", "softmax", "nll", "norm", "div", "mul"),
+}
+
+
+def torch_classes(step):
+    """Share of a step's time in each class of operators, as PyTorch's own profiler tells it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    times = dict.fromkeys([*CLASSES, "other"], 0.0)
+    for event in trace.key_averages():
+        fits = (name for name, parts in CLASSES.items() if any(part in event.key for part in parts))
+        times[next(fits, "other")] += event.self_cpu_time_total
+    total = sum(times.values())
+    return {name: t / total for name, t in times.items()}
 
 
 def memory_of(name, threads, side):
@@ -196,6 +228,14 @@ def main():
         step_ratios[name] = statistics.median(ratios)
         views = 2 * shape[4]
         print(f"\n{name}, SimCLR step of {views} views: " + ", ".join(f"{k} {views / v:.1f} views/s" for k, v in best.items()))
+        fastest = min(formats, key=lambda fmt: best[fmt])
+        own = ours.ask_all("phases " + " ".join(map(str, shape)))
+        their = [min(phase) for phase in zip(*(formats[fastest]() for _ in range(5)))]
+        print(f"{'phase':<10} {'ours':>9} {'PyTorch':>9}  ({fastest})")
+        for phase, a, b in zip(("forward", "backward", "update"), own, their):
+            print(f"{phase:<10} {a * 1e3:6.1f} ms {b * 1e3:6.1f} ms  {b / a:5.2f}")
+        shares = torch_classes(formats[fastest]).items()
+        print("PyTorch's operators: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
         peaks = {side: memory_of(name, args.threads, side) for side in ("ours", *formats)}
         print("peak memory: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
         memory_ratios.append(peaks["ours"] / min(v for k, v in peaks.items() if k != "ours"))

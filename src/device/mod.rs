@@ -8,6 +8,7 @@ mod group;
 mod memory;
 mod philox;
 mod product;
+mod threads;
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ pub(crate) use product::{Matrix, product, product_alone};
 
 use crate::error::{Error, Result};
 use memory::Pool;
+use threads::Threads;
 
 /// What a device is, which decides the code an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +39,11 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     kind: DeviceKind,
     pool: Pool,
-    threads: Option<rayon::ThreadPool>,
+    threads: Option<Threads>,
 }
 
 impl Device {
-    /// The processor, with `threads` compute threads; 0 takes one per core.
+    /// The processor, with `threads` compute threads, the calling one among them; 0 takes one per core.
     ///
     /// # Errors
     /// When the operating system refuses the threads.
@@ -68,10 +70,7 @@ impl Device {
     }
 
     fn build(kind: DeviceKind, threads: usize, poison: bool) -> Result<Self> {
-        let threads = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("selfsup-compute-{i}"))
-            .build()
+        let threads = Threads::new(threads)
             .map_err(|e| Error::Device(format!("cannot start {threads} compute threads: {e}")))?;
         Ok(Self(Arc::new(Inner { kind, pool: Pool::new(poison), threads: Some(threads) })))
     }
@@ -83,13 +82,13 @@ impl Device {
 
     /// Number of compute threads.
     pub fn threads(&self) -> usize {
-        self.0.threads.as_ref().map_or(1, rayon::ThreadPool::current_num_threads)
+        self.0.threads.as_ref().map_or(1, Threads::count)
     }
 
     /// Runs `f` where rayon's parallel iterators use this device's threads.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         match &self.0.threads {
-            Some(pool) => pool.install(f),
+            Some(threads) => threads.run(f),
             None => f(),
         }
     }
