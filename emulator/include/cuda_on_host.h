@@ -58,7 +58,7 @@ STANDIN_PLUMBING inline void collective(unsigned mask, int line, Complete comple
 #define __noinline__ __attribute__((noinline))
 #define __shared__ static thread_local
 #define __constant__ static const
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (standin::thread_index())
 #define blockIdx (standin::block_index())
