@@ -123,5 +123,7 @@ unsigned ranks(const Index& size);
 /// Shadow memory (shadow.cpp).
 void shadow_block_start(Block& block);
 void shadow_access(const void* at, size_t size, unsigned access, size_t alignment);
+/// Bytes of the running block's shared memory count as not written.
+void shadow_unwritten(const void* at, size_t size);
 
 }  // namespace standin

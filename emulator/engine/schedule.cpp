@@ -202,6 +202,7 @@ static void copy_issue(void* shared, const void* source) {
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
         shadow_access(shared, 16, WRITE, 16);
+        shadow_unwritten(shared, 16);
         if (source) shadow_access(source, 16, READ, 16);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
         fail("cp_async_16 from or to an address that is no multiple of 16");

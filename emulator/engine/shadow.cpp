@@ -35,6 +35,14 @@ void shadow_block_start(Block& b) {
     mark(shared_shadow(b, true), static_cast<const char*>(b.threads[0].shared), engine.launch->shared, 0xf0);
 }
 
+void shadow_unwritten(const void* at, size_t size) {
+    auto p = static_cast<const char*>(at);
+    for (bool dynamic : {false, true}) {
+        Shadow s = shared_shadow(*engine.current->of, dynamic);
+        if (p >= s.base && p < s.base + s.size) mark(s, p, size, 0xf0);
+    }
+}
+
 static const char* verb(unsigned access) {
     return access & ATOMIC ? "updates atomically" : access & WRITE ? "writes" : "reads";
 }
@@ -144,6 +152,16 @@ __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_
 /// Bytes of device memory become `state` (see `Shadow`).
 __attribute__((visibility("hidden"))) void engine_mark(const char* at, size_t size, uint8_t state) {
     standin::mark(standin::device, at, size, state);
+}
+
+/// The first of these bytes of device memory that nobody has written, counted from `at`; `size` if there is none.
+__attribute__((visibility("hidden"))) size_t engine_first_unwritten(const char* at, size_t size) {
+    using standin::device;
+    for (size_t i = 0; i < size; i++) {
+        size_t from = static_cast<size_t>(at + i - device.base);
+        if (!(device.state[from / 4] >> from % 4 & 1)) return i;
+    }
+    return size;
 }
 
 /// Forgets who touched device memory.

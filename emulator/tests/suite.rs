@@ -5,5 +5,9 @@ mod numbers;
 #[path = "suite/stage.rs"]
 mod stage;
 
+#[path = "suite/breakages.rs"]
+mod breakages;
+#[path = "suite/conformance.rs"]
+mod conformance;
 #[path = "suite/kernels.rs"]
 mod kernels;

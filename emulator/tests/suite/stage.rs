@@ -62,8 +62,8 @@ impl Stage {
 
     pub fn count(&self, what: &str) -> u64 {
         let what = CString::new(what).expect("no zero");
-        own::<unsafe extern "C" fn(*const c_char) -> u64>("standin_count")
-            .pipe(|f| unsafe { f(what.as_ptr()) })
+        let count = own::<unsafe extern "C" fn(*const c_char) -> u64>("standin_count");
+        unsafe { count(what.as_ptr()) }
     }
 
     pub fn fail(&self, call: &str, nth: u64, code: CUresult) {
@@ -151,14 +151,8 @@ impl Stage {
     }
 }
 
-trait Pipe: Sized {
-    fn pipe<R>(self, f: impl FnOnce(Self) -> R) -> R {
-        f(self)
-    }
-}
-impl<T> Pipe for T {}
-
 /// The bytes of an argument.
+#[derive(Clone)]
 pub struct Value(Vec<u8>);
 
 macro_rules! values {
