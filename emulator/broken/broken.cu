@@ -87,6 +87,13 @@ __device__ void blocks(float* y) {
 KERNEL void sound_grid_barrier(float* y) { blocks<true>(y); }
 KERNEL void broken_two_blocks(float* y) { blocks<false>(y); }
 
+/// One number for the block, as most kernels end.
+KERNEL void broken_scalar(float* y, const float* x) {
+    __shared__ float total;
+    if (threadIdx.x == 63) total = x[0];
+    y[threadIdx.x] = total;
+}
+
 /// The last element is forgotten.
 KERNEL void broken_unwritten(float* y, int n) {
     for (int i = threadIdx.x; i < n - 1; i += blockDim.x) y[i] = 1.0f;

@@ -11,3 +11,5 @@ mod breakages;
 mod conformance;
 #[path = "suite/kernels.rs"]
 mod kernels;
+#[path = "suite/streams.rs"]
+mod streams;

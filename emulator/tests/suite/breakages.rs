@@ -188,6 +188,7 @@ fn planted_breakages_are_caught() {
             &["thread (63, 0, 0)", "reads 4 bytes", "uninitialised"],
         ),
         simple("broken_misaligned", 64, true, &["reads 16 bytes at offset 4 of 512", "misaligned"]),
+        simple("broken_scalar", 64, true, &["`broken_scalar`", "4 bytes at static shared memory"]),
         simple("broken_misaligned_pairs", 8, false, &["writes 16 bytes at offset", "misaligned"]),
         ("broken_argument", argument_of_the_wrong_type_shows()),
         simple(
