@@ -60,7 +60,7 @@ struct Shadow {
 };
 
 struct Block {
-    Index index;
+    Index index, size;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Thread*> ready;

@@ -11,5 +11,7 @@ mod breakages;
 mod conformance;
 #[path = "suite/kernels.rs"]
 mod kernels;
+#[path = "suite/speed.rs"]
+mod speed;
 #[path = "suite/streams.rs"]
 mod streams;

@@ -247,7 +247,7 @@ fn argument_of_the_wrong_type_shows() -> bool {
 
 /// What the plain build can show, it shows: poison in results, and guards that somebody wrote to.
 #[test]
-fn plain_kernels_show_poison_and_broken_guards() {
+fn plain_kernels_show_poison_broken_guards_and_faults() {
     {
         let bench = Bench::new(false, 1);
         bench.run("broken_unwritten", 1, 64, &[128.into()], false).expect("runs");

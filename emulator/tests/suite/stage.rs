@@ -23,7 +23,7 @@ fn own<F: Copy>(name: &str) -> F {
 
 /// The driver, to oneself, fresh.
 pub struct Stage {
-    pub context: Arc<CudaContext>,
+    _context: Arc<CudaContext>,
     pub stream: CUstream,
     module: sys::CUmodule,
     _turn: MutexGuard<'static, ()>,
@@ -49,7 +49,7 @@ impl Stage {
         unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
             .result()
             .expect("a module");
-        Self { context, stream, module, _turn: turn }
+        Self { _context: context, stream, module, _turn: turn }
     }
 
     pub fn seed(&self, seed: u64) {

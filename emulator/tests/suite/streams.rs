@@ -212,7 +212,8 @@ fn a_captured_fork_must_join() {
 
 #[test]
 fn waiting_and_allocating_end_a_capture() {
-    let calls: [&dyn Fn(&Stage) -> Result<(), result::DriverError>; 4] = [
+    type Call = dyn Fn(&Stage) -> Result<(), result::DriverError>;
+    let calls: [&Call; 4] = [
         &|stage| stage.wait(),
         &|_| result::ctx::synchronize(),
         &|_| unsafe { result::malloc_sync(4) }.map(drop),
