@@ -121,6 +121,7 @@ std::string name_of(const Thread& thread);
 unsigned ranks(const Index& size);
 
 /// Shadow memory (shadow.cpp).
+void shadow_launch_start();
 void shadow_block_start(Block& block);
 void shadow_access(const void* at, size_t size, unsigned access, size_t alignment);
 /// Bytes of the running block's shared memory count as not written.

@@ -318,6 +318,7 @@ static void run(const Launch& l) {
     engine.error.clear();
     engine.random = l.seed * 0x9e3779b97f4a7c15ull | 1;
     engine.spent = nullptr;
+    if (l.checked) shadow_launch_start();
     engine.ordered = ++engine.time;
     *l.loaded->library->runtime = &RUNTIME;
     size_t size = l.loaded->tls_size;

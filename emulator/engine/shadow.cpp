@@ -11,6 +11,12 @@ namespace standin {
 
 static Shadow device;  // the range that all device and pinned memory comes from
 
+static void* reserve(size_t size) {
+    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
+    return at;
+}
+
 static Shadow shared_shadow(Block& b, bool dynamic) {
     const char* base = dynamic ? b.dynamic.data() : engine.segment;
     size_t size = dynamic ? b.dynamic.size() : engine.launch->loaded->tls_size;
@@ -24,6 +30,16 @@ static void mark(const Shadow& s, const char* at, size_t size, uint8_t state) {
     if (to > from) std::memset(s.state + from / 4, state, (to - from) / 4);
     for (from = to - (to > from ? (to - from) % 4 : 0); from < to; from++)
         s.state[from / 4] = static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
+}
+
+void shadow_launch_start() {
+    size_t size = device.size / 4 * sizeof(Cell);
+    // Twelve times the range: only where instrumented kernels run.
+    if (!device.cells) device.cells = static_cast<Cell*>(reserve(size));
+    if (engine.time < 1u << 31) return;
+    // Times would run out: all that was touched is long ordered.
+    madvise(device.cells, size, MADV_DONTNEED);
+    engine.time = 0;
 }
 
 void shadow_block_start(Block& b) {
@@ -133,12 +149,6 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
     }
 }
 
-static void* reserve(size_t size) {
-    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
-    return at;
-}
-
 }  // namespace standin
 
 extern "C" {
@@ -146,7 +156,7 @@ extern "C" {
 /// The range that device memory will come from.
 __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_t size) {
     using namespace standin;
-    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), static_cast<Cell*>(reserve(size / 4 * sizeof(Cell)))};
+    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), nullptr};
 }
 
 /// Bytes of device memory become `state` (see `Shadow`).
@@ -162,11 +172,5 @@ __attribute__((visibility("hidden"))) size_t engine_first_unwritten(const char* 
         if (!(device.state[from / 4] >> from % 4 & 1)) return i;
     }
     return size;
-}
-
-/// Forgets who touched device memory.
-__attribute__((visibility("hidden"))) void engine_forget_touches() {
-    using standin::device;
-    madvise(device.cells, device.size / 4 * sizeof(standin::Cell), MADV_DONTNEED);
 }
 }

@@ -32,14 +32,28 @@ pub struct Stage {
 impl Stage {
     /// Takes the driver, with plain or instrumented kernels.
     pub fn take(checked: bool) -> Self {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        library();
+        let turn = Self::turn();
         own::<extern "C" fn()>("standin_recover")();
         own::<extern "C" fn(c_int)>("standin_check")(c_int::from(checked));
         own::<extern "C" fn(c_int)>("standin_eager")(0);
         own::<extern "C" fn(u64)>("standin_seed")(7);
         own::<extern "C" fn()>("standin_forget_counts")();
+        Self::with(turn)
+    }
+
+    /// Takes it as the environment sets it up.
+    pub fn start() -> Self {
+        Self::with(Self::turn())
+    }
+
+    fn turn() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        library();
+        turn
+    }
+
+    fn with(turn: MutexGuard<'static, ()>) -> Self {
         let context = CudaContext::new(0).expect("the stand-in driver has one device");
         context.bind_to_thread().expect("a context");
         let stream =

@@ -322,3 +322,53 @@ fn seeds_choose_the_schedule() {
     assert!(all.iter().any(|other| *other != all[0]), "the schedule never varies");
     assert_eq!(winner(3), all[2]);
 }
+
+/// Runs `child` below in a process of its own, under these variables; its standard output.
+fn child(variables: &[(&str, &str)]) -> String {
+    let mut command = std::process::Command::new(std::env::current_exe().expect("a path"));
+    command.args(["--exact", "streams::reports_what_it_finds", "--ignored", "--nocapture"]);
+    let output = command.envs(variables.iter().copied()).output().expect("starts");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_environment_sets_it_up() {
+    let folder = std::env::temp_dir().join(format!("stand-in-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let ran = folder.join("ran");
+    let output = child(&[
+        ("SELFSUP_STAND_IN_MEMORY", "1000000"),
+        ("SELFSUP_STAND_IN_CAPABILITY", "9.0"),
+        ("SELFSUP_STAND_IN_FAIL", "cuMemAlloc:2:2,kernel:relu_f32:2:719"),
+        ("SELFSUP_STAND_IN_RAN", ran.to_str().expect("a plain name")),
+    ]);
+    let names = std::fs::read_to_string(&ran).unwrap_or_default();
+    std::fs::remove_dir_all(&folder).expect("its own folder");
+    assert!(output.contains("1000000 bytes, capability 9"), "{output}");
+    assert!(output.contains("second allocation: Some(CUDA_ERROR_OUT_OF_MEMORY)"), "{output}");
+    assert!(output.contains("relu: [None, Some(CUDA_ERROR_LAUNCH_FAILED)]"), "{output}");
+    assert_eq!(names, "relu_f32\n");
+}
+
+#[test]
+#[ignore = "what the test above starts"]
+fn reports_what_it_finds() {
+    let stage = Stage::start();
+    let (_, total) = result::mem_get_info().expect("information");
+    let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let major = unsafe { result::device::get_attribute(0, major) }.expect("an attribute");
+    println!("{total} bytes, capability {major}");
+    let x = stage.upload(&[1.0_f32]);
+    println!("second allocation: {:?}", unsafe { result::malloc_sync(4) }.err().map(|e| e.0));
+    let relu = || {
+        stage.launch(
+            "relu_f32",
+            [1, 1, 1],
+            [1, 1, 1],
+            0,
+            &[(&x).into(), (&x).into(), 1_i64.into()],
+        );
+        stage.wait().err().map(|e| e.0)
+    };
+    println!("relu: {:?}", [relu(), relu()]);
+}
