@@ -60,7 +60,7 @@ struct Shadow {
 };
 
 struct Block {
-    Index index;
+    Index index, size;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Thread*> ready;
@@ -121,7 +121,10 @@ std::string name_of(const Thread& thread);
 unsigned ranks(const Index& size);
 
 /// Shadow memory (shadow.cpp).
+void shadow_launch_start();
 void shadow_block_start(Block& block);
 void shadow_access(const void* at, size_t size, unsigned access, size_t alignment);
+/// Bytes of the running block's shared memory count as not written.
+void shadow_unwritten(const void* at, size_t size);
 
 }  // namespace standin

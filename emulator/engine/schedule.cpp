@@ -2,6 +2,9 @@
 // on with the rest. Threads that never park thus cost no switch. Who continues is drawn at random from the seed.
 #include "engine.h"
 
+#include <pthread.h>
+#include <signal.h>
+
 #include <cstring>
 
 extern "C" void* __tls_get_addr(size_t*);
@@ -35,6 +38,35 @@ void fail(const char* what) {
     leave();
     __builtin_unreachable();
 }
+
+/// A plain kernel that touches what is not mapped, or a vector that is not aligned, ends as an error, not as a crash.
+static pthread_t host_thread;
+static struct sigaction before_fault;
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (engine.current && pthread_equal(host_thread, pthread_self())) {
+        char text[120];
+        // A misaligned vector access has no address to show.
+        std::snprintf(text, sizeof text, "touches what is no memory of the device, or is misaligned (address %p)", info->si_addr);
+        fail(text);
+    }
+    sigaction(signal, &before_fault, nullptr);  // not a kernel's: the access is made again, for the handler before
+}
+
+/// Catches faults while it lives.
+struct Faults {
+    Faults() {
+        host_thread = pthread_self();
+        struct sigaction action {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;  // `fail` does not return from the handler
+        sigaction(SIGSEGV, &action, &before_fault);
+    }
+    ~Faults() {
+        engine.current = nullptr;
+        sigaction(SIGSEGV, &before_fault, nullptr);
+    }
+};
 
 static void set_current(Thread* t) {
     engine.current = t;
@@ -202,6 +234,7 @@ static void copy_issue(void* shared, const void* source) {
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
         shadow_access(shared, 16, WRITE, 16);
+        shadow_unwritten(shared, 16);
         if (source) shadow_access(source, 16, READ, 16);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
         fail("cp_async_16 from or to an address that is no multiple of 16");
@@ -228,13 +261,21 @@ static void copy_wait(unsigned groups_left) {
 static const Runtime RUNTIME = {barrier,     grid_barrier, collective, copy_issue,
                                 copy_commit, copy_wait,    fail,       shadow_access};
 
+static bool same(const Index& a, const Index& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
+
 /// Lays the block out and forgets what the one before it in the same place did.
 static void set_up(Block& b, unsigned rank, const Launch& l) {
     unsigned n = ranks(l.block);
-    if (b.threads.size() != n) {
+    if (!same(b.size, l.block)) {
+        b.size = l.block;
         b.threads.resize(n);
         b.warps.resize((n + 31) / 32);
         b.order.resize(n);
+        for (unsigned i = 0; i < n; i++) {
+            Thread& t = b.threads[i];
+            t.thread = unrank(i, l.block), t.block_dim = l.block;
+            t.rank = i, t.lane = i % 32;
+        }
     }
     b.index = unrank(rank, l.grid);
     b.ready.clear();
@@ -247,18 +288,16 @@ static void set_up(Block& b, unsigned rank, const Launch& l) {
     std::memset(b.dynamic.data(), 0xff, b.dynamic.size());
     // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as unforeseeable.
     unsigned turn = static_cast<unsigned>(engine.next_random());
-    unsigned whole = n / 32 * 32;
+    unsigned whole = n / 32 * 32, first = whole ? turn / 32 % (whole / 32) : 0;
     for (unsigned i = 0; i < n; i++) {
         Thread& t = b.threads[i];
-        t.thread = unrank(i, l.block);
-        t.block = b.index, t.block_dim = l.block, t.grid_dim = l.grid;
-        t.lane = i % 32, t.shared = dynamic;
+        t.block = b.index, t.grid_dim = l.grid, t.shared = dynamic;
         t.of = &b, t.warp = &b.warps[i / 32];
-        t.rank = i, t.id = rank * n + i;
+        t.id = rank * n + i;
         t.done = false, t.line = 0, t.group = 0;
         t.copies.clear();
         t.warp->lanes[t.lane] = &t;
-        b.order[i] = i < whole ? ((i / 32 + turn / 32) % (whole / 32)) * 32 + ((i % 32) ^ (turn % 32)) : i;
+        b.order[i] = i < whole ? (i / 32 + first < whole / 32 ? i + first * 32 : i + first * 32 - whole) ^ turn % 32 : i;
     }
     for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.since, w.lanes_present = ~0u;
     if (n % 32) b.warps.back().lanes_present = (1u << n % 32) - 1;
@@ -279,6 +318,7 @@ static void run(const Launch& l) {
     engine.error.clear();
     engine.random = l.seed * 0x9e3779b97f4a7c15ull | 1;
     engine.spent = nullptr;
+    if (l.checked) shadow_launch_start();
     engine.ordered = ++engine.time;
     *l.loaded->library->runtime = &RUNTIME;
     size_t size = l.loaded->tls_size;
@@ -288,6 +328,7 @@ static void run(const Launch& l) {
         size_t at[2] = {l.loaded->tls_module, 0};
         engine.segment = static_cast<char*>(__tls_get_addr(at));
     }
+    Faults faults;
     unsigned blocks = ranks(l.grid);
     unsigned together = l.cooperative ? blocks : 1;
     if (engine.pool.size() < together) engine.pool.resize(together);

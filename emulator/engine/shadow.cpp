@@ -11,6 +11,12 @@ namespace standin {
 
 static Shadow device;  // the range that all device and pinned memory comes from
 
+static void* reserve(size_t size) {
+    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
+    return at;
+}
+
 static Shadow shared_shadow(Block& b, bool dynamic) {
     const char* base = dynamic ? b.dynamic.data() : engine.segment;
     size_t size = dynamic ? b.dynamic.size() : engine.launch->loaded->tls_size;
@@ -26,6 +32,16 @@ static void mark(const Shadow& s, const char* at, size_t size, uint8_t state) {
         s.state[from / 4] = static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
 }
 
+void shadow_launch_start() {
+    size_t size = device.size / 4 * sizeof(Cell);
+    // Twelve times the range: only where instrumented kernels run.
+    if (!device.cells) device.cells = static_cast<Cell*>(reserve(size));
+    if (engine.time < 1u << 31) return;
+    // Times would run out: all that was touched is long ordered.
+    madvise(device.cells, size, MADV_DONTNEED);
+    engine.time = 0;
+}
+
 void shadow_block_start(Block& b) {
     for (bool dynamic : {false, true}) {
         size_t granules = (dynamic ? b.dynamic.size() : engine.launch->loaded->tls_size) / 4 + 2;
@@ -33,6 +49,14 @@ void shadow_block_start(Block& b) {
         b.cells[dynamic].assign(granules, Cell{});
     }
     mark(shared_shadow(b, true), static_cast<const char*>(b.threads[0].shared), engine.launch->shared, 0xf0);
+}
+
+void shadow_unwritten(const void* at, size_t size) {
+    auto p = static_cast<const char*>(at);
+    for (bool dynamic : {false, true}) {
+        Shadow s = shared_shadow(*engine.current->of, dynamic);
+        if (p >= s.base && p < s.base + s.size) mark(s, p, size, 0xf0);
+    }
 }
 
 static const char* verb(unsigned access) {
@@ -125,12 +149,6 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
     }
 }
 
-static void* reserve(size_t size) {
-    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
-    return at;
-}
-
 }  // namespace standin
 
 extern "C" {
@@ -138,7 +156,7 @@ extern "C" {
 /// The range that device memory will come from.
 __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_t size) {
     using namespace standin;
-    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), static_cast<Cell*>(reserve(size / 4 * sizeof(Cell)))};
+    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), nullptr};
 }
 
 /// Bytes of device memory become `state` (see `Shadow`).
@@ -146,9 +164,13 @@ __attribute__((visibility("hidden"))) void engine_mark(const char* at, size_t si
     standin::mark(standin::device, at, size, state);
 }
 
-/// Forgets who touched device memory.
-__attribute__((visibility("hidden"))) void engine_forget_touches() {
+/// The first of these bytes of device memory that nobody has written, counted from `at`; `size` if there is none.
+__attribute__((visibility("hidden"))) size_t engine_first_unwritten(const char* at, size_t size) {
     using standin::device;
-    madvise(device.cells, device.size / 4 * sizeof(standin::Cell), MADV_DONTNEED);
+    for (size_t i = 0; i < size; i++) {
+        size_t from = static_cast<size_t>(at + i - device.base);
+        if (!(device.state[from / 4] >> from % 4 & 1)) return i;
+    }
+    return size;
 }
 }

@@ -48,6 +48,12 @@ STANDIN_PLUMBING inline void collective(unsigned mask, int line, Complete comple
     memory_clobber();
 }
 
+STANDIN_PLUMBING inline void grid_barrier(int line) {
+    memory_clobber();
+    runtime->grid_barrier(line);
+    memory_clobber();
+}
+
 [[noreturn]] STANDIN_PLUMBING inline void fail(const char* what) { runtime->fail(what); }
 }  // namespace standin
 

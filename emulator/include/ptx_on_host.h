@@ -17,16 +17,16 @@ inline float high_bf16(unsigned pair) { return std::bit_cast<float>(pair & 0xfff
 /// d[16][8] += a[16][K] b[K][8] with the operands of all lanes laid out plainly.
 template <int K>
 STANDIN_PLUMBING inline void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
-    for (int lane = 0; lane < 32; lane++) {
-        float* d = static_cast<Mma*>(lanes[lane])->d;
-        int row = lane / 4, column = lane % 4 * 2;
-        for (int i = 0; i < 4; i++) {
-            // d0 d1: row group; d2 d3: row group + 8; columns 2 in_group and the next.
-            float sum = d[i];
-            for (int k = 0; k < K; k++) sum += a[row + i / 2 * 8][k] * b[k][column + i % 2];
-            d[i] = sum;
-        }
-    }
+    // d0 d1: row group; d2 d3: row group + 8; columns 2 in_group and the next.
+    auto element = [&](int lane, int i) -> float& { return static_cast<Mma*>(lanes[lane])->d[i]; };
+    float d[16][8];
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = element(lane, i);
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < K; k++)
+            for (int column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) element(lane, i) = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 STANDIN_PLUMBING inline void complete_mma_bf16(void* const* lanes, unsigned mask) {
