@@ -1,27 +1,28 @@
 // Convolution of images x [n, h, w, c] with filters [k, r, s, c] into y [n, p, q, k]; see src/ops/conv2d. Three directions,
 // each a matrix product of which one operand, the patches of an image, is not in memory but gathered while it is read:
 //
-//                      C [M, N]                                A                             B
-//     forward          y [n p q, k]                            patches of x                  filters
-//     data_gradient    dx [pixels of a phase, c]               patches of dy                 filters, of a phase's taps
-//     weight_gradient  dw [k, r s c] (summed over n p q)       dy                            patches of x
+//     conv2d                  y [n p q, k] = patches of x, filters
+//     conv2d_data_gradient    dx [pixels of a phase, c] = patches of dy, filters of the phase's taps
+//     conv2d_weight_gradient  dw [k, r s c] = dy, patches of x; the sum runs over n p q
 //
-// A stride of d makes d d phases of the data gradient: pixels (i, j) of one phase have the same i % d and j % d, so the same
-// taps reach them, and no zero is multiplied.
+// A stride of d makes d d phases of the data gradient: pixels (i, j) of one phase have the same i % d and j % d, so the
+// same taps reach them, and no zero is multiplied.
 //
-// Launch, with tile = 64 (M and N alike) and threads = 128 for bf16, 256 for f32; no dynamic shared memory:
-//     forward           grid = (ceil(n p q / 64) ceil(k / 64), 1, 1)
-//     data_gradient     grid = (ceil(n ceil(h / stride) ceil(w / stride) / 64) ceil(c / 64), 1, stride stride)
-//     weight_gradient   grid = (ceil(k / 64) ceil(r s c / 64), 1, slices)
+// Launch, in tiles of 64 x 64, by blocks of (128, 1, 1) for bf16 and (256, 1, 1) for f32, without dynamic shared memory
+// (/ rounds down):
+//     conv2d                  grid = (ceil(n p q / 64) ceil(k / 64), 1, 1)
+//     conv2d_data_gradient    grid = (ceil(n ceil(h / stride) ceil(w / stride) / 64) ceil(c / 64), 1, stride stride)
+//     conv2d_weight_gradient  grid = (ceil(k / 64) ceil(r s c / 64), 1, slices)
 //         tiles = ceil(k / 64) ceil(r s c / 64)
-//         most = max(1, min(512 / tiles, n p q / 256))                  slices wanted, a rule of the shape alone
-//         pixels_per_slice = ceil(ceil(n p q / most) / 32) 32           a multiple of 32
+//         most = max(1, min(512 / tiles, n p q / 256))            slices wanted: a rule of the shape
+//         pixels_per_slice = ceil(ceil(n p q / most) / 32) 32     a multiple of 32
 //         slices = ceil(n p q / pixels_per_slice)
-//       With one slice `out` is dw, and accumulate != 0 adds to it. With more, `out` is a workspace f32 [slices, k, r, s, c] (never
-//       above 8 MiB), accumulate is 0, and sum_slices_f32(dw, out, slices, k r s c, accumulate) of matmul.cu follows.
-// Arguments: output, inputs, the eleven sizes in the order of Conv2dDims, then what the direction needs. `accumulate` != 0 of the
-// data gradient adds dx to what it holds. n h w, n p q and the elements of one image and of the filters are below 2^31.
-// bf16: all operands bf16, sums f32, y and dx bf16, dw f32. f32: f32 throughout.
+//       With one slice `out` is dw, and accumulate != 0 adds to it. With more, `out` is a workspace f32 [slices, k, r,
+//       s, c] (never above 8 MiB), accumulate is 0, and sum_slices_f32(dw, out, slices, k r s c, accumulate) of
+//       matmul.cu follows.
+// Arguments: output, inputs, the eleven sizes in the order of Conv2dDims, then what the direction needs. `accumulate` != 0
+// of the data gradient adds dx to what it holds. n h w, n p q, and the elements of one image and of the filters, are below
+// 2^31. bf16: all operands bf16, sums f32, y and dx bf16, dw f32. f32: f32 throughout.
 #include "ptx.cuh"
 #include "vector.cuh"
 
@@ -77,32 +78,24 @@ struct Rows {
 
 /// Filters [k, r, s, c] as [taps k, c], of the taps (r0 + a stride, s0 + b stride).
 template <typename T>
-struct FilterTaps {
-    using Element = T;
-    using Line = int;
-    using Column = int;
-    const T* data;
-    int lines, inner, run;
+struct FilterTaps : Rows<T> {
     int r, s, r0, s0, stride;
     Divisor per_tap, per_row;
 
     __device__ __forceinline__ FilterTaps(const T* data, const Dims& d, int r0, int s0, int rows, int columns)
-        : data(data), lines(rows * columns * d.k), inner(d.c), run(run_of(data, d.c)), r(d.r), s(d.s), r0(r0), s0(s0),
-          stride(d.stride), per_tap(d.k), per_row(columns > 0 ? columns : 1) {}
-    __device__ __forceinline__ Line line(int i) const {
-        if (i >= lines) return -1;
+        : Rows<T>(data, rows * columns * d.k, d.c), r(d.r), s(d.s), r0(r0), s0(s0), stride(d.stride), per_tap(d.k),
+          per_row(columns > 0 ? columns : 1) {}
+    __device__ __forceinline__ int64_t line(int i) const {
+        if (i >= this->lines) return -1;
         int tap = per_tap.quotient(i), k = i - tap * per_tap.by;
         int a = per_row.quotient(tap), b = tap - a * per_row.by;
-        return ((k * r + r0 + a * stride) * s + s0 + b * stride) * inner;
-    }
-    __device__ __forceinline__ Column column(int j) const { return j < inner ? j : -1; }
-    __device__ __forceinline__ const T* at(Line line, Column column) const {
-        return line >= 0 && column >= 0 ? data + line + column : nullptr;
+        return int64_t{(k * r + r0 + a * stride) * s + s0 + b * stride} * this->inner;
     }
 };
 
-/// Patches of images [n, height, width, channels]: line (n, i, j) of `lines_i` x `lines_j` to an image holds, for each tap (a, b)
-/// of `taps_i` x `taps_j`, the channels of pixel (i step + from_i + a direction, j step + from_j + b direction).
+/// Patches of images [n, height, width, channels]: line (n, i, j) of `lines_i` x `lines_j` to an image holds, for each
+/// tap (a, b) of `taps_i` x `taps_j`, the channels of pixel (i step + from_i + a direction, j step + from_j + b
+/// direction).
 template <typename T>
 struct Patches {
     using Element = T;
@@ -126,8 +119,7 @@ struct Patches {
           per_tap_row(taps_j > 0 ? taps_j : 1) {}
     __device__ __forceinline__ Line line(int at) const {
         if (at >= lines) return {0, NOWHERE, NOWHERE};
-        int image = per_image.quotient(at), o = at - image * per_image.by;
-        int row = per_row.quotient(o);
+        int image = per_image.quotient(at), o = at - image * per_image.by, row = per_row.quotient(o);
         int i = row * step + from_i, j = (o - row * per_row.by) * step + from_j;
         return {((int64_t{image} * height + i) * width + j) * channels, i, j};
     }
@@ -172,8 +164,9 @@ __device__ __forceinline__ uint4 fetch(const Source& source, const typename Sour
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/// Which pieces of 16 bytes of a panel [LINES, INNER] of an operand a thread brings: one column, and each STEP-th line. The part
-/// that does not change from step to step is found once: the lines where depth runs along them, else the column.
+/// Which pieces of 16 bytes of a panel [LINES, INNER] of an operand a thread brings: one column, and each STEP-th line.
+/// The part that does not change from step to step is found once: the lines where depth runs along them, else the
+/// column.
 template <typename Source, int LINES, int INNER, int THREADS, bool DEPTH_INNER>
 struct Share {
     static constexpr int W = PER_VECTOR<typename Source::Element>;
@@ -212,9 +205,9 @@ struct Share {
     }
 };
 
-/// C [m, n] = A B over depths [begin, end), by one block for one tile; row(i) is where row i of C starts. The two kinds of tile
-/// have the same call: A_INNER and B_INNER say that depth runs along the operand's lines (A [m, depth], B [n, depth]) and not
-/// across them (A [depth, m], B [depth, n]).
+/// C [m, n] = A B over depths [begin, end), by one block for one tile; row(i) is where row i of C starts. Both tiles
+/// have the same call: A_INNER and B_INNER say that depth runs along the operand's lines (A [m, depth], B [n, depth]) and
+/// not across them (A [depth, m], B [depth, n]).
 ///
 /// Tensor cores, bf16 to f32; WARPS_M x WARPS_N warps, STAGES steps of depth in flight.
 template <int M, int N, int DEPTH, int STAGES, int WARPS_M, int WARPS_N>
@@ -222,8 +215,8 @@ struct TensorTile {
     static constexpr int THREADS = WARPS_M * WARPS_N * 32;
 
     template <bool A_INNER, bool B_INNER, typename A, typename B, typename Row>
-    __device__ __forceinline__ static void product(const A& a, const B& b, int m, int n, int begin, int end, bool accumulate,
-                                                   Row row) {
+    __device__ __forceinline__ static void product(const A& a, const B& b, int m, int n, int begin, int end,
+                                                   bool accumulate, Row row) {
         constexpr int WARP_M = M / WARPS_M, WARP_N = N / WARPS_N;
         static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && DEPTH % 16 == 0, "whole fragments");
         // Lines are 16 bytes longer than they need be, so that eight read at once lie in different banks.
@@ -241,17 +234,15 @@ struct TensorTile {
         Share<B, LINES_B, INNER_B, THREADS, B_INNER> share_b(b, first_n);
 
         auto bring = [](bf16* to, const auto& source, const auto& line, const auto& column, int number) {
-            if (source.run == 8) {
-                const bf16* at = source.at(line, column);
-                cp_async_16(to, at ? at : source.data, at);
-            } else {
-                *reinterpret_cast<uint4*>(to) = fetch(source, line, number);
-            }
+            const bf16* at = source.at(line, column);
+            if (source.run == 8) cp_async_16(to, at ? at : source.data, at);
+            else *reinterpret_cast<uint4*>(to) = fetch(source, line, number);
         };
         auto load = [&](int step) {
             if (step < steps) {
                 int depth = begin + step * DEPTH;
-                bf16 *to_a = as + step % STAGES * SIZE_A + share_a.column, *to_b = bs + step % STAGES * SIZE_B + share_b.column;
+                bf16* to_a = as + step % STAGES * SIZE_A + share_a.column;
+                bf16* to_b = bs + step % STAGES * SIZE_B + share_b.column;
                 share_a.each(a, depth, [&](int, int l, const auto& line, const auto& column, int number) {
                     bring(to_a + l * PITCH_A, a, line, column, number);
                 });
@@ -348,9 +339,19 @@ struct FloatTile {
         }
     }
 
+    template <int COUNT>
+    __device__ __forceinline__ static void take(float (&v)[COUNT], const float* from) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            Vector<float> four = load_vector(from + i);
+#pragma unroll
+            for (int l = 0; l < 4; l++) v[i + l] = four.v[l];
+        }
+    }
+
     template <bool A_INNER, bool B_INNER, typename A, typename B, typename Row>
-    __device__ __forceinline__ static void product(const A& a, const B& b, int m, int n, int begin, int end, bool accumulate,
-                                                   Row row) {
+    __device__ __forceinline__ static void product(const A& a, const B& b, int m, int n, int begin, int end,
+                                                   bool accumulate, Row row) {
         static_assert(EACH_M % 4 == 0 && EACH_N % 4 == 0, "sums are made of whole vectors");
         constexpr int PITCH_A = M + 4, PITCH_B = N + 4;
         __shared__ __align__(16) float as[DEPTH * PITCH_A], bs[DEPTH * PITCH_B];
@@ -387,18 +388,8 @@ struct FloatTile {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 float u[EACH_M], v[EACH_N];
-#pragma unroll
-                for (int i = 0; i < EACH_M; i += 4) {
-                    Vector<float> four = load_vector(as + d * PITCH_A + y + i);
-#pragma unroll
-                    for (int l = 0; l < 4; l++) u[i + l] = four.v[l];
-                }
-#pragma unroll
-                for (int j = 0; j < EACH_N; j += 4) {
-                    Vector<float> four = load_vector(bs + d * PITCH_B + x + j);
-#pragma unroll
-                    for (int l = 0; l < 4; l++) v[j + l] = four.v[l];
-                }
+                take(u, as + d * PITCH_A + y);
+                take(v, bs + d * PITCH_B + x);
 #pragma unroll
                 for (int i = 0; i < EACH_M; i++)
 #pragma unroll
@@ -438,12 +429,13 @@ template <typename Tile, typename T>
 __device__ __forceinline__ void conv2d(T* y, const T* x, const T* filters, const Dims& d) {
     Patches<T> a = patches_of_x(x, d);
     Rows<T> b(filters, d.k, a.inner);
-    Tile::template product<true, true>(a, b, a.lines, d.k, 0, a.inner, false,
-                                       [&](int i) { return y + int64_t{i} * d.k; });
+    auto row = [&](int i) { return y + int64_t{i} * d.k; };
+    Tile::template product<true, true>(a, b, a.lines, d.k, 0, a.inner, false, row);
 }
 
-/// dx [n, h, w, c], the pixels of phase blockIdx.z. Pixel i is reached from p = (i + pad - r) / stride where that has no remainder: with
-/// i = phase + stride a and r = r0 + stride t, r0 = (phase + pad) % stride, from p = a + (phase + pad) / stride - t.
+/// dx [n, h, w, c], the pixels of phase blockIdx.z. Pixel i is reached from p = (i + pad - r) / stride where that has
+/// no remainder: with i = phase + stride a and r = r0 + stride t, r0 = (phase + pad) % stride, from p = a + (phase +
+/// pad) / stride - t.
 template <typename Tile, typename T>
 __device__ __forceinline__ void conv2d_data_gradient(T* dx, const T* dy, const T* filters, const Dims& d, bool accumulate) {
     int phase_i = blockIdx.z / d.stride, phase_j = blockIdx.z % d.stride;
@@ -488,8 +480,9 @@ KERNEL BOUNDS(128) void conv2d_data_gradient_bf16(bf16* dx, const bf16* dy, cons
                                                   int k, int r, int s, int p, int q, int stride, int pad, int accumulate) {
     conv2d_data_gradient<TileBf16>(dx, dy, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad}, accumulate);
 }
-KERNEL BOUNDS(256) void conv2d_data_gradient_f32(float* dx, const float* dy, const float* filters, int n, int h, int w, int c,
-                                                 int k, int r, int s, int p, int q, int stride, int pad, int accumulate) {
+KERNEL BOUNDS(256) void conv2d_data_gradient_f32(float* dx, const float* dy, const float* filters, int n, int h, int w,
+                                                 int c, int k, int r, int s, int p, int q, int stride, int pad,
+                                                 int accumulate) {
     conv2d_data_gradient<TileF32>(dx, dy, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad}, accumulate);
 }
 

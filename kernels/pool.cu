@@ -3,7 +3,7 @@
 // Launch of every kernel: a thread makes one 16-byte vector of channels of one pixel of what is written (y, or dx), so with
 //     vectors = ceil(c / 4) for f32, ceil(c / 8) for bf16        across = min(next power of two >= vectors, 32)
 //     block = (across, 256 / across, 1)        grid = (ceil(pixels / block.y), ceil(vectors / across), 1)
-// where pixels are n p q of max_pool and avg_pool, n h w of the backwards of all three, n of mean_pool. No shared memory, no
+// where pixels are n p q of max_pool and avg_pool, n h w of the three backwards, n of mean_pool. No shared memory, no
 // workspace. Pixels are fewer than 2^31. `accumulate` != 0 adds dx to what it holds. Every output is one thread's sum, in
 // an order fixed by the shape.
 #include "vector.cuh"
@@ -67,9 +67,9 @@ __device__ __forceinline__ void load_bytes(unsigned (&v)[W], const uint8_t* at, 
     }
 }
 
-/// y [n, p, q, c]: the largest of each size x size window; a NaN is larger than all. index [n, p, q, c], or null where no
-/// gradient is wanted: which pixel of its window that is, i size + j counted from the window's corner, padding included; the
-/// first of equals. So size <= 16. Every window holds a pixel: 2 pad <= size.
+/// y [n, p, q, c]: the largest of each size x size window; a NaN is larger than all. index [n, p, q, c], or null where
+/// no gradient is wanted: which pixel of its window that is, i size + j counted from the window's corner, padding
+/// included; the first of equals. So size <= 16. Every window holds a pixel: 2 pad <= size.
 template <typename T>
 __device__ __forceinline__ void max_pool(T* y, uint8_t* index, const T* x, int n, int h, int w, int c, int p, int q,
                                          int size, int stride, int pad) {
@@ -159,8 +159,8 @@ __device__ __forceinline__ float window_size(int a, int b, int h, int w, int siz
     return static_cast<float>(rows * columns);
 }
 
-/// y [n, p, q, c]: means of size x size windows that start at multiples of stride, p = ceil(h / stride), q = ceil(w / stride).
-/// What hangs over the lower and right edge counts as zeros, or with stride 1 not at all.
+/// y [n, p, q, c]: means of size x size windows that start at multiples of stride, p = ceil(h / stride), q = ceil(w /
+/// stride). What hangs over the lower and right edge counts as zeros, or with stride 1 not at all.
 template <typename T>
 __device__ __forceinline__ void avg_pool(T* y, const T* x, int n, int h, int w, int c, int p, int q, int size,
                                          int stride) {
