@@ -7,3 +7,5 @@ mod stage;
 
 #[path = "suite/kernels.rs"]
 mod kernels;
+#[path = "suite/losses.rs"]
+mod losses;

@@ -1,0 +1,238 @@
+//! Unit rows and the losses over them against their definitions in f64.
+
+use half::bf16;
+
+use crate::numbers::{Float, close, labels, noise};
+use crate::stage::{Memory, Stage, Value};
+
+fn int(x: usize) -> Value {
+    Value::from(x as i32)
+}
+
+fn long(x: usize) -> Value {
+    Value::from(x as i64)
+}
+
+/// A launch with a warp for each row.
+fn by_rows(stage: &Stage, name: &str, rows: usize, arguments: &[Value]) {
+    stage.launch(name, [rows.div_ceil(4) as u32, 1, 1], [128, 1, 1], 0, arguments);
+}
+
+/// The loss that is the mean of row losses.
+fn mean_loss(stage: &Stage, row_losses: &Memory<f32>) -> Vec<f32> {
+    let loss = stage.room::<f32>(1);
+    let arguments = [(&loss).into(), row_losses.into(), int(row_losses.len)];
+    stage.launch("row_losses_mean", [1, 1, 1], [256, 1, 1], 0, &arguments);
+    loss.read(stage)
+}
+
+fn wide<T: Float>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|x| x.to_f64()).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Seeded unit rows, rounded to f32.
+fn unit_rows(n: usize, d: usize, seed: u64) -> Vec<f32> {
+    let mut rows: Vec<f32> = noise(n * d, seed);
+    for row in rows.chunks_exact_mut(d) {
+        let norm = dot(&wide(row), &wide(row)).sqrt();
+        row.iter_mut().for_each(|v| *v = (f64::from(*v) / norm) as f32);
+    }
+    rows
+}
+
+/// Adds what was there before.
+fn on_top(old: &[f32], new: &[f64]) -> Vec<f64> {
+    old.iter().zip(new).map(|(a, b)| f64::from(*a) + b).collect()
+}
+
+fn l2_normalize<In: Float, Out: Float>(stage: &Stage, suffix: &str, n: usize, d: usize) {
+    let what = format!("l2_normalize_{suffix} [{n}, {d}]");
+    let mut x: Vec<In> = noise(n * d, 1);
+    x[..d].fill(In::from_f64(0.0)); // below eps
+    let dy: Vec<Out> = noise(n * d, 2);
+    let (x_, dy_) = (stage.upload(&x), stage.upload(&dy));
+    let (y_, norms_) = (stage.room::<Out>(n * d), stage.room::<f32>(n));
+    let arguments = [(&y_).into(), (&norms_).into(), (&x_).into(), long(n), int(d)];
+    by_rows(stage, &format!("l2_normalize_{suffix}"), n, &arguments);
+    let (x, dy, y) = (wide(&x), wide(&dy), wide(&y_.read(stage)));
+    let norm = |i: usize| dot(&x[i * d..][..d], &x[i * d..][..d]).sqrt();
+    let want: Vec<f64> = (0..n * d).map(|e| x[e] / norm(e / d).max(1e-12)).collect();
+    close(&what, &y_.read(stage), &want, Out::TOLERANCE);
+    close(&what, &norms_.read(stage), &(0..n).map(norm).collect::<Vec<_>>(), 1e-5);
+
+    // Of the outputs as they were rounded: of the numbers that the kernel reads.
+    let gradient = |e: usize| {
+        let row = e / d * d..e / d * d + d;
+        let along = if norm(e / d) > 1e-12 { dot(&y[row.clone()], &dy[row]) } else { 0.0 };
+        (dy[e] - y[e] * along) / norm(e / d).max(1e-12)
+    };
+    let want: Vec<f64> = (0..n * d).map(gradient).collect();
+    let dx_ = stage.room::<In>(n * d);
+    for accumulate in [0, 1] {
+        let mut arguments: Vec<Value> = vec![(&dx_).into(), (&dy_).into(), (&y_).into()];
+        arguments.extend([(&norms_).into(), long(n), int(d), accumulate.into()]);
+        by_rows(stage, &format!("l2_normalize_backward_{suffix}"), n, &arguments);
+        let times = f64::from(accumulate + 1);
+        let (got, want) = (dx_.read(stage), want.iter().map(|w| w * times).collect::<Vec<_>>());
+        // Rows below eps have a gradient of 1e12 beside which the others would not count.
+        close(&format!("{what}: dx of 0"), &got[..d], &want[..d], In::TOLERANCE);
+        close(&format!("{what}: dx"), &got[d..], &want[d..], In::TOLERANCE);
+    }
+}
+
+const ROW_SHAPES: [(usize, usize); 6] = [(1, 1), (2, 3), (5, 8), (7, 31), (3, 257), (37, 128)];
+
+#[test]
+fn unit_rows_of_any_type() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (n, d) in ROW_SHAPES {
+            l2_normalize::<f32, f32>(&stage, "f32", n, d);
+            l2_normalize::<bf16, bf16>(&stage, "bf16", n, d);
+            l2_normalize::<bf16, f32>(&stage, "bf16_f32", n, d);
+        }
+    }
+}
+
+/// Logits of f32 rows are wrong by about 2^-24 / T, and an exponential is as wrong as its logit.
+fn tolerance(temperature: f64) -> f64 {
+    (4.0 / 2.0_f64.powi(24) / temperature).max(1e-5)
+}
+
+fn nt_xent(stage: &Stage, rows: usize, d: usize, temperature: f64, slice: usize) {
+    let what = format!("nt_xent [{rows}, {d}] at {temperature}, slices of {slice}");
+    let z = unit_rows(rows, d, 3);
+    let (z_, dy_) = (stage.upload(&z), stage.upload(&[0.7_f32]));
+    let slices = rows.div_ceil(slice);
+    let (maxima, sums) = (stage.room::<f32>(slices * rows), stage.room::<f32>(slices * rows));
+    let sizes = |slice: usize| [int(rows), int(d), int(slice), (1.0 / temperature).into()];
+    let tiles = rows.div_ceil(64) as u32;
+    let mut arguments: Vec<Value> = vec![(&maxima).into(), (&sums).into(), (&z_).into()];
+    arguments.extend(sizes(slice));
+    stage.launch("nt_xent_sums", [tiles, slices as u32, 1], [256, 1, 1], 0, &arguments);
+    let (lse_, losses_) = (stage.room::<f32>(rows), stage.room::<f32>(rows));
+    let mut arguments: Vec<Value> = [&lse_, &losses_, &maxima, &sums, &z_].map(Value::from).into();
+    arguments.extend(sizes(slices));
+    by_rows(stage, "nt_xent_finish", rows, &arguments);
+
+    let z = wide(&z);
+    let logit = |i: usize, j: usize| dot(&z[i * d..][..d], &z[j * d..][..d]) / temperature;
+    let positive = |i: usize| (i + rows / 2) % rows;
+    let others = |i: usize| (0..rows).filter(move |&j| j != i);
+    let lse = |i: usize| {
+        let max = others(i).map(|j| logit(i, j)).fold(f64::NEG_INFINITY, f64::max);
+        others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>().ln() + max
+    };
+    let lse: Vec<f64> = (0..rows).map(lse).collect();
+    let row_losses: Vec<f64> = (0..rows).map(|i| lse[i] - logit(i, positive(i))).collect();
+    let loss = row_losses.iter().sum::<f64>() / rows as f64;
+    close(&format!("{what}: lse"), &lse_.read(stage), &lse, 1e-5);
+    close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
+    close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
+
+    let partial = stage.room::<f32>(slices * rows * d);
+    let mut arguments: Vec<Value> = [&partial, &z_, &lse_, &dy_].map(Value::from).into();
+    arguments.extend(sizes(slice));
+    let grid = [tiles, d.div_ceil(128) as u32, slices as u32];
+    stage.launch("nt_xent_gradient", grid, [256, 1, 1], 0, &arguments);
+    let old: Vec<f32> = noise(rows * d, 4);
+    let dz_ = stage.upload(&old);
+    let arguments = [(&dz_).into(), (&partial).into(), int(slices), long(rows * d), Value::from(1)];
+    stage.launch("sum_slices_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
+    let scale = f64::from(0.7_f32) / (rows as f64 * temperature);
+    let mut dz = vec![0.0; rows * d];
+    for i in 0..rows {
+        for j in others(i) {
+            let target = if j == positive(i) { 2.0 } else { 0.0 };
+            let weight = (logit(i, j) - lse[i]).exp() + (logit(i, j) - lse[j]).exp() - target;
+            (0..d).for_each(|t| dz[i * d + t] += scale * weight * z[j * d + t]);
+        }
+    }
+    close(&format!("{what}: dz"), &dz_.read(stage), &on_top(&old, &dz), tolerance(temperature));
+}
+
+#[test]
+fn nt_xent_at_any_temperature() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (rows, d) in [(4, 1), (6, 5), (62, 64), (64, 7), (66, 16), (130, 131)] {
+            nt_xent(&stage, rows, d, 0.5, 64);
+            nt_xent(&stage, rows, d, 0.025, 128);
+            nt_xent(&stage, rows, d, 0.01, 64);
+        }
+    }
+}
+
+fn cross_entropy<T: Float>(stage: &Stage, n: usize, k: usize) {
+    let what = format!("cross_entropy_{} [{n}, {k}]", T::NAME);
+    let x: Vec<T> =
+        noise::<f32>(n * k, 5).iter().map(|v| T::from_f64(f64::from(*v) * 9.0 + 200.0)).collect();
+    let old: Vec<T> = noise(n * k, 6);
+    let labels = labels(n, k);
+    let (x_, labels_, dy_) = (stage.upload(&x), stage.upload(&labels), stage.upload(&[0.7_f32]));
+    let losses_ = stage.room::<f32>(n);
+    let arguments = [(&losses_).into(), (&x_).into(), (&labels_).into(), long(n), int(k)];
+    by_rows(stage, &format!("cross_entropy_{}", T::NAME), n, &arguments);
+    let x = wide(&x);
+    let lse = |i: usize| {
+        let row = &x[i * k..][..k];
+        row.iter().map(|v| (v - 200.0).exp()).sum::<f64>().ln() + 200.0
+    };
+    let row_losses: Vec<f64> = (0..n).map(|i| lse(i) - x[i * k + labels[i] as usize]).collect();
+    close(&what, &losses_.read(stage), &row_losses, 1e-5);
+    let loss = row_losses.iter().sum::<f64>() / n as f64;
+    close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
+
+    let dx_ = stage.upload(&old);
+    let mut want = vec![0.0; n * k];
+    for e in 0..n * k {
+        let target = f64::from(labels[e / k] as usize == e % k);
+        want[e] = ((x[e] - lse(e / k)).exp() - target) * f64::from(0.7_f32) / n as f64;
+    }
+    for accumulate in [1, 0] {
+        let mut arguments: Vec<Value> = vec![(&dx_).into(), (&x_).into(), (&labels_).into()];
+        arguments.extend([(&dy_).into(), long(n), int(k), accumulate.into()]);
+        by_rows(stage, &format!("cross_entropy_backward_{}", T::NAME), n, &arguments);
+        let base = |e: usize| if accumulate == 1 { old[e].to_f64() } else { 0.0 };
+        let want: Vec<f64> = (0..n * k).map(|e| base(e) + want[e]).collect();
+        close(&format!("{what}: dx"), &dx_.read(stage), &want, T::TOLERANCE);
+    }
+}
+
+#[test]
+fn cross_entropy_of_labels() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (n, k) in ROW_SHAPES {
+            cross_entropy::<f32>(&stage, n, k);
+            cross_entropy::<bf16>(&stage, n, k);
+        }
+    }
+}
+
+#[test]
+fn a_label_out_of_range_makes_the_loss_nan() {
+    let stage = Stage::take(true);
+    let (x, labels) = (stage.upload(&noise::<f32>(15, 1)), stage.upload(&[4, 5, -1]));
+    let (losses, dx) = (stage.room::<f32>(3), stage.room::<f32>(15));
+    by_rows(
+        &stage,
+        "cross_entropy_f32",
+        3,
+        &[(&losses).into(), (&x).into(), (&labels).into(), long(3), int(5)],
+    );
+    assert_eq!(
+        losses.read(&stage).iter().map(|l| l.is_nan()).collect::<Vec<_>>(),
+        [false, true, true]
+    );
+    let dy = stage.upload(&[1.0_f32]);
+    let mut arguments: Vec<Value> = vec![(&dx).into(), (&x).into(), (&labels).into()];
+    arguments.extend([(&dy).into(), long(3), int(5), 0.into()]);
+    by_rows(&stage, "cross_entropy_backward_f32", 3, &arguments);
+    let dx = dx.read(&stage);
+    assert!(dx[..5].iter().all(|v| v.is_finite()) && dx[5..].iter().all(|v| v.is_nan()));
+}
