@@ -5,7 +5,11 @@ mod numbers;
 #[path = "suite/stage.rs"]
 mod stage;
 
+#[path = "suite/arenas.rs"]
+mod arenas;
 #[path = "suite/kernels.rs"]
 mod kernels;
 #[path = "suite/losses.rs"]
 mod losses;
+#[path = "suite/moves.rs"]
+mod moves;
