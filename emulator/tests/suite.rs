@@ -7,9 +7,13 @@ mod stage;
 
 #[path = "suite/arenas.rs"]
 mod arenas;
+#[path = "suite/assignments.rs"]
+mod assignments;
 #[path = "suite/kernels.rs"]
 mod kernels;
 #[path = "suite/losses.rs"]
 mod losses;
 #[path = "suite/moves.rs"]
 mod moves;
+#[path = "suite/streams.rs"]
+mod streams;

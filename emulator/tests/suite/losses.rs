@@ -236,3 +236,193 @@ fn a_label_out_of_range_makes_the_loss_nan() {
     let dx = dx.read(&stage);
     assert!(dx[..5].iter().all(|v| v.is_finite()) && dx[5..].iter().all(|v| v.is_nan()));
 }
+
+/// A queue of `m`, of whose rows those in `own`, if any, hold keys of the batch.
+fn info_nce(stage: &Stage, [n, m, d]: [usize; 3], own: [usize; 2], temperature: f64, slice: usize) {
+    let what = format!("info_nce [{n}, {d}] of {m}, own {own:?}, at {temperature}");
+    let (q, k, queue) = (unit_rows(n, d, 3), unit_rows(n, d, 4), unit_rows(m, d, 5));
+    let (q_, k_, queue_) = (stage.upload(&q), stage.upload(&k), stage.upload(&queue));
+    let (own_, dy_) = (stage.upload(&own.map(|o| o as i32)), stage.upload(&[0.7_f32]));
+    let own_ = || if own == [0, 0] { 0_u64.into() } else { Value::from(&own_) };
+    let inv_t = || Value::from(1.0 / temperature);
+    let (slices, tiles) = (m.div_ceil(slice), n.div_ceil(64) as u32);
+    let (maxima, sums) = (stage.room::<f32>(slices * n), stage.room::<f32>(slices * n));
+    let mut arguments: Vec<Value> = [&maxima, &sums, &q_, &queue_].map(Value::from).into();
+    arguments.extend([own_(), int(n), int(m), int(d), int(slice), inv_t()]);
+    stage.launch("info_nce_sums", [tiles, slices as u32, 1], [256, 1, 1], 0, &arguments);
+    let (lse_, losses_) = (stage.room::<f32>(n), stage.room::<f32>(n));
+    let mut arguments: Vec<Value> =
+        [&lse_, &losses_, &maxima, &sums, &q_, &k_].map(Value::from).into();
+    arguments.extend([int(n), int(d), int(slices), inv_t()]);
+    by_rows(stage, "info_nce_finish", n, &arguments);
+
+    let (q, k, queue) = (wide(&q), wide(&k), wide(&queue));
+    let row = |x: &[f64], i: usize| x[i * d..][..d].to_vec();
+    let positive = |i: usize| dot(&row(&q, i), &row(&k, i)) / temperature;
+    let logit = |i: usize, j: usize| dot(&row(&q, i), &row(&queue, j)) / temperature;
+    let skips = |i: usize, j: usize| (own[0]..own[1]).contains(&j) && (j - own[0]) % n == i;
+    let others = |i: usize| (0..m).filter(move |&j| !skips(i, j));
+    let lse = |i: usize| {
+        let max = others(i).map(|j| logit(i, j)).fold(positive(i), f64::max);
+        let sum = others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>();
+        ((positive(i) - max).exp() + sum).ln() + max
+    };
+    let lse: Vec<f64> = (0..n).map(lse).collect();
+    let row_losses: Vec<f64> = (0..n).map(|i| lse[i] - positive(i)).collect();
+    close(&format!("{what}: lse"), &lse_.read(stage), &lse, 1e-5);
+    close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
+
+    let partial = stage.room::<f32>(slices * n * d);
+    let mut arguments: Vec<Value> = [&partial, &q_, &queue_].map(Value::from).into();
+    arguments.extend([own_(), (&lse_).into(), (&dy_).into()]);
+    arguments.extend([int(n), int(m), int(d), int(slice), inv_t()]);
+    let grid = [tiles, d.div_ceil(128) as u32, slices as u32];
+    stage.launch("info_nce_gradient", grid, [256, 1, 1], 0, &arguments);
+    let old: Vec<f32> = noise(n * d, 6);
+    let (dq_, dk_) = (stage.upload(&old), stage.upload(&old));
+    let mut arguments: Vec<Value> = [&dq_, &partial, &q_, &k_, &lse_, &dy_].map(Value::from).into();
+    arguments.extend([int(n), int(d), int(slices), inv_t(), 1.into()]);
+    by_rows(stage, "info_nce_query_finish", n, &arguments);
+    let mut arguments: Vec<Value> = [&dk_, &q_, &k_, &lse_, &dy_].map(Value::from).into();
+    arguments.extend([int(n), int(d), inv_t(), 1.into()]);
+    by_rows(stage, "info_nce_key_gradient", n, &arguments);
+    let scale = f64::from(0.7_f32) / (n as f64 * temperature);
+    let (mut dq, mut dk) = (vec![0.0; n * d], vec![0.0; n * d]);
+    for i in 0..n {
+        let own = scale * ((positive(i) - lse[i]).exp() - 1.0);
+        for t in 0..d {
+            let term = |j: usize| (logit(i, j) - lse[i]).exp() * queue[j * d + t];
+            dq[i * d + t] = own * k[i * d + t] + scale * others(i).map(term).sum::<f64>();
+            dk[i * d + t] = own * q[i * d + t];
+        }
+    }
+    let tolerance = tolerance(temperature);
+    close(&format!("{what}: dq"), &dq_.read(stage), &on_top(&old, &dq), tolerance);
+    close(&format!("{what}: dk"), &dk_.read(stage), &on_top(&old, &dk), tolerance);
+}
+
+#[test]
+fn info_nce_with_a_queue() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for sizes in [[1, 1, 2], [3, 7, 5], [5, 64, 16], [65, 130, 31], [2, 63, 131]] {
+            info_nce(&stage, sizes, [0, 0], 0.2, 64);
+            info_nce(&stage, sizes, [0, 0], 0.01, 128);
+        }
+        info_nce(&stage, [3, 70, 5], [4, 10], 0.2, 64);
+        info_nce(&stage, [64, 128, 9], [0, 128], 0.01, 64);
+        info_nce(&stage, [2, 2, 4], [0, 2], 0.2, 64);
+    }
+}
+
+fn neg_cosine<T: Float>(stage: &Stage, n: usize, d: usize) {
+    let what = format!("neg_cosine_{} [{n}, {d}]", T::NAME);
+    let (mut p, z): (Vec<T>, Vec<T>) = (noise(n * d, 7), noise(n * d, 8));
+    if n > 2 {
+        p[..d].fill(T::from_f64(0.0));
+    }
+    let (p_, z_, dy_) = (stage.upload(&p), stage.upload(&z), stage.upload(&[0.7_f32]));
+    let losses_ = stage.room::<f32>(n);
+    let arguments = [(&losses_).into(), (&p_).into(), (&z_).into(), long(n), int(d)];
+    by_rows(stage, &format!("neg_cosine_{}", T::NAME), n, &arguments);
+    let (p, z) = (wide(&p), wide(&z));
+    fn row(x: &[f64], i: usize, d: usize) -> &[f64] {
+        &x[i * d..][..d]
+    }
+    let norm = |x: &[f64], i: usize| dot(row(x, i, d), row(x, i, d)).sqrt();
+    let cosine = |i: usize| {
+        let below = norm(&p, i).max(1e-12) * norm(&z, i).max(1e-12);
+        dot(row(&p, i, d), row(&z, i, d)) / below
+    };
+    let row_losses: Vec<f64> = (0..n).map(|i| -cosine(i)).collect();
+    close(&what, &losses_.read(stage), &row_losses, 1e-5);
+    for (side, x_, x, other_, other) in [("p", &p_, &p, &z_, &z), ("z", &z_, &z, &p_, &p)] {
+        let dx_ = stage.room::<T>(n * d);
+        let gradient = |e: usize| {
+            let i = e / d;
+            let (own, far) = (norm(x, i).max(1e-12), norm(other, i).max(1e-12));
+            let along = if norm(x, i) < 1e-12 { 0.0 } else { cosine(i) * x[e] / own };
+            -(other[e] / far - along) / own * f64::from(0.7_f32) / n as f64
+        };
+        for accumulate in [0, 1] {
+            let mut arguments: Vec<Value> = vec![(&dx_).into(), x_.into(), other_.into()];
+            arguments.extend([(&dy_).into(), long(n), int(d), accumulate.into()]);
+            by_rows(stage, &format!("neg_cosine_backward_{}", T::NAME), n, &arguments);
+            let times = f64::from(accumulate + 1);
+            let want: Vec<f64> = (0..n * d).map(|e| times * gradient(e)).collect();
+            let (got, what) = (dx_.read(stage), format!("{what}: d{side}"));
+            // A row of zeros has a gradient of 1e12 beside which the others would not count.
+            close(&what, &got[..d], &want[..d], T::TOLERANCE);
+            if n > 1 {
+                close(&what, &got[d..], &want[d..], T::TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn neg_cosine_of_rows() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        // With d = 1 the gradient is zero but for rounding.
+        for (n, d) in ROW_SHAPES.into_iter().filter(|(_, d)| *d > 1) {
+            neg_cosine::<f32>(&stage, n, d);
+            neg_cosine::<bf16>(&stage, n, d);
+        }
+    }
+}
+
+fn soft_cross_entropy<T: Float>(stage: &Stage, n: usize, k: usize, temperature: f64) {
+    let what = format!("soft_cross_entropy_{} [{n}, {k}] at {temperature}", T::NAME);
+    let x: Vec<T> = noise(n * k, 9);
+    let q: Vec<f32> = noise::<f32>(n * k, 10).iter().map(|v| v.abs()).collect();
+    let (x_, q_, dy_) = (stage.upload(&x), stage.upload(&q), stage.upload(&[0.7_f32]));
+    let losses_ = stage.room::<f32>(n);
+    let inv_t = || Value::from(1.0 / temperature);
+    let arguments = [(&losses_).into(), (&x_).into(), (&q_).into(), long(n), int(k), inv_t()];
+    by_rows(stage, &format!("soft_cross_entropy_{}", T::NAME), n, &arguments);
+    let (x, q) = (wide(&x), wide(&q));
+    let lse = |i: usize| {
+        let row = x[i * k..][..k].iter();
+        row.map(|v| ((v - 1.0) / temperature).exp()).sum::<f64>().ln() + 1.0 / temperature
+    };
+    let lse: Vec<f64> = (0..n).map(lse).collect();
+    let term = |e: usize| q[e] * (lse[e / k] - x[e] / temperature);
+    let row_losses: Vec<f64> = (0..n).map(|i| (i * k..(i + 1) * k).map(term).sum()).collect();
+    close(&what, &losses_.read(stage), &row_losses, 1e-5);
+
+    let softmax: Vec<f64> = (0..n * k).map(|e| (x[e] / temperature - lse[e / k]).exp()).collect();
+    let y_ = stage.room::<f32>(n * k);
+    let arguments = [(&y_).into(), (&x_).into(), long(n), int(k), inv_t()];
+    by_rows(stage, &format!("softmax_{}", T::NAME), n, &arguments);
+    close(&format!("{what}: softmax"), &y_.read(stage), &softmax, tolerance(temperature));
+
+    let dx_ = stage.room::<T>(n * k);
+    let scale = f64::from(0.7_f32) / (n as f64 * temperature);
+    let gradient = |e: usize| {
+        let mass = q[e / k * k..][..k].iter().sum::<f64>();
+        scale * (mass * softmax[e] - q[e])
+    };
+    for accumulate in [0, 1] {
+        let mut arguments: Vec<Value> = vec![(&dx_).into(), (&x_).into(), (&q_).into()];
+        arguments.extend([(&dy_).into(), long(n), int(k), inv_t(), accumulate.into()]);
+        by_rows(stage, &format!("soft_cross_entropy_backward_{}", T::NAME), n, &arguments);
+        let times = f64::from(accumulate + 1);
+        let want: Vec<f64> = (0..n * k).map(|e| times * gradient(e)).collect();
+        close(&format!("{what}: dx"), &dx_.read(stage), &want, T::TOLERANCE);
+    }
+}
+
+#[test]
+fn soft_cross_entropy_at_a_temperature() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        // With k = 1 the gradient is zero but for rounding.
+        for (n, k) in ROW_SHAPES.into_iter().filter(|(_, k)| *k > 1) {
+            for temperature in [1.0, 0.1] {
+                soft_cross_entropy::<f32>(&stage, n, k, temperature);
+                soft_cross_entropy::<bf16>(&stage, n, k, temperature);
+            }
+        }
+    }
+}
