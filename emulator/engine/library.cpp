@@ -38,25 +38,30 @@ static int locate(dl_phdr_info* info, size_t, void* loaded_) {
 extern "C" {
 
 /// Loads a kernel library from memory; it stays for the life of the process.
-__attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes, size_t size) {
+__attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes,
+                                                                         size_t size) {
     int file = memfd_create(name, MFD_CLOEXEC);
     char path[64];
     std::snprintf(path, sizeof path, "/proc/self/fd/%d", file);
     void* handle = nullptr;
-    if (file >= 0 && write(file, bytes, size) == static_cast<ssize_t>(size)) handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (file >= 0 && write(file, bytes, size) == static_cast<ssize_t>(size))
+        handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     auto library = handle ? static_cast<const standin::Library*>(dlsym(handle, "standin_library")) : nullptr;
     if (!library) {
         const char* why = dlerror();
-        std::fprintf(stderr, "stand-in driver: cannot load the kernels of %s: %s\n", name, why ? why : std::strerror(errno));
+        std::fprintf(stderr, "stand-in driver: cannot load the kernels of %s: %s\n", name,
+                     why ? why : std::strerror(errno));
         std::abort();
     }
     auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr};
     dl_iterate_phdr(standin::locate, loaded);
-    // The file stays open: another one under the same number would be taken for this one, which is loaded by that name.
+    // The file stays open: another one under the same number would be taken for this one, which is loaded by
+    // that name.
     return loaded;
 }
 
-__attribute__((visibility("hidden"))) const standin::Entry* engine_entry(const standin::Loaded* loaded, const char* name) {
+__attribute__((visibility("hidden"))) const standin::Entry* engine_entry(const standin::Loaded* loaded,
+                                                                         const char* name) {
     for (size_t i = 0; i < loaded->library->count; i++)
         if (!std::strcmp(loaded->library->entries[i].name, name)) return &loaded->library->entries[i];
     return nullptr;
