@@ -80,6 +80,7 @@ struct Loaded {
     const Library* library;
     size_t tls_module, tls_size;
     const char *image, *image_end;
+    int file;  // the shared object
 };
 
 struct Launch {
@@ -121,10 +122,14 @@ extern Engine engine;
 std::string name_of(const Thread& thread);
 unsigned ranks(const Index& size);
 
+/// " (file:line)" of an address in a library's code, the innermost of inlined functions first; empty if
+/// unknown.
+std::string source_of(const Loaded& loaded, const void* code);
+
 /// Shadow memory (shadow.cpp).
 void shadow_launch_start();
 void shadow_block_start(Block& block);
-void shadow_access(const void* at, size_t size, unsigned access, size_t alignment);
+void shadow_access(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
 /// Bytes of the running block's shared memory count as not written.
 void shadow_unwritten(const void* at, size_t size);
 

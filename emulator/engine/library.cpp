@@ -33,6 +33,25 @@ static int locate(dl_phdr_info* info, size_t, void* loaded_) {
     return 1;
 }
 
+std::string source_of(const Loaded& loaded, const void* code) {
+    auto at = static_cast<const char*>(code);
+    if (at < loaded.image || at >= loaded.image_end) return "";
+    char command[120], line[512];
+    // One byte back: a return address is behind the call, which may be the last of its line.
+    std::snprintf(command, sizeof command, "addr2line -i -e /proc/%d/fd/%d %#tx 2>/dev/null", getpid(),
+                  loaded.file, at - loaded.image - 1);
+    FILE* lines = popen(command, "r");
+    std::string all;
+    while (lines && std::fgets(line, sizeof line, lines)) {
+        line[std::strcspn(line, "\n ")] = 0;
+        const char* name = std::strrchr(line, '/');
+        if (name && !std::strchr(name, '?'))
+            all += (all.empty() ? " (" : ", called in ") + std::string(name + 1);
+    }
+    if (lines) pclose(lines);
+    return all.empty() ? all : all + ")";
+}
+
 }  // namespace standin
 
 extern "C" {
@@ -53,7 +72,7 @@ __attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const c
                      why ? why : std::strerror(errno));
         std::abort();
     }
-    auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr};
+    auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr, file};
     dl_iterate_phdr(standin::locate, loaded);
     // The file stays open: another one under the same number would be taken for this one, which is loaded by
     // that name.

@@ -242,9 +242,9 @@ static void copy_issue(void* shared, const void* source) {
     Thread& t = *engine.current;
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
-        shadow_access(shared, 16, WRITE, 16);
+        shadow_access(shared, 16, WRITE, 16, nullptr);
         shadow_unwritten(shared, 16);
-        if (source) shadow_access(source, 16, READ, 16);
+        if (source) shadow_access(source, 16, READ, 16, nullptr);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
         fail("cp_async_16 from or to an address that is no multiple of 16");
     }
@@ -260,7 +260,7 @@ static void copy_wait(unsigned groups_left) {
     for (; landed < t.copies.size(); landed++) {
         const Copy& c = t.copies[landed];
         if (c.group + groups_left >= t.group) break;
-        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16);
+        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16, nullptr);
         if (c.source) std::memcpy(c.shared, c.source, 16);
         else std::memset(c.shared, 0, 16);
     }

@@ -70,7 +70,8 @@ static const char* verb(unsigned access) {
 extern "C" void standin_describe(const void* at, char* text, size_t size);
 
 /// "writes 4 bytes at <where>: <what>" ends the launch.
-[[noreturn]] static void report(const void* at, size_t size, unsigned access, const std::string& what) {
+[[noreturn]] static void report(const void* at, size_t size, unsigned access, const void* code,
+                                const std::string& what) {
     char where[256];
     Block& b = *engine.current->of;
     ptrdiff_t in_static = static_cast<const char*>(at) - engine.segment;
@@ -82,7 +83,8 @@ extern "C" void standin_describe(const void* at, char* text, size_t size);
         std::snprintf(where, sizeof where, "offset %td of %u bytes of dynamic shared memory", in_dynamic,
                       engine.launch->shared);
     else standin_describe(at, where, sizeof where);
-    fail(std::string(verb(access)) + " " + std::to_string(size) + " bytes at " + where + ": " + what);
+    fail(std::string(verb(access)) + " " + std::to_string(size) + " bytes at " + where + ": " + what +
+         source_of(*engine.launch->loaded, code));
 }
 
 /// Whether a barrier stands between an earlier touch and the running thread.
@@ -94,7 +96,8 @@ static bool ordered(const Cell::Touch& touch, const Thread& t, unsigned block_si
            ((touch.thread - first) / 32 == t.rank / 32 && touch.time < t.warp->ordered);
 }
 
-static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size) {
+static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size,
+                  const void* code) {
     unsigned block_size = static_cast<unsigned>(t.of->threads.size());
     Cell::Touch* slot = nullptr;
     for (Cell::Touch& other : cell.touches) {
@@ -121,14 +124,14 @@ static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, c
                 "race: thread (%u, %u, %u) of block (%u, %u, %u) %s it too, and no barrier stands between",
                 rank % n.x, rank / n.x % n.y, rank / n.x / n.y, block % g.x, block / g.x % g.y,
                 block / g.x / g.y, verb(other.access));
-            report(at, size, access, text);
+            report(at, size, access, code, text);
         }
     }
     if (!slot) slot = &cell.touches[engine.next_random() % 4];
     *slot = {engine.time, t.id, bytes, static_cast<uint8_t>(access)};
 }
 
-void shadow_access(const void* at, size_t size, unsigned access, size_t alignment) {
+void shadow_access(const void* at, size_t size, unsigned access, size_t alignment, const void* code) {
     auto p = static_cast<const char*>(at);
     if (engine.stacks.holds(at)) return;
     Thread& t = *engine.current;
@@ -138,19 +141,20 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
     if (p < s.base || p >= s.base + s.size) {
         const Loaded& l = *engine.launch->loaded;
         if (p >= l.image && p < l.image_end) return;  // constants of the kernel library
-        report(at, size, access, "no memory of the device");
+        report(at, size, access, code, "no memory of the device");
     }
     if (alignment && reinterpret_cast<uintptr_t>(at) % alignment)
-        report(at, size, access, "misaligned, not a multiple of " + std::to_string(alignment));
+        report(at, size, access, code, "misaligned, not a multiple of " + std::to_string(alignment));
     size_t from = static_cast<size_t>(p - s.base), to = from + size;
     for (size_t g = from / 4; g * 4 < to; g++) {
         unsigned bytes = 0xf;
         if (g * 4 < from) bytes &= 0xfu << from % 4;
         if (g * 4 + 4 > to) bytes &= 0xfu >> (g * 4 + 4 - to);
         uint8_t& state = s.state[g];
-        if ((state >> 4 & bytes) != bytes) report(at, size, access, "out of bounds");
-        if (access & (READ | ATOMIC) && (state & bytes) != bytes) report(at, size, access, "uninitialised");
-        touch(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size);
+        if ((state >> 4 & bytes) != bytes) report(at, size, access, code, "out of bounds");
+        if (access & (READ | ATOMIC) && (state & bytes) != bytes)
+            report(at, size, access, code, "uninitialised");
+        touch(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size, code);
         if (access & WRITE) state |= static_cast<uint8_t>(bytes);
     }
 }

@@ -251,7 +251,7 @@ namespace standin {
 template <typename T, typename F>
 STANDIN_PLUMBING inline T update(T* at, F next) {
 #if STANDIN_CHECKED
-    runtime->access(at, sizeof(T), ATOMIC | WRITE, sizeof(T));
+    runtime->access(at, sizeof(T), ATOMIC | WRITE, sizeof(T), __builtin_return_address(0));
 #endif
     T old = *at;
     *at = next(old);

@@ -94,7 +94,7 @@ STANDIN_PLUMBING inline void ldmatrix(unsigned* r, const void* row, int line) {
     if (used && reinterpret_cast<uintptr_t>(row) % 16)
         fail("ldmatrix from an address that is no multiple of 16");
 #if STANDIN_CHECKED
-    if (used) runtime->access(row, 16, READ, 16);
+    if (used) runtime->access(row, 16, READ, 16, __builtin_return_address(0));
 #endif
     LoadMatrix argument{r, row};
     collective(~0u, line, complete_ldmatrix<COUNT, TRANSPOSED>, &argument, false);

@@ -38,8 +38,9 @@ struct Runtime {
     void (*copy_wait)(unsigned groups_left);
     /// Ends the launch with a message.
     [[noreturn]] void (*fail)(const char* what);
-    /// An access to memory, in the instrumented build; `alignment` 0 asks for none.
-    void (*access)(const void* at, size_t size, unsigned access, size_t alignment);
+    /// An access to memory, in the instrumented build; `alignment` 0 asks for none. `code` is where it is
+    /// made.
+    void (*access)(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
 };
 
 /// One kernel.

@@ -54,22 +54,23 @@ inline thread_local char own_memory_mark;
 
 #if STANDIN_CHECKED
 extern "C" {
+#define STANDIN_CODE __builtin_return_address(0)
 #define STANDIN_HIDDEN __attribute__((visibility("hidden"), no_sanitize("thread")))
 STANDIN_HIDDEN void __tsan_init() {}
 STANDIN_HIDDEN void __tsan_func_entry(void*) {}
 STANDIN_HIDDEN void __tsan_func_exit() {}
-#define STANDIN_ACCESS(size)                                      \
-    STANDIN_HIDDEN void __tsan_read##size(void* at) {             \
-        standin::runtime->access(at, size, standin::READ, size);  \
-    }                                                             \
-    STANDIN_HIDDEN void __tsan_write##size(void* at) {            \
-        standin::runtime->access(at, size, standin::WRITE, size); \
-    }                                                             \
-    STANDIN_HIDDEN void __tsan_unaligned_read##size(void* at) {   \
-        standin::runtime->access(at, size, standin::READ, 0);     \
-    }                                                             \
-    STANDIN_HIDDEN void __tsan_unaligned_write##size(void* at) {  \
-        standin::runtime->access(at, size, standin::WRITE, 0);    \
+#define STANDIN_ACCESS(size)                                                    \
+    STANDIN_HIDDEN void __tsan_read##size(void* at) {                           \
+        standin::runtime->access(at, size, standin::READ, size, STANDIN_CODE);  \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_write##size(void* at) {                          \
+        standin::runtime->access(at, size, standin::WRITE, size, STANDIN_CODE); \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_unaligned_read##size(void* at) {                 \
+        standin::runtime->access(at, size, standin::READ, 0, STANDIN_CODE);     \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_unaligned_write##size(void* at) {                \
+        standin::runtime->access(at, size, standin::WRITE, 0, STANDIN_CODE);    \
     }
 STANDIN_ACCESS(1)
 STANDIN_ACCESS(2)
@@ -77,10 +78,10 @@ STANDIN_ACCESS(4)
 STANDIN_ACCESS(8)
 STANDIN_ACCESS(16)
 STANDIN_HIDDEN void __tsan_read_range(void* at, size_t size) {
-    standin::runtime->access(at, size, standin::READ, 0);
+    standin::runtime->access(at, size, standin::READ, 0, STANDIN_CODE);
 }
 STANDIN_HIDDEN void __tsan_write_range(void* at, size_t size) {
-    standin::runtime->access(at, size, standin::WRITE, 0);
+    standin::runtime->access(at, size, standin::WRITE, 0, STANDIN_CODE);
 }
 }
 #endif
