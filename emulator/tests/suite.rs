@@ -9,11 +9,19 @@ mod stage;
 mod arenas;
 #[path = "suite/assignments.rs"]
 mod assignments;
+#[path = "suite/breakages.rs"]
+mod breakages;
+#[path = "suite/conformance.rs"]
+mod conformance;
 #[path = "suite/kernels.rs"]
 mod kernels;
 #[path = "suite/losses.rs"]
 mod losses;
 #[path = "suite/moves.rs"]
 mod moves;
+#[path = "suite/selective.rs"]
+mod selective;
+#[path = "suite/speed.rs"]
+mod speed;
 #[path = "suite/streams.rs"]
 mod streams;
