@@ -1,17 +1,17 @@
-// The k nearest neighbours of unit rows by cosine, and their vote; see src/eval/knn.rs. Exact: every pair is compared, in
-// chunks of the bank, so that the workspace is [queries, columns of a chunk].
+// The k nearest neighbours of unit rows by cosine, and their vote; see src/eval/knn.rs. Exact: every pair is
+// compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
 //
-// For each chunk, from the first bank row on: knn_similarities, then knn_top_k, which merges the chunk into what it has. At
-// last knn_vote. Equal similarities go to the earlier bank row, equal votes to the lower class. k <= 256. Any number of
-// queries, chunks of any size. No dynamic shared memory.
+// For each chunk, from the first bank row on: knn_similarities, then knn_top_k, which merges the chunk into
+// what it has. At last knn_vote. Equal similarities go to the earlier bank row, equal votes to the lower
+// class. k <= 256. Any number of queries, chunks of any size. No dynamic shared memory.
 #include "similarity.cuh"
 
 constexpr int K_MAX = 256, THREADS = 256;
 
-/// s [n, columns] = <queries_i, bank_(first + j)>, queries [n, d], bank [m, d], first + columns <= m. Grid (n / 64, columns /
-/// 64), both rounded up; block 256.
-KERNEL BOUNDS(TILE_THREADS) void knn_similarities(float* s, const float* queries, const float* bank, int n, int first,
-                                                  int columns, int d) {
+/// s [n, columns] = <queries_i, bank_(first + j)>, queries [n, d], bank [m, d], first + columns <= m. Grid (n
+/// / 64, columns / 64), both rounded up; block 256.
+KERNEL BOUNDS(TILE_THREADS) void knn_similarities(float* s, const float* queries, const float* bank, int n,
+                                                  int first, int columns, int d) {
     int row = blockIdx.x * TILE, column = blockIdx.y * TILE;
     float tile[4][4];
     similarity_tile(tile, queries, n, row, bank + int64_t{first} * d, columns, column, d);
@@ -19,13 +19,13 @@ KERNEL BOUNDS(TILE_THREADS) void knn_similarities(float* s, const float* queries
     for (int i = 0; i < 4; i++) {
         int r = row + tile_y() + i, c = column + tile_x();
         if (r < n)
-            store_some(s + int64_t{r} * columns + c, Vector<float>{{tile[i][0], tile[i][1], tile[i][2], tile[i][3]}},
-                       columns - c);
+            store_some(s + int64_t{r} * columns + c,
+                       Vector<float>{{tile[i][0], tile[i][1], tile[i][2], tile[i][3]}}, columns - c);
     }
 }
 
-/// A similarity and its bank row as one number: the larger is the better neighbour. Floats are mapped to integers of the same
-/// order; no neighbour is 0.
+/// A similarity and its bank row as one number: the larger is the better neighbour. Floats are mapped to
+/// integers of the same order; no neighbour is 0.
 __device__ __forceinline__ uint64_t key_of(float similarity, int index) {
     unsigned bits = __float_as_uint(similarity);
     unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -35,7 +35,9 @@ __device__ __forceinline__ float similarity_of(uint64_t key) {
     unsigned order = static_cast<unsigned>(key >> 32);
     return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
 }
-__device__ __forceinline__ int index_of(uint64_t key) { return static_cast<int>(~static_cast<unsigned>(key)); }
+__device__ __forceinline__ int index_of(uint64_t key) {
+    return static_cast<int>(~static_cast<unsigned>(key));
+}
 
 /// Sorts 2 THREADS keys, the largest first (bitonic); a barrier before and after.
 __device__ __forceinline__ void sort(uint64_t* keys) {
@@ -51,11 +53,11 @@ __device__ __forceinline__ void sort(uint64_t* keys) {
     __syncthreads();
 }
 
-/// values, indices [n, k]: the best of s [n, columns], whose first column is bank row `first`, and, if `merge`, of what they
-/// hold, the best first. What is missing while the bank has shown fewer than k rows has index -1. Grid: n blocks, or fewer;
-/// block 256.
-KERNEL BOUNDS(THREADS) void knn_top_k(float* values, int* indices, const float* s, int n, int first, int columns, int k,
-                                      int merge) {
+/// values, indices [n, k]: the best of s [n, columns], whose first column is bank row `first`, and, if
+/// `merge`, of what they hold, the best first. What is missing while the bank has shown fewer than k rows has
+/// index -1. Grid: n blocks, or fewer; block 256.
+KERNEL BOUNDS(THREADS) void knn_top_k(float* values, int* indices, const float* s, int n, int first,
+                                      int columns, int k, int merge) {
     // The best so far, sorted, and behind them those that wait to be sorted in.
     __shared__ uint64_t keys[K_MAX + THREADS];
     __shared__ int waiting;
@@ -94,10 +96,10 @@ KERNEL BOUNDS(THREADS) void knn_top_k(float* values, int* indices, const float* 
     }
 }
 
-/// predicted [n]: the class with the most votes, each neighbour's exp(similarity inv_t), added up in order of similarity.
-/// labels [bank rows]. Grid: n blocks, or fewer; block 256.
-KERNEL BOUNDS(THREADS) void knn_vote(int* predicted, const float* values, const int* indices, const int* labels, int n,
-                                     int k, int classes, double inv_t) {
+/// predicted [n]: the class with the most votes, each neighbour's exp(similarity inv_t), added up in order of
+/// similarity. labels [bank rows]. Grid: n blocks, or fewer; block 256.
+KERNEL BOUNDS(THREADS) void knn_vote(int* predicted, const float* values, const int* indices,
+                                     const int* labels, int n, int k, int classes, double inv_t) {
     __shared__ double weights[K_MAX], votes[THREADS];
     __shared__ int classes_of[K_MAX], winners[THREADS];
     int t = threadIdx.x;

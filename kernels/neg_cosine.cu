@@ -1,6 +1,6 @@
-// Negative cosine similarity of rows p and z [n, d]; see src/ops/neg_cosine. Forward: neg_cosine, then row_losses_mean. Backward:
-// neg_cosine_backward for each side that wants a gradient; nothing is saved. A warp has a row: (n / 8 rounded up) blocks of
-// 256. No dynamic shared memory.
+// Negative cosine similarity of rows p and z [n, d]; see src/ops/neg_cosine. Forward: neg_cosine, then
+// row_losses_mean. Backward: neg_cosine_backward for each side that wants a gradient; nothing is saved. A
+// warp has a row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
 #include "rows.cuh"
 
 constexpr double EPS = 1e-12;
@@ -24,8 +24,8 @@ __device__ __forceinline__ void forward(float* row_losses, const T* p, const T* 
     });
 }
 
-/// dx of one side, `other` the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant. Added to dx if
-/// `accumulate`; `dy` points to the gradient of the loss.
+/// dx of one side, `other` the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant. Added to dx
+/// if `accumulate`; `dy` points to the gradient of the loss.
 template <typename T>
 __device__ __forceinline__ void backward(T* dx, const T* x, const T* other, const float* dy, int64_t n, int d,
                                          bool accumulate) {
@@ -48,11 +48,11 @@ KERNEL void neg_cosine_bf16(float* row_losses, const bf16* p, const bf16* z, int
     forward(row_losses, p, z, n, d);
 }
 
-KERNEL void neg_cosine_backward_f32(float* dx, const float* x, const float* other, const float* dy, int64_t n, int d,
-                                    int accumulate) {
+KERNEL void neg_cosine_backward_f32(float* dx, const float* x, const float* other, const float* dy, int64_t n,
+                                    int d, int accumulate) {
     backward(dx, x, other, dy, n, d, accumulate);
 }
-KERNEL void neg_cosine_backward_bf16(bf16* dx, const bf16* x, const bf16* other, const float* dy, int64_t n, int d,
-                                     int accumulate) {
+KERNEL void neg_cosine_backward_bf16(bf16* dx, const bf16* x, const bf16* other, const float* dy, int64_t n,
+                                     int d, int accumulate) {
     backward(dx, x, other, dy, n, d, accumulate);
 }

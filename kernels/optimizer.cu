@@ -1,15 +1,18 @@
-// SGD and LARS over a whole arena; see src/optim/optimizer.rs. One launch for SGD, two for LARS (lars_norms, lars_step).
+// SGD and LARS over a whole arena; see src/optim/optimizer.rs. One launch for SGD, two for LARS (lars_norms,
+// lars_step).
 //
-// w, m, g are the arena's values, momentum and gradients, f32, of one layout; `copy` is the bf16 working copy of w, written
-// with it, or null. Arithmetic is f64 as on the CPU, which costs nothing: memory is the limit.
+// w, m, g are the arena's values, momentum and gradients, f32, of one layout; `copy` is the bf16 working copy
+// of w, written with it, or null. Arithmetic is f64, which gives the CPU's numbers; on a data-centre GPU
+// memory stays the limit.
 //
-// Slots are cut into chunks of OPTIMIZER_CHUNK = 8192 elements, a block to each; a chunk never spans two slots. Tables, in
-// device memory, which a step reads anew, so that a captured step follows them:
+// Slots are cut into chunks of OPTIMIZER_CHUNK = 8192 elements, a block to each; a chunk never spans two
+// slots. Tables, in device memory, which a step reads anew, so that a captured step follows them:
 //   slots [n, 3]   first element (a multiple of 16), number of elements, first chunk
 //   chunks [n]     the slot of each chunk, slot after slot
 //   care [slots]   0: as usual; 1: spared, without weight decay and trust ratio; 2: frozen
 //   rates [slots]  a learning rate of the slot's own, or a negative number for `*lr`
-// Workspace of LARS: partial [chunks, 3]. Grid: one block of 256 for each chunk, or fewer. No dynamic shared memory.
+// Workspace of LARS: partial [chunks, 3]. Grid: one block of 256 for each chunk, or fewer. No dynamic shared
+// memory.
 #include "rows.cuh"
 
 constexpr int OPTIMIZER_CHUNK = 8192, THREADS = 256;
@@ -20,10 +23,12 @@ struct Chunk {
     int slot, care;
     int64_t begin, end;
 
-    __device__ __forceinline__ Chunk(int chunk, const uint64_t* slots, const int* chunks, const int* of_care) {
+    __device__ __forceinline__ Chunk(int chunk, const uint64_t* slots, const int* chunks,
+                                     const int* of_care) {
         slot = chunks[chunk];
         care = of_care[slot];
-        int64_t offset = static_cast<int64_t>(slots[slot * 3]), length = static_cast<int64_t>(slots[slot * 3 + 1]);
+        int64_t offset = static_cast<int64_t>(slots[slot * 3]),
+                length = static_cast<int64_t>(slots[slot * 3 + 1]);
         int64_t within = (chunk - static_cast<int64_t>(slots[slot * 3 + 2])) * OPTIMIZER_CHUNK;
         begin = offset + within;
         end = offset + (within + OPTIMIZER_CHUNK < length ? within + OPTIMIZER_CHUNK : length);
@@ -37,16 +42,19 @@ struct Chunk {
     }
 };
 
-/// m = momentum m + in_lr scale (g + decay w), w -= out_lr (that, or with Nesterov one step further along it).
+/// m = momentum m + in_lr scale (g + decay w), w -= out_lr (that, or with Nesterov one step further along
+/// it).
 struct Step {
     double scale, decay, momentum, in_lr, out_lr;
     bool nesterov;
 };
 
-__device__ __forceinline__ void move(float* w, float* m, bf16* copy, const float* g, const Chunk& at, const Step& step) {
+__device__ __forceinline__ void move(float* w, float* m, bf16* copy, const float* g, const Chunk& at,
+                                     const Step& step) {
     double onto = step.in_lr * step.scale;
     at.for_pieces([&](int64_t i, int count) {
-        Piece weight = load_piece(w + i, count), old = load_piece(m + i, count), gradient = load_piece(g + i, count);
+        Piece weight = load_piece(w + i, count), old = load_piece(m + i, count),
+              gradient = load_piece(g + i, count);
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             double value = weight.v[k], direction = onto * (gradient.v[k] + step.decay * value);
@@ -62,8 +70,9 @@ __device__ __forceinline__ void move(float* w, float* m, bf16* copy, const float
 }
 
 KERNEL BOUNDS(THREADS) void sgd_step(float* w, float* m, bf16* copy, const float* g, const uint64_t* slots,
-                                     const int* chunks, const int* care, const double* rates, const double* lr,
-                                     int n_chunks, double momentum, double weight_decay, int nesterov) {
+                                     const int* chunks, const int* care, const double* rates,
+                                     const double* lr, int n_chunks, double momentum, double weight_decay,
+                                     int nesterov) {
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         Chunk at(chunk, slots, chunks, care);
         if (at.care == FROZEN) continue;
@@ -73,9 +82,11 @@ KERNEL BOUNDS(THREADS) void sgd_step(float* w, float* m, bf16* copy, const float
     }
 }
 
-/// partial [chunks, 3]: sums of w², g² and (g + weight_decay w)² over each chunk; unwritten where nobody asks.
+/// partial [chunks, 3]: sums of w², g² and (g + weight_decay w)² over each chunk; unwritten where nobody
+/// asks.
 KERNEL BOUNDS(THREADS) void lars_norms(double* partial, const float* w, const float* g, const uint64_t* slots,
-                                       const int* chunks, const int* care, int n_chunks, double weight_decay) {
+                                       const int* chunks, const int* care, int n_chunks,
+                                       double weight_decay) {
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         Chunk at(chunk, slots, chunks, care);
         if (at.care != 0) continue;
@@ -96,13 +107,15 @@ KERNEL BOUNDS(THREADS) void lars_norms(double* partial, const float* w, const fl
     }
 }
 
-/// After lars_norms with the same tables. `sum_of_norms`: the weight's norm is divided by |g| + weight_decay |w| + 1e-8, and
-/// the gradient stays as it is, without decay, where either is 0; otherwise by |g + weight_decay w|, and the ratio is 1
-/// where either is 0. `clip`: the ratio is min(ratio / lr, 1). `lr_in_momentum`: m = momentum m + lr (...); w -= m.
+/// After lars_norms with the same tables. `sum_of_norms`: the weight's norm is divided by |g| + weight_decay
+/// |w| + 1e-8, and the gradient stays as it is, without decay, where either is 0; otherwise by |g +
+/// weight_decay w|, and the ratio is 1 where either is 0. `clip`: the ratio is min(ratio / lr, 1).
+/// `lr_in_momentum`: m = momentum m + lr (...); w -= m.
 KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const float* g, const double* partial,
-                                      const uint64_t* slots, const int* chunks, const int* care, const double* rates,
-                                      const double* lr, int n_chunks, double momentum, double weight_decay,
-                                      double trust, int sum_of_norms, int clip, int lr_in_momentum) {
+                                      const uint64_t* slots, const int* chunks, const int* care,
+                                      const double* rates, const double* lr, int n_chunks, double momentum,
+                                      double weight_decay, double trust, int sum_of_norms, int clip,
+                                      int lr_in_momentum) {
     __shared__ double shared[2];
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         Chunk at(chunk, slots, chunks, care);
@@ -120,7 +133,9 @@ KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const floa
             if (threadIdx.x == 0) {
                 double weight = sqrt(ww), gradient = sqrt(gg), decayed = sqrt(dd), ratio = 1.0;
                 bool known = weight > 0.0 && (sum_of_norms ? gradient : decayed) > 0.0;
-                if (known) ratio = trust * weight / (sum_of_norms ? gradient + weight_decay * weight + 1e-8 : decayed);
+                if (known)
+                    ratio =
+                        trust * weight / (sum_of_norms ? gradient + weight_decay * weight + 1e-8 : decayed);
                 if (clip && known) ratio = ratio / rate < 1.0 ? ratio / rate : 1.0;
                 shared[0] = ratio;
                 shared[1] = known || !sum_of_norms ? weight_decay : 0.0;

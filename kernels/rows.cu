@@ -1,9 +1,10 @@
-// Moving rows; see src/ops/rows. `length` is the number of elements of a row, which may be an image as well as an embedding;
-// 16 bytes at a time where both addresses allow it.
+// Moving rows; see src/ops/rows. `length` is the number of elements of a row, which may be an image as well
+// as an embedding; 16 bytes at a time where both addresses allow it.
 //
-// Unless said otherwise the block is (x, y): x threads along a row, y rows; the grid has any number of blocks in x, and
-// (rows / y rounded up) are good. x y <= 256; x is the next power of two of the row's 16-byte vectors, up to 256.
-// No dynamic shared memory. Tables of rows and the place in a queue are read from the device.
+// Unless said otherwise the block is (x, y): x threads along a row, y rows; the grid has any number of blocks
+// in x, and (rows / y rounded up) are good. x y <= 256; x is the next power of two of the row's 16-byte
+// vectors, up to 256. No dynamic shared memory. Tables of rows and the place in a queue are read from the
+// device.
 #include "vector.cuh"
 
 constexpr int THREADS = 256;
@@ -32,7 +33,8 @@ __device__ __forceinline__ float nothing(float) { return __uint_as_float(0xfffff
 __device__ __forceinline__ bf16 nothing(bf16) { return from_float<bf16>(__uint_as_float(0xffffffffu)); }
 __device__ __forceinline__ int nothing(int) { return -1; }
 
-/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes NaN (-1).
+/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes NaN
+/// (-1).
 template <typename T>
 __device__ __forceinline__ void gather(T* y, const T* x, const int* index, int n, int m, int64_t length) {
     for_own_rows(n, [&](int row) {
@@ -55,8 +57,9 @@ KERNEL BOUNDS(THREADS) void gather_rows_i32(int* y, const int* x, const int* ind
     gather(y, x, index, n, m, length);
 }
 
-/// The gradient of gather: dx [m, length], dx_r = the sum of dy_i over index[i] = r in order of i, added to dx if
-/// `accumulate`. A block of a multiple of 32 threads in one dimension takes a row of dx: m blocks are good.
+/// The gradient of gather: dx [m, length], dx_r = the sum of dy_i over index[i] = r in order of i, added to
+/// dx if `accumulate`. A block of a multiple of 32 threads in one dimension takes a row of dx: m blocks are
+/// good.
 template <typename T>
 __device__ __forceinline__ void scatter(T* dx, const T* dy, const int* index, int n, int m, int64_t length,
                                         bool accumulate) {
@@ -90,18 +93,19 @@ KERNEL BOUNDS(THREADS) void scatter_rows_bf16(bf16* dx, const bf16* dy, const in
     scatter(dx, dy, index, n, m, length, accumulate);
 }
 
-/// y[b y_stride ...] = x[b x_stride ...] for b < blocks, `length` elements each: one micro-batch into all of them (y at
-/// index length, y_stride count length, x_stride length) and out again, slices, and parts put together.
-KERNEL BOUNDS(THREADS) void copy_blocks_f32(float* y, const float* x, int blocks, int64_t length, int64_t y_stride,
-                                            int64_t x_stride) {
+/// y[b y_stride ...] = x[b x_stride ...] for b < blocks, `length` elements each: one micro-batch into all of
+/// them (y at index length, y_stride count length, x_stride length) and out again, slices, and parts put
+/// together.
+KERNEL BOUNDS(THREADS) void copy_blocks_f32(float* y, const float* x, int blocks, int64_t length,
+                                            int64_t y_stride, int64_t x_stride) {
     for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
 }
-KERNEL BOUNDS(THREADS) void copy_blocks_bf16(bf16* y, const bf16* x, int blocks, int64_t length, int64_t y_stride,
-                                             int64_t x_stride) {
+KERNEL BOUNDS(THREADS) void copy_blocks_bf16(bf16* y, const bf16* x, int blocks, int64_t length,
+                                             int64_t y_stride, int64_t x_stride) {
     for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
 }
-KERNEL BOUNDS(THREADS) void copy_blocks_i32(int* y, const int* x, int blocks, int64_t length, int64_t y_stride,
-                                            int64_t x_stride) {
+KERNEL BOUNDS(THREADS) void copy_blocks_i32(int* y, const int* x, int blocks, int64_t length,
+                                            int64_t y_stride, int64_t x_stride) {
     for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
 }
 
@@ -115,9 +119,9 @@ KERNEL BOUNDS(THREADS) void write_rows_bf16(bf16* queue, const bf16* rows, const
     for_own_rows(n, [&](int i) { copy_row(queue + (*at + i) % m * length, rows + i * length, length); });
 }
 
-/// Moves the rows of queue [m, length] back by n and puts rows [n, length] in front; n <= m. In place: a thread moves
-/// row r, r + n, r + 2 n, ... of its columns, the last first, and nobody else touches them; "rows" of the layout above are
-/// the n residues r.
+/// Moves the rows of queue [m, length] back by n and puts rows [n, length] in front; n <= m. In place: a
+/// thread moves row r, r + n, r + 2 n, ... of its columns, the last first, and nobody else touches them;
+/// "rows" of the layout above are the n residues r.
 template <typename T>
 __device__ __forceinline__ void push(T* queue, const T* rows, int n, int m, int64_t length) {
     for_own_rows(n, [&](int r) {

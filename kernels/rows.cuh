@@ -1,5 +1,5 @@
-// Rows of any length, a warp to each: what normalisations and losses over rows share. blockDim.x is a multiple of 32
-// throughout, so that the lanes of a warp always have one row.
+// Rows of any length, a warp to each: what normalisations and losses over rows share. blockDim.x is a
+// multiple of 32 throughout, so that the lanes of a warp always have one row.
 #pragma once
 
 #include "reduce.cuh"
@@ -79,8 +79,8 @@ __device__ __forceinline__ void zip_rows(Out* y, const A* a, const B* b, int d, 
     });
 }
 
-/// The softmax of a row of x / T: p_j = exp((x_j - max) / T) / sum. Nothing of it is saved for the backward pass: read
-/// again, it is exact however large the scores are.
+/// The softmax of a row of x / T: p_j = exp((x_j - max) / T) / sum. Nothing of it is saved for the backward
+/// pass: read again, it is exact however large the scores are.
 struct RowSoftmax {
     float max, inv_t;
     double sum;

@@ -1,8 +1,9 @@
-// Attention over two streams of channels, x [n, pixels, 2c]; see src/ops/selective_kernel. Means, logits and their gradients
-// have the type of x.
+// Attention over two streams of channels, x [n, pixels, 2c]; see src/ops/selective_kernel. Means, logits and
+// their gradients have the type of x.
 //
-// Block (32, 8): threadIdx.x is a vector of 16 bytes of channels, threadIdx.y every eighth pixel. Grid (c / vector / 32 rounded
-// up, n), n < 65536. Sums are f64, over pixels of a thread and then over the eight threads, in order. No dynamic shared memory.
+// Block (32, 8): threadIdx.x is a vector of 16 bytes of channels, threadIdx.y every eighth pixel. Grid (c /
+// vector / 32 rounded up, n), n < 65536. Sums are f64, over pixels of a thread and then over the eight
+// threads, in order. No dynamic shared memory.
 #include "vector.cuh"
 
 constexpr int THREADS = 256, ACROSS = 32, DOWN = 8;
@@ -143,29 +144,38 @@ __device__ __forceinline__ void select_backward(T* dx, T* dlogits, const T* dy, 
     }
 }
 
-KERNEL BOUNDS(THREADS) void stream_mean_f32(float* g, const float* x, int64_t pixels, int c) { mean(g, x, pixels, c); }
-KERNEL BOUNDS(THREADS) void stream_mean_bf16(bf16* g, const bf16* x, int64_t pixels, int c) { mean(g, x, pixels, c); }
+KERNEL BOUNDS(THREADS) void stream_mean_f32(float* g, const float* x, int64_t pixels, int c) {
+    mean(g, x, pixels, c);
+}
+KERNEL BOUNDS(THREADS) void stream_mean_bf16(bf16* g, const bf16* x, int64_t pixels, int c) {
+    mean(g, x, pixels, c);
+}
 
 KERNEL BOUNDS(THREADS) void stream_mean_backward_f32(float* dx, const float* dg, int64_t pixels, int c,
                                                      int accumulate) {
     mean_backward(dx, dg, pixels, c, accumulate);
 }
-KERNEL BOUNDS(THREADS) void stream_mean_backward_bf16(bf16* dx, const bf16* dg, int64_t pixels, int c, int accumulate) {
+KERNEL BOUNDS(THREADS) void stream_mean_backward_bf16(bf16* dx, const bf16* dg, int64_t pixels, int c,
+                                                      int accumulate) {
     mean_backward(dx, dg, pixels, c, accumulate);
 }
 
-KERNEL BOUNDS(THREADS) void stream_select_f32(float* y, const float* x, const float* logits, int64_t pixels, int c) {
+KERNEL BOUNDS(THREADS) void stream_select_f32(float* y, const float* x, const float* logits, int64_t pixels,
+                                              int c) {
     select(y, x, logits, pixels, c);
 }
-KERNEL BOUNDS(THREADS) void stream_select_bf16(bf16* y, const bf16* x, const bf16* logits, int64_t pixels, int c) {
+KERNEL BOUNDS(THREADS) void stream_select_bf16(bf16* y, const bf16* x, const bf16* logits, int64_t pixels,
+                                               int c) {
     select(y, x, logits, pixels, c);
 }
 
-KERNEL BOUNDS(THREADS) void stream_select_backward_f32(float* dx, float* dlogits, const float* dy, const float* x,
-                                                       const float* logits, int64_t pixels, int c, int accumulate) {
+KERNEL BOUNDS(THREADS) void stream_select_backward_f32(float* dx, float* dlogits, const float* dy,
+                                                       const float* x, const float* logits, int64_t pixels,
+                                                       int c, int accumulate) {
     select_backward(dx, dlogits, dy, x, logits, pixels, c, accumulate);
 }
-KERNEL BOUNDS(THREADS) void stream_select_backward_bf16(bf16* dx, bf16* dlogits, const bf16* dy, const bf16* x,
-                                                        const bf16* logits, int64_t pixels, int c, int accumulate) {
+KERNEL BOUNDS(THREADS) void stream_select_backward_bf16(bf16* dx, bf16* dlogits, const bf16* dy,
+                                                        const bf16* x, const bf16* logits, int64_t pixels,
+                                                        int c, int accumulate) {
     select_backward(dx, dlogits, dy, x, logits, pixels, c, accumulate);
 }

@@ -1,8 +1,8 @@
-// Tiles of inner products of rows that live in registers and never reach memory: what the contrastive losses and their
-// gradients are made of. FFMA; a block of 256 threads makes 64 x 64 products, 4 x 4 a thread.
+// Tiles of inner products of rows that live in registers and never reach memory: what the contrastive losses
+// and their gradients are made of. FFMA; a block of 256 threads makes 64 x 64 products, 4 x 4 a thread.
 //
-// Columns are cut into slices of `columns_per_slice`, a multiple of 64, so that small batches fill a GPU; slices are put
-// together in order. How many there are must follow from the shape alone.
+// Columns are cut into slices of `columns_per_slice`, a multiple of 64, so that small batches fill a GPU;
+// slices are put together in order. How many there are must follow from the shape alone.
 #pragma once
 
 #include "reduce.cuh"
@@ -17,10 +17,10 @@ constexpr int TILE_LINE = TILE + 4;
 __device__ __forceinline__ int tile_y() { return threadIdx.x / 16 * 4; }
 __device__ __forceinline__ int tile_x() { return threadIdx.x % 16 * 4; }
 
-/// s[i][j] = <a_(row + y + i), b_(column + x + j)>, a [n, d] and b [m, d], zeros outside. Has barriers before the first
-/// write and after the last, as long as d > 0.
-__device__ __forceinline__ void similarity_tile(float (&s)[4][4], const float* a, int n, int row, const float* b, int m,
-                                                int column, int d) {
+/// s[i][j] = <a_(row + y + i), b_(column + x + j)>, a [n, d] and b [m, d], zeros outside. Has barriers before
+/// the first write and after the last, as long as d > 0.
+__device__ __forceinline__ void similarity_tile(float (&s)[4][4], const float* a, int n, int row,
+                                                const float* b, int m, int column, int d) {
     constexpr int DEPTH = 16;
     __shared__ __align__(16) float as[DEPTH * TILE_LINE], bs[DEPTH * TILE_LINE];
     int y = tile_y(), x = tile_x(), line = threadIdx.x / 4, inner = threadIdx.x % 4 * 4;
@@ -51,7 +51,8 @@ __device__ __forceinline__ void similarity_tile(float (&s)[4][4], const float* a
     }
 }
 
-/// Up to this 1 / T the maximum to remove is taken to be 1 / T; above it exponentials would leave f32's range.
+/// Up to this 1 / T the maximum to remove is taken to be 1 / T; above it exponentials would leave f32's
+/// range.
 constexpr float FIXED_MAXIMUM_UP_TO = 40.0f;
 
 /// A sum of exponentials: exp(max) times sum.
@@ -76,11 +77,12 @@ struct ExpSum {
     }
 };
 
-/// maxima, sums [slices, n]: for each row i of a [n, d] the sum over a slice of the rows of b [m, d] of exp(s_ij inv_t),
-/// without those that `skip(i, j)`. Grid (n / 64 rounded up, slices), block 256.
+/// maxima, sums [slices, n]: for each row i of a [n, d] the sum over a slice of the rows of b [m, d] of
+/// exp(s_ij inv_t), without those that `skip(i, j)`. Grid (n / 64 rounded up, slices), block 256.
 template <typename Skip>
-__device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, const float* a, int n, const float* b,
-                                                 int m, int d, int columns_per_slice, float inv_t, Skip skip) {
+__device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, const float* a, int n,
+                                                 const float* b, int m, int d, int columns_per_slice,
+                                                 float inv_t, Skip skip) {
     int row = blockIdx.x * TILE + tile_y(), begin = blockIdx.y * columns_per_slice;
     int end = begin + columns_per_slice < m ? begin + columns_per_slice : m;
     ExpSum total[4];
@@ -99,7 +101,8 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        // The sixteen threads of a row are neighbours. Both partners of a step put the lower lane first: one result.
+        // The sixteen threads of a row are neighbours. Both partners of a step put the lower lane first: one
+        // result.
 #pragma unroll
         for (int by = 1; by < 16; by *= 2) {
             ExpSum other = {__shfl_xor_sync(0xffffffffu, total[i].max, by),
@@ -114,8 +117,8 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
 }
 
 /// log Σ exp of a row from its slices and from one logit more, -INFINITY for none.
-__device__ __forceinline__ double log_sum_exp(const float* maxima, const float* sums, int64_t row, int64_t n, int slices,
-                                              double logit) {
+__device__ __forceinline__ double log_sum_exp(const float* maxima, const float* sums, int64_t row, int64_t n,
+                                              int slices, double logit) {
     double most = logit, sum = 0.0;
     for (int s = 0; s < slices; s++)
         if (maxima[s * n + row] > most) most = maxima[s * n + row];
@@ -125,11 +128,11 @@ __device__ __forceinline__ double log_sum_exp(const float* maxima, const float* 
     return log(sum) + most;
 }
 
-/// out [slices, n, d] = Σ_j weight(i, j, s_ij) b_j over a slice of the rows of b, the weights made anew from the tiles. Grid
-/// (n / 64, d / 128, slices), all rounded up; block 256.
+/// out [slices, n, d] = Σ_j weight(i, j, s_ij) b_j over a slice of the rows of b, the weights made anew from
+/// the tiles. Grid (n / 64, d / 128, slices), all rounded up; block 256.
 template <typename Weight>
-__device__ __forceinline__ void sum_weighted_rows(float* out, const float* a, int n, const float* b, int m, int d,
-                                                  int columns_per_slice, Weight weight) {
+__device__ __forceinline__ void sum_weighted_rows(float* out, const float* a, int n, const float* b, int m,
+                                                  int d, int columns_per_slice, Weight weight) {
     constexpr int WIDTH = 128, STEP = 16;
     __shared__ __align__(16) float weights[TILE * TILE_LINE], panel[STEP * WIDTH];
     int row = blockIdx.x * TILE, first = blockIdx.y * WIDTH, begin = blockIdx.z * columns_per_slice;
@@ -161,7 +164,8 @@ __device__ __forceinline__ void sum_weighted_rows(float* out, const float* a, in
 #pragma unroll
             for (int k = 0; k < STEP; k++) {
                 Vector<float> w = load_vector(weights + (step + k) * TILE_LINE + y);
-                Vector<float> u = load_vector(panel + k * WIDTH + x), v = load_vector(panel + k * WIDTH + 64 + x);
+                Vector<float> u = load_vector(panel + k * WIDTH + x),
+                              v = load_vector(panel + k * WIDTH + 64 + x);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll

@@ -1,17 +1,18 @@
-// Sinkhorn-Knopp over scores [b, k]; see src/ops/sinkhorn. Q_ij = v_i E_ij u_j with E [b, k] in f32 and the factors u [k]
-// of prototypes and v [b] of rows in f64: an iteration reads E twice and writes nothing of its size.
+// Sinkhorn-Knopp over scores [b, k]; see src/ops/sinkhorn. Q_ij = v_i E_ij u_j with E [b, k] in f32 and the
+// factors u [k] of prototypes and v [b] of rows in f64: an iteration reads E twice and writes nothing of its
+// size.
 //
 // Launches, in order; a `Group` of several processes reduces where it says so:
-//   sinkhorn_max_*        grid G <= 1024 blocks of 256 over n = b k: maxima [G]
-//   sinkhorn_max_f32      one block of 256 over n = G: max [1]           then the group's maximum of max
-//   sinkhorn_exp_*        any grid of 256: E
-//   and `iterations` times
-//     sinkhorn_columns    grid (k / 256 rounded up, chunks of rows_per_chunk rows), block 256: partial [chunks, k]; v is null
-//                         in the first iteration
-//     sinkhorn_share      (k / 256 rounded up) blocks of 256: u. A group calls it with parts = 0 for plain sums, adds those up,
-//                         and calls it again with chunks = 1 and partial the sums
-//     sinkhorn_rows       a warp a row, (b / 8 rounded up) blocks of 256: v
-//   sinkhorn_assign       as sinkhorn_rows: q [b, k], which may be E
+//   sinkhorn_max_*      grid G <= 1024 blocks of 256 over n = b k: maxima [G]
+//   sinkhorn_max_f32    one block of 256 over n = G: max [1]; then the group's maximum of it
+//   sinkhorn_exp_*      any grid of 256: E
+//   `iterations` times
+//     sinkhorn_columns  grid (k / 256 rounded up, chunks of rows_per_chunk rows), block 256: partial
+//                       [chunks, k]; v is null in the first iteration
+//     sinkhorn_share    (k / 256 rounded up) blocks of 256: u; a group calls it with parts = 0 for plain
+//                       sums, adds those up, and calls it again with chunks = 1 and the sums as partial
+//     sinkhorn_rows     a warp a row, (b / 8 rounded up) blocks of 256: v
+//   sinkhorn_assign     as sinkhorn_rows: q [b, k], which may be E
 // `all_rows` counts those of all processes. No dynamic shared memory.
 #include "rows.cuh"
 
@@ -45,7 +46,8 @@ KERNEL BOUNDS(THREADS) void sinkhorn_max_bf16(float* maxima, const bf16* scores,
 
 /// E = exp((scores - *max) / epsilon), n = b k.
 template <typename T>
-__device__ __forceinline__ void exponentials(float* e, const T* scores, const float* max, int64_t n, float inv_epsilon) {
+__device__ __forceinline__ void exponentials(float* e, const T* scores, const float* max, int64_t n,
+                                             float inv_epsilon) {
     float most = *max;
     for (int64_t i = grid_rank() * 8; i < n; i += grid_threads() * 8) {
         int count = n - i < 8 ? static_cast<int>(n - i) : 8;
@@ -75,10 +77,13 @@ KERNEL BOUNDS(THREADS) void sinkhorn_columns(double* partial, const float* e, co
 }
 
 /// 1 / (parts sum); nothing where there is nothing to share out.
-__device__ __forceinline__ double share(double sum, double parts) { return sum > 0.0 ? 1.0 / (parts * sum) : 0.0; }
+__device__ __forceinline__ double share(double sum, double parts) {
+    return sum > 0.0 ? 1.0 / (parts * sum) : 0.0;
+}
 
 /// u_j = share(Σ partial, parts), chunks in order; the sum itself where parts is 0.
-KERNEL BOUNDS(THREADS) void sinkhorn_share(double* u, const double* partial, int chunks, int k, double parts) {
+KERNEL BOUNDS(THREADS) void sinkhorn_share(double* u, const double* partial, int chunks, int k,
+                                           double parts) {
     int j = blockIdx.x * THREADS + threadIdx.x;
     if (j >= k) return;
     double sum = 0.0;
@@ -95,7 +100,8 @@ KERNEL void sinkhorn_rows(double* v, const float* e, const double* u, int b, int
     });
 }
 
-KERNEL void sinkhorn_assign(float* q, const float* e, const double* u, const double* v, int b, int k, double all_rows) {
+KERNEL void sinkhorn_assign(float* q, const float* e, const double* u, const double* v, int b, int k,
+                            double all_rows) {
     for_rows(b, [&](int64_t row) {
         double factor = v[row] * all_rows;
         for (int j = threadIdx.x % 32; j < k; j += 32)

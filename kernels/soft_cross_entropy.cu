@@ -1,11 +1,12 @@
-// Cross-entropy of scores x [n, k] at temperature T against soft targets q [n, k], f32; see src/ops/soft_cross_entropy. `inv_t`
-// is 1 / T. Forward: soft_cross_entropy, then row_losses_mean. A warp has a row: (n / 8 rounded up) blocks of 256. No dynamic
-// shared memory.
+// Cross-entropy of scores x [n, k] at temperature T against soft targets q [n, k], f32; see
+// src/ops/soft_cross_entropy. `inv_t` is 1 / T. Forward: soft_cross_entropy, then row_losses_mean. A warp has
+// a row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
 #include "rows.cuh"
 
 /// row_losses [n].
 template <typename T>
-__device__ __forceinline__ void forward(float* row_losses, const T* x, const float* q, int64_t n, int k, double inv_t) {
+__device__ __forceinline__ void forward(float* row_losses, const T* x, const float* q, int64_t n, int k,
+                                        double inv_t) {
     for_rows(n, [&](int64_t row) {
         RowSoftmax p(x + row * k, k, static_cast<float>(inv_t));
         double log_of_sum = log(p.sum), loss = 0.0;
@@ -13,14 +14,16 @@ __device__ __forceinline__ void forward(float* row_losses, const T* x, const flo
             Piece score = load_piece(x + row * k + j, count), target = load_piece(q + row * k + j, count);
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                if (i < count) loss += target.v[i] * (log_of_sum - (static_cast<double>(score.v[i]) - p.max) * inv_t);
+                if (i < count)
+                    loss += target.v[i] * (log_of_sum - (static_cast<double>(score.v[i]) - p.max) * inv_t);
         });
         loss = warp_sum(loss);
         if (is_first_lane()) row_losses[row] = static_cast<float>(loss);
     });
 }
 
-/// dx = (Σ_j q_j softmax(x / T) - q) *dy / (n T), added to dx if `accumulate`; `dy` points to the gradient of the loss.
+/// dx = (Σ_j q_j softmax(x / T) - q) *dy / (n T), added to dx if `accumulate`; `dy` points to the gradient of
+/// the loss.
 template <typename T>
 __device__ __forceinline__ void backward(T* dx, const T* x, const float* q, const float* dy, int64_t n, int k,
                                          double inv_t, bool accumulate) {
@@ -50,21 +53,27 @@ __device__ __forceinline__ void softmax(float* y, const T* x, int64_t n, int k, 
     });
 }
 
-KERNEL void soft_cross_entropy_f32(float* row_losses, const float* x, const float* q, int64_t n, int k, double inv_t) {
+KERNEL void soft_cross_entropy_f32(float* row_losses, const float* x, const float* q, int64_t n, int k,
+                                   double inv_t) {
     forward(row_losses, x, q, n, k, inv_t);
 }
-KERNEL void soft_cross_entropy_bf16(float* row_losses, const bf16* x, const float* q, int64_t n, int k, double inv_t) {
+KERNEL void soft_cross_entropy_bf16(float* row_losses, const bf16* x, const float* q, int64_t n, int k,
+                                    double inv_t) {
     forward(row_losses, x, q, n, k, inv_t);
 }
 
-KERNEL void soft_cross_entropy_backward_f32(float* dx, const float* x, const float* q, const float* dy, int64_t n,
-                                            int k, double inv_t, int accumulate) {
+KERNEL void soft_cross_entropy_backward_f32(float* dx, const float* x, const float* q, const float* dy,
+                                            int64_t n, int k, double inv_t, int accumulate) {
     backward(dx, x, q, dy, n, k, inv_t, accumulate);
 }
-KERNEL void soft_cross_entropy_backward_bf16(bf16* dx, const bf16* x, const float* q, const float* dy, int64_t n, int k,
-                                             double inv_t, int accumulate) {
+KERNEL void soft_cross_entropy_backward_bf16(bf16* dx, const bf16* x, const float* q, const float* dy,
+                                             int64_t n, int k, double inv_t, int accumulate) {
     backward(dx, x, q, dy, n, k, inv_t, accumulate);
 }
 
-KERNEL void softmax_f32(float* y, const float* x, int64_t n, int k, double inv_t) { softmax(y, x, n, k, inv_t); }
-KERNEL void softmax_bf16(float* y, const bf16* x, int64_t n, int k, double inv_t) { softmax(y, x, n, k, inv_t); }
+KERNEL void softmax_f32(float* y, const float* x, int64_t n, int k, double inv_t) {
+    softmax(y, x, n, k, inv_t);
+}
+KERNEL void softmax_bf16(float* y, const bf16* x, int64_t n, int k, double inv_t) {
+    softmax(y, x, n, k, inv_t);
+}

@@ -121,6 +121,7 @@ fn neighbours(stage: &Stage, [n, m, d, k]: [usize; 4], chunk: usize, flat: bool)
     let (values, indices) = (stage.room::<f32>(n * k), stage.room::<i32>(n * k));
     let mut similar = vec![0.0_f32; n * m];
     for first in (0..m).step_by(chunk) {
+        stage.seed(first as u64 + 1); // candidates wait in an order left to chance
         let columns = chunk.min(m - first);
         let s = stage.room::<f32>(n * columns);
         let mut arguments: Vec<Value> = vec![(&s).into(), (&queries_).into(), (&bank_).into()];
