@@ -31,6 +31,7 @@ const PLAIN: &[&str] = &["-O3"];
 /// addressable.
 const CHECKED: &[&str] = &[
     "-O1",
+    "-g1", // reports name lines
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-vectorize",

@@ -1,5 +1,6 @@
-// One kernel per function of ptx.cuh and per warp and block primitive, each a warp or two moving known bits: the first thing
-// to run on a new device, and what holds the stand-in driver to the device's meaning. Lane i's registers are r[COUNT i ..].
+// One kernel per function of ptx.cuh and per warp and block primitive, each a warp or two moving known bits:
+// the first thing to run on a new device, and what holds the stand-in driver to the device's meaning. Lane
+// i's registers are r[COUNT i ..].
 #include "collectives.cuh"
 #include "ptx.cuh"
 
@@ -19,8 +20,8 @@ KERNEL void conform_mma_tf32(float* d, const unsigned* a, const unsigned* b) {
     for (int e = 0; e < 4; e++) d[4 * i + e] = sums[e];
 }
 
-/// r [32, 4, 4]: registers of x4, x4_trans, x2 and x2_trans over the matrices m [4, 8, 8] of 2-byte elements; those that
-/// x2 has not are zero.
+/// r [32, 4, 4]: registers of x4, x4_trans, x2 and x2_trans over the matrices m [4, 8, 8] of 2-byte elements;
+/// those that x2 has not are zero.
 KERNEL void conform_ldmatrix(unsigned* r, const unsigned* m) {
     __shared__ __align__(16) unsigned rows[4 * 8 * 4];
     int i = threadIdx.x;
@@ -39,8 +40,8 @@ KERNEL void conform_ldmatrix(unsigned* r, const unsigned* m) {
         for (int e = 0; e < 4; e++) r[(i * 4 + k) * 4 + e] = got[k][e];
 }
 
-/// y [2, 32, 4]: two groups of copies of x [2, 32, 4], odd lanes' not valid; each lane reads its neighbour's, the first
-/// group while the second is under way.
+/// y [2, 32, 4]: two groups of copies of x [2, 32, 4], odd lanes' not valid; each lane reads its neighbour's,
+/// the first group while the second is under way.
 KERNEL void conform_cp_async(unsigned* y, const unsigned* x) {
     __shared__ __align__(16) unsigned landed[2 * 32 * 4];
     int i = threadIdx.x;
@@ -57,8 +58,8 @@ KERNEL void conform_cp_async(unsigned* y, const unsigned* x) {
     for (int k = 0; k < 4; k++) y[128 + 4 * i + k] = landed[128 + 4 * (i ^ 1) + k];
 }
 
-/// y [8, 32]: xor by 5, down by 3, up by 3, broadcast of lane 7, xor by 1 in groups of 8, down by 3 in groups of 8, the
-/// ballot of odd values, and whether any and all are odd.
+/// y [8, 32]: xor by 5, down by 3, up by 3, broadcast of lane 7, xor by 1 in groups of 8, down by 3 in groups
+/// of 8, the ballot of odd values, and whether any and all are odd.
 KERNEL void conform_warp(unsigned* y, const unsigned* x) {
     constexpr unsigned ALL = 0xffffffffu;
     int i = threadIdx.x;
@@ -82,7 +83,8 @@ KERNEL void conform_half_warp(unsigned* y, const unsigned* x) {
     y[i] = v;
 }
 
-/// sums [4] over the grid: atomicAdd of int, of u64 (low half), atomicMax and atomicMin; counts [blocks] of odd values.
+/// sums [4] over the grid: atomicAdd of int, of u64 (low half), atomicMax and atomicMin; counts [blocks] of
+/// odd values.
 KERNEL void conform_block(int* counts, uint64_t* sums, unsigned* extremes, const unsigned* x) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     unsigned v = x[i];

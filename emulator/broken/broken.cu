@@ -1,5 +1,6 @@
-// Kernels broken on purpose. The driver's tests run each and expect it to be caught and named; the sound forms beside some
-// show that the fault is the missing line and nothing else. Blocks have 64 threads unless said otherwise.
+// Kernels broken on purpose. The driver's tests run each and expect it to be caught and named; the sound
+// forms beside some show that the fault is the missing line and nothing else. Blocks have 64 threads unless
+// said otherwise.
 #include "collectives.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
@@ -77,7 +78,8 @@ KERNEL void broken_shared_too_far(float* y) {
 /// Both warps write the same elements.
 KERNEL void broken_two_warps(float* y) { y[threadIdx.x % 32] = static_cast<float>(threadIdx.x / 32); }
 
-/// Both blocks write the same elements; and the same with a barrier between, which only a cooperative launch has.
+/// Both blocks write the same elements; and the same with a barrier between, which only a cooperative launch
+/// has.
 template <bool SOUND>
 __device__ void blocks(float* y) {
     if (blockIdx.x == 0) y[threadIdx.x] = 0.0f;

@@ -1,5 +1,6 @@
-// The scheduler. A fiber runs threads one after another until one parks; that one keeps the stack, and another fiber goes
-// on with the rest. Threads that never park thus cost no switch. Who continues is drawn at random from the seed.
+// The scheduler. A fiber runs threads one after another until one parks; that one keeps the stack, and
+// another fiber goes on with the rest. Threads that never park thus cost no switch. Who continues is drawn at
+// random from the seed.
 #include "engine.h"
 
 #include <pthread.h>
@@ -22,7 +23,8 @@ static Index unrank(unsigned rank, const Index& size) {
 std::string name_of(const Thread& t) {
     char text[256];
     std::snprintf(text, sizeof text, "kernel `%s`, block (%u, %u, %u), thread (%u, %u, %u)",
-                  engine.launch->entry->name, t.block.x, t.block.y, t.block.z, t.thread.x, t.thread.y, t.thread.z);
+                  engine.launch->entry->name, t.block.x, t.block.y, t.block.z, t.thread.x, t.thread.y,
+                  t.thread.z);
     return text;
 }
 
@@ -33,13 +35,14 @@ static void leave() {
     __builtin_unreachable();
 }
 
-void fail(const char* what) {
+void fail(const std::string& what) {
     engine.error = name_of(*engine.current) + ": " + what;
     leave();
     __builtin_unreachable();
 }
 
-/// A plain kernel that touches what is not mapped, or a vector that is not aligned, ends as an error, not as a crash.
+/// A plain kernel that touches what is not mapped, or a vector that is not aligned, ends as an error, not as
+/// a crash.
 static pthread_t host_thread;
 static struct sigaction before_fault;
 
@@ -47,17 +50,20 @@ static void on_fault(int signal, siginfo_t* info, void*) {
     if (engine.current && pthread_equal(host_thread, pthread_self())) {
         char text[120];
         // A misaligned vector access has no address to show.
-        std::snprintf(text, sizeof text, "touches what is no memory of the device, or is misaligned (address %p)", info->si_addr);
+        std::snprintf(text, sizeof text,
+                      "touches what is no memory of the device, or is misaligned (address %p)",
+                      info->si_addr);
         fail(text);
     }
-    sigaction(signal, &before_fault, nullptr);  // not a kernel's: the access is made again, for the handler before
+    sigaction(signal, &before_fault,
+              nullptr);  // not a kernel's: the access is made again, for the handler before
 }
 
 /// Catches faults while it lives.
 struct Faults {
     Faults() {
         host_thread = pthread_self();
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_NODEFER;  // `fail` does not return from the handler
         sigaction(SIGSEGV, &action, &before_fault);
@@ -93,16 +99,18 @@ static void deadlock() {
             if (!t.done) {
                 engine.current = &t;
                 if (b->at_barrier)
-                    fail(("deadlock: some threads wait at the barrier in line " + std::to_string(b->barrier_line) +
-                          ", others will never come: divergent barrier").c_str());
-                if (engine.at_grid_barrier) fail("deadlock: some threads wait at a grid-wide barrier that others never reach");
-                fail(("deadlock: lanes wait in the warp collective in line " + std::to_string(t.line) +
-                      " for lanes that never come").c_str());
+                    fail("deadlock: some threads wait at the barrier in line " +
+                         std::to_string(b->barrier_line) + ", others will never come: divergent barrier");
+                if (engine.at_grid_barrier)
+                    fail("deadlock: some threads wait at a grid-wide barrier that others never reach");
+                fail("deadlock: lanes wait in the warp collective in line " + std::to_string(t.line) +
+                     " for lanes that never come");
             }
     leave();
 }
 
-/// Continues some thread that can run, or the caller if all are done. `from` is where the running context is saved.
+/// Continues some thread that can run, or the caller if all are done. `from` is where the running context is
+/// saved.
 static void run_another(void** from) {
     Block* b = engine.resident;
     if (!has_work(*b)) {
@@ -147,8 +155,8 @@ static void thread_ends(Thread& t) {
     engine.live--;
     if (!t.copies.empty()) fail("ends with asynchronous copies that nobody waited for");
     if (b.at_barrier)
-        fail(("returns while other threads wait at the barrier in line " + std::to_string(b.barrier_line) +
-              ": divergent barrier").c_str());
+        fail("returns while other threads wait at the barrier in line " + std::to_string(b.barrier_line) +
+             ": divergent barrier");
 }
 
 /// What a fiber does: threads of the resident block until none is left to start.
@@ -161,7 +169,8 @@ static void run_threads() {
         engine.launch->entry->call(engine.launch->arguments);
         thread_ends(t);
         b = engine.resident;
-        // Threads that others wait for come first now and then, or a barrier would always find them in starting order.
+        // Threads that others wait for come first now and then, or a barrier would always find them in
+        // starting order.
         if (!b->ready.empty() && (engine.next_random() & 3) == 0) break;
     }
     void* end;
@@ -174,11 +183,11 @@ static unsigned barrier(int line, unsigned vote) {
     Thread& t = *engine.current;
     Block& b = *t.of;
     if (b.at_barrier && b.barrier_line != line)
-        fail(("is at the barrier in line " + std::to_string(line) + " while others wait in line " +
-              std::to_string(b.barrier_line) + ": divergent barrier").c_str());
+        fail("is at the barrier in line " + std::to_string(line) + " while others wait in line " +
+             std::to_string(b.barrier_line) + ": divergent barrier");
     if (b.live != b.threads.size())
-        fail(("is at the barrier in line " + std::to_string(line) +
-              " that other threads of the block have returned without: divergent barrier").c_str());
+        fail("is at the barrier in line " + std::to_string(line) +
+             " that other threads of the block have returned without: divergent barrier");
     b.barrier_line = line;
     b.vote += vote;
     if (++b.at_barrier < b.live) {
@@ -218,8 +227,8 @@ static void collective(unsigned mask, int line, Complete complete, void* argumen
         if (!(mask >> lane & 1)) continue;
         const Thread& other = *w.lanes[lane];
         if (other.mask != mask || other.complete != complete || other.line != line)
-            fail(("is in the warp collective in line " + std::to_string(line) + " while lane " +
-                  std::to_string(lane) + " is in another, in line " + std::to_string(other.line)).c_str());
+            fail("is in the warp collective in line " + std::to_string(line) + " while lane " +
+                 std::to_string(lane) + " is in another, in line " + std::to_string(other.line));
         arguments[lane] = other.argument;
     }
     w.waiting &= ~mask;
@@ -233,9 +242,9 @@ static void copy_issue(void* shared, const void* source) {
     Thread& t = *engine.current;
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
-        shadow_access(shared, 16, WRITE, 16);
+        shadow_access(shared, 16, WRITE, 16, nullptr);
         shadow_unwritten(shared, 16);
-        if (source) shadow_access(source, 16, READ, 16);
+        if (source) shadow_access(source, 16, READ, 16, nullptr);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
         fail("cp_async_16 from or to an address that is no multiple of 16");
     }
@@ -251,15 +260,17 @@ static void copy_wait(unsigned groups_left) {
     for (; landed < t.copies.size(); landed++) {
         const Copy& c = t.copies[landed];
         if (c.group + groups_left >= t.group) break;
-        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16);
+        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16, nullptr);
         if (c.source) std::memcpy(c.shared, c.source, 16);
         else std::memset(c.shared, 0, 16);
     }
     t.copies.erase(t.copies.begin(), t.copies.begin() + static_cast<ptrdiff_t>(landed));
 }
 
+static void fail_with(const char* what) { fail(what); }
+
 static const Runtime RUNTIME = {barrier,     grid_barrier, collective, copy_issue,
-                                copy_commit, copy_wait,    fail,       shadow_access};
+                                copy_commit, copy_wait,    fail_with,  shadow_access};
 
 static bool same(const Index& a, const Index& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 
@@ -282,11 +293,13 @@ static void set_up(Block& b, unsigned rank, const Launch& l) {
     b.started = b.at_barrier = b.vote = 0;
     b.live = n;
     b.barrier_line = 0;
-    b.since = b.ordered = ++engine.time;
+    b.ordered = ++engine.time;
     b.dynamic.resize(l.shared + 512);
-    auto dynamic = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 255) & ~uintptr_t{255});
+    auto dynamic =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 255) & ~uintptr_t{255});
     std::memset(b.dynamic.data(), 0xff, b.dynamic.size());
-    // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as unforeseeable.
+    // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as
+    // unforeseeable.
     unsigned turn = static_cast<unsigned>(engine.next_random());
     unsigned whole = n / 32 * 32, first = whole ? turn / 32 % (whole / 32) : 0;
     for (unsigned i = 0; i < n; i++) {
@@ -297,9 +310,10 @@ static void set_up(Block& b, unsigned rank, const Launch& l) {
         t.done = false, t.line = 0, t.group = 0;
         t.copies.clear();
         t.warp->lanes[t.lane] = &t;
-        b.order[i] = i < whole ? (i / 32 + first < whole / 32 ? i + first * 32 : i + first * 32 - whole) ^ turn % 32 : i;
+        unsigned other = i + first * 32 < whole ? i + first * 32 : i + first * 32 - whole;
+        b.order[i] = i < whole ? other ^ turn % 32 : i;
     }
-    for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.since, w.lanes_present = ~0u;
+    for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.ordered, w.lanes_present = ~0u;
     if (n % 32) b.warps.back().lanes_present = (1u << n % 32) - 1;
     if (l.checked) shadow_block_start(b);
 }

@@ -1,5 +1,6 @@
-// What the functions of kernels/ptx.cuh mean, from the fragment layouts of the PTX ISA (9.7.14: matrix multiply-accumulate,
-// ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` lane % 4, as that text calls them.
+// What the functions of kernels/ptx.cuh mean, from the fragment layouts of the PTX ISA (9.7.14: matrix
+// multiply-accumulate, ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` lane % 4,
+// as that text calls them.
 #pragma once
 
 #include "cuda_on_host.h"
@@ -36,7 +37,8 @@ STANDIN_PLUMBING inline void complete_mma_bf16(void* const* lanes, unsigned mask
         auto* m = static_cast<const Mma*>(lanes[lane]);
         int group = lane / 4, in_group = lane % 4;
         for (int i = 0; i < 4; i++) {
-            // a0: row group, a1: row group + 8, both in columns 2 in_group; a2, a3: the same, eight columns on.
+            // a0: row group, a1: row group + 8, both in columns 2 in_group; a2, a3: the same, eight columns
+            // on.
             int row = group + i % 2 * 8, column = in_group * 2 + i / 2 * 8;
             a[row][column] = low_bf16(m->a[i]);
             a[row][column + 1] = high_bf16(m->a[i]);
@@ -64,7 +66,8 @@ STANDIN_PLUMBING inline void complete_mma_tf32(void* const* lanes, unsigned mask
     multiply(lanes, a, b);
 }
 
-/// Eight rows of 16 bytes each are an 8 x 8 matrix of 2-byte elements; lane i gives the address of row i % 8 of matrix i / 8.
+/// Eight rows of 16 bytes each are an 8 x 8 matrix of 2-byte elements; lane i gives the address of row i % 8
+/// of matrix i / 8.
 struct LoadMatrix {
     unsigned* r;
     const void* row;
@@ -88,25 +91,29 @@ STANDIN_PLUMBING inline void complete_ldmatrix(void* const* lanes, unsigned mask
 template <int COUNT, bool TRANSPOSED>
 STANDIN_PLUMBING inline void ldmatrix(unsigned* r, const void* row, int line) {
     bool used = lane() < COUNT * 8;
-    if (used && reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is no multiple of 16");
+    if (used && reinterpret_cast<uintptr_t>(row) % 16)
+        fail("ldmatrix from an address that is no multiple of 16");
 #if STANDIN_CHECKED
-    if (used) runtime->access(row, 16, READ, 16);
+    if (used) runtime->access(row, 16, READ, 16, __builtin_return_address(0));
 #endif
     LoadMatrix argument{r, row};
     collective(~0u, line, complete_ldmatrix<COUNT, TRANSPOSED>, &argument, false);
 }
 
-STANDIN_PLUMBING inline void mma(Complete complete, float* d, const unsigned* a, const unsigned* b, int line) {
+STANDIN_PLUMBING inline void mma(Complete complete, float* d, const unsigned* a, const unsigned* b,
+                                 int line) {
     Mma argument{d, a, b};
     collective(~0u, line, complete, &argument, false);
 }
 
 }  // namespace standin
 
-inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                     int line = __builtin_LINE()) {
     standin::mma(standin::complete_mma_bf16, d, a, b, line);
 }
-inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                     int line = __builtin_LINE()) {
     standin::mma(standin::complete_mma_tf32, d, a, b, line);
 }
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row, int line = __builtin_LINE()) {

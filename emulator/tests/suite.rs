@@ -5,6 +5,10 @@ mod numbers;
 #[path = "suite/stage.rs"]
 mod stage;
 
+#[path = "suite/arenas.rs"]
+mod arenas;
+#[path = "suite/assignments.rs"]
+mod assignments;
 #[path = "suite/breakages.rs"]
 mod breakages;
 #[path = "suite/conformance.rs"]
@@ -13,8 +17,14 @@ mod conformance;
 mod conv2d;
 #[path = "suite/kernels.rs"]
 mod kernels;
+#[path = "suite/losses.rs"]
+mod losses;
+#[path = "suite/moves.rs"]
+mod moves;
 #[path = "suite/pool.rs"]
 mod pool;
+#[path = "suite/selective.rs"]
+mod selective;
 #[path = "suite/speed.rs"]
 mod speed;
 #[path = "suite/streams.rs"]

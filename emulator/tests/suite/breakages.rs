@@ -161,7 +161,13 @@ fn planted_breakages_are_caught() {
             "broken_two_warps",
             64,
             false,
-            &["`broken_two_warps`", "writes 4 bytes", "race", "of block (0, 0, 0) writes"],
+            &[
+                "`broken_two_warps`",
+                "writes 4 bytes",
+                "race",
+                "of block (0, 0, 0) writes",
+                "(broken.cu:",
+            ],
         ),
         (
             "broken_two_blocks",

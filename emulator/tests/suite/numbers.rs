@@ -82,3 +82,8 @@ pub fn close<T: Float>(what: &str, got: &[T], want: &[f64], tolerance: f64) {
         error.sqrt()
     );
 }
+
+/// Numbers in 0..k, the same each time.
+pub fn labels(n: usize, k: usize) -> Vec<i32> {
+    bits(n, 99).iter().map(|b| (*b as usize % k) as i32).collect()
+}

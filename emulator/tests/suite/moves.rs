@@ -1,0 +1,137 @@
+//! Moved rows: exact, whatever their length and alignment.
+
+use half::bf16;
+
+use crate::numbers::{Float, bits, close, noise};
+use crate::stage::{Stage, Value};
+
+fn int(x: usize) -> Value {
+    Value::from(x as i32)
+}
+
+fn long(x: usize) -> Value {
+    Value::from(x as i64)
+}
+
+/// The layout that rows.cu describes.
+fn launch(stage: &Stage, name: &str, rows: usize, arguments: &[Value]) {
+    stage.launch(name, [rows.div_ceil(8).max(2) as u32 - 1, 1, 1], [4, 8, 1], 0, arguments);
+}
+
+const LENGTHS: [usize; 6] = [1, 3, 7, 8, 40, 131];
+
+fn bit_equal<T: Float>(what: &str, got: &[T], want: &[T]) {
+    let (got, want): (Vec<f64>, Vec<f64>) =
+        (got.iter().map(|v| v.to_f64()).collect(), want.iter().map(|v| v.to_f64()).collect());
+    assert_eq!(got, want, "{what}");
+}
+
+fn moves<T: Float>(stage: &Stage, length: usize) {
+    let name = |op: &str| format!("{op}_{}", T::NAME);
+    let what = |op: &str| format!("{} of {length}", name(op));
+    let (n, m) = (37, 11);
+    let x: Vec<T> = noise(m * length, 1);
+    let x_ = stage.upload(&x);
+    let row = |x: &[T], i: usize| x[i * length..][..length].to_vec();
+    let index: Vec<i32> = bits(n, 2).iter().map(|b| (b % 9) as i32).collect(); // some never
+    let index_ = stage.upload(&index);
+
+    let y_ = stage.room::<T>(n * length);
+    let mut arguments: Vec<Value> = vec![(&y_).into(), (&x_).into(), (&index_).into()];
+    arguments.extend([int(n), int(m), long(length)]);
+    launch(stage, &name("gather_rows"), n, &arguments);
+    let want: Vec<T> = index.iter().flat_map(|&i| row(&x, i as usize)).collect();
+    bit_equal(&what("gather_rows"), &y_.read(stage), &want);
+
+    let dy: Vec<T> = noise(n * length, 3);
+    let (dy_, dx_) = (stage.upload(&dy), stage.upload(&x));
+    let mut arguments: Vec<Value> = vec![(&dx_).into(), (&dy_).into(), (&index_).into()];
+    arguments.extend([int(n), int(m), long(length), 1.into()]);
+    stage.launch(&name("scatter_rows"), [3, 1, 1], [32, 1, 1], 0, &arguments);
+    let mut want: Vec<f64> = x.iter().map(|v| v.to_f64()).collect();
+    for (e, v) in dy.iter().enumerate() {
+        want[index[e / length] as usize * length + e % length] += v.to_f64();
+    }
+    close(&what("scatter_rows"), &dx_.read(stage), &want, T::TOLERANCE);
+
+    // Three micro-batches of two views, in and out.
+    let (views, count, part) = (2, 3, 5 * length);
+    let all_ = stage.room::<T>(views * count * part);
+    let parts: Vec<Vec<T>> = (0..count).map(|i| noise(views * part, 4 + i as u64)).collect();
+    for (i, rows) in parts.iter().enumerate() {
+        let rows_ = stage.upload(rows);
+        let to = all_.at + (i * part * size_of::<T>()) as u64;
+        let mut arguments: Vec<Value> = vec![to.into(), (&rows_).into()];
+        arguments.extend([int(views), long(part), long(count * part), long(part)]);
+        launch(stage, &name("copy_blocks"), views, &arguments);
+        stage.wait().expect("no violation");
+    }
+    let all = all_.read(stage);
+    let blocks = (0..views).flat_map(|v| parts.iter().map(move |p| &p[v * part..][..part]));
+    bit_equal(&what("copy_blocks"), &all, &blocks.flatten().copied().collect::<Vec<T>>());
+
+    // A queue whose place is on the device, over its end.
+    let rows: Vec<T> = noise(4 * length, 8);
+    let (queue_, rows_, at_) = (stage.upload(&x), stage.upload(&rows), stage.upload(&[9_i32]));
+    let mut arguments: Vec<Value> = vec![(&queue_).into(), (&rows_).into(), (&at_).into()];
+    arguments.extend([int(4), int(m), long(length)]);
+    launch(stage, &name("write_rows"), 4, &arguments);
+    let mut want = x.clone();
+    for i in 0..4 {
+        want[(9 + i) % m * length..][..length].copy_from_slice(&rows[i * length..][..length]);
+    }
+    bit_equal(&what("write_rows"), &queue_.read(stage), &want);
+
+    for n in [1, 4, m] {
+        let rows: Vec<T> = noise(n * length, 9);
+        let (queue_, rows_) = (stage.upload(&x), stage.upload(&rows));
+        let arguments = [(&queue_).into(), (&rows_).into(), int(n), int(m), long(length)];
+        launch(stage, &name("push_rows"), n, &arguments);
+        let want: Vec<T> = rows.iter().chain(&x).copied().take(m * length).collect();
+        bit_equal(&what("push_rows"), &queue_.read(stage), &want);
+    }
+}
+
+#[test]
+fn rows_move_bit_by_bit() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for length in LENGTHS {
+            moves::<f32>(&stage, length);
+            moves::<bf16>(&stage, length);
+        }
+    }
+}
+
+#[test]
+fn integers_move_too() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        let x: Vec<i32> = (0..33).collect();
+        let (x_, index, y) =
+            (stage.upload(&x), stage.upload(&[2, 0, 10, 11, -1]), stage.room::<i32>(15));
+        let mut arguments: Vec<Value> = vec![(&y).into(), (&x_).into(), (&index).into()];
+        arguments.extend([int(5), int(11), long(3)]);
+        launch(&stage, "gather_rows_i32", 5, &arguments);
+        assert_eq!(y.read(&stage), [6, 7, 8, 0, 1, 2, 30, 31, 32, -1, -1, -1, -1, -1, -1]);
+        let y = stage.room::<i32>(6);
+        let mut arguments: Vec<Value> = vec![(&y).into(), (&x_).into()];
+        arguments.extend([int(2), long(3), long(3), long(15)]);
+        launch(&stage, "copy_blocks_i32", 2, &arguments);
+        assert_eq!(y.read(&stage), [0, 1, 2, 15, 16, 17]);
+    }
+}
+
+#[test]
+fn a_row_out_of_range_is_nan() {
+    let stage = Stage::take(true);
+    let (x, index) = (stage.upload(&noise::<bf16>(6, 1)), stage.upload(&[1, 2]));
+    let y = stage.room::<bf16>(6);
+    let mut arguments: Vec<Value> = vec![(&y).into(), (&x).into(), (&index).into()];
+    arguments.extend([int(2), int(2), long(3)]);
+    launch(&stage, "gather_rows_bf16", 2, &arguments);
+    assert_eq!(
+        y.read(&stage).iter().map(|v| v.is_nan()).collect::<Vec<_>>(),
+        [false, false, false, true, true, true]
+    );
+}
