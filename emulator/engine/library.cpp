@@ -1,0 +1,64 @@
+// Loads kernel libraries, which travel inside the driver: each is the shared object of one `.cu` file.
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "engine.h"
+
+namespace standin {
+
+/// Fills in where `library` lies, when `info` is the object that holds it.
+static int locate(dl_phdr_info* info, size_t, void* loaded_) {
+    auto* loaded = static_cast<Loaded*>(loaded_);
+    auto at = reinterpret_cast<const char*>(loaded->library);
+    const char *low = nullptr, *high = nullptr;
+    size_t tls_size = 0;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const auto& h = info->dlpi_phdr[i];
+        auto from = reinterpret_cast<const char*>(info->dlpi_addr + h.p_vaddr);
+        if (h.p_type == PT_LOAD) {
+            if (!low || from < low) low = from;
+            if (from + h.p_memsz > high) high = from + h.p_memsz;
+        }
+        if (h.p_type == PT_TLS) tls_size = h.p_memsz;
+    }
+    if (at < low || at >= high) return 0;
+    loaded->image = low, loaded->image_end = high;
+    loaded->tls_module = info->dlpi_tls_modid, loaded->tls_size = tls_size;
+    return 1;
+}
+
+}  // namespace standin
+
+extern "C" {
+
+/// Loads a kernel library from memory; it stays for the life of the process.
+__attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes, size_t size) {
+    int file = memfd_create(name, MFD_CLOEXEC);
+    char path[64];
+    std::snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+    void* handle = nullptr;
+    if (file >= 0 && write(file, bytes, size) == static_cast<ssize_t>(size)) handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    auto library = handle ? static_cast<const standin::Library*>(dlsym(handle, "standin_library")) : nullptr;
+    if (!library) {
+        const char* why = dlerror();
+        std::fprintf(stderr, "stand-in driver: cannot load the kernels of %s: %s\n", name, why ? why : std::strerror(errno));
+        std::abort();
+    }
+    auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr};
+    dl_iterate_phdr(standin::locate, loaded);
+    // The file stays open: another one under the same number would be taken for this one, which is loaded by that name.
+    return loaded;
+}
+
+__attribute__((visibility("hidden"))) const standin::Entry* engine_entry(const standin::Loaded* loaded, const char* name) {
+    for (size_t i = 0; i < loaded->library->count; i++)
+        if (!std::strcmp(loaded->library->entries[i].name, name)) return &loaded->library->entries[i];
+    return nullptr;
+}
+}

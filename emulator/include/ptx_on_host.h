@@ -1,0 +1,134 @@
+// What the functions of kernels/ptx.cuh mean, from the fragment layouts of the PTX ISA (9.7.14: matrix multiply-accumulate,
+// ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` lane % 4, as that text calls them.
+#pragma once
+
+#include "cuda_on_host.h"
+
+namespace standin {
+
+struct Mma {
+    float* d;
+    const unsigned *a, *b;
+};
+
+inline float low_bf16(unsigned pair) { return std::bit_cast<float>(pair << 16); }
+inline float high_bf16(unsigned pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+
+/// d[16][8] += a[16][K] b[K][8] with the operands of all lanes laid out plainly.
+template <int K>
+STANDIN_PLUMBING inline void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+    for (int lane = 0; lane < 32; lane++) {
+        float* d = static_cast<Mma*>(lanes[lane])->d;
+        int row = lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < 4; i++) {
+            // d0 d1: row group; d2 d3: row group + 8; columns 2 in_group and the next.
+            float sum = d[i];
+            for (int k = 0; k < K; k++) sum += a[row + i / 2 * 8][k] * b[k][column + i % 2];
+            d[i] = sum;
+        }
+    }
+}
+
+STANDIN_PLUMBING inline void complete_mma_bf16(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("mma by less than a whole warp");
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        auto* m = static_cast<const Mma*>(lanes[lane]);
+        int group = lane / 4, in_group = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            // a0: row group, a1: row group + 8, both in columns 2 in_group; a2, a3: the same, eight columns on.
+            int row = group + i % 2 * 8, column = in_group * 2 + i / 2 * 8;
+            a[row][column] = low_bf16(m->a[i]);
+            a[row][column + 1] = high_bf16(m->a[i]);
+        }
+        for (int i = 0; i < 2; i++) {
+            int k = in_group * 2 + i * 8;
+            b[k][group] = low_bf16(m->b[i]);
+            b[k + 1][group] = high_bf16(m->b[i]);
+        }
+    }
+    multiply(lanes, a, b);
+}
+
+STANDIN_PLUMBING inline void complete_mma_tf32(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("mma by less than a whole warp");
+    // The hardware reads a float's upper 19 bits.
+    auto tf32 = [](unsigned x) { return std::bit_cast<float>(x & 0xffffe000u); };
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; lane++) {
+        auto* m = static_cast<const Mma*>(lanes[lane]);
+        int group = lane / 4, in_group = lane % 4;
+        for (int i = 0; i < 4; i++) a[group + i % 2 * 8][in_group + i / 2 * 4] = tf32(m->a[i]);
+        for (int i = 0; i < 2; i++) b[in_group + i * 4][group] = tf32(m->b[i]);
+    }
+    multiply(lanes, a, b);
+}
+
+/// Eight rows of 16 bytes each are an 8 x 8 matrix of 2-byte elements; lane i gives the address of row i % 8 of matrix i / 8.
+struct LoadMatrix {
+    unsigned* r;
+    const void* row;
+};
+
+template <int COUNT, bool TRANSPOSED>
+STANDIN_PLUMBING inline void complete_ldmatrix(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("ldmatrix by less than a whole warp");
+    for (int matrix = 0; matrix < COUNT; matrix++) {
+        uint16_t m[8][8];
+        for (int row = 0; row < 8; row++)
+            std::memcpy(m[row], static_cast<LoadMatrix*>(lanes[matrix * 8 + row])->row, 16);
+        for (int lane = 0; lane < 32; lane++) {
+            int i = lane / 4, j = lane % 4 * 2;
+            unsigned low = TRANSPOSED ? m[j][i] : m[i][j], high = TRANSPOSED ? m[j + 1][i] : m[i][j + 1];
+            static_cast<LoadMatrix*>(lanes[lane])->r[matrix] = low | high << 16;
+        }
+    }
+}
+
+template <int COUNT, bool TRANSPOSED>
+STANDIN_PLUMBING inline void ldmatrix(unsigned* r, const void* row, int line) {
+    bool used = lane() < COUNT * 8;
+    if (used && reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is no multiple of 16");
+#if STANDIN_CHECKED
+    if (used) runtime->access(row, 16, READ, 16);
+#endif
+    LoadMatrix argument{r, row};
+    collective(~0u, line, complete_ldmatrix<COUNT, TRANSPOSED>, &argument, false);
+}
+
+STANDIN_PLUMBING inline void mma(Complete complete, float* d, const unsigned* a, const unsigned* b, int line) {
+    Mma argument{d, a, b};
+    collective(~0u, line, complete, &argument, false);
+}
+
+}  // namespace standin
+
+inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    standin::mma(standin::complete_mma_bf16, d, a, b, line);
+}
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    standin::mma(standin::complete_mma_tf32, d, a, b, line);
+}
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row, int line = __builtin_LINE()) {
+    standin::ldmatrix<4, false>(r, row, line);
+}
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, int line = __builtin_LINE()) {
+    standin::ldmatrix<4, true>(r, row, line);
+}
+inline void ldmatrix_x2(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) {
+    standin::ldmatrix<2, false>(r, row, line);
+}
+inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) {
+    standin::ldmatrix<2, true>(r, row, line);
+}
+STANDIN_PLUMBING inline void cp_async_16(void* shared, const void* global, bool valid) {
+    standin::runtime->copy_issue(shared, valid ? global : nullptr);
+    standin::memory_clobber();
+}
+STANDIN_PLUMBING inline void cp_async_commit() { standin::runtime->copy_commit(); }
+template <int GROUPS_LEFT>
+STANDIN_PLUMBING inline void cp_async_wait() {
+    standin::memory_clobber();
+    standin::runtime->copy_wait(GROUPS_LEFT);
+    standin::memory_clobber();
+}

@@ -1,0 +1,227 @@
+//! Devices, contexts and names of errors.
+
+use std::cell::Cell;
+use std::env;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+use super::calls;
+use crate::driver::{Answer, CODES, Code, Driver};
+
+/// CUDA 13.0.
+const VERSION: c_int = 13000;
+const NAME: &CStr = c"stand-in driver (no GPU)";
+/// The primary context's handle; there is one device.
+const CONTEXT: usize = 0xc0;
+/// Streaming multiprocessors: few, so that grids larger than the device are met in tests.
+pub(super) const MULTIPROCESSORS: u32 = 4;
+pub(super) const SHARED_PER_BLOCK: u32 = 48 << 10;
+
+thread_local! {
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Compute capability: 8.0, or what SELFSUP_STAND_IN_CAPABILITY says (`9.0`).
+pub(super) fn capability() -> (c_int, c_int) {
+    let asked = env::var("SELFSUP_STAND_IN_CAPABILITY").ok();
+    let parsed = asked.as_deref().and_then(|v| v.split_once('.'));
+    let parsed: Option<(c_int, c_int)> =
+        parsed.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    parsed.unwrap_or((8, 0))
+}
+
+/// The most dynamic and static shared memory that a block may be allowed.
+pub(super) fn shared_opt_in() -> u32 {
+    if capability().0 >= 9 { 227 << 10 } else { 163 << 10 }
+}
+
+fn only_device(device: c_int) -> Answer {
+    if device == 0 { Ok(()) } else { Err(Code::INVALID_DEVICE) }
+}
+
+/// Attributes by their number in `CUdevice_attribute`; what is not here is 0.
+fn attribute(which: u32) -> c_int {
+    match which {
+        1 | 2 | 3 => 1024, // threads per block, x and y of a block
+        4 => 64,           // z of a block
+        5 => c_int::MAX,   // x of a grid
+        6 | 7 => 65535,    // y and z of a grid
+        8 => SHARED_PER_BLOCK as c_int,
+        10 => 32,             // warp
+        12 | 82 => 65536,     // registers per block, per multiprocessor
+        13 | 36 => 1_000_000, // clocks, kHz
+        15 | 31 | 40 | 41 | 75 | 76 | 95 | 115 => match which {
+            75 => capability().0,
+            76 => capability().1,
+            40 => 2, // copy engines
+            _ => 1,  // overlap, concurrent kernels, one address space, cooperative, pools
+        },
+        16 => MULTIPROCESSORS as c_int,
+        19 => 1,                                 // host memory can be mapped
+        37 => 64,                                // bus, bits
+        38 => 1 << 20,                           // second-level cache
+        39 => 2048,                              // threads per multiprocessor
+        81 => (shared_opt_in() + 1024) as c_int, // shared memory per multiprocessor
+        97 => shared_opt_in() as c_int,
+        106 => 32,   // blocks per multiprocessor
+        111 => 1024, // shared memory kept by the system
+        _ => 0,
+    }
+}
+
+fn set_current(context: usize) -> Answer {
+    if context != 0 && context != CONTEXT {
+        return Err(Code::INVALID_CONTEXT);
+    }
+    CURRENT.set(context);
+    Ok(())
+}
+
+/// Calls that need a context ask first, as the driver does.
+pub(super) fn in_context() -> Answer {
+    if CURRENT.get() == 0 { Err(Code::INVALID_CONTEXT) } else { Ok(()) }
+}
+
+fn synchronize(driver: &mut Driver) -> Answer {
+    in_context()?;
+    driver.outside_capture()?;
+    driver.counts_as_waiting();
+    driver.drain_all()
+}
+
+fn copy_name(code: c_uint, to: *mut *const c_char, text: bool) -> Answer {
+    let found = CODES.iter().find(|c| c.0 == code).ok_or(Code::INVALID_VALUE)?;
+    unsafe { *to = if text { found.2 } else { found.1 }.as_ptr() };
+    Ok(())
+}
+
+calls! {
+    fn cuInit(driver, flags: c_uint) {
+        if flags != 0 { return Err(Code::INVALID_VALUE) }
+    }
+
+    alive fn cuDriverGetVersion(driver, version: *mut c_int) { *version = VERSION }
+
+    fn cuDeviceGetCount(driver, count: *mut c_int) { *count = 1 }
+
+    fn cuDeviceGet(driver, device: *mut c_int, ordinal: c_int) {
+        only_device(ordinal)?;
+        *device = 0;
+    }
+
+    fn cuDeviceGetName(driver, name: *mut c_char, len: c_int, device: c_int) {
+        only_device(device)?;
+        let bytes = NAME.to_bytes();
+        let n = bytes.len().min(len as usize - 1);
+        std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), name, n);
+        *name.add(n) = 0;
+    }
+
+    fn cuDeviceGetUuid_v2(driver, uuid: *mut [u8; 16], device: c_int) {
+        only_device(device)?;
+        *uuid = *b"stand-in driver.";
+    }
+
+    fn cuDeviceGetUuid(driver, uuid: *mut [u8; 16], device: c_int) {
+        only_device(device)?;
+        *uuid = *b"stand-in driver.";
+    }
+
+    fn cuDeviceGetAttribute(driver, value: *mut c_int, which: c_uint, device: c_int) {
+        only_device(device)?;
+        *value = attribute(which);
+    }
+
+    fn cuDeviceTotalMem_v2(driver, bytes: *mut usize, device: c_int) {
+        only_device(device)?;
+        *bytes = driver.memory().total;
+    }
+
+    fn cuDevicePrimaryCtxRetain(driver, context: *mut usize, device: c_int) {
+        only_device(device)?;
+        *context = CONTEXT;
+    }
+
+    alive fn cuDevicePrimaryCtxRelease_v2(driver, device: c_int) { only_device(device)? }
+
+    fn cuDevicePrimaryCtxGetState(driver, device: c_int, flags: *mut c_uint, active: *mut c_int) {
+        only_device(device)?;
+        *flags = 0;
+        *active = 1;
+    }
+
+    fn cuDevicePrimaryCtxSetFlags_v2(driver, device: c_int, _flags: c_uint) { only_device(device)? }
+
+    alive fn cuCtxSetCurrent(driver, context: usize) { set_current(context)? }
+
+    alive fn cuCtxGetCurrent(driver, context: *mut usize) { *context = CURRENT.get() }
+
+    fn cuCtxPushCurrent_v2(driver, context: usize) { set_current(context)? }
+
+    fn cuCtxPopCurrent_v2(driver, context: *mut usize) {
+        *context = CURRENT.get();
+        set_current(0)?;
+    }
+
+    fn cuCtxGetDevice(driver, device: *mut c_int) {
+        in_context()?;
+        *device = 0;
+    }
+
+    fn cuCtxSetFlags(driver, _flags: c_uint) { in_context()? }
+
+    fn cuCtxSetLimit(driver, _limit: c_uint, _value: usize) { in_context()? }
+
+    fn cuCtxGetLimit(driver, value: *mut usize, _limit: c_uint) {
+        in_context()?;
+        *value = 0;
+    }
+
+    fn cuCtxSetCacheConfig(driver, _config: c_uint) { in_context()? }
+
+    fn cuCtxGetStreamPriorityRange(driver, least: *mut c_int, greatest: *mut c_int) {
+        *least = 0;
+        *greatest = -5;
+    }
+
+    fn cuCtxSynchronize(driver) { synchronize(driver)? }
+
+    fn cuCtxSynchronize_v2(driver, _context: usize) { synchronize(driver)? }
+
+    fn cuMemGetInfo_v2(driver, free: *mut usize, total: *mut usize) {
+        in_context()?;
+        let memory = driver.memory();
+        *total = memory.total;
+        *free = memory.total - memory.taken;
+    }
+
+    alive fn cuGetErrorName(driver, code: c_uint, name: *mut *const c_char) { copy_name(code, name, false)? }
+
+    alive fn cuGetErrorString(driver, code: c_uint, text: *mut *const c_char) { copy_name(code, text, true)? }
+
+    fn cuProfilerStart(driver) {}
+
+    fn cuProfilerStop(driver) {}
+
+    fn cuGetProcAddress_v2(
+        driver, symbol: *const c_char, function: *mut *mut c_void, _version: c_int, _flags: u64, status: *mut c_uint,
+    ) {
+        let name = CStr::from_ptr(symbol).to_string_lossy();
+        let found = ["_v3", "_v2", ""].iter().map(|suffix| {
+            let name = std::ffi::CString::new(format!("{name}{suffix}")).expect("no zero inside");
+            libc::dlsym(own_handle(), name.as_ptr())
+        }).find(|f| !f.is_null());
+        if !status.is_null() {
+            *status = u32::from(found.is_none());
+        }
+        *function = found.ok_or(Code::NOT_FOUND)?;
+    }
+}
+
+/// This library, as the loader knows it.
+fn own_handle() -> *mut c_void {
+    unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        libc::dladdr(cuInit as *const c_void, &mut info);
+        libc::dlopen(info.dli_fname, libc::RTLD_NOW | libc::RTLD_NOLOAD)
+    }
+}

@@ -1,0 +1,216 @@
+//! Memory: allocation, pools, copies, fills.
+
+use std::ffi::{c_int, c_uchar, c_uint, c_void};
+use std::sync::Arc;
+
+use super::calls;
+use super::device::in_context;
+use crate::driver::{Answer, Code, Driver};
+use crate::memory::Kind;
+use crate::work::{Work, stream_id};
+
+/// The only pool; pools differ in nothing that is emulated.
+const POOL: usize = 0xb0;
+
+fn allocate_in_order(driver: &mut Driver, to: *mut usize, size: usize, stream: usize) -> Answer {
+    in_context()?;
+    if driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture.is_some() {
+        // The driver would make it a node of the graph; nothing here needs that.
+        return Err(Code::CAPTURE_UNSUPPORTED);
+    }
+    let at = driver.allocate(size, Kind::Device)?;
+    unsafe { *to = at };
+    Ok(())
+}
+
+/// A copy or fill that has happened when the call returns: it runs on the default stream, which other streams
+/// wait for unless they were made not to.
+fn at_once(driver: &mut Driver, work: Work) -> Answer {
+    in_context()?;
+    driver.outside_capture()?;
+    driver.counts_as_waiting();
+    driver.push(0, work)
+}
+
+/// What the call can know of a device address.
+fn device_range(driver: &mut Driver, at: usize, size: usize) -> Answer {
+    let valid = driver.memory().holds(at) && driver.memory().fault(at, size.max(1)).is_none();
+    if valid || size == 0 { Ok(()) } else { Err(Code::INVALID_VALUE) }
+}
+
+fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> Answer {
+    in_context()?;
+    device_range(driver, to, size)?;
+    let capturing =
+        driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
+    if capturing || driver.memory().is_pinned(from) {
+        return driver.push(stream, Work::Copy { to, from, size });
+    }
+    let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, size) }.to_vec();
+    driver.push(stream, Work::Upload { to, bytes: Arc::new(bytes) })
+}
+
+fn download(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> Answer {
+    in_context()?;
+    device_range(driver, from, size)?;
+    let id = stream_id(stream);
+    let capturing = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
+    driver.push(stream, Work::Copy { to, from, size })?;
+    if !capturing && !driver.memory().is_pinned(to) {
+        // Into host memory that is not pinned the driver copies before it returns.
+        driver.counts_as_waiting();
+        driver.drain(id)?;
+    }
+    Ok(())
+}
+
+fn fill(
+    driver: &mut Driver,
+    at: usize,
+    value: u32,
+    width: usize,
+    count: usize,
+    stream: Option<usize>,
+) -> Answer {
+    in_context()?;
+    if at % width != 0 {
+        return Err(Code::INVALID_VALUE);
+    }
+    device_range(driver, at, width * count)?;
+    let work = Work::Fill { at, value, width, count };
+    match stream {
+        Some(stream) => driver.push(stream, work),
+        None => at_once(driver, work),
+    }
+}
+
+fn release(driver: &mut Driver, at: usize, kind: Kind) -> Answer {
+    in_context()?;
+    if at == 0 {
+        return Ok(());
+    }
+    driver.outside_capture()?;
+    if !driver.memory().is_live(at, kind) {
+        return Err(Code::INVALID_VALUE);
+    }
+    driver.counts_as_waiting();
+    driver.drain_all()?;
+    driver.memory().release(at);
+    Ok(())
+}
+
+calls! {
+    fn cuMemAlloc_v2(driver, to: *mut usize, size: usize) {
+        in_context()?;
+        driver.outside_capture()?;
+        *to = driver.allocate(size, Kind::Device)?;
+    }
+
+    fn cuMemFree_v2(driver, at: usize) { release(driver, at, Kind::Device)? }
+
+    fn cuMemAllocAsync(driver, to: *mut usize, size: usize, stream: usize) {
+        allocate_in_order(driver, to, size, stream)?;
+    }
+
+    fn cuMemAllocFromPoolAsync(driver, to: *mut usize, size: usize, pool: usize, stream: usize) {
+        if pool != POOL { return Err(Code::INVALID_VALUE) }
+        allocate_in_order(driver, to, size, stream)?;
+    }
+
+    fn cuMemFreeAsync(driver, at: usize, stream: usize) {
+        in_context()?;
+        if at == 0 { return Ok(()) }
+        if !driver.memory().is_live(at, Kind::Device) { return Err(Code::INVALID_VALUE) }
+        driver.push(stream, Work::Release(at))?;
+    }
+
+    fn cuMemHostAlloc(driver, to: *mut usize, size: usize, _flags: c_uint) {
+        in_context()?;
+        driver.outside_capture()?;
+        *to = driver.allocate(size, Kind::Pinned)?;
+    }
+
+    fn cuMemAllocHost_v2(driver, to: *mut usize, size: usize) {
+        in_context()?;
+        driver.outside_capture()?;
+        *to = driver.allocate(size, Kind::Pinned)?;
+    }
+
+    fn cuMemFreeHost(driver, at: usize) { release(driver, at, Kind::Pinned)? }
+
+    fn cuMemHostGetDevicePointer_v2(driver, to: *mut usize, at: usize, _flags: c_uint) {
+        if !driver.memory().is_pinned(at) { return Err(Code::INVALID_VALUE) }
+        *to = at;
+    }
+
+    fn cuDeviceGetDefaultMemPool(driver, pool: *mut usize, _device: c_int) { *pool = POOL }
+
+    fn cuDeviceGetMemPool(driver, pool: *mut usize, _device: c_int) { *pool = POOL }
+
+    fn cuDeviceSetMemPool(driver, _device: c_int, _pool: usize) {}
+
+    fn cuMemPoolCreate(driver, pool: *mut usize, _properties: *const c_void) { *pool = POOL }
+
+    fn cuMemPoolDestroy(driver, _pool: usize) {}
+
+    fn cuMemPoolTrimTo(driver, _pool: usize, _keep: usize) {}
+
+    fn cuMemPoolSetAttribute(driver, _pool: usize, _which: c_uint, _value: *mut c_void) {}
+
+    fn cuMemPoolGetAttribute(driver, _pool: usize, _which: c_uint, value: *mut u64) {
+        *value = driver.memory().taken as u64;
+    }
+
+    fn cuMemcpyHtoD_v2(driver, to: usize, from: usize, size: usize) {
+        device_range(driver, to, size)?;
+        at_once(driver, Work::Copy { to, from, size })?;
+    }
+
+    fn cuMemcpyDtoH_v2(driver, to: usize, from: usize, size: usize) {
+        device_range(driver, from, size)?;
+        at_once(driver, Work::Copy { to, from, size })?;
+    }
+
+    fn cuMemcpyDtoD_v2(driver, to: usize, from: usize, size: usize) {
+        device_range(driver, from, size)?;
+        device_range(driver, to, size)?;
+        at_once(driver, Work::Copy { to, from, size })?;
+    }
+
+    fn cuMemcpyHtoDAsync_v2(driver, to: usize, from: usize, size: usize, stream: usize) {
+        upload(driver, to, from, size, stream)?;
+    }
+
+    fn cuMemcpyDtoHAsync_v2(driver, to: usize, from: usize, size: usize, stream: usize) {
+        download(driver, to, from, size, stream)?;
+    }
+
+    fn cuMemcpyDtoDAsync_v2(driver, to: usize, from: usize, size: usize, stream: usize) {
+        in_context()?;
+        device_range(driver, from, size)?;
+        device_range(driver, to, size)?;
+        driver.push(stream, Work::Copy { to, from, size })?;
+    }
+
+    fn cuMemsetD8_v2(driver, at: usize, value: c_uchar, count: usize) {
+        fill(driver, at, u32::from(value), 1, count, None)?;
+    }
+
+    fn cuMemsetD16_v2(driver, at: usize, value: u16, count: usize) {
+        fill(driver, at, u32::from(value), 2, count, None)?;
+    }
+
+    fn cuMemsetD32_v2(driver, at: usize, value: c_uint, count: usize) { fill(driver, at, value, 4, count, None)? }
+
+    fn cuMemsetD8Async(driver, at: usize, value: c_uchar, count: usize, stream: usize) {
+        fill(driver, at, u32::from(value), 1, count, Some(stream))?;
+    }
+
+    fn cuMemsetD16Async(driver, at: usize, value: u16, count: usize, stream: usize) {
+        fill(driver, at, u32::from(value), 2, count, Some(stream))?;
+    }
+
+    fn cuMemsetD32Async(driver, at: usize, value: c_uint, count: usize, stream: usize) {
+        fill(driver, at, value, 4, count, Some(stream))?;
+    }
+}

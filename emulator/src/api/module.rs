@@ -1,0 +1,254 @@
+//! Modules, functions and launches. An image is looked at only as far as it takes to see that it is one; kernels are found
+//! by name among those compiled for the host.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::Arc;
+
+use super::calls;
+use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, in_context, shared_opt_in};
+use crate::driver::{Answer, Code, Driver};
+use crate::engine::{self, Index, Kernel};
+use crate::work::{Launch, Work};
+
+/// The handle of every module; what tells them apart is not emulated.
+const MODULE: usize = 0xa0;
+
+fn load(module: *mut usize, image: *const u8) -> Answer {
+    in_context()?;
+    if image.is_null() {
+        return Err(Code::INVALID_VALUE);
+    }
+    let start = unsafe { std::slice::from_raw_parts(image, 4) };
+    // A fatbin, its wrapper, an ELF file, or PTX.
+    let known =
+        [[0x50, 0xed, 0x55, 0xba], [0xb1, 0x43, 0x62, 0x46], *b"\x7fELF", *b"//\n/", *b".ver"];
+    if !known.iter().any(|k| k == start) {
+        return Err(Code::INVALID_IMAGE);
+    }
+    unsafe { *module = MODULE };
+    Ok(())
+}
+
+fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char) -> Answer {
+    if module != MODULE {
+        return Err(Code::INVALID_HANDLE);
+    }
+    let name = unsafe { CStr::from_ptr(name) }.to_str().map_err(|_| Code::NOT_FOUND)?;
+    let kernel = engine::kernels().get(name).ok_or(Code::NOT_FOUND)?;
+    let handle = match driver.handles.get(kernel.name) {
+        Some(handle) => *handle,
+        None => {
+            let handle = driver.handle();
+            driver.handles.insert(kernel.name, handle);
+            driver.functions.insert(handle, (kernel, SHARED_PER_BLOCK));
+            handle
+        }
+    };
+    unsafe { *to = handle };
+    Ok(())
+}
+
+fn function(driver: &Driver, handle: usize) -> Answer<(&'static Kernel, u32)> {
+    driver.functions.get(&handle).copied().ok_or(Code::INVALID_HANDLE)
+}
+
+fn parameter(
+    driver: &Driver,
+    handle: usize,
+    i: usize,
+    offset: *mut usize,
+    size: *mut usize,
+) -> Answer {
+    let parameter =
+        function(driver, handle)?.0.parameters().get(i).copied().ok_or(Code::INVALID_VALUE)?;
+    unsafe {
+        *offset = parameter.offset;
+        if !size.is_null() {
+            *size = parameter.size;
+        }
+    }
+    Ok(())
+}
+
+/// Blocks of so many threads that one multiprocessor holds.
+fn blocks_per_multiprocessor(kernel: &Kernel, threads: u64, dynamic: u64) -> u64 {
+    if threads == 0 || threads > u64::from(kernel.bounds()) {
+        return 0;
+    }
+    let shared = kernel.static_shared() as u64 + dynamic + 1024;
+    (2048 / threads).min(u64::from(shared_opt_in() + 1024) / shared).min(32)
+}
+
+fn launch(
+    driver: &mut Driver,
+    handle: usize,
+    (grid, block, shared): (Index, Index, c_uint),
+    stream: usize,
+    parameters: *mut *mut c_void,
+    cooperative: bool,
+) -> Answer {
+    in_context()?;
+    let (kernel, allowed) = function(driver, handle)?;
+    let empty = grid.count() == 0 || block.count() == 0;
+    let too_large =
+        block.x > 1024 || block.y > 1024 || block.z > 64 || grid.y > 65535 || grid.z > 65535;
+    if empty || too_large || block.count() > 1024 || shared > allowed {
+        return Err(Code::INVALID_VALUE);
+    }
+    if block.count() > u64::from(kernel.bounds()) {
+        return Err(Code::OUT_OF_RESOURCES);
+    }
+    let at_once = blocks_per_multiprocessor(kernel, block.count(), u64::from(shared))
+        * u64::from(MULTIPROCESSORS);
+    if cooperative && grid.count() > at_once {
+        return Err(Code::COOPERATIVE_TOO_LARGE);
+    }
+    let copy = |(i, p): (usize, &engine::Parameter)| unsafe {
+        let from = *parameters.add(i);
+        std::slice::from_raw_parts(from as *const u8, p.size).to_vec()
+    };
+    let arguments = Arc::new(kernel.parameters().iter().enumerate().map(copy).collect());
+    driver.push(
+        stream,
+        Work::Launch(Launch { kernel, size: (grid, block, shared), arguments, cooperative }),
+    )
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+pub struct Config {
+    grid: Index,
+    block: Index,
+    shared: c_uint,
+    stream: usize,
+    attributes: *const Attribute,
+    count: c_uint,
+}
+
+/// `CUlaunchAttribute`: a number and a union of 64 bytes.
+#[repr(C, align(8))]
+pub struct Attribute {
+    id: c_uint,
+    padding: [u8; 4],
+    value: [u32; 16],
+}
+
+calls! {
+    fn cuModuleLoadData(driver, module: *mut usize, image: *const u8) { load(module, image)? }
+
+    fn cuModuleLoadDataEx(
+        driver, module: *mut usize, image: *const u8, _count: c_uint, _options: *mut c_uint, _values: *mut *mut c_void,
+    ) {
+        load(module, image)?;
+    }
+
+    fn cuModuleLoadFatBinary(driver, module: *mut usize, image: *const u8) { load(module, image)? }
+
+    fn cuLibraryLoadData(
+        driver, library: *mut usize, image: *const u8, _options: *mut c_uint, _values: *mut *mut c_void,
+        _count: c_uint, _library_options: *mut c_uint, _library_values: *mut *mut c_void, _library_count: c_uint,
+    ) {
+        load(library, image)?;
+    }
+
+    fn cuModuleUnload(driver, _module: usize) {}
+
+    fn cuLibraryUnload(driver, _library: usize) {}
+
+    fn cuModuleGetFunction(driver, to: *mut usize, module: usize, name: *const c_char) {
+        find(driver, to, module, name)?;
+    }
+
+    fn cuLibraryGetKernel(driver, to: *mut usize, library: usize, name: *const c_char) {
+        find(driver, to, library, name)?;
+    }
+
+    fn cuKernelGetFunction(driver, to: *mut usize, kernel: usize) {
+        function(driver, kernel)?;
+        *to = kernel;
+    }
+
+    fn cuFuncGetParamInfo(driver, handle: usize, i: usize, offset: *mut usize, size: *mut usize) {
+        parameter(driver, handle, i, offset, size)?;
+    }
+
+    fn cuKernelGetParamInfo(driver, handle: usize, i: usize, offset: *mut usize, size: *mut usize) {
+        parameter(driver, handle, i, offset, size)?;
+    }
+
+    fn cuFuncGetAttribute(driver, value: *mut c_int, which: c_uint, handle: usize) {
+        let (kernel, allowed) = function(driver, handle)?;
+        *value = match which {
+            0 => kernel.bounds() as c_int,
+            1 => kernel.static_shared() as c_int,
+            4 => 32, // registers: some number
+            5 | 6 => 80, // as if of sm_80
+            8 => allowed as c_int,
+            _ => 0,
+        };
+    }
+
+    fn cuFuncSetAttribute(driver, handle: usize, which: c_uint, value: c_int) {
+        let (kernel, _) = function(driver, handle)?;
+        if which == 8 {
+            if value < 0 || value as usize + kernel.static_shared() > shared_opt_in() as usize {
+                return Err(Code::INVALID_VALUE);
+            }
+            driver.functions.get_mut(&handle).expect("just seen").1 = (value as u32).max(SHARED_PER_BLOCK);
+        }
+    }
+
+    fn cuFuncSetCacheConfig(driver, handle: usize, _config: c_uint) { function(driver, handle)?; }
+
+    fn cuFuncLoad(driver, handle: usize) { function(driver, handle)?; }
+
+    fn cuLaunchKernel(
+        driver, handle: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
+        shared: c_uint, stream: usize, parameters: *mut *mut c_void, extra: *mut *mut c_void,
+    ) {
+        if !extra.is_null() { return Err(Code::NOT_SUPPORTED) }
+        let size = (Index { x: gx, y: gy, z: gz }, Index { x: bx, y: by, z: bz }, shared);
+        launch(driver, handle, size, stream, parameters, false)?;
+    }
+
+    fn cuLaunchCooperativeKernel(
+        driver, handle: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
+        shared: c_uint, stream: usize, parameters: *mut *mut c_void,
+    ) {
+        let size = (Index { x: gx, y: gy, z: gz }, Index { x: bx, y: by, z: bz }, shared);
+        launch(driver, handle, size, stream, parameters, true)?;
+    }
+
+    fn cuLaunchKernelEx(
+        driver, config: *const Config, handle: usize, parameters: *mut *mut c_void, extra: *mut *mut c_void,
+    ) {
+        if !extra.is_null() { return Err(Code::NOT_SUPPORTED) }
+        let c = &*config;
+        let mut cooperative = false;
+        for i in 0..c.count as usize {
+            let attribute = &*c.attributes.add(i);
+            match attribute.id {
+                2 => cooperative = attribute.value[0] != 0,
+                // A cluster of one block is no cluster; larger ones are still to come.
+                4 if attribute.value[..3] == [1, 1, 1] => {}
+                4 => return Err(Code::NOT_SUPPORTED),
+                _ => {}
+            }
+        }
+        launch(driver, handle, (c.grid, c.block, c.shared), c.stream, parameters, cooperative)?;
+    }
+
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize,
+    ) {
+        let (kernel, _) = function(driver, handle)?;
+        *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
+    }
+
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+        driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize, _flags: c_uint,
+    ) {
+        let (kernel, _) = function(driver, handle)?;
+        *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
+    }
+}

@@ -1,0 +1,317 @@
+//! The state behind the calls, and what every call has in common: it is counted, a test can make it fail, and after an
+//! error that the device does not survive it answers that error.
+
+use std::collections::{BTreeMap, HashMap};
+use std::env;
+use std::io::Write;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use crate::engine::Kernel;
+use crate::memory::{Kind, Memory};
+use crate::work::{Capture, Event, Stream, Work};
+
+/// A `CUresult` other than success.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Code(pub u32);
+
+macro_rules! codes {
+    ($($name:ident = $code:literal, $driver:literal, $text:literal;)*) => {
+        impl Code {
+            $(#[allow(dead_code)] // some are only named
+            pub const $name: Code = Code($code);)*
+        }
+        /// Name and description of each code, as the driver gives them.
+        pub(crate) static CODES: &[(u32, &std::ffi::CStr, &std::ffi::CStr)] = &[$(($code, $driver, $text)),*];
+    };
+}
+
+codes! {
+    SUCCESS = 0, c"CUDA_SUCCESS", c"no error";
+    INVALID_VALUE = 1, c"CUDA_ERROR_INVALID_VALUE", c"invalid argument";
+    OUT_OF_MEMORY = 2, c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory";
+    NOT_INITIALIZED = 3, c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error";
+    UNAVAILABLE = 46, c"CUDA_ERROR_DEVICE_UNAVAILABLE", c"CUDA-capable device(s) is/are busy or unavailable";
+    NO_DEVICE = 100, c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected";
+    INVALID_DEVICE = 101, c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal";
+    INVALID_IMAGE = 200, c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid";
+    INVALID_CONTEXT = 201, c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context";
+    ECC = 214, c"CUDA_ERROR_ECC_UNCORRECTABLE", c"uncorrectable ECC error encountered";
+    INVALID_HANDLE = 400, c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle";
+    NOT_FOUND = 500, c"CUDA_ERROR_NOT_FOUND", c"named symbol not found";
+    NOT_READY = 600, c"CUDA_ERROR_NOT_READY", c"device not ready";
+    ILLEGAL_ADDRESS = 700, c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered";
+    OUT_OF_RESOURCES = 701, c"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", c"too many resources requested for launch";
+    LAUNCH_TIMEOUT = 702, c"CUDA_ERROR_LAUNCH_TIMEOUT", c"the launch timed out and was terminated";
+    MISALIGNED = 716, c"CUDA_ERROR_MISALIGNED_ADDRESS", c"misaligned address";
+    LAUNCH_FAILED = 719, c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure";
+    COOPERATIVE_TOO_LARGE = 720, c"CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE", c"too many blocks in cooperative launch";
+    NOT_SUPPORTED = 801, c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported";
+    CAPTURE_UNSUPPORTED = 900, c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing";
+    CAPTURE_INVALIDATED = 901, c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", c"operation failed due to a previous error during capture";
+    CAPTURE_MERGE = 902, c"CUDA_ERROR_STREAM_CAPTURE_MERGE", c"operation would result in a merge of separate capture sequences";
+    CAPTURE_UNMATCHED = 903, c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", c"capture was not ended in the same stream as it began";
+    CAPTURE_UNJOINED = 904, c"CUDA_ERROR_STREAM_CAPTURE_UNJOINED", c"capturing stream has unjoined work";
+    CAPTURE_ISOLATION = 905, c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", c"dependency created on uncaptured work in another stream";
+    CAPTURE_IMPLICIT = 906, c"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", c"operation would make the legacy stream depend on a capturing blocking stream";
+    CAPTURED_EVENT = 907, c"CUDA_ERROR_CAPTURED_EVENT", c"operation not permitted on an event last recorded in a capturing stream";
+    CAPTURE_WRONG_THREAD = 908, c"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", c"attempt to terminate a thread-local capture sequence from another thread";
+    UNKNOWN = 999, c"CUDA_ERROR_UNKNOWN", c"unknown error";
+}
+
+pub(crate) type Answer<T = ()> = Result<T, Code>;
+
+/// A call that is to fail.
+struct Fault {
+    call: String,
+    /// 1 fails the next one.
+    after: u64,
+    code: Code,
+}
+
+pub(crate) struct Driver {
+    memory: Option<Memory>,
+    pub streams: BTreeMap<usize, Stream>,
+    pub events: HashMap<usize, Event>,
+    pub captures: HashMap<usize, Capture>,
+    /// Graphs and executable graphs.
+    pub graphs: HashMap<usize, Arc<Vec<Work>>>,
+    /// Functions handed out, by handle, and the dynamic shared memory each was allowed.
+    pub functions: HashMap<usize, (&'static Kernel, u32)>,
+    pub handles: HashMap<&'static str, usize>,
+    next_handle: usize,
+    /// Instrumented kernels run in place of plain ones.
+    pub checked: bool,
+    pub eager: bool,
+    pub random: u64,
+    sticky: Option<Code>,
+    pub report: std::ffi::CString,
+    counts: HashMap<String, u64>,
+    faults: Vec<Fault>,
+}
+
+static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(|| Mutex::new(Driver::from_environment()));
+
+/// Runs a call of this name. Names are counted without the driver's version suffix.
+pub(crate) fn call(name: &str, survives: bool, body: impl FnOnce(&mut Driver) -> Answer) -> u32 {
+    let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+    let base = base_name(name);
+    driver.count(base);
+    let answer = match driver.sticky {
+        Some(code) if !survives => Err(code),
+        _ => match driver.fault(base) {
+            Some(code) if code.is_fatal() => {
+                Err(driver.stick(code, format!("{base}: an injected failure")))
+            }
+            Some(code) => Err(code),
+            None => body(&mut driver),
+        },
+    };
+    answer.err().map_or(0, |code| code.0)
+}
+
+/// Runs what is not a driver call.
+pub(crate) fn with<R>(body: impl FnOnce(&mut Driver) -> R) -> R {
+    body(&mut DRIVER.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+pub(crate) fn base_name(name: &str) -> &str {
+    let name = name.strip_suffix("_ptsz").unwrap_or(name);
+    match name.rsplit_once("_v") {
+        Some((base, version)) if version.bytes().all(|b| b.is_ascii_digit()) => base,
+        _ => name,
+    }
+}
+
+impl Code {
+    /// Whether the device answers nothing else after it.
+    fn is_fatal(self) -> bool {
+        matches!(self.0, 46 | 214 | 700 | 702..=719 | 999)
+    }
+}
+
+impl Driver {
+    fn from_environment() -> Self {
+        let number = |name: &str| {
+            env::var(name)
+                .ok()
+                .map(|v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is no number")))
+        };
+        let mut driver = Self {
+            memory: None,
+            streams: BTreeMap::from([(0, Stream::default())]),
+            events: HashMap::new(),
+            captures: HashMap::new(),
+            graphs: HashMap::new(),
+            functions: HashMap::new(),
+            handles: HashMap::new(),
+            next_handle: 0x1000,
+            checked: number("SELFSUP_STAND_IN_CHECK").unwrap_or(0) != 0,
+            eager: number("SELFSUP_STAND_IN_EAGER").unwrap_or(0) != 0,
+            random: number("SELFSUP_STAND_IN_SEED")
+                .unwrap_or(1_u64)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                | 1,
+            sticky: None,
+            report: std::ffi::CString::default(),
+            counts: HashMap::new(),
+            faults: Vec::new(),
+        };
+        // NAME:NTH:CODE, several with commas between.
+        for fault in env::var("SELFSUP_STAND_IN_FAIL").iter().flat_map(|v| v.split(',')) {
+            let mut parts = fault.rsplitn(3, ':');
+            let code = parts.next().and_then(|c| c.parse().ok());
+            let nth = parts.next().and_then(|n| n.parse().ok());
+            match (parts.next(), nth, code) {
+                (Some(call), Some(nth), Some(code)) => driver.fail(call, nth, Code(code)),
+                _ => panic!("SELFSUP_STAND_IN_FAIL: {fault} is not NAME:NTH:CODE"),
+            }
+        }
+        driver
+    }
+
+    /// The device's memory; 2 GiB unless SELFSUP_STAND_IN_MEMORY says otherwise, in bytes.
+    pub fn memory(&mut self) -> &mut Memory {
+        self.memory.get_or_insert_with(|| {
+            let total = env::var("SELFSUP_STAND_IN_MEMORY").ok().and_then(|v| v.parse().ok());
+            Memory::new(total.unwrap_or(2 << 30))
+        })
+    }
+
+    pub fn handle(&mut self) -> usize {
+        self.next_handle += 16;
+        self.next_handle
+    }
+
+    pub fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    pub fn count(&mut self, what: &str) {
+        match self.counts.get_mut(what) {
+            Some(n) => *n += 1,
+            None => drop(self.counts.insert(what.to_owned(), 1)),
+        }
+    }
+
+    /// A call that makes the host wait.
+    pub fn counts_as_waiting(&mut self) {
+        self.count("waits");
+    }
+
+    pub fn counted(&self, what: &str) -> u64 {
+        self.counts.get(what).copied().unwrap_or(0)
+    }
+
+    pub fn forget_counts(&mut self) {
+        self.counts.clear();
+    }
+
+    /// Makes the `nth` call from now fail.
+    pub fn fail(&mut self, call: &str, nth: u64, code: Code) {
+        self.faults.push(Fault { call: base_name(call).to_owned(), after: nth, code });
+    }
+
+    /// Whether this call is one that is to fail.
+    pub fn fault(&mut self, call: &str) -> Option<Code> {
+        let mut due = None;
+        self.faults.retain_mut(|fault| {
+            if fault.call != call {
+                return true;
+            }
+            fault.after -= 1;
+            if fault.after == 0 {
+                due = Some(fault.code);
+            }
+            fault.after > 0
+        });
+        due
+    }
+
+    /// An error that every later call will answer, and its report.
+    pub fn stick(&mut self, code: Code, report: String) -> Code {
+        eprintln!("stand-in driver: {report}");
+        self.report = std::ffi::CString::new(report).unwrap_or_default();
+        self.sticky = Some(code);
+        code
+    }
+
+    /// As after starting anew, but memory stays.
+    pub fn recover(&mut self) {
+        self.sticky = None;
+        self.faults.clear();
+        self.captures.clear();
+        self.report = std::ffi::CString::default();
+        for stream in self.streams.values_mut() {
+            *stream = Stream { non_blocking: stream.non_blocking, ..Stream::default() };
+        }
+    }
+
+    /// Appends the kernel's name to the file that SELFSUP_STAND_IN_RAN names, once a process.
+    pub fn note_run(&mut self, kernel: &Kernel) {
+        let key = format!("ran:{}", kernel.name);
+        if self.counted(&key) == 0 && kernel.file.shipped {
+            self.count(&key);
+            if let Ok(path) = env::var("SELFSUP_STAND_IN_RAN") {
+                let file = std::fs::OpenOptions::new().append(true).create(true).open(&path);
+                let written =
+                    file.and_then(|mut f| f.write_all(format!("{}\n", kernel.name).as_bytes()));
+                written.unwrap_or_else(|e| eprintln!("stand-in driver: cannot write {path}: {e}"));
+            }
+        }
+    }
+
+    /// What calls that may not happen during a capture ask first: it ends the captures that forbid them.
+    pub fn outside_capture(&mut self) -> Answer {
+        let me = std::thread::current().id();
+        let mut answer = Ok(());
+        for capture in self.captures.values_mut() {
+            if capture.mode == 0 || capture.mode == 1 && capture.thread == me {
+                capture.broken = true;
+                answer = Err(Code::CAPTURE_UNSUPPORTED);
+            }
+        }
+        answer
+    }
+
+    pub fn allocate(&mut self, size: usize, kind: Kind) -> Answer<usize> {
+        if size == 0 {
+            return Err(Code::INVALID_VALUE);
+        }
+        self.count("allocations");
+        self.memory().allocate(size, kind).ok_or(Code::OUT_OF_MEMORY)
+    }
+}
+
+/// The engine asks where an address lies, while a launch runs and the lock is held by the caller of the launch.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn standin_describe(at: usize, text: *mut u8, size: usize) {
+    // The engine runs only inside `call`, on this thread, and nothing changes the memory meanwhile.
+    let memory = DESCRIBED.with(std::cell::Cell::get);
+    let words = if memory.is_null() {
+        format!("address {at:#x}")
+    } else {
+        unsafe { (*memory).describe(at) }
+    };
+    let n = words.len().min(size - 1);
+    unsafe {
+        std::ptr::copy_nonoverlapping(words.as_ptr(), text, n);
+        *text.add(n) = 0;
+    }
+}
+
+thread_local! {
+    static DESCRIBED: std::cell::Cell<*const Memory> = const { std::cell::Cell::new(std::ptr::null()) };
+}
+
+impl Driver {
+    /// Lets the engine ask where addresses lie while `run` lasts.
+    pub fn describing<R>(&mut self, run: impl FnOnce() -> R) -> R {
+        DESCRIBED.set(self.memory());
+        let result = run();
+        DESCRIBED.set(std::ptr::null());
+        result
+    }
+}

@@ -1,0 +1,316 @@
+//! Streams, events and graphs: what has been queued, and when it runs.
+//!
+//! Work runs on the thread that waits for it, as late as the driver's promises allow: what nobody waited for has not
+//! happened, so a missing wait shows. Now and then, drawn from the seed, some runs early. `eager` runs all at once.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crate::driver::{Answer, Code, Driver};
+use crate::engine::{self, Index, Kernel, State};
+
+/// A point in a stream that others can wait for.
+#[derive(Debug)]
+pub(crate) struct Marker {
+    stream: usize,
+    passed: AtomicBool,
+    /// A marker inside a captured graph cannot be waited for outside.
+    pub capture: Option<usize>,
+}
+
+impl Marker {
+    pub fn passed(&self) -> bool {
+        self.passed.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Launch {
+    pub kernel: &'static Kernel,
+    pub size: (Index, Index, u32),
+    /// Copied when the launch was called.
+    pub arguments: Arc<Vec<Vec<u8>>>,
+    pub cooperative: bool,
+}
+
+#[derive(Clone)]
+pub(crate) enum Work {
+    Launch(Launch),
+    /// Both addresses are read when it runs.
+    Copy {
+        to: usize,
+        from: usize,
+        size: usize,
+    },
+    /// From host memory that is not pinned: read when it was called, as the driver does.
+    Upload {
+        to: usize,
+        bytes: Arc<Vec<u8>>,
+    },
+    /// `count` elements of `width` bytes.
+    Fill {
+        at: usize,
+        value: u32,
+        width: usize,
+        count: usize,
+    },
+    Release(usize),
+    Host(unsafe extern "C" fn(*mut c_void), usize),
+    Record(Arc<Marker>, usize),
+    Wait(Arc<Marker>),
+    Graph(Arc<Vec<Work>>),
+}
+
+#[derive(Default)]
+pub(crate) struct Stream {
+    pub queue: VecDeque<Work>,
+    /// The legacy default stream does not wait for it, nor it for that.
+    pub non_blocking: bool,
+    /// The capture it takes part in.
+    pub capture: Option<usize>,
+}
+
+#[derive(Default)]
+pub(crate) struct Event {
+    pub last: Option<Arc<Marker>>,
+    /// When it was last passed.
+    pub at: Option<Instant>,
+    pub timed: bool,
+}
+
+/// A capture under way.
+pub(crate) struct Capture {
+    pub origin: usize,
+    /// 0 forbids unsafe calls in every thread, 1 in this one, 2 nowhere.
+    pub mode: u32,
+    pub thread: std::thread::ThreadId,
+    pub works: Vec<Work>,
+    /// Streams that joined through an event, and whether the origin has waited for their last work.
+    pub joined: HashMap<usize, bool>,
+    pub broken: bool,
+}
+
+/// The legacy default stream, and the names that the driver has for it.
+pub(crate) fn stream_id(handle: usize) -> usize {
+    if handle <= 2 { 0 } else { handle }
+}
+
+impl Driver {
+    /// Queues work on a stream, or adds it to the stream's capture.
+    pub fn push(&mut self, stream: usize, work: Work) -> Answer {
+        let id = stream_id(stream);
+        let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        if let Some(capture) = capture.and_then(|c| self.captures.get_mut(&c)) {
+            if capture.broken {
+                return Err(Code::CAPTURE_INVALIDATED);
+            }
+            if let Some(seen) = capture.joined.get_mut(&id) {
+                *seen = false;
+            }
+            capture.works.push(work);
+            return Ok(());
+        }
+        if id == 0 {
+            self.default_stream_waits()?;
+        }
+        self.streams.get_mut(&id).expect("looked up above").queue.push_back(work);
+        if self.eager || id == 0 {
+            return self.drain(id);
+        }
+        while self.streams[&id].queue.len() > 1000 {
+            self.run_next(id)?;
+        }
+        if self.random().is_multiple_of(4) {
+            let pick = self.random() as usize % self.streams.len();
+            let other = *self.streams.keys().nth(pick).expect("fewer than all");
+            self.run_next(other)?;
+        }
+        Ok(())
+    }
+
+    /// What the legacy default stream does before each of its works.
+    pub fn default_stream_waits(&mut self) -> Answer {
+        let blocking: Vec<usize> =
+            self.streams.iter().filter(|(_, s)| !s.non_blocking).map(|(id, _)| *id).collect();
+        if blocking.iter().any(|id| self.streams[id].capture.is_some()) {
+            return Err(Code::CAPTURE_IMPLICIT);
+        }
+        blocking.into_iter().try_for_each(|id| self.drain(id))
+    }
+
+    /// Runs all that a stream has queued.
+    pub fn drain(&mut self, id: usize) -> Answer {
+        while self.streams.get(&id).is_some_and(|s| !s.queue.is_empty()) {
+            self.run_next(id)?;
+        }
+        Ok(())
+    }
+
+    pub fn drain_all(&mut self) -> Answer {
+        let all: Vec<usize> = self.streams.keys().copied().collect();
+        all.into_iter().try_for_each(|id| self.drain(id))
+    }
+
+    pub fn is_idle(&self, id: usize) -> bool {
+        self.streams.get(&id).is_none_or(|s| s.queue.is_empty())
+    }
+
+    /// Runs streams until the marker is passed.
+    pub fn wait_for(&mut self, marker: &Marker) -> Answer {
+        while !marker.passed() {
+            if self.is_idle(marker.stream) {
+                return Ok(()); // its stream was destroyed, or an error dropped its queue
+            }
+            self.run_next(marker.stream)?;
+        }
+        Ok(())
+    }
+
+    /// Somebody polls: some progress towards the marker.
+    pub fn run_towards(&mut self, marker: &Marker) -> Answer {
+        if marker.passed() { Ok(()) } else { self.run_next(marker.stream) }
+    }
+
+    /// Runs the oldest work of a stream.
+    pub fn run_next(&mut self, id: usize) -> Answer {
+        let Some(work) = self.streams.get_mut(&id).and_then(|s| s.queue.pop_front()) else {
+            return Ok(());
+        };
+        let answer = self.run(work);
+        if answer.is_err() {
+            // After an error nothing runs any more.
+            self.streams.values_mut().for_each(|s| s.queue.clear());
+        }
+        answer
+    }
+
+    fn run(&mut self, work: Work) -> Answer {
+        match work {
+            Work::Launch(launch) => self.run_kernel(&launch),
+            Work::Copy { to, from, size } => {
+                self.check("a copy reads", from, size)?;
+                self.check("a copy writes", to, size)?;
+                unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
+                self.written(to, size);
+                Ok(())
+            }
+            Work::Upload { to, bytes } => {
+                self.check("a copy writes", to, bytes.len())?;
+                unsafe {
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len())
+                };
+                self.written(to, bytes.len());
+                Ok(())
+            }
+            Work::Fill { at, value, width, count } => {
+                self.check("a memset writes", at, width * count)?;
+                let bytes = &value.to_ne_bytes()[..width];
+                for i in 0..count {
+                    let to = (at + i * width) as *mut u8;
+                    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, width) };
+                }
+                self.written(at, width * count);
+                Ok(())
+            }
+            Work::Release(at) => {
+                self.memory().release(at);
+                Ok(())
+            }
+            Work::Host(function, data) => {
+                unsafe { function(data as *mut c_void) };
+                Ok(())
+            }
+            Work::Record(marker, event) => {
+                marker.passed.store(true, Ordering::Relaxed);
+                if let Some(event) = self.events.get_mut(&event) {
+                    event.at = Some(Instant::now());
+                }
+                Ok(())
+            }
+            Work::Wait(marker) => self.wait_for(&marker),
+            Work::Graph(works) => works.iter().try_for_each(|work| self.run(work.clone())),
+        }
+    }
+
+    fn run_kernel(&mut self, launch: &Launch) -> Answer {
+        let name = launch.kernel.name;
+        self.count(&format!("kernel:{name}"));
+        self.note_run(launch.kernel);
+        if let Some(code) = self.fault(&format!("kernel:{name}")).or_else(|| self.fault("kernel")) {
+            return Err(self.stick(code, format!("kernel `{name}`: an injected failure")));
+        }
+        let seed = self.random();
+        let checked = self.checked;
+        let outcome = self.describing(|| {
+            launch.kernel.run(launch.size, &launch.arguments, launch.cooperative, checked, seed)
+        });
+        if let Err(what) = outcome {
+            return Err(self.stick(Code::LAUNCH_FAILED, what));
+        }
+        if let Some(what) = self.memory().broken_guard() {
+            return Err(self.stick(Code::LAUNCH_FAILED, format!("kernel `{name}`: {what}")));
+        }
+        Ok(())
+    }
+
+    fn written(&mut self, at: usize, size: usize) {
+        if self.memory().holds(at) {
+            engine::mark(at, size, State::Written);
+        }
+    }
+
+    /// Device addresses must lie in one live allocation.
+    fn check(&mut self, what: &str, at: usize, size: usize) -> Answer {
+        if size > 0
+            && self.memory().holds(at)
+            && let Some(fault) = self.memory().fault(at, size)
+        {
+            return Err(self.stick(Code::ILLEGAL_ADDRESS, format!("{what} {fault}")));
+        }
+        Ok(())
+    }
+
+    /// A new marker at the end of a stream's work.
+    pub fn record(&mut self, event: usize, stream: usize) -> Answer {
+        let id = stream_id(stream);
+        let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        let marker = Arc::new(Marker { stream: id, passed: AtomicBool::new(false), capture });
+        let slot = self.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
+        slot.last = Some(marker.clone());
+        if capture.is_some() {
+            return Ok(()); // an edge of the graph; captured work keeps its order anyway
+        }
+        slot.at = None;
+        self.push(stream, Work::Record(marker, event))
+    }
+
+    /// The stream's later work waits for what the event last recorded.
+    pub fn stream_waits(&mut self, stream: usize, event: usize) -> Answer {
+        let id = stream_id(stream);
+        let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
+        let Some(marker) = event.last.clone() else { return Ok(()) };
+        let waiting = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        match (marker.capture.filter(|c| self.captures.contains_key(c)), waiting) {
+            (None, None) => self.push(stream, Work::Wait(marker)),
+            // Work before the capture cannot be an edge of the graph.
+            (None, Some(_)) => Err(Code::CAPTURE_ISOLATION),
+            (Some(capture), None) => {
+                self.streams.get_mut(&id).expect("looked up above").capture = Some(capture);
+                let capture = self.captures.get_mut(&capture).expect("filtered above");
+                capture.joined.insert(id, true);
+                Ok(())
+            }
+            (Some(a), Some(b)) if a == b => {
+                let capture = self.captures.get_mut(&a).expect("filtered above");
+                if id == capture.origin {
+                    capture.joined.insert(marker.stream, true);
+                }
+                Ok(())
+            }
+            (Some(_), Some(_)) => Err(Code::CAPTURE_MERGE),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The first kernels against plain f64 host code, at odd sizes, plain and instrumented.
+
+use half::bf16;
+
+use crate::numbers::{Float, close, noise, rounded};
+use crate::stage::{Memory, Stage, Value};
+
+/// One launch over a flat array.
+fn flat(stage: &Stage, name: &str, arguments: &[Value]) {
+    stage.launch(name, [3, 1, 1], [64, 1, 1], 0, arguments);
+}
+
+const LENGTHS: [usize; 8] = [1, 2, 3, 7, 8, 9, 127, 2053];
+
+fn elementwise<T: Float>(checked: bool) {
+    let stage = Stage::take(checked);
+    let name = |op: &str| format!("{op}_{}", T::NAME);
+    for n in LENGTHS {
+        let (a, b): (Vec<T>, Vec<T>) = (noise(n, 1), noise(n, 2));
+        let (da, db) = (stage.upload(&a), stage.upload(&b));
+        let y: Memory<T> = stage.room(n);
+        let len = || Value::from(n as i64);
+        let check = |op: &str, want: &dyn Fn(usize) -> f64| {
+            let want: Vec<f64> = (0..n).map(want).collect();
+            close(&format!("{} of {n}", name(op)), &y.read(&stage), &want, T::TOLERANCE);
+        };
+
+        flat(&stage, &name("relu"), &[(&y).into(), (&da).into(), len()]);
+        check("relu", &|i| a[i].to_f64().max(0.0));
+        flat(&stage, &name("add"), &[(&y).into(), (&da).into(), (&db).into(), len()]);
+        check("add", &|i| a[i].to_f64() + b[i].to_f64());
+        flat(&stage, &name("scale"), &[(&y).into(), (&db).into(), 0.5_f32.into(), len(), 1.into()]);
+        check("scale", &|i| rounded::<T>(a[i].to_f64() + b[i].to_f64()) + 0.5 * b[i].to_f64());
+        flat(
+            &stage,
+            &name("relu_backward"),
+            &[(&y).into(), (&da).into(), (&db).into(), len(), 0.into()],
+        );
+        let masked = |i: usize| if b[i].to_f64() > 0.0 { a[i].to_f64() } else { 0.0 };
+        check("relu_backward", &masked);
+        flat(
+            &stage,
+            &name("relu_backward"),
+            &[(&y).into(), (&da).into(), (&db).into(), len(), 1.into()],
+        );
+        check("relu_backward", &|i| 2.0 * masked(i));
+        flat(&stage, &name("fill"), &[(&y).into(), (-1.5_f32).into(), len()]);
+        check("fill", &|_| -1.5);
+    }
+}
+
+#[test]
+fn elementwise_f32() {
+    [false, true].map(elementwise::<f32>);
+}
+
+#[test]
+fn elementwise_bf16() {
+    [false, true].map(elementwise::<bf16>);
+}
+
+#[test]
+fn casts_round_to_nearest_even() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for n in LENGTHS {
+            let mut x: Vec<f32> = noise(n, 3);
+            x[0] = 1.0 + 1.0 / 256.0; // a tie
+            let dx = stage.upload(&x);
+            let (narrow, wide): (Memory<bf16>, Memory<f32>) = (stage.room(n), stage.room(n));
+            flat(&stage, "cast_f32_to_bf16", &[(&narrow).into(), (&dx).into(), (n as i64).into()]);
+            let want: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
+            assert_eq!(narrow.read(&stage), want);
+            flat(
+                &stage,
+                "cast_bf16_to_f32",
+                &[(&wide).into(), (&narrow).into(), (n as i64).into()],
+            );
+            let want: Vec<f32> = want.iter().map(|x| x.to_f32()).collect();
+            assert_eq!(wide.read(&stage), want);
+        }
+    }
+}
+
+/// Batch norm forward and backward of `groups` times `rows` rows of `c` channels, far from zero.
+fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize) {
+    let what = format!("batch norm of {groups} x {rows} x {c}");
+    let name = |kernel: &str| format!("batch_norm_{kernel}_{}", T::NAME);
+    let n = groups * rows * c;
+    let x: Vec<T> = noise::<f32>(n, 1).iter().map(|x| T::from_f64(f64::from(*x) + 3.0)).collect();
+    let (residual, dy): (Vec<T>, Vec<T>) = (noise(n, 2), noise(n, 3));
+    let (gain, shift): (Vec<f32>, Vec<f32>) = (noise(c, 4), noise(c, 5));
+    let (dx_, dresidual_) = (stage.room::<T>(n), stage.room::<T>(n));
+    let (x_, residual_, dy_) = (stage.upload(&x), stage.upload(&residual), stage.upload(&dy));
+    let (gain_, shift_) = (stage.upload(&gain), stage.upload(&shift));
+    let (mean_, inv_std_) = (stage.room::<f32>(groups * c), stage.room::<f32>(groups * c));
+    let running: Vec<f32> = noise(c, 6);
+    let (running_mean, running_variance) = (stage.upload(&running), stage.upload(&running));
+
+    // The layout that batch_norm.cu describes.
+    let vectors = c.div_ceil(16 / size_of::<T>()) as u32;
+    let across = vectors.next_power_of_two().min(32);
+    let per_chunk = 37;
+    let chunks = rows.div_ceil(per_chunk);
+    let grid = [vectors.div_ceil(across), chunks as u32, groups as u32];
+    let block = [across, 128 / across, 1];
+    let partial = stage.room::<f32>(groups * chunks * 2 * c);
+    let sums = stage.room::<f32>(groups * 2 * c);
+    let int = |x: usize| Value::from(x as i32);
+    let sizes = || [Value::from(rows as i64), int(per_chunk), int(c)];
+    let per_channel = [c.div_ceil(32) as u32, 1, 1];
+
+    let mut arguments = vec![(&partial).into(), (&x_).into()];
+    arguments.extend(sizes());
+    stage.launch(&name("moments"), grid, block, 0, &arguments);
+    let mut arguments: Vec<Value> =
+        [&mean_, &inv_std_, &running_mean, &running_variance, &partial].map(Value::from).into();
+    arguments.extend([int(groups), int(chunks)]);
+    arguments.extend(sizes());
+    arguments.extend([0.1_f32.into(), 1e-5_f32.into()]);
+    stage.launch("batch_norm_finish", per_channel, [32, 1, 1], 0, &arguments);
+    let y_ = stage.room::<T>(n);
+    let mut arguments: Vec<Value> = [&y_, &x_, &residual_].map(Value::from).into();
+    arguments.extend([&mean_, &inv_std_, &gain_, &shift_].map(Value::from));
+    arguments.extend(sizes());
+    arguments.push(1.into());
+    stage.launch(&name("apply"), grid, block, 0, &arguments);
+
+    let at = |g: usize, i: usize, j: usize| (g * rows + i) * c + j;
+    let (mut want_y, mut want_mean, mut x_hat) =
+        (vec![0.0; n], vec![0.0; groups * c], vec![0.0; n]);
+    let mut inv_std = vec![0.0; groups * c];
+    let mut moved = [vec![0.0; c], vec![0.0; c]];
+    for g in 0..groups {
+        for j in 0..c {
+            let channel: Vec<f64> = (0..rows).map(|i| x[at(g, i, j)].to_f64()).collect();
+            let mean = channel.iter().sum::<f64>() / rows as f64;
+            let m2 = channel.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
+            want_mean[g * c + j] = mean;
+            inv_std[g * c + j] = 1.0 / (m2 / rows as f64 + 1e-5).sqrt();
+            moved[0][j] += 0.1 * mean / groups as f64;
+            moved[1][j] += 0.1 * m2 / (rows as f64 - 1.0).max(1.0) / groups as f64;
+            for i in 0..rows {
+                let e = at(g, i, j);
+                x_hat[e] = (x[e].to_f64() - mean) * inv_std[g * c + j];
+                let z = x_hat[e] * f64::from(gain[j]) + f64::from(shift[j]) + residual[e].to_f64();
+                want_y[e] = z.max(0.0);
+            }
+        }
+    }
+    close(&format!("{what}: mean"), &mean_.read(stage), &want_mean, 1e-5);
+    close(&format!("{what}: inv_std"), &inv_std_.read(stage), &inv_std, 1e-5);
+    let y = y_.read(stage);
+    close(&format!("{what}: y"), &y, &want_y, T::TOLERANCE);
+    for (running_, moved) in [(&running_mean, &moved[0]), (&running_variance, &moved[1])] {
+        let want: Vec<f64> =
+            running.iter().zip(moved).map(|(r, m)| 0.9 * f64::from(*r) + m).collect();
+        close(&format!("{what}: running"), &running_.read(stage), &want, 1e-5);
+    }
+
+    let mut arguments: Vec<Value> = vec![(&partial).into()];
+    arguments.extend([&dy_, &y_, &x_].map(Value::from));
+    arguments.extend([&mean_, &inv_std_].map(Value::from));
+    arguments.extend(sizes());
+    stage.launch(&name("backward_sums"), grid, block, 0, &arguments);
+    let (dshift_, dgain_) = (stage.room::<f32>(c), stage.upload(&gain));
+    let mut arguments: Vec<Value> = [&sums, &dshift_, &dgain_, &partial].map(Value::from).into();
+    arguments.extend([int(groups), int(chunks), int(c), 2.into()]);
+    stage.launch("batch_norm_backward_finish", per_channel, [32, 1, 1], 0, &arguments);
+    let mut arguments: Vec<Value> = [&dx_, &dresidual_, &dy_, &y_, &x_].map(Value::from).into();
+    arguments.extend([&mean_, &inv_std_, &gain_, &sums].map(Value::from));
+    arguments.extend(sizes());
+    arguments.push(0.into());
+    stage.launch(&name("backward_apply"), grid, block, 0, &arguments);
+
+    let dz: Vec<f64> =
+        dy.iter().zip(&y).map(|(d, y)| if y.to_f64() > 0.0 { d.to_f64() } else { 0.0 }).collect();
+    let (mut want_dx, mut want_dshift) = (vec![0.0; n], vec![0.0; c]);
+    let mut want_dgain: Vec<f64> = gain.iter().map(|g| f64::from(*g)).collect();
+    for g in 0..groups {
+        for j in 0..c {
+            let sum = (0..rows).map(|i| dz[at(g, i, j)]).sum::<f64>();
+            let dot = (0..rows).map(|i| dz[at(g, i, j)] * x_hat[at(g, i, j)]).sum::<f64>();
+            want_dshift[j] += sum;
+            want_dgain[j] += dot;
+            for i in 0..rows {
+                let e = at(g, i, j);
+                let m = rows as f64;
+                let inner = dz[e] - sum / m - x_hat[e] * dot / m;
+                want_dx[e] = f64::from(gain[j]) * inv_std[g * c + j] * inner;
+            }
+        }
+    }
+    close(&format!("{what}: dshift"), &dshift_.read(stage), &want_dshift, 1e-5);
+    close(&format!("{what}: dgain"), &dgain_.read(stage), &want_dgain, 1e-5);
+    // One row has no spread: what is left is rounding, of either sign.
+    if rows > 1 {
+        close(&format!("{what}: dx"), &dx_.read(stage), &want_dx, T::TOLERANCE);
+    }
+    close(&format!("{what}: dresidual"), &dresidual_.read(stage), &dz, T::TOLERANCE);
+}
+
+fn batch_norms<T: Float>() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (groups, rows, c) in
+            [(1, 1, 1), (1, 5, 3), (2, 37, 8), (3, 38, 17), (1, 151, 67), (2, 75, 131)]
+        {
+            batch_norm::<T>(&stage, groups, rows, c);
+        }
+    }
+}
+
+#[test]
+fn batch_norm_f32() {
+    batch_norms::<f32>();
+}
+
+#[test]
+fn batch_norm_bf16() {
+    batch_norms::<bf16>();
+}
+
+/// How the operands of a product lie.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Nt,
+    Nn,
+    Tn,
+}
+
+/// `[m, n]`, with bias, then once more on top.
+fn product<In: Float, Out: Float>(
+    stage: &Stage,
+    lie: Lie,
+    [m, n, k]: [usize; 3],
+    kernel: &str,
+    threads: u32,
+) {
+    let (a, b): (Vec<In>, Vec<In>) = (noise(m * k, 1), noise(k * n, 2));
+    let bias: Vec<f32> = noise(n, 3);
+    let (da, db, dbias) = (stage.upload(&a), stage.upload(&b), stage.upload(&bias));
+    let c = stage.room::<Out>(m * n);
+    let size = |x: usize| Value::from(x as i64);
+    let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
+    let name = format!("matmul_{}_{kernel}", format!("{lie:?}").to_lowercase());
+    let launch = |c: Value, bias: Value, grid: [u32; 3], slice: usize, accumulate: i32| {
+        let arguments = [
+            c,
+            (&da).into(),
+            (&db).into(),
+            bias,
+            size(m),
+            size(n),
+            size(k),
+            size(slice),
+            accumulate.into(),
+        ];
+        stage.launch(&name, grid, [threads, 1, 1], 0, &arguments);
+    };
+    launch((&c).into(), (&dbias).into(), grid, k, 0);
+    let first = c.read(stage);
+    launch((&c).into(), 0_u64.into(), grid, k, 1);
+
+    let mut want = vec![0.0; m * n];
+    for i in 0..m {
+        for j in 0..n {
+            let term = |l: usize| {
+                let x = if matches!(lie, Lie::Tn) { a[l * m + i] } else { a[i * k + l] };
+                let y = if matches!(lie, Lie::Nt) { b[j * k + l] } else { b[l * n + j] };
+                x.to_f64() * y.to_f64()
+            };
+            want[i * n + j] = (0..k).map(term).sum::<f64>();
+        }
+    }
+    let what = format!("{name} {m} x {n} x {k}");
+    let with_bias = |e: usize| want[e] + f64::from(bias[e % n]);
+    let once: Vec<f64> = (0..m * n).map(with_bias).collect();
+    close(&what, &first, &once, Out::TOLERANCE);
+    let twice: Vec<f64> = (0..m * n).map(|e| first[e].to_f64() + want[e]).collect();
+    close(&format!("{what}, accumulated"), &c.read(stage), &twice, Out::TOLERANCE);
+
+    // In slices of k, when the slices are f32.
+    if Out::NAME == "f32" {
+        let (slice, n_slices) = (32, k.div_ceil(32));
+        let partial = stage.room::<f32>(n_slices * m * n);
+        launch((&partial).into(), 0_u64.into(), [grid[0], grid[1], n_slices as u32], slice, 0);
+        let sum = stage.room::<f32>(m * n);
+        let count = Value::from((m * n) as i64);
+        flat(
+            stage,
+            "sum_slices_f32",
+            &[(&sum).into(), (&partial).into(), (n_slices as i32).into(), count, 0.into()],
+        );
+        close(&format!("{what}, in slices"), &sum.read(stage), &want, 1e-5);
+        let narrow = stage.room::<bf16>(m * n);
+        let count = Value::from((m * n) as i64);
+        flat(
+            stage,
+            "sum_slices_bf16",
+            &[(&narrow).into(), (&partial).into(), (n_slices as i32).into(), count, 0.into()],
+        );
+        close(&format!("{what}, in slices"), &narrow.read(stage), &want, bf16::TOLERANCE);
+    }
+}
+
+#[test]
+fn products_of_any_size() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for lie in [Lie::Nt, Lie::Nn, Lie::Tn] {
+            for size in
+                [[1, 1, 1], [7, 5, 3], [64, 64, 32], [65, 72, 40], [8, 136, 97], [131, 16, 64]]
+            {
+                product::<bf16, bf16>(&stage, lie, size, "bf16", 128);
+                product::<bf16, f32>(&stage, lie, size, "bf16_f32", 128);
+                product::<f32, f32>(&stage, lie, size, "f32", 256);
+            }
+        }
+    }
+}

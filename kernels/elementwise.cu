@@ -1,0 +1,111 @@
+// Maps over flat arrays of any length: each thread takes 16 bytes at a time in a grid-stride loop. Any output may be an
+// input as well. `accumulate` adds to what the output holds.
+#include "vector.cuh"
+
+/// Calls f(first element, count) on pieces of `width` elements.
+template <typename F>
+__device__ __forceinline__ void for_pieces(int64_t n, int width, F f) {
+    for (int64_t i = grid_rank() * width; i < n; i += grid_threads() * width)
+        f(i, n - i < width ? static_cast<int>(n - i) : width);
+}
+
+/// y[i] = f(a[i]), plus y[i] if `accumulate`.
+template <typename T, typename F>
+__device__ __forceinline__ void map(T* y, const T* a, int64_t n, bool accumulate, F f) {
+    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> v = load_some(a + i, count), old{};
+        if (accumulate) old = load_some(y + i, count);
+#pragma unroll
+        for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = f(v.v[k]) + old.v[k];
+        store_some(y + i, v, count);
+    });
+}
+
+/// y = 0 where x < 0, else x; a NaN stays one.
+template <typename T>
+__device__ __forceinline__ void relu(T* y, const T* x, int64_t n) {
+    map(y, x, n, false, [](float x) { return x < 0.0f ? 0.0f : x; });
+}
+
+/// dx = dy where y > 0, else 0, with y the forward's output.
+template <typename T>
+__device__ __forceinline__ void relu_backward(T* dx, const T* dy, const T* y, int64_t n, bool accumulate) {
+    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> d = load_some(dy + i, count), out = load_some(y + i, count), old{};
+        if (accumulate) old = load_some(dx + i, count);
+#pragma unroll
+        for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = (out.v[k] > 0.0f ? d.v[k] : 0.0f) + old.v[k];
+        store_some(dx + i, d, count);
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void add(T* y, const T* a, const T* b, int64_t n) {
+    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> u = load_some(a + i, count), v = load_some(b + i, count);
+#pragma unroll
+        for (int k = 0; k < PER_VECTOR<T>; k++) u.v[k] += v.v[k];
+        store_some(y + i, u, count);
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void scale(T* y, const T* x, float factor, int64_t n, bool accumulate) {
+    map(y, x, n, accumulate, [factor](float x) { return factor * x; });
+}
+
+template <typename T>
+__device__ __forceinline__ void fill(T* y, float value, int64_t n) {
+    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> v;
+#pragma unroll
+        for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = value;
+        store_some(y + i, v, count);
+    });
+}
+
+KERNEL void relu_f32(float* y, const float* x, int64_t n) { relu(y, x, n); }
+KERNEL void relu_bf16(bf16* y, const bf16* x, int64_t n) { relu(y, x, n); }
+
+KERNEL void relu_backward_f32(float* dx, const float* dy, const float* y, int64_t n, int accumulate) {
+    relu_backward(dx, dy, y, n, accumulate);
+}
+KERNEL void relu_backward_bf16(bf16* dx, const bf16* dy, const bf16* y, int64_t n, int accumulate) {
+    relu_backward(dx, dy, y, n, accumulate);
+}
+
+KERNEL void add_f32(float* y, const float* a, const float* b, int64_t n) { add(y, a, b, n); }
+KERNEL void add_bf16(bf16* y, const bf16* a, const bf16* b, int64_t n) { add(y, a, b, n); }
+
+KERNEL void scale_f32(float* y, const float* x, float factor, int64_t n, int accumulate) {
+    scale(y, x, factor, n, accumulate);
+}
+KERNEL void scale_bf16(bf16* y, const bf16* x, float factor, int64_t n, int accumulate) {
+    scale(y, x, factor, n, accumulate);
+}
+
+KERNEL void fill_f32(float* y, float value, int64_t n) { fill(y, value, n); }
+KERNEL void fill_bf16(bf16* y, float value, int64_t n) { fill(y, value, n); }
+
+/// y = x rounded to nearest even.
+KERNEL void cast_f32_to_bf16(bf16* y, const float* x, int64_t n) {
+    for_pieces(n, 8, [&](int64_t i, int count) {
+        Vector<float> low = load_some(x + i, count), high{};
+        if (count > 4) high = load_some(x + i + 4, count - 4);
+        Vector<bf16> v;
+#pragma unroll
+        for (int k = 0; k < 4; k++) v.v[k] = low.v[k], v.v[k + 4] = high.v[k];
+        store_some(y + i, v, count);
+    });
+}
+
+KERNEL void cast_bf16_to_f32(float* y, const bf16* x, int64_t n) {
+    for_pieces(n, 8, [&](int64_t i, int count) {
+        Vector<bf16> v = load_some(x + i, count);
+        Vector<float> low, high;
+#pragma unroll
+        for (int k = 0; k < 4; k++) low.v[k] = v.v[k], high.v[k] = v.v[k + 4];
+        store_some(y + i, low, count);
+        if (count > 4) store_some(y + i + 4, high, count - 4);
+    });
+}

@@ -1,0 +1,69 @@
+// Loads and stores of 16 bytes, and of fewer where an address or an end does not allow it.
+#pragma once
+
+#include "selfsup.cuh"
+
+/// Elements in 16 bytes.
+template <typename T>
+constexpr int PER_VECTOR = 16 / static_cast<int>(sizeof(T));
+
+/// Sixteen bytes of elements in registers.
+template <typename T>
+struct Vector {
+    float v[PER_VECTOR<T>];
+};
+
+__device__ __forceinline__ bool is_aligned_16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+/// The two floats of a pair of bf16; the lower half comes first in memory.
+__device__ __forceinline__ void unpack(float& low, float& high, unsigned pair) {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000u);
+}
+
+__device__ __forceinline__ unsigned bits_of(bf16 x) { return *reinterpret_cast<const uint16_t*>(&x); }
+
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    return bits_of(__float2bfloat16_rn(low)) | bits_of(__float2bfloat16_rn(high)) << 16;
+}
+
+/// Four floats or eight bf16 from an address that is a multiple of 16.
+__device__ __forceinline__ Vector<float> load_vector(const float* at) {
+    float4 q = *reinterpret_cast<const float4*>(at);
+    return {{q.x, q.y, q.z, q.w}};
+}
+__device__ __forceinline__ Vector<bf16> load_vector(const bf16* at) {
+    uint4 q = *reinterpret_cast<const uint4*>(at);
+    Vector<bf16> r;
+    unpack(r.v[0], r.v[1], q.x);
+    unpack(r.v[2], r.v[3], q.y);
+    unpack(r.v[4], r.v[5], q.z);
+    unpack(r.v[6], r.v[7], q.w);
+    return r;
+}
+
+__device__ __forceinline__ void store_vector(float* at, const Vector<float>& r) {
+    *reinterpret_cast<float4*>(at) = make_float4(r.v[0], r.v[1], r.v[2], r.v[3]);
+}
+__device__ __forceinline__ void store_vector(bf16* at, const Vector<bf16>& r) {
+    *reinterpret_cast<uint4*>(at) =
+        make_uint4(pack(r.v[0], r.v[1]), pack(r.v[2], r.v[3]), pack(r.v[4], r.v[5]), pack(r.v[6], r.v[7]));
+}
+
+/// Up to `count` elements, zeros behind them; the whole at once where `count` is full and the address allows it.
+template <typename T>
+__device__ __forceinline__ Vector<T> load_some(const T* at, int count) {
+    if (count >= PER_VECTOR<T> && is_aligned_16(at)) return load_vector(at);
+    Vector<T> r;
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<T>; i++) r.v[i] = i < count ? to_float(at[i]) : 0.0f;
+    return r;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_some(T* at, const Vector<T>& r, int count) {
+    if (count >= PER_VECTOR<T> && is_aligned_16(at)) return store_vector(at, r);
+#pragma unroll
+    for (int i = 0; i < PER_VECTOR<T>; i++)
+        if (i < count) at[i] = from_float<T>(r.v[i]);
+}
