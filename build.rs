@@ -59,7 +59,8 @@ fn main() {
             None
         }
     };
-    fs::write(out.join("kernels.rs"), rust(&files, compiled.as_ref())).expect("OUT_DIR is writable");
+    fs::write(out.join("kernels.rs"), rust(&files, compiled.as_ref()))
+        .expect("OUT_DIR is writable");
 }
 
 fn sources() -> Vec<File> {
@@ -164,7 +165,8 @@ fn with_headers(path: &Path, seen: &mut BTreeSet<PathBuf>, content: &mut String)
         return;
     }
     for line in source.lines() {
-        let included = line.trim_start().strip_prefix("#include \"").and_then(|l| l.split('"').next());
+        let included =
+            line.trim_start().strip_prefix("#include \"").and_then(|l| l.split('"').next());
         if let (Some(name), Some(folder)) = (included, path.parent()) {
             with_headers(&folder.join(name), seen, content);
         }
@@ -196,26 +198,28 @@ fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
     let version = compiled.map(|c| c.version.as_str());
     let _ = writeln!(code, "/// The compiler that made the kernels; none if there was none.");
     let _ = writeln!(code, "pub(crate) static COMPILER: Option<&str> = {version:?};");
-    let _ = writeln!(code, "pub(super) static FILES: &[File] = &[");
+    let _ = writeln!(code, "pub(crate) static FILES: &[File] = &[");
     for (i, file) in files.iter().enumerate() {
         let image = compiled.map_or("&[]".to_owned(), |c| {
-            format!("include_bytes!({:?})", c.files[i].0.display().to_string())
+            format!("&Aligned(*include_bytes!({:?})).0", c.files[i].0.display().to_string())
         });
         let (name, hopper) = (&file.name, file.is_hopper_only());
-        let _ = writeln!(code, "    File {{ name: {name:?}, hopper_only: {hopper}, image: {image} }},");
+        let _ =
+            writeln!(code, "    File {{ name: {name:?}, hopper_only: {hopper}, image: {image} }},");
     }
-    let _ = writeln!(code, "];\npub(super) static KERNELS: &[Kernel] = &[");
+    let _ = writeln!(code, "];\npub(crate) static KERNELS: &[Kernel] = &[");
     let mut index = 0;
     for (i, file) in files.iter().enumerate() {
         for kernel in &file.kernels {
             let sizes: Vec<usize> = kernel.arguments.iter().map(|a| a.kind.size()).collect();
             let name = &kernel.name;
-            let _ = writeln!(code, "    Kernel {{ name: {name:?}, file: {i}, sizes: &{sizes:?} }},");
+            let _ =
+                writeln!(code, "    Kernel {{ name: {name:?}, file: {i}, sizes: &{sizes:?} }},");
             functions.push_str(&signatures::launch_function(kernel, index, &file.name));
             index += 1;
         }
     }
-    let _ = writeln!(code, "];\npub(super) static RESOURCES: &[Resources] = &[");
+    let _ = writeln!(code, "];\npub(crate) static RESOURCES: &[Resources] = &[");
     for (_, printed) in compiled.iter().flat_map(|c| &c.files) {
         code.push_str(&resources(printed));
     }
@@ -238,8 +242,9 @@ fn resources(printed: &str) -> String {
             let mut quoted = rest.split('\'');
             entry = quoted.next().zip(quoted.nth(1));
         } else if line.contains("bytes stack frame") && entry.is_some() {
-            let [stack, stores, loads] = ["bytes stack frame", "bytes spill stores", "bytes spill loads"]
-                .map(|what| before(line, what));
+            let [stack, stores, loads] =
+                ["bytes stack frame", "bytes spill stores", "bytes spill loads"]
+                    .map(|what| before(line, what));
             memory = format!("stack: {stack}, spill_stores: {stores}, spill_loads: {loads}");
         } else if line.contains("Used ")
             && let Some((kernel, chip)) = entry.take()

@@ -89,7 +89,8 @@ fn signature(text: &str) -> Result<(Kernel, &str), String> {
     let (name, rest) = rest.split_once('(').ok_or_else(malformed)?;
     let (list, after) = rest.split_once(')').ok_or_else(malformed)?;
     let name = name.trim().to_owned();
-    if name.is_empty() || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    if name.is_empty()
+        || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     {
         return Err(format!("`{name}` is no snake_case name of a kernel"));
     }
@@ -147,7 +148,10 @@ pub fn launch_function(kernel: &Kernel, index: usize, file: &str) -> String {
     let mut code = String::new();
     let _ = writeln!(code, "/// `{}` of `kernels/{file}.cu`.", kernel.name);
     let _ = writeln!(code, "///\n/// # Safety");
-    let _ = writeln!(code, "/// The kernel reads and writes within what its pointers point to, given these sizes.");
+    let _ = writeln!(
+        code,
+        "/// The kernel reads and writes within what its pointers point to, given these sizes."
+    );
     let _ = write!(code, "pub(crate) unsafe fn {}(launch: Launch<'_>", kernel.name);
     for Argument { name, kind } in &kernel.arguments {
         let _ = write!(code, ", {}: {}", identifier(name), kind.rust());
@@ -157,7 +161,10 @@ pub fn launch_function(kernel: &Kernel, index: usize, file: &str) -> String {
         let _ = write!(code, "argument(&{}), ", identifier(name));
     }
     let _ = writeln!(code, "];");
-    let _ = writeln!(code, "    // SAFETY: as this function's; the arguments have the kernel's types, for they came from its signature.");
+    let _ = writeln!(
+        code,
+        "    // SAFETY: as this function's; the arguments have the kernel's types, for they came from its signature."
+    );
     let _ = writeln!(code, "    unsafe {{ launch.run({index}, &arguments) }}\n}}");
     code
 }
