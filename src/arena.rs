@@ -3,12 +3,15 @@
 //! A network is a description; its layers hold [`Param`] and [`Stat`] handles into a [`Layout`]. An [`Arena`] gives the
 //! layout values, gradients and running statistics, each one contiguous tensor, so that an optimiser, a momentum update,
 //! a checkpoint and an all-reduce see one array. A momentum encoder is a second arena of the same layout.
+//!
+//! All of them are f32 (f64 on the reference device). A GPU that multiplies in bf16 has a working copy of the values
+//! beside them, which tapes hand out for filters and matrices; gains, shifts and biases are used as they are.
 
-use std::cell::{Ref, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::sync::Arc;
 
 use crate::device::{Device, Group, Philox, Purpose};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Every slot starts at a multiple of this many elements, so that a vectorised kernel may treat a whole arena alike.
 pub const SLOT_ALIGNMENT: usize = 16;
@@ -33,6 +36,11 @@ pub enum SlotKind {
 }
 
 impl SlotKind {
+    /// True of what is multiplied by tensor cores, from a working copy where the device has one.
+    fn is_multiplied(self) -> bool {
+        matches!(self, SlotKind::Filter | SlotKind::Matrix)
+    }
+
     /// True of biases and of batch norm's parameters, which most recipes exempt from weight decay and LARS.
     pub fn is_bias_or_norm(self) -> bool {
         matches!(self, SlotKind::Bias | SlotKind::Gain | SlotKind::Shift)
@@ -72,6 +80,7 @@ pub struct Slot {
 pub struct Param {
     offset: usize,
     shape: Shape,
+    kind: SlotKind,
 }
 
 impl Param {
@@ -137,7 +146,7 @@ impl Layout {
         let name = self.fresh(name.into());
         let offset = end(&self.params);
         self.params.push(Slot { name, offset, shape, kind, init, channels });
-        Param { offset, shape }
+        Param { offset, shape, kind }
     }
 
     /// Adds a running statistic of `c` channels that starts at `value`.
@@ -186,6 +195,10 @@ fn end(slots: &[Slot]) -> usize {
 pub struct Arena {
     layout: Arc<Layout>,
     values: Tensor,
+    /// The values in the type of activations, where that is another.
+    working: RefCell<Option<Tensor>>,
+    /// The values have been written since.
+    stale: Cell<bool>,
     gradients: RefCell<Tensor>,
     statistics: RefCell<Tensor>,
     group: Group,
@@ -219,6 +232,8 @@ impl Arena {
         }
         Self {
             layout: layout.clone(),
+            working: RefCell::new(working_copy(device, values.len())),
+            stale: Cell::new(true),
             values: Tensor::from_f64(device, [values.len()], &values),
             gradients: RefCell::new(Tensor::zeros(device, [values.len()])),
             statistics: RefCell::new(Tensor::from_f64(device, [statistics.len()], &statistics)),
@@ -230,6 +245,8 @@ impl Arena {
     pub fn twin(&self) -> Self {
         Self {
             layout: self.layout.clone(),
+            working: RefCell::new(working_copy(self.device(), self.values.len())),
+            stale: Cell::new(true),
             values: self.values.copy(),
             gradients: RefCell::new(Tensor::zeros(self.device(), [self.values.len()])),
             statistics: RefCell::new(self.statistics.borrow().copy()),
@@ -259,6 +276,7 @@ impl Arena {
 
     /// All values, to write.
     pub fn values_mut(&mut self) -> &mut Tensor {
+        self.stale.set(true);
         &mut self.values
     }
 
@@ -279,6 +297,7 @@ impl Arena {
 
     /// Values, to write, and gradients beside them: what an optimiser sees.
     pub fn values_and_gradients(&mut self) -> (&mut Tensor, &Tensor) {
+        self.stale.set(true);
         (&mut self.values, self.gradients.get_mut())
     }
 
@@ -290,6 +309,31 @@ impl Arena {
     /// A parameter's value, sharing the arena's memory: drop it before the next update.
     pub fn value(&self, param: Param) -> Tensor {
         self.values.slice(param.offset, param.shape)
+    }
+
+    /// A parameter's value as a tape hands it out.
+    pub(crate) fn working_value(&self, param: Param) -> Tensor {
+        match &*self.working.borrow() {
+            Some(working) if param.kind.is_multiplied() => {
+                debug_assert!(!self.stale.get(), "a tape brings the working copy up to date first");
+                working.slice(param.offset, param.shape)
+            }
+            _ => self.value(param),
+        }
+    }
+
+    /// Brings the working copy up to date. A tape does so when it begins; what updates values inside a step does so
+    /// itself, so that a captured step does not depend on what came before it.
+    ///
+    /// # Panics
+    /// When the values were written while somebody kept a parameter of the working copy.
+    pub(crate) fn refresh(&self) {
+        if let Some(working) = &mut *self.working.borrow_mut()
+            && self.stale.get()
+        {
+            working.view_mut().cast_from(&self.values);
+        }
+        self.stale.set(false);
     }
 
     /// A parameter's gradient, copied.
@@ -319,6 +363,12 @@ impl Arena {
         let mut statistics = self.statistics.borrow_mut();
         f(statistics.view_mut().slice(stat.offset, stat.shape));
     }
+}
+
+/// Room for a working copy, where activations have another type than values.
+fn working_copy(device: &Device, len: usize) -> Option<Tensor> {
+    let dtype = DType::of_activations(device);
+    (dtype != DType::of(device)).then(|| Tensor::empty(device, dtype, [len]))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::cell::{RefCell, RefMut};
 use crate::arena::{Arena, Param, Stat};
 use crate::device::{Device, Group};
 use crate::error::Result;
-use crate::tensor::{Shape, Tensor, TensorMut};
+use crate::tensor::{DType, Shape, Tensor, TensorMut};
 
 /// How a tape's operations behave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ type Backward = Box<dyn FnOnce(Tensor, &mut Gradients<'_>)>;
 struct Node {
     name: &'static str,
     shape: Shape,
-    bytes: usize,
+    dtype: DType,
     backward: Option<Backward>,
 }
 
@@ -122,6 +122,7 @@ impl<'t> Var<'t> {
 
 impl<'a> Tape<'a> {
     fn new(arena: &'a Arena, mode: Mode) -> Self {
+        arena.refresh();
         Self { arena, mode, nodes: RefCell::default() }
     }
 
@@ -152,13 +153,15 @@ impl<'a> Tape<'a> {
 
     /// A scalar that no gradient flows to.
     pub fn constant(&self, value: f64) -> Var<'_> {
-        self.input(&Tensor::from_f64(self.device(), [], &[value]))
+        let mut scalar = Tensor::floats(self.device(), []);
+        scalar.view_mut().fill(value);
+        self.input(&scalar)
     }
 
     /// A parameter of the arena.
     pub fn param<'t>(&'t self, param: Param) -> Var<'t> {
         let id = if self.mode.gradients { VarId::Param(param) } else { VarId::Constant };
-        Var { tape: self, value: self.arena.value(param), id }
+        Var { tape: self, value: self.arena.working_value(param), id }
     }
 
     /// A running statistic as it stands.
@@ -191,7 +194,8 @@ impl<'a> Tape<'a> {
 
     /// What has been recorded so far, in order.
     pub fn nodes(&self) -> Vec<NodeInfo> {
-        let info = |n: &Node| NodeInfo { name: n.name, shape: n.shape, bytes: n.bytes };
+        let bytes = |n: &Node| n.shape.elements() * n.dtype.size();
+        let info = |n: &Node| NodeInfo { name: n.name, shape: n.shape, bytes: bytes(n) };
         self.nodes.borrow().iter().map(info).collect()
     }
 
@@ -202,8 +206,8 @@ impl<'a> Tape<'a> {
         backward: Option<Backward>,
     ) -> Var<'t> {
         let mut nodes = self.nodes.borrow_mut();
-        let (shape, bytes) = (*value.shape(), value.size_in_bytes());
-        nodes.push(Node { name, shape, bytes, backward });
+        let (shape, dtype) = (*value.shape(), value.dtype());
+        nodes.push(Node { name, shape, dtype, backward });
         Var { tape: self, value, id: VarId::Node(nodes.len() - 1) }
     }
 
@@ -213,6 +217,7 @@ impl<'a> Tape<'a> {
         let mut gradients = Gradients {
             device: self.device(),
             nodes: nodes.iter().map(|_| None).collect(),
+            dtypes: nodes.iter().map(|node| node.dtype).collect(),
             arena: self.arena.gradients_cell().borrow_mut(),
         };
         gradients.add(root, seed);
@@ -233,12 +238,15 @@ impl<'a> Tape<'a> {
 pub struct Gradients<'g> {
     device: &'g Device,
     nodes: Vec<Option<Tensor>>,
+    /// Of the nodes' values.
+    dtypes: Vec<DType>,
     arena: RefMut<'g, Tensor>,
 }
 
 impl Gradients<'_> {
     /// Where to write the gradient of `id`, and whether to add to what is there (`true`) or to overwrite contents that
-    /// are unspecified (`false`). `None` when no gradient is wanted.
+    /// are unspecified (`false`). `None` when no gradient is wanted. Parameters' gradients have the arena's type, others
+    /// that of the value they belong to.
     ///
     /// # Panics
     /// When `shape` is not that of the gradients already added.
@@ -253,7 +261,8 @@ impl Gradients<'_> {
             VarId::Node(index) => {
                 let slot = &mut self.nodes[index];
                 let accumulate = slot.is_some();
-                let tensor = slot.get_or_insert_with(|| Tensor::floats(self.device, *shape));
+                let dtype = self.dtypes[index];
+                let tensor = slot.get_or_insert_with(|| Tensor::empty(self.device, dtype, *shape));
                 assert_eq!(tensor.shape(), shape, "two gradients of one value differ in shape");
                 if !tensor.is_unique() {
                     *tensor = tensor.copy(); // an `add` shared it with another value's gradient
@@ -263,13 +272,13 @@ impl Gradients<'_> {
         }
     }
 
-    /// Adds `dx` to the gradient of `id`; the first to come is kept without a copy.
+    /// Adds `dx` to the gradient of `id`, in its type; the first to come is kept without a copy where it has that type.
     #[track_caller]
     pub fn add(&mut self, id: VarId, dx: Tensor) {
         if let VarId::Node(index) = id
             && self.nodes[index].is_none()
         {
-            self.nodes[index] = Some(dx);
+            self.nodes[index] = Some(dx.cast(self.dtypes[index]));
             return;
         }
         let device = self.device;
@@ -309,8 +318,8 @@ pub fn backward_pass(
     let tape = Tape::new(arena, TRAIN);
     let loss = loss(&tape);
     assert_eq!(loss.value().len(), 1, "a loss must be a scalar, not {:?}", loss.shape());
-    let seed = Tensor::from_f64(tape.device(), *loss.shape(), &[1.0]);
-    tape.backward(loss.id, seed);
+    tape.backward(loss.id, one(&loss));
+    tape.device().check()?;
     Ok(loss.value.clone())
 }
 
@@ -346,8 +355,7 @@ pub fn cached_step(
         let id = z.id;
         let loss = loss(z);
         assert_eq!(loss.value().len(), 1, "a loss must be a scalar, not {:?}", loss.shape());
-        let seed = Tensor::from_f64(tape.device(), *loss.shape(), &[1.0]);
-        let mut gradients = tape.backward(loss.id, seed);
+        let mut gradients = tape.backward(loss.id, one(&loss));
         let VarId::Node(index) = id else { unreachable!("`push` gives a node") };
         let dz = gradients[index].take().expect("the loss depends on the embeddings");
         (loss.value.clone(), dz)
@@ -358,7 +366,15 @@ pub fn cached_step(
         tape.backward(z.id, pick_views(&dz, views, count, i));
     }
     reduce_gradients(arena);
+    arena.device().check()?;
     Ok(loss)
+}
+
+/// The gradient of a loss.
+fn one(loss: &Var<'_>) -> Tensor {
+    let mut one = loss.value.empty_like();
+    one.view_mut().fill(1.0);
+    one
 }
 
 /// Sums gradients over the processes of the arena's group.
@@ -380,7 +396,9 @@ pub fn forward(
     f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
 ) -> Result<Tensor> {
     let tape = Tape::new(arena, Mode { gradients: false, ..TRAIN });
-    Ok(f(&tape).value)
+    let value = f(&tape).value;
+    tape.device().check()?;
+    Ok(value)
 }
 
 /// A forward pass for evaluation: running statistics, no gradients, nothing saved.
@@ -390,5 +408,7 @@ pub fn forward(
 pub fn evaluate(arena: &Arena, f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>) -> Result<Tensor> {
     let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
     let tape = Tape::new(arena, mode);
-    Ok(f(&tape).value)
+    let value = f(&tape).value;
+    tape.device().check()?;
+    Ok(value)
 }

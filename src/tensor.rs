@@ -1,17 +1,25 @@
 //! Tensors: a shape, a dtype and a piece of a device's memory (floor 2).
 //!
 //! Tensors are contiguous and row-major; images are `[n, h, w, c]`. Clones and slices of rows share memory. Writing
-//! needs the only handle: [`Tensor::data_mut`] panics while another tensor still looks at the same memory, so that a
+//! needs the only handle: [`Tensor::view_mut`] panics while another tensor still looks at the same memory, so that a
 //! value saved for the backward pass cannot change under it.
+//!
+//! [`Tensor::data`] and [`Tensor::data_mut`] are for the host's own memory; [`Tensor::to_vec`], [`Tensor::from_slice`] and
+//! [`TensorMut::write`] copy to and from any device.
 
 use std::fmt;
 use std::sync::Arc;
 
-use crate::device::{Device, DeviceKind, Memory};
+use half::bf16;
+
+use crate::device::cuda::{self, In, Launch, Out};
+use crate::device::{Device, DeviceKind, Memory, Precision};
 
 /// The type of a tensor's elements, known at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DType {
+    /// 16-bit float with the exponents of 32 bits: activations and working copies of weights on a GPU.
+    Bf16,
     /// 32-bit float.
     F32,
     /// 64-bit float; the reference device only.
@@ -24,16 +32,25 @@ impl DType {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
+            DType::Bf16 => 2,
             DType::F32 | DType::I32 => 4,
             DType::F64 => 8,
         }
     }
 
-    /// The float type that a device computes in.
+    /// The float type that a device sums in and keeps weights, statistics and losses in.
     pub fn of(device: &Device) -> Self {
         match device.kind() {
-            DeviceKind::Cpu => DType::F32,
+            DeviceKind::Cpu | DeviceKind::Cuda => DType::F32,
             DeviceKind::Reference => DType::F64,
+        }
+    }
+
+    /// The float type that a device multiplies: of activations, images and the working copies of filters and matrices.
+    pub fn of_activations(device: &Device) -> Self {
+        match device.kind() {
+            DeviceKind::Cuda if device.gpu().precision() == Precision::Bf16 => DType::Bf16,
+            _ => Self::of(device),
         }
     }
 }
@@ -44,6 +61,9 @@ pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug {
     const DTYPE: DType;
 }
 
+impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
 }
@@ -134,6 +154,7 @@ pub struct Tensor {
 
 impl Tensor {
     /// Memory for `shape` whose contents are unspecified: write all of it before reading any.
+    #[track_caller]
     pub fn empty(device: &Device, dtype: DType, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         let memory = Memory::new(device, shape.elements() * dtype.size());
@@ -141,16 +162,19 @@ impl Tensor {
     }
 
     /// A tensor like this one in device, dtype and shape, contents unspecified.
+    #[track_caller]
     pub fn empty_like(&self) -> Self {
         Self::empty(self.device(), self.dtype, self.shape)
     }
 
     /// Floats of the device's own type with unspecified contents.
+    #[track_caller]
     pub fn floats(device: &Device, shape: impl Into<Shape>) -> Self {
         Self::empty(device, DType::of(device), shape)
     }
 
     /// All zeros, in the device's float type.
+    #[track_caller]
     pub fn zeros(device: &Device, shape: impl Into<Shape>) -> Self {
         let mut tensor = Self::floats(device, shape);
         tensor.view_mut().fill(0.0);
@@ -171,7 +195,7 @@ impl Tensor {
             tensor.shape,
             values.len()
         );
-        tensor.data_mut().copy_from_slice(values);
+        tensor.view_mut().write(values);
         tensor
     }
 
@@ -227,7 +251,7 @@ impl Tensor {
     /// The elements.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype.
+    /// When `T` is not the tensor's dtype, or the tensor is on a GPU.
     #[track_caller]
     pub fn data<T: Element>(&self) -> &[T] {
         assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than was asked for");
@@ -237,7 +261,7 @@ impl Tensor {
     /// The elements, to write.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype, or another tensor shares the memory.
+    /// When `T` is not the tensor's dtype, the tensor is on a GPU, or another tensor shares the memory.
     #[track_caller]
     pub fn data_mut<T: Element>(&mut self) -> &mut [T] {
         self.view_mut().into_data()
@@ -303,22 +327,32 @@ impl Tensor {
     }
 
     /// A copy in memory of its own.
+    #[track_caller]
     pub fn copy(&self) -> Self {
         let mut copy = self.empty_like();
-        match self.dtype {
-            DType::F32 => copy.data_mut::<f32>().copy_from_slice(self.data()),
-            DType::F64 => copy.data_mut::<f64>().copy_from_slice(self.data()),
-            DType::I32 => copy.data_mut::<i32>().copy_from_slice(self.data()),
-        }
+        copy.view_mut().copy_from(self);
         copy
+    }
+
+    /// The elements in host memory. Waits for the device: not for use inside a step.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's dtype.
+    #[track_caller]
+    pub fn to_vec<T: Element>(&self) -> Vec<T> {
+        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than was asked for");
+        let mut values = vec![T::zeroed(); self.len()];
+        self.memory.read(self.offset * self.dtype.size(), bytemuck::cast_slice_mut(&mut values));
+        values
     }
 
     /// The elements as f64, whatever the dtype. Waits for the device: not for use inside a step.
     pub fn to_f64(&self) -> Vec<f64> {
         match self.dtype {
-            DType::F32 => self.data::<f32>().iter().map(|&v| f64::from(v)).collect(),
-            DType::F64 => self.data::<f64>().to_vec(),
-            DType::I32 => self.data::<i32>().iter().map(|&v| f64::from(v)).collect(),
+            DType::Bf16 => self.to_vec::<bf16>().into_iter().map(f64::from).collect(),
+            DType::F32 => self.to_vec::<f32>().into_iter().map(f64::from).collect(),
+            DType::F64 => self.to_vec(),
+            DType::I32 => self.to_vec::<i32>().into_iter().map(f64::from).collect(),
         }
     }
 
@@ -332,12 +366,45 @@ impl Tensor {
     /// The values on another device, in its float type (integers stay integers).
     pub fn to_device(&self, device: &Device) -> Self {
         match self.dtype {
-            DType::I32 => Self::from_slice(device, self.shape, self.data::<i32>()),
+            DType::I32 => Self::from_slice(device, self.shape, &self.to_vec::<i32>()),
             DType::F32 if DType::of(device) == DType::F32 => {
-                Self::from_slice(device, self.shape, self.data::<f32>())
+                Self::from_slice(device, self.shape, &self.to_vec::<f32>())
             }
             _ => Self::from_f64(device, self.shape, &self.to_f64()),
         }
+    }
+
+    /// The values in another float type, rounded to nearest even; shares memory where it is the same type already.
+    ///
+    /// # Panics
+    /// When either is no float type, or a GPU is asked for f64.
+    #[track_caller]
+    pub fn cast(&self, dtype: DType) -> Self {
+        if self.dtype == dtype {
+            return self.clone();
+        }
+        let mut to = Self::empty(self.device(), dtype, self.shape);
+        to.view_mut().cast_from(self);
+        to
+    }
+
+    /// Where a kernel reads the elements.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's dtype.
+    #[track_caller]
+    pub(crate) fn device_in<T: Element>(&self) -> In<'_, T> {
+        assert_eq!(self.dtype, T::DTYPE, "a kernel reads another dtype than the tensor holds");
+        In::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
+    }
+
+    /// Where a kernel writes the elements.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's dtype, or another tensor shares the memory.
+    #[track_caller]
+    pub(crate) fn device_out<T: Element>(&mut self) -> Out<'_, T> {
+        self.view_mut().into_out()
     }
 }
 
@@ -368,20 +435,114 @@ impl<'a> TensorMut<'a> {
     /// The elements, to write.
     ///
     /// # Panics
-    /// When `T` is not the dtype.
+    /// When `T` is not the dtype, or the tensor is on a GPU.
     #[track_caller]
     pub fn data_mut<T: Element>(&mut self) -> &mut [T] {
         self.reborrow().into_data()
     }
 
+    /// Copies a tensor of the same device, dtype and number of elements into it.
+    #[track_caller]
+    pub(crate) fn copy_from(&mut self, x: &Tensor) {
+        assert_eq!(self.dtype, x.dtype, "copy between two dtypes");
+        assert_eq!(self.shape.elements(), x.len(), "copy: {:?} into {:?}", x.shape, self.shape);
+        let size = self.dtype.size();
+        self.memory.copy_from(self.offset * size, &x.memory, x.offset * size, x.size_in_bytes());
+    }
+
+    /// Copies values of its own dtype into it.
+    ///
+    /// # Panics
+    /// When `T` is not the dtype, or the number of values differs.
+    #[track_caller]
+    pub fn write<T: Element>(&mut self, values: &[T]) {
+        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than is written");
+        assert_eq!(self.shape.elements(), values.len(), "write: into {:?}", self.shape);
+        self.memory.write(self.offset * self.dtype.size(), bytemuck::cast_slice(values));
+    }
+
+    /// Copies values into it, rounded to its dtype.
+    ///
+    /// # Panics
+    /// When the number of values differs.
+    #[track_caller]
+    pub fn write_f64(&mut self, values: &[f64]) {
+        match self.dtype {
+            DType::Bf16 => {
+                self.write(&values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>())
+            }
+            DType::F32 => self.write(&values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+            DType::F64 => self.write(values),
+            DType::I32 => self.write(&values.iter().map(|&v| v as i32).collect::<Vec<_>>()),
+        }
+    }
+
     /// Sets every element of a float tensor.
     #[track_caller]
     pub fn fill(&mut self, value: f64) {
+        if self.memory.device().kind() == DeviceKind::Cuda {
+            return self.fill_on_gpu(value as f32);
+        }
         match self.dtype {
+            DType::Bf16 => self.data_mut().fill(bf16::from_f64(value)),
             DType::F32 => self.data_mut::<f32>().fill(value as f32),
             DType::F64 => self.data_mut::<f64>().fill(value),
             DType::I32 => panic!("fill of an integer tensor"),
         }
+    }
+
+    #[track_caller]
+    fn fill_on_gpu(&mut self, value: f32) {
+        let (device, n) = (self.memory.device().clone(), self.shape.elements());
+        let launch = Launch::over(device.gpu(), n, 16 / self.dtype.size());
+        // SAFETY: the view has `n` elements.
+        unsafe {
+            match self.dtype {
+                DType::Bf16 => cuda::fill_bf16(launch, self.device_out(), value, n as i64),
+                DType::F32 => cuda::fill_f32(launch, self.device_out(), value, n as i64),
+                other => panic!("fill of a tensor of {other:?} on a GPU"),
+            }
+        }
+    }
+
+    /// Rounds floats of another type into it.
+    #[track_caller]
+    pub(crate) fn cast_from(&mut self, x: &Tensor) {
+        assert_eq!(&self.shape, x.shape(), "cast: the shapes differ");
+        if self.memory.device().kind() != DeviceKind::Cuda {
+            return self.write_f64(&x.to_f64());
+        }
+        let (device, n) = (x.device().clone(), x.len());
+        let launch = Launch::over(device.gpu(), n, 8);
+        // SAFETY: both have `n` elements.
+        unsafe {
+            match (x.dtype(), self.dtype) {
+                (DType::F32, DType::Bf16) => {
+                    cuda::cast_f32_to_bf16(launch, self.device_out(), x.device_in(), n as i64);
+                }
+                (DType::Bf16, DType::F32) => {
+                    cuda::cast_bf16_to_f32(launch, self.device_out(), x.device_in(), n as i64);
+                }
+                (from, to) => panic!("no cast from {from:?} to {to:?} on a GPU"),
+            }
+        }
+    }
+
+    /// Where a kernel writes the elements.
+    #[track_caller]
+    pub(crate) fn device_out<T: Element>(&mut self) -> Out<'_, T> {
+        self.reborrow().into_out()
+    }
+
+    #[track_caller]
+    fn into_out<T: Element>(self) -> Out<'a, T> {
+        assert_eq!(self.dtype, T::DTYPE, "a kernel writes another dtype than the tensor holds");
+        Out::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// `shape` elements from `offset` on.

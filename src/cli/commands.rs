@@ -151,5 +151,6 @@ pub(super) fn recipes(name: Option<&str>) -> Result<()> {
 pub(super) fn devices() -> Result<()> {
     let device = Device::cpu(0)?;
     let isa = crate::ops::instruction_set();
-    say(&format!("cpu: {} threads, {isa} kernels", device.threads()))
+    say(&format!("cpu: {} threads, {isa} kernels", device.threads()))?;
+    crate::device::gpus().iter().try_for_each(|line| say(line))
 }

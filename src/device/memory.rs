@@ -1,14 +1,16 @@
-//! Memory and the exact-size free list.
+//! Memory and the exact-size free list, on the host and on GPUs.
 //!
 //! A training step asks for the same sizes in the same order every time, so a list of freed blocks by exact size
 //! serves every request after the first step without asking the system, without splitting and without search.
+//! On a GPU a freed block may still be in use by queued work; whoever gets it next is queued behind that work.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::HashMap;
-use std::ptr::NonNull;
-use std::sync::Mutex;
+use std::panic::Location;
+use std::sync::{Arc, Mutex};
 
-use super::Device;
+use super::cuda::Gpu;
+use super::{Device, gib};
 
 /// Alignment of every block in bytes: a cache line, and a full vector of the widest instruction set.
 const ALIGNMENT: usize = 64;
@@ -29,6 +31,8 @@ pub struct MemoryUse {
 #[derive(Debug)]
 pub(crate) struct Pool {
     poison: bool,
+    /// Where memory comes from: a GPU, or the host.
+    gpu: Option<Arc<Gpu>>,
     state: Mutex<State>,
 }
 
@@ -36,22 +40,30 @@ pub(crate) struct Pool {
 struct State {
     free: HashMap<usize, Vec<Block>>,
     usage: MemoryUse,
+    /// Bytes and number of live blocks by the place in the source that asked for them; kept for GPUs, whose memory
+    /// runs out first.
+    holders: HashMap<&'static Location<'static>, (usize, usize)>,
 }
 
-/// A block of `ALIGNMENT`-aligned, initialised host memory, owned.
+/// An owned block, `ALIGNMENT`-aligned: initialised host memory, or an address on a GPU. Null where a GPU had none left,
+/// which has failed the GPU: nothing will be done with it.
 #[derive(Debug)]
-struct Block(NonNull<u8>);
+struct Block(*mut u8);
 
 // SAFETY: a block is plain owned memory; nothing about it is tied to a thread.
 unsafe impl Send for Block {}
 
 impl Pool {
-    pub(super) fn new(poison: bool) -> Self {
-        Self { poison, state: Mutex::default() }
+    pub(super) fn new(poison: bool, gpu: Option<Arc<Gpu>>) -> Self {
+        Self { poison, gpu, state: Mutex::default() }
     }
 
     pub(super) fn usage(&self) -> MemoryUse {
         self.lock().usage
+    }
+
+    pub(super) fn gpu(&self) -> Option<&Gpu> {
+        self.gpu.as_deref()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -59,37 +71,106 @@ impl Pool {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn take(&self, bytes: usize) -> Block {
+    fn take(&self, bytes: usize, place: &'static Location<'static>) -> Block {
         let mut state = self.lock();
         state.usage.live += bytes;
         state.usage.peak = state.usage.peak.max(state.usage.live);
+        if self.gpu.is_some() {
+            let holder = state.holders.entry(place).or_default();
+            *holder = (holder.0 + bytes, holder.1 + 1);
+        }
         if let Some(block) = state.free.get_mut(&bytes).and_then(Vec::pop) {
             return block;
         }
         state.usage.reserved += bytes;
         state.usage.allocations += 1;
         drop(state);
+        if let Some(gpu) = &self.gpu {
+            return self.take_from_gpu(gpu, bytes);
+        }
         let layout = layout(bytes);
         // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over memory that
         // nobody wrote would be undefined behaviour; the system hands out zero pages at no cost.
         let pointer = unsafe { alloc_zeroed(layout) };
-        Block(NonNull::new(pointer).unwrap_or_else(|| handle_alloc_error(layout)))
+        if pointer.is_null() {
+            handle_alloc_error(layout);
+        }
+        Block(pointer)
     }
 
-    fn give_back(&self, block: Block, bytes: usize) {
+    fn take_from_gpu(&self, gpu: &Gpu, bytes: usize) -> Block {
+        let block = |address: u64| Block(std::ptr::without_provenance_mut(address as usize));
+        if let Some(address) = gpu.allocate(bytes) {
+            return block(address);
+        }
+        // What is kept for reuse may be of the wrong sizes.
+        self.trim(gpu);
+        if let Some(address) = gpu.allocate(bytes) {
+            return block(address);
+        }
+        gpu.fail(self.out_of_memory(gpu, bytes));
+        block(0)
+    }
+
+    /// Gives the free list back to the GPU.
+    fn trim(&self, gpu: &Gpu) {
+        gpu.wait();
+        let mut state = self.lock();
+        let free = std::mem::take(&mut state.free);
+        for (bytes, blocks) in free {
+            state.usage.reserved -= bytes * blocks.len();
+            for block in blocks {
+                // SAFETY: the block came from `allocate`, and all queued work is done.
+                unsafe { gpu.free(block.0.addr() as u64) };
+            }
+        }
+    }
+
+    fn out_of_memory(&self, gpu: &Gpu, bytes: usize) -> String {
+        let (free, total) = gpu.memory();
+        let state = self.lock();
+        let mut holders: Vec<_> =
+            state.holders.iter().filter(|(_, (_, count))| *count > 0).collect();
+        holders.sort_by_key(|(place, (bytes, _))| {
+            (std::cmp::Reverse(*bytes), place.file(), place.line())
+        });
+        let holder = |(place, (bytes, count)): &(&&Location<'_>, &(usize, usize))| {
+            format!("{} in {count} from {}:{}", gib(*bytes), place.file(), place.line())
+        };
+        let holders: Vec<String> = holders.iter().take(5).map(holder).collect();
+        format!(
+            "GPU {}: out of memory: wanted {}, free {} of {}, held by tensors {}; largest holders: {}; a smaller batch, or micro-batches, needs less",
+            gpu.ordinal(),
+            gib(bytes),
+            gib(free),
+            gib(total),
+            gib(state.usage.live - bytes),
+            holders.join(", ")
+        )
+    }
+
+    fn give_back(&self, block: Block, bytes: usize, place: &'static Location<'static>) {
         let mut state = self.lock();
         state.usage.live -= bytes;
-        state.free.entry(bytes).or_default().push(block);
+        if let Some(holder) = state.holders.get_mut(place) {
+            *holder = (holder.0 - bytes, holder.1 - 1);
+        }
+        if !block.0.is_null() {
+            state.free.entry(bytes).or_default().push(block);
+        }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        if let Some(gpu) = &self.gpu {
+            return self.trim(gpu);
+        }
         let state = self.state.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (bytes, blocks) in state.free.drain() {
             for block in blocks {
                 // SAFETY: the block was allocated with this layout and is on no other list.
-                unsafe { dealloc(block.0.as_ptr(), layout(bytes)) };
+                unsafe { dealloc(block.0, layout(bytes)) };
             }
         }
     }
@@ -110,6 +191,7 @@ pub(crate) struct Memory {
     block: Option<Block>,
     bytes: usize,
     device: Device,
+    place: &'static Location<'static>,
 }
 
 // SAFETY: `&Memory` gives only shared reads of plain bytes; writing needs `&mut Memory`.
@@ -117,13 +199,18 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     /// At least `bytes` of memory with unspecified (on a poisoned device: NaN) contents.
+    #[track_caller]
     pub(crate) fn new(device: &Device, bytes: usize) -> Self {
-        let bytes = rounded(bytes);
-        let block = device.pool().take(bytes);
-        let mut memory = Self { block: Some(block), bytes, device: device.clone() };
+        let (bytes, place) = (rounded(bytes), Location::caller());
+        let block = device.pool().take(bytes, place);
+        let mut memory = Self { block: Some(block), bytes, device: device.clone(), place };
         if device.pool().poison {
             // All bits set is a NaN in every float format, and -1 in integers.
-            memory.bytes_mut().fill(0xFF);
+            match device.pool().gpu() {
+                // SAFETY: the block is this large.
+                Some(gpu) => unsafe { gpu.set(memory.address(), 0xFF, bytes) },
+                None => memory.bytes_mut().fill(0xFF),
+            }
         }
         memory
     }
@@ -132,23 +219,84 @@ impl Memory {
         &self.device
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
-        let block = self.block.as_ref().expect("present until dropped");
-        // SAFETY: the block holds `self.bytes` initialised bytes and is borrowed for as long as `self`.
-        unsafe { std::slice::from_raw_parts(block.0.as_ptr(), self.bytes) }
+    fn pointer(&self) -> *mut u8 {
+        self.block.as_ref().expect("present until dropped").0
     }
 
+    /// Where it lies on its GPU.
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer().addr() as u64
+    }
+
+    #[track_caller]
+    fn assert_on_host(&self) {
+        assert!(
+            self.device.pool().gpu.is_none(),
+            "the host cannot look at a tensor on a GPU: copy it with to_vec, to_f64 or to_device"
+        );
+    }
+
+    #[track_caller]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.assert_on_host();
+        // SAFETY: the block holds `self.bytes` initialised bytes and is borrowed for as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.bytes) }
+    }
+
+    #[track_caller]
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        let block = self.block.as_mut().expect("present until dropped");
+        self.assert_on_host();
         // SAFETY: as above, and `&mut self` makes the borrow unique.
-        unsafe { std::slice::from_raw_parts_mut(block.0.as_ptr(), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes) }
+    }
+
+    /// Copies `to.len()` bytes from byte `from` on to the host, waiting for a GPU.
+    #[track_caller]
+    pub(crate) fn read(&self, from: usize, to: &mut [u8]) {
+        assert!(from + to.len() <= self.bytes, "a read beyond the memory's end");
+        match self.device.pool().gpu() {
+            // SAFETY: the bytes lie in the block, as asserted.
+            Some(gpu) => unsafe { gpu.download(to, self.address() + from as u64) },
+            None => to.copy_from_slice(&self.bytes()[from..][..to.len()]),
+        }
+    }
+
+    /// Copies `from` from the host to byte `at` on, behind whatever a GPU has queued.
+    #[track_caller]
+    pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
+        assert!(at + from.len() <= self.bytes, "a write beyond the memory's end");
+        match self.device.pool().gpu() {
+            // SAFETY: the bytes lie in the block, as asserted.
+            Some(gpu) => unsafe { gpu.upload(self.address() + at as u64, from) },
+            None => self.bytes_mut()[at..][..from.len()].copy_from_slice(from),
+        }
+    }
+
+    /// Copies `bytes` from byte `from` of other memory of the same device to byte `at` on.
+    #[track_caller]
+    pub(crate) fn copy_from(&mut self, at: usize, other: &Memory, from: usize, bytes: usize) {
+        assert!(
+            at + bytes <= self.bytes
+                && from + bytes <= other.bytes
+                && self.device.same(&other.device),
+            "a copy beyond the memory's end or between devices"
+        );
+        match self.device.pool().gpu() {
+            // SAFETY: the bytes lie in both blocks, as asserted, which are two: one is borrowed mutably.
+            Some(gpu) => unsafe {
+                gpu.copy(self.address() + at as u64, other.address() + from as u64, bytes);
+            },
+            None => {
+                self.bytes_mut()[at..][..bytes].copy_from_slice(&other.bytes()[from..][..bytes])
+            }
+        }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            self.device.pool().give_back(block, self.bytes);
+            self.device.pool().give_back(block, self.bytes, self.place);
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Where memory lives and operations run (floor 1).
 //!
-//! A [`Device`] is a handle on a pool of memory, a pool of threads and a kind. Two kinds exist: the CPU, which
-//! computes in f32 and is what one trains on, and the reference device, which computes the same operations naively
-//! in f64 and is what everything else is compared with. Operations run in launch order on both.
+//! A [`Device`] is a handle on a pool of memory, a pool of threads and a kind. Three kinds exist: the CPU, which
+//! computes in f32; an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same
+//! operations naively in f64 and is what everything else is compared with. Operations run in launch order on all.
 
+pub(crate) mod cuda;
 mod group;
 mod memory;
 mod philox;
@@ -12,6 +13,8 @@ mod threads;
 
 use std::sync::Arc;
 
+use cuda::Gpu;
+pub use cuda::Precision;
 pub use group::Group;
 pub(crate) use memory::Memory;
 pub use memory::MemoryUse;
@@ -27,6 +30,8 @@ use threads::Threads;
 pub enum DeviceKind {
     /// f32 on the processor's cores.
     Cpu,
+    /// bf16 or f32 on an NVIDIA GPU.
+    Cuda,
     /// Naive f64, the truth for tests: never fast, never approximate.
     Reference,
 }
@@ -53,26 +58,42 @@ impl Device {
 
     /// The f64 reference device.
     pub fn reference() -> Self {
-        Self(Arc::new(Inner { kind: DeviceKind::Reference, pool: Pool::new(false), threads: None }))
+        Self::on(DeviceKind::Reference, None, false)
+    }
+
+    /// The NVIDIA GPU with this number, counted from 0.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU, or no kernels in this build, with what to do about it.
+    pub fn cuda(ordinal: usize, precision: Precision) -> Result<Self> {
+        Ok(Self::on(DeviceKind::Cuda, Some(Gpu::new(ordinal, precision)?), false))
     }
 
     /// This kind of device anew, with memory that is filled with NaN before each use: an operation that leaves a
     /// part of its output unwritten, or reads what nobody wrote, then shows. For tests.
+    ///
+    /// # Panics
+    /// When a GPU that was there is not there any more.
     pub fn poisoned(&self) -> Self {
-        match self.kind() {
-            DeviceKind::Reference => Self(Arc::new(Inner {
-                kind: DeviceKind::Reference,
-                pool: Pool::new(true),
-                threads: None,
-            })),
-            kind => Self::build(kind, self.threads(), true).expect("as many threads as before"),
+        match (self.kind(), self.0.pool.gpu()) {
+            (DeviceKind::Cpu, _) => Self::build(DeviceKind::Cpu, self.threads(), true)
+                .expect("as many threads as before"),
+            (kind, None) => Self::on(kind, None, true),
+            (kind, Some(gpu)) => {
+                let again = Gpu::new(gpu.ordinal(), gpu.precision());
+                Self::on(kind, Some(again.expect("it was there before")), true)
+            }
         }
+    }
+
+    fn on(kind: DeviceKind, gpu: Option<Gpu>, poison: bool) -> Self {
+        Self(Arc::new(Inner { kind, pool: Pool::new(poison, gpu.map(Arc::new)), threads: None }))
     }
 
     fn build(kind: DeviceKind, threads: usize, poison: bool) -> Result<Self> {
         let threads = Threads::new(threads)
             .map_err(|e| Error::Device(format!("cannot start {threads} compute threads: {e}")))?;
-        Ok(Self(Arc::new(Inner { kind, pool: Pool::new(poison), threads: Some(threads) })))
+        Ok(Self(Arc::new(Inner { kind, pool: Pool::new(poison, None), threads: Some(threads) })))
     }
 
     /// What this device is.
@@ -98,6 +119,22 @@ impl Device {
         self.0.pool.usage()
     }
 
+    /// The first thing that went wrong on a GPU, where operations are queued and do not say so themselves; after it
+    /// the device does nothing, and what is read from it is NaN. Does not wait.
+    ///
+    /// # Errors
+    /// That thing.
+    pub fn check(&self) -> Result<()> {
+        self.0.pool.gpu().map_or(Ok(()), Gpu::check)
+    }
+
+    /// Waits for all queued work, for timing and before [`Device::check`]; nothing is ever queued on a CPU.
+    pub fn wait(&self) {
+        if let Some(gpu) = self.0.pool.gpu() {
+            gpu.wait();
+        }
+    }
+
     /// Whether two handles are the same device.
     pub fn same(&self, other: &Device) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
@@ -105,5 +142,30 @@ impl Device {
 
     pub(crate) fn pool(&self) -> &Pool {
         &self.0.pool
+    }
+
+    /// The GPU that this is.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[track_caller]
+    pub(crate) fn gpu(&self) -> &Gpu {
+        self.0.pool.gpu().expect("asked for a GPU on a device of another kind")
+    }
+}
+
+/// What there is of GPUs, driver and kernels, a line each; or what is missing, and the one thing to do.
+pub fn gpus() -> Vec<String> {
+    cuda::describe()
+}
+
+/// Bytes for people to read.
+fn gib(bytes: usize) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        0.0..1024.0 => format!("{bytes} bytes"),
+        1024.0..1048576.0 => format!("{:.1} KiB", bytes / 1024.0),
+        1048576.0..1073741824.0 => format!("{:.1} MiB", bytes / 1048576.0),
+        _ => format!("{:.2} GiB", bytes / 1073741824.0),
     }
 }

@@ -1,7 +1,7 @@
 //! The primitives (floor 3).
 //!
 //! Each is a folder: `mod.rs` has the maths with shapes and source, the checks and the recording on the tape; `cpu.rs`
-//! the f32 path over slices; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
+//! the f32 path over slices; `cuda.rs` the launch lines of its kernels, which are in `kernels/`; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
 //! not to be fast. A new primitive is a folder, the re-export below and a row in the case table of the tests.
 
 use rayon::prelude::*;
@@ -9,8 +9,20 @@ use rayon::prelude::*;
 use crate::device::DeviceKind;
 use crate::tensor::Tensor;
 
+/// Calls the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`, in an unsafe block.
+macro_rules! by_dtype {
+    ($dtype:expr, $f32:ident | $bf16:ident ($($argument:expr),* $(,)?)) => {
+        match $dtype {
+            crate::tensor::DType::Bf16 => crate::device::cuda::$bf16($($argument),*),
+            crate::tensor::DType::F32 => crate::device::cuda::$f32($($argument),*),
+            other => panic!("{} takes no {other:?}", stringify!($f32)),
+        }
+    };
+}
+
 mod add;
 mod batch_norm;
+mod cast;
 mod conv2d;
 mod cross_entropy;
 pub mod kernels;
@@ -25,6 +37,7 @@ mod scale;
 pub use add::add;
 pub(crate) use add::add_into;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
+pub(crate) use cast::cast;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use l2_normalize::l2_normalize;
@@ -51,8 +64,13 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
             let x = x.data_mut::<f32>();
             device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value as f32)));
         }
-        DeviceKind::Reference => x.view_mut().fill(value),
+        DeviceKind::Cuda | DeviceKind::Reference => x.view_mut().fill(value),
     }
+}
+
+/// What a primitive does on a GPU as long as it has no kernels.
+pub(crate) fn no_cuda(primitive: &str) -> ! {
+    panic!("{primitive} has no CUDA kernels yet: compute on the CPU")
 }
 
 /// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.

@@ -5,8 +5,9 @@
 use rayon::prelude::*;
 
 use crate::arena::Arena;
+use crate::device::DeviceKind;
 use crate::ops::CHUNK;
-use crate::tensor::{DType, Float};
+use crate::tensor::Float;
 
 /// Moves `target` towards `online`; `momentum` in `0..=1` is the weight of the old value.
 ///
@@ -16,10 +17,12 @@ use crate::tensor::{DType, Float};
 pub fn ema(target: &mut Arena, online: &Arena, momentum: f64) {
     assert!((0.0..=1.0).contains(&momentum), "ema: momentum {momentum} is not in 0..=1");
     assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
-    match online.values().dtype() {
-        DType::F64 => average::<f64>(target, online, momentum),
-        _ => average::<f32>(target, online, momentum),
+    match online.device().kind() {
+        DeviceKind::Cpu => average::<f32>(target, online, momentum),
+        DeviceKind::Cuda => crate::ops::no_cuda("a momentum encoder's update"),
+        DeviceKind::Reference => average::<f64>(target, online, momentum),
     }
+    target.refresh();
 }
 
 fn average<T: Float>(target: &mut Arena, online: &Arena, momentum: f64) {

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::arena::{Arena, SlotKind};
+use crate::device::DeviceKind;
 use crate::ops::CHUNK;
-use crate::tensor::{DType, Float, Tensor};
+use crate::tensor::{Float, Tensor};
 
 /// Which slots are spared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,10 +200,12 @@ impl Optimizer {
 
     /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
     pub fn step(&mut self, arena: &mut Arena, lr: f64) {
-        match arena.values().dtype() {
-            DType::F64 => self.step_as::<f64>(arena, lr),
-            _ => self.step_as::<f32>(arena, lr),
+        match arena.device().kind() {
+            DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
+            DeviceKind::Cuda => crate::ops::no_cuda("an optimiser's step"),
+            DeviceKind::Reference => self.step_as::<f64>(arena, lr),
         }
+        arena.refresh();
     }
 
     fn step_as<T: Float>(&mut self, arena: &mut Arena, lr: f64) {

@@ -2,6 +2,8 @@
 //!
 //! `dy` flows on to both inputs unchanged.
 
+mod cuda;
+
 use rayon::prelude::*;
 
 use crate::device::{Device, DeviceKind};
@@ -16,8 +18,14 @@ use crate::tensor::{Tensor, TensorMut};
 #[track_caller]
 pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
     assert_eq!(a.shape(), b.shape(), "add: {:?} and {:?} differ", a.shape(), b.shape());
-    let mut y = a.value().copy();
-    add_into(a.tape().device(), &mut y.view_mut(), b.value());
+    let device = a.tape().device();
+    let y = if device.kind() == DeviceKind::Cuda {
+        cuda::forward(a.value(), b.value())
+    } else {
+        let mut y = a.value().copy();
+        add_into(device, &mut y.view_mut(), b.value());
+        y
+    };
     let (a_id, b_id) = (a.id(), b.id());
     a.tape().record("add", y, &[a, b], move |dy, gradients| {
         gradients.add(a_id, dy.clone());
@@ -25,7 +33,7 @@ pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
     })
 }
 
-/// `sum += x`.
+/// `sum += x`, in the type of `sum`.
 pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
     match device.kind() {
         DeviceKind::Cpu => {
@@ -38,6 +46,7 @@ pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
                 });
             });
         }
+        DeviceKind::Cuda => cuda::add_into(sum, &x.cast(sum.dtype())),
         DeviceKind::Reference => {
             for (sum, x) in sum.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
                 *sum += x;

@@ -10,6 +10,7 @@
 //! Masks and `x̂` are recomputed from `y` and `x`, which are kept anyway.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::arena::Stat;
@@ -99,12 +100,22 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     let device = x.tape().device().clone();
 
     let (mean, inv_std) = if x.tape().batch_statistics() {
-        batch_moments(x, with.running, dims)
+        match device.kind() {
+            DeviceKind::Cuda => cuda::moments(x.tape(), x.value(), with.running, dims),
+            _ => batch_moments(x, with.running, dims),
+        }
     } else {
         let running = with.running.expect("batch_norm: evaluation needs running statistics");
         let (mean, variance) = (x.tape().stat(running.mean), x.tape().stat(running.variance));
-        let inv_std: Vec<f64> = variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
-        (mean.copy(), Tensor::from_f64(&device, [1, c], &inv_std))
+        let inv_std = match device.kind() {
+            DeviceKind::Cuda => cuda::inv_std(&variance),
+            _ => {
+                let inv_std: Vec<f64> =
+                    variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
+                Tensor::from_f64(&device, [1, c], &inv_std)
+            }
+        };
+        (mean.copy(), inv_std)
     };
 
     let mut y = x.value().empty_like();
@@ -122,6 +133,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
             let y = y.data_mut();
             device.run(|| cpu::apply(y, &saved, shift, residual, with.relu));
         }
+        DeviceKind::Cuda => cuda::apply(&mut y, &saved, shift, residual, with.relu),
         DeviceKind::Reference => {
             reference::apply(y.data_mut(), &saved, shift, residual, with.relu);
         }
@@ -134,6 +146,10 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     let mask = with.relu.then(|| y.clone());
     x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
         let device = dy.device().clone();
+        if device.kind() == DeviceKind::Cuda {
+            let ids = cuda::Ids { x: x_id, gain: gain_id, shift: shift_id, residual: residual_id };
+            return cuda::backward(gradients, dy, &saved, mask.as_ref(), ids);
+        }
         let Dims { c, groups, .. } = saved.dims;
         // [groups, 2, c]: Σ dz and Σ dz x̂
         let mut sums = Tensor::floats(&device, [groups, 2, c]);
@@ -152,7 +168,8 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
                     None => device.run(|| cpu::backward_sums(sums, dz.data(), &saved)),
                 }
             }
-            DeviceKind::Reference => {
+            // Reference: a GPU has returned.
+            _ => {
                 if let Some(y) = &mask {
                     dz = reference::masked(&dz, y);
                 }
@@ -164,7 +181,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
                 let mut total = Tensor::floats(&device, [c]);
                 match device.kind() {
                     DeviceKind::Cpu => cpu::sum_groups(total.data_mut(), sums.data(), which),
-                    DeviceKind::Reference => {
+                    _ => {
                         reference::sum_groups(total.data_mut(), sums.data(), which);
                     }
                 }
@@ -177,7 +194,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
                     let (dx, dz, sums) = (dx.data_mut(), dz.data(), sums.data());
                     device.run(|| cpu::input_gradient(dx, dz, sums, &saved, accumulate));
                 }
-                DeviceKind::Reference => reference::input_gradient(
+                _ => reference::input_gradient(
                     dx.data_mut(),
                     dz.data(),
                     sums.data(),
@@ -205,7 +222,7 @@ struct Saved {
 
 /// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way.
 ///
-/// Several processes will merge `(rows, mean, M2)` here, between the two halves.
+/// CPU and reference; a GPU has `cuda::moments`. Several processes will merge `(rows, mean, M2)` here, between the two halves.
 fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: Dims) -> (Tensor, Tensor) {
     let device = x.tape().device();
     let shape = [dims.groups, dims.c];
@@ -217,7 +234,7 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: Dims) -> (Tensor, 
             let (partial, x) = (partial.data_mut(), x.value().data());
             device.run(|| cpu::moments(mean, variance, partial, x, dims));
         }
-        DeviceKind::Reference => {
+        _ => {
             reference::moments(mean.data_mut(), variance.data_mut(), x.value().data(), dims);
         }
     }
@@ -229,7 +246,7 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: Dims) -> (Tensor, 
         {
             x.tape().update_stat(stat, |mut old| match device.kind() {
                 DeviceKind::Cpu => cpu::move_running(old.data_mut(), batch.data(), factor),
-                DeviceKind::Reference => {
+                _ => {
                     reference::move_running(old.data_mut(), batch.data(), factor);
                 }
             });
@@ -242,7 +259,7 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: Dims) -> (Tensor, 
                 *i = 1.0 / (v + EPS as f32).sqrt();
             }
         }
-        DeviceKind::Reference => {
+        _ => {
             for (i, v) in inv_std.data_mut::<f64>().iter_mut().zip(variance.data::<f64>()) {
                 *i = 1.0 / (v + EPS).sqrt();
             }

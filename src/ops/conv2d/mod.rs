@@ -85,6 +85,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
             let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
             device.run(|| cpu::forward(y, x, w, workspace.data_mut(), &d));
         }
+        DeviceKind::Cuda => super::no_cuda("conv2d"),
         DeviceKind::Reference => {
             reference::forward(y.data_mut(), x_value.data(), w_value.data(), &d);
         }
@@ -100,6 +101,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                         cpu::weight_gradient(dw, x, dy, workspace.data_mut(), &d, accumulate);
                     });
                 }
+                DeviceKind::Cuda => super::no_cuda("conv2d"),
                 DeviceKind::Reference => reference::weight_gradient(
                     dw.data_mut(),
                     x_value.data(),
@@ -118,6 +120,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                         cpu::data_gradient(dx, dy, w, workspace.data_mut(), &d, accumulate);
                     });
                 }
+                DeviceKind::Cuda => super::no_cuda("conv2d"),
                 DeviceKind::Reference => reference::data_gradient(
                     dx.data_mut(),
                     dy.data(),

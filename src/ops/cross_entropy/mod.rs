@@ -17,6 +17,9 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     let [n, k] = x.value().dims("cross_entropy: the logits");
     assert_eq!(**labels.shape(), [n], "cross_entropy: labels {:?}, {n} rows", labels.shape());
     assert!(n > 0, "cross_entropy: no rows");
+    if x.tape().device().kind() == DeviceKind::Cuda {
+        super::no_cuda("cross_entropy");
+    }
     let bad = labels.data::<i32>().iter().find(|&&l| l < 0 || l as usize >= k);
     assert!(bad.is_none(), "cross_entropy: label {} of {k} classes", bad.unwrap_or(&0));
     let device = x.tape().device().clone();
@@ -35,6 +38,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                 })
                 .sum()
         }
+        DeviceKind::Cuda => super::no_cuda("cross_entropy"),
         DeviceKind::Reference => {
             let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
             rows.map(|(row, &label)| log_sum_exp(row) - row[label as usize]).sum()
@@ -62,6 +66,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                 };
                 device.run(|| dx.par_chunks_mut(k).zip(rows).for_each(softmax));
             }
+            DeviceKind::Cuda => super::no_cuda("cross_entropy"),
             DeviceKind::Reference => {
                 let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
                 let rows = dx.data_mut::<f64>().chunks_exact_mut(k).zip(rows);

@@ -26,6 +26,7 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
             let (y, norms, x) = (y.data_mut(), norms.data_mut(), x.value().data());
             device.run(|| forward_cpu(y, norms, x, d));
         }
+        DeviceKind::Cuda => super::no_cuda("l2_normalize"),
         DeviceKind::Reference => {
             forward_reference(y.data_mut(), norms.data_mut(), x.value().data(), d);
         }
@@ -38,6 +39,7 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
                 let (dx, dy, y, norms) = (dx.data_mut(), dy.data(), saved.data(), norms.data());
                 device.run(|| backward_cpu(dx, dy, y, norms, d));
             }
+            DeviceKind::Cuda => super::no_cuda("l2_normalize"),
             DeviceKind::Reference => {
                 backward_reference(dx.data_mut(), dy.data(), saved.data(), norms.data(), d);
             }

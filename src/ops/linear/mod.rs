@@ -3,6 +3,7 @@
 //! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_n dy`. A 1x1 convolution is the same product over pixels.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::DeviceKind;
@@ -31,13 +32,17 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
     }
     let dims = Dims { n, d, k };
     let device = x.tape().device().clone();
-    let mut y = Tensor::floats(&device, [n, k]);
+    let x = &super::cast(x, w.value().dtype());
+    let mut y = Tensor::empty(&device, x.value().dtype(), [n, k]);
     let (x_value, w_value) = (x.value().clone(), w.value().clone());
     match device.kind() {
         DeviceKind::Cpu => {
             let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
             let bias = bias.map(|b| b.value().data());
             device.run(|| cpu::forward(y, x, w, bias, dims));
+        }
+        DeviceKind::Cuda => {
+            cuda::forward(&mut y, &x_value, &w_value, bias.map(|b| b.value()), dims);
         }
         DeviceKind::Reference => reference::forward(
             y.data_mut(),
@@ -57,6 +62,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
                     let (dx, dy, w) = (dx.data_mut(), dy.data(), w_value.data());
                     device.run(|| cpu::input_gradient(dx, dy, w, dims, accumulate));
                 }
+                DeviceKind::Cuda => cuda::input_gradient(&mut dx, &dy, &w_value, dims, accumulate),
                 DeviceKind::Reference => reference::input_gradient(
                     dx.data_mut(),
                     dy.data(),
@@ -72,6 +78,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
                     let (dw, dy, x) = (dw.data_mut(), dy.data(), x_value.data());
                     device.run(|| cpu::weight_gradient(dw, dy, x, dims, accumulate));
                 }
+                DeviceKind::Cuda => cuda::weight_gradient(&mut dw, &dy, &x_value, dims, accumulate),
                 DeviceKind::Reference => reference::weight_gradient(
                     dw.data_mut(),
                     dy.data(),
@@ -86,6 +93,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
         {
             match device.kind() {
                 DeviceKind::Cpu => cpu::bias_gradient(db.data_mut(), dy.data(), accumulate),
+                DeviceKind::Cuda => cuda::bias_gradient(&mut db, &dy, dims, accumulate),
                 DeviceKind::Reference => {
                     reference::bias_gradient(db.data_mut(), dy.data(), accumulate);
                 }

@@ -55,6 +55,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
             let (lse, workspace) = (lse.data_mut(), workspace.data_mut());
             device.run(|| cpu::forward(lse, workspace, z_value.data(), dims))
         }
+        DeviceKind::Cuda => super::no_cuda("nt_xent"),
         DeviceKind::Reference => reference::forward(lse.data_mut(), z_value.data(), dims),
     };
     let y = Tensor::from_f64(&device, [], &[loss]);
@@ -70,6 +71,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
                     cpu::backward(dz, workspace, z_value.data(), lse.data(), dims, scale);
                 });
             }
+            DeviceKind::Cuda => super::no_cuda("nt_xent"),
             DeviceKind::Reference => {
                 reference::backward(dz.data_mut(), z_value.data(), lse.data(), dims, scale);
             }

@@ -53,6 +53,7 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
     let mut y = Tensor::floats(device, [n, p, q, c]);
     match device.kind() {
         DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), dims, device),
+        DeviceKind::Cuda => crate::ops::no_cuda("max_pool"),
         DeviceKind::Reference => forward::<f64>(&mut y, x.value(), dims, device),
     }
     let (x_id, x_value, y_value) = (x.id(), x.value().clone(), y.clone());
@@ -61,6 +62,7 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
         let mut dx = Tensor::floats(device, *x_value.shape());
         match device.kind() {
             DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, &x_value, &y_value, dims, device),
+            DeviceKind::Cuda => crate::ops::no_cuda("max_pool"),
             DeviceKind::Reference => {
                 backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device);
             }

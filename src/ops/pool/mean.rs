@@ -18,6 +18,7 @@ pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
     let mut y = Tensor::floats(device, [n, c]);
     match device.kind() {
         DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), device),
+        DeviceKind::Cuda => crate::ops::no_cuda("mean_pool"),
         DeviceKind::Reference => forward::<f64>(&mut y, x.value(), device),
     }
     let (x_id, shape) = (x.id(), *x.shape());
@@ -26,6 +27,7 @@ pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
         let mut dx = Tensor::floats(device, shape);
         match device.kind() {
             DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, device),
+            DeviceKind::Cuda => crate::ops::no_cuda("mean_pool"),
             DeviceKind::Reference => backward::<f64>(&mut dx, &dy, device),
         }
         gradients.add(x_id, dx);

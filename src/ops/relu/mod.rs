@@ -2,6 +2,8 @@
 //!
 //! The mask is recomputed from `y`, which the next operation keeps anyway. At 0 the gradient is 0, as in PyTorch.
 
+mod cuda;
+
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -23,6 +25,7 @@ pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {
                 });
             });
         }
+        DeviceKind::Cuda => cuda::forward(&mut y, x.value()),
         DeviceKind::Reference => {
             for (y, x) in y.data_mut::<f64>().iter_mut().zip(x.value().data::<f64>()) {
                 *y = if *x < 0.0 { 0.0 } else { *x };
@@ -44,6 +47,7 @@ pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {
                     });
                 });
             }
+            DeviceKind::Cuda => cuda::backward(&mut dx, &dy, &saved),
             DeviceKind::Reference => {
                 let (dy, y) = (dy.data::<f64>(), saved.data::<f64>());
                 for ((dx, dy), y) in dx.data_mut::<f64>().iter_mut().zip(dy).zip(y) {

@@ -1,6 +1,6 @@
 //! Moving rows between the order of micro-batches and the order of views; no arithmetic.
 
-use crate::tensor::{DType, Element, Tensor};
+use crate::tensor::Tensor;
 
 /// Micro-batches, each `[views * m, d]` view after view, as one `[views * n, d]`, view after view.
 ///
@@ -15,39 +15,25 @@ pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
         "micro-batches must have one shape"
     );
     let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
-    match all.dtype() {
-        DType::F32 => interleave::<f32>(&mut all, parts, views),
-        DType::F64 => interleave::<f64>(&mut all, parts, views),
-        DType::I32 => interleave::<i32>(&mut all, parts, views),
+    let block = rows / views;
+    for place in 0..parts.len() * views {
+        let (view, part) = (place / parts.len(), place % parts.len());
+        let to = all.view_mut().slice(place * block * d, [block, d].into());
+        { to }.copy_from(&parts[part].rows(view * block, block));
     }
     all
-}
-
-fn interleave<T: Element>(all: &mut Tensor, parts: &[Tensor], views: usize) {
-    let block = parts[0].len() / views;
-    for (place, out) in all.data_mut::<T>().chunks_exact_mut(block).enumerate() {
-        let (view, part) = (place / parts.len(), place % parts.len());
-        out.copy_from_slice(&parts[part].data::<T>()[view * block..][..block]);
-    }
 }
 
 /// The rows of micro-batch `index` of `count`, out of all rows: the inverse of [`interleave_views`].
 pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize) -> Tensor {
     let [rows, d] = all.dims("embeddings");
     let mut part = Tensor::empty(all.device(), all.dtype(), [rows / count, d]);
-    match all.dtype() {
-        DType::F32 => pick::<f32>(&mut part, all, views, count, index),
-        DType::F64 => pick::<f64>(&mut part, all, views, count, index),
-        DType::I32 => pick::<i32>(&mut part, all, views, count, index),
+    let block = rows / count / views;
+    for view in 0..views {
+        let to = part.view_mut().slice(view * block * d, [block, d].into());
+        { to }.copy_from(&all.rows((view * count + index) * block, block));
     }
     part
-}
-
-fn pick<T: Element>(part: &mut Tensor, all: &Tensor, views: usize, count: usize, index: usize) {
-    let block = part.len() / views;
-    for (view, out) in part.data_mut::<T>().chunks_exact_mut(block).enumerate() {
-        out.copy_from_slice(&all.data::<T>()[(view * count + index) * block..][..block]);
-    }
 }
 
 #[cfg(test)]

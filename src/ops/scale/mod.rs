@@ -1,5 +1,7 @@
 //! `y = factor x`, and the mean of scalars: how losses are put together.
 
+mod cuda;
+
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -40,6 +42,7 @@ fn scaled(x: &Tensor, factor: f64) -> Tensor {
                 });
             });
         }
+        DeviceKind::Cuda => cuda::scale(&mut y, x, factor as f32),
         DeviceKind::Reference => {
             for (y, x) in y.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
                 *y = factor * x;

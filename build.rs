@@ -1,0 +1,260 @@
+//! Compiles `kernels/*.cu` with nvcc, embeds the results and writes a Rust launch function for each kernel.
+//!
+//! nvcc is looked for in `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `PATH`, `/usr/local/cuda` and `.cuda/` (`scripts/fetch-nvcc`).
+//! Without it the program builds all the same, with a warning, and has no kernels to run. Launch functions come from
+//! the sources alone, so the rest of the program is one program either way.
+
+#[path = "build/signatures.rs"]
+mod signatures;
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
+
+use signatures::Kernel;
+
+/// One kernel source and what became of it.
+struct File {
+    /// Without folder and extension.
+    name: String,
+    path: PathBuf,
+    kernels: Vec<Kernel>,
+}
+
+impl File {
+    /// Whether it is written for Hopper's own instructions and compiled for nothing else.
+    fn is_hopper_only(&self) -> bool {
+        self.name.ends_with("_sm90")
+    }
+
+    fn targets(&self) -> &'static [&'static str] {
+        const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
+        // SASS for every 8.x chip, and PTX from which a driver makes the code of chips that come later.
+        const AMPERE: &str = "-gencode=arch=compute_80,code=[sm_80,compute_80]";
+        if self.is_hopper_only() { &[HOPPER] } else { &[HOPPER, AMPERE] }
+    }
+}
+
+fn main() {
+    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let files = sources();
+    let compiled = match find_nvcc() {
+        Some(nvcc) => {
+            println!("cargo::rerun-if-changed={}", nvcc.display());
+            Some(compile(&nvcc, &files, &out))
+        }
+        None => {
+            println!(
+                "cargo::warning=nvcc was not found: this build has no CUDA kernels; scripts/fetch-nvcc gets one"
+            );
+            None
+        }
+    };
+    fs::write(out.join("kernels.rs"), rust(&files, compiled.as_ref()))
+        .expect("OUT_DIR is writable");
+}
+
+fn sources() -> Vec<File> {
+    let mut paths: Vec<PathBuf> = fs::read_dir("kernels")
+        .expect("kernels/ stands beside build.rs")
+        .map(|entry| entry.expect("kernels/ can be read").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    paths.sort();
+    let mut names = BTreeSet::new();
+    let file = |path: PathBuf| {
+        let source = fs::read_to_string(&path).expect("a kernel source can be read");
+        let kernels = signatures::parse(&source)
+            .unwrap_or_else(|reason| panic!("{}: {reason}", path.display()));
+        for Kernel { name, .. } in &kernels {
+            assert!(names.insert(name.clone()), "{}: two kernels are named {name}", path.display());
+        }
+        let name = path.file_stem().expect("a file").to_string_lossy().into_owned();
+        File { name, path, kernels }
+    };
+    paths.into_iter().map(file).collect()
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    let variable = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(nvcc) = variable("NVCC") {
+        // An empty path is how one builds without kernels on purpose.
+        assert!(nvcc.is_file() || nvcc.as_os_str() == "none", "NVCC: no file {}", nvcc.display());
+        return nvcc.is_file().then_some(nvcc);
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).map(|h| h.join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    homes
+        .chain(env::split_paths(&path))
+        .chain(["/usr/local/cuda/bin", ".cuda/nvidia/cu13/bin", ".cuda/bin"].map(PathBuf::from))
+        .map(|folder| folder.join("nvcc"))
+        .find(|nvcc| nvcc.is_file())
+        .and_then(|nvcc| nvcc.canonicalize().ok())
+}
+
+/// What nvcc gave.
+struct Compiled {
+    /// The compiler, in its own words.
+    version: String,
+    /// One for each file, in order: where the fatbin lies and what was printed about its kernels.
+    files: Vec<(PathBuf, String)>,
+}
+
+fn compile(nvcc: &Path, files: &[File], out: &Path) -> Compiled {
+    let version = run(Command::new(nvcc).arg("--version")).0;
+    let version = version.lines().last().unwrap_or_default().trim().to_owned();
+    // Shared by all profiles: OUT_DIR is <target>/<profile>/build/<package>/out.
+    let cache = out.ancestors().nth(4).unwrap_or(out).join("kernels");
+    fs::create_dir_all(&cache).expect("the target folder is writable");
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        while let Some((i, file)) = Some(next.fetch_add(1, Ordering::Relaxed))
+            .and_then(|i| files.get(i).map(|file| (i, file)))
+        {
+            done.push((i, compile_one(nvcc, &version, file, &cache)));
+        }
+        done
+    };
+    let mut done: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        // A panic on a thread has printed nvcc's message already.
+        threads.into_iter().flat_map(|t| t.join().expect("a kernel does not compile")).collect()
+    });
+    done.sort_by_key(|(i, _)| *i);
+    Compiled { version, files: done.into_iter().map(|(_, file)| file).collect() }
+}
+
+fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> (PathBuf, String) {
+    let mut command = Command::new(nvcc);
+    command.args(["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-Ikernels"]);
+    command.args(file.targets()).arg(&file.path);
+    let mut content = format!("{version}\n{:?}\n", command.get_args().collect::<Vec<_>>());
+    let mut seen = BTreeSet::new();
+    with_headers(&file.path, &mut seen, &mut content);
+    let stem = cache.join(format!("{}-{:032x}", file.name, hash(content.as_bytes())));
+    let (fatbin, log) = (stem.with_extension("fatbin"), stem.with_extension("log"));
+    if let (true, Ok(printed)) = (fatbin.is_file(), fs::read_to_string(&log)) {
+        return (fatbin, printed);
+    }
+    // Written under a name of its own first: another build may be at the same file.
+    let unfinished = stem.with_extension(format!("{}.new", std::process::id()));
+    let printed = run(command.arg("-o").arg(&unfinished)).1;
+    for line in printed.lines().filter(|l| l.contains("warning")) {
+        println!("cargo::warning={}: {line}", file.path.display());
+    }
+    fs::write(&log, &printed).expect("the target folder is writable");
+    fs::rename(&unfinished, &fatbin).expect("the target folder is writable");
+    (fatbin, printed)
+}
+
+/// Adds a source and the project's headers that it includes, each once.
+fn with_headers(path: &Path, seen: &mut BTreeSet<PathBuf>, content: &mut String) {
+    let Ok(source) = fs::read_to_string(path) else { return };
+    if !seen.insert(path.to_owned()) {
+        return;
+    }
+    for line in source.lines() {
+        let included =
+            line.trim_start().strip_prefix("#include \"").and_then(|l| l.split('"').next());
+        if let (Some(name), Some(folder)) = (included, path.parent()) {
+            with_headers(&folder.join(name), seen, content);
+        }
+    }
+    content.push_str(&source);
+}
+
+/// FNV-1a in 128 bits: names cached files by content.
+fn hash(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, &byte| {
+        (hash ^ u128::from(byte)).wrapping_mul(0x0100_0000_0000_0000_0000_013b)
+    })
+}
+
+/// Standard output and standard error of a command that succeeds.
+fn run(command: &mut Command) -> (String, String) {
+    let output =
+        command.output().unwrap_or_else(|e| panic!("cannot run {:?}: {e}", command.get_program()));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let printed = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{command:?}\n{}{}", printed.0, printed.1);
+    printed
+}
+
+/// The generated part of `device::cuda::kernels`.
+fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
+    let mut code = String::new();
+    let mut functions = String::new();
+    let version = compiled.map(|c| c.version.as_str());
+    let _ = writeln!(code, "/// The compiler that made the kernels; none if there was none.");
+    let _ = writeln!(code, "pub(crate) static COMPILER: Option<&str> = {version:?};");
+    let _ = writeln!(code, "pub(crate) static FILES: &[File] = &[");
+    for (i, file) in files.iter().enumerate() {
+        let image = compiled.map_or("&[]".to_owned(), |c| {
+            format!("&Aligned(*include_bytes!({:?})).0", c.files[i].0.display().to_string())
+        });
+        let (name, hopper) = (&file.name, file.is_hopper_only());
+        let _ =
+            writeln!(code, "    File {{ name: {name:?}, hopper_only: {hopper}, image: {image} }},");
+    }
+    let _ = writeln!(code, "];\npub(crate) static KERNELS: &[Kernel] = &[");
+    let mut index = 0;
+    for (i, file) in files.iter().enumerate() {
+        for kernel in &file.kernels {
+            let sizes: Vec<usize> = kernel.arguments.iter().map(|a| a.kind.size()).collect();
+            let name = &kernel.name;
+            let _ =
+                writeln!(code, "    Kernel {{ name: {name:?}, file: {i}, sizes: &{sizes:?} }},");
+            functions.push_str(&signatures::launch_function(kernel, index, &file.name));
+            index += 1;
+        }
+    }
+    let _ = writeln!(code, "];\npub(crate) static RESOURCES: &[Resources] = &[");
+    for (_, printed) in compiled.iter().flat_map(|c| &c.files) {
+        code.push_str(&resources(printed));
+    }
+    let _ = writeln!(code, "];\n");
+    code + &functions
+}
+
+/// What `ptxas -v` printed about each kernel on each chip, as Rust.
+fn resources(printed: &str) -> String {
+    let mut code = String::new();
+    // "Compiling entry function 'name' for 'sm_80'", "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+    // "Used 10 registers, used 1 barriers, 1024 bytes smem"
+    let before = |line: &str, what: &str| -> usize {
+        let number = line.split(what).next().filter(|_| line.contains(what));
+        number.and_then(|n| n.trim_end().rsplit([' ', ',']).next()?.parse().ok()).unwrap_or(0)
+    };
+    let (mut entry, mut memory) = (None, String::new());
+    for line in printed.lines() {
+        if let Some(rest) = line.split("Compiling entry function '").nth(1) {
+            let mut quoted = rest.split('\'');
+            entry = quoted.next().zip(quoted.nth(1));
+        } else if line.contains("bytes stack frame") && entry.is_some() {
+            let [stack, stores, loads] =
+                ["bytes stack frame", "bytes spill stores", "bytes spill loads"]
+                    .map(|what| before(line, what));
+            memory = format!("stack: {stack}, spill_stores: {stores}, spill_loads: {loads}");
+        } else if line.contains("Used ")
+            && let Some((kernel, chip)) = entry.take()
+        {
+            let [registers, shared] = ["registers", "bytes smem"].map(|what| before(line, what));
+            let _ = writeln!(
+                code,
+                "    Resources {{ kernel: {kernel:?}, chip: {chip:?}, registers: {registers}, shared: {shared}, {memory} }},"
+            );
+        }
+    }
+    code
+}

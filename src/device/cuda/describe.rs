@@ -1,0 +1,47 @@
+//! What `selfsup devices` says about GPUs.
+
+use cudarc::driver::result;
+use cudarc::driver::sys::CUdevice_attribute;
+
+use super::driver;
+use super::gpu::attribute;
+use super::kernels::{COMPILER, FILES, KERNELS};
+
+/// A line for each thing that is there, or the one thing to do.
+pub(crate) fn describe() -> Vec<String> {
+    let mut lines = Vec::new();
+    match driver::start() {
+        Err(reason) => lines.push(format!("cuda: none; {reason}")),
+        Ok(version) => {
+            let (major, minor) = (version / 1000, version % 1000 / 10);
+            let count = result::device::get_count().unwrap_or(0);
+            lines.push(format!("cuda: driver for CUDA {major}.{minor}, {count} GPU(s)"));
+            lines.extend((0..count).map(|ordinal| {
+                gpu(ordinal).unwrap_or_else(|| format!("cuda:{ordinal}: does not answer"))
+            }));
+        }
+    }
+    lines.push(match COMPILER {
+        Some(version) => format!(
+            "kernels: {} in {} files for sm_80, sm_90a and later chips (PTX 8.0); {version}",
+            KERNELS.len(),
+            FILES.len()
+        ),
+        None => "kernels: none, for want of nvcc when this was built; run scripts/fetch-nvcc and build again".into(),
+    });
+    lines
+}
+
+fn gpu(ordinal: i32) -> Option<String> {
+    let device = result::device::get(ordinal).ok()?;
+    let name = result::device::get_name(device).ok()?;
+    // SAFETY: the device came from the driver.
+    let bytes = unsafe { result::device::total_mem(device) }.ok()?;
+    let ask = |what| attribute(device, what).ok();
+    let major = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let old =
+        if (major, minor) < (8, 0) { "; too old for the kernels, which need 8.0" } else { "" };
+    let gib = bytes as f64 / f64::from(1 << 30);
+    Some(format!("cuda:{ordinal}: {name}, {gib:.1} GiB, compute capability {major}.{minor}{old}"))
+}

@@ -1,0 +1,259 @@
+//! The program's kernels: their generated launch functions, and the check that they are what the driver loaded.
+//!
+//! `build.rs` reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments have the
+//! kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
+
+use std::ffi::{CString, c_void};
+use std::marker::PhantomData;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUfunction, CUmodule, CUresult};
+
+use super::Gpu;
+use super::driver::words;
+use crate::error::{Error, Result};
+
+/// A kernel file.
+pub(crate) struct File {
+    pub(super) name: &'static str,
+    /// Written for compute capability 9.0 and compiled for nothing else.
+    pub(super) hopper_only: bool,
+    /// What nvcc made of it; empty if there was no nvcc.
+    pub(super) image: &'static [u8],
+}
+
+/// An entry point.
+pub(crate) struct Kernel {
+    pub(super) name: &'static str,
+    /// Its place in [`FILES`].
+    pub(super) file: usize,
+    /// Bytes of each argument.
+    pub(super) sizes: &'static [usize],
+}
+
+/// What a kernel takes of a chip, as the assembler printed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resources {
+    /// The kernel.
+    pub kernel: &'static str,
+    /// The chip: `sm_80`, `sm_90a`.
+    pub chip: &'static str,
+    /// Registers of a thread.
+    pub registers: usize,
+    /// Bytes of static shared memory of a block.
+    pub shared: usize,
+    /// Bytes of local memory of a thread.
+    pub stack: usize,
+    /// Bytes of registers written to local memory.
+    pub spill_stores: usize,
+    /// Bytes of registers read back.
+    pub spill_loads: usize,
+}
+
+/// A device pointer that a kernel reads `T` from; may be null where the kernel says so.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct In<'a, T>(u64, PhantomData<&'a [T]>);
+
+/// A device pointer that a kernel writes `T` to.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct Out<'a, T>(u64, PhantomData<&'a mut [T]>);
+
+impl<T> Clone for In<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for In<'_, T> {}
+
+impl<T> In<'_, T> {
+    pub(crate) fn new(address: u64) -> Self {
+        Self(address, PhantomData)
+    }
+
+    /// For what a kernel can do without.
+    pub(crate) fn null() -> Self {
+        Self::new(0)
+    }
+}
+
+impl<'a, T> Out<'a, T> {
+    pub(crate) fn new(address: u64) -> Self {
+        Self(address, PhantomData)
+    }
+
+    /// For what a kernel can do without.
+    pub(crate) fn null() -> Self {
+        Self::new(0)
+    }
+
+    /// The same place to read, for kernels that work in place.
+    pub(crate) fn also_in(&self) -> In<'a, T> {
+        In::new(self.0)
+    }
+
+    /// The pointer without its borrow, for a launch that writes two gradients: they come one at a time.
+    pub(crate) fn unbound<'b>(self) -> Out<'b, T> {
+        Out::new(self.0)
+    }
+}
+
+/// Where and how wide a kernel runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch<'d> {
+    gpu: &'d Gpu,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+}
+
+impl<'d> Launch<'d> {
+    /// `grid` blocks of `block` threads.
+    ///
+    /// # Panics
+    /// When a size of the grid is beyond what a GPU takes.
+    #[track_caller]
+    pub(crate) fn new(gpu: &'d Gpu, grid: [usize; 3], block: [usize; 3]) -> Self {
+        assert!(
+            grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16,
+            "a grid of {grid:?} blocks is larger than a GPU takes"
+        );
+        let [grid, block] = [grid, block].map(|sizes| sizes.map(|size| size as u32));
+        Self { gpu, grid, block, shared: 0 }
+    }
+
+    /// Enough threads for a loop over `n` elements, `each` of them at a time: enough blocks to fill the GPU, not more.
+    pub(crate) fn over(gpu: &'d Gpu, n: usize, each: usize) -> Self {
+        const THREADS: usize = 256;
+        let blocks = n.div_ceil(THREADS * each).min(8 * gpu.multiprocessors());
+        Self::new(gpu, [blocks, 1, 1], [THREADS, 1, 1])
+    }
+
+    /// Queues kernel number `index`. An empty grid is no work, and no error.
+    ///
+    /// # Safety
+    /// The arguments have the kernel's types, and the kernel stays within what its pointers point to.
+    unsafe fn run(&self, index: usize, arguments: &[*mut c_void]) {
+        if self.grid.contains(&0) {
+            return;
+        }
+        let kernel = &KERNELS[index];
+        self.gpu.attempt(
+            || {
+                format!(
+                    "launch of {}, {:?} blocks of {:?} threads",
+                    kernel.name, self.grid, self.block
+                )
+            },
+            |gpu| {
+                let function = gpu
+                    .function(index)
+                    .ok_or(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU))?;
+                let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
+                let mut arguments = arguments.to_vec();
+                let stream = gpu.stream();
+                // SAFETY: as this function's; the function belongs to the current context.
+                unsafe {
+                    result::launch_kernel(
+                        function,
+                        (x, y, z),
+                        (bx, by, bz),
+                        self.shared,
+                        stream,
+                        &mut arguments,
+                    )?;
+                }
+                gpu.settle()
+            },
+        );
+    }
+}
+
+/// An argument as a launch takes it: the address of its value.
+fn argument<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
+}
+
+/// A fatbin begins with numbers that the driver reads as such.
+#[repr(C, align(16))]
+struct Aligned<T>(T);
+
+#[allow(clippy::too_many_arguments, dead_code)] // kernels have as many as they have
+mod generated {
+    use super::{Aligned, File, In, Kernel, Launch, Out, Resources, argument};
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+pub(crate) use generated::*;
+
+/// The kernels of this program: one function for each of [`KERNELS`], none where the chip is the wrong one.
+pub(super) struct Loaded {
+    pub(super) modules: Vec<CUmodule>,
+    pub(super) functions: Vec<Option<CUfunction>>,
+}
+
+/// Loads every kernel into the current context and compares its arguments with those of its launch function.
+///
+/// # Errors
+/// When the program has no kernels, the driver refuses them, or they are not what this program was built with.
+pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
+    if COMPILER.is_none() {
+        return Err(Error::Device(
+            "this program was built without CUDA kernels, for want of nvcc: run scripts/fetch-nvcc and build again".into(),
+        ));
+    }
+    let mut loaded = Loaded { modules: Vec::new(), functions: vec![None; KERNELS.len()] };
+    for (index, file) in FILES.iter().enumerate() {
+        if file.hopper_only && capability != (9, 0) {
+            continue;
+        }
+        let refused = |e| {
+            let (major, minor) = capability;
+            Error::Device(format!(
+                "the driver does not load kernels/{}.cu for compute capability {major}.{minor}: {}",
+                file.name,
+                words(e)
+            ))
+        };
+        // SAFETY: the image is a whole fatbin, which says how long it is.
+        let module =
+            unsafe { result::module::load_data(file.image.as_ptr().cast()) }.map_err(refused)?;
+        loaded.modules.push(module);
+        for (kernel, function) in KERNELS.iter().zip(&mut loaded.functions) {
+            if kernel.file == index {
+                let name = CString::new(kernel.name).expect("a kernel's name holds no zero");
+                // SAFETY: the module is loaded, and is unloaded only with the context.
+                let found =
+                    unsafe { result::module::get_function(module, name) }.map_err(refused)?;
+                check_arguments(kernel, found)?;
+                *function = Some(found);
+            }
+        }
+    }
+    Ok(loaded)
+}
+
+/// Compares number, places and sizes of a loaded kernel's arguments with those that its launch function passes.
+fn check_arguments(kernel: &Kernel, function: CUfunction) -> Result<()> {
+    let ask = |index| {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: writes two numbers; an index beyond the last argument is an error, not a read out of bounds.
+        let known = unsafe { sys::cuFuncGetParamInfo(function, index, &mut offset, &mut size) };
+        (known == CUresult::CUDA_SUCCESS).then_some((offset, size))
+    };
+    let mut end = 0_usize;
+    let mut expected = Vec::new();
+    for &size in kernel.sizes {
+        let offset = end.next_multiple_of(size);
+        expected.push((offset, size));
+        end = offset + size;
+    }
+    let loaded: Vec<(usize, usize)> = (0..expected.len() + 1).map_while(ask).collect();
+    if loaded != expected {
+        return Err(Error::Device(format!(
+            "kernel {}: the driver loaded arguments at (offset, size) {loaded:?}, and this program passes {expected:?}",
+            kernel.name
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! NVIDIA GPUs, through the driver alone.
+//!
+//! [`Gpu`] is one device's context with a stream that computes, pinned memory to copy through and every kernel of the
+//! program, loaded and checked. All work is queued on the compute stream, so memory that one operation frees may serve
+//! the next without waiting. Operations do not return errors: the first error is kept, everything after it does nothing,
+//! and [`Device::check`](super::Device::check) says what it was. Nothing here panics because of the machine.
+
+mod describe;
+mod driver;
+mod gpu;
+mod kernels;
+mod staging;
+
+pub(crate) use describe::describe;
+pub(crate) use gpu::Gpu;
+#[allow(unused_imports)] // which kernels have a launch line yet is a test's business
+pub(crate) use kernels::*;
+
+/// What a GPU stores activations and the working copies of weights in. Sums, statistics, losses, master weights and
+/// optimisers are f32 in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// bf16, multiplied by tensor cores: what one trains in.
+    Bf16,
+    /// f32 throughout.
+    F32,
+}

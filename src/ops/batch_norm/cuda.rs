@@ -1,0 +1,269 @@
+//! `kernels/batch_norm.cu`: a thread takes 16 bytes of channels, sums over rows go over chunks of rows first.
+//!
+//! Chunks are cut by shape alone, so a sum has one order on every chip.
+
+use super::{Dims, EPS, RUNNING_WEIGHT, Running, Saved};
+use crate::device::cuda::{self, In, Launch, Out};
+use crate::tape::{Gradients, Tape, VarId};
+use crate::tensor::{DType, Element, Tensor};
+
+/// Threads of a block; the kernels' shared memory is laid out for them.
+const THREADS: usize = 256;
+/// The last sum over chunks is a thread's loop: no more of them than this.
+const CHUNKS: usize = 256;
+
+/// How rows and channels fall to blocks and threads.
+struct Shape {
+    chunks: usize,
+    rows_per_chunk: usize,
+    grid: [usize; 3],
+    block: [usize; 3],
+}
+
+impl Shape {
+    fn new(dims: Dims, dtype: DType) -> Self {
+        let vectors = dims.c.div_ceil(16 / dtype.size());
+        let across = vectors.next_power_of_two().min(32);
+        let down = THREADS / across;
+        // Eight rows to a thread at least, or starting it is most of its work.
+        let rows_per_chunk = dims.rows.div_ceil(CHUNKS).max(8 * down).next_multiple_of(down);
+        let chunks = dims.rows.div_ceil(rows_per_chunk);
+        let grid = [vectors.div_ceil(across), chunks, dims.groups];
+        Self { chunks, rows_per_chunk, grid, block: [across, down, 1] }
+    }
+}
+
+/// A launch with a thread for every channel.
+fn per_channel(x: &Tensor, c: usize) -> Launch<'_> {
+    Launch::new(x.device().gpu(), [c.div_ceil(128), 1, 1], [128, 1, 1])
+}
+
+/// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way.
+pub(super) fn moments(
+    tape: &Tape<'_>,
+    x: &Tensor,
+    running: Option<Running>,
+    dims: Dims,
+) -> (Tensor, Tensor) {
+    let Dims { groups, rows, c } = dims;
+    let device = x.device();
+    let shape = Shape::new(dims, x.dtype());
+    let (mut mean, mut inv_std) =
+        (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));
+    let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);
+    let (mut running_mean, mut running_variance) = (Out::null(), Out::null());
+    if let Some(running) = running {
+        // Null still where the tape leaves running statistics alone.
+        tape.update_stat(running.mean, |mut old| running_mean = old.device_out().unbound());
+        tape.update_stat(running.variance, |mut old| running_variance = old.device_out().unbound());
+    }
+    let launch = Launch::new(device.gpu(), shape.grid, shape.block);
+    let (per_chunk, channels) = (shape.rows_per_chunk as i32, c as i32);
+    // SAFETY: `partial` has two rows of `c` for each group and chunk; running statistics have `c` channels, and lie in the
+    // arena, which outlives the tape and is written by nothing else before this launch.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            batch_norm_moments_f32
+                | batch_norm_moments_bf16(
+                    launch,
+                    partial.device_out(),
+                    x.device_in(),
+                    rows as i64,
+                    per_chunk,
+                    channels
+                )
+        );
+        cuda::batch_norm_finish(
+            per_channel(x, c),
+            mean.device_out(),
+            inv_std.device_out(),
+            running_mean,
+            running_variance,
+            partial.device_in(),
+            groups as i32,
+            shape.chunks as i32,
+            rows as i64,
+            per_chunk,
+            channels,
+            RUNNING_WEIGHT as f32,
+            EPS as f32,
+        );
+    }
+    (mean, inv_std)
+}
+
+/// `1 / sqrt(var + eps)`, `[1, c]`.
+pub(super) fn inv_std(variance: &Tensor) -> Tensor {
+    let c = variance.len();
+    let mut inv_std = Tensor::floats(variance.device(), [1, c]);
+    // SAFETY: both have `c` channels.
+    unsafe {
+        cuda::batch_norm_inv_std(
+            per_channel(variance, c),
+            inv_std.device_out(),
+            variance.device_in(),
+            c as i32,
+            EPS as f32,
+        );
+    }
+    inv_std
+}
+
+pub(super) fn apply(
+    y: &mut Tensor,
+    saved: &Saved,
+    shift: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    relu: bool,
+) {
+    let (x, dims) = (&saved.x, saved.dims);
+    let shape = Shape::new(dims, x.dtype());
+    let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
+    // SAFETY: `x`, `y` and the residual have the rows of `dims`, statistics a row for each group, the rest `c` channels.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            batch_norm_apply_f32
+                | batch_norm_apply_bf16(
+                    launch,
+                    y.device_out(),
+                    x.device_in(),
+                    residual.map_or(In::null(), Tensor::device_in),
+                    saved.mean.device_in(),
+                    saved.inv_std.device_in(),
+                    saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
+                    shift.map_or(In::null(), Tensor::device_in),
+                    dims.rows as i64,
+                    shape.rows_per_chunk as i32,
+                    dims.c as i32,
+                    i32::from(relu)
+                )
+        );
+    }
+}
+
+/// Where the gradients of a batch norm go.
+pub(super) struct Ids {
+    pub(super) x: VarId,
+    pub(super) gain: Option<VarId>,
+    pub(super) shift: Option<VarId>,
+    pub(super) residual: Option<VarId>,
+}
+
+/// All gradients; `mask` is the forward's output where it had a ReLU.
+pub(super) fn backward(
+    gradients: &mut Gradients<'_>,
+    dy: Tensor,
+    saved: &Saved,
+    mask: Option<&Tensor>,
+    ids: Ids,
+) {
+    let (x, Dims { groups, rows, c }) = (&saved.x, saved.dims);
+    let device = x.device();
+    let shape = Shape::new(saved.dims, x.dtype());
+    let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);
+    let mut sums = Tensor::floats(device, [groups, 2, c]);
+    let launch = Launch::new(device.gpu(), shape.grid, shape.block);
+    let (per_chunk, channels) = (shape.rows_per_chunk as i32, c as i32);
+
+    let (mut dshift, mut dgain, mut accumulate) = (Out::null(), Out::null(), 0);
+    let channel_shape = [c].into();
+    if let Some((mut to, old)) = ids.shift.and_then(|id| gradients.target(id, &channel_shape)) {
+        (dshift, accumulate) = (to.device_out().unbound(), i32::from(old));
+    }
+    if let Some((mut to, old)) = ids.gain.and_then(|id| gradients.target(id, &channel_shape)) {
+        (dgain, accumulate) = (to.device_out().unbound(), accumulate | i32::from(old) << 1);
+    }
+    // SAFETY: sizes as in the forward; the targets are kept by `gradients`, and the launches come before anything else
+    // that is queued for them.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            batch_norm_backward_sums_f32
+                | batch_norm_backward_sums_bf16(
+                    launch,
+                    partial.device_out(),
+                    dy.device_in(),
+                    mask.map_or(In::null(), Tensor::device_in),
+                    x.device_in(),
+                    saved.mean.device_in(),
+                    saved.inv_std.device_in(),
+                    rows as i64,
+                    per_chunk,
+                    channels
+                )
+        );
+        cuda::batch_norm_backward_finish(
+            per_channel(x, c),
+            sums.device_out(),
+            dshift,
+            dgain,
+            partial.device_in(),
+            groups as i32,
+            shape.chunks as i32,
+            channels,
+            accumulate,
+        );
+    }
+    macro_rules! input_gradient {
+        ($kernel:ident, $to:ident) => {
+            cuda::$kernel(
+                launch,
+                $to.dx,
+                $to.dresidual,
+                dy.device_in(),
+                mask.map_or(In::null(), Tensor::device_in),
+                x.device_in(),
+                saved.mean.device_in(),
+                saved.inv_std.device_in(),
+                saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
+                sums.device_in(),
+                rows as i64,
+                per_chunk,
+                channels,
+                $to.accumulate,
+            )
+        };
+    }
+    match x.dtype() {
+        DType::Bf16 => {
+            let to = Targets::new(gradients, &dy, mask, &ids);
+            // SAFETY: as above.
+            unsafe { input_gradient!(batch_norm_backward_apply_bf16, to) }
+        }
+        _ => {
+            let to = Targets::new(gradients, &dy, mask, &ids);
+            // SAFETY: as above.
+            unsafe { input_gradient!(batch_norm_backward_apply_f32, to) }
+        }
+    }
+}
+
+/// Where the last kernel writes.
+struct Targets<'a, T> {
+    dx: Out<'a, T>,
+    dresidual: Out<'a, T>,
+    accumulate: i32,
+}
+
+impl<T: Element> Targets<'_, T> {
+    /// The residual comes first, as in the kernel: where it is `x` itself, the second adds to the first.
+    fn new(gradients: &mut Gradients<'_>, dy: &Tensor, mask: Option<&Tensor>, ids: &Ids) -> Self {
+        let (mut dx, mut dresidual, mut accumulate) = (Out::null(), Out::null(), 0);
+        match ids.residual {
+            // What flows to the residual is `dy` as it stands.
+            Some(id) if mask.is_none() => gradients.add(id, dy.clone()),
+            Some(id) => {
+                if let Some((mut to, old)) = gradients.target(id, dy.shape()) {
+                    (dresidual, accumulate) = (to.device_out().unbound(), i32::from(old) << 1);
+                }
+            }
+            None => {}
+        }
+        if let Some((mut to, old)) = gradients.target(ids.x, dy.shape()) {
+            (dx, accumulate) = (to.device_out().unbound(), accumulate | i32::from(old));
+        }
+        Self { dx, dresidual, accumulate }
+    }
+}
