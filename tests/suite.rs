@@ -20,6 +20,8 @@ mod floors;
 mod golden;
 #[path = "suite/memory.rs"]
 mod memory;
+#[path = "suite/neighbours.rs"]
+mod neighbours;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/networks.rs"]

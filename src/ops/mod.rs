@@ -31,6 +31,7 @@ mod linear;
 mod nt_xent;
 mod pool;
 mod relu;
+mod row_losses;
 pub(crate) mod rows;
 mod scale;
 

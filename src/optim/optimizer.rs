@@ -9,6 +9,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::cuda::Tables;
 use crate::arena::{Arena, SlotKind};
 use crate::device::DeviceKind;
 use crate::ops::CHUNK;
@@ -144,10 +145,10 @@ pub enum Rule {
 
 /// One slot as the optimiser sees it.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    offset: usize,
-    len: usize,
-    spared: bool,
+pub(super) struct Segment {
+    pub(super) offset: usize,
+    pub(super) len: usize,
+    pub(super) spared: bool,
 }
 
 /// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
@@ -167,6 +168,8 @@ pub struct Optimizer {
     rule: Rule,
     momentum: Tensor,
     segments: Vec<Segment>,
+    /// On a GPU.
+    tables: Option<Tables>,
 }
 
 impl Optimizer {
@@ -181,10 +184,13 @@ impl Optimizer {
             len: slot.shape.elements(),
             spared: exclude.spares(slot.kind),
         };
+        let segments: Vec<_> = arena.layout().params().iter().map(segment).collect();
+        let device = arena.device();
         Self {
             rule,
-            momentum: Tensor::zeros(arena.device(), [arena.values().len()]),
-            segments: arena.layout().params().iter().map(segment).collect(),
+            momentum: Tensor::zeros(device, [arena.values().len()]),
+            tables: (device.kind() == DeviceKind::Cuda).then(|| Tables::new(device, &segments)),
+            segments,
         }
     }
 
@@ -199,10 +205,17 @@ impl Optimizer {
     }
 
     /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
+    ///
+    /// # Panics
+    /// When the arena is on another kind of device than the one that the optimiser was made for.
     pub fn step(&mut self, arena: &mut Arena, lr: f64) {
         match arena.device().kind() {
             DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
-            DeviceKind::Cuda => crate::ops::no_cuda("an optimiser's step"),
+            DeviceKind::Cuda => {
+                let tables = self.tables.as_mut().expect("optimizer: made for another device");
+                tables.set_rate(lr);
+                tables.step(self.rule, arena, &mut self.momentum);
+            }
             DeviceKind::Reference => self.step_as::<f64>(arena, lr),
         }
         arena.refresh();

@@ -25,7 +25,7 @@ const MOMENTUM: &str = "momentum.";
 /// removes all but the newest `keep` checkpoints of the folder. Returns the file.
 ///
 /// # Errors
-/// When the disk is full or gone; earlier checkpoints are then as they were.
+/// When the disk is full or gone, or the device failed; earlier checkpoints are then as they were.
 pub fn save(
     folder: &Path,
     step: u64,
@@ -45,6 +45,7 @@ pub fn save(
         let (shape, values) = to_disk(slot, &momentum);
         tensors.push((format!("{MOMENTUM}{}", slot.name), shape, bytes(&values)));
     }
+    arena.device().check()?; // what a failed device gives is not worth keeping
     let views = tensors.iter().map(|(name, shape, bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
         (name.as_str(), view.expect("the bytes are the shape's"))

@@ -224,6 +224,7 @@ impl Run {
             let progress = self.step as f64 / self.schedule.total.max(1) as f64;
             self.method.after_update(&mut self.online, progress);
             let loss = loss.scalar();
+            self.online.device().check()?; // what a failed device gives is no number
             if !loss.is_finite() {
                 return Err(Error::Diverged(format!(
                     "the loss became {loss} at step {} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs",
@@ -247,6 +248,7 @@ impl Run {
         }
         let elapsed = start.elapsed();
         let spread = embeddings.as_ref().map(eval::spread);
+        self.online.device().check()?;
         drop(embeddings);
         if let Some(spread) = spread
             && spread.std < COLLAPSED
@@ -299,7 +301,7 @@ impl Run {
             )
         };
         let (bank, queries) = (features(&self.images.train)?, features(test)?);
-        Ok(Some(eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device())))
+        eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
     }
 
     fn checkpoint(&self) -> Result<()> {
