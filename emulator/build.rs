@@ -27,14 +27,17 @@ const BOTH: &[&str] = &[
 
 const PLAIN: &[&str] = &["-O3"];
 
-/// Callbacks before every access, and no optimisation that would merge accesses or hide that a static is addressable.
+/// Callbacks before every access, and no optimisation that would merge or split accesses, or hide that a static is
+/// addressable.
 const CHECKED: &[&str] = &[
     "-O1",
+    "-g1", // reports name lines
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-vectorize",
     "-fno-tree-slp-vectorize",
     "-fno-store-merging",
+    "-fno-tree-sra",
     "-fno-ipa-reference-addressable",
     "-fno-ipa-reference",
 ];
@@ -53,7 +56,7 @@ fn main() {
     let kernels = here.join("../kernels").canonicalize().expect("the repository has kernels/");
     let watched = [
         kernels.clone(),
-        here.join("tests/kernels"),
+        here.join("broken"),
         here.join("include"),
         here.join("engine"),
         here.join("build.rs"),
@@ -76,14 +79,14 @@ fn main() {
         .compile("standin_engine");
 
     let mut sources = Vec::new();
-    for (folder, shipped) in [(&kernels, true), (&here.join("tests/kernels"), false)] {
+    for (folder, shipped) in [(&kernels, true), (&here.join("broken"), false)] {
         for path in files(folder, "cu") {
             let text = fs::read_to_string(&path).expect("a readable kernel file");
             sources.push(Source { kernels: entry_points(&text), path, shipped });
         }
     }
     let mut headers = DefaultHasher::new();
-    for folder in [&kernels, &here.join("include"), &here.join("tests/kernels")] {
+    for folder in [&kernels, &here.join("include"), &here.join("broken")] {
         for path in files(folder, "h").into_iter().chain(files(folder, "cuh")) {
             fs::read(path).expect("a readable header").hash(&mut headers);
         }

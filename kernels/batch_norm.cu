@@ -1,9 +1,9 @@
 // Batch norm over the rows of x [groups rows, c], channels last; see src/ops/batch_norm.
 //
-// Every kernel but the `finish` ones has the same layout: threadIdx.x is a vector of channels, threadIdx.y a row; the block
-// (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y rows_per_chunk, ...) of group g. Sums over rows
-// have two levels, both in an order fixed by the shape: within a chunk, then over chunks in `finish`, in f64. blockDim.y
-// is a power of two, and the block has at most 256 threads.
+// Every kernel but the `finish` ones has the same layout: threadIdx.x is a vector of channels, threadIdx.y a
+// row; the block (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y rows_per_chunk,
+// ...) of group g. Sums over rows have two levels, both in an order fixed by the shape: within a chunk, then
+// over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256 threads.
 #include "vector.cuh"
 
 constexpr int THREADS = 256;
@@ -11,9 +11,9 @@ constexpr int THREADS = 256;
 /// Where a thread stands.
 template <typename T>
 struct Rows {
-    int channel, count;       // first channel, and how many of the vector exist; may be <= 0
-    int64_t begin, end;       // rows of the chunk, in the whole tensor
-    int64_t partial;          // of this chunk, in [groups, chunks, 2, c]
+    int channel, count;  // first channel, and how many of the vector exist; may be <= 0
+    int64_t begin, end;  // rows of the chunk, in the whole tensor
+    int64_t partial;     // of this chunk, in [groups, chunks, 2, c]
 
     __device__ Rows(int64_t rows, int rows_per_chunk, int c) {
         channel = (blockIdx.x * blockDim.x + threadIdx.x) * PER_VECTOR<T>;
@@ -28,7 +28,8 @@ struct Rows {
 
 /// Per-channel numbers of this thread's vector; `otherwise` where there are none.
 template <typename T>
-__device__ __forceinline__ void load_channels(float (&v)[PER_VECTOR<T>], const float* at, int count, float otherwise) {
+__device__ __forceinline__ void load_channels(float (&v)[PER_VECTOR<T>], const float* at, int count,
+                                              float otherwise) {
 #pragma unroll
     for (int k = 0; k < PER_VECTOR<T>; k++) v[k] = at && k < count ? at[k] : otherwise;
 }
@@ -46,7 +47,8 @@ __device__ __forceinline__ Moments merge(Moments a, float na, Moments b, float n
     return {a.mean + delta * (nb / n), a.m2 + b.m2 + delta * delta * (na * nb / n)};
 }
 
-/// Rows of a chunk of `total` that the thread rows [from, from + span) of a block take, each every blockDim.y-th.
+/// Rows of a chunk of `total` that the thread rows [from, from + span) of a block take, each every
+/// blockDim.y-th.
 __device__ __forceinline__ float rows_of(int64_t total, int from, int span) {
     int64_t whole = total / blockDim.y * span, rest = total % blockDim.y - from;
     return static_cast<float>(whole + (rest < 0 ? 0 : rest > span ? span : rest));
@@ -95,20 +97,20 @@ __device__ __forceinline__ void moments(float* partial, const T* x, int64_t rows
         if (k < at.count) partial[at.partial + k] = m[k].mean, partial[at.partial + c + k] = m[k].m2;
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_moments_f32(float* partial, const float* x, int64_t rows, int rows_per_chunk,
-                                                   int c) {
+KERNEL BOUNDS(THREADS) void batch_norm_moments_f32(float* partial, const float* x, int64_t rows,
+                                                   int rows_per_chunk, int c) {
     moments(partial, x, rows, rows_per_chunk, c);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_moments_bf16(float* partial, const bf16* x, int64_t rows, int rows_per_chunk,
-                                                    int c) {
+KERNEL BOUNDS(THREADS) void batch_norm_moments_bf16(float* partial, const bf16* x, int64_t rows,
+                                                    int rows_per_chunk, int c) {
     moments(partial, x, rows, rows_per_chunk, c);
 }
 
-/// mean, inv_std [groups, c] from the chunks' moments, a thread per channel. Where running statistics are given, they
-/// move by `weight` towards the groups' mean of means and of unbiased variances.
+/// mean, inv_std [groups, c] from the chunks' moments, a thread per channel. Where running statistics are
+/// given, they move by `weight` towards the groups' mean of means and of unbiased variances.
 KERNEL void batch_norm_finish(float* mean, float* inv_std, float* running_mean, float* running_variance,
-                              const float* partial, int groups, int chunks, int64_t rows, int rows_per_chunk, int c,
-                              float weight, float eps) {
+                              const float* partial, int groups, int chunks, int64_t rows, int rows_per_chunk,
+                              int c, float weight, float eps) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= c) return;
     double sum_means = 0.0, sum_variances = 0.0;
@@ -117,7 +119,8 @@ KERNEL void batch_norm_finish(float* mean, float* inv_std, float* running_mean, 
         for (int i = 0; i < chunks; i++) {
             const float* chunk = partial + (int64_t{g} * chunks + i) * 2 * c + j;
             int64_t left = rows - int64_t{i} * rows_per_chunk;
-            double n = static_cast<double>(left < rows_per_chunk ? left : rows_per_chunk), delta = chunk[0] - mu;
+            double n = static_cast<double>(left < rows_per_chunk ? left : rows_per_chunk),
+                   delta = chunk[0] - mu;
             m2 += chunk[c] + delta * delta * seen * n / (seen + n);
             mu += delta * n / (seen + n);
             seen += n;
@@ -130,7 +133,8 @@ KERNEL void batch_norm_finish(float* mean, float* inv_std, float* running_mean, 
     }
     if (running_mean) {
         running_mean[j] = static_cast<float>((1.0 - weight) * running_mean[j] + weight * sum_means / groups);
-        running_variance[j] = static_cast<float>((1.0 - weight) * running_variance[j] + weight * sum_variances / groups);
+        running_variance[j] =
+            static_cast<float>((1.0 - weight) * running_variance[j] + weight * sum_variances / groups);
     }
 }
 
@@ -140,12 +144,12 @@ KERNEL void batch_norm_inv_std(float* inv_std, const float* variance, int c, flo
     if (j < c) inv_std[j] = static_cast<float>(1.0 / sqrt(static_cast<double>(variance[j]) + eps));
 }
 
-/// y = relu((x - mean) inv_std gain + shift + residual); gain, shift and residual may be null. Evaluation is one group
-/// with running statistics.
+/// y = relu((x - mean) inv_std gain + shift + residual); gain, shift and residual may be null. Evaluation is
+/// one group with running statistics.
 template <typename T>
-__device__ __forceinline__ void apply(T* y, const T* x, const T* residual, const float* mean, const float* inv_std,
-                                      const float* gain, const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                      bool relu) {
+__device__ __forceinline__ void apply(T* y, const T* x, const T* residual, const float* mean,
+                                      const float* inv_std, const float* gain, const float* shift,
+                                      int64_t rows, int rows_per_chunk, int c, bool relu) {
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
     if (at.count <= 0) return;
@@ -171,14 +175,16 @@ __device__ __forceinline__ void apply(T* y, const T* x, const T* residual, const
     }
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_apply_f32(float* y, const float* x, const float* residual, const float* mean,
-                                                 const float* inv_std, const float* gain, const float* shift,
-                                                 int64_t rows, int rows_per_chunk, int c, int relu) {
+KERNEL BOUNDS(THREADS) void batch_norm_apply_f32(float* y, const float* x, const float* residual,
+                                                 const float* mean, const float* inv_std, const float* gain,
+                                                 const float* shift, int64_t rows, int rows_per_chunk, int c,
+                                                 int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_apply_bf16(bf16* y, const bf16* x, const bf16* residual, const float* mean,
-                                                  const float* inv_std, const float* gain, const float* shift,
-                                                  int64_t rows, int rows_per_chunk, int c, int relu) {
+KERNEL BOUNDS(THREADS) void batch_norm_apply_bf16(bf16* y, const bf16* x, const bf16* residual,
+                                                  const float* mean, const float* inv_std, const float* gain,
+                                                  const float* shift, int64_t rows, int rows_per_chunk, int c,
+                                                  int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
 
@@ -194,11 +200,12 @@ __device__ __forceinline__ Vector<T> masked(const T* dy, const T* y, int64_t i, 
     return d;
 }
 
-/// partial [groups, chunks, 2, c]: sums of dz and of dz x̂ over each chunk. y is the forward's output if it had a ReLU,
-/// else null.
+/// partial [groups, chunks, 2, c]: sums of dz and of dz x̂ over each chunk. y is the forward's output if it
+/// had a ReLU, else null.
 template <typename T>
-__device__ __forceinline__ void backward_sums(float* partial, const T* dy, const T* y, const T* x, const float* mean,
-                                              const float* inv_std, int64_t rows, int rows_per_chunk, int c) {
+__device__ __forceinline__ void backward_sums(float* partial, const T* dy, const T* y, const T* x,
+                                              const float* mean, const float* inv_std, int64_t rows,
+                                              int rows_per_chunk, int c) {
     constexpr int W = PER_VECTOR<T>;
     __shared__ float sums[THREADS * W], dots[THREADS * W];
     Rows<T> at(rows, rows_per_chunk, c);
@@ -238,20 +245,22 @@ __device__ __forceinline__ void backward_sums(float* partial, const T* dy, const
 }
 
 KERNEL BOUNDS(THREADS) void batch_norm_backward_sums_f32(float* partial, const float* dy, const float* y,
-                                                         const float* x, const float* mean, const float* inv_std,
-                                                         int64_t rows, int rows_per_chunk, int c) {
+                                                         const float* x, const float* mean,
+                                                         const float* inv_std, int64_t rows,
+                                                         int rows_per_chunk, int c) {
     backward_sums(partial, dy, y, x, mean, inv_std, rows, rows_per_chunk, c);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y, const bf16* x,
-                                                          const float* mean, const float* inv_std, int64_t rows,
+KERNEL BOUNDS(THREADS) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y,
+                                                          const bf16* x, const float* mean,
+                                                          const float* inv_std, int64_t rows,
                                                           int rows_per_chunk, int c) {
     backward_sums(partial, dy, y, x, mean, inv_std, rows, rows_per_chunk, c);
 }
 
-/// sums [groups, 2, c] over chunks, a thread per channel; dshift and dgain [c], where given, are their totals over groups,
-/// added to what they hold if `accumulate` has bit 0 and bit 1.
-KERNEL void batch_norm_backward_finish(float* sums, float* dshift, float* dgain, const float* partial, int groups,
-                                       int chunks, int c, int accumulate) {
+/// sums [groups, 2, c] over chunks, a thread per channel; dshift and dgain [c], where given, are their totals
+/// over groups, added to what they hold if `accumulate` has bit 0 and bit 1.
+KERNEL void batch_norm_backward_finish(float* sums, float* dshift, float* dgain, const float* partial,
+                                       int groups, int chunks, int c, int accumulate) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= c) return;
     double all_sums = 0.0, all_dots = 0.0;
@@ -271,8 +280,8 @@ KERNEL void batch_norm_backward_finish(float* sums, float* dshift, float* dgain,
     if (dgain) dgain[j] = static_cast<float>(all_dots) + (accumulate & 2 ? dgain[j] : 0.0f);
 }
 
-/// dx = gain inv_std (dz - sum / m - x̂ dot / m) and dresidual = dz, each where given; bit 0 of `accumulate` adds to dx,
-/// bit 1 to dresidual.
+/// dx = gain inv_std (dz - sum / m - x̂ dot / m) and dresidual = dz, each where given; bit 0 of `accumulate`
+/// adds to dx, bit 1 to dresidual.
 template <typename T>
 __device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const T* dy, const T* y, const T* x,
                                                const float* mean, const float* inv_std, const float* gain,
@@ -314,15 +323,17 @@ __device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const T* dy,
     }
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_f32(float* dx, float* dresidual, const float* dy, const float* y,
-                                                          const float* x, const float* mean, const float* inv_std,
-                                                          const float* gain, const float* sums, int64_t rows,
-                                                          int rows_per_chunk, int c, int accumulate) {
+KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_f32(float* dx, float* dresidual, const float* dy,
+                                                          const float* y, const float* x, const float* mean,
+                                                          const float* inv_std, const float* gain,
+                                                          const float* sums, int64_t rows, int rows_per_chunk,
+                                                          int c, int accumulate) {
     backward_apply(dx, dresidual, dy, y, x, mean, inv_std, gain, sums, rows, rows_per_chunk, c, accumulate);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy, const bf16* y,
-                                                           const bf16* x, const float* mean, const float* inv_std,
-                                                           const float* gain, const float* sums, int64_t rows,
+KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy,
+                                                           const bf16* y, const bf16* x, const float* mean,
+                                                           const float* inv_std, const float* gain,
+                                                           const float* sums, int64_t rows,
                                                            int rows_per_chunk, int c, int accumulate) {
     backward_apply(dx, dresidual, dy, y, x, mean, inv_std, gain, sums, rows, rows_per_chunk, c, accumulate);
 }

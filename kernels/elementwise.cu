@@ -1,5 +1,5 @@
-// Maps over flat arrays of any length: each thread takes 16 bytes at a time in a grid-stride loop. Any output may be an
-// input as well. `accumulate` adds to what the output holds.
+// Maps over flat arrays of any length: each thread takes 16 bytes at a time in a grid-stride loop. Any output
+// may be an input as well. `accumulate` adds to what the output holds.
 #include "vector.cuh"
 
 /// Calls f(first element, count) on pieces of `width` elements.

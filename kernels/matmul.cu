@@ -1,22 +1,23 @@
-// C [m, n] = A B, plus bias [n], plus what C holds if `accumulate`; any sizes. The letters of a name say how A and B lie in
-// memory: `nt` A [m, k], B [n, k] (y = x W^T); `nn` A [m, k], B [k, n] (dx = dy W); `tn` A [k, m], B [k, n] (dW = dy^T x).
+// C [m, n] = A B, plus bias [n], plus what C holds if `accumulate`; any sizes. The letters of a name say how
+// A and B lie in memory: `nt` A [m, k], B [n, k] (y = x W^T); `nn` A [m, k], B [k, n] (dx = dy W); `tn` A [k,
+// m], B [k, n] (dW = dy^T x).
 //
-// A block makes a 64 x 64 tile: blockIdx.x counts tiles along m, y along n. blockIdx.z cuts k into slices of `k_per_slice`;
-// with more than one, C is f32 [slices, m, n], has no bias, and sum_slices adds the slices in order: enough blocks for a
-// weight gradient, whose k is all the rows, and still one order of summation.
+// A block makes a 64 x 64 tile: blockIdx.x counts tiles along m, y along n. blockIdx.z cuts k into slices of
+// `k_per_slice`; with more than one, C is f32 [slices, m, n], has no bias, and sum_slices adds the slices in
+// order: enough blocks for a weight gradient, whose k is all the rows, and still one order of summation.
 #include "ptx.cuh"
 #include "vector.cuh"
 
 constexpr int TILE = 64;
 
-/// One operand in shared memory, as it lies in global memory: `OUTER` lines of `INNER` contiguous elements, each
-/// line 16 bytes longer than it need be, so that eight lines read at once lie in different banks.
+/// One operand in shared memory, as it lies in global memory: `OUTER` lines of `INNER` contiguous elements,
+/// each line 16 bytes longer than it need be, so that eight lines read at once lie in different banks.
 template <int OUTER, int INNER>
 struct Panel {
     static constexpr int LINE = INNER + 8, SIZE = OUTER * LINE;
 
-    /// Copies the part of src [outer_size, inner_size] that starts at (outer, inner), zeros outside of it, without
-    /// waiting. `whole` says that lines start at multiples of 16 bytes.
+    /// Copies the part of src [outer_size, inner_size] that starts at (outer, inner), zeros outside of it,
+    /// without waiting. `whole` says that lines start at multiples of 16 bytes.
     __device__ __forceinline__ static void load(bf16* to, const bf16* src, int64_t outer, int64_t inner,
                                                 int64_t outer_size, int64_t inner_size, bool whole) {
         for (int i = threadIdx.x; i < OUTER * INNER / 8; i += blockDim.x) {
@@ -32,7 +33,8 @@ struct Panel {
                 for (int p = 0; p < 4; p++) {
                     int64_t e = j + 2 * p;
                     unsigned low = o < outer_size && e < inner_size ? bits_of(src[o * inner_size + e]) : 0;
-                    unsigned high = o < outer_size && e + 1 < inner_size ? bits_of(src[o * inner_size + e + 1]) : 0;
+                    unsigned high =
+                        o < outer_size && e + 1 < inner_size ? bits_of(src[o * inner_size + e + 1]) : 0;
                     pairs[p] = low | high << 16;
                 }
                 *reinterpret_cast<uint4*>(at) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -43,8 +45,8 @@ struct Panel {
 
 /// 128 threads, 2 x 2 warps of 32 x 32 each; three stages of k in flight.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, typename Out>
-__device__ __forceinline__ void matmul(Out* c, const bf16* a, const bf16* b, const float* bias, int64_t m, int64_t n,
-                                       int64_t k, int64_t k_per_slice, bool accumulate) {
+__device__ __forceinline__ void matmul(Out* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
+                                       int64_t n, int64_t k, int64_t k_per_slice, bool accumulate) {
     constexpr int DEPTH = 32, STAGES = 3;
     using PanelA = Panel<A_TRANSPOSED ? DEPTH : TILE, A_TRANSPOSED ? TILE : DEPTH>;
     using PanelB = Panel<B_TRANSPOSED ? TILE : DEPTH, B_TRANSPOSED ? DEPTH : TILE>;
@@ -56,7 +58,8 @@ __device__ __forceinline__ void matmul(Out* c, const bf16* a, const bf16* b, con
     bool whole_b = (B_TRANSPOSED ? k : n) % 8 == 0 && is_aligned_16(b);
     int steps = k_end > k_begin ? static_cast<int>((k_end - k_begin + DEPTH - 1) / DEPTH) : 0;
 
-    // k_per_slice is a multiple of DEPTH wherever there are several slices, so that a step never reaches into the next.
+    // k_per_slice is a multiple of DEPTH wherever there are several slices, so that a step never reaches into
+    // the next.
     auto load = [&](int step) {
         if (step < steps) {
             int64_t at = k_begin + int64_t{step} * DEPTH;
@@ -85,14 +88,16 @@ __device__ __forceinline__ void matmul(Out* c, const bf16* a, const bf16* b, con
             for (int i = 0; i < 2; i++) {
                 // Matrices 0 to 3 of a: rows 0-7 and 8-15 of k 0-7, then of k 8-15.
                 int r = warp_row + i * 16, outer = lane / 8 % 2 * 8, inner = lane / 16 * 8;
-                if (A_TRANSPOSED) ldmatrix_x4_trans(fa[i], pa + (depth + inner + lane % 8) * PanelA::LINE + r + outer);
+                if (A_TRANSPOSED)
+                    ldmatrix_x4_trans(fa[i], pa + (depth + inner + lane % 8) * PanelA::LINE + r + outer);
                 else ldmatrix_x4(fa[i], pa + (r + outer + lane % 8) * PanelA::LINE + depth + inner);
             }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 // Matrices 0 to 3 of b: k 0-7 and 8-15 of columns 0-7, then of columns 8-15.
                 int s = warp_column + j * 16, outer = lane / 16 * 8, inner = lane / 8 % 2 * 8;
-                if (B_TRANSPOSED) ldmatrix_x4(fb[j], pb + (s + outer + lane % 8) * PanelB::LINE + depth + inner);
+                if (B_TRANSPOSED)
+                    ldmatrix_x4(fb[j], pb + (s + outer + lane % 8) * PanelB::LINE + depth + inner);
                 else ldmatrix_x4_trans(fb[j], pb + (depth + inner + lane % 8) * PanelB::LINE + s + outer);
             }
 #pragma unroll
@@ -123,35 +128,39 @@ __device__ __forceinline__ void matmul(Out* c, const bf16* a, const bf16* b, con
             }
 }
 
-KERNEL BOUNDS(128) void matmul_nt_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m, int64_t n,
-                                       int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_nt_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
+                                       int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul<false, true>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_nn_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m, int64_t n,
-                                       int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_nn_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
+                                       int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul<false, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_tn_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m, int64_t n,
-                                       int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_tn_bf16(bf16* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
+                                       int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul<true, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_nt_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
-                                           int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_nt_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias,
+                                           int64_t m, int64_t n, int64_t k, int64_t k_per_slice,
+                                           int accumulate) {
     matmul<false, true>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_nn_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
-                                           int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_nn_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias,
+                                           int64_t m, int64_t n, int64_t k, int64_t k_per_slice,
+                                           int accumulate) {
     matmul<false, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_tn_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias, int64_t m,
-                                           int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(128) void matmul_tn_bf16_f32(float* c, const bf16* a, const bf16* b, const float* bias,
+                                           int64_t m, int64_t n, int64_t k, int64_t k_per_slice,
+                                           int accumulate) {
     matmul<true, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
 
 /// f32 throughout: 256 threads of 4 x 4 each, k in steps of 16.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void matmul_f32(float* c, const float* a, const float* b, const float* bias, int64_t m,
-                                           int64_t n, int64_t k, int64_t k_per_slice, bool accumulate) {
+__device__ __forceinline__ void matmul_f32(float* c, const float* a, const float* b, const float* bias,
+                                           int64_t m, int64_t n, int64_t k, int64_t k_per_slice,
+                                           bool accumulate) {
     constexpr int DEPTH = 16, LINE = TILE + 4;
     __shared__ __align__(16) float as[DEPTH * LINE], bs[DEPTH * LINE];
     int64_t row = int64_t{blockIdx.x} * TILE, column = int64_t{blockIdx.y} * TILE;
@@ -163,10 +172,12 @@ __device__ __forceinline__ void matmul_f32(float* c, const float* a, const float
         for (int i = threadIdx.x; i < TILE * DEPTH; i += blockDim.x) {
             int r = A_TRANSPOSED ? i % TILE : i / DEPTH, d = A_TRANSPOSED ? i / TILE : i % DEPTH;
             bool inside = row + r < m && at + d < k_end;
-            as[d * LINE + r] = inside ? a[A_TRANSPOSED ? (at + d) * m + row + r : (row + r) * k + at + d] : 0.0f;
+            as[d * LINE + r] =
+                inside ? a[A_TRANSPOSED ? (at + d) * m + row + r : (row + r) * k + at + d] : 0.0f;
             int s = B_TRANSPOSED ? i / DEPTH : i % TILE, e = B_TRANSPOSED ? i % DEPTH : i / TILE;
             inside = column + s < n && at + e < k_end;
-            bs[e * LINE + s] = inside ? b[B_TRANSPOSED ? (column + s) * k + at + e : (at + e) * n + column + s] : 0.0f;
+            bs[e * LINE + s] =
+                inside ? b[B_TRANSPOSED ? (column + s) * k + at + e : (at + e) * n + column + s] : 0.0f;
         }
         __syncthreads();
 #pragma unroll
@@ -193,22 +204,23 @@ __device__ __forceinline__ void matmul_f32(float* c, const float* a, const float
         }
 }
 
-KERNEL BOUNDS(256) void matmul_nt_f32(float* c, const float* a, const float* b, const float* bias, int64_t m, int64_t n,
-                                      int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(256) void matmul_nt_f32(float* c, const float* a, const float* b, const float* bias, int64_t m,
+                                      int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul_f32<false, true>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(256) void matmul_nn_f32(float* c, const float* a, const float* b, const float* bias, int64_t m, int64_t n,
-                                      int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(256) void matmul_nn_f32(float* c, const float* a, const float* b, const float* bias, int64_t m,
+                                      int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul_f32<false, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
-KERNEL BOUNDS(256) void matmul_tn_f32(float* c, const float* a, const float* b, const float* bias, int64_t m, int64_t n,
-                                      int64_t k, int64_t k_per_slice, int accumulate) {
+KERNEL BOUNDS(256) void matmul_tn_f32(float* c, const float* a, const float* b, const float* bias, int64_t m,
+                                      int64_t n, int64_t k, int64_t k_per_slice, int accumulate) {
     matmul_f32<true, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
 }
 
 /// y [n] = the sum of partial [slices, n] in order, plus what y holds if `accumulate`.
 template <typename T>
-__device__ __forceinline__ void sum_slices(T* y, const float* partial, int slices, int64_t n, bool accumulate) {
+__device__ __forceinline__ void sum_slices(T* y, const float* partial, int slices, int64_t n,
+                                           bool accumulate) {
     for (int64_t i = grid_rank(); i < n; i += grid_threads()) {
         float sum = accumulate ? to_float(y[i]) : 0.0f;
         for (int s = 0; s < slices; s++) sum += partial[s * n + i];

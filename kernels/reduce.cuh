@@ -21,7 +21,8 @@ __device__ __forceinline__ T warp_max(T x) {
     return x;
 }
 
-/// The sum over a block of a multiple of 32 threads in one dimension, in every thread; all call it. Has barriers.
+/// The sum over a block of a multiple of 32 threads in one dimension, in every thread; all call it. Has
+/// barriers.
 template <typename T>
 __device__ __forceinline__ T block_sum(T x) {
     __shared__ T partial[32];

@@ -1,7 +1,8 @@
-// What every kernel file includes first: the compiler's own headers, or the stand-in driver's when the host compiles.
+// What every kernel file includes first: the compiler's own headers, or the stand-in driver's when the host
+// compiles.
 //
-// An entry point is a line `KERNEL void name(arguments)`, or `KERNEL BOUNDS(threads) void name(arguments)`: the build
-// reads these lines to generate the launch functions.
+// An entry point is a line `KERNEL void name(arguments)`, or `KERNEL BOUNDS(threads) void name(arguments)`:
+// the build reads these lines to generate the launch functions.
 #pragma once
 
 #ifdef SELFSUP_ON_HOST
@@ -15,7 +16,7 @@
 #include <stdint.h>
 #define KERNEL extern "C" __global__
 #define BOUNDS(...) __launch_bounds__(__VA_ARGS__)
-#define DYNAMIC_SHARED(type, name)                              \
+#define DYNAMIC_SHARED(type, name)                                   \
     extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared_)
 #endif
@@ -29,9 +30,13 @@ __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    return __float2bfloat16_rn(x);
+}
 
 /// Index of this thread in a one-dimensional grid, and the number of its threads: for loops over any size.
 __device__ __forceinline__ int64_t grid_rank() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }

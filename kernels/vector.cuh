@@ -13,7 +13,9 @@ struct Vector {
     float v[PER_VECTOR<T>];
 };
 
-__device__ __forceinline__ bool is_aligned_16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+__device__ __forceinline__ bool is_aligned_16(const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % 16 == 0;
+}
 
 /// The two floats of a pair of bf16; the lower half comes first in memory.
 __device__ __forceinline__ void unpack(float& low, float& high, unsigned pair) {
@@ -50,7 +52,8 @@ __device__ __forceinline__ void store_vector(bf16* at, const Vector<bf16>& r) {
         make_uint4(pack(r.v[0], r.v[1]), pack(r.v[2], r.v[3]), pack(r.v[4], r.v[5]), pack(r.v[6], r.v[7]));
 }
 
-/// Up to `count` elements, zeros behind them; the whole at once where `count` is full and the address allows it.
+/// Up to `count` elements, zeros behind them; the whole at once where `count` is full and the address allows
+/// it.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_some(const T* at, int count) {
     if (count >= PER_VECTOR<T> && is_aligned_16(at)) return load_vector(at);

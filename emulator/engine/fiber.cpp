@@ -31,12 +31,14 @@ standin_switch:
 .size standin_switch, .-standin_switch
 )");
 #else
-#error "the stand-in driver switches contexts on x86-64 only; add the callee-saved registers of this machine here"
+#error \
+    "the stand-in driver switches contexts on x86-64 only; add the callee-saved registers of this machine here"
 #endif
 
 namespace standin {
 
-// At the far end of each stack: a thread that overran it is told so instead of corrupting its neighbour unseen.
+// At the far end of each stack: a thread that overran it is told so instead of corrupting its neighbour
+// unseen.
 static constexpr uint64_t CANARY = 0x5e1f50b57acce55eull;
 
 void* Stacks::start(void (*entry)()) {
@@ -51,7 +53,8 @@ void* Stacks::start(void (*entry)()) {
         low = free_.back();
         free_.pop_back();
     } else {
-        if (used_ == MOST) std::fprintf(stderr, "stand-in driver: too many threads alive at once\n"), std::abort();
+        if (used_ == MOST)
+            std::fprintf(stderr, "stand-in driver: too many threads alive at once\n"), std::abort();
         low = base_ + SIZE * used_++;
         *reinterpret_cast<uint64_t*>(low) = CANARY;
     }

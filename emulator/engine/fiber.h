@@ -1,4 +1,5 @@
-// Fibers: a stack and a saved stack pointer. A switch saves what the System V ABI says a callee keeps, and no more.
+// Fibers: a stack and a saved stack pointer. A switch saves what the System V ABI says a callee keeps, and no
+// more.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,8 @@ namespace standin {
 /// Saves the running context in `*from` and continues the one saved in `to`.
 extern "C" __attribute__((visibility("hidden"))) void standin_switch(void** from, void* to);
 
-/// Stacks of one size in one reserved range, handed out again and again. The system gives pages as they are touched.
+/// Stacks of one size in one reserved range, handed out again and again. The system gives pages as they are
+/// touched.
 class Stacks {
   public:
     static constexpr size_t SIZE = 64 << 10;

@@ -33,30 +33,54 @@ static int locate(dl_phdr_info* info, size_t, void* loaded_) {
     return 1;
 }
 
+std::string source_of(const Loaded& loaded, const void* code) {
+    auto at = static_cast<const char*>(code);
+    if (at < loaded.image || at >= loaded.image_end) return "";
+    char command[120], line[512];
+    // One byte back: a return address is behind the call, which may be the last of its line.
+    std::snprintf(command, sizeof command, "addr2line -i -e /proc/%d/fd/%d %#tx 2>/dev/null", getpid(),
+                  loaded.file, at - loaded.image - 1);
+    FILE* lines = popen(command, "r");
+    std::string all;
+    while (lines && std::fgets(line, sizeof line, lines)) {
+        line[std::strcspn(line, "\n ")] = 0;
+        const char* name = std::strrchr(line, '/');
+        if (name && !std::strchr(name, '?'))
+            all += (all.empty() ? " (" : ", called in ") + std::string(name + 1);
+    }
+    if (lines) pclose(lines);
+    return all.empty() ? all : all + ")";
+}
+
 }  // namespace standin
 
 extern "C" {
 
 /// Loads a kernel library from memory; it stays for the life of the process.
-__attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes, size_t size) {
+__attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes,
+                                                                         size_t size) {
     int file = memfd_create(name, MFD_CLOEXEC);
     char path[64];
     std::snprintf(path, sizeof path, "/proc/self/fd/%d", file);
     void* handle = nullptr;
-    if (file >= 0 && write(file, bytes, size) == static_cast<ssize_t>(size)) handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (file >= 0 && write(file, bytes, size) == static_cast<ssize_t>(size))
+        handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     auto library = handle ? static_cast<const standin::Library*>(dlsym(handle, "standin_library")) : nullptr;
     if (!library) {
         const char* why = dlerror();
-        std::fprintf(stderr, "stand-in driver: cannot load the kernels of %s: %s\n", name, why ? why : std::strerror(errno));
+        std::fprintf(stderr, "stand-in driver: cannot load the kernels of %s: %s\n", name,
+                     why ? why : std::strerror(errno));
         std::abort();
     }
-    auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr};
+    auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr, file};
     dl_iterate_phdr(standin::locate, loaded);
-    // The file stays open: another one under the same number would be taken for this one, which is loaded by that name.
+    // The file stays open: another one under the same number would be taken for this one, which is loaded by
+    // that name.
     return loaded;
 }
 
-__attribute__((visibility("hidden"))) const standin::Entry* engine_entry(const standin::Loaded* loaded, const char* name) {
+__attribute__((visibility("hidden"))) const standin::Entry* engine_entry(const standin::Loaded* loaded,
+                                                                         const char* name) {
     for (size_t i = 0; i < loaded->library->count; i++)
         if (!std::strcmp(loaded->library->entries[i].name, name)) return &loaded->library->entries[i];
     return nullptr;

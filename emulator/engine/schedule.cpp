@@ -1,6 +1,10 @@
-// The scheduler. A fiber runs threads one after another until one parks; that one keeps the stack, and another fiber goes
-// on with the rest. Threads that never park thus cost no switch. Who continues is drawn at random from the seed.
+// The scheduler. A fiber runs threads one after another until one parks; that one keeps the stack, and
+// another fiber goes on with the rest. Threads that never park thus cost no switch. Who continues is drawn at
+// random from the seed.
 #include "engine.h"
+
+#include <pthread.h>
+#include <signal.h>
 
 #include <cstring>
 
@@ -19,7 +23,8 @@ static Index unrank(unsigned rank, const Index& size) {
 std::string name_of(const Thread& t) {
     char text[256];
     std::snprintf(text, sizeof text, "kernel `%s`, block (%u, %u, %u), thread (%u, %u, %u)",
-                  engine.launch->entry->name, t.block.x, t.block.y, t.block.z, t.thread.x, t.thread.y, t.thread.z);
+                  engine.launch->entry->name, t.block.x, t.block.y, t.block.z, t.thread.x, t.thread.y,
+                  t.thread.z);
     return text;
 }
 
@@ -30,11 +35,44 @@ static void leave() {
     __builtin_unreachable();
 }
 
-void fail(const char* what) {
+void fail(const std::string& what) {
     engine.error = name_of(*engine.current) + ": " + what;
     leave();
     __builtin_unreachable();
 }
+
+/// A plain kernel that touches what is not mapped, or a vector that is not aligned, ends as an error, not as
+/// a crash.
+static pthread_t host_thread;
+static struct sigaction before_fault;
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (engine.current && pthread_equal(host_thread, pthread_self())) {
+        char text[120];
+        // A misaligned vector access has no address to show.
+        std::snprintf(text, sizeof text,
+                      "touches what is no memory of the device, or is misaligned (address %p)",
+                      info->si_addr);
+        fail(text);
+    }
+    sigaction(signal, &before_fault,
+              nullptr);  // not a kernel's: the access is made again, for the handler before
+}
+
+/// Catches faults while it lives.
+struct Faults {
+    Faults() {
+        host_thread = pthread_self();
+        struct sigaction action{};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;  // `fail` does not return from the handler
+        sigaction(SIGSEGV, &action, &before_fault);
+    }
+    ~Faults() {
+        engine.current = nullptr;
+        sigaction(SIGSEGV, &before_fault, nullptr);
+    }
+};
 
 static void set_current(Thread* t) {
     engine.current = t;
@@ -61,16 +99,18 @@ static void deadlock() {
             if (!t.done) {
                 engine.current = &t;
                 if (b->at_barrier)
-                    fail(("deadlock: some threads wait at the barrier in line " + std::to_string(b->barrier_line) +
-                          ", others will never come: divergent barrier").c_str());
-                if (engine.at_grid_barrier) fail("deadlock: some threads wait at a grid-wide barrier that others never reach");
-                fail(("deadlock: lanes wait in the warp collective in line " + std::to_string(t.line) +
-                      " for lanes that never come").c_str());
+                    fail("deadlock: some threads wait at the barrier in line " +
+                         std::to_string(b->barrier_line) + ", others will never come: divergent barrier");
+                if (engine.at_grid_barrier)
+                    fail("deadlock: some threads wait at a grid-wide barrier that others never reach");
+                fail("deadlock: lanes wait in the warp collective in line " + std::to_string(t.line) +
+                     " for lanes that never come");
             }
     leave();
 }
 
-/// Continues some thread that can run, or the caller if all are done. `from` is where the running context is saved.
+/// Continues some thread that can run, or the caller if all are done. `from` is where the running context is
+/// saved.
 static void run_another(void** from) {
     Block* b = engine.resident;
     if (!has_work(*b)) {
@@ -115,8 +155,8 @@ static void thread_ends(Thread& t) {
     engine.live--;
     if (!t.copies.empty()) fail("ends with asynchronous copies that nobody waited for");
     if (b.at_barrier)
-        fail(("returns while other threads wait at the barrier in line " + std::to_string(b.barrier_line) +
-              ": divergent barrier").c_str());
+        fail("returns while other threads wait at the barrier in line " + std::to_string(b.barrier_line) +
+             ": divergent barrier");
 }
 
 /// What a fiber does: threads of the resident block until none is left to start.
@@ -129,7 +169,8 @@ static void run_threads() {
         engine.launch->entry->call(engine.launch->arguments);
         thread_ends(t);
         b = engine.resident;
-        // Threads that others wait for come first now and then, or a barrier would always find them in starting order.
+        // Threads that others wait for come first now and then, or a barrier would always find them in
+        // starting order.
         if (!b->ready.empty() && (engine.next_random() & 3) == 0) break;
     }
     void* end;
@@ -142,11 +183,11 @@ static unsigned barrier(int line, unsigned vote) {
     Thread& t = *engine.current;
     Block& b = *t.of;
     if (b.at_barrier && b.barrier_line != line)
-        fail(("is at the barrier in line " + std::to_string(line) + " while others wait in line " +
-              std::to_string(b.barrier_line) + ": divergent barrier").c_str());
+        fail("is at the barrier in line " + std::to_string(line) + " while others wait in line " +
+             std::to_string(b.barrier_line) + ": divergent barrier");
     if (b.live != b.threads.size())
-        fail(("is at the barrier in line " + std::to_string(line) +
-              " that other threads of the block have returned without: divergent barrier").c_str());
+        fail("is at the barrier in line " + std::to_string(line) +
+             " that other threads of the block have returned without: divergent barrier");
     b.barrier_line = line;
     b.vote += vote;
     if (++b.at_barrier < b.live) {
@@ -186,8 +227,8 @@ static void collective(unsigned mask, int line, Complete complete, void* argumen
         if (!(mask >> lane & 1)) continue;
         const Thread& other = *w.lanes[lane];
         if (other.mask != mask || other.complete != complete || other.line != line)
-            fail(("is in the warp collective in line " + std::to_string(line) + " while lane " +
-                  std::to_string(lane) + " is in another, in line " + std::to_string(other.line)).c_str());
+            fail("is in the warp collective in line " + std::to_string(line) + " while lane " +
+                 std::to_string(lane) + " is in another, in line " + std::to_string(other.line));
         arguments[lane] = other.argument;
     }
     w.waiting &= ~mask;
@@ -201,8 +242,9 @@ static void copy_issue(void* shared, const void* source) {
     Thread& t = *engine.current;
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
-        shadow_access(shared, 16, WRITE, 16);
-        if (source) shadow_access(source, 16, READ, 16);
+        shadow_access(shared, 16, WRITE, 16, nullptr);
+        shadow_unwritten(shared, 16);
+        if (source) shadow_access(source, 16, READ, 16, nullptr);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
         fail("cp_async_16 from or to an address that is no multiple of 16");
     }
@@ -218,49 +260,60 @@ static void copy_wait(unsigned groups_left) {
     for (; landed < t.copies.size(); landed++) {
         const Copy& c = t.copies[landed];
         if (c.group + groups_left >= t.group) break;
-        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16);
+        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16, nullptr);
         if (c.source) std::memcpy(c.shared, c.source, 16);
         else std::memset(c.shared, 0, 16);
     }
     t.copies.erase(t.copies.begin(), t.copies.begin() + static_cast<ptrdiff_t>(landed));
 }
 
+static void fail_with(const char* what) { fail(what); }
+
 static const Runtime RUNTIME = {barrier,     grid_barrier, collective, copy_issue,
-                                copy_commit, copy_wait,    fail,       shadow_access};
+                                copy_commit, copy_wait,    fail_with,  shadow_access};
+
+static bool same(const Index& a, const Index& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 
 /// Lays the block out and forgets what the one before it in the same place did.
 static void set_up(Block& b, unsigned rank, const Launch& l) {
     unsigned n = ranks(l.block);
-    if (b.threads.size() != n) {
+    if (!same(b.size, l.block)) {
+        b.size = l.block;
         b.threads.resize(n);
         b.warps.resize((n + 31) / 32);
         b.order.resize(n);
+        for (unsigned i = 0; i < n; i++) {
+            Thread& t = b.threads[i];
+            t.thread = unrank(i, l.block), t.block_dim = l.block;
+            t.rank = i, t.lane = i % 32;
+        }
     }
     b.index = unrank(rank, l.grid);
     b.ready.clear();
     b.started = b.at_barrier = b.vote = 0;
     b.live = n;
     b.barrier_line = 0;
-    b.since = b.ordered = ++engine.time;
+    b.ordered = ++engine.time;
     b.dynamic.resize(l.shared + 512);
-    auto dynamic = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 255) & ~uintptr_t{255});
+    auto dynamic =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 255) & ~uintptr_t{255});
     std::memset(b.dynamic.data(), 0xff, b.dynamic.size());
-    // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as unforeseeable.
+    // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as
+    // unforeseeable.
     unsigned turn = static_cast<unsigned>(engine.next_random());
-    unsigned whole = n / 32 * 32;
+    unsigned whole = n / 32 * 32, first = whole ? turn / 32 % (whole / 32) : 0;
     for (unsigned i = 0; i < n; i++) {
         Thread& t = b.threads[i];
-        t.thread = unrank(i, l.block);
-        t.block = b.index, t.block_dim = l.block, t.grid_dim = l.grid;
-        t.lane = i % 32, t.shared = dynamic;
+        t.block = b.index, t.grid_dim = l.grid, t.shared = dynamic;
         t.of = &b, t.warp = &b.warps[i / 32];
-        t.rank = i, t.id = rank * n + i;
+        t.id = rank * n + i;
         t.done = false, t.line = 0, t.group = 0;
         t.copies.clear();
         t.warp->lanes[t.lane] = &t;
-        b.order[i] = i < whole ? ((i / 32 + turn / 32) % (whole / 32)) * 32 + ((i % 32) ^ (turn % 32)) : i;
+        unsigned other = i + first * 32 < whole ? i + first * 32 : i + first * 32 - whole;
+        b.order[i] = i < whole ? other ^ turn % 32 : i;
     }
-    for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.since, w.lanes_present = ~0u;
+    for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.ordered, w.lanes_present = ~0u;
     if (n % 32) b.warps.back().lanes_present = (1u << n % 32) - 1;
     if (l.checked) shadow_block_start(b);
 }
@@ -279,6 +332,7 @@ static void run(const Launch& l) {
     engine.error.clear();
     engine.random = l.seed * 0x9e3779b97f4a7c15ull | 1;
     engine.spent = nullptr;
+    if (l.checked) shadow_launch_start();
     engine.ordered = ++engine.time;
     *l.loaded->library->runtime = &RUNTIME;
     size_t size = l.loaded->tls_size;
@@ -288,6 +342,7 @@ static void run(const Launch& l) {
         size_t at[2] = {l.loaded->tls_module, 0};
         engine.segment = static_cast<char*>(__tls_get_addr(at));
     }
+    Faults faults;
     unsigned blocks = ranks(l.grid);
     unsigned together = l.cooperative ? blocks : 1;
     if (engine.pool.size() < together) engine.pool.resize(together);

@@ -1,5 +1,6 @@
-// Shadow memory of the instrumented build: every access to device and shared memory arrives here with address and size,
-// and is held against what the memory is and who touched it since the last barrier that orders the two.
+// Shadow memory of the instrumented build: every access to device and shared memory arrives here with address
+// and size, and is held against what the memory is and who touched it since the last barrier that orders the
+// two.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -11,6 +12,13 @@ namespace standin {
 
 static Shadow device;  // the range that all device and pinned memory comes from
 
+static void* reserve(size_t size) {
+    void* at =
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
+    return at;
+}
+
 static Shadow shared_shadow(Block& b, bool dynamic) {
     const char* base = dynamic ? b.dynamic.data() : engine.segment;
     size_t size = dynamic ? b.dynamic.size() : engine.launch->loaded->tls_size;
@@ -20,10 +28,22 @@ static Shadow shared_shadow(Block& b, bool dynamic) {
 static void mark(const Shadow& s, const char* at, size_t size, uint8_t state) {
     size_t from = static_cast<size_t>(at - s.base), to = from + size;
     for (; from < to && from % 4; from++)
-        s.state[from / 4] = static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
+        s.state[from / 4] =
+            static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
     if (to > from) std::memset(s.state + from / 4, state, (to - from) / 4);
     for (from = to - (to > from ? (to - from) % 4 : 0); from < to; from++)
-        s.state[from / 4] = static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
+        s.state[from / 4] =
+            static_cast<uint8_t>((s.state[from / 4] & ~(0x11 << from % 4)) | (state & 0x11 << from % 4));
+}
+
+void shadow_launch_start() {
+    size_t size = device.size / 4 * sizeof(Cell);
+    // Twelve times the range: only where instrumented kernels run.
+    if (!device.cells) device.cells = static_cast<Cell*>(reserve(size));
+    if (engine.time < 1u << 31) return;
+    // Times would run out: all that was touched is long ordered.
+    madvise(device.cells, size, MADV_DONTNEED);
+    engine.time = 0;
 }
 
 void shadow_block_start(Block& b) {
@@ -35,6 +55,14 @@ void shadow_block_start(Block& b) {
     mark(shared_shadow(b, true), static_cast<const char*>(b.threads[0].shared), engine.launch->shared, 0xf0);
 }
 
+void shadow_unwritten(const void* at, size_t size) {
+    auto p = static_cast<const char*>(at);
+    for (bool dynamic : {false, true}) {
+        Shadow s = shared_shadow(*engine.current->of, dynamic);
+        if (p >= s.base && p < s.base + s.size) mark(s, p, size, 0xf0);
+    }
+}
+
 static const char* verb(unsigned access) {
     return access & ATOMIC ? "updates atomically" : access & WRITE ? "writes" : "reads";
 }
@@ -42,19 +70,21 @@ static const char* verb(unsigned access) {
 extern "C" void standin_describe(const void* at, char* text, size_t size);
 
 /// "writes 4 bytes at <where>: <what>" ends the launch.
-[[noreturn]] static void report(const void* at, size_t size, unsigned access, const std::string& what) {
+[[noreturn]] static void report(const void* at, size_t size, unsigned access, const void* code,
+                                const std::string& what) {
     char where[256];
     Block& b = *engine.current->of;
     ptrdiff_t in_static = static_cast<const char*>(at) - engine.segment;
     ptrdiff_t in_dynamic = static_cast<const char*>(at) - static_cast<const char*>(b.threads[0].shared);
-    if (engine.segment && in_static >= 0 && in_static < static_cast<ptrdiff_t>(engine.launch->loaded->tls_size))
+    if (engine.segment && in_static >= 0 &&
+        in_static < static_cast<ptrdiff_t>(engine.launch->loaded->tls_size))
         std::snprintf(where, sizeof where, "static shared memory");
     else if (in_dynamic >= -512 && in_dynamic < static_cast<ptrdiff_t>(engine.launch->shared) + 512)
         std::snprintf(where, sizeof where, "offset %td of %u bytes of dynamic shared memory", in_dynamic,
                       engine.launch->shared);
-    else
-        standin_describe(at, where, sizeof where);
-    fail((std::string(verb(access)) + " " + std::to_string(size) + " bytes at " + where + ": " + what).c_str());
+    else standin_describe(at, where, sizeof where);
+    fail(std::string(verb(access)) + " " + std::to_string(size) + " bytes at " + where + ": " + what +
+         source_of(*engine.launch->loaded, code));
 }
 
 /// Whether a barrier stands between an earlier touch and the running thread.
@@ -66,7 +96,8 @@ static bool ordered(const Cell::Touch& touch, const Thread& t, unsigned block_si
            ((touch.thread - first) / 32 == t.rank / 32 && touch.time < t.warp->ordered);
 }
 
-static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size) {
+static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size,
+                  const void* code) {
     unsigned block_size = static_cast<unsigned>(t.of->threads.size());
     Cell::Touch* slot = nullptr;
     for (Cell::Touch& other : cell.touches) {
@@ -81,24 +112,26 @@ static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, c
                 access |= other.access & WRITE, slot = &other;
             continue;
         }
-        bool conflict = other.bytes & bytes && (access | other.access) & WRITE && !(access & other.access & ATOMIC);
+        bool conflict =
+            other.bytes & bytes && (access | other.access) & WRITE && !(access & other.access & ATOMIC);
         if (conflict) {
             unsigned block = other.thread / block_size, rank = other.thread % block_size;
             const Index& g = engine.launch->grid;
             const Index& n = engine.launch->block;
             char text[200];
-            std::snprintf(text, sizeof text,
-                          "race: thread (%u, %u, %u) of block (%u, %u, %u) %s it too, and no barrier stands between",
-                          rank % n.x, rank / n.x % n.y, rank / n.x / n.y, block % g.x, block / g.x % g.y,
-                          block / g.x / g.y, verb(other.access));
-            report(at, size, access, text);
+            std::snprintf(
+                text, sizeof text,
+                "race: thread (%u, %u, %u) of block (%u, %u, %u) %s it too, and no barrier stands between",
+                rank % n.x, rank / n.x % n.y, rank / n.x / n.y, block % g.x, block / g.x % g.y,
+                block / g.x / g.y, verb(other.access));
+            report(at, size, access, code, text);
         }
     }
     if (!slot) slot = &cell.touches[engine.next_random() % 4];
     *slot = {engine.time, t.id, bytes, static_cast<uint8_t>(access)};
 }
 
-void shadow_access(const void* at, size_t size, unsigned access, size_t alignment) {
+void shadow_access(const void* at, size_t size, unsigned access, size_t alignment, const void* code) {
     auto p = static_cast<const char*>(at);
     if (engine.stacks.holds(at)) return;
     Thread& t = *engine.current;
@@ -108,27 +141,22 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
     if (p < s.base || p >= s.base + s.size) {
         const Loaded& l = *engine.launch->loaded;
         if (p >= l.image && p < l.image_end) return;  // constants of the kernel library
-        report(at, size, access, "no memory of the device");
+        report(at, size, access, code, "no memory of the device");
     }
     if (alignment && reinterpret_cast<uintptr_t>(at) % alignment)
-        report(at, size, access, "misaligned, not a multiple of " + std::to_string(alignment));
+        report(at, size, access, code, "misaligned, not a multiple of " + std::to_string(alignment));
     size_t from = static_cast<size_t>(p - s.base), to = from + size;
     for (size_t g = from / 4; g * 4 < to; g++) {
         unsigned bytes = 0xf;
         if (g * 4 < from) bytes &= 0xfu << from % 4;
         if (g * 4 + 4 > to) bytes &= 0xfu >> (g * 4 + 4 - to);
         uint8_t& state = s.state[g];
-        if ((state >> 4 & bytes) != bytes) report(at, size, access, "out of bounds");
-        if (access & (READ | ATOMIC) && (state & bytes) != bytes) report(at, size, access, "uninitialised");
-        touch(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size);
+        if ((state >> 4 & bytes) != bytes) report(at, size, access, code, "out of bounds");
+        if (access & (READ | ATOMIC) && (state & bytes) != bytes)
+            report(at, size, access, code, "uninitialised");
+        touch(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size, code);
         if (access & WRITE) state |= static_cast<uint8_t>(bytes);
     }
-}
-
-static void* reserve(size_t size) {
-    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
-    return at;
 }
 
 }  // namespace standin
@@ -138,7 +166,7 @@ extern "C" {
 /// The range that device memory will come from.
 __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_t size) {
     using namespace standin;
-    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), static_cast<Cell*>(reserve(size / 4 * sizeof(Cell)))};
+    device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), nullptr};
 }
 
 /// Bytes of device memory become `state` (see `Shadow`).
@@ -146,9 +174,14 @@ __attribute__((visibility("hidden"))) void engine_mark(const char* at, size_t si
     standin::mark(standin::device, at, size, state);
 }
 
-/// Forgets who touched device memory.
-__attribute__((visibility("hidden"))) void engine_forget_touches() {
+/// The first of these bytes of device memory that nobody has written, counted from `at`; `size` if there is
+/// none.
+__attribute__((visibility("hidden"))) size_t engine_first_unwritten(const char* at, size_t size) {
     using standin::device;
-    madvise(device.cells, device.size / 4 * sizeof(standin::Cell), MADV_DONTNEED);
+    for (size_t i = 0; i < size; i++) {
+        size_t from = static_cast<size_t>(at + i - device.base);
+        if (!(device.state[from / 4] >> from % 4 & 1)) return i;
+    }
+    return size;
 }
 }

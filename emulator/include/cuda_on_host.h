@@ -1,5 +1,5 @@
-// CUDA's names for the host compiler: what `kernels/*.cu` are compiled against in place of CUDA's headers. Only what
-// kernels use is here; a missing name is a compile error, and is added then.
+// CUDA's names for the host compiler: what `kernels/*.cu` are compiled against in place of CUDA's headers.
+// Only what kernels use is here; a missing name is a compile error, and is added then.
 #pragma once
 
 #include <bit>
@@ -42,9 +42,16 @@ STANDIN_PLUMBING inline unsigned barrier(int line, unsigned vote) {
     return votes;
 }
 
-STANDIN_PLUMBING inline void collective(unsigned mask, int line, Complete complete, void* argument, bool orders) {
+STANDIN_PLUMBING inline void collective(unsigned mask, int line, Complete complete, void* argument,
+                                        bool orders) {
     memory_clobber();
     runtime->collective(mask, line, complete, argument, orders);
+    memory_clobber();
+}
+
+STANDIN_PLUMBING inline void grid_barrier(int line) {
+    memory_clobber();
+    runtime->grid_barrier(line);
     memory_clobber();
 }
 
@@ -68,10 +75,10 @@ constexpr int warpSize = 32;
 
 // Vector types.
 
-#define STANDIN_VECTORS(type, name, bytes)                                               \
-    struct alignas(bytes < 8 ? bytes : 2 * sizeof(type)) name##2 { type x, y; };         \
+#define STANDIN_VECTORS(type, name, bytes)                                                      \
+    struct alignas(bytes < 8 ? bytes : 2 * sizeof(type)) name##2 { type x, y; };                \
     struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 { type x, y, z, w; }; \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                     \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 STANDIN_VECTORS(float, float, 8)
 STANDIN_VECTORS(int, int, 8)
@@ -89,7 +96,9 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
     return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __float2bfloat16(x); }
-inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float __bfloat162float(__nv_bfloat16 x) {
+    return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 
 // Arithmetic. Approximate functions are exact here: nobody may count on their error.
 
@@ -101,8 +110,12 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 // The _rn forms are those that the compiler must not contract into a fused multiply-add.
-__attribute__((optimize("fp-contract=off"), noinline)) inline float __fmul_rn(float x, float y) { return x * y; }
-__attribute__((optimize("fp-contract=off"), noinline)) inline float __fadd_rn(float x, float y) { return x + y; }
+__attribute__((optimize("fp-contract=off"), noinline)) inline float __fmul_rn(float x, float y) {
+    return x * y;
+}
+__attribute__((optimize("fp-contract=off"), noinline)) inline float __fadd_rn(float x, float y) {
+    return x + y;
+}
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
@@ -126,11 +139,17 @@ constexpr auto max(A a, B b) -> std::common_type_t<A, B> {
     return static_cast<C>(a) < static_cast<C>(b) ? static_cast<C>(b) : static_cast<C>(a);
 }
 template <typename T>
-T __ldg(const T* at) { return *at; }
+T __ldg(const T* at) {
+    return *at;
+}
 template <typename T>
-T __ldcs(const T* at) { return *at; }
+T __ldcs(const T* at) {
+    return *at;
+}
 template <typename T>
-void __stcs(T* at, T value) { *at = value; }
+void __stcs(T* at, T value) {
+    *at = value;
+}
 
 // Block and warp. The default argument is the line of the call: what a divergent barrier is named by.
 
@@ -138,8 +157,12 @@ inline void __syncthreads(int line = __builtin_LINE()) { standin::barrier(line, 
 inline int __syncthreads_count(int vote, int line = __builtin_LINE()) {
     return static_cast<int>(standin::barrier(line, vote != 0));
 }
-inline int __syncthreads_or(int vote, int line = __builtin_LINE()) { return __syncthreads_count(vote, line) != 0; }
-inline int __syncthreads_and(int vote, int line = __builtin_LINE()) { return __syncthreads_count(!vote, line) == 0; }
+inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
+    return __syncthreads_count(vote, line) != 0;
+}
+inline int __syncthreads_and(int vote, int line = __builtin_LINE()) {
+    return __syncthreads_count(!vote, line) == 0;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { standin::fail("trap"); }
@@ -187,22 +210,26 @@ STANDIN_PLUMBING inline void complete_vote(void* const* lanes, unsigned mask) {
 
 /// `width` lanes form a group; what falls outside of one's group is one's own value.
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_sync(unsigned mask, T v, int from, int width = 32, int line = __builtin_LINE()) {
+STANDIN_PLUMBING inline T __shfl_sync(unsigned mask, T v, int from, int width = 32,
+                                      int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane());
     return standin::shuffle(mask, v, (lane & ~(width - 1)) + (from & (width - 1)), line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32, int line = __builtin_LINE()) {
+STANDIN_PLUMBING inline T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32,
+                                          int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane ^ with;
     return standin::shuffle(mask, v, from >= (lane & ~(width - 1)) + width ? lane : from, line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_down_sync(unsigned mask, T v, int by, int width = 32, int line = __builtin_LINE()) {
+STANDIN_PLUMBING inline T __shfl_down_sync(unsigned mask, T v, int by, int width = 32,
+                                           int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane + by;
     return standin::shuffle(mask, v, from >= (lane & ~(width - 1)) + width ? lane : from, line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32, int line = __builtin_LINE()) {
+STANDIN_PLUMBING inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32,
+                                         int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane - by;
     return standin::shuffle(mask, v, from < (lane & ~(width - 1)) ? lane : from, line);
 }
@@ -224,7 +251,7 @@ namespace standin {
 template <typename T, typename F>
 STANDIN_PLUMBING inline T update(T* at, F next) {
 #if STANDIN_CHECKED
-    runtime->access(at, sizeof(T), ATOMIC | WRITE, sizeof(T));
+    runtime->access(at, sizeof(T), ATOMIC | WRITE, sizeof(T), __builtin_return_address(0));
 #endif
     T old = *at;
     *at = next(old);
@@ -233,9 +260,9 @@ STANDIN_PLUMBING inline T update(T* at, F next) {
 }
 }  // namespace standin
 
-#define STANDIN_ATOMIC(name, expression)                                  \
-    template <typename T>                                                 \
-    STANDIN_PLUMBING inline T name(T* at, std::type_identity_t<T> v) {    \
+#define STANDIN_ATOMIC(name, expression)                                    \
+    template <typename T>                                                   \
+    STANDIN_PLUMBING inline T name(T* at, std::type_identity_t<T> v) {      \
         return standin::update(at, [v](T old) -> T { return expression; }); \
     }
 STANDIN_ATOMIC(atomicAdd, old + v)

@@ -1,5 +1,5 @@
-// The seam between kernels compiled for the host and the engine that runs them. Kernel code sees `here` and `runtime`;
-// the engine sees `Library`. Everything else is private to one side.
+// The seam between kernels compiled for the host and the engine that runs them. Kernel code sees `here` and
+// `runtime`; the engine sees `Library`. Everything else is private to one side.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +29,8 @@ struct Runtime {
     unsigned (*barrier)(int line, unsigned vote);
     /// Parks until every block of a cooperative launch is here.
     void (*grid_barrier)(int line);
-    /// Parks until every lane of `mask` is here with the same `complete` and line, which then runs once for all.
-    /// `orders_memory` is what __syncwarp promises and shuffles do not.
+    /// Parks until every lane of `mask` is here with the same `complete` and line, which then runs once for
+    /// all. `orders_memory` is what __syncwarp promises and shuffles do not.
     void (*collective)(unsigned mask, int line, Complete complete, void* argument, bool orders_memory);
     /// Asynchronous 16-byte copy to shared memory (zeros without `source`); lands in `copy_wait`.
     void (*copy_issue)(void* shared, const void* source);
@@ -38,8 +38,9 @@ struct Runtime {
     void (*copy_wait)(unsigned groups_left);
     /// Ends the launch with a message.
     [[noreturn]] void (*fail)(const char* what);
-    /// An access to memory, in the instrumented build; `alignment` 0 asks for none.
-    void (*access)(const void* at, size_t size, unsigned access, size_t alignment);
+    /// An access to memory, in the instrumented build; `alignment` 0 asks for none. `code` is where it is
+    /// made.
+    void (*access)(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
 };
 
 /// One kernel.

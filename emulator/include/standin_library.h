@@ -1,5 +1,5 @@
-// Stands behind each `.cu` file in its kernel library: the table of its kernels and, in the instrumented build, the
-// callbacks that the compiler puts before every access.
+// Stands behind each `.cu` file in its kernel library: the table of its kernels and, in the instrumented
+// build, the callbacks that the compiler puts before every access.
 #pragma once
 
 #include <utility>
@@ -8,8 +8,8 @@
 
 namespace standin {
 
-/// How to call a kernel from the array of pointers to arguments that a launch gets, and where each argument lies in the
-/// device's parameter block: one behind the other, each at a multiple of its size.
+/// How to call a kernel from the array of pointers to arguments that a launch gets, and where each argument
+/// lies in the device's parameter block: one behind the other, each at a multiple of its size.
 template <auto KERNEL_FUNCTION>
 struct Call;
 
@@ -21,7 +21,9 @@ struct Call<F> {
     STANDIN_PLUMBING static void with(void** arguments, std::index_sequence<I...>) {
         F(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
     }
-    STANDIN_PLUMBING static void with_all(void** arguments) { with(arguments, std::index_sequence_for<A...>{}); }
+    STANDIN_PLUMBING static void with_all(void** arguments) {
+        with(arguments, std::index_sequence_for<A...>{});
+    }
     static void call(void** arguments) { with_all(arguments); }
 
     struct Table {
@@ -52,27 +54,40 @@ inline thread_local char own_memory_mark;
 
 #if STANDIN_CHECKED
 extern "C" {
+#define STANDIN_CODE __builtin_return_address(0)
 #define STANDIN_HIDDEN __attribute__((visibility("hidden"), no_sanitize("thread")))
 STANDIN_HIDDEN void __tsan_init() {}
 STANDIN_HIDDEN void __tsan_func_entry(void*) {}
 STANDIN_HIDDEN void __tsan_func_exit() {}
-#define STANDIN_ACCESS(size)                                                                                      \
-    STANDIN_HIDDEN void __tsan_read##size(void* at) { standin::runtime->access(at, size, standin::READ, size); }   \
-    STANDIN_HIDDEN void __tsan_write##size(void* at) { standin::runtime->access(at, size, standin::WRITE, size); } \
-    STANDIN_HIDDEN void __tsan_unaligned_read##size(void* at) { standin::runtime->access(at, size, standin::READ, 0); } \
-    STANDIN_HIDDEN void __tsan_unaligned_write##size(void* at) { standin::runtime->access(at, size, standin::WRITE, 0); }
+#define STANDIN_ACCESS(size)                                                    \
+    STANDIN_HIDDEN void __tsan_read##size(void* at) {                           \
+        standin::runtime->access(at, size, standin::READ, size, STANDIN_CODE);  \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_write##size(void* at) {                          \
+        standin::runtime->access(at, size, standin::WRITE, size, STANDIN_CODE); \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_unaligned_read##size(void* at) {                 \
+        standin::runtime->access(at, size, standin::READ, 0, STANDIN_CODE);     \
+    }                                                                           \
+    STANDIN_HIDDEN void __tsan_unaligned_write##size(void* at) {                \
+        standin::runtime->access(at, size, standin::WRITE, 0, STANDIN_CODE);    \
+    }
 STANDIN_ACCESS(1)
 STANDIN_ACCESS(2)
 STANDIN_ACCESS(4)
 STANDIN_ACCESS(8)
 STANDIN_ACCESS(16)
-STANDIN_HIDDEN void __tsan_read_range(void* at, size_t size) { standin::runtime->access(at, size, standin::READ, 0); }
-STANDIN_HIDDEN void __tsan_write_range(void* at, size_t size) { standin::runtime->access(at, size, standin::WRITE, 0); }
+STANDIN_HIDDEN void __tsan_read_range(void* at, size_t size) {
+    standin::runtime->access(at, size, standin::READ, 0, STANDIN_CODE);
+}
+STANDIN_HIDDEN void __tsan_write_range(void* at, size_t size) {
+    standin::runtime->access(at, size, standin::WRITE, 0, STANDIN_CODE);
+}
 }
 #endif
 
-#define STANDIN_LIBRARY(entries)                                                                  \
-    static void* own_memory() { return &standin::own_memory_mark; }                               \
-    extern "C" __attribute__((visibility("default"))) const standin::Library standin_library;     \
-    const standin::Library standin_library = {&standin::here, &standin::runtime, entries,         \
+#define STANDIN_LIBRARY(entries)                                                              \
+    static void* own_memory() { return &standin::own_memory_mark; }                           \
+    extern "C" __attribute__((visibility("default"))) const standin::Library standin_library; \
+    const standin::Library standin_library = {&standin::here, &standin::runtime, entries,     \
                                               sizeof(entries) / sizeof(entries[0]), own_memory};

@@ -81,6 +81,7 @@ unsafe extern "C" {
     fn engine_entry(loaded: *const Loaded, name: *const c_char) -> *const Entry;
     fn engine_run(launch: *const Launch) -> *const c_char;
     fn engine_memory(base: *const u8, size: usize);
+    fn engine_first_unwritten(at: *const u8, size: usize) -> usize;
     fn engine_mark(at: *const u8, size: usize, state: u8);
 }
 
@@ -102,6 +103,12 @@ pub(crate) fn watch(base: usize, size: usize) {
 /// Bytes of that range become `state`.
 pub(crate) fn mark(at: usize, size: usize, state: State) {
     unsafe { engine_mark(at as *const u8, size, state as u8) }
+}
+
+/// The first of these bytes that nobody has written.
+pub(crate) fn first_unwritten(at: usize, size: usize) -> Option<usize> {
+    let first = unsafe { engine_first_unwritten(at as *const u8, size) };
+    (first < size).then_some(first)
 }
 
 /// A kernel in one of its two builds.

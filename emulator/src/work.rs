@@ -193,6 +193,10 @@ impl Driver {
             Work::Copy { to, from, size } => {
                 self.check("a copy reads", from, size)?;
                 self.check("a copy writes", to, size)?;
+                let to_host = !self.memory().holds(to) || self.memory().is_pinned(to);
+                if self.checked && to_host && self.memory().holds(from) {
+                    self.check_written(from, size)?;
+                }
                 unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
                 self.written(to, size);
                 Ok(())
@@ -271,6 +275,16 @@ impl Driver {
             return Err(self.stick(Code::ILLEGAL_ADDRESS, format!("{what} {fault}")));
         }
         Ok(())
+    }
+
+    /// What the host reads back somebody must have written; only instrumented kernels tell.
+    fn check_written(&mut self, from: usize, size: usize) -> Answer {
+        let Some(first) = engine::first_unwritten(from, size) else { return Ok(()) };
+        let at = self.memory().describe(from + first);
+        Err(self.stick(
+            Code::LAUNCH_FAILED,
+            format!("a copy to the host reads {at}, which nobody has written"),
+        ))
     }
 
     /// A new marker at the end of a stream's work.

@@ -5,5 +5,13 @@ mod numbers;
 #[path = "suite/stage.rs"]
 mod stage;
 
+#[path = "suite/breakages.rs"]
+mod breakages;
+#[path = "suite/conformance.rs"]
+mod conformance;
 #[path = "suite/kernels.rs"]
 mod kernels;
+#[path = "suite/speed.rs"]
+mod speed;
+#[path = "suite/streams.rs"]
+mod streams;

@@ -41,29 +41,28 @@ fn only_device(device: c_int) -> Answer {
 /// Attributes by their number in `CUdevice_attribute`; what is not here is 0.
 fn attribute(which: u32) -> c_int {
     match which {
-        1 | 2 | 3 => 1024, // threads per block, x and y of a block
-        4 => 64,           // z of a block
-        5 => c_int::MAX,   // x of a grid
-        6 | 7 => 65535,    // y and z of a grid
+        1..=3 => 1024,   // threads per block, x and y of a block
+        4 => 64,         // z of a block
+        5 => c_int::MAX, // x of a grid
+        6 | 7 => 65535,  // y and z of a grid
         8 => SHARED_PER_BLOCK as c_int,
         10 => 32,             // warp
         12 | 82 => 65536,     // registers per block, per multiprocessor
         13 | 36 => 1_000_000, // clocks, kHz
-        15 | 31 | 40 | 41 | 75 | 76 | 95 | 115 => match which {
-            75 => capability().0,
-            76 => capability().1,
-            40 => 2, // copy engines
-            _ => 1,  // overlap, concurrent kernels, one address space, cooperative, pools
-        },
         16 => MULTIPROCESSORS as c_int,
-        19 => 1,                                 // host memory can be mapped
-        37 => 64,                                // bus, bits
-        38 => 1 << 20,                           // second-level cache
-        39 => 2048,                              // threads per multiprocessor
+        37 => 64,      // bus, bits
+        38 => 1 << 20, // second-level cache
+        39 => 2048,    // threads per multiprocessor
+        40 => 2,       // copy engines
+        75 => capability().0,
+        76 => capability().1,
         81 => (shared_opt_in() + 1024) as c_int, // shared memory per multiprocessor
         97 => shared_opt_in() as c_int,
         106 => 32,   // blocks per multiprocessor
         111 => 1024, // shared memory kept by the system
+        // Copies overlap kernels, host memory can be mapped, kernels run concurrently, one address space, cooperative
+        // launches, memory pools.
+        15 | 19 | 31 | 41 | 95 | 115 => 1,
         _ => 0,
     }
 }

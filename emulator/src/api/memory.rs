@@ -73,7 +73,7 @@ fn fill(
     stream: Option<usize>,
 ) -> Answer {
     in_context()?;
-    if at % width != 0 {
+    if !at.is_multiple_of(width) {
         return Err(Code::INVALID_VALUE);
     }
     device_range(driver, at, width * count)?;

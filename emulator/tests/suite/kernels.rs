@@ -51,12 +51,14 @@ fn elementwise<T: Float>(checked: bool) {
 
 #[test]
 fn elementwise_f32() {
-    [false, true].map(elementwise::<f32>);
+    elementwise::<f32>(false);
+    elementwise::<f32>(true);
 }
 
 #[test]
 fn elementwise_bf16() {
-    [false, true].map(elementwise::<bf16>);
+    elementwise::<bf16>(false);
+    elementwise::<bf16>(true);
 }
 
 #[test]
@@ -79,6 +81,31 @@ fn casts_round_to_nearest_even() {
             let want: Vec<f32> = want.iter().map(|x| x.to_f32()).collect();
             assert_eq!(wide.read(&stage), want);
         }
+    }
+}
+
+#[test]
+fn casts_keep_what_is_special() {
+    let x = [
+        f32::NAN,
+        -f32::NAN,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MAX,
+        -0.0,
+        1e-40,
+        1.0 + 1.0 / 256.0,
+    ];
+    // A NaN becomes the device's one; beyond the largest bf16 is infinity; a tie goes to the even.
+    let want = [0x7fff, 0x7fff, 0x7f80, 0xff80, 0x7f80, 0x8000, 0x0001, 0x3f80];
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        let (dx, y) = (stage.upload(&x), stage.room::<u16>(x.len()));
+        flat(&stage, "cast_f32_to_bf16", &[(&y).into(), (&dx).into(), (x.len() as i64).into()]);
+        assert_eq!(y.read(&stage), want);
+        let (dx, y) = (stage.upload(&x[..2]), stage.room::<f32>(2));
+        flat(&stage, "relu_f32", &[(&y).into(), (&dx).into(), 2_i64.into()]);
+        assert!(y.read(&stage).iter().all(|y| y.is_nan()), "relu hides a NaN");
     }
 }
 

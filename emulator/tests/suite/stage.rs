@@ -23,7 +23,7 @@ fn own<F: Copy>(name: &str) -> F {
 
 /// The driver, to oneself, fresh.
 pub struct Stage {
-    pub context: Arc<CudaContext>,
+    _context: Arc<CudaContext>,
     pub stream: CUstream,
     module: sys::CUmodule,
     _turn: MutexGuard<'static, ()>,
@@ -32,14 +32,28 @@ pub struct Stage {
 impl Stage {
     /// Takes the driver, with plain or instrumented kernels.
     pub fn take(checked: bool) -> Self {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        library();
+        let turn = Self::turn();
         own::<extern "C" fn()>("standin_recover")();
         own::<extern "C" fn(c_int)>("standin_check")(c_int::from(checked));
         own::<extern "C" fn(c_int)>("standin_eager")(0);
         own::<extern "C" fn(u64)>("standin_seed")(7);
         own::<extern "C" fn()>("standin_forget_counts")();
+        Self::with(turn)
+    }
+
+    /// Takes it as the environment sets it up.
+    pub fn start() -> Self {
+        Self::with(Self::turn())
+    }
+
+    fn turn() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        library();
+        turn
+    }
+
+    fn with(turn: MutexGuard<'static, ()>) -> Self {
         let context = CudaContext::new(0).expect("the stand-in driver has one device");
         context.bind_to_thread().expect("a context");
         let stream =
@@ -49,7 +63,7 @@ impl Stage {
         unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
             .result()
             .expect("a module");
-        Self { context, stream, module, _turn: turn }
+        Self { _context: context, stream, module, _turn: turn }
     }
 
     pub fn seed(&self, seed: u64) {
@@ -62,8 +76,8 @@ impl Stage {
 
     pub fn count(&self, what: &str) -> u64 {
         let what = CString::new(what).expect("no zero");
-        own::<unsafe extern "C" fn(*const c_char) -> u64>("standin_count")
-            .pipe(|f| unsafe { f(what.as_ptr()) })
+        let count = own::<unsafe extern "C" fn(*const c_char) -> u64>("standin_count");
+        unsafe { count(what.as_ptr()) }
     }
 
     pub fn fail(&self, call: &str, nth: u64, code: CUresult) {
@@ -151,14 +165,8 @@ impl Stage {
     }
 }
 
-trait Pipe: Sized {
-    fn pipe<R>(self, f: impl FnOnce(Self) -> R) -> R {
-        f(self)
-    }
-}
-impl<T> Pipe for T {}
-
 /// The bytes of an argument.
+#[derive(Clone)]
 pub struct Value(Vec<u8>);
 
 macro_rules! values {

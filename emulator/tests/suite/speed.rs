@@ -1,0 +1,69 @@
+//! How fast plain kernels run here; printed, not judged. `cargo test -p selfsup-emulator -- --ignored --nocapture speed`
+
+use crate::stage::{Memory, Stage, Value};
+
+/// Of this thread, which is the one that kernels run on; other work on the machine does not count.
+fn processor_seconds() -> f64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
+    t.tv_sec as f64 + t.tv_nsec as f64 * 1e-9
+}
+
+fn timed(stage: &Stage, run: impl Fn()) -> f64 {
+    run();
+    stage.wait().expect("runs");
+    let start = processor_seconds();
+    for _ in 0..4 {
+        run();
+        stage.wait().expect("runs");
+    }
+    (processor_seconds() - start) / 4.0
+}
+
+#[test]
+#[ignore = "prints timings"]
+fn speed() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        let n = 1 << 18;
+        let (x, y): (Memory<f32>, Memory<f32>) =
+            (stage.upload(&vec![1.0; n]), stage.upload(&vec![1.0; n]));
+        let size = |n: usize| Value::from(n as i64);
+        let s = timed(&stage, || {
+            stage.launch(
+                "relu_f32",
+                [1024, 1, 1],
+                [64, 1, 1],
+                0,
+                &[(&y).into(), (&x).into(), size(n)],
+            );
+        });
+        println!("checked {checked}: relu: {:.1} M threads/s", 65536.0 / s / 1e6);
+        let s = timed(&stage, || {
+            let arguments = [(&y).into(), (&x).into(), 1024_i64.into(), 64.into(), 64.into()];
+            stage.launch("batch_norm_moments_f32", [1, 16, 1], [16, 16, 1], 0, &arguments);
+        });
+        println!("checked {checked}: moments: {:.1} M elements/s", 65536.0 / s / 1e6);
+        let m = 128;
+        for (kernel, threads) in [("matmul_nt_bf16", 128), ("matmul_nt_f32", 256)] {
+            let s = timed(&stage, || {
+                let arguments = [
+                    (&y).into(),
+                    (&x).into(),
+                    (&x).into(),
+                    0_u64.into(),
+                    size(m),
+                    size(m),
+                    size(m),
+                    size(m),
+                    0.into(),
+                ];
+                stage.launch(kernel, [2, 2, 1], [threads, 1, 1], 0, &arguments);
+            });
+            println!(
+                "checked {checked}: {kernel}: {:.3} GFLOP/s",
+                2.0 * (m * m * m) as f64 / s / 1e9
+            );
+        }
+    }
+}
