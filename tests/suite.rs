@@ -8,6 +8,10 @@ mod case;
 mod cases;
 #[path = "suite/compare.rs"]
 mod compare;
+#[path = "suite/cuda.rs"]
+mod cuda;
+#[path = "suite/driver.rs"]
+mod driver;
 #[path = "suite/examples.rs"]
 mod examples;
 #[path = "suite/floors.rs"]
@@ -30,6 +34,8 @@ mod provoked;
 mod random_shapes;
 #[path = "suite/seeded.rs"]
 mod seeded;
+#[path = "suite/signatures.rs"]
+mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/surface.rs"]

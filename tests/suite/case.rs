@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
-use selfsup::device::{Device, DeviceKind};
+use selfsup::device::Device;
 use selfsup::ops;
 use selfsup::tape::{self, Tape, Var};
 use selfsup::tensor::Tensor;
@@ -19,6 +19,8 @@ pub type Build = Box<dyn for<'t> Fn(&'t Tape<'t>, &[Var<'t>]) -> Var<'t> + Sync>
 pub struct Input {
     pub name: &'static str,
     pub shape: Vec<usize>,
+    /// Decides its type on a device that multiplies in bf16.
+    pub kind: SlotKind,
     /// f32 values, the same on every device.
     pub values: Vec<f64>,
     /// What finite differences step by; 0 where they have no meaning.
@@ -32,6 +34,8 @@ pub struct Case {
     pub inputs: Vec<Input>,
     /// Multiplies the tolerance in f32; `cases.txt` says why.
     pub loose: f64,
+    /// Inputs and the weights of the loss are bf16 numbers where a GPU holds them as such.
+    pub rounded: bool,
     pub build: Build,
 }
 
@@ -72,13 +76,27 @@ impl Outcome {
     }
 }
 
+/// The nearest bf16 number.
+fn round(value: &mut f64) {
+    *value = half::bf16::from_f64(*value).to_f64();
+}
+
 impl Case {
+    /// The case on inputs that bf16 holds exactly, so that what is compared is the primitive and not its inputs.
+    pub fn rounded(mut self) -> Self {
+        self.rounded = true;
+        for input in self.inputs.iter_mut().filter(|input| input.kind == SlotKind::Matrix) {
+            input.values.iter_mut().for_each(round);
+        }
+        self
+    }
+
     /// An arena with a slot for each input, its values as given, and the handles on them.
     pub fn arena(&self, device: &Device) -> (Arena, Vec<Param>) {
         let mut layout = Layout::new();
         let params = self.inputs.iter().map(|input| {
             let init = Init::Constant(0.0);
-            layout.param(input.name, input.shape.as_slice(), SlotKind::Matrix, init)
+            layout.param(input.name, input.shape.as_slice(), input.kind, init)
         });
         let params = params.collect();
         let mut arena = Arena::new(&Arc::new(layout), device, 0);
@@ -131,7 +149,11 @@ impl Case {
 
     fn dot<'t>(&self, y: &Var<'t>) -> Var<'t> {
         let seed = seeded::seed(&format!("{}|w", self.name));
-        dot(y, &seeded::unit(seed, y.value().len()))
+        let mut weights = seeded::unit(seed, y.value().len());
+        if self.rounded {
+            weights.iter_mut().for_each(round);
+        }
+        dot(y, &weights)
     }
 }
 
@@ -145,15 +167,7 @@ pub fn write_slot(arena: &mut Arena, slot: usize, values: &[f64]) {
 
 /// Writes into a float tensor from element `offset` on.
 pub fn write(tensor: &mut Tensor, offset: usize, values: &[f64]) {
-    match tensor.device().kind() {
-        DeviceKind::Cpu => {
-            let all = &mut tensor.data_mut::<f32>()[offset..];
-            all.iter_mut().zip(values).for_each(|(to, &from)| *to = from as f32);
-        }
-        DeviceKind::Reference => {
-            tensor.data_mut::<f64>()[offset..][..values.len()].copy_from_slice(values);
-        }
-    }
+    tensor.view_mut().slice(offset, [values.len()].into()).write_f64(values);
 }
 
 /// `Σ w y`, summed in f64, of any shape: an operation made outside the crate.

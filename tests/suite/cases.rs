@@ -3,6 +3,7 @@
 //! `scripts/make-goldens` reads the same rows and gives the words the same meaning in PyTorch. A new primitive adds rows
 //! there, a function here and one there.
 
+use selfsup::arena::SlotKind;
 use selfsup::ops::{self, BatchNorm};
 use selfsup::tape::Tape;
 use selfsup::tensor::Tensor;
@@ -57,7 +58,7 @@ impl Row {
         values: impl Fn(u64, usize) -> Vec<f64>,
     ) -> Input {
         let values = values(self.seed(name), shape.iter().product());
-        Input { name, shape: shape.to_vec(), values, step: STEP }
+        Input { name, shape: shape.to_vec(), kind: SlotKind::Matrix, values, step: STEP }
     }
 
     fn seed(&self, name: &str) -> u64 {
@@ -66,7 +67,7 @@ impl Row {
 
     fn case(self, inputs: Vec<Input>, build: Build) -> Case {
         let loose = if self.text("loose").is_some() { self.number("loose") } else { 1.0 };
-        Case { name: self.line, inputs, loose, build }
+        Case { name: self.line, inputs, loose, rounded: false, build }
     }
 }
 
@@ -111,7 +112,7 @@ fn linear(row: Row) -> Case {
     let bias = row.get("bias") == 1;
     let mut inputs = vec![row.input("x", &[n, d]), row.input("w", &[k, d])];
     if bias {
-        inputs.push(row.input("b", &[k]));
+        inputs.push(Input { kind: SlotKind::Bias, ..row.input("b", &[k]) });
     }
     row.case(inputs, Box::new(|_, v| ops::linear(&v[0], &v[1], v.get(2))))
 }
@@ -125,10 +126,11 @@ fn batch_norm(row: Row) -> Case {
         vec![row.input_of("x", &[rows, c], |seed, count| seeded::around(seed, count, offset, 1.0))];
     if with("gain") {
         let around_one = |seed, count| seeded::around(seed, count, 1.0, 0.5);
-        inputs.push(row.input_of("gain", &[c], around_one));
+        let gain = row.input_of("gain", &[c], around_one);
+        inputs.push(Input { kind: SlotKind::Gain, ..gain });
     }
     if with("shift") {
-        inputs.push(row.input("shift", &[c]));
+        inputs.push(Input { kind: SlotKind::Shift, ..row.input("shift", &[c]) });
     }
     if with("residual") {
         inputs.push(row.input("residual", &[rows, c]));

@@ -257,3 +257,34 @@ fn check_arguments(kernel: &Kernel, function: CUfunction) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Kernels that may use local memory, each with its reason.
+    const LOCAL_MEMORY: [(&str, &str); 0] = [];
+
+    #[test]
+    fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
+        if COMPILER.is_none() {
+            println!("skipped: built without nvcc, there are no kernels to look at");
+            return;
+        }
+        println!("{:32} {:7} {:>9} {:>7} {:>6} {:>7}", "kernel", "chip", "registers", "shared", "stack", "spills");
+        let mut wrong = Vec::new();
+        for r in RESOURCES {
+            let spills = r.spill_stores + r.spill_loads;
+            println!("{:32} {:7} {:9} {:7} {:6} {spills:7}", r.kernel, r.chip, r.registers, r.shared, r.stack);
+            let excused = LOCAL_MEMORY.iter().any(|(kernel, _)| *kernel == r.kernel);
+            if spills > 0 || (r.stack > 0 && !excused) {
+                wrong.push(r);
+            }
+        }
+        assert!(wrong.is_empty(), "spills or local memory: {wrong:#?}");
+        for (kernel, file) in KERNELS.iter().map(|kernel| (kernel.name, &FILES[kernel.file])) {
+            let chips = RESOURCES.iter().filter(|r| r.kernel == kernel).count();
+            assert_eq!(chips, if file.hopper_only { 1 } else { 2 }, "{kernel}: a chip has no resources");
+        }
+    }
+}

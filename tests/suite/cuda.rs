@@ -1,0 +1,240 @@
+//! The CUDA path: the case table on a GPU against the truth, and what the device does when things go wrong.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use selfsup::device::{Device, Precision};
+use selfsup::tensor::{DType, Tensor};
+
+use crate::case::{Case, ROUTES, Route};
+use crate::cases::{case, table};
+use crate::compare::{close, report};
+use crate::driver::{alone, gpu, open};
+use crate::golden::Goldens;
+
+/// Primitives whose kernels are still to be written. The list can only shrink: one that has kernels must leave it.
+const NOT_YET: [&str; 6] =
+    ["conv2d", "cross_entropy", "l2_normalize", "max_pool", "mean_pool", "nt_xent"];
+
+fn primitive(case: &Case) -> &str {
+    case.name.split(' ').next().unwrap()
+}
+
+fn on_gpu() -> impl Iterator<Item = Case> {
+    table().into_iter().filter(|case| !NOT_YET.contains(&primitive(case)))
+}
+
+/// Compares a device with the reference, all routes.
+fn agree(
+    what: &str,
+    gpu: &Device,
+    cases: impl Iterator<Item = Case>,
+    tolerance: impl Fn(&Case, &str) -> f64,
+) {
+    let reference = Device::reference();
+    let mut results = Vec::new();
+    for case in cases {
+        let want = case.run(&reference, Route::Param);
+        for route in ROUTES {
+            let got = case.run(gpu, route);
+            for ((part, got), (_, want)) in got.parts(&case).zip(want.parts(&case)) {
+                let name = format!("{}|{part}", case.name);
+                let tolerance = tolerance(&case, &name);
+                results.push(close(&format!("{name} {route:?}"), got, want, tolerance));
+            }
+        }
+        if let Err(e) = gpu.check() {
+            let report = open().map(|driver| driver.report()).unwrap_or_default();
+            panic!("{case:?}: {e}\n{report}");
+        }
+    }
+    report(what, results);
+}
+
+#[test]
+fn a_gpu_agrees_with_the_f64_reference_in_f32() {
+    let goldens = Goldens::open("primitives");
+    agree("CUDA f32 against reference", &gpu(Precision::F32), on_gpu(), |case, part| {
+        case.loose * goldens.record(part).tolerance(1e-5)
+    });
+}
+
+#[test]
+fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
+    let cases = on_gpu().map(Case::rounded);
+    agree("CUDA bf16 against reference", &gpu(Precision::Bf16), cases, |_, _| 1e-2);
+}
+
+#[test]
+fn primitives_without_kernels_are_listed_and_say_so() {
+    let gpu = gpu(Precision::F32);
+    let names: BTreeSet<String> = table().iter().map(|case| primitive(case).to_owned()).collect();
+    for name in NOT_YET {
+        assert!(names.contains(name), "there is no primitive {name}");
+        let case = table().into_iter().find(|case| primitive(case) == name).unwrap();
+        let panic = catch_unwind(AssertUnwindSafe(|| case.run(&gpu, Route::Node)));
+        let panic = panic.expect_err("a primitive with kernels leaves the list");
+        let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+        assert!(text.contains(&format!("{name} has no CUDA kernels yet")), "{name}: {text}");
+    }
+    println!("primitives without CUDA kernels: {}", NOT_YET.join(", "));
+}
+
+#[test]
+fn a_gpu_gives_the_same_bits_again() {
+    let gpu = gpu(Precision::Bf16);
+    for case in on_gpu() {
+        assert_eq!(case.run(&gpu, Route::Twice), case.run(&gpu, Route::Twice), "{case:?}");
+    }
+}
+
+#[test]
+fn no_rows_are_no_special_case_on_a_gpu() {
+    let lines = [
+        "linear n=0 d=5 k=3 bias=1",
+        "batch_norm rows=0 c=3 groups=1 with=gain+shift+residual+relu",
+        "relu n=0 c=3",
+        "add n=0 c=3",
+        "scale n=0 c=3 factor=2",
+    ];
+    let gpu = gpu(Precision::Bf16);
+    for line in lines {
+        let got = case(line).run(&gpu, Route::Node);
+        assert_eq!(got.output, [0.0; 0], "{line}");
+        assert!(got.gradients.iter().flatten().all(|dx| *dx == 0.0), "{line}: {:?}", got.gradients);
+    }
+    gpu.check().unwrap();
+}
+
+#[test]
+fn tensors_travel_to_a_gpu_and_back() {
+    let gpu = gpu(Precision::Bf16);
+    // More than a piece of pinned memory, and no multiple of one.
+    let values: Vec<f32> = (0..3_000_001).map(|i| i as f32 * 0.5).collect();
+    let x = Tensor::from_slice(&gpu, [values.len()], &values);
+    assert_eq!(x.to_vec::<f32>(), values);
+    assert_eq!(x.copy().slice(7, [3]).to_f64(), [3.5, 4.0, 4.5]);
+    let back = x.to_device(&Device::cpu(1).unwrap());
+    assert_eq!(back.data::<f32>(), values);
+    let labels = Tensor::from_slice(&gpu, [3], &[1, -2, 3]);
+    assert_eq!(labels.to_device(&Device::reference()).data::<i32>(), [1, -2, 3]);
+    let small = Tensor::from_f64(&gpu, [3], &[1.0, 1.00390625, -2.0]).cast(DType::Bf16);
+    assert_eq!(small.to_f64(), [1.0, 1.0, -2.0]); // halfway, to even
+    assert_eq!(small.cast(DType::F32).to_f64(), [1.0, 1.0, -2.0]);
+    let mut filled = Tensor::empty(&gpu, DType::Bf16, [5]);
+    filled.view_mut().slice(1, [3].into()).fill(2.5);
+    assert_eq!(filled.to_f64()[1..4], [2.5; 3]);
+    assert!(filled.to_f64()[0].is_nan(), "poison");
+}
+
+#[test]
+#[should_panic(expected = "the host cannot look at a tensor on a GPU")]
+fn the_host_cannot_look_into_a_gpu() {
+    let _ = Tensor::zeros(&gpu(Precision::F32), [2]).data::<f32>();
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_named() {
+    open();
+    let error = Device::cuda(77, Precision::F32).unwrap_err().to_string();
+    assert!(error.contains("there is no GPU 77"), "{error}");
+}
+
+#[test]
+fn the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing() {
+    alone("cuda::the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing", |driver| {
+        let gpu = gpu(Precision::Bf16);
+        let run = || {
+            use selfsup::ops::{self, BatchNorm};
+            let case = case("linear n=9 d=16 k=8 bias=1");
+            let (mut arena, params) = case.arena(&gpu);
+            let counts = |_| (driver.count("allocations"), driver.count("waits"));
+            let mut before = (0, 0);
+            for step in 0..4 {
+                if step == 2 {
+                    before = counts(step);
+                }
+                selfsup::tape::step(&mut arena, |tape| {
+                    let [x, w, b] = [0, 1, 2].map(|i| tape.param(params[i]));
+                    let y = ops::linear(&x, &w, Some(&b));
+                    let y = ops::relu(&ops::add(&y, &ops::batch_norm(&y, BatchNorm::default())));
+                    // Any scalar: the mean of one row's product with itself.
+                    let y = ops::linear(&y, &tape.input(&ones(&gpu)), None);
+                    ops::mean(&(0..9).map(|i| pick(&y, i)).collect::<Vec<_>>())
+                })
+                .unwrap();
+            }
+            assert_eq!(counts(4), before, "allocations and waits");
+        };
+        run();
+    });
+}
+
+fn ones(gpu: &Device) -> Tensor {
+    let mut ones = Tensor::empty(gpu, DType::Bf16, [1, 8]);
+    ones.view_mut().fill(1.0);
+    ones
+}
+
+/// Element `i` of `y`, as an operation made outside the crate.
+fn pick<'t>(y: &selfsup::tape::Var<'t>, i: usize) -> selfsup::tape::Var<'t> {
+    let (id, shape) = (y.id(), *y.shape());
+    let value = y.value().slice(i, []).copy();
+    y.tape().record("pick", value, &[y], move |dy, gradients| {
+        let mut dx = Tensor::empty(dy.device(), dy.dtype(), shape);
+        dx.view_mut().fill(0.25);
+        gradients.add(id, dx);
+    })
+}
+
+const OUT_OF_MEMORY: u32 = 2;
+const LAUNCH_FAILED: u32 = 719;
+
+#[test]
+fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
+    alone("cuda::running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest", |driver| {
+        let gpu = gpu(Precision::F32);
+        let held = Tensor::zeros(&gpu, [300, 1024]);
+        // What is kept for reuse is given up first: one refusal is not the end.
+        drop(Tensor::zeros(&gpu, [77]));
+        driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
+        let _fits = Tensor::zeros(&gpu, [999]);
+        gpu.check().unwrap();
+        driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
+        driver.fail("cuMemAlloc", 2, OUT_OF_MEMORY);
+        let wanted = Tensor::zeros(&gpu, [1 << 20]);
+        let error = gpu.check().unwrap_err().to_string();
+        println!("{error}");
+        for part in ["out of memory: wanted 4.0 MiB, free ", "1.2 MiB in 1 from ", "cuda.rs"] {
+            assert!(error.contains(part), "no {part:?} in: {error}");
+        }
+        // What is read after that is no number.
+        assert!(wanted.rows(0, 3).to_f64().iter().all(|v| v.is_nan()));
+        assert!(held.rows(0, 1).to_f64().iter().all(|v| v.is_nan()));
+        assert_eq!(gpu.check().unwrap_err().to_string(), error);
+    });
+}
+
+#[test]
+fn a_kernel_that_fails_comes_out_of_the_step() {
+    alone("cuda::a_kernel_that_fails_comes_out_of_the_step", |driver| {
+        let gpu = gpu(Precision::F32);
+        let case = case("relu n=7 c=13");
+        let (mut arena, params) = case.arena(&gpu);
+        let mut step = || {
+            let loss = selfsup::tape::step(&mut arena, |tape| {
+                let y = selfsup::ops::relu(&tape.param(params[0]));
+                pick(&y, 3)
+            });
+            loss.map(|loss| loss.scalar())
+        };
+        assert!(step().unwrap().is_finite());
+        driver.fail("cuLaunchKernel", 1, LAUNCH_FAILED);
+        let error = step().unwrap_err().to_string();
+        assert!(
+            error.contains("launch of ") && error.contains("CUDA_ERROR_LAUNCH_FAILED"),
+            "{error}"
+        );
+        assert_eq!(step().unwrap_err().to_string(), error);
+    });
+}
