@@ -101,6 +101,27 @@ fn unit_rows_of_any_type() {
     }
 }
 
+#[test]
+fn rows_become_unit_rows_in_place() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (n, d) in ROW_SHAPES {
+            let mut x: Vec<f32> = noise(n * d, 1);
+            x[..d].iter_mut().for_each(|v| *v *= TINY as f32);
+            let (x_, copy_) = (stage.upload(&x), stage.room::<bf16>(n * d));
+            let arguments = [(&x_).into(), (&copy_).into(), long(n), int(d)];
+            by_rows(&stage, "normalize_rows", n, &arguments);
+            let x = wide(&x);
+            let norm = |i: usize| dot(&x[i * d..][..d], &x[i * d..][..d]).sqrt().max(1e-12);
+            let want: Vec<f64> = (0..n * d).map(|e| x[e] / norm(e / d)).collect();
+            let got = x_.read(&stage);
+            close(&format!("normalize_rows [{n}, {d}]"), &got, &want, 1e-6);
+            let copy: Vec<bf16> = got.iter().map(|v| bf16::from_f32(*v)).collect();
+            assert_eq!(copy_.read(&stage), copy);
+        }
+    }
+}
+
 /// Logits of f32 rows are wrong by about 2^-24 / T, and an exponential is as wrong as its logit.
 fn tolerance(temperature: f64) -> f64 {
     (4.0 / 2.0_f64.powi(24) / temperature).max(1e-5)
