@@ -131,8 +131,9 @@ impl Loader {
         let begin = Instant::now();
         let batch = running.batches.recv();
         self.waited += begin.elapsed();
-        let batch =
-            batch.unwrap_or_else(|_| Err(Error::config("the loader ended after an error")))?;
+        let batch = batch.unwrap_or_else(|_| {
+            Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
+        })?;
         let (epoch, position) = self.next;
         debug_assert_eq!((batch.epoch, batch.position), (epoch, position));
         let last = position + 1 == self.batches_per_epoch();
@@ -399,8 +400,13 @@ mod tests {
         let mut loader =
             Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
                 .unwrap();
-        let error = loader.next_batch().unwrap_err().to_string();
-        assert!(error.contains("a loader thread panicked: no image"), "{error}");
-        assert!(loader.next_batch().is_err());
+        let error = loader.next_batch().unwrap_err();
+        assert!(matches!(error, Error::Worker(_)), "{error:?}");
+        let message = error.to_string();
+        assert!(
+            message.contains("a loader thread panicked, which is a bug: no image"),
+            "{message}"
+        );
+        assert!(loader.next_batch().unwrap_err().to_string().contains("an earlier batch failed"));
     }
 }
