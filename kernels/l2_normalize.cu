@@ -56,3 +56,19 @@ KERNEL void l2_normalize_backward_bf16_f32(bf16* dx, const float* dy, const floa
                                            int64_t n, int d, int accumulate) {
     backward(dx, dy, y, norms, n, d, accumulate);
 }
+
+/// Brings the rows of x [n, d] to unit length in place, without a gradient; `copy` [n, d], the bf16 working
+/// copy of x, is written with it unless null. SwAV's prototypes, before each step.
+KERNEL void normalize_rows(float* x, bf16* copy, int64_t n, int d) {
+    for_rows(n, [&](int64_t row) {
+        float* own = x + row * d;
+        double norm = sqrt(row_dot(own, own, d)), scale = 1.0 / (norm < EPS ? EPS : norm);
+        for_pieces_of_row(d, [&](int j, int count) {
+            Piece p = load_piece(own + j, count);
+#pragma unroll
+            for (int k = 0; k < 8; k++) p.v[k] = static_cast<float>(p.v[k] * scale);
+            store_piece(own + j, p, count);
+            if (copy) store_piece(copy + row * d + j, p, count);
+        });
+    });
+}

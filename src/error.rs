@@ -36,6 +36,9 @@ pub enum Error {
     /// A device cannot be used.
     #[error("{0}")]
     Device(String),
+    /// A worker thread panicked: a bug, in the program or in an image source of its caller.
+    #[error("{0}")]
+    Worker(String),
     /// A run stopped because its numbers went wrong.
     #[error("{0}")]
     Diverged(String),

@@ -2,6 +2,8 @@
 
 #[path = "suite/accumulation.rs"]
 mod accumulation;
+#[path = "suite/augmentation.rs"]
+mod augmentation;
 #[path = "suite/case.rs"]
 mod case;
 #[path = "suite/cases.rs"]

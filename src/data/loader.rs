@@ -140,8 +140,9 @@ impl Loader {
         let begin = Instant::now();
         let batch = running.batches.recv();
         self.waited += begin.elapsed();
-        let mut batch =
-            batch.unwrap_or_else(|_| Err(Error::config("the loader ended after an error")))?;
+        let mut batch = batch.unwrap_or_else(|_| {
+            Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
+        })?;
         let upload = |crops| to_operate_on(crops, &self.device);
         batch.crops = batch.crops.into_iter().map(upload).collect();
         let (epoch, position) = self.next;
@@ -410,8 +411,13 @@ mod tests {
         let mut loader =
             Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
                 .unwrap();
-        let error = loader.next_batch().unwrap_err().to_string();
-        assert!(error.contains("a loader thread panicked: no image"), "{error}");
-        assert!(loader.next_batch().is_err());
+        let error = loader.next_batch().unwrap_err();
+        assert!(matches!(error, Error::Worker(_)), "{error:?}");
+        let message = error.to_string();
+        assert!(
+            message.contains("a loader thread panicked, which is a bug: no image"),
+            "{message}"
+        );
+        assert!(loader.next_batch().unwrap_err().to_string().contains("an earlier batch failed"));
     }
 }

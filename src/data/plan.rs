@@ -71,7 +71,7 @@ impl Plan {
                     let text = text
                         .or_else(|| panic.downcast_ref::<&str>().copied())
                         .unwrap_or("no message");
-                    Err(Error::config(format!("a loader thread panicked: {text}")))
+                    Err(Error::Worker(format!("a loader thread panicked, which is a bug: {text}")))
                 });
                 let failed = batch.is_err();
                 if stop.load(Ordering::Relaxed) || sender.send(batch).is_err() || failed {

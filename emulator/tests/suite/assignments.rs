@@ -57,6 +57,7 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
 
     let scores: Vec<f64> = scores.iter().map(|s| s.to_f64()).collect();
     let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    assert_eq!(f64::from(max.read(stage)[0]), most, "{what}: the largest");
     let mut q: Vec<f64> = scores.iter().map(|s| ((s - most) / epsilon).exp()).collect();
     for _ in 0..iterations {
         let columns: Vec<f64> = (0..k).map(|j| q.iter().skip(j).step_by(k).sum()).collect();

@@ -9,9 +9,10 @@ use crate::stage::{Memory, Stage, Value};
 
 /// Launches on two buffers of 128 floats, the second written; returns whether the run ended well, and the report.
 struct Bench {
-    stage: Stage,
     y: Memory<f32>,
     x: Memory<f32>,
+    /// Last, so that memory is freed while the driver is still one's own: a free breaks another test's capture.
+    stage: Stage,
 }
 
 impl Bench {
@@ -19,7 +20,7 @@ impl Bench {
         let stage = Stage::take(checked);
         stage.seed(seed);
         let (y, x) = (stage.room(128), stage.upload(&noise::<f32>(128, 1)));
-        Self { stage, y, x }
+        Self { y, x, stage }
     }
 
     fn run(

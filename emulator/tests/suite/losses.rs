@@ -44,6 +44,9 @@ fn unit_rows(n: usize, d: usize, seed: u64) -> Vec<f32> {
     rows
 }
 
+/// Makes a row of up to 400 numbers shorter than the eps of `l2_normalize`, and not zero.
+const TINY: f64 = 5e-14;
+
 /// Adds what was there before.
 fn on_top(old: &[f32], new: &[f64]) -> Vec<f64> {
     old.iter().zip(new).map(|(a, b)| f64::from(*a) + b).collect()
@@ -52,7 +55,7 @@ fn on_top(old: &[f32], new: &[f64]) -> Vec<f64> {
 fn l2_normalize<In: Float, Out: Float>(stage: &Stage, suffix: &str, n: usize, d: usize) {
     let what = format!("l2_normalize_{suffix} [{n}, {d}]");
     let mut x: Vec<In> = noise(n * d, 1);
-    x[..d].fill(In::from_f64(0.0)); // below eps
+    x[..d].iter_mut().for_each(|v| *v = In::from_f64(v.to_f64() * TINY));
     let dy: Vec<Out> = noise(n * d, 2);
     let (x_, dy_) = (stage.upload(&x), stage.upload(&dy));
     let (y_, norms_) = (stage.room::<Out>(n * d), stage.room::<f32>(n));
@@ -79,7 +82,7 @@ fn l2_normalize<In: Float, Out: Float>(stage: &Stage, suffix: &str, n: usize, d:
         let times = f64::from(accumulate + 1);
         let (got, want) = (dx_.read(stage), want.iter().map(|w| w * times).collect::<Vec<_>>());
         // Rows below eps have a gradient of 1e12 beside which the others would not count.
-        close(&format!("{what}: dx of 0"), &got[..d], &want[..d], In::TOLERANCE);
+        close(&format!("{what}: dx below eps"), &got[..d], &want[..d], In::TOLERANCE);
         close(&format!("{what}: dx"), &got[d..], &want[d..], In::TOLERANCE);
     }
 }
@@ -94,6 +97,27 @@ fn unit_rows_of_any_type() {
             l2_normalize::<f32, f32>(&stage, "f32", n, d);
             l2_normalize::<bf16, bf16>(&stage, "bf16", n, d);
             l2_normalize::<bf16, f32>(&stage, "bf16_f32", n, d);
+        }
+    }
+}
+
+#[test]
+fn rows_become_unit_rows_in_place() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (n, d) in ROW_SHAPES {
+            let mut x: Vec<f32> = noise(n * d, 1);
+            x[..d].iter_mut().for_each(|v| *v *= TINY as f32);
+            let (x_, copy_) = (stage.upload(&x), stage.room::<bf16>(n * d));
+            let arguments = [(&x_).into(), (&copy_).into(), long(n), int(d)];
+            by_rows(&stage, "normalize_rows", n, &arguments);
+            let x = wide(&x);
+            let norm = |i: usize| dot(&x[i * d..][..d], &x[i * d..][..d]).sqrt().max(1e-12);
+            let want: Vec<f64> = (0..n * d).map(|e| x[e] / norm(e / d)).collect();
+            let got = x_.read(&stage);
+            close(&format!("normalize_rows [{n}, {d}]"), &got, &want, 1e-6);
+            let copy: Vec<bf16> = got.iter().map(|v| bf16::from_f32(*v)).collect();
+            assert_eq!(copy_.read(&stage), copy);
         }
     }
 }
@@ -319,7 +343,7 @@ fn neg_cosine<T: Float>(stage: &Stage, n: usize, d: usize) {
     let what = format!("neg_cosine_{} [{n}, {d}]", T::NAME);
     let (mut p, z): (Vec<T>, Vec<T>) = (noise(n * d, 7), noise(n * d, 8));
     if n > 2 {
-        p[..d].fill(T::from_f64(0.0));
+        p[..d].iter_mut().for_each(|v| *v = T::from_f64(v.to_f64() * TINY));
     }
     let (p_, z_, dy_) = (stage.upload(&p), stage.upload(&z), stage.upload(&[0.7_f32]));
     let losses_ = stage.room::<f32>(n);
@@ -351,7 +375,7 @@ fn neg_cosine<T: Float>(stage: &Stage, n: usize, d: usize) {
             let times = f64::from(accumulate + 1);
             let want: Vec<f64> = (0..n * d).map(|e| times * gradient(e)).collect();
             let (got, what) = (dx_.read(stage), format!("{what}: d{side}"));
-            // A row of zeros has a gradient of 1e12 beside which the others would not count.
+            // A row below eps has a gradient of 1e12 beside which the others would not count.
             close(&what, &got[..d], &want[..d], T::TOLERANCE);
             if n > 1 {
                 close(&what, &got[d..], &want[d..], T::TOLERANCE);
