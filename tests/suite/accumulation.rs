@@ -1,7 +1,7 @@
 //! A step over micro-batches is the step of one batch whose batch norm treats the micro-batches apart.
 
 use selfsup::arena::Arena;
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::methods::Method;
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::nn::{ResNetConfig, Stem};
@@ -10,6 +10,7 @@ use selfsup::tape::{self, Var};
 use selfsup::tensor::Tensor;
 
 use crate::compare::{close, report};
+use crate::driver::gpu;
 use crate::network;
 
 /// Micro-batches, images of each, views of each image.
@@ -103,6 +104,13 @@ fn micro_batches_on_the_cpu_equal_those_of_the_reference() {
     let cpu = micro_batches(&Device::cpu(2).unwrap().poisoned());
     let results = compare(&cpu, &micro_batches(&Device::reference()), 1e-4);
     report("four micro-batches on the CPU", results);
+}
+
+#[test]
+fn micro_batches_on_a_gpu_equal_those_of_the_reference() {
+    let gpu = micro_batches(&gpu(Precision::F32));
+    let results = compare(&gpu, &micro_batches(&Device::reference()), 1e-4);
+    report("four micro-batches on a GPU", results);
 }
 
 #[test]
