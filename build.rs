@@ -87,7 +87,7 @@ fn sources() -> Vec<File> {
 fn find_nvcc() -> Option<PathBuf> {
     let variable = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     if let Some(nvcc) = variable("NVCC") {
-        // An empty path is how one builds without kernels on purpose.
+        // `NVCC=none` is how one builds without kernels on purpose.
         assert!(nvcc.is_file() || nvcc.as_os_str() == "none", "NVCC: no file {}", nvcc.display());
         return nvcc.is_file().then_some(nvcc);
     }

@@ -272,6 +272,26 @@ impl Gradients<'_> {
         }
     }
 
+    /// [`Gradients::target`] for a kernel that writes the type of `like`, and its shape. Where the gradient has another
+    /// type (a parameter's own, which is f32) the target is made in `own`, to be [added](Gradients::add) after.
+    #[track_caller]
+    pub(crate) fn target_like<'t>(
+        &'t mut self,
+        id: VarId,
+        like: &Tensor,
+        own: &'t mut Option<Tensor>,
+    ) -> Option<(TensorMut<'t>, bool)> {
+        let dtype = match id {
+            VarId::Constant => return None,
+            VarId::Param(_) => self.arena.dtype(),
+            VarId::Node(index) => self.dtypes[index],
+        };
+        if dtype == like.dtype() {
+            return self.target(id, like.shape());
+        }
+        Some((own.insert(like.empty_like()).view_mut(), false))
+    }
+
     /// Adds `dx` to the gradient of `id`, in its type; the first to come is kept without a copy where it has that type.
     #[track_caller]
     pub fn add(&mut self, id: VarId, dx: Tensor) {

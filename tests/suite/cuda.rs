@@ -158,13 +158,16 @@ fn the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing() {
                     let [x, w, b] = [0, 1, 2].map(|i| tape.param(params[i]));
                     let y = ops::linear(&x, &w, Some(&b));
                     let y = ops::relu(&ops::add(&y, &ops::batch_norm(&y, BatchNorm::default())));
-                    // Any scalar: the mean of one row's product with itself.
+                    // Any scalar.
                     let y = ops::linear(&y, &tape.input(&ones(&gpu)), None);
                     ops::mean(&(0..9).map(|i| pick(&y, i)).collect::<Vec<_>>())
                 })
                 .unwrap();
             }
+            assert!(before.0 > 10, "the driver counts allocations: {before:?}");
             assert_eq!(counts(4), before, "allocations and waits");
+            let _ = arena.gradient(params[0]).to_f64();
+            assert!(counts(4).1 > before.1, "the driver counts waits");
         };
         run();
     });

@@ -271,11 +271,17 @@ mod tests {
             println!("skipped: built without nvcc, there are no kernels to look at");
             return;
         }
-        println!("{:32} {:7} {:>9} {:>7} {:>6} {:>7}", "kernel", "chip", "registers", "shared", "stack", "spills");
+        println!(
+            "{:32} {:7} {:>9} {:>7} {:>6} {:>7}",
+            "kernel", "chip", "registers", "shared", "stack", "spills"
+        );
         let mut wrong = Vec::new();
         for r in RESOURCES {
             let spills = r.spill_stores + r.spill_loads;
-            println!("{:32} {:7} {:9} {:7} {:6} {spills:7}", r.kernel, r.chip, r.registers, r.shared, r.stack);
+            println!(
+                "{:32} {:7} {:9} {:7} {:6} {spills:7}",
+                r.kernel, r.chip, r.registers, r.shared, r.stack
+            );
             let excused = LOCAL_MEMORY.iter().any(|(kernel, _)| *kernel == r.kernel);
             if spills > 0 || (r.stack > 0 && !excused) {
                 wrong.push(r);
@@ -284,7 +290,11 @@ mod tests {
         assert!(wrong.is_empty(), "spills or local memory: {wrong:#?}");
         for (kernel, file) in KERNELS.iter().map(|kernel| (kernel.name, &FILES[kernel.file])) {
             let chips = RESOURCES.iter().filter(|r| r.kernel == kernel).count();
-            assert_eq!(chips, if file.hopper_only { 1 } else { 2 }, "{kernel}: a chip has no resources");
+            assert_eq!(
+                chips,
+                if file.hopper_only { 1 } else { 2 },
+                "{kernel}: a chip has no resources"
+            );
         }
     }
 }

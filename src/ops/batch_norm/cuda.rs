@@ -226,16 +226,22 @@ pub(super) fn backward(
             )
         };
     }
+    let mut own = [None, None];
     match x.dtype() {
         DType::Bf16 => {
-            let to = Targets::new(gradients, &dy, mask, &ids);
+            let to = Targets::new(gradients, &dy, mask, &ids, &mut own);
             // SAFETY: as above.
             unsafe { input_gradient!(batch_norm_backward_apply_bf16, to) }
         }
         _ => {
-            let to = Targets::new(gradients, &dy, mask, &ids);
+            let to = Targets::new(gradients, &dy, mask, &ids, &mut own);
             // SAFETY: as above.
             unsafe { input_gradient!(batch_norm_backward_apply_f32, to) }
+        }
+    }
+    for (id, own) in [Some(ids.x), ids.residual].into_iter().zip(own) {
+        if let (Some(id), Some(own)) = (id, own) {
+            gradients.add(id, own);
         }
     }
 }
@@ -249,19 +255,26 @@ struct Targets<'a, T> {
 
 impl<T: Element> Targets<'_, T> {
     /// The residual comes first, as in the kernel: where it is `x` itself, the second adds to the first.
-    fn new(gradients: &mut Gradients<'_>, dy: &Tensor, mask: Option<&Tensor>, ids: &Ids) -> Self {
+    fn new(
+        gradients: &mut Gradients<'_>,
+        dy: &Tensor,
+        mask: Option<&Tensor>,
+        ids: &Ids,
+        own: &mut [Option<Tensor>; 2],
+    ) -> Self {
+        let [own_x, own_residual] = own;
         let (mut dx, mut dresidual, mut accumulate) = (Out::null(), Out::null(), 0);
         match ids.residual {
             // What flows to the residual is `dy` as it stands.
             Some(id) if mask.is_none() => gradients.add(id, dy.clone()),
             Some(id) => {
-                if let Some((mut to, old)) = gradients.target(id, dy.shape()) {
+                if let Some((mut to, old)) = gradients.target_like(id, dy, own_residual) {
                     (dresidual, accumulate) = (to.device_out().unbound(), i32::from(old) << 1);
                 }
             }
             None => {}
         }
-        if let Some((mut to, old)) = gradients.target(ids.x, dy.shape()) {
+        if let Some((mut to, old)) = gradients.target_like(ids.x, dy, own_x) {
             (dx, accumulate) = (to.device_out().unbound(), accumulate | i32::from(old));
         }
         Self { dx, dresidual, accumulate }
