@@ -33,7 +33,7 @@ pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use info_nce::{Negatives, info_nce};
-pub use l2_normalize::l2_normalize;
+pub use l2_normalize::{l2_normalize, normalize_rows};
 pub use linear::linear;
 pub use neg_cosine::neg_cosine;
 pub use nt_xent::nt_xent;
