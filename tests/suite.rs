@@ -16,6 +16,8 @@ mod floors;
 mod golden;
 #[path = "suite/memory.rs"]
 mod memory;
+#[path = "suite/methods.rs"]
+mod methods;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/networks.rs"]

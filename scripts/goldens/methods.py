@@ -94,6 +94,7 @@ class MoCo(Method):
     def __init__(self, line, temperature, symmetric, layers, momentum=0.9, queue=32):
         super().__init__(line, Network(backbone=small(groups=2), head=Mlp(FEATURES, layers)))
         self.temperature, self.symmetric, self.momentum = temperature, symmetric, momentum
+        self.sizes = (2, 16)  # the last stage has 16 rows in a group: at 4, rounding grows too fast
         self.key, self.oldest, self.keys = copy.deepcopy(self.online), 0, []
         self.register_buffer("queue", unit_rows(line, "queue", queue))
 
@@ -345,17 +346,17 @@ class Distill(Supervised):
 LINEAR = [(EMBEDDING, True, None, False)]
 TWO = [(32, True, None, True), (EMBEDDING, True, None, False)]
 RUNS = {
-    "moco v1": (lambda line: MoCo(line, 0.07, False, LINEAR), optimizers.sgd, 0.05),
-    "moco v2": (lambda line: MoCo(line, 0.2, True, TWO), optimizers.sgd, 0.05),
+    "moco v1": (lambda line: MoCo(line, 0.07, False, LINEAR), optimizers.sgd, 0.005),
+    "moco v2": (lambda line: MoCo(line, 0.2, True, TWO), optimizers.sgd, 0.005),
     "simclr v2": (
-        lambda line: SimClrV2(line, SelectiveTrunk(4, 0.0625), 128, 0.5, (2, 16)),
+        lambda line: SimClrV2(line, SelectiveTrunk(4, "small", 0.0625), 128, 0.5, (2, 16)),
         optimizers.simclr,
-        0.3,
+        1e-4,  # fifty layers: at larger rates rounding grows too fast
     ),
     "simclr v2 memory": (SimClrV2Memory, optimizers.simclr, 0.3),
     "byol": (Byol, optimizers.byol, 0.3),
-    "simsiam": (SimSiam, optimizers.sgd, 0.05),
-    "swav": (Swav, optimizers.larc, 0.3),
+    "simsiam": (SimSiam, optimizers.sgd, 0.01),
+    "swav": (Swav, optimizers.larc, 0.1),
     "supervised": (lambda line: Supervised(line, smoothing=0.1), optimizers.nesterov, 0.05),
     "fine-tuning": (lambda line: Supervised(line, keep=1), optimizers.simclr, 0.3),
     "distillation": (Distill, optimizers.simclr, 0.3),

@@ -42,12 +42,15 @@ class Block(nn.Module):
 
 
 class SelectiveTrunk(nn.Module):
-    def __init__(self, width, ratio):
+    def __init__(self, width, stem, ratio):
         super().__init__()
-        half = width // 2
-        self.conv1 = nn.ModuleList([conv(3, half, 3, 2), conv(half, half, 3), conv(half, width, 3)])
-        self.bn1 = nn.ModuleList([nn.BatchNorm2d(half), nn.BatchNorm2d(half), nn.BatchNorm2d(width)])
-        self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        half, norm = width // 2, nn.BatchNorm2d
+        if stem == "image":
+            self.conv1 = nn.ModuleList([conv(3, half, 3, 2), conv(half, half, 3), conv(half, width, 3)])
+            self.bn1 = nn.ModuleList([norm(half), norm(half), norm(width)])
+        else:
+            self.conv1, self.bn1 = conv(3, width, 3), norm(width)
+        self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1) if stem == "image" else nn.Identity()
         c = width
         for stage, count in enumerate((3, 4, 6, 3)):
             layer = nn.Sequential()
@@ -59,7 +62,8 @@ class SelectiveTrunk(nn.Module):
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2).contiguous()
-        for layer, norm in zip(self.conv1, self.bn1):
+        several = isinstance(self.conv1, nn.ModuleList)
+        for layer, norm in zip(self.conv1, self.bn1) if several else [(self.conv1, self.bn1)]:
             x = self.relu(norm(layer(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
         return x.mean((2, 3))
