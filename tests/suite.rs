@@ -6,6 +6,8 @@ mod accumulation;
 mod case;
 #[path = "suite/cases.rs"]
 mod cases;
+#[path = "suite/collapse.rs"]
+mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
 #[path = "suite/examples.rs"]
@@ -30,6 +32,8 @@ mod program;
 mod provoked;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
+#[path = "suite/recipes.rs"]
+mod recipes;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/steps.rs"]

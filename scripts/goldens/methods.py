@@ -40,8 +40,8 @@ class Network(nn.Module):
         return x
 
 
-def small(groups=1):
-    return Trunk(18, 4, "small", groups)
+def small(groups=1, width=4):
+    return Trunk(18, width, "small", groups)
 
 
 def simclr_head(inputs, hidden, keep=3):
@@ -63,7 +63,7 @@ def ema(target, online, momentum):
 class Method(nn.Module):
     sizes = (2, 8)  # views and side of each resolution
     fixed, spared = (), ()
-    kinked = False  # whether images may lie on kinks: gradients are then compared in f64 only
+    kinked = False  # whether images may lie on kinks: such a run is compared in f64 only
 
     def __init__(self, line, network):
         super().__init__()
@@ -219,12 +219,12 @@ class Byol(Method):
 class SimSiam(Method):
     """simsiam/builder.py and main_simsiam.py, `--fix-pred-lr`."""
 
-    fixed = ("predictor.",)
+    fixed, sizes = ("predictor.",), (2, 16)
 
     def __init__(self, line):
         layers = [(24, False, "affine", True)] * 2 + [(24, False, "plain", False)]
-        predictor = Mlp(24, [(8, False, "affine", True), (24, True, None, False)])
-        super().__init__(line, Network(backbone=small(), projector=Mlp(FEATURES, layers), predictor=predictor))
+        predictor = Mlp(24, [(16, False, "affine", True), (24, True, None, False)])
+        super().__init__(line, Network(backbone=small(width=8), projector=Mlp(64, layers), predictor=predictor))
 
     def loss(self, views, step):
         n = self.online
@@ -351,7 +351,7 @@ RUNS = {
     "simclr v2": (
         lambda line: SimClrV2(line, SelectiveTrunk(4, "small", 0.0625), 128, 0.5, (2, 16)),
         optimizers.simclr,
-        1e-4,  # fifty layers: at larger rates rounding grows too fast
+        1e-6,  # fifty layers: at larger rates rounding grows too fast
     ),
     "simclr v2 memory": (SimClrV2Memory, optimizers.simclr, 0.3),
     "byol": (Byol, optimizers.byol, 0.3),

@@ -281,11 +281,42 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+macro_rules! builtin {
+    ($name:literal) => {
+        ($name, include_str!(concat!("../../recipes/", $name, ".toml")))
+    };
+}
+
 const BUILTIN: &[(&str, &str)] = &[
-    ("demo", include_str!("../../recipes/demo.toml")),
-    ("simclr-cifar10", include_str!("../../recipes/simclr-cifar10.toml")),
-    ("simclr-cifar10-small", include_str!("../../recipes/simclr-cifar10-small.toml")),
-    ("simclr-imagenet", include_str!("../../recipes/simclr-imagenet.toml")),
+    builtin!("byol-cifar10"),
+    builtin!("byol-cifar10-small"),
+    builtin!("byol-imagenet"),
+    builtin!("demo"),
+    builtin!("moco-v1-imagenet"),
+    builtin!("moco-v2-cifar10"),
+    builtin!("moco-v2-cifar10-small"),
+    builtin!("moco-v2-imagenet"),
+    builtin!("simclr-cifar10"),
+    builtin!("simclr-cifar10-small"),
+    builtin!("simclr-imagenet"),
+    builtin!("simclr-v2-cifar10"),
+    builtin!("simclr-v2-cifar10-small"),
+    builtin!("simclr-v2-distill-cifar10-small"),
+    builtin!("simclr-v2-distill-imagenet"),
+    builtin!("simclr-v2-finetune-cifar10-small"),
+    builtin!("simclr-v2-finetune-imagenet"),
+    builtin!("simclr-v2-imagenet-r152-3x"),
+    builtin!("simclr-v2-imagenet-r50-1x"),
+    builtin!("simsiam-cifar10"),
+    builtin!("simsiam-cifar10-small"),
+    builtin!("simsiam-imagenet"),
+    builtin!("supervised-cifar10"),
+    builtin!("supervised-cifar10-small"),
+    builtin!("supervised-imagenet"),
+    builtin!("swav-cifar10"),
+    builtin!("swav-cifar10-small"),
+    builtin!("swav-imagenet"),
+    builtin!("swav-imagenet-256"),
 ];
 
 /// Names of the recipes that the program brings along.
