@@ -7,6 +7,7 @@ import torch
 
 from . import seeded
 from .record import record, save, table
+from .selective import SelectiveTrunk
 from .trunk import Trunk, fill, kinked, outside, slots
 
 
@@ -17,7 +18,10 @@ class Network:
         self.line, self.dtype = line, dtype
         words = dict(word.split("=", 1) for word in line.split(" ")[1:])
         depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
-        self.trunk = Trunk(depth, width, words["stem"], groups)
+        if "sk" in words:
+            self.trunk = SelectiveTrunk(width, words["stem"], float(words["sk"]))
+        else:
+            self.trunk = Trunk(depth, width, words["stem"], groups)
         fill(self.trunk, line)
         self.trunk.to(dtype)
         self.size = (n, h, w, 3)

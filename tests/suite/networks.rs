@@ -37,7 +37,9 @@ impl Network {
         let [depth, width, norm_groups, n, h, w] =
             row.sizes(["depth", "width", "groups", "n", "h", "w"]);
         let stem = if row.text("stem") == Some("image") { Stem::Image } else { Stem::Small };
-        let config = ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups };
+        let sk_ratio = row.text("sk").map_or(0.0, |text| text.parse().unwrap());
+        let zero_init_residual = false;
+        let config = ResNetConfig { depth, width, stem, zero_init_residual, norm_groups, sk_ratio };
         let mut layout = Layout::new();
         let trunk = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);

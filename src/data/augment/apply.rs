@@ -55,6 +55,9 @@ impl Policy {
 
     fn change_u8(&self, params: &Params, scratch: &mut Scratch) {
         let Scratch { bytes: pixels, floats, blur: buffers, .. } = scratch;
+        if params.grey && self.grey_first {
+            colour::grey(pixels);
+        }
         if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
             for op in drawn.order {
                 match op {
@@ -68,7 +71,7 @@ impl Policy {
                 }
             }
         }
-        if params.grey {
+        if params.grey && !self.grey_first {
             colour::grey(pixels);
         }
         if let (Some(sigma), Some(blur)) = (params.blur, &self.blur) {
@@ -84,6 +87,9 @@ impl Policy {
 
     fn change_float(&self, params: &Params, scratch: &mut Scratch) {
         let Scratch { floats: pixels, blur: buffers, .. } = scratch;
+        if params.grey && self.grey_first {
+            float::grey(pixels);
+        }
         if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
             for op in drawn.order {
                 match op {
@@ -97,7 +103,7 @@ impl Policy {
                 }
             }
         }
-        if params.grey {
+        if params.grey && !self.grey_first {
             float::grey(pixels);
         }
         if let Some(sigma) = params.blur {
