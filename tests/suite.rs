@@ -2,6 +2,8 @@
 
 #[path = "suite/accumulation.rs"]
 mod accumulation;
+#[path = "suite/audit.rs"]
+mod audit;
 #[path = "suite/augmentation.rs"]
 mod augmentation;
 #[path = "suite/case.rs"]

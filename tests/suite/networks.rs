@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Layout};
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::nn::{ResNet, ResNetConfig, Stem};
 use selfsup::tape;
 use selfsup::tensor::Tensor;
@@ -11,6 +11,7 @@ use selfsup::tensor::Tensor;
 use crate::case::dot;
 use crate::cases::Row;
 use crate::compare::report;
+use crate::driver::gpu;
 use crate::golden::{Goldens, Record};
 use crate::network;
 use crate::seeded;
@@ -101,13 +102,23 @@ fn resnets_in_f64_agree_with_pytorch() {
 
 #[test]
 fn resnets_on_the_cpu_agree_with_pytorch() {
+    agree_in_f32("ResNets on the CPU", &Device::cpu(2).unwrap().poisoned());
+}
+
+#[test]
+fn resnets_on_a_gpu_in_f32_agree_with_pytorch() {
+    agree_in_f32("ResNets on CUDA in f32", &gpu(Precision::F32));
+}
+
+fn agree_in_f32(what: &str, device: &Device) {
     let goldens = Goldens::open("networks");
-    let mut networks = networks(&goldens, &Device::cpu(2).unwrap().poisoned());
+    let mut networks = networks(&goldens, device);
     let tolerance = |part: &str, record: &Record<'_>| {
         record.tolerance(if part == "gradients" { 1e-4 } else { 1e-5 })
     };
     let results = networks.iter_mut().flat_map(|network| network.check(&goldens, tolerance));
-    report("ResNets on the CPU", results.collect());
+    report(what, results.collect());
+    device.check().unwrap();
 }
 
 /// methods.md 6.1 (k), provoked: the batch's statistics in their place give other features.

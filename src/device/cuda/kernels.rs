@@ -78,6 +78,20 @@ impl<T> In<'_, T> {
     }
 }
 
+impl<'a> In<'a, i32> {
+    /// The same place as bytes, which no tensor is of.
+    pub(crate) fn bytes(self) -> In<'a, u8> {
+        In::new(self.0)
+    }
+}
+
+impl<'a> Out<'a, i32> {
+    /// The same place as bytes, which no tensor is of.
+    pub(crate) fn bytes(self) -> Out<'a, u8> {
+        Out::new(self.0)
+    }
+}
+
 impl<'a, T> Out<'a, T> {
     pub(crate) fn new(address: u64) -> Self {
         Self(address, PhantomData)

@@ -4,6 +4,7 @@
 //! `dx` is the correlation of `dy` with the same filters read backwards, `dw` that of `x` with `dy`.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::DeviceKind;
@@ -67,7 +68,7 @@ impl Conv2dDims {
 /// The convolution of `x [n, h, w, c]` with `w [k, r, s, c]`.
 ///
 /// # Panics
-/// As [`Conv2dDims::new`].
+/// As [`Conv2dDims::new`]; on a GPU also where its kernels cannot count so far, with what they can.
 #[track_caller]
 pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t> {
     let d = Conv2dDims::new(
@@ -77,15 +78,19 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
         pad,
     );
     let device = x.tape().device().clone();
+    let x = &super::cast(x, w.value().dtype());
     let (x_value, w_value) = (x.value().clone(), w.value().clone());
-    let mut y = Tensor::floats(&device, [d.n, d.p, d.q, d.k]);
+    let mut y = Tensor::empty(&device, x_value.dtype(), [d.n, d.p, d.q, d.k]);
     match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(&x_value, &d, Direction::Forward);
             let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
             device.run(|| cpu::forward(y, x, w, workspace.data_mut(), &d));
         }
-        DeviceKind::Cuda => super::no_cuda("conv2d"),
+        DeviceKind::Cuda => {
+            cuda::check(&d);
+            cuda::forward(&mut y, &x_value, &w_value, &d);
+        }
         DeviceKind::Reference => {
             reference::forward(y.data_mut(), x_value.data(), w_value.data(), &d);
         }
@@ -101,7 +106,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                         cpu::weight_gradient(dw, x, dy, workspace.data_mut(), &d, accumulate);
                     });
                 }
-                DeviceKind::Cuda => super::no_cuda("conv2d"),
+                DeviceKind::Cuda => cuda::weight_gradient(&mut dw, &x_value, &dy, &d, accumulate),
                 DeviceKind::Reference => reference::weight_gradient(
                     dw.data_mut(),
                     x_value.data(),
@@ -111,7 +116,8 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                 ),
             }
         }
-        if let Some((mut dx, accumulate)) = gradients.target(x_id, x_value.shape()) {
+        let mut own = None;
+        if let Some((mut dx, accumulate)) = gradients.target_like(x_id, &x_value, &mut own) {
             match device.kind() {
                 DeviceKind::Cpu => {
                     let mut workspace = workspace(&x_value, &d, Direction::DataGradient);
@@ -120,7 +126,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                         cpu::data_gradient(dx, dy, w, workspace.data_mut(), &d, accumulate);
                     });
                 }
-                DeviceKind::Cuda => super::no_cuda("conv2d"),
+                DeviceKind::Cuda => cuda::data_gradient(&mut dx, &dy, &w_value, &d, accumulate),
                 DeviceKind::Reference => reference::data_gradient(
                     dx.data_mut(),
                     dy.data(),
@@ -129,6 +135,9 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
                     accumulate,
                 ),
             }
+        }
+        if let Some(dx) = own {
+            gradients.add(x_id, dx);
         }
     })
 }

@@ -1,6 +1,9 @@
 //! Rows on the unit sphere: `y_i = x_i / max(|x_i|, eps)`, `x [n, d]`, eps 1e-12 (PyTorch's `normalize`).
+//! Unit rows are for losses, so they are f32 where `x` is bf16.
 //!
 //! `dx_i = (dy_i - y_i <y_i, dy_i>) / |x_i|`; below eps the norm is a constant and `dx_i = dy_i / eps`.
+
+mod cuda;
 
 use rayon::prelude::*;
 
@@ -19,27 +22,27 @@ pub(crate) const EPS: f64 = 1e-12;
 pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     let [n, d] = x.value().dims("l2_normalize: the input");
     let device = x.tape().device().clone();
-    let mut y = x.value().empty_like();
+    let mut y = Tensor::floats(&device, [n, d]);
     let mut norms = Tensor::floats(&device, [n]);
     match device.kind() {
         DeviceKind::Cpu => {
             let (y, norms, x) = (y.data_mut(), norms.data_mut(), x.value().data());
             device.run(|| forward_cpu(y, norms, x, d));
         }
-        DeviceKind::Cuda => super::no_cuda("l2_normalize"),
+        DeviceKind::Cuda => cuda::forward(&mut y, &mut norms, x.value()),
         DeviceKind::Reference => {
             forward_reference(y.data_mut(), norms.data_mut(), x.value().data(), d);
         }
     }
-    let (x_id, saved) = (x.id(), y.clone());
+    let (x_id, dtype, saved) = (x.id(), x.value().dtype(), y.clone());
     x.tape().record("l2_normalize", y, &[x], move |dy, gradients| {
-        let mut dx = dy.empty_like();
+        let mut dx = Tensor::empty(&device, dtype, [n, d]);
         match device.kind() {
             DeviceKind::Cpu => {
                 let (dx, dy, y, norms) = (dx.data_mut(), dy.data(), saved.data(), norms.data());
                 device.run(|| backward_cpu(dx, dy, y, norms, d));
             }
-            DeviceKind::Cuda => super::no_cuda("l2_normalize"),
+            DeviceKind::Cuda => cuda::backward(&mut dx, &dy, &saved, &norms),
             DeviceKind::Reference => {
                 backward_reference(dx.data_mut(), dy.data(), saved.data(), norms.data(), d);
             }

@@ -1,22 +1,23 @@
-//! Max pooling; comparisons only, so one generic loop serves both devices.
+//! Max pooling; comparisons only, so one generic loop serves the CPU and the reference.
 
 use rayon::prelude::*;
 
+use super::cuda;
 use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
 
 /// The sizes of a max pooling.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
-    h: usize,
-    w: usize,
-    c: usize,
-    p: usize,
-    q: usize,
-    size: usize,
-    stride: usize,
-    pad: usize,
+pub(super) struct Dims {
+    pub(super) h: usize,
+    pub(super) w: usize,
+    pub(super) c: usize,
+    pub(super) p: usize,
+    pub(super) q: usize,
+    pub(super) size: usize,
+    pub(super) stride: usize,
+    pub(super) pad: usize,
 }
 
 impl Dims {
@@ -37,7 +38,8 @@ impl Dims {
 /// Largest values of `size x size` windows, `stride` apart, over `x [n, h, w, c]` padded by `pad`.
 ///
 /// # Panics
-/// When a window does not fit the padded image, `stride` is 0 or `pad` is more than half of `size`.
+/// When a window does not fit the padded image, `stride` is 0 or `pad` is more than half of `size`; on a GPU also when
+/// `size` is above 16.
 #[track_caller]
 pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("max_pool: the input");
@@ -50,10 +52,10 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
     let q = (w + 2 * pad - size) / stride + 1;
     let dims = Dims { h, w, c, p, q, size, stride, pad };
     let device = x.tape().device();
-    let mut y = Tensor::floats(device, [n, p, q, c]);
+    let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
         DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), dims, device),
-        DeviceKind::Cuda => crate::ops::no_cuda("max_pool"),
+        DeviceKind::Cuda => return on_gpu(x, y, dims),
         DeviceKind::Reference => forward::<f64>(&mut y, x.value(), dims, device),
     }
     let (x_id, x_value, y_value) = (x.id(), x.value().clone(), y.clone());
@@ -62,11 +64,22 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
         let mut dx = Tensor::floats(device, *x_value.shape());
         match device.kind() {
             DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, &x_value, &y_value, dims, device),
-            DeviceKind::Cuda => crate::ops::no_cuda("max_pool"),
-            DeviceKind::Reference => {
-                backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device);
-            }
+            // Reference: a GPU has returned.
+            _ => backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device),
         }
+        gradients.add(x_id, dx);
+    })
+}
+
+/// The same with a byte saved for each output in place of `x` and `y`.
+#[track_caller]
+fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: Dims) -> Var<'t> {
+    let index = cuda::max_forward(&mut y, x.value(), dims, x.wants_gradient());
+    let (x_id, shape, dtype) = (x.id(), *x.shape(), x.value().dtype());
+    x.tape().record("max_pool", y, &[x], move |dy, gradients| {
+        let index = index.expect("made where a gradient is wanted");
+        let mut dx = Tensor::empty(dy.device(), dtype, shape);
+        cuda::max_backward(&mut dx, &dy, &index, dims);
         gradients.add(x_id, dx);
     })
 }

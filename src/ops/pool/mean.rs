@@ -1,7 +1,8 @@
-//! Global mean pooling; one generic loop serves both devices, with sums in f64.
+//! Global mean pooling; one generic loop serves the CPU and the reference, with sums in f64.
 
 use rayon::prelude::*;
 
+use super::cuda;
 use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
 use crate::tensor::{Float, Tensor};
@@ -15,19 +16,19 @@ pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("mean_pool: the input");
     assert!(h * w > 0, "mean_pool: images of {h} x {w} have no mean");
     let device = x.tape().device();
-    let mut y = Tensor::floats(device, [n, c]);
+    let mut y = Tensor::empty(device, x.value().dtype(), [n, c]);
     match device.kind() {
         DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), device),
-        DeviceKind::Cuda => crate::ops::no_cuda("mean_pool"),
+        DeviceKind::Cuda => cuda::mean_forward(&mut y, x.value()),
         DeviceKind::Reference => forward::<f64>(&mut y, x.value(), device),
     }
     let (x_id, shape) = (x.id(), *x.shape());
     x.tape().record("mean_pool", y, &[x], move |dy, gradients| {
         let device = dy.device();
-        let mut dx = Tensor::floats(device, shape);
+        let mut dx = Tensor::empty(device, dy.dtype(), shape);
         match device.kind() {
             DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, device),
-            DeviceKind::Cuda => crate::ops::no_cuda("mean_pool"),
+            DeviceKind::Cuda => cuda::mean_backward(&mut dx, &dy),
             DeviceKind::Reference => backward::<f64>(&mut dx, &dy, device),
         }
         gradients.add(x_id, dx);

@@ -1,0 +1,121 @@
+//! `kernels/pool.cu`: a thread makes 16 bytes of channels of one pixel of what is written.
+
+use super::max::Dims;
+use crate::device::Device;
+use crate::device::cuda::{Launch, Out};
+use crate::tensor::{DType, Tensor};
+
+/// A launch over the pixels of what is written, `[pixels.., c]`.
+#[track_caller]
+fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
+    const THREADS: usize = 256;
+    let c = *to.shape().last().expect("pooling: images have channels");
+    let pixels = to.len() / c.max(1);
+    assert!(
+        pixels < 1 << 31,
+        "pooling: {pixels} pixels, and a GPU's kernels count to 2^31 - 1: take a smaller batch"
+    );
+    let vectors = c.div_ceil(16 / to.dtype().size());
+    let across = vectors.next_power_of_two().min(32);
+    let down = THREADS / across;
+    let grid = [pixels.div_ceil(down), vectors.div_ceil(across), 1];
+    Launch::new(device.gpu(), grid, [across, down, 1])
+}
+
+/// The sizes as the kernels take them.
+fn sizes(n: usize, dims: Dims) -> [i32; 9] {
+    let Dims { h, w, c, p, q, size, stride, pad } = dims;
+    [n, h, w, c, p, q, size, stride, pad].map(|size| size as i32)
+}
+
+/// Gives where in its window the largest pixel of each output stands, a byte each; nothing where no gradient is
+/// `wanted`.
+#[track_caller]
+pub(super) fn max_forward(y: &mut Tensor, x: &Tensor, dims: Dims, wanted: bool) -> Option<Tensor> {
+    assert!(
+        dims.size <= 16,
+        "max_pool: windows of {0} x {0}, and on a GPU they are 16 x 16 at most",
+        dims.size
+    );
+    let device = y.device().clone();
+    let mut index = wanted.then(|| Tensor::empty(&device, DType::I32, [y.len().div_ceil(4)]));
+    let bytes = index.as_mut().map_or(Out::null(), |index| index.device_out().bytes());
+    let (to, [n, h, w, c, p, q, size, stride, pad]) = (over(&device, y), sizes(x.shape()[0], dims));
+    // SAFETY: `x` and `y` have these sizes, `index` a byte for each element of `y`.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            max_pool_f32
+                | max_pool_bf16(
+                    to,
+                    y.device_out(),
+                    bytes,
+                    x.device_in(),
+                    n,
+                    h,
+                    w,
+                    c,
+                    p,
+                    q,
+                    size,
+                    stride,
+                    pad
+                )
+        );
+    }
+    index
+}
+
+pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: Dims) {
+    let to = over(dy.device(), dx);
+    let [n, h, w, c, p, q, size, stride, pad] = sizes(dy.shape()[0], dims);
+    // SAFETY: as in the forward pass, which made `index`.
+    unsafe {
+        by_dtype!(
+            dy.dtype(),
+            max_pool_backward_f32
+                | max_pool_backward_bf16(
+                    to,
+                    dx.device_out(),
+                    dy.device_in(),
+                    index.device_in().bytes(),
+                    n,
+                    h,
+                    w,
+                    c,
+                    p,
+                    q,
+                    size,
+                    stride,
+                    pad,
+                    0
+                )
+        );
+    }
+}
+
+/// The mean over all pixels: `x [n, h, w, c]`, `y [n, c]`.
+pub(super) fn mean_forward(y: &mut Tensor, x: &Tensor) {
+    let [n, h, w, c] = x.dims("mean_pool: the input");
+    let (to, [n, pixels, c]) = (over(x.device(), y), [n, h * w, c].map(|size| size as i32));
+    // SAFETY: the tensors have these sizes.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            mean_pool_f32 | mean_pool_bf16(to, y.device_out(), x.device_in(), n, pixels, c)
+        );
+    }
+}
+
+pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
+    let [n, h, w, c] = dx.dims("mean_pool: the input");
+    let (to, [n, pixels, c]) = (over(dy.device(), dx), [n, h * w, c].map(|size| size as i32));
+    // SAFETY: the tensors have these sizes.
+    unsafe {
+        by_dtype!(
+            dy.dtype(),
+            mean_pool_backward_f32
+                | mean_pool_backward_bf16(to, dx.device_out(), dy.device_in(), n, pixels, c, 0)
+        );
+    }
+}

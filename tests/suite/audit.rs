@@ -1,0 +1,188 @@
+//! bf16 on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer by itself, on the reference's
+//! inputs rounded to bf16, is held to a tolerance; how far a network has drifted that runs by itself is printed beside.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use selfsup::arena::{Layout, SlotKind};
+use selfsup::device::{Device, Precision};
+use selfsup::nn::{ConvBn, ResNet, ResNetConfig, Stem};
+use selfsup::ops::{self, BatchNorm};
+use selfsup::tape;
+use selfsup::tensor::Shape;
+
+use crate::case::{Build, Case, Input, Route, dot};
+use crate::compare::{close, norm, ratio, report};
+use crate::driver::gpu;
+use crate::network;
+use crate::seeded;
+
+/// Seeds weights and images.
+const LINE: &str = "audit";
+const WIDTH: usize = 8;
+const IMAGES: [usize; 3] = [4, 16, 16];
+
+/// A convolution with its batch norm, and which values it takes: 0 is the images, `i` what unit `i - 1` made.
+struct Unit {
+    name: String,
+    norm: String,
+    layer: ConvBn,
+    stride: usize,
+    pad: usize,
+    from: usize,
+    residual: Option<usize>,
+    relu: bool,
+}
+
+/// ResNet-18 for small images, spread out.
+fn units(layout: &mut Layout) -> Vec<Unit> {
+    let mut units = Vec::new();
+    let mut add = |names: [String; 2], [c, k, size, stride]: [usize; 4], from, residual, relu| {
+        let [name, norm] = names;
+        let layer = ConvBn::new(layout, (&name, &norm), c, k, size, stride, 1.0, 1);
+        units.push(Unit { name, norm, layer, stride, pad: size / 2, from, residual, relu });
+        units.len()
+    };
+    let names = |block: &str, i: usize| [format!("{block}conv{i}"), format!("{block}bn{i}")];
+    let mut x = add(names("", 1), [3, WIDTH, 3, 1], 0, None, true);
+    let mut c = WIDTH;
+    for (stage, block) in (0..4).flat_map(|stage| [(stage, 0), (stage, 1)]) {
+        let (k, stride) = (WIDTH << stage, if stage > 0 && block == 0 { 2 } else { 1 });
+        let block = format!("layer{}.{block}.", stage + 1);
+        let projection = [0, 1].map(|i| format!("{block}downsample.{i}"));
+        let shortcut = if c == k { x } else { add(projection, [c, k, 1, stride], x, None, false) };
+        let inner = add(names(&block, 1), [c, k, 3, stride], x, None, true);
+        x = add(names(&block, 2), [k, k, 3, 1], inner, Some(shortcut), true);
+        c = k;
+    }
+    units
+}
+
+/// What a run of the network gave.
+struct Run {
+    /// Images, and what each unit made of them.
+    values: Vec<(Shape, Vec<f64>)>,
+    features: Vec<f64>,
+    gradients: BTreeMap<String, Vec<f64>>,
+}
+
+fn run(units: &[Unit], layout: &Arc<Layout>, device: &Device) -> Run {
+    let mut arena = network::seeded_arena(layout, device, LINE);
+    let images = network::images(device, LINE, IMAGES);
+    let (mut values, mut features) = (Vec::new(), Vec::new());
+    let loss = tape::step(&mut arena, |tape| {
+        let mut vars = vec![tape.input(&images)];
+        for unit in units {
+            let residual = unit.residual.map(|i| &vars[i]);
+            vars.push(unit.layer.forward(&vars[unit.from], residual, unit.relu));
+        }
+        let y = ops::mean_pool(vars.last().unwrap());
+        values.extend(vars.iter().map(|v| (*v.shape(), v.value().to_f64())));
+        features = y.value().to_f64();
+        dot(&y, &seeded::unit(seeded::seed(LINE), features.len()))
+    });
+    loss.unwrap();
+    Run { values, features, gradients: network::gradients(&arena) }
+}
+
+#[test]
+fn the_units_of_the_audit_are_those_of_a_resnet() {
+    let (mut spread, mut layout) = (Layout::new(), Layout::new());
+    let units = units(&mut spread);
+    let want = run(&units, &Arc::new(spread), &Device::reference());
+    let config = ResNetConfig {
+        depth: 18,
+        width: WIDTH,
+        stem: Stem::Small,
+        zero_init_residual: false,
+        norm_groups: 1,
+    };
+    let trunk = ResNet::new(&mut layout, "", &config);
+    let mut arena = network::seeded_arena(&Arc::new(layout), &Device::reference(), LINE);
+    let images = network::images(&Device::reference(), LINE, IMAGES);
+    let mut features = Vec::new();
+    let loss = tape::step(&mut arena, |tape| {
+        let y = trunk.forward(&tape.input(&images));
+        features = y.value().to_f64();
+        dot(&y, &seeded::unit(seeded::seed(LINE), features.len()))
+    });
+    loss.unwrap();
+    assert_eq!(features, want.features);
+    assert_eq!(network::gradients(&arena), want.gradients);
+}
+
+impl Unit {
+    /// The unit as a case of its own, on the values that it takes in `run`.
+    fn case(&self, run: &Run, layout: &Arc<Layout>) -> Case {
+        let arena = network::seeded_arena(layout, &Device::reference(), LINE);
+        let input = |name, kind, (shape, values): (Shape, Vec<f64>)| Input {
+            name,
+            shape: shape.to_vec(),
+            kind,
+            values,
+            step: 0.0,
+        };
+        let slot = |name: &str| {
+            let slot = layout.params().iter().find(|slot| slot.name == name).unwrap();
+            (slot.shape, arena.slot_values(slot))
+        };
+        let mut inputs = vec![
+            input("x", SlotKind::Matrix, run.values[self.from].clone()),
+            input("w", SlotKind::Matrix, slot(&format!("{}.weight", self.name))),
+            input("gain", SlotKind::Gain, slot(&format!("{}.weight", self.norm))),
+            input("shift", SlotKind::Shift, slot(&format!("{}.bias", self.norm))),
+        ];
+        if let Some(i) = self.residual {
+            inputs.push(input("residual", SlotKind::Matrix, run.values[i].clone()));
+        }
+        let (stride, pad, relu) = (self.stride, self.pad, self.relu);
+        let build: Build = Box::new(move |_, v| {
+            let y = ops::conv2d(&v[0], &v[1], stride, pad);
+            let (gain, shift, residual) = (Some(&v[2]), Some(&v[3]), v.get(4));
+            let with = BatchNorm { gain, shift, residual, relu, ..BatchNorm::default() };
+            ops::batch_norm(&y, with)
+        });
+        Case { name: self.name.clone(), inputs, loose: 1.0, rounded: false, build }.rounded()
+    }
+}
+
+/// The relative error of a value of a run that went its own way.
+fn drift(got: &[f64], want: &[f64]) -> f64 {
+    let difference: Vec<f64> = got.iter().zip(want).map(|(g, w)| g - w).collect();
+    ratio(norm(&difference), norm(want))
+}
+
+#[test]
+fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
+    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+    let mut layout = Layout::new();
+    let units = units(&mut layout);
+    let layout = Arc::new(layout);
+    let (want, drifted) = (run(&units, &layout, &reference), run(&units, &layout, &gpu));
+    gpu.check().unwrap();
+
+    println!(
+        "errors relative to f64, L2, of each layer alone, and of the network that runs in bf16 throughout"
+    );
+    println!(
+        "{:24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10} |{:>10}{:>10}",
+        "layer", "y", "dx", "dw", "dgain", "dshift", "dresidual", "y", "dw"
+    );
+    let mut results = Vec::new();
+    for (i, unit) in units.iter().enumerate() {
+        let case = unit.case(&want, &layout);
+        let (right, got) = (case.run(&reference, Route::Param), case.run(&gpu, Route::Node));
+        let mut line = format!("{:24}", unit.name);
+        for ((part, got), (_, right)) in got.parts(&case).zip(right.parts(&case)) {
+            let tolerance = if part == "y" { 1e-2 } else { 3e-2 };
+            results.push(close(&format!("{}|{part}", unit.name), got, right, tolerance));
+            line += &format!("{:10.1e}", drift(got, right));
+        }
+        let weights = format!("{}.weight", unit.name);
+        let of_y = drift(&drifted.values[i + 1].1, &want.values[i + 1].1);
+        let of_dw = drift(&drifted.gradients[&weights], &want.gradients[&weights]);
+        println!("{line:84} |{of_y:10.1e}{of_dw:10.1e}");
+    }
+    println!("{:84} |{:10.1e}", "features", drift(&drifted.features, &want.features));
+    report("bf16, layer by layer", results);
+}
