@@ -23,8 +23,11 @@ mod slots;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transform;
 mod vector;
 mod weight;
+mod winograd;
+pub static mut FORCE: bool = true;
 
 pub use isa::Isa;
 
@@ -103,8 +106,14 @@ fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
 
 fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
     match direction {
-        Direction::Forward => correlation::workspace_len(&Problem::forward(d), isa),
-        Direction::DataGradient => correlation::workspace_len(&Problem::data_gradient(d), isa),
+        Direction::Forward => match winograd::Problem::forward(d) {
+            Some(p) => winograd::workspace_len(&p, isa),
+            None => correlation::workspace_len(&Problem::forward(d), isa),
+        },
+        Direction::DataGradient => match winograd::Problem::data_gradient(d) {
+            Some(p) => winograd::workspace_len(&p, isa),
+            None => correlation::workspace_len(&Problem::data_gradient(d), isa),
+        },
         Direction::WeightGradient => weight::workspace_len(d, isa),
     }
 }
@@ -119,7 +128,10 @@ fn forward_on(
     d: &Conv2dDims,
 ) {
     let workspace = checked(isa, d, Direction::Forward, [x.len(), w.len(), y.len()], workspace);
-    correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
+    match winograd::Problem::forward(d) {
+        Some(p) => winograd::run(&p, isa, y, x, w, workspace, false),
+        None => correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false),
+    }
 }
 
 #[track_caller]
@@ -134,7 +146,10 @@ fn data_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::DataGradient, [dx.len(), w.len(), dy.len()], workspace);
-    correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
+    match winograd::Problem::data_gradient(d) {
+        Some(p) => winograd::run(&p, isa, dx, dy, w, workspace, accumulate),
+        None => correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate),
+    }
 }
 
 #[track_caller]
