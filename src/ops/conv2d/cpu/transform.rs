@@ -17,10 +17,12 @@
 
 use super::vector::Vector;
 
-/// Channels that lie together in the transformed input, and taps that are transformed together.
+/// Channels that lie together in the transformed input. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
 
-/// Zeros to read in place of pixels outside the image: as many as a vector has lanes.
+pub const COMPONENTS: usize = 16;
+
+/// Zeros to read in place of pixels outside the image: as many as the widest vector has lanes.
 static OUTSIDE: [f32; BLOCK] = [0.0; BLOCK];
 
 /// A row of tiles to transform into `[16 components][c / BLOCK][tile][BLOCK]`.
