@@ -139,6 +139,12 @@ pub trait Method {
     /// looks at. Taken, so that no memory is held.
     fn take_embeddings(&mut self) -> Option<Tensor>;
 
+    /// How many prototypes the last loss assigned images to, weighed by use: `exp` of the entropy of the mean assignment. For
+    /// methods that cluster; reads from the device.
+    fn prototypes_used(&self) -> Option<f64> {
+        None
+    }
+
     /// Moves what follows the weights, after the optimiser; `progress` in `0..=1` is the share of training done.
     fn after_update(&mut self, online: &mut Arena, progress: f64) {
         let _ = (online, progress);

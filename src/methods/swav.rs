@@ -238,6 +238,17 @@ impl Method for Swav {
         self.embeddings.take()
     }
 
+    fn prototypes_used(&self) -> Option<f64> {
+        let k = self.settings.prototypes;
+        let mut mean = vec![0.0; k];
+        for q in &self.assignments {
+            let share = 1.0 / (self.assignments.len() * q.shape()[0]) as f64;
+            q.to_f64().iter().enumerate().for_each(|(i, v)| mean[i % k] += share * v);
+        }
+        let entropy: f64 = mean.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
+        (!self.assignments.is_empty()).then(|| entropy.exp())
+    }
+
     fn after_update(&mut self, _: &mut Arena, _: f64) {
         let Some(z) = self.fresh.take().filter(|_| self.queue_runs) else { return };
         let n = z.shape()[0] / ASSIGNING;

@@ -66,6 +66,12 @@ pub trait Watch {
 /// Below this share of `1 / sqrt(d)` embeddings have collapsed. Healthy runs stay above 0.3.
 const COLLAPSED: f64 = 0.05;
 
+/// Below this many directions embeddings lie on one line. A batch norm that ends a head keeps their deviation up, but not this.
+const ON_A_LINE: f64 = 1.3;
+
+/// Below this many prototypes all images have one assignment.
+const ONE_PROTOTYPE: f64 = 1.5;
+
 /// Above this share of an epoch the wait for data is worth a sentence.
 const WAITING: f64 = 0.1;
 
@@ -274,14 +280,11 @@ impl Run {
         let elapsed = start.elapsed();
         let spread = embeddings.as_ref().map(eval::spread);
         drop(embeddings);
-        if let Some(spread) = spread
-            && spread.std < COLLAPSED
-        {
+        if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
             return Err(Error::Diverged(format!(
-                "the embeddings collapsed in epoch {}: their deviation is {:.4} of 1/sqrt(d), where a healthy run has about 1; \
+                "the embeddings collapsed in epoch {}: {seen}; \
                  lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
                 epoch + 1,
-                spread.std
             )));
         }
         let last = epoch + 1 == self.recipe.train.epochs;
@@ -306,6 +309,7 @@ impl Run {
                 "loss": report.loss,
                 "embedding_std": spread.map(|s| s.std),
                 "effective_rank": spread.map(|s| s.effective_rank),
+                "prototypes_used": self.method.prototypes_used(),
                 "knn": knn,
                 "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
@@ -355,6 +359,24 @@ impl Run {
         checkpoint::save(folder, self.step, &self.online, &self.optimizer, state, metadata, keep)?;
         Ok(())
     }
+}
+
+/// What a collapse looks like, if it is one.
+fn collapse(spread: Option<Spread>, prototypes_used: Option<f64>) -> Option<String> {
+    if let Some(Spread { std, effective_rank }) = spread {
+        if std < COLLAPSED {
+            return Some(format!(
+                "their deviation is {std:.4} of 1/sqrt(d), where a healthy run has about 1"
+            ));
+        }
+        if effective_rank < ON_A_LINE {
+            return Some(format!(
+                "they use {effective_rank:.2} directions, so all lie on one line"
+            ));
+        }
+    }
+    let used = prototypes_used.filter(|&used| used < ONE_PROTOTYPE)?;
+    Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
 }
 
 /// Whether something done every `every` epochs is due after `epoch`, which counts from 0.

@@ -37,8 +37,15 @@ impl Watch for Spreads {
     fn note(&mut self, _: &str) {}
 }
 
-const SIMSIAM: &[&str] = &["method.embedding=32", "method.hidden=8"];
-const BYOL: &[&str] = &["method.embedding=16", "method.hidden=32"];
+const SIMSIAM: &[&str] = &[
+    "method.embedding=8",
+    "method.hidden=8",
+    "optim.lr=1.0",
+    "optim.decay=constant",
+    "train.epochs=10",
+];
+const BYOL: &[&str] =
+    &["method.embedding=16", "method.hidden=32", "method.momentum=0.9", "optim.lr=2.0"];
 const SWAV: &[&str] = &[
     "method.crops=2",
     "augment.0.repeat=1",
@@ -47,6 +54,8 @@ const SWAV: &[&str] = &[
     "method.hidden=32",
     "method.prototypes=24",
     "method.freeze_steps=16",
+    "method.epsilon=0.03",
+    "optim.lr=0.5",
     "method.queue=0",
 ];
 
