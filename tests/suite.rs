@@ -36,6 +36,8 @@ mod random_shapes;
 mod recipes;
 #[path = "suite/seeded.rs"]
 mod seeded;
+#[path = "suite/shipped_bugs.rs"]
+mod shipped_bugs;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/surface.rs"]
