@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use selfsup::arena::Arena;
-use selfsup::device::{Device, DeviceKind};
+use selfsup::device::Device;
 use selfsup::methods::byol::{self, Byol};
 use selfsup::methods::distill::{self, Distill};
 use selfsup::methods::moco::{self, MoCo};
@@ -129,7 +129,7 @@ fn distillation() -> Box<dyn Method> {
     Box::new(Distill::new(&small(1), &settings))
 }
 
-fn runs() -> Vec<Run> {
+pub fn runs() -> Vec<Run> {
     let sgd = |nesterov| {
         let (momentum, weight_decay, exclude) = (0.9, 0.01, Exclude::Nothing);
         Rule::Sgd(Sgd { momentum, nesterov, weight_decay, exclude })
@@ -223,10 +223,10 @@ impl Run {
 
 /// A method, its weights and its optimiser, as a run starts.
 pub struct Training {
-    run: Run,
-    method: Box<dyn Method>,
-    online: Arena,
-    optimizer: Optimizer,
+    pub run: Run,
+    pub method: Box<dyn Method>,
+    pub online: Arena,
+    pub optimizer: Optimizer,
 }
 
 impl Training {
@@ -259,7 +259,7 @@ impl Training {
     }
 
     /// Loss; gradients are then in the arena.
-    fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
+    pub fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
         let views = self.run.views(goldens, self.online.device(), step);
         self.method.labels(&self.run.labels(step)).unwrap();
         // An epoch's first step stands for all of it.
@@ -275,7 +275,7 @@ impl Training {
         loss.unwrap().scalar()
     }
 
-    fn update(&mut self, step: usize, fault: Fault) {
+    pub fn update(&mut self, step: usize, fault: Fault) {
         let (method, schedule) = (&self.method, self.run.schedule());
         self.optimizer.treat(self.online.layout(), |slot| {
             if fault == Fault::NothingSpecial {
@@ -468,58 +468,4 @@ fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytor
         }
         report(&format!("{} on the CPU", run.name), results);
     }
-}
-
-/// (j): what a checkpoint holds is what a method owns, and a file that lacks a part of it is refused.
-#[test]
-fn checkpoints_hold_what_methods_own() {
-    let folder = tempfile::tempdir().unwrap();
-    let device = Device::cpu(1).unwrap();
-    let goldens = Goldens::open("methods");
-    for run in runs() {
-        let mut training = Training::new(run, &device);
-        // SwAV's queue starts in step 4.
-        for step in 0..6 {
-            training.forward_and_backward(&goldens, step, Fault::None);
-            training.update(step, Fault::None);
-        }
-        let own = values_of(&mut *training.method);
-        let state = training.method.state();
-        let path = selfsup::train::save(
-            folder.path(),
-            2,
-            &training.online,
-            &training.optimizer,
-            state,
-            Default::default(),
-            1,
-        )
-        .unwrap();
-        let mut fresh = Training::new(run, &device);
-        if !own.is_empty() {
-            assert_ne!(values_of(&mut *fresh.method), own, "{}: nothing moved", run.name);
-        }
-        selfsup::train::load_state(&path, fresh.method.state()).unwrap();
-        assert_eq!(values_of(&mut *fresh.method), own, "{}", run.name);
-        // Another method's state is not in there.
-        let mut other =
-            Training::new(run_of(if run.name == "byol" { "swav" } else { "byol" }), &device);
-        let error =
-            selfsup::train::load_state(&path, other.method.state()).unwrap_err().to_string();
-        assert!(error.contains("has no tensor method."), "{error}");
-    }
-    assert_eq!(device.kind(), DeviceKind::Cpu);
-}
-
-fn values_of(method: &mut dyn Method) -> Vec<(&'static str, Vec<f64>)> {
-    let values = |(name, part): (&'static str, State<'_>)| match part {
-        State::Network(network) => {
-            let mut all = network.values().to_f64();
-            all.extend(network.statistics().to_f64());
-            (name, all)
-        }
-        State::Rows(rows) => (name, rows.to_f64()),
-        State::Count(count) => (name, vec![*count as f64]),
-    };
-    method.state().into_iter().map(values).collect()
 }

@@ -17,7 +17,7 @@ use selfsup::tensor::Tensor;
 
 use crate::golden::Goldens;
 use crate::methods::{
-    BATCH, COURSE, Fault, MOCO, MOCO_V2, SWAV, Training, free_running, run_of, small,
+    BATCH, COURSE, Fault, MOCO, MOCO_V2, SWAV, Training, free_running, run_of, runs, small,
 };
 use crate::network;
 
@@ -162,4 +162,57 @@ fn prototypes_have_no_bias() {
     let swav = Swav::new(&small(1), &SWAV);
     let names = swav.layout().params().iter().filter(|slot| slot.name.starts_with("prototypes"));
     assert_eq!(names.map(|slot| &*slot.name).collect::<Vec<_>>(), ["prototypes.weight"]);
+}
+
+/// (j): what a checkpoint holds is what a method owns, and a file that lacks a part of it is refused.
+#[test]
+fn checkpoints_hold_what_methods_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu(1).unwrap();
+    let goldens = Goldens::open("methods");
+    for run in runs() {
+        let mut training = Training::new(run, &device);
+        // SwAV's queue starts in step 4.
+        for step in 0..6 {
+            training.forward_and_backward(&goldens, step, Fault::None);
+            training.update(step, Fault::None);
+        }
+        let own = values_of(&mut *training.method);
+        let state = training.method.state();
+        let path = selfsup::train::save(
+            folder.path(),
+            2,
+            &training.online,
+            &training.optimizer,
+            state,
+            Default::default(),
+            1,
+        )
+        .unwrap();
+        let mut fresh = Training::new(run, &device);
+        if !own.is_empty() {
+            assert_ne!(values_of(&mut *fresh.method), own, "{}: nothing moved", run.name);
+        }
+        selfsup::train::load_state(&path, fresh.method.state()).unwrap();
+        assert_eq!(values_of(&mut *fresh.method), own, "{}", run.name);
+        // Another method's state is not in there.
+        let mut other =
+            Training::new(run_of(if run.name == "byol" { "swav" } else { "byol" }), &device);
+        let error =
+            selfsup::train::load_state(&path, other.method.state()).unwrap_err().to_string();
+        assert!(error.contains("has no tensor method."), "{error}");
+    }
+}
+
+fn values_of(method: &mut dyn Method) -> Vec<(&'static str, Vec<f64>)> {
+    let values = |(name, part): (&'static str, State<'_>)| match part {
+        State::Network(network) => {
+            let mut all = network.values().to_f64();
+            all.extend(network.statistics().to_f64());
+            (name, all)
+        }
+        State::Rows(rows) => (name, rows.to_f64()),
+        State::Count(count) => (name, vec![*count as f64]),
+    };
+    method.state().into_iter().map(values).collect()
 }
