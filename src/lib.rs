@@ -44,8 +44,12 @@
 //! **The same seed gives the same run**, to the last bit on one machine, whatever the number of threads: work is cut by shape,
 //! sums have one order, random numbers are counter-based ([Philox](device::Philox), keyed by seed, epoch and sample).
 //!
-//! **A method is one file** that reads like its paper: [`methods::simclr`] for
-//! [SimCLR](https://arxiv.org/abs/2002.05709). What it needs from the outside is the [`Method`](methods::Method) trait.
+//! **A method is one file** that reads like its paper: [`methods::moco`] ([v1](https://arxiv.org/abs/1911.05722),
+//! [v2](https://arxiv.org/abs/2003.04297)), [`methods::simclr`] ([paper](https://arxiv.org/abs/2002.05709)),
+//! [`methods::simclr_v2`] ([paper](https://arxiv.org/abs/2006.10029)), [`methods::swav`]
+//! ([paper](https://arxiv.org/abs/2006.09882)), [`methods::byol`] ([paper](https://arxiv.org/abs/2006.07733)),
+//! [`methods::simsiam`] ([paper](https://arxiv.org/abs/2011.10566)); [`methods::supervised`] and [`methods::distill`] beside
+//! them. What each needs from the outside is the [`Method`](methods::Method) trait.
 //!
 //! # Panics and errors
 //!

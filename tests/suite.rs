@@ -46,6 +46,8 @@ mod recipes;
 mod seeded;
 #[path = "suite/signatures.rs"]
 mod signatures;
+#[path = "suite/shipped_bugs.rs"]
+mod shipped_bugs;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/surface.rs"]

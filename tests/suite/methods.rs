@@ -1,13 +1,11 @@
 //! Ten steps of each method against PyTorch: in f64 free-running, in f32 each from the state that f64 had.
 //!
-//! Faults that people shipped (methods.md 6.1) are switched on here, not in the methods: a fault is another order of calls, a
-//! call left out, or a method of this file around the right one.
+//! `shipped_bugs.rs` provokes what people got wrong.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use selfsup::arena::{Arena, Layout};
-use selfsup::device::{Device, DeviceKind};
+use selfsup::arena::Arena;
+use selfsup::device::Device;
 use selfsup::methods::byol::{self, Byol};
 use selfsup::methods::distill::{self, Distill};
 use selfsup::methods::moco::{self, MoCo};
@@ -16,10 +14,10 @@ use selfsup::methods::simsiam::{self, SimSiam};
 use selfsup::methods::supervised::{self, Supervised};
 use selfsup::methods::swav::{self, Swav};
 use selfsup::methods::{Course, Method, State};
-use selfsup::nn::{ResNet, ResNetConfig, Stem};
+use selfsup::nn::{ResNetConfig, Stem};
 use selfsup::ops;
 use selfsup::optim::{Care, Exclude, Lars, Optimizer, Rule, Schedule, Sgd};
-use selfsup::tape::{self, Tape, Var};
+use selfsup::tape;
 use selfsup::tensor::Tensor;
 
 use crate::case::write;
@@ -29,18 +27,18 @@ use crate::network;
 use crate::seeded;
 
 const STEPS: usize = 10;
-const BATCH: usize = 8;
+pub const BATCH: usize = 8;
 const EMBEDDING: usize = 16;
 /// The steps whose state is in the goldens.
 const KEPT: [usize; 2] = [0, STEPS - 1];
 const EXACT: f64 = 1e-8;
 
-const COURSE: Course = Course { seed: 7, batch: BATCH, per_epoch: 4, total: STEPS as u64 };
+pub const COURSE: Course = Course { seed: 7, batch: BATCH, per_epoch: 4, total: STEPS as u64 };
 
 /// One run; `scripts/goldens/methods.py` has the same.
 #[derive(Clone, Copy)]
-struct Run {
-    name: &'static str,
+pub struct Run {
+    pub name: &'static str,
     method: fn() -> Box<dyn Method>,
     rule: Rule,
     peak: f64,
@@ -50,12 +48,12 @@ struct Run {
     kinked: bool,
 }
 
-fn small(norm_groups: usize) -> ResNetConfig {
+pub fn small(norm_groups: usize) -> ResNetConfig {
     let (depth, width, stem) = (18, 4, Stem::Small);
     ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups, sk_ratio: 0.0 }
 }
 
-const MOCO: moco::Settings = moco::Settings {
+pub const MOCO: moco::Settings = moco::Settings {
     queue: 32,
     momentum: 0.9,
     temperature: 0.07,
@@ -65,7 +63,7 @@ const MOCO: moco::Settings = moco::Settings {
     symmetric: false,
 };
 
-const MOCO_V2: moco::Settings =
+pub const MOCO_V2: moco::Settings =
     moco::Settings { temperature: 0.2, hidden: 32, symmetric: true, ..MOCO };
 
 const BYOL: byol::Settings = byol::Settings {
@@ -77,7 +75,7 @@ const BYOL: byol::Settings = byol::Settings {
     head_norm: true,
 };
 
-const SWAV: swav::Settings = swav::Settings {
+pub const SWAV: swav::Settings = swav::Settings {
     crops: 4,
     prototypes: 12,
     temperature: 0.1,
@@ -131,7 +129,7 @@ fn distillation() -> Box<dyn Method> {
     Box::new(Distill::new(&small(1), &settings))
 }
 
-fn runs() -> Vec<Run> {
+pub fn runs() -> Vec<Run> {
     let sgd = |nesterov| {
         let (momentum, weight_decay, exclude) = (0.9, 0.01, Exclude::Nothing);
         Rule::Sgd(Sgd { momentum, nesterov, weight_decay, exclude })
@@ -198,7 +196,7 @@ fn runs() -> Vec<Run> {
     ]
 }
 
-fn run_of(name: &str) -> Run {
+pub fn run_of(name: &str) -> Run {
     runs().into_iter().find(|run| run.name == name).unwrap()
 }
 
@@ -208,7 +206,7 @@ impl Run {
     }
 
     /// Images with no ReLU input so near zero that rounding decides which way gradients go.
-    fn views(&self, goldens: &Goldens, device: &Device, step: usize) -> Vec<Tensor> {
+    pub fn views(&self, goldens: &Goldens, device: &Device, step: usize) -> Vec<Tensor> {
         let draw = goldens.numbers(&format!("{}|draws", self.name))[step];
         let tensor = |(i, &(views, side)): (usize, &(usize, usize))| {
             let what = format!("{}|images {step}.{i}|draw {draw}", self.name);
@@ -224,19 +222,19 @@ impl Run {
 }
 
 /// A method, its weights and its optimiser, as a run starts.
-struct Training {
-    run: Run,
-    method: Box<dyn Method>,
-    online: Arena,
-    optimizer: Optimizer,
+pub struct Training {
+    pub run: Run,
+    pub method: Box<dyn Method>,
+    pub online: Arena,
+    pub optimizer: Optimizer,
 }
 
 impl Training {
-    fn new(run: Run, device: &Device) -> Self {
+    pub fn new(run: Run, device: &Device) -> Self {
         Self::of(run, (run.method)(), device)
     }
 
-    fn of(run: Run, mut method: Box<dyn Method>, device: &Device) -> Self {
+    pub fn of(run: Run, mut method: Box<dyn Method>, device: &Device) -> Self {
         let line = run.name;
         let online = network::seeded_arena(method.layout(), device, line);
         method.start(&online, &COURSE).unwrap();
@@ -261,7 +259,7 @@ impl Training {
     }
 
     /// Loss; gradients are then in the arena.
-    fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
+    pub fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
         let views = self.run.views(goldens, self.online.device(), step);
         self.method.labels(&self.run.labels(step)).unwrap();
         // An epoch's first step stands for all of it.
@@ -277,7 +275,7 @@ impl Training {
         loss.unwrap().scalar()
     }
 
-    fn update(&mut self, step: usize, fault: Fault) {
+    pub fn update(&mut self, step: usize, fault: Fault) {
         let (method, schedule) = (&self.method, self.run.schedule());
         self.optimizer.treat(self.online.layout(), |slot| {
             if fault == Fault::NothingSpecial {
@@ -301,7 +299,7 @@ impl Training {
 
 /// What people shipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+pub enum Fault {
     None,
     /// (a), (i)
     HalfTheLoss,
@@ -377,7 +375,7 @@ fn check_gradients(
 }
 
 /// A whole run on the reference device.
-fn free_running(mut training: Training, fault: Fault) -> Vec<Result<f64, String>> {
+pub fn free_running(mut training: Training, fault: Fault) -> Vec<Result<f64, String>> {
     let goldens = Goldens::open("methods");
     let mut results = Vec::new();
     for step in 0..STEPS {
@@ -470,201 +468,4 @@ fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytor
         }
         report(&format!("{} on the CPU", run.name), results);
     }
-}
-
-/// A MoCo whose keys are in the queue before the logits are: (d).
-struct EagerMoCo(MoCo);
-
-impl Method for EagerMoCo {
-    fn layout(&self) -> &Arc<Layout> {
-        self.0.layout()
-    }
-    fn backbone(&self) -> &ResNet {
-        self.0.backbone()
-    }
-    fn start(&mut self, online: &Arena, course: &Course) -> selfsup::Result<()> {
-        self.0.start(online, course)
-    }
-    fn prepare(&mut self, iteration: u64) {
-        self.0.prepare(iteration);
-    }
-    fn before_step(&mut self, online: &mut Arena) {
-        self.0.before_step(online);
-    }
-    fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
-        let keys = self.0.encode_keys(&views[0].rows(BATCH, BATCH), 0);
-        for (name, part) in self.0.state() {
-            if let (State::Rows(queue), "queue") = (part, name) {
-                ops::write_rows(queue, 0, &keys);
-            }
-        }
-        self.0.loss(tape, views)
-    }
-    fn take_embeddings(&mut self) -> Option<Tensor> {
-        self.0.take_embeddings()
-    }
-    fn after_update(&mut self, online: &mut Arena, progress: f64) {
-        self.0.after_update(online, progress);
-    }
-    fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
-        self.0.state()
-    }
-}
-
-/// The symmetric loss as lightly's benchmark has it: keys of the first half are negatives of the second. The engine does not
-/// let it happen: the queue is saved for the backward pass.
-fn enqueues_between_the_halves() -> bool {
-    let device = Device::reference();
-    let run = run_of("moco v2");
-    let mut method = MoCo::new(&small(2), &MOCO_V2);
-    let mut online = network::seeded_arena(method.layout(), &device, run.name);
-    method.start(&online, &COURSE).unwrap();
-    method.prepare(0);
-    let views = run.views(&Goldens::open("methods"), &device, 0);
-    let (x1, x2) = (views[0].rows(0, BATCH), views[0].rows(BATCH, BATCH));
-    let attempt = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        tape::step(&mut online, |tape| {
-            let first = method.half(tape, [&x1, &x2], 0);
-            method.enqueue();
-            ops::add(&first, &method.half(tape, [&x2, &x1], 1))
-        })
-    }));
-    let message = attempt.err().and_then(|panic| panic.downcast::<String>().ok());
-    message.is_some_and(|text| text.contains("another tensor still shares its memory"))
-}
-
-/// Whether a fault shows where it must: in a comparison whose name has `place` in it.
-fn caught(run: &str, fault: Fault, place: &str) -> bool {
-    let device = Device::reference();
-    let results = free_running(Training::new(run_of(run), &device), fault);
-    results.iter().any(|result| result.as_ref().is_err_and(|e| e.contains(place)))
-}
-
-fn caught_in(run: &str, method: Box<dyn Method>, place: &str) -> bool {
-    let device = Device::reference();
-    let training = Training::of(run_of(run), method, &device);
-    let results = free_running(training, Fault::None);
-    results.iter().any(|result| result.as_ref().is_err_and(|e| e.contains(place)))
-}
-
-#[test]
-fn shipped_bugs_are_caught() {
-    let unshuffled = moco::Settings { shuffle: false, ..MOCO };
-    let constant_predictor = "simsiam";
-    let checks: Vec<(&str, bool)> = vec![
-        ("a: the mean of BYOL's two directions", caught("byol", Fault::HalfTheLoss, "|0|loss")),
-        ("a: and it shows in the weights", caught("byol", Fault::HalfTheLoss, "|9|slots")),
-        (
-            "c: prototypes are not brought to unit length",
-            caught("swav", Fault::PrototypesNotNormalised, "|0|loss"),
-        ),
-        ("c: prototypes move while frozen", caught("swav", Fault::NothingSpecial, "|0|slots")),
-        (
-            "d: MoCo's keys are in the queue before the logits",
-            caught_in("moco v1", Box::new(EagerMoCo(MoCo::new(&small(2), &MOCO))), "|0|loss"),
-        ),
-        ("d: keys enter between the halves of a symmetric loss", enqueues_between_the_halves()),
-        (
-            "f: BYOL's momentum moves by epochs",
-            caught("byol", Fault::MomentumByEpochs, "|9|target"),
-        ),
-        (
-            "g: the predictor's learning rate decays",
-            caught(constant_predictor, Fault::NothingSpecial, "|9|slots|predictor"),
-        ),
-        ("i: half of SimCLR v2's loss", caught("simclr v2 memory", Fault::HalfTheLoss, "|0|loss")),
-        (
-            "1.0: running statistics are copied to the key encoder",
-            caught("moco v1", Fault::StatisticsCopied, "|0|key"),
-        ),
-        (
-            "1.1: keys are not shuffled",
-            caught_in("moco v1", Box::new(MoCo::new(&small(2), &unshuffled)), "|0|loss"),
-        ),
-        (
-            "1.4: a new classifier under LARS",
-            caught("fine-tuning", Fault::NothingSpecial, "|9|slots|fc.weight"),
-        ),
-        (
-            "1.5: Sinkhorn left out",
-            caught_in(
-                "swav",
-                Box::new(Swav::new(&small(1), &swav::Settings { sinkhorn_iterations: 0, ..SWAV })),
-                "|0|loss",
-            ),
-        ),
-        (
-            "1.5: the queue left out",
-            caught_in(
-                "swav",
-                Box::new(Swav::new(&small(1), &swav::Settings { queue: 0, ..SWAV })),
-                "|6|loss",
-            ),
-        ),
-    ];
-    let missed: Vec<&str> = checks.iter().filter(|(_, caught)| !caught).map(|(n, _)| *n).collect();
-    println!("shipped bugs caught: {} of {}", checks.len() - missed.len(), checks.len());
-    assert!(missed.is_empty(), "passed although wrong: {missed:#?}");
-}
-
-/// (c) again: a bias would be one more slot.
-#[test]
-fn prototypes_have_no_bias() {
-    let swav = Swav::new(&small(1), &SWAV);
-    let names = swav.layout().params().iter().filter(|slot| slot.name.starts_with("prototypes"));
-    assert_eq!(names.map(|slot| &*slot.name).collect::<Vec<_>>(), ["prototypes.weight"]);
-}
-
-/// (j): what a checkpoint holds is what a method owns, and a file that lacks a part of it is refused.
-#[test]
-fn checkpoints_hold_what_methods_own() {
-    let folder = tempfile::tempdir().unwrap();
-    let device = Device::cpu(1).unwrap();
-    let goldens = Goldens::open("methods");
-    for run in runs() {
-        let mut training = Training::new(run, &device);
-        // SwAV's queue starts in step 4.
-        for step in 0..6 {
-            training.forward_and_backward(&goldens, step, Fault::None);
-            training.update(step, Fault::None);
-        }
-        let own = values_of(&mut *training.method);
-        let state = training.method.state();
-        let path = selfsup::train::save(
-            folder.path(),
-            2,
-            &training.online,
-            &training.optimizer,
-            state,
-            Default::default(),
-            1,
-        )
-        .unwrap();
-        let mut fresh = Training::new(run, &device);
-        if !own.is_empty() {
-            assert_ne!(values_of(&mut *fresh.method), own, "{}: nothing moved", run.name);
-        }
-        selfsup::train::load_state(&path, fresh.method.state()).unwrap();
-        assert_eq!(values_of(&mut *fresh.method), own, "{}", run.name);
-        // Another method's state is not in there.
-        let mut other =
-            Training::new(run_of(if run.name == "byol" { "swav" } else { "byol" }), &device);
-        let error =
-            selfsup::train::load_state(&path, other.method.state()).unwrap_err().to_string();
-        assert!(error.contains("has no tensor method."), "{error}");
-    }
-    assert_eq!(device.kind(), DeviceKind::Cpu);
-}
-
-fn values_of(method: &mut dyn Method) -> Vec<(&'static str, Vec<f64>)> {
-    let values = |(name, part): (&'static str, State<'_>)| match part {
-        State::Network(network) => {
-            let mut all = network.values().to_f64();
-            all.extend(network.statistics().to_f64());
-            (name, all)
-        }
-        State::Rows(rows) => (name, rows.to_f64()),
-        State::Count(count) => (name, vec![*count as f64]),
-    };
-    method.state().into_iter().map(values).collect()
 }
