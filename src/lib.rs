@@ -15,7 +15,7 @@
 //! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
 //! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
 //! | 2 | [`tensor`] | shape, dtype, memory |
-//! | 1 | [`device`] | where memory lives and operations run: pool, threads, Philox, the seam between processes |
+//! | 1 | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
 //! | 0 | [`error`] | what can go wrong in the world |
 //!
 //! # How the parts meet
@@ -32,6 +32,11 @@
 //!
 //! **A primitive is one folder** of [`ops`]: maths, shape rule, gradient, CPU path and naive f64 reference. It is public, and
 //! so is what it is made of: a program can record an operation of its own (`examples/custom_op.rs`).
+//!
+//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) queues the kernels of `kernels/`, compiled and embedded by
+//! `build.rs`, which also writes a typed launch function for each; an operation's `cuda.rs` has its launch lines. Activations and
+//! working copies of weights are bf16 (or f32, as [asked](device::Precision)), sums, statistics and weights are f32. Operations
+//! are queued and do not fail; [`Device::check`](device::Device::check), which every step asks, says what did.
 //!
 //! **Truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64; tests hold every
 //! primitive, whole networks and whole training steps against it, and it against PyTorch's f64.
