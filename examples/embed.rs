@@ -34,8 +34,14 @@ pub fn main() {
     let device = Device::cpu(0).expect("threads");
     let mut layout = Layout::new();
     let stem = Stem::Small;
-    let config =
-        ResNetConfig { depth: 18, width: 8, stem, zero_init_residual: true, norm_groups: 1 };
+    let config = ResNetConfig {
+        depth: 18,
+        width: 8,
+        stem,
+        zero_init_residual: true,
+        norm_groups: 1,
+        sk_ratio: 0.0,
+    };
     let trunk = ResNet::new(&mut layout, "", &config);
     let layer = MlpLayer { width: 32, bias: true, norm: NormKind::None, relu: false, std: None };
     let head = Mlp::new(&mut layout, "head", trunk.features(), &[layer], 1);

@@ -10,6 +10,8 @@ mod augmentation;
 mod case;
 #[path = "suite/cases.rs"]
 mod cases;
+#[path = "suite/collapse.rs"]
+mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
 #[path = "suite/cuda.rs"]
@@ -24,6 +26,8 @@ mod floors;
 mod golden;
 #[path = "suite/memory.rs"]
 mod memory;
+#[path = "suite/methods.rs"]
+mod methods;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/networks.rs"]
@@ -36,6 +40,8 @@ mod program;
 mod provoked;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
+#[path = "suite/recipes.rs"]
+mod recipes;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/signatures.rs"]

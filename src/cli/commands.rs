@@ -52,7 +52,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
 fn run(recipe: &Recipe, out: Option<&Path>) -> Result<Run> {
     let device = Device::cpu(recipe.train.threads)?;
     let mut run = Run::new(recipe, &device, out)?;
-    let schedule = *run.schedule();
+    let schedule = run.schedule().clone();
     talk(&format!(
         "{} on {} images, {} threads; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
         recipe.method.name,

@@ -97,6 +97,7 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
         stem: Stem::Small,
         zero_init_residual: false,
         norm_groups: 1,
+        sk_ratio: 0.0,
     };
     let trunk = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();
