@@ -237,6 +237,13 @@ fn the_host_cannot_look_into_a_gpu() {
 }
 
 #[test]
+#[should_panic(expected = "max_pool: windows of 17 x 17, and on a GPU they are 16 x 16 at most")]
+fn windows_larger_than_a_byte_counts_are_refused() {
+    case("max_pool n=1 h=17 w=17 c=1 size=17 stride=1 pad=0")
+        .run(&gpu(Precision::F32), Route::Node);
+}
+
+#[test]
 fn a_gpu_that_is_not_there_is_named() {
     open();
     let error = Device::cuda(77, Precision::F32).unwrap_err().to_string();
