@@ -301,6 +301,16 @@ impl Arena {
         (&mut self.values, self.gradients.get_mut())
     }
 
+    /// What an update on a GPU reads and writes. The working copy is up to date before, and must be after.
+    pub(crate) fn parts(&mut self) -> Parts<'_> {
+        self.refresh(); // an update need not write all of it
+        Parts {
+            values: &mut self.values,
+            working: self.working.get_mut().as_mut(),
+            gradients: self.gradients.get_mut(),
+        }
+    }
+
     /// Sets every gradient to zero.
     pub fn zero_gradients(&mut self) {
         crate::ops::fill(self.gradients.get_mut(), 0.0);
@@ -372,6 +382,14 @@ impl Arena {
         let mut statistics = self.statistics.borrow_mut();
         f(statistics.view_mut().slice(stat.offset, stat.shape));
     }
+}
+
+/// An arena's tensors, borrowed apart.
+pub(crate) struct Parts<'a> {
+    pub(crate) values: &'a mut Tensor,
+    /// The values in the type of activations, where that is another.
+    pub(crate) working: Option<&'a mut Tensor>,
+    pub(crate) gradients: &'a Tensor,
 }
 
 /// Room for a working copy, where activations have another type than values.

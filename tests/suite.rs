@@ -28,6 +28,8 @@ mod golden;
 mod memory;
 #[path = "suite/methods.rs"]
 mod methods;
+#[path = "suite/neighbours.rs"]
+mod neighbours;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/networks.rs"]
@@ -44,10 +46,10 @@ mod random_shapes;
 mod recipes;
 #[path = "suite/seeded.rs"]
 mod seeded;
-#[path = "suite/signatures.rs"]
-mod signatures;
 #[path = "suite/shipped_bugs.rs"]
 mod shipped_bugs;
+#[path = "suite/signatures.rs"]
+mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/surface.rs"]

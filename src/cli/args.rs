@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args as Arguments, Parser, Subcommand};
 
+use super::device::Name;
+
 /// Self-supervised vision: train, look, evaluate.
 #[derive(Debug, Parser)]
 #[command(name = "selfsup", version, about, long_about = None, arg_required_else_help = true)]
@@ -45,6 +47,9 @@ pub(super) struct Demo {
     /// Also write recipe, metrics and checkpoints into this folder
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<Name>,
 }
 
 #[derive(Debug, Arguments)]
@@ -57,6 +62,9 @@ pub(super) struct Train {
     /// The run's folder; runs/RECIPE if not given
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<Name>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -80,4 +88,7 @@ pub(super) struct EvalKnn {
     /// Override a setting of the run's recipe, such as data.path
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
+    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<Name>,
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::args::{Demo, EvalKnn, Train};
 use super::progress::Progress;
-use super::{say, talk};
+use super::{device, say, talk};
 use crate::arena::Arena;
 use crate::data::Source;
 use crate::device::Device;
@@ -20,13 +20,12 @@ const LABELS: usize = 10;
 pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
-    let run = run(&recipe, demo.out.as_deref())?;
+    let device = device::open(demo.device, &recipe.train)?;
+    let run = run(&recipe, &device, demo.out.as_deref())?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
-    let device = run.online().device().clone();
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
-    compared.print("kNN", |bank, queries| {
-        Ok(eval::knn_accuracy(bank, queries, Knn::default(), &device))
-    })?;
+    compared
+        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, Knn::default(), &device))?;
     compared.print(&format!("linear ({LABELS} labels per class)"), |bank, queries| {
         eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)
     })?;
@@ -44,20 +43,19 @@ pub(super) fn train(train: &Train) -> Result<()> {
     let recipe = Recipe::load(&train.recipe, &train.set)?;
     let name = Path::new(&train.recipe).file_stem().unwrap_or_default();
     let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
-    run(&recipe, Some(&out))?;
+    let device = device::open(train.device, &recipe.train)?;
+    run(&recipe, &device, Some(&out))?;
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
 }
 
-fn run(recipe: &Recipe, out: Option<&Path>) -> Result<Run> {
-    let device = Device::cpu(recipe.train.threads)?;
-    let mut run = Run::new(recipe, &device, out)?;
+fn run(recipe: &Recipe, device: &Device, out: Option<&Path>) -> Result<Run> {
+    let mut run = Run::new(recipe, device, out)?;
     let schedule = run.schedule().clone();
     talk(&format!(
-        "{} on {} images, {} threads; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
+        "{} on {} images; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
         recipe.method.name,
         run.images().train.len(),
-        device.threads(),
         recipe.train.batch,
         recipe.optim.lr,
         recipe.optim.lr_rule,
@@ -75,7 +73,7 @@ pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
     }
     let file = args.run.join("recipe.toml");
     let recipe = Recipe::load(&file.to_string_lossy(), &args.set)?;
-    let device = Device::cpu(recipe.train.threads)?;
+    let device = device::open(args.device, &recipe.train)?;
     let method = methods::build(&recipe)?;
     let mut arena = Arena::new(method.layout(), &device, recipe.seed);
     let checkpoint = train::newest(&args.run)?;
@@ -93,7 +91,7 @@ pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
         recipe.seed
     ));
     Compared::new(&recipe, &*method, &arena, &**train, &**test)?
-        .print("kNN", |bank, queries| Ok(eval::knn_accuracy(bank, queries, knn, &device)))
+        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, knn, &device))
 }
 
 /// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.

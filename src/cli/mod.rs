@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod device;
 mod progress;
 
 use std::io::{IsTerminal, Write};

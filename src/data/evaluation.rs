@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::augment::{Normalise, Scratch, center};
 use super::loader::{Batch, Skipped};
-use super::rows::rows_of;
+use super::rows::{rows_of, to_operate_on};
 use super::source::{Image, Source};
 use crate::device::Device;
 use crate::tensor::Tensor;
@@ -56,7 +56,7 @@ fn transform(
     normalise: Option<&Normalise>,
     device: &Device,
 ) -> (Tensor, Vec<Result<(), String>>) {
-    let mut images = Tensor::floats(device, [indices.len(), size, size, 4]);
+    let mut images = Tensor::floats(device.host(), [indices.len(), size, size, 4]);
     let rows = rows_of(&mut images, size * size * 4);
     let read = device.run(|| {
         rows.into_par_iter()
@@ -71,7 +71,7 @@ fn transform(
             )
             .collect()
     });
-    (images, read)
+    (to_operate_on(images, device), read)
 }
 
 #[cfg(test)]

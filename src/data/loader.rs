@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::augment::Policy;
 use super::plan::{Plan, lock};
+use super::rows::to_operate_on;
 use super::source::Source;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -51,6 +52,7 @@ pub struct Skipped {
 /// Hands out the batches of a run, in order.
 pub struct Loader {
     plan: Arc<Plan>,
+    device: Device,
     threads: usize,
     /// Epoch and position of the next batch.
     next: (u32, usize),
@@ -103,9 +105,16 @@ impl Loader {
                 None => groups.push((policy.size, vec![view])),
             }
         }
-        let (device, skipped) = (device.clone(), Mutex::default());
-        let plan = Arc::new(Plan { source, policies, groups, batch, seed, device, skipped });
-        Ok(Self { plan, threads, next: (0, 0), running: None, waited: Duration::ZERO })
+        let (host, skipped) = (device.host().clone(), Mutex::default());
+        let plan = Arc::new(Plan { source, policies, groups, batch, seed, device: host, skipped });
+        Ok(Self {
+            plan,
+            device: device.clone(),
+            threads,
+            next: (0, 0),
+            running: None,
+            waited: Duration::ZERO,
+        })
     }
 
     /// Makes batch `position` of `epoch` the next one; what was prepared is dropped.
@@ -131,9 +140,11 @@ impl Loader {
         let begin = Instant::now();
         let batch = running.batches.recv();
         self.waited += begin.elapsed();
-        let batch = batch.unwrap_or_else(|_| {
+        let mut batch = batch.unwrap_or_else(|_| {
             Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
         })?;
+        let upload = |crops| to_operate_on(crops, &self.device);
+        batch.crops = batch.crops.into_iter().map(upload).collect();
         let (epoch, position) = self.next;
         debug_assert_eq!((batch.epoch, batch.position), (epoch, position));
         let last = position + 1 == self.batches_per_epoch();

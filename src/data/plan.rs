@@ -27,7 +27,7 @@ pub struct Plan {
     pub batch: usize,
     /// Of order and augmentation.
     pub seed: u64,
-    /// Where the crops go.
+    /// Where the crops are made: a host.
     pub device: Device,
     /// Images that cannot be read, and why.
     pub skipped: Mutex<BTreeMap<u32, String>>,

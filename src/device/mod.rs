@@ -11,6 +11,7 @@ mod philox;
 mod product;
 mod threads;
 
+use std::fmt;
 use std::sync::Arc;
 
 use cuda::Gpu;
@@ -45,6 +46,8 @@ struct Inner {
     kind: DeviceKind,
     pool: Pool,
     threads: Option<Threads>,
+    /// Where a GPU's host prepares and finishes what the GPU computes.
+    host: Option<Device>,
 }
 
 impl Device {
@@ -58,7 +61,7 @@ impl Device {
 
     /// The f64 reference device.
     pub fn reference() -> Self {
-        Self::on(DeviceKind::Reference, None, false)
+        Self::reference_with(false)
     }
 
     /// The NVIDIA GPU with this number, counted from 0.
@@ -66,7 +69,7 @@ impl Device {
     /// # Errors
     /// When there is no driver, no such GPU, or no kernels in this build, with what to do about it.
     pub fn cuda(ordinal: usize, precision: Precision) -> Result<Self> {
-        Ok(Self::on(DeviceKind::Cuda, Some(Gpu::new(ordinal, precision)?), false))
+        Ok(Self::gpu_with_host(Gpu::new(ordinal, precision)?, Self::cpu(0)?, false))
     }
 
     /// This kind of device anew, with memory that is filled with NaN before each use: an operation that leaves a
@@ -78,22 +81,29 @@ impl Device {
         match (self.kind(), self.0.pool.gpu()) {
             (DeviceKind::Cpu, _) => Self::build(DeviceKind::Cpu, self.threads(), true)
                 .expect("as many threads as before"),
-            (kind, None) => Self::on(kind, None, true),
-            (kind, Some(gpu)) => {
-                let again = Gpu::new(gpu.ordinal(), gpu.precision());
-                Self::on(kind, Some(again.expect("it was there before")), true)
+            (_, None) => Self::reference_with(true),
+            (_, Some(gpu)) => {
+                let again = Gpu::new(gpu.ordinal(), gpu.precision()).expect("it was there before");
+                Self::gpu_with_host(again, self.host().poisoned(), true)
             }
         }
     }
 
-    fn on(kind: DeviceKind, gpu: Option<Gpu>, poison: bool) -> Self {
-        Self(Arc::new(Inner { kind, pool: Pool::new(poison, gpu.map(Arc::new)), threads: None }))
+    fn reference_with(poison: bool) -> Self {
+        let pool = Pool::new(poison, None);
+        Self(Arc::new(Inner { kind: DeviceKind::Reference, pool, threads: None, host: None }))
+    }
+
+    fn gpu_with_host(gpu: Gpu, host: Device, poison: bool) -> Self {
+        let pool = Pool::new(poison, Some(Arc::new(gpu)));
+        Self(Arc::new(Inner { kind: DeviceKind::Cuda, pool, threads: None, host: Some(host) }))
     }
 
     fn build(kind: DeviceKind, threads: usize, poison: bool) -> Result<Self> {
         let threads = Threads::new(threads)
             .map_err(|e| Error::Device(format!("cannot start {threads} compute threads: {e}")))?;
-        Ok(Self(Arc::new(Inner { kind, pool: Pool::new(poison, None), threads: Some(threads) })))
+        let pool = Pool::new(poison, None);
+        Ok(Self(Arc::new(Inner { kind, pool, threads: Some(threads), host: None })))
     }
 
     /// What this device is.
@@ -101,14 +111,19 @@ impl Device {
         self.0.kind
     }
 
-    /// Number of compute threads.
-    pub fn threads(&self) -> usize {
-        self.0.threads.as_ref().map_or(1, Threads::count)
+    /// Where the host prepares what this device will compute with: for a GPU a CPU device of its own, else itself.
+    pub fn host(&self) -> &Device {
+        self.0.host.as_ref().unwrap_or(self)
     }
 
-    /// Runs `f` where rayon's parallel iterators use this device's threads.
+    /// Number of compute threads on the host.
+    pub fn threads(&self) -> usize {
+        self.host().0.threads.as_ref().map_or(1, Threads::count)
+    }
+
+    /// Runs `f` where rayon's parallel iterators use this device's threads on the host.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        match &self.0.threads {
+        match &self.host().0.threads {
             Some(threads) => threads.run(f),
             None => f(),
         }
@@ -151,6 +166,18 @@ impl Device {
     #[track_caller]
     pub(crate) fn gpu(&self) -> &Gpu {
         self.0.pool.gpu().expect("asked for a GPU on a device of another kind")
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.kind(), self.0.pool.gpu()) {
+            (DeviceKind::Cpu, _) => write!(f, "CPU, {} threads", self.threads()),
+            (_, None) => f.write_str("f64 reference"),
+            (_, Some(gpu)) => {
+                write!(f, "GPU {} ({}), {}", gpu.ordinal(), gpu.name(), gpu.precision())
+            }
+        }
     }
 }
 

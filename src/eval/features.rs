@@ -82,6 +82,7 @@ pub fn classifier_accuracy(
 /// # Errors
 /// When an image has no label.
 pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
+    let device = device.host(); // a GPU has nothing to compute here
     collect(source, size, None, device, size * size * 3, |images| {
         let rgb: Vec<f64> =
             images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
@@ -115,6 +116,7 @@ fn collect(
             all.labels.push(label);
         }
         all.values.extend(features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32));
+        device.check()?; // what a failed device gives is no feature
     }
     Ok(all)
 }

@@ -87,6 +87,7 @@ fn probe(
         linear(&tape.input(held_out), &tape.param(w), Some(&tape.param(b)))
     })?;
     let logits = logits.to_f64();
+    device.check()?; // what a failed device gives is no logit
     // The first largest logit is the answer: rows that are all alike must not count as right for every class.
     let first_largest = |row: &[f64]| {
         (0..classes).fold(0, |best, class| if row[class] > row[best] { class } else { best })

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::data::Policy;
+use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::nn::ResNetConfig;
 use crate::optim::{Decay, LrRule, Rule, Schedule};
@@ -93,6 +94,9 @@ pub struct TrainSettings {
     /// Checkpoints that are kept; at least 1.
     #[serde(default = "three")]
     pub keep: usize,
+    /// What a GPU stores activations and multiplies in: `bf16` or `f32`. The CPU computes in f32.
+    #[serde(default = "bf16")]
+    pub precision: Precision,
     /// Compute threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub threads: usize,
@@ -106,6 +110,10 @@ pub struct TrainSettings {
 
 fn three() -> usize {
     3
+}
+
+fn bf16() -> Precision {
+    Precision::Bf16
 }
 
 impl Recipe {

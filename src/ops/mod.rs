@@ -33,6 +33,7 @@ mod neg_cosine;
 mod nt_xent;
 mod pool;
 mod relu;
+mod row_losses;
 pub(crate) mod rows;
 mod scale;
 mod selective_kernel;
@@ -80,6 +81,7 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
 }
 
 /// What a primitive does on a GPU as long as it has no kernels.
+#[allow(dead_code)] // now that all have them, until the next one
 pub(crate) fn no_cuda(primitive: &str) -> ! {
     panic!("{primitive} has no CUDA kernels yet: compute on the CPU")
 }

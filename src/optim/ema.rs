@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::arena::Arena;
 use crate::device::DeviceKind;
+use crate::device::cuda::Table;
 use crate::ops::CHUNK;
 use crate::tensor::Float;
 
@@ -19,7 +20,9 @@ pub fn ema(target: &mut Arena, online: &Arena, momentum: f64) {
     assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
     match online.device().kind() {
         DeviceKind::Cpu => average::<f32>(target, online, momentum),
-        DeviceKind::Cuda => crate::ops::no_cuda("a momentum encoder's update"),
+        DeviceKind::Cuda => {
+            super::cuda::ema(target, online, Table::new(online.device(), &[momentum]).device_in());
+        }
         DeviceKind::Reference => average::<f64>(target, online, momentum),
     }
     target.refresh();

@@ -1,5 +1,6 @@
 //! Updates over whole arenas (floor 4): SGD, LARS, the momentum encoder, learning-rate schedules.
 
+mod cuda;
 mod ema;
 mod optimizer;
 mod schedule;

@@ -9,6 +9,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::cuda::Tables;
 use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
 use crate::ops::CHUNK;
@@ -158,12 +159,12 @@ pub enum Care {
 
 /// One slot as the optimiser sees it.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    offset: usize,
-    len: usize,
+pub(super) struct Segment {
+    pub(super) offset: usize,
+    pub(super) len: usize,
     /// By its kind.
-    spared: bool,
-    care: Care,
+    pub(super) spared: bool,
+    pub(super) care: Care,
 }
 
 /// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
@@ -183,6 +184,8 @@ pub struct Optimizer {
     rule: Rule,
     momentum: Tensor,
     segments: Vec<Segment>,
+    /// On a GPU.
+    tables: Option<Tables>,
 }
 
 impl Optimizer {
@@ -198,10 +201,13 @@ impl Optimizer {
             spared: exclude.spares(slot.kind),
             care: Care::Usual,
         };
+        let segments: Vec<_> = arena.layout().params().iter().map(segment).collect();
+        let device = arena.device();
         Self {
             rule,
-            momentum: Tensor::zeros(arena.device(), [arena.values().len()]),
-            segments: arena.layout().params().iter().map(segment).collect(),
+            momentum: Tensor::zeros(device, [arena.values().len()]),
+            tables: (device.kind() == DeviceKind::Cuda).then(|| Tables::new(device, &segments)),
+            segments,
         }
     }
 
@@ -224,13 +230,23 @@ impl Optimizer {
         for (segment, slot) in self.segments.iter_mut().zip(layout.params()) {
             segment.care = care(slot);
         }
+        if let Some(tables) = &mut self.tables {
+            tables.treat(&self.segments);
+        }
     }
 
     /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
+    ///
+    /// # Panics
+    /// When the arena is on another kind of device than the one that the optimiser was made for.
     pub fn step(&mut self, arena: &mut Arena, lr: f64) {
         match arena.device().kind() {
             DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
-            DeviceKind::Cuda => crate::ops::no_cuda("an optimiser's step"),
+            DeviceKind::Cuda => {
+                let tables = self.tables.as_mut().expect("optimizer: made for another device");
+                tables.set_rate(lr);
+                tables.step(self.rule, arena, &mut self.momentum);
+            }
             DeviceKind::Reference => self.step_as::<f64>(arena, lr),
         }
         arena.refresh();

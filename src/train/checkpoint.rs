@@ -39,7 +39,7 @@ fn push_network(tensors: &mut Vec<Entry>, prefix: &str, arena: &Arena) {
 /// removes all but the newest `keep` checkpoints of the folder. Returns the file.
 ///
 /// # Errors
-/// When the disk is full or gone; earlier checkpoints are then as they were.
+/// When the disk is full or gone, or the device failed; earlier checkpoints are then as they were.
 pub fn save(
     folder: &Path,
     step: u64,
@@ -69,6 +69,7 @@ pub fn save(
             }
         }
     }
+    arena.device().check()?; // what a failed device gives is not worth keeping
     let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
         let view = TensorView::new(*dtype, shape.clone(), bytes);
         (name.as_str(), view.expect("the bytes are the shape's"))

@@ -256,6 +256,7 @@ impl Run {
             let progress = self.step as f64 / self.schedule.total.max(1) as f64;
             self.method.after_update(&mut self.online, progress);
             let loss = loss.scalar();
+            self.online.device().check()?; // what a failed device gives is no number
             if !loss.is_finite() {
                 return Err(Error::Diverged(format!(
                     "the loss became {loss} at step {} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs",
@@ -279,6 +280,7 @@ impl Run {
         }
         let elapsed = start.elapsed();
         let spread = embeddings.as_ref().map(eval::spread);
+        self.online.device().check()?;
         drop(embeddings);
         if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
             return Err(Error::Diverged(format!(
@@ -333,7 +335,7 @@ impl Run {
             )
         };
         let (bank, queries) = (features(&self.images.train)?, features(test)?);
-        Ok(Some(eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device())))
+        eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
     }
 
     /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.

@@ -5,6 +5,7 @@
 //! tests of those run in a process of their own ([`alone`]).
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -46,13 +47,25 @@ fn there_is_a_gpu() -> bool {
     }
 }
 
+/// Gives a program to be started the driver of this run.
+pub fn with_driver(program: &mut Command) -> &mut Command {
+    match open() {
+        Some(_) => program.env("LD_PRELOAD", StandIn::path()),
+        None => program,
+    }
+}
+
 /// The calls that only the stand-in driver has; `emulator/src/control.rs` describes them.
 #[derive(Debug)]
 pub struct StandIn(libloading::Library);
 
 impl StandIn {
+    fn path() -> PathBuf {
+        std::env::current_exe().unwrap().with_file_name("libcuda.so")
+    }
+
     fn open() -> Self {
-        let path = std::env::current_exe().unwrap().with_file_name("libcuda.so");
+        let path = Self::path();
         // SAFETY: the library has no initialisers that anything depends on.
         let library = unsafe { libloading::Library::new(&path) };
         let driver = Self(library.unwrap_or_else(|e| panic!("{}: {e}", path.display())));

@@ -5,13 +5,14 @@
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::ops;
 use selfsup::optim::{Exclude, Lars, Optimizer, Rule, Schedule, Sgd, TrustNorm, ema};
 use selfsup::tape;
 
 use crate::case::{dot, write_slot};
 use crate::compare::{close, report};
+use crate::driver::{alone, gpu};
 use crate::golden::Goldens;
 use crate::seeded;
 
@@ -131,6 +132,77 @@ fn every_rule_on_the_cpu_moves_weights_as_its_published_code_does() {
     }
 }
 
+#[test]
+fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let gpu = gpu(precision);
+        for (name, rule) in rules() {
+            let steps = run(rule, &gpu, |_| ());
+            report(name, check(name, &steps, 1e-6));
+        }
+        gpu.check().unwrap();
+    }
+}
+
+/// One launch for SGD, two for LARS, and the bf16 working copy is written along.
+#[test]
+fn a_step_on_a_gpu_is_one_launch_or_two() {
+    alone("optimizers::a_step_on_a_gpu_is_one_launch_or_two", |driver| {
+        let gpu = gpu(Precision::Bf16);
+        let (mut other, _) = arena(&gpu);
+        for (name, rule) in rules() {
+            let (mut arena, params) = arena(&gpu);
+            arena.zero_gradients();
+            let mut optimizer = Optimizer::new(rule, &arena);
+            // Both working copies are brought into being.
+            optimizer.step(&mut arena, 0.1);
+            ema(&mut other, &arena, 1.0);
+            let launches = || {
+                ["sgd_step", "lars_norms", "lars_step", "ema", "cast_f32_to_bf16"]
+                    .map(|kernel| driver.count(&format!("kernel:{kernel}")))
+            };
+            let before = launches();
+            optimizer.step(&mut arena, 0.1);
+            ema(&mut other, &arena, 0.5);
+            let after = launches();
+            let count = |i: usize| after[i] - before[i];
+            let expected =
+                if matches!(rule, Rule::Sgd(_)) { [1, 0, 0, 1, 0] } else { [0, 1, 1, 1, 0] };
+            assert_eq!([0, 1, 2, 3, 4].map(count), expected, "{name}");
+            for arena in [&arena, &other] {
+                for &param in &params {
+                    let copy = tape::evaluate(arena, |tape| tape.param(param)).unwrap();
+                    let values = arena.value(param);
+                    assert_eq!(copy.to_f64(), values.cast(copy.dtype()).to_f64(), "{name}");
+                }
+            }
+        }
+        gpu.check().unwrap();
+    });
+}
+
+/// More chunks than one, the last one short.
+#[test]
+fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
+    for (name, rule) in rules() {
+        let moved = |device: &Device| {
+            let mut layout = Layout::new();
+            let shape = [3, 2 * 8192 / 3 + 5];
+            let w = layout.param("w", shape, SlotKind::Matrix, Init::Normal(1.0));
+            layout.param("b", [5], SlotKind::Bias, Init::Normal(1.0));
+            let mut arena = Arena::new(&Arc::new(layout), device, 3);
+            let mut optimizer = Optimizer::new(rule, &arena);
+            for lr in [0.1, 0.2] {
+                let g = numbers("large", shape.iter().product(), 0.125);
+                tape::step(&mut arena, |tape| dot(&tape.param(w), &g)).unwrap();
+                optimizer.step(&mut arena, lr);
+            }
+            arena.values().to_f64()
+        };
+        close(name, &moved(&gpu(Precision::F32)), &moved(&Device::reference()), 1e-6).unwrap();
+    }
+}
+
 /// Each published rule, with the setting that another one has, is another rule.
 #[test]
 fn no_rule_passes_for_another() {
@@ -181,9 +253,12 @@ fn the_other_rule_for_a_gradient_of_zero_is_caught() {
 
 #[test]
 fn the_momentum_update_averages_every_parameter_and_no_statistic() {
-    for (device, tolerance) in
-        [(Device::reference().poisoned(), 1e-15), (Device::cpu(2).unwrap().poisoned(), 1e-7)]
-    {
+    for (device, tolerance) in [
+        (Device::reference().poisoned(), 1e-15),
+        (Device::cpu(2).unwrap().poisoned(), 1e-7),
+        (gpu(Precision::F32), 1e-7),
+        (gpu(Precision::Bf16), 1e-7),
+    ] {
         let mut layout = Layout::new();
         layout.param("filter", [3, 5, 5, 7], SlotKind::Filter, Init::Normal(1.0));
         layout.param("gain", [7], SlotKind::Gain, Init::Uniform(1.0));

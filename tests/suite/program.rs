@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+use crate::compare::{close, report};
+use crate::driver::with_driver;
+
 /// Two epochs of a narrow network on a few of the bundled images.
 const SMALL: &[&str] = &[
     "network.width=2",
@@ -36,7 +39,10 @@ fn run(folder: &Path, name: &str, threads: usize, loader_threads: usize) -> (Vec
     let threads = format!("train.threads={threads}");
     let loader = format!("train.loader_threads={loader_threads}");
     let settings: Vec<&str> = SMALL.iter().copied().chain([&*threads, &*loader]).collect();
-    let output = selfsup(folder, &with_settings(&["train", "demo", "--out", name], &settings));
+    let output = selfsup(
+        folder,
+        &with_settings(&["train", "demo", "--device", "cpu", "--out", name], &settings),
+    );
     assert!(output.status.success(), "{}", text(&output.stderr));
     let checkpoint = std::fs::read(folder.join(text(&output.stdout).trim())).unwrap();
     let header = 8 + u64::from_le_bytes(checkpoint[..8].try_into().unwrap()) as usize;
@@ -98,6 +104,82 @@ fn a_run_is_evaluated_from_its_folder() {
     assert!(files.iter().all(|file| folder.path().join("run").join(file).is_file()));
 }
 
+/// Two steps of the smallest network that there is.
+const TINY: &[&str] = &[
+    "network.width=2",
+    "method.hidden=8",
+    "method.embedding=8",
+    "augment.size=16",
+    "data.limit=16",
+    "data.test_limit=8",
+    "train.epochs=1",
+    "train.batch=8",
+];
+
+/// The program with a GPU within reach.
+fn with_gpu(folder: &Path, words: &[&str]) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+    with_driver(&mut program).current_dir(folder).args(words).output().expect("the program starts")
+}
+
+#[test]
+fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
+    let folder = tempfile::tempdir().unwrap();
+    // Without --device it is the GPU, for there is one.
+    let output = with_gpu(folder.path(), &with_settings(&["train", "demo", "--out", "run"], TINY));
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("device: GPU 0 (") && said.contains("), bf16"), "{said}");
+    let metrics = std::fs::read_to_string(folder.path().join("run/metrics.jsonl")).unwrap();
+    let losses = metrics.lines().map(|line| {
+        serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap()
+    });
+    let losses: Vec<f64> = losses.collect();
+    // Two steps and their mean; 15 candidates for each row.
+    assert_eq!(losses.len(), 3, "{metrics}");
+    assert!(losses.iter().all(|&loss| loss > 0.0 && loss < 4.0 * 15_f64.ln()), "{losses:?}");
+
+    let evaluate = |device, precision| {
+        let words = ["eval", "knn", "run", "--k", "5", "--device", device, "--set", precision];
+        let output = with_gpu(folder.path(), &words);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(text(&output.stdout).lines().count(), 3, "{}", text(&output.stdout));
+        text(&output.stdout).to_owned()
+    };
+    let cpu = evaluate("cpu", "train.precision=bf16");
+    assert_eq!(evaluate("cuda:0", "train.precision=f32"), cpu);
+    evaluate("cuda", "train.precision=bf16");
+}
+
+#[test]
+fn a_gpu_in_f32_trains_to_the_weights_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = |device| {
+        let settings: Vec<&str> = TINY.iter().copied().chain(["train.precision=f32"]).collect();
+        let words = ["train", "demo", "--device", device, "--out", device];
+        let output = with_gpu(folder.path(), &with_settings(&words, &settings));
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let data = std::fs::read(folder.path().join(text(&output.stdout).trim())).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&data).unwrap();
+        let number = |b: &[u8]| f64::from(f32::from_le_bytes(b.try_into().unwrap()));
+        let mut tensors: Vec<(String, Vec<f64>)> = file
+            .tensors()
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.data().chunks_exact(4).map(number).collect()))
+            .collect();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        tensors
+    };
+    let compare = |(got, want): ((String, Vec<f64>), (String, Vec<f64>))| {
+        assert_eq!(got.0, want.0);
+        // Two steps: rounding that decides a ReLU may show in momentum, not in weights.
+        let tolerance = if got.0.starts_with("momentum.") { 1e-2 } else { 1e-4 };
+        close(&got.0, &got.1, &want.1, tolerance)
+    };
+    let results = weights("cuda").into_iter().zip(weights("cpu")).map(compare).collect();
+    report("two steps on a GPU and on the CPU", results);
+}
+
 #[test]
 fn recipes_and_devices_are_told() {
     let folder = tempfile::tempdir().unwrap();
@@ -131,6 +213,8 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (&["eval", "knn", "empty"], 2, "there is no recipe file"),
         (&["eval", "knn", "empty", "--k", "0"], 2, "0 is not in 1.."),
         (&["recipes", "nothing"], 2, "there is no recipe nothing"),
+        (&["train", "demo", "--device", "gpu"], 2, "a device is cpu, cuda or cuda:N"),
+        (&["train", "demo", "--set", "train.precision=fp8"], 2, "unknown variant `fp8`"),
         (&["fly"], 2, "unrecognized subcommand 'fly'"),
     ];
     for (words, code, sentence) in cases {
@@ -140,6 +224,16 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         assert!(said.contains(sentence), "{words:?}: {said}");
         assert!(!said.contains("panicked") && output.stdout.is_empty(), "{words:?}: {said}");
     }
+    assert!(!folder.path().join("runs").exists(), "a refused run leaves a folder behind");
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = with_gpu(folder.path(), &["train", "demo", "--device", "cuda:77"]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("there is no GPU 77"), "{said}");
     assert!(!folder.path().join("runs").exists(), "a refused run leaves a folder behind");
 }
 

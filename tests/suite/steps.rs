@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use selfsup::arena::Arena;
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::methods::Method;
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::nn::{ResNetConfig, Stem};
@@ -14,6 +14,7 @@ use selfsup::tensor::Tensor;
 
 use crate::case::write;
 use crate::compare::report;
+use crate::driver::gpu;
 use crate::golden::{Goldens, Record};
 use crate::network;
 
@@ -124,21 +125,20 @@ fn ten_steps_of_simclr_in_f64_agree_with_pytorch() {
     }
 }
 
-/// The golden state is that of the reference device, which the test above holds to PyTorch.
-#[test]
-fn every_step_of_simclr_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
-    let (reference, cpu) = (Device::reference(), Device::cpu(2).unwrap().poisoned());
+/// Each step from the golden state: that of the reference device, which the test above holds to PyTorch.
+fn teacher_forced(what: &str, device: &Device) {
+    let reference = Device::reference();
     let goldens = Goldens::open("steps");
     for run in runs() {
         let mut method = run.method();
         let mut truth = network::seeded_arena(method.layout(), &reference, run.name);
-        let mut arena = Arena::new(method.layout(), &cpu, 0);
+        let mut arena = Arena::new(method.layout(), device, 0);
         let mut optimizer = Optimizer::new(run.rule, &truth);
         let mut results = Vec::new();
         for step in 0..STEPS {
             write(arena.values_mut(), 0, &truth.values().to_f64());
             write(arena.statistics_mut(), 0, &truth.statistics().to_f64());
-            let views = run.views(&goldens, &cpu, step);
+            let views = run.views(&goldens, device, step);
             let loss = tape::step(&mut arena, |tape| method.loss(tape, &views));
             results.extend(check_gradients(
                 &goldens,
@@ -151,8 +151,18 @@ fn every_step_of_simclr_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
             tape::step(&mut truth, |tape| method.loss(tape, &views)).unwrap();
             optimizer.step(&mut truth, run.schedule.lr(step as u64));
         }
-        report(&format!("{} on the CPU", run.name), results);
+        report(&format!("{} on the {what}", run.name), results);
     }
+}
+
+#[test]
+fn every_step_of_simclr_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
+    teacher_forced("CPU", &Device::cpu(2).unwrap().poisoned());
+}
+
+#[test]
+fn every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch() {
+    teacher_forced("GPU", &gpu(Precision::F32));
 }
 
 /// The complaints about the state after the steps, not about the loss itself.

@@ -106,6 +106,11 @@ impl Gpu {
         })
     }
 
+    /// What its maker calls it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     pub(crate) fn ordinal(&self) -> usize {
         self.ordinal
     }

@@ -10,18 +10,32 @@ mod driver;
 mod gpu;
 mod kernels;
 mod staging;
+mod table;
 
 pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
 #[allow(unused_imports)] // which kernels have a launch line yet is a test's business
 pub(crate) use kernels::*;
+pub(crate) use table::Table;
+
+use serde::{Deserialize, Serialize};
 
 /// What a GPU stores activations and the working copies of weights in. Sums, statistics, losses, master weights and
 /// optimisers are f32 in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// bf16, multiplied by tensor cores: what one trains in.
     Bf16,
     /// f32 throughout.
     F32,
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        })
+    }
 }

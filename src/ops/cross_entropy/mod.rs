@@ -2,6 +2,8 @@
 //!
 //! `dx_i = (softmax(x_i) - onehot(label_i)) dL / n`.
 
+mod cuda;
+
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -10,20 +12,26 @@ use crate::tensor::Tensor;
 
 /// The mean cross-entropy of logits `x [n, k]` against `labels [n]` (i32, each in `0..k`).
 ///
+/// A GPU cannot tell the host of a label that is out of range: loss and gradient are NaN then.
+///
 /// # Panics
-/// When the shapes do not fit, `n` is 0, or a label is out of range.
+/// When the shapes do not fit, `n` is 0, or, on the host, a label is out of range.
 #[track_caller]
 pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     let [n, k] = x.value().dims("cross_entropy: the logits");
     assert_eq!(**labels.shape(), [n], "cross_entropy: labels {:?}, {n} rows", labels.shape());
     assert!(n > 0, "cross_entropy: no rows");
-    if x.tape().device().kind() == DeviceKind::Cuda {
-        super::no_cuda("cross_entropy");
+    let device = x.tape().device().clone();
+    let (x_value, labels) = (x.value().clone(), labels.clone());
+    let x_id = x.id();
+    if device.kind() == DeviceKind::Cuda {
+        let y = cuda::forward(&x_value, &labels, [n, k]);
+        return x.tape().record("cross_entropy", y, &[x], move |dy, gradients| {
+            gradients.add(x_id, cuda::backward(&x_value, &labels, &dy, [n, k]));
+        });
     }
     let bad = labels.data::<i32>().iter().find(|&&l| l < 0 || l as usize >= k);
     assert!(bad.is_none(), "cross_entropy: label {} of {k} classes", bad.unwrap_or(&0));
-    let device = x.tape().device().clone();
-    let (x_value, labels) = (x.value().clone(), labels.clone());
     let rows: f64 = match device.kind() {
         DeviceKind::Cpu => {
             // Row losses in f64, summed in order.
@@ -38,14 +46,13 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                 })
                 .sum()
         }
-        DeviceKind::Cuda => super::no_cuda("cross_entropy"),
-        DeviceKind::Reference => {
+        // Reference: a GPU has returned.
+        _ => {
             let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
             rows.map(|(row, &label)| log_sum_exp(row) - row[label as usize]).sum()
         }
     };
     let y = Tensor::from_f64(&device, [], &[rows / n as f64]);
-    let x_id = x.id();
     x.tape().record("cross_entropy", y, &[x], move |dy, gradients| {
         let mut dx = x_value.empty_like();
         let scale = dy.scalar() / n as f64;
@@ -66,8 +73,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                 };
                 device.run(|| dx.par_chunks_mut(k).zip(rows).for_each(softmax));
             }
-            DeviceKind::Cuda => super::no_cuda("cross_entropy"),
-            DeviceKind::Reference => {
+            _ => {
                 let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
                 let rows = dx.data_mut::<f64>().chunks_exact_mut(k).zip(rows);
                 for (dx, (x, &label)) in rows {

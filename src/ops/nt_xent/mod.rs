@@ -10,11 +10,12 @@
 //! of each row takes its place.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// The sizes of the loss.
 #[derive(Clone, Copy, Debug)]
@@ -47,20 +48,30 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     let dims = Dims { rows, d, temperature };
     let device = z.tape().device().clone();
     assert_eq!(z.tape().group().size(), 1, "nt_xent: gathering from several processes");
+    let z = &super::cast(z, DType::of(&device));
     let z_value = z.value().clone();
     let mut lse = Tensor::floats(&device, [rows]); // log Σ exp of each row
-    let loss = match device.kind() {
+    let y = match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = Tensor::floats(&device, [cpu::workspace_len(dims)]);
             let (lse, workspace) = (lse.data_mut(), workspace.data_mut());
-            device.run(|| cpu::forward(lse, workspace, z_value.data(), dims))
+            let loss = device.run(|| cpu::forward(lse, workspace, z_value.data(), dims));
+            Tensor::from_f64(&device, [], &[loss])
         }
-        DeviceKind::Cuda => super::no_cuda("nt_xent"),
-        DeviceKind::Reference => reference::forward(lse.data_mut(), z_value.data(), dims),
+        DeviceKind::Cuda => cuda::forward(&mut lse, &z_value, dims),
+        DeviceKind::Reference => {
+            let loss = reference::forward(lse.data_mut(), z_value.data(), dims);
+            Tensor::from_f64(&device, [], &[loss])
+        }
     };
-    let y = Tensor::from_f64(&device, [], &[loss]);
     let z_id = z.id();
     z.tape().record("nt_xent", y, &[z], move |dy, gradients| {
+        if device.kind() == DeviceKind::Cuda {
+            if let Some((mut dz, accumulate)) = gradients.target(z_id, z_value.shape()) {
+                cuda::backward(&mut dz, &z_value, &lse, &dy, dims, accumulate);
+            }
+            return;
+        }
         let mut dz = z_value.empty_like();
         let scale = dy.scalar() / (dims.rows as f64 * dims.temperature);
         match device.kind() {
@@ -71,10 +82,8 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
                     cpu::backward(dz, workspace, z_value.data(), lse.data(), dims, scale);
                 });
             }
-            DeviceKind::Cuda => super::no_cuda("nt_xent"),
-            DeviceKind::Reference => {
-                reference::backward(dz.data_mut(), z_value.data(), lse.data(), dims, scale);
-            }
+            // Reference: a GPU has returned.
+            _ => reference::backward(dz.data_mut(), z_value.data(), lse.data(), dims, scale),
         }
         gradients.add(z_id, dz);
     })

@@ -4,7 +4,11 @@ mod gather;
 
 pub use gather::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 
+mod cuda;
+
+use crate::device::DeviceKind;
 use crate::tensor::Tensor;
+use cuda::Blocks;
 
 /// Micro-batches, each `[views * m, d]` view after view, as one `[views * n, d]`, view after view.
 ///
@@ -19,7 +23,16 @@ pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
         "micro-batches must have one shape"
     );
     let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
-    let block = rows / views;
+    let (count, block) = (parts.len(), rows / views);
+    if all.device().kind() == DeviceKind::Cuda {
+        let length = block * d;
+        let blocks =
+            Blocks { count: views, length, to_stride: count * length, from_stride: length };
+        for (index, part) in parts.iter().enumerate() {
+            cuda::copy((&mut all, index * length), (part, 0), blocks);
+        }
+        return all;
+    }
     for place in 0..parts.len() * views {
         let (view, part) = (place / parts.len(), place % parts.len());
         let to = all.view_mut().slice(place * block * d, [block, d].into());
@@ -33,6 +46,13 @@ pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize)
     let [rows, d] = all.dims("embeddings");
     let mut part = Tensor::empty(all.device(), all.dtype(), [rows / count, d]);
     let block = rows / count / views;
+    if all.device().kind() == DeviceKind::Cuda {
+        let length = block * d;
+        let blocks =
+            Blocks { count: views, length, to_stride: length, from_stride: count * length };
+        cuda::copy((&mut part, 0), (all, index * length), blocks);
+        return part;
+    }
     for view in 0..views {
         let to = part.view_mut().slice(view * block * d, [block, d].into());
         { to }.copy_from(&all.rows((view * count + index) * block, block));

@@ -1,0 +1,59 @@
+//! `--device`: where a command computes.
+
+use std::str::FromStr;
+
+use super::talk;
+use crate::device::Device;
+use crate::error::Result;
+use crate::methods::TrainSettings;
+
+/// A device by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Name {
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = match text.split_once(':') {
+            None if text == "cpu" => return Ok(Self::Cpu),
+            None if text == "cuda" => return Ok(Self::Cuda(0)),
+            Some(("cuda", number)) => number.parse().ok(),
+            _ => None,
+        };
+        number.map(Self::Cuda).ok_or_else(|| "a device is cpu, cuda or cuda:N, from 0".into())
+    }
+}
+
+/// The device of that name, or else what is there: a GPU, or the CPU. Says which in a line.
+pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Device> {
+    let cpu = || Device::cpu(settings.threads);
+    let (device, why) = match name {
+        Some(Name::Cpu) => (cpu()?, String::new()),
+        Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, settings.precision)?, String::new()),
+        None => match Device::cuda(0, settings.precision) {
+            Ok(gpu) => (gpu, "; --device cpu for the processor".into()),
+            Err(reason) => (cpu()?, format!("; {reason}")),
+        },
+    };
+    talk(&format!("device: {device}{why}"));
+    Ok(device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        assert_eq!("cpu".parse(), Ok(Name::Cpu));
+        assert_eq!("cuda".parse(), Ok(Name::Cuda(0)));
+        assert_eq!("cuda:3".parse(), Ok(Name::Cuda(3)));
+        for wrong in ["gpu", "cuda:", "cuda:-1", "cpu:0", ""] {
+            assert!(wrong.parse::<Name>().is_err(), "{wrong}");
+        }
+    }
+}

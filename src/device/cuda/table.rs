@@ -1,0 +1,40 @@
+//! Numbers in a GPU's memory that are no tensor: what a launch reads anew each time, so that a captured one follows them.
+
+use std::marker::PhantomData;
+
+use super::In;
+use crate::device::{Device, Memory};
+
+/// Numbers of one type, written by the host and read by kernels.
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    memory: Memory,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: bytemuck::Pod> Table<T> {
+    /// A table of `values` on a GPU.
+    #[track_caller]
+    pub(crate) fn new(gpu: &Device, values: &[T]) -> Self {
+        let memory = Memory::new(gpu, size_of_val(values));
+        let mut table = Self { memory, len: values.len(), element: PhantomData };
+        table.write(values);
+        table
+    }
+
+    /// Replaces all of it, behind whatever is queued.
+    ///
+    /// # Panics
+    /// When there are more or fewer values than there were.
+    #[track_caller]
+    pub(crate) fn write(&mut self, values: &[T]) {
+        assert_eq!(self.len, values.len(), "a table keeps its length");
+        self.memory.write(0, bytemuck::cast_slice(values));
+    }
+
+    /// Where a kernel reads it.
+    pub(crate) fn device_in(&self) -> In<'_, T> {
+        In::new(self.memory.address())
+    }
+}

@@ -1,0 +1,177 @@
+//! `kernels/optimizer.cu` and `kernels/ema.cu`: one launch over a whole arena for SGD and momentum encoders, two for LARS.
+//!
+//! They write the bf16 working copy along with the values, so that nothing has to be cast afterwards.
+
+use half::bf16;
+
+use super::optimizer::{Care, Lars, Rule, Segment, Sgd, TrustNorm};
+use crate::arena::{Arena, Parts};
+use crate::device::Device;
+use crate::device::cuda::{self, In, Launch, Out, Table};
+use crate::tensor::{DType, Tensor};
+
+/// Elements that a block updates: `OPTIMIZER_CHUNK` of the kernels.
+const CHUNK: usize = 8192;
+
+/// How a slot is treated: the kernels' `care`.
+const USUAL: i32 = 0;
+const SPARED: i32 = 1;
+const FROZEN: i32 = 2;
+
+/// In the place of a slot's own learning rate: it has none.
+const NO_RATE: f64 = -1.0;
+
+/// What the kernels know of an arena's slots, on its GPU.
+#[derive(Debug)]
+pub(super) struct Tables {
+    /// First element, number of elements and first chunk of each slot.
+    slots: Table<u64>,
+    /// The slot of each chunk.
+    chunks: Table<i32>,
+    count: usize,
+    care: Table<i32>,
+    rates: Table<f64>,
+    /// The learning rate of the next step.
+    lr: Table<f64>,
+}
+
+impl Tables {
+    pub(super) fn new(gpu: &Device, segments: &[Segment]) -> Self {
+        let (mut slots, mut chunks) = (Vec::new(), Vec::new());
+        for (slot, segment) in segments.iter().enumerate() {
+            slots.extend([segment.offset, segment.len, chunks.len()].map(|v| v as u64));
+            chunks.resize(chunks.len() + segment.len.div_ceil(CHUNK), slot as i32);
+        }
+        let (care, rates) = care(segments);
+        Self {
+            slots: Table::new(gpu, &slots),
+            count: chunks.len(),
+            chunks: Table::new(gpu, &chunks),
+            care: Table::new(gpu, &care),
+            rates: Table::new(gpu, &rates),
+            lr: Table::new(gpu, &[0.0]),
+        }
+    }
+
+    /// Takes over how each slot is treated in the steps to come.
+    pub(super) fn treat(&mut self, segments: &[Segment]) {
+        let (care, rates) = care(segments);
+        self.care.write(&care);
+        self.rates.write(&rates);
+    }
+
+    /// Sets the learning rate of the steps to come; a captured step finds it where it was.
+    pub(super) fn set_rate(&mut self, lr: f64) {
+        self.lr.write(&[lr]);
+    }
+
+    /// Moves the arena's values along its gradients: launches alone, which a graph can hold.
+    pub(super) fn step(&self, rule: Rule, arena: &mut Arena, momentum: &mut Tensor) {
+        match rule {
+            Rule::Sgd(sgd) => self.sgd(sgd, arena.parts(), momentum),
+            Rule::Lars(lars) => self.lars(lars, arena.parts(), momentum),
+        }
+    }
+
+    fn launch<'d>(&self, on: &'d Tensor) -> Launch<'d> {
+        Launch::new(on.device().gpu(), [self.count, 1, 1], [256, 1, 1])
+    }
+
+    fn sgd(&self, rule: Sgd, arena: Parts<'_>, momentum: &mut Tensor) {
+        let Parts { values, working, gradients } = arena;
+        // SAFETY: the tables are those of the arena's layout, which values, copy, momentum and gradients have.
+        unsafe {
+            cuda::sgd_step(
+                self.launch(gradients),
+                values.device_out(),
+                momentum.device_out(),
+                copy(working),
+                gradients.device_in(),
+                self.slots.device_in(),
+                self.chunks.device_in(),
+                self.care.device_in(),
+                self.rates.device_in(),
+                self.lr.device_in(),
+                self.count as i32,
+                rule.momentum,
+                rule.weight_decay,
+                i32::from(rule.nesterov),
+            );
+        }
+    }
+
+    fn lars(&self, rule: Lars, arena: Parts<'_>, momentum: &mut Tensor) {
+        let Parts { values, working, gradients } = arena;
+        let mut partial = Tensor::empty(gradients.device(), DType::F64, [self.count, 3]);
+        // SAFETY: as for SGD; `partial` has three numbers for each chunk.
+        unsafe {
+            cuda::lars_norms(
+                self.launch(gradients),
+                partial.device_out(),
+                values.device_in(),
+                gradients.device_in(),
+                self.slots.device_in(),
+                self.chunks.device_in(),
+                self.care.device_in(),
+                self.count as i32,
+                rule.weight_decay,
+            );
+            cuda::lars_step(
+                self.launch(gradients),
+                values.device_out(),
+                momentum.device_out(),
+                copy(working),
+                gradients.device_in(),
+                partial.device_in(),
+                self.slots.device_in(),
+                self.chunks.device_in(),
+                self.care.device_in(),
+                self.rates.device_in(),
+                self.lr.device_in(),
+                self.count as i32,
+                rule.momentum,
+                rule.weight_decay,
+                rule.trust,
+                i32::from(rule.norm == TrustNorm::SumOfNorms),
+                i32::from(rule.clip),
+                i32::from(rule.lr_in_momentum),
+            );
+        }
+    }
+}
+
+/// The kernels' `care` and `rates`.
+fn care(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
+    let of = |segment: &Segment| {
+        let usual = if segment.spared { SPARED } else { USUAL };
+        match segment.care {
+            Care::Usual => (usual, NO_RATE),
+            Care::FixedRate(rate) => (usual, rate),
+            Care::Frozen => (FROZEN, NO_RATE),
+            Care::Spared => (SPARED, NO_RATE),
+        }
+    };
+    segments.iter().map(of).unzip()
+}
+
+fn copy(working: Option<&mut Tensor>) -> Out<'_, bf16> {
+    working.map_or(Out::null(), Tensor::device_out)
+}
+
+/// `target = m target + (1 - m) online`, `m` on the GPU.
+pub(super) fn ema(target: &mut Arena, online: &Arena, momentum: In<'_, f64>) {
+    let (online, n) = (online.values(), online.values().len());
+    let Parts { values, working, .. } = target.parts();
+    let launch = Launch::over(online.device().gpu(), n, 8);
+    // SAFETY: all have `n` elements, being of one layout.
+    unsafe {
+        cuda::ema(
+            launch,
+            values.device_out(),
+            copy(working),
+            online.device_in(),
+            momentum,
+            n as i64,
+        );
+    }
+}
