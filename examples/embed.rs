@@ -34,8 +34,9 @@ pub fn main() {
     let device = Device::cpu(0).expect("threads");
     let mut layout = Layout::new();
     let stem = Stem::Small;
+    let (zero_init_residual, norm_groups, sk_ratio) = (true, 1, 0.0);
     let config =
-        ResNetConfig { depth: 18, width: 8, stem, zero_init_residual: true, norm_groups: 1 };
+        ResNetConfig { depth: 18, width: 8, stem, zero_init_residual, norm_groups, sk_ratio };
     let trunk = ResNet::new(&mut layout, "", &config);
     let layer = MlpLayer { width: 32, bias: true, norm: NormKind::None, relu: false, std: None };
     let head = Mlp::new(&mut layout, "head", trunk.features(), &[layer], 1);

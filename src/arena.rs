@@ -346,6 +346,15 @@ impl Arena {
         self.stale.set(false);
     }
 
+    /// A parameter's value, to write.
+    ///
+    /// # Panics
+    /// When a tensor still shares the arena's memory.
+    pub fn value_mut(&mut self, param: Param) -> crate::tensor::TensorMut<'_> {
+        self.stale.set(true);
+        self.values.view_mut().slice(param.offset, param.shape)
+    }
+
     /// A parameter's gradient, copied.
     pub fn gradient(&self, param: Param) -> Tensor {
         self.gradients.borrow().slice(param.offset, param.shape).copy()

@@ -15,7 +15,7 @@
 //! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
 //! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
 //! | 2 | [`tensor`] | shape, dtype, memory |
-//! | 1 | [`device`] | where memory lives and operations run: pool, threads, Philox, the seam between processes |
+//! | 1 | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
 //! | 0 | [`error`] | what can go wrong in the world |
 //!
 //! # How the parts meet
@@ -33,14 +33,23 @@
 //! **A primitive is one folder** of [`ops`]: maths, shape rule, gradient, CPU path and naive f64 reference. It is public, and
 //! so is what it is made of: a program can record an operation of its own (`examples/custom_op.rs`).
 //!
+//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) queues the kernels of `kernels/`, compiled and embedded by
+//! `build.rs`, which also writes a typed launch function for each; an operation's `cuda.rs` has its launch lines. Activations and
+//! working copies of weights are bf16 (or f32, as [asked](device::Precision)), sums, statistics and weights are f32. Operations
+//! are queued and do not fail; [`Device::check`](device::Device::check), which every step asks, says what did.
+//!
 //! **Truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64; tests hold every
 //! primitive, whole networks and whole training steps against it, and it against PyTorch's f64.
 //!
 //! **The same seed gives the same run**, to the last bit on one machine, whatever the number of threads: work is cut by shape,
 //! sums have one order, random numbers are counter-based ([Philox](device::Philox), keyed by seed, epoch and sample).
 //!
-//! **A method is one file** that reads like its paper: [`methods::simclr`] for
-//! [SimCLR](https://arxiv.org/abs/2002.05709). What it needs from the outside is the [`Method`](methods::Method) trait.
+//! **A method is one file** that reads like its paper: [`methods::moco`] ([v1](https://arxiv.org/abs/1911.05722),
+//! [v2](https://arxiv.org/abs/2003.04297)), [`methods::simclr`] ([paper](https://arxiv.org/abs/2002.05709)),
+//! [`methods::simclr_v2`] ([paper](https://arxiv.org/abs/2006.10029)), [`methods::swav`]
+//! ([paper](https://arxiv.org/abs/2006.09882)), [`methods::byol`] ([paper](https://arxiv.org/abs/2006.07733)),
+//! [`methods::simsiam`] ([paper](https://arxiv.org/abs/2011.10566)); [`methods::supervised`] and [`methods::distill`] beside
+//! them. What each needs from the outside is the [`Method`](methods::Method) trait.
 //!
 //! # Panics and errors
 //!

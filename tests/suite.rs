@@ -10,6 +10,8 @@ mod augmentation;
 mod case;
 #[path = "suite/cases.rs"]
 mod cases;
+#[path = "suite/collapse.rs"]
+mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
 #[path = "suite/cuda.rs"]
@@ -24,6 +26,8 @@ mod floors;
 mod golden;
 #[path = "suite/memory.rs"]
 mod memory;
+#[path = "suite/methods.rs"]
+mod methods;
 #[path = "suite/neighbours.rs"]
 mod neighbours;
 #[path = "suite/network.rs"]
@@ -38,8 +42,12 @@ mod program;
 mod provoked;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
+#[path = "suite/recipes.rs"]
+mod recipes;
 #[path = "suite/seeded.rs"]
 mod seeded;
+#[path = "suite/shipped_bugs.rs"]
+mod shipped_bugs;
 #[path = "suite/signatures.rs"]
 mod signatures;
 #[path = "suite/steps.rs"]

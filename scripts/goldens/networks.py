@@ -7,6 +7,7 @@ import torch
 
 from . import seeded
 from .record import record, save, table
+from .selective import SelectiveTrunk
 from .trunk import Trunk, fill, kinked, outside, slots
 
 
@@ -17,7 +18,10 @@ class Network:
         self.line, self.dtype = line, dtype
         words = dict(word.split("=", 1) for word in line.split(" ")[1:])
         depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
-        self.trunk = Trunk(depth, width, words["stem"], groups)
+        if "sk" in words:
+            self.trunk = SelectiveTrunk(width, words["stem"], float(words["sk"]))
+        else:
+            self.trunk = Trunk(depth, width, words["stem"], groups)
         fill(self.trunk, line)
         self.trunk.to(dtype)
         self.size = (n, h, w, 3)
@@ -51,7 +55,8 @@ def make(path, root):
     for line in (root / "tests/suite/networks.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             network = Network(line)
-            draw = next(d for d in range(1000) if not kinked(network.trunk, network.images(d)))
+            free = lambda d: "kinked=1" in line or not kinked(network.trunk, network.images(d))  # noqa: E731
+            draw = next(d for d in range(1000) if free(d))
             tensors[f"{line}|draw"] = np.array([draw])
             truth, own = network.run(draw), Network(line, torch.float32).run(draw)
             for part in truth:

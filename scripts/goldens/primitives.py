@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -135,7 +136,105 @@ def cross_entropy(row):
     return lambda x: F.cross_entropy(x, labels)
 
 
+def neg_cosine(row):
+    for name in "pz":
+        row.input(name, row.sizes("n", "d"), seeded.around(0.0, float(row.words["scale"])))
+    return lambda p, z: -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
+
+
+def info_nce(row):
+    n, m, d = row.sizes("n", "m", "d")
+    row.input("q", (n, d), seeded.unit_rows(n, d))
+    row.input("k", (n, d), seeded.unit_rows(n, d))
+    queue = torch.from_numpy(seeded.unit_rows(m, d)(row.seed("queue"), m * d).reshape(m, d))
+    left_out = torch.zeros(n, m, dtype=torch.bool)
+    start, end = (int(word) for word in row.words.get("own", "0..0").split(".."))
+    for j in range(start, end):
+        left_out[(j - start) % n, j] = True
+
+    def build(q, k):
+        negatives = (q @ queue.to(q.dtype).T).masked_fill(left_out, float("-inf"))
+        logits = torch.cat([(q * k).sum(1, keepdim=True), negatives], 1) / float(row.words["t"])
+        return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long))
+
+    return build
+
+
+def soft_cross_entropy(row):
+    n, k = row.sizes("n", "k")
+    q = seeded.around(0.5, 0.5)(row.seed("targets"), n * k).reshape(n, k)
+    if row.words["targets"] == "normal":
+        q = seeded.rounded(q / np.cumsum(q, axis=1)[:, -1:])
+    if row.words["targets"] == "hot":
+        q = np.eye(k)[np.arange(n) % k]
+    q = torch.from_numpy(q)
+    row.input("x", (n, k), seeded.around(0.0, float(row.words["spread"])))
+    return lambda x: -(q.to(x.dtype) * F.log_softmax(x / float(row.words["t"]), 1)).sum(1).mean()
+
+
+def distillation(row):
+    n, k = row.sizes("n", "k")
+    t, values = float(row.words["t"]), seeded.around(0.0, float(row.words["spread"]))
+    teacher = torch.from_numpy(values(row.seed("teacher"), n * k).reshape(n, k))
+    row.input("x", (n, k), values)
+    return lambda x: t * t * F.cross_entropy(x / t, F.softmax(teacher.to(x.dtype) / t, 1))
+
+
+def stream_mean(row):
+    n, h, w, c = row.sizes("n", "h", "w", "c")
+    row.input("x", (n, h, w, 2 * c))
+    return lambda x: torch.stack(x.chunk(2, -1)).sum(0).mean((1, 2))
+
+
+def stream_select(row):
+    n, h, w, c = row.sizes("n", "h", "w", "c")
+    row.input("x", (n, h, w, 2 * c))
+    row.input("logits", (n, 2 * c))
+
+    def build(x, logits):
+        weights = torch.stack(logits.chunk(2, -1)).softmax(0)[:, :, None, None]
+        return (torch.stack(x.chunk(2, -1)) * weights).sum(0)
+
+    return build
+
+
+def avg_pool(row):
+    size, stride = row.sizes("size", "stride")
+    row.input("x", row.sizes("n", "h", "w", "c"))
+
+    def build(x):
+        pad = [0, size - 1, 0, size - 1]
+        pooled = F.avg_pool2d(F.pad(nchw(x), pad), size, stride)
+        if stride == 1:  # TensorFlow's SAME does not count what it pads
+            pooled = pooled / F.avg_pool2d(F.pad(torch.ones_like(nchw(x)), pad), size, stride)
+        h, w = (-(-side // stride) for side in x.shape[1:3])
+        return nhwc(pooled[:, :, :h, :w])
+
+    return build
+
+
+def gather_rows(row):
+    n, m, d = row.sizes("n", "m", "d")
+    row.input("x", (m, d))
+    return lambda x: x[torch.from_numpy(seeded.indices(row.seed("index"), n, m))]
+
+
+def slice_rows(row):
+    start, count = row.sizes("from", "count")
+    row.input("x", row.sizes("n", "d"))
+    return lambda x: x[start : start + count]
+
+
+def concat_rows(row):
+    a, b, d = row.sizes("a", "b", "d")
+    row.input("a", (a, d))
+    row.input("b", (b, d))
+    return lambda a, b: torch.cat([a, b])
+
+
 ALL = (conv2d, linear, batch_norm, relu, add, scale, mean, max_pool, mean_pool, l2_normalize, nt_xent, cross_entropy)
+ALL += (neg_cosine, info_nce, soft_cross_entropy, distillation, stream_mean, stream_select, avg_pool)
+ALL += (gather_rows, slice_rows, concat_rows)
 PRIMITIVES = {build.__name__: build for build in ALL}
 
 

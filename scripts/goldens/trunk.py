@@ -94,7 +94,8 @@ def kinked(module, images):
     At a kink rounding decides which way a whole gradient goes. What is compared in f32, on machines that round
     differently, must lie off kinks, so images are drawn until they do.
     """
-    truth, own = at_kinks(copy.deepcopy(module), images), at_kinks(copy.deepcopy(module).float(), images.float())
+    narrow = [x.float() for x in images] if isinstance(images, list) else images.float()
+    truth, own = at_kinks(copy.deepcopy(module), images), at_kinks(copy.deepcopy(module).float(), narrow)
     for (gap, x), (_, y) in zip(truth, own):
         rest = [dim for dim in range(x.dim()) if dim != 1]
         error = (x - y).pow(2).mean(rest, keepdim=True).sqrt()  # of each channel

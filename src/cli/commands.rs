@@ -51,7 +51,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
 
 fn run(recipe: &Recipe, device: &Device, out: Option<&Path>) -> Result<Run> {
     let mut run = Run::new(recipe, device, out)?;
-    let schedule = *run.schedule();
+    let schedule = run.schedule().clone();
     talk(&format!(
         "{} on {} images; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
         recipe.method.name,

@@ -62,6 +62,9 @@ impl Watch for Progress {
         if let Some(knn) = report.knn {
             line += &format!(", kNN {:.1}%", 100.0 * knn);
         }
+        if let Some(accuracy) = report.accuracy {
+            line += &format!(", top-1 {:.1}%", 100.0 * accuracy);
+        }
         self.line(&line);
         if let Some(bar) = self.bar.as_ref().filter(|_| epoch == epochs) {
             bar.finish_and_clear(); // the lines stay; results follow

@@ -31,6 +31,11 @@ impl Group {
         let _ = values;
     }
 
+    /// Replaces `values` by their maximum over the group.
+    pub fn all_reduce_max<T>(&self, values: &mut [T]) {
+        let _ = values;
+    }
+
     /// The rows of every rank, rank after rank; `None` when the caller's own rows are all there are.
     pub fn all_gather<T>(&self, rows: &[T]) -> Option<Vec<T>> {
         let _ = rows;

@@ -37,6 +37,10 @@ pub enum Purpose {
     Augmentation = 3,
     /// Choosing label subsets; indexed by class.
     Labels = 4,
+    /// Shuffles within a batch (MoCo's keys); indexed by step.
+    Shuffle = 6,
+    /// What a queue holds before keys do; indexed by row.
+    Queue = 7,
     /// Anything drawn in tests and examples.
     Test = 5,
 }

@@ -5,6 +5,7 @@ use crate::data::augment::Normalise;
 use crate::data::{Skipped, Source, center_batch};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::methods::supervised::Classifier;
 use crate::nn::ResNet;
 use crate::tape::evaluate;
 use crate::tensor::Tensor;
@@ -51,6 +52,29 @@ pub fn trunk_features(
     collect(source, size, normalise, arena.device(), backbone.features(), |images| {
         evaluate(arena, |tape| backbone.forward(&tape.input(images)))
     })
+}
+
+/// The share, in `0..=1`, of images whose largest logit is their class: running statistics, the centre of the image at `size`
+/// pixels.
+///
+/// # Errors
+/// When an image has no label, or the device fails.
+pub fn classifier_accuracy(
+    arena: &Arena,
+    classifier: &Classifier,
+    source: &dyn Source,
+    size: usize,
+    normalise: Option<&Normalise>,
+) -> Result<f64> {
+    let d = classifier.classes();
+    let logits = collect(source, size, normalise, arena.device(), d, |images| {
+        evaluate(arena, |tape| classifier.forward(&tape.input(images)))
+    })?;
+    // The first largest is the answer: rows that are all alike must not be right for every class.
+    let answer = |row: &[f32]| (0..d).fold(0, |best, j| if row[j] > row[best] { j } else { best });
+    let rows = logits.values.chunks_exact(d).zip(&logits.labels);
+    let right = rows.filter(|(row, label)| answer(row) == **label as usize).count();
+    Ok(right as f64 / logits.labels.len().max(1) as f64)
 }
 
 /// The pixels, three a position: the baseline that costs nothing.

@@ -5,7 +5,7 @@ mod knn;
 mod linear;
 mod monitor;
 
-pub use features::{Features, pixel_features, trunk_features};
+pub use features::{Features, classifier_accuracy, pixel_features, trunk_features};
 pub use knn::{Knn, accuracy as knn_accuracy};
 pub use linear::few_label_accuracy;
 pub use monitor::{Spread, spread};

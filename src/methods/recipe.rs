@@ -8,7 +8,7 @@ use crate::data::Policy;
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::nn::ResNetConfig;
-use crate::optim::{LrRule, Rule, Schedule};
+use crate::optim::{Decay, LrRule, Rule, Schedule};
 
 /// A run's settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,8 +62,17 @@ pub struct OptimSettings {
     pub lr: f64,
     /// What the batch size makes of it.
     pub lr_rule: LrRule,
-    /// Epochs of linear warm-up from zero; may be a fraction.
+    /// Epochs of linear warm-up; may be a fraction.
     pub warmup_epochs: f64,
+    /// Where the warm-up starts, as a rate that no rule scales; from zero without. See [`Schedule::warmup_from`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmup_from: Option<f64>,
+    /// Where a cosine ends, as a rate that no rule scales.
+    #[serde(default)]
+    pub end_lr: f64,
+    /// How the rate falls after the warm-up.
+    #[serde(default)]
+    pub decay: Decay,
     /// The update and its settings.
     pub rule: Rule,
 }
@@ -94,6 +103,9 @@ pub struct TrainSettings {
     /// Loader threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub loader_threads: usize,
+    /// A weight file to start from, in torchvision's names: slots that it has are taken from it, the trunk whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
 }
 
 fn three() -> usize {
@@ -132,13 +144,15 @@ impl Recipe {
     /// The policy of each of `views` views.
     ///
     /// # Errors
-    /// When the recipe has neither one policy nor one for each view.
+    /// When the recipe makes neither one view nor as many as needed.
     pub fn policies(&self, views: usize) -> Result<Vec<Policy>> {
-        match self.augment.len() {
-            1 => Ok(vec![self.augment[0].clone(); views]),
-            n if n == views => Ok(self.augment.clone()),
+        let repeat = |policy: &Policy| std::iter::repeat_n(policy.clone(), policy.repeat);
+        let all: Vec<Policy> = self.augment.iter().flat_map(repeat).collect();
+        match all.len() {
+            1 => Ok(vec![all[0].clone(); views]),
+            n if n == views => Ok(all),
             n => Err(Error::config(format!(
-                "the recipe has {n} [[augment]] tables; this method needs 1 for all views or {views}"
+                "the recipe's [[augment]] tables make {n} views; this method needs 1 for all views or {views}"
             ))),
         }
     }
@@ -150,6 +164,10 @@ impl Recipe {
             peak: self.optim.lr_rule.apply(self.optim.lr, self.train.batch),
             warmup: (self.optim.warmup_epochs * per_epoch as f64).round() as u64,
             total: per_epoch * u64::from(self.train.epochs),
+            warmup_from: self.optim.warmup_from,
+            end: self.optim.end_lr,
+            decay: self.optim.decay.clone(),
+            per_epoch,
         }
     }
 
@@ -164,6 +182,8 @@ impl Recipe {
         };
         positive(self.optim.lr, "optim.lr")?;
         positive(self.optim.warmup_epochs, "optim.warmup_epochs")?;
+        positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;
+        positive(self.optim.end_lr, "optim.end_lr")?;
         for (value, key) in [
             (self.train.epochs as usize, "train.epochs"),
             (self.train.keep, "train.keep"),
@@ -269,11 +289,42 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+macro_rules! builtin {
+    ($name:literal) => {
+        ($name, include_str!(concat!("../../recipes/", $name, ".toml")))
+    };
+}
+
 const BUILTIN: &[(&str, &str)] = &[
-    ("demo", include_str!("../../recipes/demo.toml")),
-    ("simclr-cifar10", include_str!("../../recipes/simclr-cifar10.toml")),
-    ("simclr-cifar10-small", include_str!("../../recipes/simclr-cifar10-small.toml")),
-    ("simclr-imagenet", include_str!("../../recipes/simclr-imagenet.toml")),
+    builtin!("byol-cifar10"),
+    builtin!("byol-cifar10-small"),
+    builtin!("byol-imagenet"),
+    builtin!("demo"),
+    builtin!("moco-v1-imagenet"),
+    builtin!("moco-v2-cifar10"),
+    builtin!("moco-v2-cifar10-small"),
+    builtin!("moco-v2-imagenet"),
+    builtin!("simclr-cifar10"),
+    builtin!("simclr-cifar10-small"),
+    builtin!("simclr-imagenet"),
+    builtin!("simclr-v2-cifar10"),
+    builtin!("simclr-v2-cifar10-small"),
+    builtin!("simclr-v2-distill-cifar10-small"),
+    builtin!("simclr-v2-distill-imagenet"),
+    builtin!("simclr-v2-finetune-cifar10-small"),
+    builtin!("simclr-v2-finetune-imagenet"),
+    builtin!("simclr-v2-imagenet-r152-3x"),
+    builtin!("simclr-v2-imagenet-r50-1x"),
+    builtin!("simsiam-cifar10"),
+    builtin!("simsiam-cifar10-small"),
+    builtin!("simsiam-imagenet"),
+    builtin!("supervised-cifar10"),
+    builtin!("supervised-cifar10-small"),
+    builtin!("supervised-imagenet"),
+    builtin!("swav-cifar10"),
+    builtin!("swav-cifar10-small"),
+    builtin!("swav-imagenet"),
+    builtin!("swav-imagenet-256"),
 ];
 
 /// Names of the recipes that the program brings along.

@@ -6,7 +6,9 @@
 mod conv_bn;
 mod mlp;
 mod resnet;
+mod selective;
 
 pub use conv_bn::{ConvBn, Norm};
 pub use mlp::{Mlp, MlpLayer, NormKind};
 pub use resnet::{ResNet, ResNetConfig, Stem};
+pub use selective::SelectiveConv;

@@ -1,10 +1,11 @@
 //! ResNets (He et al. 2016, arXiv:1512.03385) as torchvision has them: 18 and 34 of basic blocks, 50, 101 and 152 of
-//! bottlenecks with the stride in the 3x3 convolution ("v1.5"), without the classifier.
+//! bottlenecks with the stride in the 3x3 convolution ("v1.5"), without the classifier; 200 as SimCLR v2 has it. With
+//! selective kernels they are SimCLR v2's (google-research/simclr, `resnet.py`).
 
 use serde::{Deserialize, Serialize};
 
 use crate::arena::Layout;
-use crate::nn::ConvBn;
+use crate::nn::{ConvBn, SelectiveConv};
 use crate::ops;
 use crate::tape::Var;
 
@@ -18,11 +19,14 @@ pub enum Stem {
     Small,
 }
 
+/// Depths that exist.
+const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
+
 /// The settings of a ResNet.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResNetConfig {
-    /// 18, 34, 50, 101 or 152.
+    /// 18, 34, 50, 101, 152 or 200.
     pub depth: usize,
     /// Channels of the first stage: 64 as published, 128 for SimCLR's 2x, less for small machines.
     pub width: usize,
@@ -33,6 +37,10 @@ pub struct ResNetConfig {
     /// Runs of rows that batch norm treats apart: 1, or MoCo's split on one device.
     #[serde(default = "one")]
     pub norm_groups: usize,
+    /// Above 0: selective kernels in every bottleneck, their attention this share of the channels wide but at least 32,
+    /// and with them, as in SimCLR v2's reference code, ResNet-D's stem and shortcuts. Published: 0.0625.
+    #[serde(default)]
+    pub sk_ratio: f64,
 }
 
 fn one() -> usize {
@@ -48,8 +56,18 @@ impl ResNetConfig {
             50 => ([3, 4, 6, 3], true),
             101 => ([3, 4, 23, 3], true),
             152 => ([3, 8, 36, 3], true),
-            depth => panic!("resnet: depth {depth}, not 18, 34, 50, 101 or 152"),
+            200 => ([3, 24, 36, 3], true),
+            depth => panic!("resnet: depth {depth}, not one of {DEPTHS:?}"),
         }
+    }
+
+    fn selective(&self) -> bool {
+        self.sk_ratio > 0.0
+    }
+
+    /// Width of the attention over two streams of `c` channels.
+    fn selective_middle(&self, c: usize) -> usize {
+        ((c as f64 * self.sk_ratio) as usize).max(32)
     }
 
     /// What a recipe may ask for.
@@ -57,9 +75,20 @@ impl ResNetConfig {
     /// # Errors
     /// When the depth does not exist or the width is 0.
     pub fn check(&self) -> crate::Result<()> {
-        if ![18, 34, 50, 101, 152].contains(&self.depth) {
-            let message = format!("network.depth is {}, not 18, 34, 50, 101 or 152", self.depth);
+        if !DEPTHS.contains(&self.depth) {
+            let message = format!("network.depth is {}, not one of {DEPTHS:?}", self.depth);
             return Err(crate::Error::Config(message));
+        }
+        if !(0.0..=1.0).contains(&self.sk_ratio) || (self.selective() && self.width < 2) {
+            return Err(crate::Error::config(
+                "network.sk_ratio is in 0..=1, and selective kernels need a width of 2 or more",
+            ));
+        }
+        if self.selective() && self.depth < 50 {
+            // The reference code pools basic blocks twice, which nobody can have meant.
+            return Err(crate::Error::config(
+                "network.sk_ratio needs bottlenecks: network.depth of 50 or more",
+            ));
         }
         if self.width == 0 || self.norm_groups == 0 {
             return Err(crate::Error::config("network.width and network.norm_groups start at 1"));
@@ -68,32 +97,135 @@ impl ResNetConfig {
     }
 }
 
-/// A residual block: convolutions in a row, and a projection where shapes change.
+/// One convolution of a residual branch.
+#[derive(Clone, Debug)]
+enum Unit {
+    Plain(ConvBn),
+    Selective(SelectiveConv),
+}
+
+impl Unit {
+    fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
+        match self {
+            Unit::Plain(conv) => conv.forward(x, None, true),
+            Unit::Selective(conv) => conv.forward(x),
+        }
+    }
+}
+
+/// A residual block: convolutions in a row, the last of which joins the shortcut, and a projection where shapes change.
 #[derive(Clone, Debug)]
 struct Block {
-    convolutions: Vec<ConvBn>,
+    first: Vec<Unit>,
+    last: ConvBn,
     projection: Option<ConvBn>,
+    /// ResNet-D's shortcut: the stride of an average pooling before the projection.
+    pool: Option<usize>,
 }
 
 impl Block {
     fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
-        let shortcut = match &self.projection {
-            Some(projection) => projection.forward(x, None, false),
-            None => x.clone(),
+        let shortcut = match (&self.projection, self.pool) {
+            (Some(projection), Some(stride)) => {
+                projection.forward(&ops::avg_pool(x, 2, stride), None, false)
+            }
+            (Some(projection), None) => projection.forward(x, None, false),
+            (None, _) => x.clone(),
         };
-        let (last, first) = self.convolutions.split_last().expect("a block has convolutions");
-        let inner = first.iter().fold(x.clone(), |x, conv| conv.forward(&x, None, true));
-        last.forward(&inner, Some(&shortcut), true)
+        let inner = self.first.iter().fold(x.clone(), |x, unit| unit.forward(&x));
+        self.last.forward(&inner, Some(&shortcut), true)
     }
 }
 
 /// A ResNet trunk: images `[n, h, w, 4]` to features `[n, features]`.
 #[derive(Clone, Debug)]
 pub struct ResNet {
-    stem: ConvBn,
+    stem: Vec<ConvBn>,
     pool: bool,
     blocks: Vec<Block>,
     features: usize,
+}
+
+/// Adds a trunk's slots.
+struct Builder<'l> {
+    layout: &'l mut Layout,
+    prefix: &'l str,
+    groups: usize,
+}
+
+impl Builder<'_> {
+    /// `k` filters of `size x size` over `c` channels; `names` of convolution and batch norm.
+    fn unit(
+        &mut self,
+        names: (String, String),
+        [c, k, size, stride]: [usize; 4],
+        gain: f64,
+    ) -> ConvBn {
+        let prefix = self.prefix;
+        let names = (&*format!("{prefix}{}", names.0), &*format!("{prefix}{}", names.1));
+        ConvBn::new(self.layout, names, c, k, size, stride, gain, self.groups)
+    }
+
+    fn stem(&mut self, config: &ResNetConfig) -> Vec<ConvBn> {
+        let width = config.width;
+        let one = || ("conv1".to_owned(), "bn1".to_owned());
+        match (config.stem, config.selective()) {
+            (Stem::Small, _) => vec![self.unit(one(), [3, width, 3, 1], 1.0)],
+            (Stem::Image, false) => vec![self.unit(one(), [3, width, 7, 2], 1.0)],
+            (Stem::Image, true) => {
+                let sizes =
+                    [[3, width / 2, 3, 2], [width / 2, width / 2, 3, 1], [width / 2, width, 3, 1]];
+                let name = |i| (format!("conv1.{i}"), format!("bn1.{i}"));
+                (0..3).map(|i| self.unit(name(i), sizes[i], 1.0)).collect()
+            }
+        }
+    }
+
+    /// A block called `name` from `c` channels to `k`, the branch `inner` wide.
+    fn block(
+        &mut self,
+        name: &str,
+        config: &ResNetConfig,
+        [c, inner, k, stride]: [usize; 4],
+    ) -> Block {
+        let (_, bottleneck) = config.blocks();
+        // (filter size, channels out, stride) of the branch
+        let branch: &[[usize; 3]] = if bottleneck {
+            &[[1, inner, 1], [3, inner, stride], [1, k, 1]]
+        } else {
+            &[[3, inner, stride], [3, k, 1]]
+        };
+        let names = |j| (format!("{name}.conv{}", j + 1), format!("{name}.bn{}", j + 1));
+        let (last, rest) = branch.split_last().expect("a branch has convolutions");
+        let mut input = c;
+        let mut first = Vec::with_capacity(rest.len());
+        for (j, &[size, k, stride]) in rest.iter().enumerate() {
+            first.push(if config.selective() && size == 3 {
+                let streams = self.unit(names(j), [input, 2 * k, size, stride], 1.0);
+                let name = format!("{}{name}.select", self.prefix);
+                let middle = config.selective_middle(k);
+                Unit::Selective(SelectiveConv::new(
+                    self.layout,
+                    &name,
+                    streams,
+                    k,
+                    middle,
+                    self.groups,
+                ))
+            } else {
+                Unit::Plain(self.unit(names(j), [input, k, size, stride], 1.0))
+            });
+            input = k;
+        }
+        let last_gain = if config.zero_init_residual { 0.0 } else { 1.0 };
+        let last = self.unit(names(rest.len()), [input, k, last[0], last[2]], last_gain);
+        let pool = config.selective().then_some(stride);
+        let projection = (c != k || stride != 1).then(|| {
+            let names = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+            self.unit(names, [c, k, 1, if pool.is_some() { 1 } else { stride }], 1.0)
+        });
+        Block { first, last, projection, pool }
+    }
 }
 
 impl ResNet {
@@ -103,50 +235,18 @@ impl ResNet {
     /// When [`ResNetConfig::check`] would have complained.
     pub fn new(layout: &mut Layout, prefix: &str, config: &ResNetConfig) -> Self {
         let (stages, bottleneck) = config.blocks();
-        let (width, groups) = (config.width, config.norm_groups);
         let expansion = if bottleneck { 4 } else { 1 };
-        let last_gain = if config.zero_init_residual { 0.0 } else { 1.0 };
-        let mut unit = |conv: String, norm: String, c, k, size, stride, gain| {
-            let names = (&*format!("{prefix}{conv}"), &*format!("{prefix}{norm}"));
-            ConvBn::new(layout, names, c, k, size, stride, gain, groups)
-        };
-        let (size, stride) = if config.stem == Stem::Image { (7, 2) } else { (3, 1) };
-        let stem = unit("conv1".into(), "bn1".into(), 3, width, size, stride, 1.0);
-
-        let mut c = width;
+        let mut builder = Builder { layout, prefix, groups: config.norm_groups };
+        let stem = builder.stem(config);
+        let mut c = config.width;
         let mut blocks = Vec::new();
         for (stage, &count) in stages.iter().enumerate() {
-            let inner = width << stage;
-            let k = inner * expansion;
+            let inner = config.width << stage;
             for i in 0..count {
                 let stride = if stage > 0 && i == 0 { 2 } else { 1 };
-                // (filter size, channels out, stride) of the residual branch
-                let branch: &[(usize, usize, usize)] = if bottleneck {
-                    &[(1, inner, 1), (3, inner, stride), (1, k, 1)]
-                } else {
-                    &[(3, inner, stride), (3, k, 1)]
-                };
                 let name = format!("layer{}.{i}", stage + 1);
-                let mut input = c;
-                let convolutions = branch
-                    .iter()
-                    .enumerate()
-                    .map(|(j, &(size, k, stride))| {
-                        let gain = if j + 1 == branch.len() { last_gain } else { 1.0 };
-                        let (conv, norm) = (format!("conv{}", j + 1), format!("bn{}", j + 1));
-                        let (conv, norm) = (format!("{name}.{conv}"), format!("{name}.{norm}"));
-                        let unit = unit(conv, norm, input, k, size, stride, gain);
-                        input = k;
-                        unit
-                    })
-                    .collect();
-                let projection = (c != k || stride != 1).then(|| {
-                    let (conv, norm) =
-                        (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
-                    unit(conv, norm, c, k, 1, stride, 1.0)
-                });
-                blocks.push(Block { convolutions, projection });
-                c = k;
+                blocks.push(builder.block(&name, config, [c, inner, inner * expansion, stride]));
+                c = inner * expansion;
             }
         }
         Self { stem, pool: config.stem == Stem::Image, blocks, features: c }
@@ -160,7 +260,7 @@ impl ResNet {
     /// Images `x [n, h, w, 4]`, the fourth channel zero, to features `[n, features]`.
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
-        let mut x = self.stem.forward(x, None, true);
+        let mut x = self.stem.iter().fold(x.clone(), |x, conv| conv.forward(&x, None, true));
         if self.pool {
             x = ops::max_pool(&x, 3, 2, 1);
         }
@@ -172,14 +272,15 @@ impl ResNet {
 mod tests {
     use super::*;
 
-    fn weights(depth: usize) -> usize {
+    fn weights(depth: usize, sk_ratio: f64, widths: usize) -> usize {
         let mut layout = Layout::new();
         let config = ResNetConfig {
             depth,
-            width: 64,
+            width: 64 * widths,
             stem: Stem::Image,
             zero_init_residual: true,
             norm_groups: 1,
+            sk_ratio,
         };
         ResNet::new(&mut layout, "", &config);
         layout.weights()
@@ -188,10 +289,29 @@ mod tests {
     /// torchvision's parameter counts less those of the classifier, `features * 1000 + 1000`.
     #[test]
     fn weights_are_as_many_as_torchvisions() {
-        assert_eq!(weights(18), 11_689_512 - 513_000);
-        assert_eq!(weights(34), 21_797_672 - 513_000);
-        assert_eq!(weights(50), 25_557_032 - 2_049_000);
-        assert_eq!(weights(101), 44_549_160 - 2_049_000);
-        assert_eq!(weights(152), 60_192_808 - 2_049_000);
+        assert_eq!(weights(18, 0.0, 1), 11_689_512 - 513_000);
+        assert_eq!(weights(34, 0.0, 1), 21_797_672 - 513_000);
+        assert_eq!(weights(50, 0.0, 1), 25_557_032 - 2_049_000);
+        assert_eq!(weights(101, 0.0, 1), 44_549_160 - 2_049_000);
+        assert_eq!(weights(152, 0.0, 1), 60_192_808 - 2_049_000);
+    }
+
+    /// Parameters in millions of the paper's table 1, which counts trunk and classifier (2048 features a width to 1000
+    /// classes): 24, 35, 94, 140, 355 and 795 (arXiv:2006.10029).
+    #[test]
+    fn weights_are_as_many_as_simclr_v2s() {
+        for (depth, widths, sk_ratio, millions) in [
+            (50, 1, 0.0, 24),
+            (50, 1, 0.0625, 35),
+            (50, 2, 0.0, 94),
+            (50, 2, 0.0625, 140),
+            (152, 2, 0.0, 233),
+            (152, 3, 0.0625, 795),
+        ] {
+            let all = weights(depth, sk_ratio, widths);
+            let got = (all as f64 / 1e6).round() as i64;
+            println!("{depth} {widths}x {sk_ratio}: {all}");
+            assert!((got - millions).abs() <= 1, "{depth} {widths}x {sk_ratio}: {all}");
+        }
     }
 }

@@ -25,15 +25,20 @@ mod batch_norm;
 mod cast;
 mod conv2d;
 mod cross_entropy;
+mod info_nce;
 pub mod kernels;
 mod l2_normalize;
 mod linear;
+mod neg_cosine;
 mod nt_xent;
 mod pool;
 mod relu;
 mod row_losses;
 pub(crate) mod rows;
 mod scale;
+mod selective_kernel;
+mod sinkhorn;
+mod soft_cross_entropy;
 
 pub use add::add;
 pub(crate) use add::add_into;
@@ -41,12 +46,18 @@ pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use cast::cast;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
-pub use l2_normalize::l2_normalize;
+pub use info_nce::{Negatives, info_nce};
+pub use l2_normalize::{l2_normalize, normalize_rows};
 pub use linear::linear;
+pub use neg_cosine::neg_cosine;
 pub use nt_xent::nt_xent;
-pub use pool::{max_pool, mean_pool};
+pub use pool::{avg_pool, max_pool, mean_pool};
 pub use relu::relu;
+pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 pub use scale::{mean, scale};
+pub use selective_kernel::{stream_mean, stream_select};
+pub use sinkhorn::sinkhorn;
+pub use soft_cross_entropy::{distillation, soft_cross_entropy, softmax};
 
 /// The instruction set that the CPU's kernels run on here.
 pub fn instruction_set() -> &'static str {

@@ -4,7 +4,7 @@
 
 use half::bf16;
 
-use super::optimizer::{Lars, Rule, Segment, Sgd, TrustNorm};
+use super::optimizer::{Care, Lars, Rule, Segment, Sgd, TrustNorm};
 use crate::arena::{Arena, Parts};
 use crate::device::Device;
 use crate::device::cuda::{self, In, Launch, Out, Table};
@@ -16,6 +16,7 @@ const CHUNK: usize = 8192;
 /// How a slot is treated: the kernels' `care`.
 const USUAL: i32 = 0;
 const SPARED: i32 = 1;
+const FROZEN: i32 = 2;
 
 /// In the place of a slot's own learning rate: it has none.
 const NO_RATE: f64 = -1.0;
@@ -41,15 +42,22 @@ impl Tables {
             slots.extend([segment.offset, segment.len, chunks.len()].map(|v| v as u64));
             chunks.resize(chunks.len() + segment.len.div_ceil(CHUNK), slot as i32);
         }
-        let care = |segment: &Segment| if segment.spared { SPARED } else { USUAL };
+        let (care, rates) = care(segments);
         Self {
             slots: Table::new(gpu, &slots),
             count: chunks.len(),
             chunks: Table::new(gpu, &chunks),
-            care: Table::new(gpu, &segments.iter().map(care).collect::<Vec<_>>()),
-            rates: Table::new(gpu, &vec![NO_RATE; segments.len()]),
+            care: Table::new(gpu, &care),
+            rates: Table::new(gpu, &rates),
             lr: Table::new(gpu, &[0.0]),
         }
+    }
+
+    /// Takes over how each slot is treated in the steps to come.
+    pub(super) fn treat(&mut self, segments: &[Segment]) {
+        let (care, rates) = care(segments);
+        self.care.write(&care);
+        self.rates.write(&rates);
     }
 
     /// Sets the learning rate of the steps to come; a captured step finds it where it was.
@@ -130,6 +138,20 @@ impl Tables {
             );
         }
     }
+}
+
+/// The kernels' `care` and `rates`.
+fn care(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
+    let of = |segment: &Segment| {
+        let usual = if segment.spared { SPARED } else { USUAL };
+        match segment.care {
+            Care::Usual => (usual, NO_RATE),
+            Care::FixedRate(rate) => (usual, rate),
+            Care::Frozen => (FROZEN, NO_RATE),
+            Care::Spared => (SPARED, NO_RATE),
+        }
+    };
+    segments.iter().map(of).unzip()
 }
 
 fn copy(working: Option<&mut Tensor>) -> Out<'_, bf16> {

@@ -6,5 +6,5 @@ mod optimizer;
 mod schedule;
 
 pub use ema::ema;
-pub use optimizer::{Exclude, Lars, Optimizer, Rule, Sgd, TrustNorm};
-pub use schedule::{LrRule, Schedule};
+pub use optimizer::{Care, Exclude, Lars, Optimizer, Rule, Sgd, TrustNorm};
+pub use schedule::{Decay, LrRule, Schedule};

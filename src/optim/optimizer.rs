@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::cuda::Tables;
-use crate::arena::{Arena, SlotKind};
+use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
 use crate::ops::CHUNK;
 use crate::tensor::{Float, Tensor};
@@ -143,12 +143,28 @@ pub enum Rule {
     Lars(Lars),
 }
 
+/// How a method wants a slot treated, beyond what its kind decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Care {
+    /// As all others.
+    #[default]
+    Usual,
+    /// Always with this learning rate (SimSiam's predictor).
+    FixedRate(f64),
+    /// Not moved at all, nor its momentum (SwAV's prototypes at first).
+    Frozen,
+    /// Without weight decay and trust ratio, whatever its kind (SimCLR's supervised head).
+    Spared,
+}
+
 /// One slot as the optimiser sees it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Segment {
     pub(super) offset: usize,
     pub(super) len: usize,
+    /// By its kind.
     pub(super) spared: bool,
+    pub(super) care: Care,
 }
 
 /// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
@@ -179,10 +195,11 @@ impl Optimizer {
             Rule::Sgd(sgd) => sgd.exclude,
             Rule::Lars(lars) => lars.exclude,
         };
-        let segment = |slot: &crate::arena::Slot| Segment {
+        let segment = |slot: &Slot| Segment {
             offset: slot.offset,
             len: slot.shape.elements(),
             spared: exclude.spares(slot.kind),
+            care: Care::Usual,
         };
         let segments: Vec<_> = arena.layout().params().iter().map(segment).collect();
         let device = arena.device();
@@ -202,6 +219,20 @@ impl Optimizer {
     /// The momentum, to restore.
     pub fn momentum_mut(&mut self) -> &mut Tensor {
         &mut self.momentum
+    }
+
+    /// Decides anew how each slot is treated, until it is decided again.
+    ///
+    /// # Panics
+    /// When the layout is not that of the optimiser's arena.
+    pub fn treat(&mut self, layout: &Layout, care: impl Fn(&Slot) -> Care) {
+        assert_eq!(layout.params().len(), self.segments.len(), "optimizer: another layout");
+        for (segment, slot) in self.segments.iter_mut().zip(layout.params()) {
+            segment.care = care(slot);
+        }
+        if let Some(tables) = &mut self.tables {
+            tables.treat(&self.segments);
+        }
     }
 
     /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
@@ -234,11 +265,17 @@ impl Optimizer {
             let skip = segment.offset - at;
             let (w, later_w) = rest_w[skip..].split_at_mut(segment.len);
             let (m, later_m) = rest_m[skip..].split_at_mut(segment.len);
-            slots.push((w, m, &g[segment.offset..][..segment.len], segment.spared));
+            slots.push((w, m, &g[segment.offset..][..segment.len], *segment));
             (rest_w, rest_m, at) = (later_w, later_m, segment.offset + segment.len);
         }
         device.run(|| {
-            slots.into_par_iter().for_each(|(w, m, g, spared)| {
+            slots.into_par_iter().for_each(|(w, m, g, segment)| {
+                let (spared, lr) = match segment.care {
+                    Care::Usual => (segment.spared, lr),
+                    Care::FixedRate(lr) => (segment.spared, lr),
+                    Care::Spared => (true, lr),
+                    Care::Frozen => return,
+                };
                 let step = slot_step(rule, w, g, spared, lr);
                 w.par_chunks_mut(CHUNK)
                     .zip(m.par_chunks_mut(CHUNK))

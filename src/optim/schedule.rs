@@ -25,9 +25,28 @@ impl LrRule {
     }
 }
 
-/// Linear warm-up from zero, then half a cosine to zero, both per step
-/// (google-research/simclr, `model_util.py`: `WarmUpAndCosineDecay`).
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How the rate falls after the warm-up.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Decay {
+    /// Half a cosine, step by step (SimCLR, BYOL, SwAV).
+    #[default]
+    Cosine,
+    /// Half a cosine that moves at the start of each epoch only (MoCo v2, SimSiam).
+    CosinePerEpoch,
+    /// Not at all.
+    Constant,
+    /// Times `factor` at the start of each of these epochs, which count from 0 (MoCo v1: 120 and 160).
+    Steps {
+        /// Epochs, rising.
+        epochs: Vec<u64>,
+        /// What the rate is multiplied by.
+        factor: f64,
+    },
+}
+
+/// Linear warm-up, then a decay: the learning rate of each step.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Schedule {
     /// The rate at the end of the warm-up.
     pub peak: f64,
@@ -35,17 +54,44 @@ pub struct Schedule {
     pub warmup: u64,
     /// All steps, warm-up included.
     pub total: u64,
+    /// Where the warm-up starts. `None`: at zero, the peak coming with the first step after it (google-research/simclr,
+    /// `model_util.py`). A rate: there, the peak coming with the last step of it (SwAV's `linspace`).
+    pub warmup_from: Option<f64>,
+    /// Where a cosine ends.
+    pub end: f64,
+    /// How the rate falls.
+    pub decay: Decay,
+    /// Steps of an epoch, for decays that move by epochs; 0 counts as 1.
+    pub per_epoch: u64,
 }
 
 impl Schedule {
     /// The learning rate of `step`, which counts from 0.
     pub fn lr(&self, step: u64) -> f64 {
         if step < self.warmup {
-            return self.peak * step as f64 / self.warmup as f64;
+            let (step, warmup) = (step as f64, self.warmup as f64);
+            return match self.warmup_from {
+                Some(from) => from + (self.peak - from) * step / (warmup - 1.0).max(1.0),
+                None => self.peak * step / warmup,
+            };
         }
+        let per_epoch = self.per_epoch.max(1);
+        let whole_epochs = step - step % per_epoch;
+        match &self.decay {
+            Decay::Cosine => self.cosine(step),
+            Decay::CosinePerEpoch => self.cosine(whole_epochs.max(self.warmup)),
+            Decay::Constant => self.peak,
+            Decay::Steps { epochs, factor } => {
+                let passed = epochs.iter().filter(|&&epoch| step / per_epoch >= epoch).count();
+                self.peak * factor.powi(passed as i32)
+            }
+        }
+    }
+
+    fn cosine(&self, step: u64) -> f64 {
         let span = (self.total - self.warmup.min(self.total)).max(1);
         let done = ((step - self.warmup) as f64 / span as f64).min(1.0);
-        self.peak * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+        self.end + (self.peak - self.end) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
     }
 }
 
@@ -55,7 +101,7 @@ mod tests {
 
     #[test]
     fn warms_up_from_zero_and_decays_to_zero() {
-        let schedule = Schedule { peak: 4.8, warmup: 10, total: 110 };
+        let schedule = Schedule { peak: 4.8, warmup: 10, total: 110, ..Schedule::default() };
         assert_eq!(schedule.lr(0), 0.0);
         assert_eq!(schedule.lr(5), 2.4);
         assert_eq!(schedule.lr(10), 4.8);
@@ -68,5 +114,31 @@ mod tests {
         assert_eq!(LrRule::Linear.apply(0.3, 4096), 4.8);
         assert_eq!(LrRule::Sqrt.apply(0.075, 4096), 4.8);
         assert_eq!(LrRule::Fixed.apply(0.3, 4096), 0.3);
+    }
+
+    #[test]
+    fn published_schedules_are_followed() {
+        // MoCo v1: 0.03, a tenth from epoch 120, a hundredth from 160.
+        let decay = Decay::Steps { epochs: vec![120, 160], factor: 0.1 };
+        let moco =
+            Schedule { peak: 0.03, total: 2000, per_epoch: 10, decay, ..Schedule::default() };
+        let expected = [(0, 0.03), (1199, 0.03), (1200, 0.003), (1600, 0.0003)];
+        assert!(expected.iter().all(|&(step, lr)| (moco.lr(step) - lr).abs() < 1e-12));
+        // MoCo v2 and SimSiam: the cosine of whole epochs.
+        let decay = Decay::CosinePerEpoch;
+        let v2 = Schedule { peak: 0.03, total: 2000, per_epoch: 10, decay, ..Schedule::default() };
+        let half = 0.03 * 0.5 * (1.0 + (std::f64::consts::PI * 100.0 / 200.0).cos());
+        assert!((v2.lr(1000) - half).abs() < 1e-12 && v2.lr(1009) == v2.lr(1000));
+        // SwAV: numpy's linspace(0.3, 4.8, 10), then a cosine to 0.0048.
+        let swav = Schedule {
+            peak: 4.8,
+            warmup: 10,
+            total: 110,
+            warmup_from: Some(0.3),
+            end: 0.0048,
+            ..Schedule::default()
+        };
+        assert!((swav.lr(0) - 0.3).abs() < 1e-12 && (swav.lr(9) - 4.8).abs() < 1e-12);
+        assert!((swav.lr(10) - 4.8).abs() < 1e-12 && (swav.lr(110) - 0.0048).abs() < 1e-12);
     }
 }

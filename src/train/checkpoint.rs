@@ -1,7 +1,8 @@
 //! Checkpoints: safetensors files in torchvision's names and layout.
 //!
 //! Filters are `[k, c, r, s]` with the channels that exist, so that PyTorch loads the trunk with `load_state_dict`. Momentum
-//! lies beside each parameter under `momentum.`. A file is written under a temporary name, synced and renamed: there is
+//! lies beside each parameter under `momentum.`, what a method owns under `method.`: the slots of a second network with its
+//! name before theirs, queues, counters. A file is written under a temporary name, synced and renamed: there is
 //! the old one or the new one, never half of one.
 
 use std::collections::HashMap;
@@ -14,14 +15,27 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::arena::{Arena, Slot, SlotKind};
 use crate::error::{Error, Result};
+use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
 
 const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";
 const MOMENTUM: &str = "momentum.";
+const METHOD: &str = "method.";
 
-/// Writes weights, running statistics and momentum to `folder/step-NNNNNNNN.safetensors` with `metadata` in the header, and
+/// A tensor of a file: name, dtype, shape, bytes.
+type Entry = (String, Dtype, Vec<usize>, Vec<u8>);
+
+fn push_network(tensors: &mut Vec<Entry>, prefix: &str, arena: &Arena) {
+    let layout = arena.layout();
+    for slot in layout.params().iter().chain(layout.stats()) {
+        let (shape, values) = to_disk(slot, &arena.slot_values(slot));
+        tensors.push((format!("{prefix}{}", slot.name), Dtype::F32, shape, bytes(&values)));
+    }
+}
+
+/// Writes weights, running statistics, momentum and a method's `state` to `folder/step-NNNNNNNN.safetensors` with `metadata` in the header, and
 /// removes all but the newest `keep` checkpoints of the folder. Returns the file.
 ///
 /// # Errors
@@ -31,23 +45,33 @@ pub fn save(
     step: u64,
     arena: &Arena,
     optimizer: &Optimizer,
+    state: Vec<(&'static str, State<'_>)>,
     metadata: HashMap<String, String>,
     keep: usize,
 ) -> Result<PathBuf> {
     let layout = arena.layout();
-    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for slot in layout.params().iter().chain(layout.stats()) {
-        let (shape, values) = to_disk(slot, &arena.slot_values(slot));
-        tensors.push((slot.name.clone(), shape, bytes(&values)));
-    }
+    let mut tensors: Vec<Entry> = Vec::new();
+    push_network(&mut tensors, "", arena);
     for slot in layout.params() {
         let momentum = optimizer.momentum().slice(slot.offset, slot.shape).to_f64();
         let (shape, values) = to_disk(slot, &momentum);
-        tensors.push((format!("{MOMENTUM}{}", slot.name), shape, bytes(&values)));
+        tensors.push((format!("{MOMENTUM}{}", slot.name), Dtype::F32, shape, bytes(&values)));
+    }
+    for (name, part) in state {
+        let name = format!("{METHOD}{name}");
+        match part {
+            State::Network(network) => push_network(&mut tensors, &format!("{name}."), network),
+            State::Rows(rows) => {
+                tensors.push((name, Dtype::F32, rows.shape().to_vec(), bytes(&rows.to_f64())));
+            }
+            State::Count(count) => {
+                tensors.push((name, Dtype::U64, vec![1], count.to_le_bytes().to_vec()));
+            }
+        }
     }
     arena.device().check()?; // what a failed device gives is not worth keeping
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes);
         (name.as_str(), view.expect("the bytes are the shape's"))
     });
     let data = safetensors::serialize(views, Some(metadata))
@@ -112,36 +136,92 @@ pub fn weights_in(path: &Path) -> Result<Vec<u8>> {
 /// # Errors
 /// When the file is damaged, a slot is missing or has another shape: the first mismatch is named with both shapes.
 pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
+    fill(path, &parse(path, &weights_in(path)?)?, "", arena, |_| true)
+}
+
+/// Fills what an arena has in common with a weight file, to start a run from: the trunk whole, with torchvision's names or with
+/// `backbone.` before them; heads where the file has them.
+///
+/// # Errors
+/// When the file is damaged, a slot of the trunk is missing, or a slot has another shape.
+pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     let data = weights_in(path)?;
-    let file = SafeTensors::deserialize(&data)
-        .map_err(|e| Error::format(path, format!("is no whole safetensors file: {e}")))?;
+    let file = parse(path, &data)?;
+    let plain = !file.names().iter().any(|name| name.starts_with(TRUNK));
+    let has = |name: &str| file.tensor(name).is_ok();
+    let strip = if plain { TRUNK } else { "" };
+    fill(path, &file, strip, arena, |name| name.starts_with(TRUNK) || has(name))
+}
+
+/// Fills a method's `state` from a checkpoint, in place.
+///
+/// # Errors
+/// When the file is damaged, or a part is missing or has another shape: the run cannot go on from it.
+pub fn load_state(path: &Path, state: Vec<(&'static str, State<'_>)>) -> Result<()> {
+    let data = weights_in(path)?;
+    let file = parse(path, &data)?;
+    for (name, part) in state {
+        let name = format!("{METHOD}{name}");
+        match part {
+            State::Network(network) => {
+                // Files have the prefix that slots do not.
+                fill_named(path, &file, network, |slot| Some(format!("{name}.{slot}")))?;
+            }
+            State::Rows(rows) => {
+                let numbers = numbers(path, &file, &name, rows.shape())?;
+                *rows = Tensor::from_f64(&rows.device().clone(), *rows.shape(), &numbers);
+            }
+            State::Count(count) => {
+                let tensor = file.tensor(&name).map_err(|_| missing(path, &name))?;
+                let bytes = tensor.data().try_into().map_err(|_| {
+                    Error::Weights(format!("{}: {name} is no counter", path.display()))
+                })?;
+                *count = u64::from_le_bytes(bytes);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What trunks' names begin with in a run's own checkpoints.
+const TRUNK: &str = "backbone.";
+
+fn parse<'a>(path: &Path, data: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(data)
+        .map_err(|e| Error::format(path, format!("is no whole safetensors file: {e}")))
+}
+
+fn missing(path: &Path, name: &str) -> Error {
+    Error::Weights(format!("{}: has no tensor {name}, which this network needs", path.display()))
+}
+
+/// Fills the wanted slots, whose names in the file lack `strip`.
+fn fill(
+    path: &Path,
+    file: &SafeTensors<'_>,
+    strip: &str,
+    arena: &mut Arena,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<()> {
+    fill_named(path, file, arena, |slot| {
+        wanted(slot).then(|| slot.strip_prefix(strip).unwrap_or(slot).to_owned())
+    })
+}
+
+/// Fills the slots for which `name` has one in the file; nothing is changed unless all of them fit.
+fn fill_named(
+    path: &Path,
+    file: &SafeTensors<'_>,
+    arena: &mut Arena,
+    name: impl Fn(&str) -> Option<String>,
+) -> Result<()> {
     let layout = arena.layout().clone();
     let mut values = arena.values().to_f64();
     let mut statistics = arena.statistics().to_f64();
     for (slots, into) in [(layout.params(), &mut values), (layout.stats(), &mut statistics)] {
         for slot in slots {
-            let tensor = file.tensor(&slot.name).map_err(|_| {
-                Error::Weights(format!(
-                    "{}: has no tensor {}, which this network needs",
-                    path.display(),
-                    slot.name
-                ))
-            })?;
-            let shape = disk_shape(slot);
-            if tensor.shape() != shape || tensor.dtype() != Dtype::F32 {
-                return Err(Error::Weights(format!(
-                    "{}: {} is {:?} {:?}; this network has F32 {shape:?}",
-                    path.display(),
-                    slot.name,
-                    tensor.dtype(),
-                    tensor.shape(),
-                )));
-            }
-            let numbers: Vec<f64> = tensor
-                .data()
-                .chunks_exact(4)
-                .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-                .collect();
+            let Some(name) = name(&slot.name) else { continue };
+            let numbers = numbers(path, file, &name, &disk_shape(slot))?;
             into[slot.offset..][..slot.shape.elements()]
                 .copy_from_slice(&from_disk(slot, &numbers));
         }
@@ -150,6 +230,21 @@ pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     *arena.values_mut() = Tensor::from_f64(&device, [values.len()], &values);
     *arena.statistics_mut() = Tensor::from_f64(&device, [statistics.len()], &statistics);
     Ok(())
+}
+
+/// The numbers of an f32 tensor of this shape.
+fn numbers(path: &Path, file: &SafeTensors<'_>, name: &str, shape: &[usize]) -> Result<Vec<f64>> {
+    let tensor = file.tensor(name).map_err(|_| missing(path, name))?;
+    if tensor.shape() != shape || tensor.dtype() != Dtype::F32 {
+        return Err(Error::Weights(format!(
+            "{}: {name} is {:?} {:?}; this network has F32 {shape:?}",
+            path.display(),
+            tensor.dtype(),
+            tensor.shape(),
+        )));
+    }
+    let number = |b: &[u8]| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    Ok(tensor.data().chunks_exact(4).map(number).collect())
 }
 
 fn bytes(values: &[f64]) -> Vec<u8> {
@@ -207,6 +302,7 @@ mod tests {
             stem: Stem::Small,
             zero_init_residual: false,
             norm_groups: 1,
+            sk_ratio: 0.0,
         };
         ResNet::new(&mut layout, "backbone.", &config);
         Arena::new(&Arc::new(layout), &Device::cpu(1).unwrap(), seed)
@@ -218,7 +314,7 @@ mod tests {
         let saved = arena(2, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &saved);
         for step in [5, 30, 200] {
-            save(folder.path(), step, &saved, &optimizer, HashMap::new(), 2).unwrap();
+            save(folder.path(), step, &saved, &optimizer, Vec::new(), HashMap::new(), 2).unwrap();
         }
         let mut names: Vec<_> =
             std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -234,7 +330,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let saved = arena(2, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &saved);
-        let path = save(folder.path(), 1, &saved, &optimizer, HashMap::new(), 1).unwrap();
+        let path =
+            save(folder.path(), 1, &saved, &optimizer, Vec::new(), HashMap::new(), 1).unwrap();
         let data = weights_in(&path).unwrap();
         let file = SafeTensors::deserialize(&data).unwrap();
         let stem = file.tensor("backbone.conv1.weight").unwrap();
@@ -251,7 +348,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let saved = arena(2, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &saved);
-        let path = save(folder.path(), 1, &saved, &optimizer, HashMap::new(), 1).unwrap();
+        let path =
+            save(folder.path(), 1, &saved, &optimizer, Vec::new(), HashMap::new(), 1).unwrap();
         let error = load_weights(&path, &mut arena(3, 1)).unwrap_err().to_string();
         assert!(
             error.ends_with(

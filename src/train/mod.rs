@@ -4,6 +4,6 @@ mod checkpoint;
 mod metrics;
 mod run;
 
-pub use checkpoint::{load_weights, newest, save, weights_in};
+pub use checkpoint::{init_weights, load_state, load_weights, newest, save, weights_in};
 pub use metrics::Metrics;
 pub use run::{EpochReport, Images, Run, StepReport, Watch};

@@ -12,7 +12,7 @@ use crate::data::{self, Loader, Source, Split, Subset};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
-use crate::methods::{self, DataSettings, Method, Recipe};
+use crate::methods::{self, Course, DataSettings, Method, Recipe};
 use crate::optim::{Optimizer, Schedule};
 use crate::tape::step;
 use crate::train::{Metrics, checkpoint};
@@ -45,6 +45,8 @@ pub struct EpochReport {
     pub spread: Option<Spread>,
     /// kNN accuracy on held-out images, in `0..=1`, if it was measured.
     pub knn: Option<f64>,
+    /// The method's own classifier's accuracy on held-out images, in `0..=1`, if it has one and it was measured.
+    pub accuracy: Option<f64>,
     /// Views a second, evaluation excluded.
     pub views_per_second: f64,
     /// Share of its time that the run waited for data.
@@ -63,6 +65,12 @@ pub trait Watch {
 
 /// Below this share of `1 / sqrt(d)` embeddings have collapsed. Healthy runs stay above 0.3.
 const COLLAPSED: f64 = 0.05;
+
+/// Below this many directions embeddings lie on one line. A batch norm that ends a head keeps their deviation up, but not this.
+const ON_A_LINE: f64 = 1.3;
+
+/// Below this many prototypes all images have one assignment.
+const ONE_PROTOTYPE: f64 = 1.5;
 
 /// Above this share of an epoch the wait for data is worth a sentence.
 const WAITING: f64 = 0.1;
@@ -134,7 +142,7 @@ impl Run {
     /// # Errors
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
-        let method = methods::build(recipe)?;
+        let mut method = methods::build(recipe)?;
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
@@ -144,9 +152,26 @@ impl Run {
             recipe.train.loader_threads,
             device,
         )?;
-        let online = Arena::new(method.layout(), device, recipe.seed);
-        let optimizer = Optimizer::new(recipe.optim.rule, &online);
+        let mut online = Arena::new(method.layout(), device, recipe.seed);
+        if let Some(file) = &recipe.train.init {
+            checkpoint::init_weights(Path::new(file), &mut online)?;
+        }
+        let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
         let schedule = recipe.schedule(images.train.len());
+        method.start(
+            &online,
+            &Course {
+                seed: recipe.seed,
+                batch: recipe.train.batch,
+                per_epoch: schedule.per_epoch.max(1),
+                total: schedule.total.max(1),
+            },
+        )?;
+        if let Some((file, teacher)) = method.teacher() {
+            checkpoint::load_weights(&file, teacher)?;
+        }
+        method.prepare(0);
+        optimizer.treat(online.layout(), |slot| method.care(slot, schedule.peak));
         let folder = folder.map(|folder| start_folder(folder, recipe)).transpose()?;
         Ok(Self {
             recipe: recipe.clone(),
@@ -215,7 +240,14 @@ impl Run {
         let steps = self.loader.batches_per_epoch();
         for i in 0..steps {
             let batch = self.loader.next_batch()?;
+            let phase = self.method.phase();
+            self.method.labels(&batch.labels)?;
             self.method.prepare(self.step);
+            if self.method.phase() != phase {
+                let (method, peak) = (&self.method, self.schedule.peak);
+                self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
+            }
+            self.method.before_step(&mut self.online);
             let method = &mut self.method;
             let loss = step(&mut self.online, |tape| method.loss(tape, &batch.crops))?;
             let lr = self.schedule.lr(self.step);
@@ -250,18 +282,17 @@ impl Run {
         let spread = embeddings.as_ref().map(eval::spread);
         self.online.device().check()?;
         drop(embeddings);
-        if let Some(spread) = spread
-            && spread.std < COLLAPSED
-        {
+        if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
             return Err(Error::Diverged(format!(
-                "the embeddings collapsed in epoch {}: their deviation is {:.4} of 1/sqrt(d), where a healthy run has about 1; \
+                "the embeddings collapsed in epoch {}: {seen}; \
                  lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
                 epoch + 1,
-                spread.std
             )));
         }
         let last = epoch + 1 == self.recipe.train.epochs;
-        let knn = if due(self.recipe.train.knn_every, epoch) || last { self.knn()? } else { None };
+        let measure = due(self.recipe.train.knn_every, epoch) || last;
+        let knn = if measure { self.knn()? } else { None };
+        let accuracy = if measure { self.accuracy()? } else { None };
         let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
         let report = EpochReport {
             epoch: epoch + 1,
@@ -269,6 +300,7 @@ impl Run {
             loss: losses / steps as f64,
             spread,
             knn,
+            accuracy,
             views_per_second: views as f64 / elapsed.as_secs_f64(),
             waiting: share(self.loader.waited() - waited),
         };
@@ -279,7 +311,9 @@ impl Run {
                 "loss": report.loss,
                 "embedding_std": spread.map(|s| s.std),
                 "effective_rank": spread.map(|s| s.effective_rank),
+                "prototypes_used": self.method.prototypes_used(),
                 "knn": knn,
+                "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
                 "waiting": report.waiting,
             }))?;
@@ -304,7 +338,18 @@ impl Run {
         eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
     }
 
-    fn checkpoint(&self) -> Result<()> {
+    /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.
+    fn accuracy(&self) -> Result<Option<f64>> {
+        let (Some(test), Some(classifier)) = (&self.images.test, self.method.classifier()) else {
+            return Ok(None);
+        };
+        let policy = &self.recipe.augment[0];
+        let normalise = policy.normalise.as_ref();
+        eval::classifier_accuracy(&self.online, classifier, &**test, policy.size, normalise)
+            .map(Some)
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
         let Some((folder, _)) = &self.folder else { return Ok(()) };
         let metadata = HashMap::from([
             ("format".into(), "pt".into()),
@@ -312,9 +357,28 @@ impl Run {
             ("selfsup.recipe".into(), self.recipe.to_toml()),
         ]);
         let keep = self.recipe.train.keep;
-        checkpoint::save(folder, self.step, &self.online, &self.optimizer, metadata, keep)?;
+        let state = self.method.state();
+        checkpoint::save(folder, self.step, &self.online, &self.optimizer, state, metadata, keep)?;
         Ok(())
     }
+}
+
+/// What a collapse looks like, if it is one.
+fn collapse(spread: Option<Spread>, prototypes_used: Option<f64>) -> Option<String> {
+    if let Some(Spread { std, effective_rank }) = spread {
+        if std < COLLAPSED {
+            return Some(format!(
+                "their deviation is {std:.4} of 1/sqrt(d), where a healthy run has about 1"
+            ));
+        }
+        if effective_rank < ON_A_LINE {
+            return Some(format!(
+                "they use {effective_rank:.2} directions, so all lie on one line"
+            ));
+        }
+    }
+    let used = prototypes_used.filter(|&used| used < ONE_PROTOTYPE)?;
+    Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
 }
 
 /// Whether something done every `every` epochs is due after `epoch`, which counts from 0.

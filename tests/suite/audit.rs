@@ -1,5 +1,6 @@
 //! bf16 on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer by itself, on the reference's
-//! inputs rounded to bf16, is held to a tolerance; how far a network has drifted that runs by itself is printed beside.
+//! inputs rounded to bf16, is held to a tolerance. What a network gives that runs by itself in bf16 is printed beside:
+//! its gradients differ by tens of percent, because ReLUs near zero decide otherwise, and are judged by what is learnt.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,8 +9,8 @@ use selfsup::arena::{Layout, SlotKind};
 use selfsup::device::{Device, Precision};
 use selfsup::nn::{ConvBn, ResNet, ResNetConfig, Stem};
 use selfsup::ops::{self, BatchNorm};
-use selfsup::tape;
-use selfsup::tensor::Shape;
+use selfsup::tape::{self, Var};
+use selfsup::tensor::{Shape, Tensor};
 
 use crate::case::{Build, Case, Input, Route, dot};
 use crate::compare::{close, norm, ratio, report};
@@ -96,10 +97,12 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
         stem: Stem::Small,
         zero_init_residual: false,
         norm_groups: 1,
+        sk_ratio: 0.0,
     };
     let trunk = ResNet::new(&mut layout, "", &config);
-    let mut arena = network::seeded_arena(&Arc::new(layout), &Device::reference(), LINE);
-    let images = network::images(&Device::reference(), LINE, IMAGES);
+    let reference = Device::reference();
+    let mut arena = network::seeded_arena(&Arc::new(layout), &reference, LINE);
+    let images = network::images(&reference, LINE, IMAGES);
     let mut features = Vec::new();
     let loss = tape::step(&mut arena, |tape| {
         let y = trunk.forward(&tape.input(&images));
@@ -112,8 +115,8 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
 }
 
 impl Unit {
-    /// The unit as a case of its own, on the values that it takes in `run`.
-    fn case(&self, run: &Run, layout: &Arc<Layout>) -> Case {
+    /// The unit as a case of its own, on the values that it takes in `run`, with or without its ReLU.
+    fn case(&self, run: &Run, layout: &Arc<Layout>, relu: bool) -> Case {
         let arena = network::seeded_arena(layout, &Device::reference(), LINE);
         let input = |name, kind, (shape, values): (Shape, Vec<f64>)| Input {
             name,
@@ -135,7 +138,7 @@ impl Unit {
         if let Some(i) = self.residual {
             inputs.push(input("residual", SlotKind::Matrix, run.values[i].clone()));
         }
-        let (stride, pad, relu) = (self.stride, self.pad, self.relu);
+        let (stride, pad) = (self.stride, self.pad);
         let build: Build = Box::new(move |_, v| {
             let y = ops::conv2d(&v[0], &v[1], stride, pad);
             let (gain, shift, residual) = (Some(&v[2]), Some(&v[3]), v.get(4));
@@ -146,14 +149,31 @@ impl Unit {
     }
 }
 
-/// The relative error of a value of a run that went its own way.
+/// Lets no gradient flow to outputs whose ReLU has its input within `NEAR` of its kink, which rounding decides.
+fn off_kinks<'t>(y: Var<'t>, before: &[f64]) -> Var<'t> {
+    /// Of the root mean square; bf16 holds 2^-9 of a number, and three numbers meet in a unit.
+    const NEAR: f64 = 1.0 / 32.0;
+    let near = NEAR * norm(before) / (before.len() as f64).sqrt();
+    let keep: Vec<bool> = before.iter().map(|z| z.abs() > near).collect();
+    let (id, shape) = (y.id(), *y.shape());
+    y.tape().record("off kinks", y.value().clone(), &[&y], move |dy, gradients| {
+        let kept = |(dy, keep): (f64, &bool)| if *keep { dy } else { 0.0 };
+        let dy_kept: Vec<f64> = dy.to_f64().into_iter().zip(&keep).map(kept).collect();
+        gradients.add(id, Tensor::from_f64(dy.device(), shape, &dy_kept));
+    })
+}
+
+/// The relative error of what ran its own way.
 fn drift(got: &[f64], want: &[f64]) -> f64 {
+    assert!(got.iter().all(|v| v.is_finite()), "a number that is none");
     let difference: Vec<f64> = got.iter().zip(want).map(|(g, w)| g - w).collect();
     ratio(norm(&difference), norm(want))
 }
 
 #[test]
 fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
+    /// DESIGN allows three times this for gradients of a unit, whose ReLU may decide otherwise; here none does.
+    const TOLERANCE: f64 = 1e-2;
     let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
     let mut layout = Layout::new();
     let units = units(&mut layout);
@@ -162,27 +182,37 @@ fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
     gpu.check().unwrap();
 
     println!(
-        "errors relative to f64, L2, of each layer alone, and of the network that runs in bf16 throughout"
+        "relative errors in bf16 of each layer by itself | of the network that runs by itself"
     );
-    println!(
-        "{:24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10} |{:>10}{:>10}",
-        "layer", "y", "dx", "dw", "dgain", "dshift", "dresidual", "y", "dw"
-    );
-    let mut results = Vec::new();
-    for (i, unit) in units.iter().enumerate() {
-        let case = unit.case(&want, &layout);
-        let (right, got) = (case.run(&reference, Route::Param), case.run(&gpu, Route::Node));
-        let mut line = format!("{:24}", unit.name);
+    let parts = ["y", "dx", "dw", "dgain", "dshift", "dresidual"].map(|p| format!("{p:>10}"));
+    println!("{:22}{} |{:>9}{:>9}{:>12}", "layer", parts.concat(), "y", "dw", "ReLUs other");
+    let (mut results, mut depths) = (Vec::new(), vec![0]);
+    for (unit, (of_y, right_y)) in units.iter().zip(drifted.values.iter().zip(&want.values).skip(1))
+    {
+        let before = unit.case(&want, &layout, false).run(&reference, Route::Param).output;
+        let case = unit.case(&want, &layout, unit.relu);
+        let run_on = |device, route| {
+            case.run_with(device, route, &|y| if unit.relu { off_kinks(y, &before) } else { y })
+        };
+        let (right, got) = (run_on(&reference, Route::Param), run_on(&gpu, Route::Node));
+        let mut line = format!("{:22}", unit.name);
         for ((part, got), (_, right)) in got.parts(&case).zip(right.parts(&case)) {
-            let tolerance = if part == "y" { 1e-2 } else { 3e-2 };
-            results.push(close(&format!("{}|{part}", unit.name), got, right, tolerance));
+            results.push(close(&format!("{}|{part}", unit.name), got, right, TOLERANCE));
             line += &format!("{:10.1e}", drift(got, right));
         }
+        // Layers err independently of each other: together as the root of how many there are.
+        depths.push(1 + depths[unit.from].max(unit.residual.map_or(0, |i| depths[i])));
+        let depth = f64::from(*depths.last().unwrap());
+        let name = format!("{}|y of the network", unit.name);
+        results.push(close(&name, &of_y.1, &right_y.1, TOLERANCE * depth.sqrt()));
         let weights = format!("{}.weight", unit.name);
-        let of_y = drift(&drifted.values[i + 1].1, &want.values[i + 1].1);
         let of_dw = drift(&drifted.gradients[&weights], &want.gradients[&weights]);
-        println!("{line:84} |{of_y:10.1e}{of_dw:10.1e}");
+        let others = of_y.1.iter().zip(&right_y.1).filter(|(a, b)| (**a > 0.0) != (**b > 0.0));
+        let others = if unit.relu { others.count() as f64 / of_y.1.len() as f64 } else { 0.0 };
+        let of_y = drift(&of_y.1, &right_y.1);
+        println!("{line:82} |{of_y:9.1e}{of_dw:9.1e}{:11.2}%", 100.0 * others);
     }
-    println!("{:84} |{:10.1e}", "features", drift(&drifted.features, &want.features));
+    println!("{:82} |{:9.1e}", "features", drift(&drifted.features, &want.features));
+    gpu.check().unwrap();
     report("bf16, layer by layer", results);
 }

@@ -4,7 +4,7 @@
 //! there, a function here and one there.
 
 use selfsup::arena::SlotKind;
-use selfsup::ops::{self, BatchNorm};
+use selfsup::ops::{self, BatchNorm, Negatives};
 use selfsup::tape::Tape;
 use selfsup::tensor::Tensor;
 
@@ -96,6 +96,16 @@ pub fn case(line: &str) -> Case {
         "l2_normalize" => l2_normalize(row),
         "nt_xent" => nt_xent(row),
         "cross_entropy" => cross_entropy(row),
+        "neg_cosine" => neg_cosine(row),
+        "info_nce" => info_nce(row),
+        "soft_cross_entropy" => soft_cross_entropy(row),
+        "distillation" => distillation(row),
+        "stream_mean" => stream_mean(row),
+        "stream_select" => stream_select(row),
+        "avg_pool" => avg_pool(row),
+        "gather_rows" => gather_rows(row),
+        "slice_rows" => slice_rows(row),
+        "concat_rows" => concat_rows(row),
         other => panic!("{line}: there is no primitive {other} in the case table"),
     }
 }
@@ -215,4 +225,116 @@ fn cross_entropy(row: Row) -> Case {
         ops::cross_entropy(&v[0], &Tensor::from_slice(tape.device(), [labels.len()], &labels))
     });
     row.case(vec![input], build)
+}
+
+fn neg_cosine(row: Row) -> Case {
+    let scale = row.number("scale");
+    let shape = row.sizes(["n", "d"]);
+    let input = |name| {
+        let values = |seed, count| seeded::around(seed, count, 0.0, scale);
+        Input { step: STEP * scale, ..row.input_of(name, &shape, values) }
+    };
+    let inputs = vec![input("p"), input("z")];
+    row.case(inputs, Box::new(|_, v| ops::neg_cosine(&v[0], &v[1])))
+}
+
+fn info_nce(row: Row) -> Case {
+    let temperature = row.number("t");
+    let [n, m, d] = row.sizes(["n", "m", "d"]);
+    let own = row.text("own").map_or(0..0, |text| {
+        let (from, to) = text.split_once("..").expect("own is a range");
+        from.parse().unwrap()..to.parse().unwrap()
+    });
+    let input = |name| {
+        let values = |seed, _| seeded::unit_rows(seed, n, d);
+        Input { step: STEP * temperature, ..row.input_of(name, &[n, d], values) }
+    };
+    let inputs = vec![input("q"), input("k")];
+    let queue = seeded::unit_rows(row.seed("queue"), m, d);
+    let build: Build = Box::new(move |tape: &Tape<'_>, v| {
+        let queue = Tensor::from_f64(tape.device(), [m, d], &queue);
+        let negatives = Negatives { queue: &queue, own: own.clone() };
+        ops::info_nce(&v[0], &v[1], &negatives, temperature)
+    });
+    row.case(inputs, build)
+}
+
+/// `targets` is `normal`, rows that sum to 1; `any`, numbers in `[0, 1)`; or `hot`, a 1 among zeros.
+fn soft_cross_entropy(row: Row) -> Case {
+    let [n, k] = row.sizes(["n", "k"]);
+    let (spread, temperature) = (row.number("spread"), row.number("t"));
+    let mut targets = seeded::around(row.seed("targets"), n * k, 0.5, 0.5);
+    if row.text("targets") != Some("any") {
+        for (i, target) in targets.chunks_exact_mut(k).enumerate() {
+            let sum = target.iter().fold(0.0, |sum, q| sum + q);
+            let hot = row.text("targets") == Some("hot");
+            let new = |(j, q): (usize, &f64)| {
+                if hot { f64::from(j == i % k) } else { seeded::rounded(q / sum) }
+            };
+            let new: Vec<f64> = target.iter().enumerate().map(new).collect();
+            target.copy_from_slice(&new);
+        }
+    }
+    let values = |seed, count| seeded::around(seed, count, 0.0, spread);
+    let input = Input { step: STEP * temperature, ..row.input_of("x", &[n, k], values) };
+    let build: Build = Box::new(move |tape: &Tape<'_>, v| {
+        let targets = Tensor::from_f64(tape.device(), [n, k], &targets);
+        ops::soft_cross_entropy(&v[0], &targets, temperature)
+    });
+    row.case(vec![input], build)
+}
+
+fn distillation(row: Row) -> Case {
+    let [n, k] = row.sizes(["n", "k"]);
+    let (spread, temperature) = (row.number("spread"), row.number("t"));
+    let teacher = seeded::around(row.seed("teacher"), n * k, 0.0, spread);
+    let values = |seed, count| seeded::around(seed, count, 0.0, spread);
+    let input = Input { step: STEP * temperature, ..row.input_of("x", &[n, k], values) };
+    let build: Build = Box::new(move |tape: &Tape<'_>, v| {
+        let teacher = Tensor::from_f64(tape.device(), [n, k], &teacher);
+        ops::distillation(&v[0], &teacher, temperature)
+    });
+    row.case(vec![input], build)
+}
+
+/// `c` is the channels of one stream.
+fn stream_mean(row: Row) -> Case {
+    let [n, h, w, c] = row.sizes(["n", "h", "w", "c"]);
+    let input = row.input("x", &[n, h, w, 2 * c]);
+    row.case(vec![input], Box::new(|_, v| ops::stream_mean(&v[0])))
+}
+
+fn stream_select(row: Row) -> Case {
+    let [n, h, w, c] = row.sizes(["n", "h", "w", "c"]);
+    let inputs = vec![row.input("x", &[n, h, w, 2 * c]), row.input("logits", &[n, 2 * c])];
+    row.case(inputs, Box::new(|_, v| ops::stream_select(&v[0], &v[1])))
+}
+
+fn avg_pool(row: Row) -> Case {
+    let [size, stride] = row.sizes(["size", "stride"]);
+    let input = row.input("x", &row.sizes(["n", "h", "w", "c"]));
+    row.case(vec![input], Box::new(move |_, v| ops::avg_pool(&v[0], size, stride)))
+}
+
+fn gather_rows(row: Row) -> Case {
+    let [n, m, d] = row.sizes(["n", "m", "d"]);
+    let index = seeded::indices(row.seed("index"), n, m);
+    let index: Vec<i32> = index.into_iter().map(|i| i as i32).collect();
+    let input = row.input("x", &[m, d]);
+    let build: Build = Box::new(move |tape: &Tape<'_>, v| {
+        ops::gather_rows(&v[0], &Tensor::from_slice(tape.device(), [index.len()], &index))
+    });
+    row.case(vec![input], build)
+}
+
+fn slice_rows(row: Row) -> Case {
+    let [from, count] = row.sizes(["from", "count"]);
+    let input = row.input("x", &row.sizes(["n", "d"]));
+    row.case(vec![input], Box::new(move |_, v| ops::slice_rows(&v[0], from, count)))
+}
+
+fn concat_rows(row: Row) -> Case {
+    let [a, b, d] = row.sizes(["a", "b", "d"]);
+    let inputs = vec![row.input("a", &[a, d]), row.input("b", &[b, d])];
+    row.case(inputs, Box::new(|_, v| ops::concat_rows(v)))
 }

@@ -2,15 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
+use selfsup::arena::{Arena, Init, Layout, SlotKind};
 use selfsup::device::{Device, Precision};
+use selfsup::ops::{self, BatchNorm, Running};
+use selfsup::tape;
 use selfsup::tensor::{DType, Tensor};
 
-use crate::case::{Case, ROUTES, Route};
+use crate::case::{Build, Case, ROUTES, Route};
 use crate::cases::{case, table};
 use crate::compare::{close, report};
 use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
+use crate::seeded;
 
 /// Primitives whose kernels are still to be written. The list can only shrink: one that has kernels must leave it.
 const NOT_YET: [&str; 0] = [];
@@ -62,6 +67,101 @@ fn a_gpu_agrees_with_the_f64_reference_in_f32() {
 fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
     let cases = on_gpu().map(Case::rounded);
     agree("CUDA bf16 against reference", &gpu(Precision::Bf16), cases, |_, _| 1e-2);
+}
+
+/// Sums long enough to be cut into slices, in each of the three products.
+#[test]
+fn long_sums_agree_with_the_f64_reference() {
+    let lines = [
+        "linear n=1100 d=17 k=9 bias=1",
+        "linear n=9 d=1100 k=5 bias=0",
+        "linear n=5 d=9 k=1601 bias=1",
+    ];
+    let cases = || lines.map(case).into_iter();
+    agree("long sums in f32", &gpu(Precision::F32), cases(), |_, _| 1e-5);
+    let rounded = cases().map(Case::rounded);
+    agree("long sums in bf16", &gpu(Precision::Bf16), rounded, |_, _| 1e-2);
+}
+
+/// Two steps that move running statistics, then an evaluation by them; the residual is the input itself.
+#[test]
+fn running_statistics_agree_with_the_f64_reference() {
+    let run = |device: &Device| {
+        let mut layout = Layout::new();
+        let gain = layout.param("gain", [13], SlotKind::Gain, Init::Uniform(1.0));
+        let running = Running {
+            mean: layout.stat("mean", 13, SlotKind::RunningMean, 0.0),
+            variance: layout.stat("variance", 13, SlotKind::RunningVariance, 1.0),
+        };
+        let mut arena = Arena::new(&Arc::new(layout), device, 5);
+        let input = |name: &str| {
+            let mut values = seeded::around(seeded::seed(name), 24 * 13, 0.5, 2.0);
+            values.iter_mut().for_each(|v| *v = half::bf16::from_f64(*v).to_f64());
+            let x = Tensor::from_f64(device, [24, 13], &values);
+            x.cast(DType::of_activations(device))
+        };
+        let norm = |tape: &tape::Tape<'_>, x: &Tensor| {
+            let (x, gain) = (ops::scale(&tape.input(x), 1.0), tape.param(gain));
+            let with = BatchNorm {
+                gain: Some(&gain),
+                residual: Some(&x),
+                relu: true,
+                groups: 2,
+                running: Some(running),
+                ..BatchNorm::default()
+            };
+            ops::batch_norm(&x, with).value().clone()
+        };
+        for name in ["first", "second"] {
+            let x = input(name);
+            let y = tape::forward(&mut arena, |tape| tape.input(&norm(tape, &x)));
+            drop(y.unwrap());
+        }
+        let x = input("third");
+        let y = tape::evaluate(&arena, |tape| tape.input(&norm(tape, &x))).unwrap();
+        let statistics = arena.statistics().to_f64();
+        (y.to_f64(), statistics)
+    };
+    let want = run(&Device::reference());
+    // A tenth of what a wrong eps would do.
+    for (precision, tolerance) in [(Precision::F32, 5e-7), (Precision::Bf16, 1e-2)] {
+        let got = run(&gpu(precision));
+        let statistics = close("running statistics", &got.1, &want.1, 5e-7);
+        let y = close("evaluation", &got.0, &want.0, tolerance);
+        report(&format!("batch norm in {precision:?}"), vec![y, statistics]);
+    }
+}
+
+#[test]
+fn a_batch_norm_whose_residual_is_its_input_adds_both_gradients() {
+    let run = |device: &Device| {
+        let case = case("relu n=24 c=13").rounded();
+        let build: Build = Box::new(|_, v| {
+            let residual = Some(&v[0]);
+            ops::batch_norm(&v[0], BatchNorm { residual, relu: true, ..BatchNorm::default() })
+        });
+        Case { build, ..case }.run(device, Route::Node)
+    };
+    let want = run(&Device::reference());
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
+        let got = run(&gpu(precision));
+        let dx = close("dx", &got.gradients[0], &want.gradients[0], tolerance);
+        report(&format!("x + norm(x) in {precision:?}"), vec![dx]);
+    }
+}
+
+/// What comes in f32 is rounded to the type that is multiplied, and its gradient comes back in f32.
+#[test]
+fn a_linear_layer_takes_f32_where_weights_are_bf16() {
+    let case = case("linear n=7 d=13 k=11 bias=1").rounded();
+    let mut inputs = case.inputs;
+    inputs[0].kind = SlotKind::Bias; // f32 everywhere, though of bf16's numbers
+    let case = Case { inputs, ..case };
+    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+    let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
+    let results = got.parts(&case).zip(want.parts(&case));
+    let results = results.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
+    report("linear of f32", results.collect());
 }
 
 #[test]
@@ -137,6 +237,13 @@ fn the_host_cannot_look_into_a_gpu() {
 }
 
 #[test]
+#[should_panic(expected = "max_pool: windows of 17 x 17, and on a GPU they are 16 x 16 at most")]
+fn windows_larger_than_a_byte_counts_are_refused() {
+    case("max_pool n=1 h=17 w=17 c=1 size=17 stride=1 pad=0")
+        .run(&gpu(Precision::F32), Route::Node);
+}
+
+#[test]
 fn a_gpu_that_is_not_there_is_named() {
     open();
     let error = Device::cuda(77, Precision::F32).unwrap_err().to_string();
@@ -148,7 +255,6 @@ fn the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing() {
     alone("cuda::the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing", |driver| {
         let gpu = gpu(Precision::Bf16);
         let run = || {
-            use selfsup::ops::{self, BatchNorm};
             let case = case("linear n=9 d=16 k=8 bias=1");
             let (mut arena, params) = case.arena(&gpu);
             let counts = |_| (driver.count("allocations"), driver.count("waits"));

@@ -95,6 +95,11 @@ impl Record<'_> {
         floor.max(4.0 * self.values[1])
     }
 
+    /// What is kept of the numbers themselves.
+    pub fn entries(&self) -> &[f64] {
+        &self.values[HEAD..]
+    }
+
     /// Compares a tensor; its relative error, or what is wrong.
     pub fn check(&self, got: &[f64], tolerance: f64) -> Result<f64, String> {
         let [count, _, want_norm, want_max] = self.values[..4].try_into().unwrap();

@@ -24,6 +24,7 @@ impl Training {
             stem: Stem::Small,
             zero_init_residual: true,
             norm_groups: 1,
+            sk_ratio: 0.0,
         };
         let settings = Settings { temperature: 0.5, hidden: 16, embedding: 8 };
         let method = SimClr::new(&config, &settings);

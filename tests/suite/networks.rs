@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Layout};
-use selfsup::device::{Device, Precision};
+use selfsup::device::{Device, DeviceKind, Precision};
 use selfsup::nn::{ResNet, ResNetConfig, Stem};
 use selfsup::tape;
 use selfsup::tensor::Tensor;
@@ -38,7 +38,9 @@ impl Network {
         let [depth, width, norm_groups, n, h, w] =
             row.sizes(["depth", "width", "groups", "n", "h", "w"]);
         let stem = if row.text("stem") == Some("image") { Stem::Image } else { Stem::Small };
-        let config = ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups };
+        let sk_ratio = row.text("sk").map_or(0.0, |text| text.parse().unwrap());
+        let zero_init_residual = false;
+        let config = ResNetConfig { depth, width, stem, zero_init_residual, norm_groups, sk_ratio };
         let mut layout = Layout::new();
         let trunk = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);
@@ -78,11 +80,15 @@ impl Network {
         };
         let features = self.train();
         let mut results = vec![one("features", &features), one("evaluation", &self.evaluate())];
+        let in_f64 = self.images.device().kind() == DeviceKind::Reference;
         for (part, got) in [
             ("gradients", network::gradients(&self.arena)),
             ("statistics", network::statistics(&self.arena)),
         ] {
             let name = format!("{line}|{part}");
+            if part == "gradients" && line.ends_with("kinked=1") && !in_f64 {
+                continue;
+            }
             results.extend(goldens.check_table(&name, &got, |record| tolerance(part, record)));
         }
         results

@@ -284,7 +284,7 @@ fn the_schedule_is_a_line_and_then_half_a_cosine() {
     for (peak, warmup, total) in
         [(4.8, 10, 100), (0.3, 0, 7), (1.0, 1, 2), (2.0, 5, 5), (1.0, 0, 1)]
     {
-        let schedule = Schedule { peak, warmup, total };
+        let schedule = Schedule { peak, warmup, total, ..Schedule::default() };
         for step in 0..total {
             // cos² of half the angle, in place of (1 + cos) / 2.
             let want = if step < warmup {

@@ -1,5 +1,7 @@
 //! Applying drawn numbers to an image. Floor 5.
 
+use multiversion::multiversion;
+
 use super::params::{ColourOp, CropBox, Params};
 use super::policy::{BlurKind, Filter, Normalise, Pixels, Policy};
 use super::resize::Resize;
@@ -55,6 +57,9 @@ impl Policy {
 
     fn change_u8(&self, params: &Params, scratch: &mut Scratch) {
         let Scratch { bytes: pixels, floats, blur: buffers, .. } = scratch;
+        if params.grey && self.grey_first {
+            colour::grey(pixels);
+        }
         if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
             for op in drawn.order {
                 match op {
@@ -68,7 +73,7 @@ impl Policy {
                 }
             }
         }
-        if params.grey {
+        if params.grey && !self.grey_first {
             colour::grey(pixels);
         }
         if let (Some(sigma), Some(blur)) = (params.blur, &self.blur) {
@@ -84,6 +89,9 @@ impl Policy {
 
     fn change_float(&self, params: &Params, scratch: &mut Scratch) {
         let Scratch { floats: pixels, blur: buffers, .. } = scratch;
+        if params.grey && self.grey_first {
+            float::grey(pixels);
+        }
         if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
             for op in drawn.order {
                 match op {
@@ -97,7 +105,7 @@ impl Policy {
                 }
             }
         }
-        if params.grey {
+        if params.grey && !self.grey_first {
             float::grey(pixels);
         }
         if let Some(sigma) = params.blur {
@@ -155,13 +163,16 @@ fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
 
 fn write_u8(pixels: &[[u8; 4]], normalise: Option<&Normalise>, out: &mut [f32]) {
     let (mean, std) = scale(normalise);
-    for (out, pixel) in out.as_chunks_mut::<4>().0.iter_mut().zip(pixels) {
-        for c in 0..4 {
-            out[c] = (f32::from(pixel[c]) / 255.0 - mean[c]) / std[c];
-        }
+    // A channel has 256 values: two divisions for each of those, and none for each pixel.
+    let table =
+        |c: usize| -> [f32; 256] { std::array::from_fn(|v| (v as f32 / 255.0 - mean[c]) / std[c]) };
+    let (red, green, blue) = (table(0), table(1), table(2));
+    for (out, &[r, g, b, _]) in out.as_chunks_mut::<4>().0.iter_mut().zip(pixels) {
+        *out = [red[usize::from(r)], green[usize::from(g)], blue[usize::from(b)], 0.0];
     }
 }
 
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn write_float(pixels: &[[f32; 4]], normalise: Option<&Normalise>, out: &mut [f32]) {
     let (mean, std) = scale(normalise);
     for (out, pixel) in out.as_chunks_mut::<4>().0.iter_mut().zip(pixels) {

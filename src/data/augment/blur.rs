@@ -6,10 +6,15 @@
 //! repeated, 8-bit in between (src/libImaging/BoxBlur.c; Gwosdek et al., 2011). Pixels have four channels, the
 //! fourth zero. Floor 5.
 
+use multiversion::multiversion;
+
+use super::colour::clipped;
+
 /// Buffers of a blur.
 #[derive(Debug, Default)]
 pub struct Buffers {
     kernel: Vec<f32>,
+    row: Vec<[f32; 4]>,
     floats: Vec<[f32; 4]>,
     bytes: Vec<[u8; 4]>,
     sums: Vec<u32>,
@@ -22,7 +27,7 @@ pub fn radius(size: usize) -> usize {
 
 /// Blurs a square of `size * size` pixels. `sigma > 0`, in pixels.
 pub fn gaussian(pixels: &mut [[f32; 4]], size: usize, sigma: f32, buffers: &mut Buffers) {
-    let Buffers { kernel, floats: across, .. } = buffers;
+    let Buffers { kernel, row: padded, floats: across, .. } = buffers;
     let radius = radius(size);
     kernel.clear();
     kernel.extend((0..=2 * radius).map(|i| {
@@ -31,34 +36,41 @@ pub fn gaussian(pixels: &mut [[f32; 4]], size: usize, sigma: f32, buffers: &mut 
     }));
     let sum: f32 = kernel.iter().sum();
     kernel.iter_mut().for_each(|w| *w /= sum);
+    // Zeros outside the image add nothing to a sum.
+    let outside = radius * size;
     across.clear();
-    across.resize(size * size, [0.0; 4]);
-    for (i, &weight) in kernel.iter().enumerate() {
-        let (from, to, count) = overlap(i, radius, size);
-        for (row, out) in pixels.chunks_exact(size).zip(across.chunks_exact_mut(size)) {
-            add(&row[from..from + count], &mut out[to..to + count], weight);
+    across.resize(size * size + 2 * outside, [0.0; 4]);
+    padded.clear();
+    padded.resize(size + 2 * radius, [0.0; 4]);
+    let rows = pixels.chunks_exact(size).zip(across[outside..].chunks_exact_mut(size));
+    for (row, out) in rows {
+        padded[radius..][..size].copy_from_slice(row);
+        weighted(padded.as_flattened(), 4, kernel, out.as_flattened_mut());
+    }
+    for (row, out) in pixels.chunks_exact_mut(size).enumerate() {
+        let rows = &across[row * size..][..(2 * radius + 1) * size];
+        weighted(rows.as_flattened(), 4 * size, kernel, out.as_flattened_mut());
+    }
+}
+
+/// `out[i] = sum over t of weights[t] * values[i + t * stride]`, added from the first on.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn weighted(values: &[f32], stride: usize, weights: &[f32], out: &mut [f32]) {
+    let (blocks, rest) = out.as_chunks_mut::<32>();
+    for (i, block) in blocks.iter_mut().enumerate() {
+        let mut sums = [0.0; 32];
+        for (t, &weight) in weights.iter().enumerate() {
+            let values = values[32 * i + t * stride..].first_chunk::<32>().expect("one a tap");
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value * weight;
+            }
         }
+        *block = sums;
     }
-    pixels.fill([0.0; 4]);
-    for (i, &weight) in kernel.iter().enumerate() {
-        let (from, to, count) = overlap(i, radius, size);
-        add(
-            &across[from * size..(from + count) * size],
-            &mut pixels[to * size..(to + count) * size],
-            weight,
-        );
-    }
-}
-
-/// For tap `i`, the first input, the first output and the number of places where both are inside.
-fn overlap(i: usize, radius: usize, size: usize) -> (usize, usize, usize) {
-    let (from, to) = (i.saturating_sub(radius), radius.saturating_sub(i));
-    (from, to, size.saturating_sub(from.max(to)))
-}
-
-fn add(values: &[[f32; 4]], sums: &mut [[f32; 4]], weight: f32) {
-    for (sum, value) in sums.as_flattened_mut().iter_mut().zip(values.as_flattened()) {
-        *sum += value * weight;
+    let first = 32 * blocks.len();
+    for (i, out) in rest.iter_mut().enumerate() {
+        let taps = weights.iter().zip(values[first + i..].iter().step_by(stride));
+        *out = taps.fold(0.0, |sum, (weight, value)| sum + value * weight);
     }
 }
 
@@ -67,16 +79,15 @@ pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buf
     let Buffers { bytes: other, sums, .. } = buffers;
     other.resize(size * size, [0; 4]);
     let radius = box_radius(sigma);
-    // Across, a row is `size` places of one pixel; down, the image is `size` places of one row.
-    for _ in 0..PASSES {
-        for (row, out) in pixels.chunks_exact(size).zip(other.chunks_exact_mut(size)) {
-            box_blur(row.as_flattened(), out.as_flattened_mut(), 4, radius, sums);
-        }
-        pixels.copy_from_slice(other);
-    }
-    for _ in 0..PASSES {
-        box_blur(pixels.as_flattened(), other.as_flattened_mut(), 4 * size, radius, sums);
-        pixels.copy_from_slice(other);
+    // A blur moves down whole rows, which are vectors; across is down in the transposed image.
+    let mut down = |from: &mut [[u8; 4]], to: &mut [[u8; 4]]| {
+        box_blur(from.as_flattened(), to.as_flattened_mut(), 4 * size, radius, sums);
+    };
+    for _ in 0..2 {
+        transpose(pixels, other, size);
+        down(other, pixels);
+        down(pixels, other);
+        down(other, pixels);
     }
 }
 
@@ -93,7 +104,24 @@ fn box_radius(sigma: f32) -> f32 {
     whole + share / (6.0 * (variance - (whole + 1.0) * (whole + 1.0)))
 }
 
+const _: () = assert!(PASSES == 3, "`pillow` writes them out");
+
+/// Rows become columns.
+fn transpose(pixels: &[[u8; 4]], out: &mut [[u8; 4]], size: usize) {
+    const TILE: usize = 8; // rows and columns at a time, so that few lines of the cache are in use
+    for top in (0..size).step_by(TILE) {
+        for left in (0..size).step_by(TILE) {
+            for y in top..size.min(top + TILE) {
+                for x in left..size.min(left + TILE) {
+                    out[x * size + y] = pixels[y * size + x];
+                }
+            }
+        }
+    }
+}
+
 /// One box blur over places of `lanes` values each: a running sum, and a fraction of the two values beyond it.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, radius: f32, sums: &mut Vec<u32>) {
     let last = input.len() / lanes - 1;
     let whole = radius as usize;
@@ -120,6 +148,7 @@ fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, radius: f32, sums: &m
 }
 
 /// Blurs 8-bit pixels with the sampled Gaussian, rounded.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn gaussian_u8(
     pixels: &mut [[u8; 4]],
     size: usize,
@@ -127,11 +156,13 @@ pub fn gaussian_u8(
     floats: &mut Vec<[f32; 4]>,
     buffers: &mut Buffers,
 ) {
-    floats.clear();
-    floats.extend(pixels.iter().map(|p| p.map(f32::from)));
+    floats.resize(size * size, [0.0; 4]);
+    for (float, byte) in floats.as_flattened_mut().iter_mut().zip(pixels.as_flattened()) {
+        *float = f32::from(*byte);
+    }
     gaussian(floats, size, sigma, buffers);
     for (byte, float) in pixels.as_flattened_mut().iter_mut().zip(floats.as_flattened()) {
-        *byte = (float + 0.5) as u8;
+        *byte = clipped(*float + 0.5) as u8;
     }
 }
 

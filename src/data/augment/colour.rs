@@ -23,7 +23,7 @@ fn blend(from: u32, to: u32, factor: f32) -> u32 {
 /// Truncated and clipped to 8 bits.
 #[inline(always)]
 #[allow(clippy::manual_clamp)] // which keeps a NaN
-fn clipped(value: f32) -> i32 {
+pub fn clipped(value: f32) -> i32 {
     let value = value.max(0.0).min(255.0);
     // SAFETY: in 0..=255, a NaN too. `as` would be the same one value at a time: it tests each for its range.
     unsafe { value.to_int_unchecked() }

@@ -4,23 +4,30 @@
 //! (simclr:data_util.py over tf.image, byol:utils/augmentations.py); values are clipped after each operation.
 //! Pixels are `[r, g, b, 0]`. Floor 5.
 
+use multiversion::multiversion;
+
+#[inline(always)]
 fn clip(v: f32) -> f32 {
     v.clamp(0.0, 1.0)
 }
 
 /// Adds `delta` in `-1..=1`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn brightness_added(pixels: &mut [[f32; 4]], delta: f32) {
-    pixels.iter_mut().for_each(|[r, g, b, _]| {
-        (*r, *g, *b) = (clip(*r + delta), clip(*g + delta), clip(*b + delta))
-    });
+    let deltas = [delta, delta, delta, 0.0];
+    for pixel in pixels {
+        *pixel = std::array::from_fn(|c| clip(pixel[c] + deltas[c]));
+    }
 }
 
 /// Multiplies. `factor >= 0`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn brightness(pixels: &mut [[f32; 4]], factor: f32) {
     pixels.as_flattened_mut().iter_mut().for_each(|v| *v = clip(*v * factor));
 }
 
 /// Scales around each channel's mean. `factor >= 0`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn contrast(pixels: &mut [[f32; 4]], factor: f32) {
     let mut mean = [0.0f64; 4];
     for pixel in pixels.iter() {
@@ -33,44 +40,45 @@ pub fn contrast(pixels: &mut [[f32; 4]], factor: f32) {
 }
 
 /// Multiplies the saturation (in HSV, at most 1). `factor >= 0`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn saturation(pixels: &mut [[f32; 4]], factor: f32) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;
         let (value, range) = (r.max(g).max(b), r.max(g).max(b) - r.min(g).min(b));
-        if range > 0.0 {
-            // s = range / value; s becomes min(factor * s, 1) and every channel's distance from the value grows
-            // alike.
-            let factor = factor.min(value / range);
-            *pixel = [r, g, b].map(|v| clip(value - (value - v) * factor)).to_pixel();
-        }
+        // s = range / value; s becomes min(factor * s, 1) and every channel's distance from the value grows alike.
+        // Without a range all distances are zero.
+        let some = if range > 0.0 { range } else { 1.0 };
+        let factor = factor.min(value / some);
+        *pixel = [r, g, b].map(|v| clip(value - (value - v) * factor)).to_pixel();
     }
 }
 
 /// Turns the colour circle by `turn` in `-0.5..=0.5`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn hue(pixels: &mut [[f32; 4]], turn: f32) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;
         let (value, range) = (r.max(g).max(b), r.max(g).max(b) - r.min(g).min(b));
-        if range > 0.0 {
-            let sixth = if r == value {
-                (g - b) / range
-            } else if g == value {
-                2.0 + (b - r) / range
-            } else {
-                4.0 + (r - g) / range
-            };
-            let sixth = (sixth + 6.0 * turn).rem_euclid(6.0);
-            // A channel lies below the value by the part of the range that its distance on the circle says.
-            let channel = |offset: f32| {
-                let k = (offset + sixth) % 6.0;
-                value - range * clip(k.min(4.0 - k))
-            };
-            *pixel = [channel(5.0), channel(3.0), channel(1.0)].to_pixel();
-        }
+        // Without a range every channel is the value, whatever its hue.
+        let some = if range > 0.0 { range } else { 1.0 };
+        let from_others = if g == value { 2.0 + (b - r) / some } else { 4.0 + (r - g) / some };
+        let sixth = if r == value { (g - b) / some } else { from_others };
+        // In -1..=5 before the turn: the remainder by 6 is at most one step.
+        let turned = sixth + 6.0 * turn;
+        let above = if turned < 0.0 { turned + 6.0 } else { turned };
+        let sixth = if above >= 6.0 && turned >= 0.0 { above - 6.0 } else { above };
+        // A channel lies below the value by the part of the range that its distance on the circle says.
+        let channel = |offset: f32| {
+            let k = offset + sixth;
+            let k = if k >= 6.0 { k - 6.0 } else { k };
+            value - range * clip(k.min(4.0 - k))
+        };
+        *pixel = [channel(5.0), channel(3.0), channel(1.0)].to_pixel();
     }
 }
 
 /// Grey in three channels.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn grey(pixels: &mut [[f32; 4]]) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;
@@ -79,6 +87,7 @@ pub fn grey(pixels: &mut [[f32; 4]]) {
 }
 
 /// Inverts values from `threshold` in `[0, 1]` on.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn solarise(pixels: &mut [[f32; 4]], threshold: f32) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;

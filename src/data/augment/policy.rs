@@ -1,6 +1,7 @@
 //! What an augmentation may do, as a recipe says it.
 //!
-//! The operations come in one order: crop and resize, flip, jitter, grey, blur, solarise, normalise. Floor 5.
+//! The operations come in one order: crop and resize, flip, jitter, grey (or grey, then jitter), blur, solarise, normalise.
+//! Flipping commutes with the others, so its place in a paper's list does not matter. Floor 5.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,9 @@ use crate::error::{Error, Result};
 pub struct Policy {
     /// Side of the square crop in pixels, 1 to 1024.
     pub size: usize,
+    /// Views of each image that are made so, at least 1: six of SwAV's small crops.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub repeat: usize,
     /// The crop's share of the image's area, low and high, in `(0, 1]`.
     #[serde(default = "default_area")]
     pub area: [f32; 2],
@@ -36,6 +40,9 @@ pub struct Policy {
     /// Probability of turning grey.
     #[serde(default)]
     pub grey: f32,
+    /// Whether grey comes before the jitter instead of after it: MoCo v1.
+    #[serde(default)]
+    pub grey_first: bool,
     /// Blur; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blur: Option<Blur>,
@@ -152,6 +159,14 @@ fn default_sigma() -> [f32; 2] {
     [0.1, 2.0]
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(repeat: &usize) -> bool {
+    *repeat == 1
+}
+
 fn half() -> f32 {
     0.5
 }
@@ -165,6 +180,7 @@ impl Policy {
     pub fn crop(size: usize) -> Self {
         Self {
             size,
+            repeat: 1,
             area: default_area(),
             aspect: default_aspect(),
             filter: Filter::Bilinear,
@@ -173,6 +189,7 @@ impl Policy {
             flip: 0.0,
             jitter: None,
             grey: 0.0,
+            grey_first: false,
             blur: None,
             solarise: None,
             normalise: None,
@@ -203,6 +220,7 @@ impl Policy {
             (1..=1024).contains(&self.size),
             format!("augmentation: size = {} must be in 1..=1024", self.size),
         )?;
+        rule(self.repeat > 0, "augmentation: repeat = 0 must be 1 or more".into())?;
         range("area", self.area, 1.0)?;
         range("aspect", self.aspect, 100.0)?;
         chance("flip", self.flip)?;
@@ -266,6 +284,7 @@ mod tests {
     fn a_setting_out_of_range_is_named() {
         for (text, expected) in [
             ("size = 0", "size = 0 must be in 1..=1024"),
+            ("size = 8\nrepeat = 0", "repeat = 0 must be 1 or more"),
             ("size = 8\narea = [0.5, 0.1]", "area = [0.5, 0.1] must rise within (0, 1]"),
             ("size = 8\nflip = 1.5", "flip = 1.5 must be a probability"),
             ("size = 8\nflip = nan", "flip = NaN must be a probability"),

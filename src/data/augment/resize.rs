@@ -8,6 +8,8 @@
 //! level (bilinear) or a few (bicubic, on noise). The input ends at the crop's border, as after `Image.crop`.
 //! Floor 5.
 
+use multiversion::multiversion;
+
 use super::params::CropBox;
 use super::policy::Filter;
 use crate::data::source::Image;
@@ -38,16 +40,19 @@ pub struct Resize {
 pub struct Buffers {
     across: Weights,
     down: Weights,
+    line: Vec<[u8; 4]>,
     rows: Vec<[u8; 4]>,
-    sums: Vec<i32>,
+    line_float: Vec<[f32; 4]>,
     rows_float: Vec<[f32; 4]>,
 }
 
-/// For each output pixel of an axis, the first input pixel and one weight for each from there on.
+/// For each output pixel of an axis, the first input pixel and the same number of weights from there on, the last of which
+/// may be zero.
 #[derive(Debug, Default)]
 struct Weights {
-    /// First input pixel, and where its weights end in the lists below.
-    spans: Vec<(usize, usize)>,
+    /// Weights of each output pixel.
+    taps: usize,
+    first: Vec<usize>,
     exact: Vec<f64>,
     fixed: Vec<i32>,
     float: Vec<f32>,
@@ -62,17 +67,25 @@ impl Weights {
         filter: Filter,
         antialias: bool,
     ) {
-        self.spans.clear();
-        self.exact.clear();
         let scale = input as f64 / output as f64;
         let stretch = if antialias { scale.max(1.0) } else { 1.0 };
         let support = stretch * if filter == Filter::Bilinear { 1.0 } else { 2.0 };
-        for x in wanted {
+        let span = |x: usize| {
             let center = (x as f64 + 0.5) * scale;
             // Truncation, as a C cast does; negative numbers end at zero.
             let from = (center - support + 0.5).max(0.0) as usize;
-            let to = ((center + support + 0.5) as usize).min(input);
-            let start = self.exact.len();
+            (center, from, ((center + support + 0.5) as usize).min(input))
+        };
+        let taps = wanted.clone().map(|x| span(x)).map(|(_, from, to)| to - from).max();
+        self.taps = taps.unwrap_or(0);
+        self.first.clear();
+        self.exact.clear();
+        for x in wanted {
+            let (center, from, to) = span(x);
+            // A shorter span, at the image's end, starts earlier: with zeros.
+            let first = from.min(input - self.taps);
+            let start = self.exact.len() + (from - first);
+            self.exact.resize(start, 0.0);
             for i in from..to {
                 self.exact.push(weight(filter, (i as f64 - center + 0.5) * (1.0 / stretch)));
             }
@@ -80,15 +93,15 @@ impl Weights {
             if sum != 0.0 {
                 self.exact[start..].iter_mut().for_each(|w| *w /= sum);
             }
-            self.spans.push((from, self.exact.len()));
+            self.first.push(first);
+            self.exact.resize(self.first.len() * self.taps, 0.0);
         }
     }
 
     fn round(&mut self) {
         let one = f64::from(1u32 << PRECISION);
-        // `round` takes halves away from zero, as Pillow's +-0.5 and truncation do.
         self.fixed.clear();
-        self.fixed.extend(self.exact.iter().map(|w| (w * one).round() as i32));
+        self.fixed.extend(self.exact.iter().map(|w| (w * one + 0.5f64.copysign(*w)) as i32));
     }
 
     fn narrow(&mut self) {
@@ -98,8 +111,7 @@ impl Weights {
 
     /// First input pixel and weights of each output pixel.
     fn each<'a, T>(&'a self, weights: &'a [T]) -> impl Iterator<Item = (usize, &'a [T])> {
-        let starts = std::iter::once(0).chain(self.spans.iter().map(|&(_, end)| end));
-        self.spans.iter().zip(starts).map(|(&(from, end), start)| (from, &weights[start..end]))
+        self.first.iter().copied().zip(weights.chunks_exact(self.taps))
     }
 }
 
@@ -117,75 +129,46 @@ fn weight(filter: Filter, x: f64) -> f64 {
 impl Resize {
     /// Resamples in 8 bits; `out` takes `size * size` pixels, the fourth channel zero.
     pub fn to_u8(&self, image: &Image, buffers: &mut Buffers, out: &mut Vec<[u8; 4]>) {
-        let Buffers { across, down, rows, sums, .. } = buffers;
+        let Buffers { across, down, line: pixels, rows, .. } = buffers;
         self.weights(across, down);
         across.round();
         down.round();
         let size = self.size;
         rows.resize(self.crop.height * size, [0; 4]);
+        pixels.resize(self.crop.width, [0; 4]);
         for (row, line) in rows.chunks_exact_mut(size).zip(self.lines(image)) {
-            for (pixel, (from, weights)) in row.iter_mut().zip(across.each(&across.fixed)) {
-                let mut sum = [1 << (PRECISION - 1); 3];
-                for (value, &weight) in line[3 * from..].chunks_exact(3).zip(weights) {
-                    for c in 0..3 {
-                        sum[c] += i32::from(value[c]) * weight;
-                    }
-                }
-                let [r, g, b] = sum.map(to_8_bits);
+            for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
                 *pixel = [r, g, b, 0];
             }
+            across_u8(pixels, across, row);
             if self.flip {
                 row.reverse();
             }
         }
         out.resize(size * size, [0; 4]);
-        sums.resize(size * 4, 0);
-        for (out, (from, weights)) in out.chunks_exact_mut(size).zip(down.each(&down.fixed)) {
-            sums.fill(1 << (PRECISION - 1));
-            for (row, &weight) in rows[from * size..].chunks_exact(size).zip(weights) {
-                for (sum, &value) in sums.iter_mut().zip(row.as_flattened()) {
-                    *sum += i32::from(value) * weight;
-                }
-            }
-            for (value, &sum) in out.as_flattened_mut().iter_mut().zip(sums.iter()) {
-                *value = to_8_bits(sum);
-            }
-        }
+        down_u8(rows.as_flattened(), down, out.as_flattened_mut(), 4 * size);
     }
 
     /// Resamples in float, values in `[0, 1]`, clipped; `out` takes `size * size` pixels, the fourth channel zero.
     pub fn to_float(&self, image: &Image, buffers: &mut Buffers, out: &mut Vec<[f32; 4]>) {
-        let Buffers { across, down, rows_float: rows, .. } = buffers;
+        let Buffers { across, down, line_float: pixels, rows_float: rows, .. } = buffers;
         self.weights(across, down);
         across.narrow();
         down.narrow();
         let size = self.size;
         rows.resize(self.crop.height * size, [0.0; 4]);
+        pixels.resize(self.crop.width, [0.0; 4]);
         for (row, line) in rows.chunks_exact_mut(size).zip(self.lines(image)) {
-            for (pixel, (from, weights)) in row.iter_mut().zip(across.each(&across.float)) {
-                let mut sum = [0.0; 4];
-                for (value, &weight) in line[3 * from..].chunks_exact(3).zip(weights) {
-                    for c in 0..3 {
-                        sum[c] += f32::from(value[c]) / 255.0 * weight;
-                    }
-                }
-                *pixel = sum;
+            for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
+                *pixel = [r, g, b, 0].map(|v| f32::from(v) / 255.0);
             }
+            across_float(pixels, across, row);
             if self.flip {
                 row.reverse();
             }
         }
         out.resize(size * size, [0.0; 4]);
-        for (out, (from, weights)) in out.chunks_exact_mut(size).zip(down.each(&down.float)) {
-            let out = out.as_flattened_mut();
-            out.fill(0.0);
-            for (row, &weight) in rows[from * size..].chunks_exact(size).zip(weights) {
-                for (sum, &value) in out.iter_mut().zip(row.as_flattened()) {
-                    *sum += value * weight;
-                }
-            }
-            out.iter_mut().for_each(|v| *v = v.clamp(0.0, 1.0));
-        }
+        down_float(rows.as_flattened(), down, out.as_flattened_mut(), 4 * size);
     }
 
     fn weights(&self, across: &mut Weights, down: &mut Weights) {
@@ -202,8 +185,81 @@ impl Resize {
     }
 }
 
+/// Half a level, so that what follows rounds.
+const HALF: i32 = 1 << (PRECISION - 1);
+
+#[inline(always)]
 fn to_8_bits(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn across_u8(line: &[[u8; 4]], weights: &Weights, out: &mut [[u8; 4]]) {
+    for (out, (from, weights)) in out.iter_mut().zip(weights.each(&weights.fixed)) {
+        let mut sum = [HALF; 4];
+        for (value, &weight) in line[from..].iter().zip(weights) {
+            for c in 0..4 {
+                sum[c] += i32::from(value[c]) * weight;
+            }
+        }
+        let [r, g, b, _] = sum.map(to_8_bits);
+        *out = [r, g, b, 0];
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn across_float(line: &[[f32; 4]], weights: &Weights, out: &mut [[f32; 4]]) {
+    for (out, (from, weights)) in out.iter_mut().zip(weights.each(&weights.float)) {
+        let mut sum = [0.0; 4];
+        for (value, &weight) in line[from..].iter().zip(weights) {
+            for c in 0..4 {
+                sum[c] += value[c] * weight;
+            }
+        }
+        *out = sum;
+    }
+}
+
+/// Values of a row that are summed in registers.
+const BLOCK: usize = 32;
+
+/// Rows of `width` values.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn down_u8(rows: &[u8], weights: &Weights, out: &mut [u8], width: usize) {
+    for (out, (from, weights)) in out.chunks_exact_mut(width).zip(weights.each(&weights.fixed)) {
+        let rows = &rows[from * width..];
+        let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
+        for (i, out) in blocks.iter_mut().enumerate() {
+            let mut sums = [HALF; BLOCK];
+            for (t, &weight) in weights.iter().enumerate() {
+                let row = rows[t * width + i * BLOCK..].first_chunk::<BLOCK>();
+                for (sum, &value) in sums.iter_mut().zip(row.expect("as long as the output")) {
+                    *sum += i32::from(value) * weight;
+                }
+            }
+            *out = sums.map(to_8_bits);
+        }
+        let first = width - rest.len();
+        for (i, out) in rest.iter_mut().enumerate() {
+            let values = rows[first + i..].iter().step_by(width);
+            let products = values.zip(weights).map(|(&value, weight)| i32::from(value) * weight);
+            *out = to_8_bits(HALF + products.sum::<i32>());
+        }
+    }
+}
+
+/// Rows of `width` values.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn down_float(rows: &[f32], weights: &Weights, out: &mut [f32], width: usize) {
+    for (out, (from, weights)) in out.chunks_exact_mut(width).zip(weights.each(&weights.float)) {
+        out.fill(0.0);
+        for (row, &weight) in rows[from * width..].chunks_exact(width).zip(weights) {
+            for (sum, &value) in out.iter_mut().zip(row) {
+                *sum += value * weight;
+            }
+        }
+        out.iter_mut().for_each(|v| *v = v.clamp(0.0, 1.0));
+    }
 }
 
 #[cfg(test)]

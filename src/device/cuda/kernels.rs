@@ -195,6 +195,7 @@ struct Aligned<T>(T);
 
 #[allow(clippy::too_many_arguments, dead_code)] // kernels have as many as they have
 mod generated {
+    #[allow(unused_imports)] // without nvcc there are no images
     use super::{Aligned, File, In, Kernel, Launch, Out, Resources, argument};
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

@@ -133,3 +133,14 @@ pub(super) fn weight_gradient(
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "conv2d: 2147483648 pixels, and a GPU's kernels count to 2^31 - 1")]
+    fn more_pixels_than_the_kernels_count_are_refused() {
+        check(&Conv2dDims::new([1 << 11, 1 << 10, 1 << 10, 4], [8, 3, 3, 4], 1, 1));
+    }
+}

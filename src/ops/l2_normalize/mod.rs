@@ -7,9 +7,9 @@ mod cuda;
 
 use rayon::prelude::*;
 
-use crate::device::DeviceKind;
+use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Float, Tensor, TensorMut};
 
 /// The smallest norm that is divided by.
 pub(crate) const EPS: f64 = 1e-12;
@@ -49,6 +49,26 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
         }
         gradients.add(x_id, dx);
     })
+}
+
+/// Brings the rows of `x [n, d]` to unit length in place; no gradient. SwAV's prototypes, before each step.
+///
+/// # Panics
+/// When `x` is not of rank 2.
+#[track_caller]
+pub fn normalize_rows(device: &Device, x: &mut TensorMut<'_>) {
+    assert_eq!(x.shape().len(), 2, "normalize_rows: {:?} is no matrix", x.shape());
+    let d = x.shape()[1].max(1);
+    match device.kind() {
+        DeviceKind::Cpu => x.data_mut::<f32>().chunks_exact_mut(d).for_each(normalize_row),
+        DeviceKind::Cuda => crate::ops::no_cuda("l2_normalize"),
+        DeviceKind::Reference => x.data_mut::<f64>().chunks_exact_mut(d).for_each(normalize_row),
+    }
+}
+
+fn normalize_row<T: Float>(row: &mut [T]) {
+    let norm = row.iter().map(|v| v.widen().powi(2)).sum::<f64>().sqrt().max(EPS);
+    row.iter_mut().for_each(|v| *v = T::narrow(v.widen() / norm));
 }
 
 fn forward_cpu(y: &mut [f32], norms: &mut [f32], x: &[f32], d: usize) {

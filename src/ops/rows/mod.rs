@@ -1,4 +1,8 @@
-//! Moving rows between the order of micro-batches and the order of views; no arithmetic.
+//! Moving rows: between the order of micro-batches and that of views, by index, in and out of queues; no arithmetic.
+
+mod gather;
+
+pub use gather::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 
 mod cuda;
 

@@ -21,7 +21,7 @@ use super::isa::Isa;
 use super::kernel;
 use super::slab::Slab;
 use super::slots::{self, Slots};
-use super::tile::{Correlate, MAX_ROWS};
+use super::tile::{Ahead, Correlate, MAX_ROWS};
 use super::vector::prefetch_share;
 
 /// Floats of a slab: with the filters of one block of outputs it should stay in the second-level
@@ -464,6 +464,7 @@ impl Band<'_> {
                         x_phase: s.phase_len(),
                         x_column: s.column_len(),
                         stride: f.stride_x,
+                        ahead: Ahead::NOTHING,
                     };
                     let (mut column, mut image) = (pixel / s.images, pixel % s.images);
                     for offset in &mut tile.y_offsets[..to - from] {

@@ -71,7 +71,7 @@ impl FilterView {
         });
     }
 
-    fn pack_block(
+    pub fn pack_block(
         &self,
         mut out: &mut [f32],
         w: &[f32],

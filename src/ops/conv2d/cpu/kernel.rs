@@ -6,6 +6,7 @@
 
 use super::isa::Isa;
 use super::tile::{Correlate, Outer};
+use super::transform::{Filters, Input, Output};
 
 /// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
 const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
@@ -23,6 +24,7 @@ macro_rules! kernels {
     ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
         mod $set {
             use super::super::tile::{self, Correlate, Outer};
+            use super::super::transform::{self, Filters, Input, Output};
             use super::super::vector::*;
             use super::{CorrelateKernel, OuterKernel};
 
@@ -42,6 +44,30 @@ macro_rules! kernels {
             unsafe fn outer<const M: usize, const NV: usize>(t: &Outer) {
                 // SAFETY: the caller vouches for the same.
                 unsafe { tile::outer::<$v, M, NV>(t) }
+            }
+
+            /// # Safety
+            /// That of [`transform::input`], with the instruction set present.
+            $(#[$feature])?
+            pub(super) unsafe fn input(t: &Input) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { transform::input::<$v>(t) }
+            }
+
+            /// # Safety
+            /// That of [`transform::output`], with the instruction set present.
+            $(#[$feature])?
+            pub(super) unsafe fn output(t: &Output) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { transform::output::<$v>(t) }
+            }
+
+            /// # Safety
+            /// That of [`transform::filters`], with the instruction set present.
+            $(#[$feature])?
+            pub(super) unsafe fn filters(t: &Filters) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { transform::filters::<$v>(t) }
             }
 
             /// By the place of the pitch in [`super::PITCHES`].
@@ -116,4 +142,19 @@ pub fn outer(isa: Isa, rows: usize, vectors: usize) -> OuterKernel {
         _ => unreachable!("no tile of {vectors} vectors"),
     };
     table[rows - 1]
+}
+
+/// The kernel that transforms a row of tiles.
+pub fn input(isa: Isa) -> unsafe fn(&Input) {
+    table!(isa, input)
+}
+
+/// The kernel that transforms a row of tiles back.
+pub fn output(isa: Isa) -> unsafe fn(&Output) {
+    table!(isa, output)
+}
+
+/// The kernel that transforms filters.
+pub fn filters(isa: Isa) -> unsafe fn(&Filters) {
+    table!(isa, filters)
 }

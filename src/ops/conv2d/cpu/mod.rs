@@ -6,7 +6,8 @@
 //! A direct convolution: no im2col matrix, one register tile for each direction, as in oneDNN's
 //! `jit:avx512_core` (Georganas et al. 2018, "Anatomy of high-performance deep learning
 //! convolutions on SIMD architectures"). Activations stay channels-last outside; a band of rows at
-//! a time is rearranged in the workspace.
+//! a time is rearranged in the workspace. Forward and data gradient of 3x3 convolutions of stride 1
+//! go through Winograd's F(2x2, 3x3) where it is the faster one: see `winograd.rs`.
 //!
 //! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon
 //! pool. Run inside the pool that should do the work. Nothing is allocated. There is no bias, no
@@ -23,8 +24,10 @@ mod slots;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transform;
 mod vector;
 mod weight;
+mod winograd;
 
 pub use isa::Isa;
 
@@ -42,8 +45,8 @@ pub enum Direction {
     WeightGradient,
 }
 
-/// Floats of scratch that `direction` needs: packed filters, bands of rows, partial sums. Depends
-/// on the dims and the machine's instruction set only.
+/// Floats of scratch that `direction` needs: packed filters, bands of rows or groups of tiles,
+/// partial sums. Depends on the dims and the machine's instruction set only.
 pub fn workspace_len(d: &Conv2dDims, direction: Direction) -> usize {
     workspace_len_on(Isa::current(), d, direction)
 }
@@ -103,6 +106,12 @@ fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
 
 fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
     match direction {
+        Direction::Forward if winograd::pays(d) => {
+            winograd::workspace_len(&winograd::Problem::forward(d), isa)
+        }
+        Direction::DataGradient if winograd::pays(d) => {
+            winograd::workspace_len(&winograd::Problem::data_gradient(d), isa)
+        }
         Direction::Forward => correlation::workspace_len(&Problem::forward(d), isa),
         Direction::DataGradient => correlation::workspace_len(&Problem::data_gradient(d), isa),
         Direction::WeightGradient => weight::workspace_len(d, isa),
@@ -119,7 +128,11 @@ fn forward_on(
     d: &Conv2dDims,
 ) {
     let workspace = checked(isa, d, Direction::Forward, [x.len(), w.len(), y.len()], workspace);
-    correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
+    if winograd::pays(d) {
+        winograd::run(&winograd::Problem::forward(d), isa, y, x, w, workspace, false);
+    } else {
+        correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
+    }
 }
 
 #[track_caller]
@@ -134,7 +147,12 @@ fn data_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::DataGradient, [dx.len(), w.len(), dy.len()], workspace);
-    correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
+    if winograd::pays(d) {
+        let p = winograd::Problem::data_gradient(d);
+        winograd::run(&p, isa, dx, dy, w, workspace, accumulate);
+    } else {
+        correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
+    }
 }
 
 #[track_caller]

@@ -125,6 +125,22 @@ impl Case {
     }
 }
 
+impl Case {
+    /// As [`Case::run`], by [`winograd`] whether it pays or not.
+    fn run_winograd(&self, isa: Isa, direction: Direction, before: Option<&[f32]>) -> Vec<f32> {
+        let Case { d, x, w, dy } = self;
+        let (p, x, len) = match direction {
+            Direction::Forward => (winograd::Problem::forward(d), x, dy.len()),
+            Direction::DataGradient => (winograd::Problem::data_gradient(d), dy, x.len()),
+            Direction::WeightGradient => unreachable!("no weight gradient by Winograd"),
+        };
+        let mut workspace = vec![f32::NAN; winograd::workspace_len(&p, isa)];
+        let mut out = before.map_or(vec![f32::NAN; len], <[f32]>::to_vec);
+        winograd::run(&p, isa, &mut out, x, w, &mut workspace, before.is_some());
+        out
+    }
+}
+
 fn assert_close(got: &[f32], expected: &[f64], what: &str) {
     assert_eq!(got.len(), expected.len(), "{what}");
     let (mut error, mut norm, mut worst, mut largest) = (0.0f64, 0.0f64, 0.0f64, 0.0f64);
@@ -141,16 +157,24 @@ fn assert_close(got: &[f32], expected: &[f64], what: &str) {
 }
 
 fn check(case: &Case) {
+    check_run(case, &DIRECTIONS, Case::run);
+}
+
+fn check_run(
+    case: &Case,
+    directions: &[Direction],
+    run: impl Fn(&Case, Isa, Direction, Option<&[f32]>) -> Vec<f32>,
+) {
     let before = Random(3).floats(case.x.len().max(case.w.len()));
-    for direction in DIRECTIONS {
+    for &direction in directions {
         let expected = case.reference(direction, None);
         let before = &before[..expected.len().min(before.len())];
         let sum: Vec<f64> = before.iter().zip(&expected).map(|(&b, e)| b as f64 + e).collect();
         for isa in sets() {
             let what = format!("{direction:?} on {isa:?} of {:?}", case.d);
-            assert_close(&case.run(isa, direction, None), &expected, &what);
+            assert_close(&run(case, isa, direction, None), &expected, &what);
             if direction != Direction::Forward {
-                let got = case.run(isa, direction, Some(before));
+                let got = run(case, isa, direction, Some(before));
                 assert_close(&got, &sum, &format!("{what}, accumulating"));
             }
         }
@@ -187,6 +211,28 @@ fn table() -> Vec<Conv2dDims> {
         dims([1, 3, 70, 5], [40, 3, 3], 2, 0), // long rows
         dims([1, 4, 4, 300], [40, 1, 1], 1, 0), // many channels
         dims([34, 12, 30, 48], [17, 3, 1], 1, 1), // the last group is smaller, its bands no higher
+        dims([4, 8, 8, 64], [32, 3, 3], 1, 1), // Winograd
+    ]
+}
+
+/// Shapes for Winograd, most of which it would not be chosen for.
+fn winograd_table() -> Vec<Conv2dDims> {
+    let dims = |image, k| dims(image, [k, 3, 3], 1, 1);
+    vec![
+        dims([0, 4, 4, 16], 16),
+        dims([1, 1, 1, 16], 16),  // most of a tile lies outside
+        dims([3, 1, 2, 16], 32),  // the same in one direction
+        dims([2, 3, 7, 32], 16),  // odd
+        dims([1, 7, 5, 16], 48),  // a block and a half of outputs
+        dims([37, 4, 4, 16], 32), // groups over images, the last smaller
+        dims([5, 7, 7, 48], 16),
+        dims([1, 43, 6, 16], 16), // rows of one image over lanes, the last shorter
+        dims([3, 13, 17, 32], 32), // groups of rows
+        dims([2, 5, 139, 16], 16), // rows longer than a group
+        dims([70, 9, 15, 16], 16), // several images in a lane
+        dims([7, 6, 3, 272], 16), // filters asked for ahead
+        dims([19, 4, 5, 16], 272), // many blocks; the same for the gradient
+        dims([41, 4, 4, 512], 16), // wide: groups of twice as many tiles
     ]
 }
 
@@ -195,6 +241,41 @@ fn every_direction_agrees_with_the_f64_sum() {
     for (i, d) in table().into_iter().enumerate() {
         check(&Case::new(d, i as u64));
     }
+}
+
+#[test]
+fn winograd_agrees_with_the_f64_sum() {
+    for (i, d) in winograd_table().into_iter().enumerate() {
+        assert!(winograd::fits(&d), "{d:?}");
+        let directions = [Direction::Forward, Direction::DataGradient];
+        check_run(&Case::new(d, i as u64), &directions, Case::run_winograd);
+    }
+}
+
+#[test]
+fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
+    let square = |n, size, c, k| dims([n, size, size, c], [k, 3, 3], 1, 1);
+    let faster = [
+        square(128, 32, 64, 64), // ResNet-18 with the small stem, batch 64 in two views
+        square(128, 16, 128, 128),
+        square(128, 8, 256, 256),
+        square(128, 4, 512, 512),
+        square(16, 8, 256, 256),
+        square(2, 8, 64, 64),
+        square(64, 16, 32, 32),
+    ];
+    let slower = [
+        square(64, 32, 16, 16),
+        square(16, 4, 512, 512), // the filters cost more than the products save
+        square(8, 7, 512, 512),
+        square(32, 5, 256, 256),
+        square(128, 1, 64, 64),
+        dims([128, 32, 32, 64], [64, 3, 3], 2, 1),
+        dims([128, 32, 32, 64], [64, 3, 3], 1, 0),
+        dims([128, 32, 32, 64], [40, 3, 3], 1, 1),
+    ];
+    faster.iter().for_each(|d| assert!(winograd::pays(d), "{d:?}"));
+    slower.iter().for_each(|d| assert!(!winograd::pays(d), "{d:?}"));
 }
 
 #[test]
@@ -221,6 +302,8 @@ fn bits_do_not_depend_on_the_number_of_threads() {
         dims([24, 8, 8, 16], [16, 3, 3], 2, 1),
         dims([5, 9, 9, 70], [65, 1, 1], 1, 0),
         dims([1, 60, 20, 4], [16, 7, 7], 2, 3),
+        dims([9, 8, 8, 32], [48, 3, 3], 1, 1), // Winograd, over images
+        dims([2, 32, 30, 32], [32, 3, 3], 1, 1), // and over rows
     ];
     for (i, d) in shapes.into_iter().enumerate() {
         let case = Case::new(d, i as u64);

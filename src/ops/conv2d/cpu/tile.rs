@@ -10,6 +10,7 @@
 //! Generic over the vector; `kernel.rs` instantiates them inside functions that enable an
 //! instruction set.
 
+use super::LINE;
 use super::vector::{Vector, prefetch};
 
 /// The most rows of a tile, on any instruction set.
@@ -63,6 +64,20 @@ pub struct Correlate {
     pub x_column: usize,
     /// Column phases of the slab.
     pub stride: usize,
+    pub ahead: Ahead,
+}
+
+/// What a tile asks for while it computes: `pairs` pairs of cache lines with each block of channels,
+/// `step` floats apart. Any address will do.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    pub from: *const f32,
+    pub step: usize,
+    pub pairs: usize,
+}
+
+impl Ahead {
+    pub const NOTHING: Ahead = Ahead { from: std::ptr::null(), step: 0, pairs: 0 };
 }
 
 /// # Safety
@@ -87,9 +102,15 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH:
         let first_column = (first % t.stride) * t.x_phase + (first / t.stride) * t.x_column;
         let wrap = (t.stride * t.x_phase).wrapping_sub(t.x_column);
         let (mut x_block, mut w_block) = (t.x, t.w);
+        let mut ahead = t.ahead.from;
         let mut remaining = t.c;
         while remaining > 0 {
             let channels = remaining.min(t.block);
+            for _ in 0..t.ahead.pairs {
+                prefetch(ahead);
+                prefetch(ahead.wrapping_add(LINE));
+                ahead = ahead.wrapping_add(t.ahead.step);
+            }
             for i in t.tap_rows.0..t.tap_rows.1 {
                 let mut x_tap = x_block.add(i * t.x_row + first_column);
                 let mut w = w_block.add((i * t.taps.1 + first) * channels * width);

@@ -43,6 +43,10 @@ pub trait Vector: Copy {
     /// The instruction set is enabled.
     unsafe fn add(self, other: Self) -> Self;
 
+    /// # Safety
+    /// The instruction set is enabled.
+    unsafe fn sub(self, other: Self) -> Self;
+
     /// `self * factor + sum`, rounded once where the machine can.
     ///
     /// # Safety
@@ -126,6 +130,11 @@ impl Vector for Plain {
     }
 
     #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] - other.0[i]))
+    }
+
+    #[inline(always)]
     unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
         // without hardware for it, f32::mul_add is a library call per lane
         if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -205,6 +214,12 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: AVX2 is enabled.
+            Ymm(unsafe { _mm256_sub_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
         unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
             // SAFETY: FMA is enabled.
             Ymm(unsafe { _mm256_fmadd_ps(self.0, factor.0, sum.0) })
@@ -258,6 +273,12 @@ mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: AVX-512F is enabled.
             Zmm(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: AVX-512F is enabled.
+            Zmm(unsafe { _mm512_sub_ps(self.0, other.0) })
         }
 
         #[inline(always)]

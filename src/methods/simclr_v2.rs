@@ -1,0 +1,197 @@
+//! SimCLR v2 (Chen et al. 2020, arXiv:2006.10029), as google-research/simclr trains it.
+//!
+//! Three stages for few labels: pretrain a big network without labels, fine-tune it with the few, distil what it then says of
+//! all images into a small one. Pretraining is SimCLR with a wider, deeper trunk (selective kernels, ResNet-D), a head of
+//! three layers, and optionally a memory of keys from a momentum encoder. Fine-tuning starts from the middle of the head: its
+//! first layer stays part of the network (`supervised` with `head_layers = 1`). Distillation needs no labels (`distill`).
+//!
+//! Without memory the loss is SimCLR's. With memory, both views' embeddings are queries; keys, positives and negatives alike,
+//! come from the momentum encoder, "current and past batches, consistent with MoCo" (google-research/simclr#54): this batch's
+//! keys enter the memory first, and a query leaves out those of its own image there:
+//! `L = InfoNCE(z1 -> k2) + InfoNCE(z2 -> k1)`.
+//!
+//! What to expect: as SimCLR; with memory the loss is about `ln(memory)` at first. Memory is worth about one point.
+//! `selfsup train simclr-v2-cifar10-small`, then `simclr-v2-finetune-cifar10-small` and `simclr-v2-distill-cifar10-small`.
+//!
+//! Deviations: the memory is in no public code; size (64K) and momentum (0.999) are from secondary accounts of the paper.
+//! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::arena::{Arena, Layout};
+use crate::error::{Error, Result};
+use crate::methods::moco::random_rows;
+use crate::methods::{Course, Method, State, above_zero, momentum_in_range, widths};
+use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
+use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
+use crate::optim::ema;
+use crate::tape::{Tape, Var, forward};
+use crate::tensor::Tensor;
+
+/// The method's own settings.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// T: 0.1.
+    pub temperature: f64,
+    /// Width of the head's two hidden layers: the trunk's features.
+    pub hidden: usize,
+    /// Width of the embedding: 128.
+    pub embedding: usize,
+    /// Keys in memory, a multiple of twice the batch: 65,536; 0 for none.
+    #[serde(default)]
+    pub memory: usize,
+    /// The share of the key encoder that stays: 0.999.
+    #[serde(default = "slow")]
+    pub momentum: f64,
+}
+
+fn slow() -> f64 {
+    0.999
+}
+
+/// Layers of the head.
+pub const HEAD_LAYERS: usize = 3;
+
+/// The first `keep` layers of the head over `inputs` features, under `head.`: fine-tuning keeps 0, 1 or all of them.
+pub(super) fn head(
+    layout: &mut Layout,
+    prefix: &str,
+    inputs: usize,
+    [hidden, embedding, keep]: [usize; 3],
+    groups: usize,
+) -> Mlp {
+    let layer = |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
+    let layers = [
+        layer(hidden, NormKind::Affine, true),
+        layer(hidden, NormKind::Affine, true),
+        layer(embedding, NormKind::ScaleOnly, false),
+    ];
+    Mlp::new(layout, &format!("{prefix}head"), inputs, &layers[..keep], groups)
+}
+
+/// The description, and with memory the key encoder's weights and its keys.
+pub struct SimClrV2 {
+    layout: Arc<Layout>,
+    backbone: ResNet,
+    head: Mlp,
+    settings: Settings,
+    memory: Option<Memory>,
+    embeddings: Option<Tensor>,
+}
+
+struct Memory {
+    key: Arena,
+    /// Unit rows `[memory, embedding]`.
+    keys: Tensor,
+    /// The row that is overwritten next.
+    oldest: u64,
+    /// Keys that the last loss wrote there.
+    entered: u64,
+}
+
+pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
+    let settings: Settings = super::recipe::table(table, "method")?;
+    above_zero(settings.temperature, "temperature")?;
+    momentum_in_range(settings.momentum, "momentum")?;
+    widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
+    Ok(Box::new(SimClrV2::new(network, &settings)))
+}
+
+impl SimClrV2 {
+    /// The trunk under `backbone.`, the head under `head.`.
+    pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
+        let mut layout = Layout::new();
+        let backbone = ResNet::new(&mut layout, "backbone.", network);
+        let sizes = [settings.hidden, settings.embedding, HEAD_LAYERS];
+        let head = head(&mut layout, "", backbone.features(), sizes, network.norm_groups);
+        let (layout, settings) = (Arc::new(layout), *settings);
+        Self { layout, backbone, head, settings, memory: None, embeddings: None }
+    }
+
+    /// Images to unit embeddings `[rows, embedding]`.
+    pub fn embed<'t>(&self, x: &Var<'t>) -> Var<'t> {
+        l2_normalize(&self.head.forward(self.backbone.forward(x)))
+    }
+
+    /// Both views' embeddings against both views' keys and the memory.
+    fn contrast_with_memory<'t>(&self, z: &Var<'t>, k: &Tensor, memory: &Memory) -> Var<'t> {
+        let n = z.shape()[0] / 2;
+        let first = memory.oldest as usize;
+        // This batch's keys have just been written there.
+        let negatives = Negatives { queue: &memory.keys, own: first..first + 2 * n };
+        let [k1, k2] = [0, n].map(|from| z.tape().input(&k.rows(from, n)));
+        let [z1, z2] = [0, n].map(|from| slice_rows(z, from, n));
+        let t = self.settings.temperature;
+        add(&info_nce(&z1, &k2, &negatives, t), &info_nce(&z2, &k1, &negatives, t))
+    }
+}
+
+impl Method for SimClrV2 {
+    fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    fn backbone(&self) -> &ResNet {
+        &self.backbone
+    }
+
+    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+        let Settings { memory, embedding, .. } = self.settings;
+        if memory == 0 {
+            return Ok(());
+        }
+        let keys = 2 * course.batch;
+        if !memory.is_multiple_of(keys) {
+            let reason =
+                format!("method.memory is {memory}, no multiple of the {keys} keys of a step");
+            return Err(Error::Config(reason));
+        }
+        let keys = random_rows(online.device(), memory, embedding, course.seed);
+        self.memory = Some(Memory { key: online.twin(), keys, oldest: 0, entered: 0 });
+        Ok(())
+    }
+
+    fn before_step(&mut self, online: &mut Arena) {
+        if let Some(memory) = &mut self.memory {
+            ema(&mut memory.key, online, self.settings.momentum);
+        }
+    }
+
+    fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        let z = self.embed(&tape.input(&views[0])); // [2n, embedding]
+        self.embeddings = Some(z.value().clone());
+        let Some(mut memory) = self.memory.take() else {
+            return scale(&nt_xent(&z, self.settings.temperature), 2.0);
+        };
+        let k = forward(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
+        let k = k.expect("a forward pass on this device works"); // the online one has just done so
+        write_rows(&mut memory.keys, memory.oldest as usize, &k);
+        memory.entered = k.shape()[0] as u64;
+        let loss = self.contrast_with_memory(&z, &k, &memory);
+        self.memory = Some(memory);
+        loss
+    }
+
+    fn take_embeddings(&mut self) -> Option<Tensor> {
+        self.embeddings.take()
+    }
+
+    fn after_update(&mut self, _: &mut Arena, _: f64) {
+        if let Some(memory) = &mut self.memory {
+            let entered = std::mem::take(&mut memory.entered);
+            memory.oldest = (memory.oldest + entered) % self.settings.memory as u64;
+        }
+    }
+
+    fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
+        let Some(memory) = &mut self.memory else { return Vec::new() };
+        vec![
+            ("key", State::Network(&mut memory.key)),
+            ("memory", State::Rows(&mut memory.keys)),
+            ("oldest", State::Count(&mut memory.oldest)),
+        ]
+    }
+}

@@ -1,0 +1,195 @@
+//! The supervised baseline, and fine-tuning: a ResNet with a classifier, trained by cross-entropy.
+//!
+//! `L = -mean_i Σ_k q_ik log softmax(logits_i)_k`, `q` one-hot or smoothed: `(1 - s)` on the class and `s / classes` on each.
+//!
+//! Fine-tuning is the same from `train.init`. SimCLR v2 fine-tunes from the middle of its head: with `head_layers = 1` the
+//! head's first layer stays between trunk and classifier, which starts at zero and is spared by LARS and weight decay, as
+//! `head_supervised` is in google-research/simclr (`run.py`, `ft_proj_selector`). With 1% or 10% of the labels that is worth
+//! points, with all of them `head_layers = 0` does as well (arXiv:2006.10029, section 3).
+//!
+//! What to expect: the loss starts at `ln(classes)`; `selfsup train supervised-cifar10-small`.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::methods::simclr_v2::{HEAD_LAYERS, head};
+use crate::methods::{Course, Method, widths};
+use crate::nn::{Mlp, ResNet, ResNetConfig};
+use crate::ops::{cross_entropy, linear, soft_cross_entropy};
+use crate::optim::Care;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+
+/// The method's own settings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Classes of the set.
+    pub classes: usize,
+    /// In `0..1`: 0.1 where published recipes have it.
+    #[serde(default)]
+    pub label_smoothing: f64,
+    /// Layers of SimCLR v2's head that stay: 0, 1 or more.
+    #[serde(default)]
+    pub head_layers: usize,
+    /// Width of that head's hidden layers.
+    #[serde(default)]
+    pub hidden: usize,
+    /// Whether the classifier starts at zero and is spared weight decay and LARS: fine-tuning.
+    #[serde(default)]
+    pub new_classifier: bool,
+}
+
+impl Settings {
+    /// What a recipe may ask for.
+    ///
+    /// # Errors
+    /// Names the setting that is out of range.
+    pub fn check(&self) -> Result<()> {
+        widths(&[(self.classes, "classes")])?;
+        if !(0.0..1.0).contains(&self.label_smoothing) {
+            return Err(Error::config("method.label_smoothing must be in 0..1"));
+        }
+        if self.head_layers >= HEAD_LAYERS || (self.head_layers > 0 && self.hidden == 0) {
+            return Err(Error::config(
+                "method.head_layers is 0, 1 or 2, and needs method.hidden, the head's width, above 0",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A trunk, the layers of a head that stay, and a linear layer of logits.
+#[derive(Clone, Debug)]
+pub struct Classifier {
+    backbone: ResNet,
+    head: Mlp,
+    fc: [Param; 2],
+}
+
+impl Classifier {
+    /// The trunk under `backbone.`, what stays of the head under `head.`, the classifier under `fc.`.
+    pub fn new(layout: &mut Layout, network: &ResNetConfig, settings: &Settings) -> Self {
+        let backbone = ResNet::new(layout, "backbone.", network);
+        let Settings { classes, head_layers, hidden, new_classifier, .. } = *settings;
+        let sizes = [hidden, 1, head_layers];
+        let head = head(layout, "", backbone.features(), sizes, network.norm_groups);
+        let d = if head_layers > 0 { hidden } else { backbone.features() };
+        let bound = 1.0 / (d as f64).sqrt();
+        let init = if new_classifier { Init::Constant(0.0) } else { Init::Uniform(bound) };
+        let fc = [
+            layout.param("fc.weight", [classes, d], SlotKind::Matrix, init),
+            layout.param("fc.bias", [classes], SlotKind::Bias, init),
+        ];
+        Self { backbone, head, fc }
+    }
+
+    /// The trunk.
+    pub fn backbone(&self) -> &ResNet {
+        &self.backbone
+    }
+
+    /// Number of classes.
+    pub fn classes(&self) -> usize {
+        self.fc[0].shape()[0]
+    }
+
+    /// Images `[n, s, s, 4]` to logits `[n, classes]`.
+    pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
+        let [w, b] = self.fc.map(|param| x.tape().param(param));
+        linear(&self.head.forward(self.backbone.forward(x)), &w, Some(&b))
+    }
+}
+
+/// The description and the classes of the current batch.
+pub struct Supervised {
+    layout: Arc<Layout>,
+    classifier: Classifier,
+    settings: Settings,
+    device: Option<Device>,
+    /// Classes `[n]`, or smoothed targets `[n, classes]`.
+    targets: Option<Tensor>,
+}
+
+pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
+    let settings: Settings = super::recipe::table(table, "method")?;
+    settings.check()?;
+    Ok(Box::new(Supervised::new(network, &settings)))
+}
+
+impl Supervised {
+    /// See [`Classifier::new`] for names.
+    pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
+        let mut layout = Layout::new();
+        let classifier = Classifier::new(&mut layout, network, settings);
+        let (layout, settings) = (Arc::new(layout), *settings);
+        Self { layout, classifier, settings, device: None, targets: None }
+    }
+}
+
+impl Method for Supervised {
+    fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    fn backbone(&self) -> &ResNet {
+        self.classifier.backbone()
+    }
+
+    fn views(&self) -> usize {
+        1
+    }
+
+    fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
+        self.device = Some(online.device().clone());
+        Ok(())
+    }
+
+    fn labels(&mut self, labels: &[i32]) -> Result<()> {
+        let Settings { classes, label_smoothing: s, .. } = self.settings;
+        if let Some(bad) = labels.iter().find(|&&label| label < 0 || label as usize >= classes) {
+            return Err(Error::Config(format!(
+                "an image has class {bad}, and method.classes is {classes}: supervised training needs a labelled set"
+            )));
+        }
+        let device = self.device.as_ref().expect("supervised: start comes before the first step");
+        let n = labels.len();
+        self.targets = Some(if s == 0.0 {
+            Tensor::from_slice(device, [n], labels)
+        } else {
+            let mut targets = vec![s / classes as f64; n * classes];
+            for (row, &label) in targets.chunks_exact_mut(classes).zip(labels) {
+                row[label as usize] += 1.0 - s;
+            }
+            Tensor::from_f64(device, [n, classes], &targets)
+        });
+        Ok(())
+    }
+
+    fn care(&self, slot: &Slot, _: f64) -> Care {
+        let spared = self.settings.new_classifier && slot.name.starts_with("fc.");
+        if spared { Care::Spared } else { Care::Usual }
+    }
+
+    fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        let logits = self.classifier.forward(&tape.input(&views[0])); // [n, classes]
+        let targets = self.targets.take().expect("supervised: labels come before the loss");
+        if self.settings.label_smoothing == 0.0 {
+            cross_entropy(&logits, &targets)
+        } else {
+            soft_cross_entropy(&logits, &targets, 1.0)
+        }
+    }
+
+    fn take_embeddings(&mut self) -> Option<Tensor> {
+        None
+    }
+
+    fn classifier(&self) -> Option<&Classifier> {
+        Some(&self.classifier)
+    }
+}

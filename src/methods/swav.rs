@@ -1,0 +1,264 @@
+//! SwAV (Caron et al. 2020, arXiv:2006.09882), as facebookresearch/swav trains it.
+//!
+//! Embeddings are compared with a few thousand learnt prototypes instead of with each other. From the scores of a large crop
+//! Sinkhorn's algorithm makes a soft assignment that uses all prototypes alike, which is what prevents collapse. Every other
+//! crop of the image, small ones among them, must predict that assignment. Small crops are cheap: eight crops cost three
+//! full views. At small batches a queue of past embeddings helps to balance assignments.
+//!
+//! `L = mean over assigning crops i of (1 / (V - 1)) Σ_{v != i} mean_n -Σ_k q_i log softmax(s_v / T)` (eq. 1 and 2), `s` the
+//! scores `z · prototypes`, `q_i` the assignments of crop `i`, which count as constants.
+//!
+//! One forward pass of the trunk for each resolution, one of the head for all rows. Prototypes have no bias; their rows are
+//! brought to unit length at the start of every step, and are not moved in the first `freeze_steps` steps. The queue starts
+//! as zeros in epoch `queue_from`, one for each assigning crop, newest first, and is used once it is full; its scores are
+//! made anew from the current prototypes.
+//!
+//! What to expect: the loss stays near `ln(prototypes)` at first and leaves it late. If it never does, lower `epsilon` to
+//! 0.03, freeze longer, or start the queue later (README of the reference code). `selfsup train swav-cifar10-small`.
+//!
+//! Deviations: batch norm on one device sees the whole batch, where the reference synchronises groups of 8 GPUs.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
+use crate::error::{Error, Result};
+use crate::methods::{Course, Method, State, above_zero, widths};
+use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
+use crate::ops::{
+    concat_rows, l2_normalize, linear, mean, normalize_rows, push_rows, sinkhorn, slice_rows,
+    soft_cross_entropy, softmax,
+};
+use crate::optim::Care;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+
+/// The method's own settings.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Crops of an image, small ones included: 8, or 2.
+    pub crops: usize,
+    /// Prototypes: 3000 for ImageNet.
+    pub prototypes: usize,
+    /// T: 0.1.
+    pub temperature: f64,
+    /// Smoothness of assignments: 0.05.
+    pub epsilon: f64,
+    /// Sinkhorn's iterations: 3. With 0 there is no balance, `q = softmax(s / epsilon)`, and it collapses.
+    pub sinkhorn_iterations: usize,
+    /// Width of the head's hidden layer: 2048.
+    pub hidden: usize,
+    /// Width of the embedding: 128.
+    pub embedding: usize,
+    /// Steps in which prototypes are not moved: an epoch's, 313 at batch 4096 or 5005 at 256.
+    #[serde(default)]
+    pub freeze_steps: u64,
+    /// Embeddings that wait, rounded down to a multiple of the batch; 0 for no queue.
+    #[serde(default)]
+    pub queue: usize,
+    /// The epoch, from 0, in which the queue starts: 15.
+    #[serde(default)]
+    pub queue_from: u64,
+}
+
+/// Crops whose assignments are predicted: the first two, which are the large ones.
+const ASSIGNING: usize = 2;
+
+/// The description and the queue.
+pub struct Swav {
+    layout: Arc<Layout>,
+    backbone: ResNet,
+    head: Mlp,
+    prototypes: Param,
+    settings: Settings,
+    /// `[queue, embedding]` for each assigning crop, newest first; empty without.
+    queues: Vec<Tensor>,
+    course: Course,
+    frozen: bool,
+    queue_runs: bool,
+    queue_full: bool,
+    /// Embeddings of the assigning crops, for the queue.
+    fresh: Option<Tensor>,
+    assignments: Vec<Tensor>,
+    embeddings: Option<Tensor>,
+}
+
+pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
+    let settings: Settings = super::recipe::table(table, "method")?;
+    above_zero(settings.temperature, "temperature")?;
+    above_zero(settings.epsilon, "epsilon")?;
+    widths(&[
+        (settings.prototypes, "prototypes"),
+        (settings.hidden, "hidden"),
+        (settings.embedding, "embedding"),
+    ])?;
+    if settings.crops < ASSIGNING {
+        return Err(Error::config("method.crops starts at 2: two large crops assign"));
+    }
+    Ok(Box::new(Swav::new(network, &settings)))
+}
+
+impl Swav {
+    /// The trunk under `backbone.`, then `head.` and `prototypes.`.
+    pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
+        let Settings { hidden, embedding, prototypes, .. } = *settings;
+        let mut layout = Layout::new();
+        let backbone = ResNet::new(&mut layout, "backbone.", network);
+        let layer = |width, norm, relu| MlpLayer { width, bias: true, norm, relu, std: None };
+        let layers =
+            [layer(hidden, NormKind::Affine, true), layer(embedding, NormKind::None, false)];
+        let groups = network.norm_groups;
+        let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, groups);
+        let init = Init::Uniform(1.0 / (embedding as f64).sqrt());
+        let shape = [prototypes, embedding];
+        let prototypes = layout.param("prototypes.weight", shape, SlotKind::Matrix, init);
+        Self {
+            layout: Arc::new(layout),
+            backbone,
+            head,
+            prototypes,
+            settings: *settings,
+            queues: Vec::new(),
+            course: Course { seed: 0, batch: 1, per_epoch: 1, total: 1 },
+            frozen: settings.freeze_steps > 0,
+            queue_runs: false,
+            queue_full: false,
+            fresh: None,
+            assignments: Vec::new(),
+            embeddings: None,
+        }
+    }
+
+    /// What the last loss assigned: `[n, prototypes]` for each assigning crop, rows summing to 1.
+    pub fn assignments(&self) -> &[Tensor] {
+        &self.assignments
+    }
+
+    /// Soft assignments `[n, prototypes]` of the embeddings of crop `i`; no gradient.
+    fn assign<'t>(&self, i: usize, scores: &Var<'t>) -> Tensor {
+        let Settings { epsilon, sinkhorn_iterations, .. } = self.settings;
+        let (tape, n) = (scores.tape(), scores.shape()[0]);
+        if sinkhorn_iterations == 0 {
+            return softmax(scores.value(), epsilon);
+        }
+        let all = if self.queue_full {
+            // Without a gradient, this records nothing.
+            let prototypes = tape.param(self.prototypes).detach();
+            let waiting = linear(&tape.input(&self.queues[i]), &prototypes, None);
+            concat_rows(&[waiting, scores.detach()])
+        } else {
+            scores.detach()
+        };
+        let q = sinkhorn(all.value(), epsilon, sinkhorn_iterations, tape.group());
+        q.rows(q.shape()[0] - n, n)
+    }
+}
+
+impl Method for Swav {
+    fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    fn backbone(&self) -> &ResNet {
+        &self.backbone
+    }
+
+    fn views(&self) -> usize {
+        self.settings.crops
+    }
+
+    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+        self.course = *course;
+        let Settings { queue, embedding, .. } = self.settings;
+        let rows = queue - queue % course.batch;
+        if queue > 0 && rows == 0 {
+            let batch = course.batch;
+            let reason = format!("method.queue is {queue}, less than a batch of {batch}");
+            return Err(Error::Config(reason));
+        }
+        if rows > 0 {
+            let empty = |_| Tensor::zeros(online.device(), [rows, embedding]);
+            self.queues = (0..ASSIGNING).map(empty).collect();
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, iteration: u64) {
+        let start = self.settings.queue_from * self.course.per_epoch;
+        self.frozen = iteration < self.settings.freeze_steps;
+        self.queue_runs = !self.queues.is_empty() && iteration >= start;
+        // Zeros are no embeddings: the oldest row must be one.
+        self.queue_full = self.queue_runs && {
+            let filled = (iteration - start) * self.course.batch as u64;
+            filled >= self.queues[0].shape()[0] as u64
+        };
+    }
+
+    fn phase(&self) -> u32 {
+        u32::from(self.frozen) | u32::from(self.queue_runs) << 1 | u32::from(self.queue_full) << 2
+    }
+
+    fn care(&self, slot: &Slot, _: f64) -> Care {
+        if self.frozen && slot.name == "prototypes.weight" { Care::Frozen } else { Care::Usual }
+    }
+
+    fn before_step(&mut self, online: &mut Arena) {
+        let device = online.device().clone();
+        normalize_rows(&device, &mut online.value_mut(self.prototypes));
+    }
+
+    fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        let crops = self.settings.crops;
+        let features: Vec<Var<'t>> =
+            views.iter().map(|crops| self.backbone.forward(&tape.input(crops))).collect();
+        let z = l2_normalize(&self.head.forward(concat_rows(&features))); // [crops n, embedding]
+        let scores = linear(&z, &tape.param(self.prototypes), None); // [crops n, prototypes]
+        let n = scores.shape()[0] / crops;
+        let crop = |v: usize| slice_rows(&scores, v * n, n);
+        self.assignments.clear();
+        let mut losses = Vec::with_capacity(ASSIGNING);
+        for i in 0..ASSIGNING {
+            let q = self.assign(i, &crop(i));
+            self.assignments.push(q.clone());
+            let predicted = (0..crops).filter(|&v| v != i);
+            let terms: Vec<Var<'t>> = predicted
+                .map(|v| soft_cross_entropy(&crop(v), &q, self.settings.temperature))
+                .collect();
+            losses.push(mean(&terms));
+        }
+        let assigning = z.value().rows(0, ASSIGNING * n);
+        self.fresh = Some(assigning.clone());
+        self.embeddings = Some(assigning);
+        mean(&losses)
+    }
+
+    fn take_embeddings(&mut self) -> Option<Tensor> {
+        self.embeddings.take()
+    }
+
+    fn prototypes_used(&self) -> Option<f64> {
+        let k = self.settings.prototypes;
+        let mut mean = vec![0.0; k];
+        for q in &self.assignments {
+            let share = 1.0 / (self.assignments.len() * q.shape()[0]) as f64;
+            q.to_f64().iter().enumerate().for_each(|(i, v)| mean[i % k] += share * v);
+        }
+        let entropy: f64 = mean.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
+        (!self.assignments.is_empty()).then(|| entropy.exp())
+    }
+
+    fn after_update(&mut self, _: &mut Arena, _: f64) {
+        let Some(z) = self.fresh.take().filter(|_| self.queue_runs) else { return };
+        let n = z.shape()[0] / ASSIGNING;
+        for (i, queue) in self.queues.iter_mut().enumerate() {
+            push_rows(queue, &z.rows(i * n, n));
+        }
+    }
+
+    fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
+        let names = ["queue.0", "queue.1"];
+        names.into_iter().zip(self.queues.iter_mut().map(State::Rows)).collect()
+    }
+}

@@ -1,0 +1,380 @@
+//! Forward and data gradient of 3x3 convolutions of stride 1, padded by 1, with Winograd's
+//! F(2x2, 3x3): 16 products for four outputs, where the sum of `correlation.rs` has 36.
+//!
+//! `transform.rs` has the maths. The filters are transformed once a call. A group of tiles is
+//! transformed into the workspace; then, for one block of outputs at a time, each of the sixteen
+//! components is a matrix product (the tile kernel of a 1x1 convolution), and the block is
+//! transformed back while it is in the caches.
+//!
+//! The error is about that of the direct sum: the transforms add theirs, and the sums are a ninth
+//! as long.
+
+use rayon::prelude::*;
+
+use super::super::Conv2dDims;
+use super::LINE;
+use super::filter::{Blocks, FilterView};
+use super::isa::Isa;
+use super::kernel;
+use super::slots::{self, Slots};
+use super::tile::{Ahead, Correlate, MAX_ROWS};
+use super::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
+use super::vector::prefetch_share;
+
+/// Tiles in a group: transformed, with as many as this they stay in the second-level cache next to
+/// the filters of a component. Twice as many from `WIDE` channels on, whose filters have to come
+/// from farther away for every group.
+const TILES: usize = 64;
+const WIDE: usize = 512;
+
+/// Channels from which the filters of a block no longer stay in the second-level cache from one
+/// group to the next.
+const STREAMED: usize = 256;
+
+/// Lanes wanted, so that several threads finish together; more cost workspace.
+const LANES_WANTED: usize = 16;
+
+/// Whether the convolution can be computed here.
+pub fn fits(d: &Conv2dDims) -> bool {
+    (d.r, d.s, d.stride, d.pad) == (3, 3, 1, 1)
+        && d.c.is_multiple_of(BLOCK)
+        && d.k.is_multiple_of(BLOCK)
+}
+
+/// Whether that is faster than the direct sum. Measured with AVX-512, one thread, direct sum over
+/// this: 1.6 to 1.8 with 64 and 128 channels, 1.5 with 256, 1.1 to 1.3 with 512; no gain with 16
+/// channels, with 5x5 pixels, and where too few tiles share the transformed filters.
+pub fn pays(d: &Conv2dDims) -> bool {
+    // products for each pair of channels; the direct sum skips taps outside the image
+    let taps = |len: usize| (3 * len).saturating_sub(2);
+    let direct = d.n * taps(d.h) * taps(d.w);
+    let here = d.n * COMPONENTS * d.h.div_ceil(2) * d.w.div_ceil(2);
+    fits(d)
+        && d.c.min(d.k) >= 2 * BLOCK
+        && 5 * direct >= 7 * here
+        && 256 * (direct - here) >= d.c * d.k
+}
+
+/// A correlation of `[n, h, w, c]` with 3x3 filters to `[n, h, w, k]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem {
+    n: usize,
+    h: usize,
+    w: usize,
+    c: usize,
+    k: usize,
+    view: FilterView,
+}
+
+impl Problem {
+    /// `d` has to [fit](fits).
+    pub fn forward(d: &Conv2dDims) -> Problem {
+        let Conv2dDims { n, h, w, c, k, .. } = *d;
+        let (row, column) = (3 * c as isize, c as isize);
+        let (r, s, output, input) = (3, 3, 9 * c as isize, 1);
+        let view = FilterView { start: 0, output, row, column, input, r, s, c };
+        Problem { n, h, w, c, k, view }
+    }
+
+    /// The same filters read backwards, from `k` channels to `c`. `d` has to [fit](fits).
+    pub fn data_gradient(d: &Conv2dDims) -> Problem {
+        let Conv2dDims { n, h, w, c, k, .. } = *d;
+        let (row, column) = (3 * c as isize, c as isize);
+        let (r, s, output, input) = (3, 3, 1, 9 * c as isize);
+        let start = 2 * row + 2 * column;
+        let view = FilterView { start, output, row: -row, column: -column, input, r, s, c: k };
+        Problem { n, h, w, c: k, k: c, view }
+    }
+
+    /// Rows of tiles, and tiles in a row.
+    fn tiles(&self) -> (usize, usize) {
+        (self.h.div_ceil(2), self.w.div_ceil(2))
+    }
+
+    fn image_len(&self) -> usize {
+        self.h * self.w * self.k
+    }
+}
+
+/// How a problem is cut, from its shape and the instruction set.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    isa: Isa,
+    blocks: Blocks,
+    /// Images in the span of a lane, and in a group.
+    span: usize,
+    group: usize,
+    /// Rows of tiles of an image in a lane and in a group; fewer than the image has only where
+    /// span or group is one image.
+    lane_rows: usize,
+    group_rows: usize,
+    /// Tiles in a full group.
+    tiles: usize,
+}
+
+impl Plan {
+    fn new(p: &Problem, isa: Isa) -> Plan {
+        let blocks = Blocks { k: p.k, lanes: isa.lanes() };
+        let most = if p.c < WIDE { TILES } else { 2 * TILES };
+        let (rows, across) = p.tiles();
+        let image = (rows * across).max(1);
+        let (group, group_rows) = if 2 * image <= most {
+            // groups come in twos, so that two threads finish together
+            let groups = p.n.div_ceil(most / image).next_multiple_of(2).max(1);
+            (p.n.div_ceil(groups).max(1), rows)
+        } else {
+            let parts = rows.div_ceil((most / across).max(1)).max(1);
+            (1, rows.div_ceil(parts))
+        };
+        let groups = p.n.div_ceil(group);
+        let lane_rows = if group == 1 && groups < LANES_WANTED {
+            let parts = LANES_WANTED.div_ceil(groups.max(1));
+            rows.div_ceil(parts).next_multiple_of(group_rows.max(1)).min(rows)
+        } else {
+            rows
+        };
+        let span = groups.div_ceil(slots::MOST).max(1) * group;
+        let tiles = group * group_rows * across;
+        Plan { isa, blocks, span, group, lane_rows, group_rows, tiles }
+    }
+
+    fn lanes(&self, p: &Problem) -> usize {
+        p.n.div_ceil(self.span) * p.tiles().0.div_ceil(self.lane_rows.max(1))
+    }
+
+    fn filters_len(&self, p: &Problem) -> usize {
+        COMPONENTS * self.blocks.padded() * p.c
+    }
+
+    /// Floats from a component to the next, of the input and of a block of outputs. The line in
+    /// between keeps sixteen stores from falling into one set of the cache.
+    fn components(&self, p: &Problem) -> (usize, usize) {
+        (self.tiles * p.c + LINE, self.tiles * self.blocks.width(0) + LINE)
+    }
+
+    fn slot_len(&self, p: &Problem) -> usize {
+        let (v, m) = self.components(p);
+        COMPONENTS * (v + m)
+    }
+}
+
+/// Floats of scratch: the transformed filters, and a group of tiles for every lane.
+pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
+    let plan = Plan::new(p, isa);
+    plan.filters_len(p) + plan.lanes(p) * plan.slot_len(p)
+}
+
+/// `out` `[n, h, w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if
+/// `accumulate`.
+pub fn run(
+    p: &Problem,
+    isa: Isa,
+    out: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    workspace: &mut [f32],
+    accumulate: bool,
+) {
+    if out.is_empty() {
+        return;
+    }
+    let plan = Plan::new(p, isa);
+    let (filters, slots) = workspace.split_at_mut(plan.filters_len(p));
+    transform_filters(p, &plan, filters, w);
+    let lane = Lane { p, plan: &plan, filters, accumulate };
+    let slots = Slots::new(slots, plan.slot_len(p));
+    let whole = plan.lane_rows == p.tiles().0;
+    let span_len = plan.span * p.image_len();
+    let lane_len = if whole { span_len } else { 2 * plan.lane_rows * p.w * p.k };
+    out.par_chunks_mut(span_len).enumerate().for_each(|(span, out)| {
+        let x = &x[span * plan.span * p.h * p.w * p.c..];
+        out.par_chunks_mut(lane_len).enumerate().for_each(|(part, out)| {
+            slots.lend(|slot| lane.run(out, x, slot, part * plan.lane_rows));
+        });
+    });
+}
+
+/// `w` into blocks of outputs, each `[component][c][width]`.
+fn transform_filters(p: &Problem, plan: &Plan, filters: &mut [f32], w: &[f32]) {
+    let blocks = plan.blocks;
+    let transform = kernel::filters(plan.isa);
+    filters.par_chunks_mut(COMPONENTS * blocks.full() * p.c).enumerate().for_each(|(b, out)| {
+        let width = blocks.width(b);
+        let len = BLOCK * width;
+        let mut taps = [0.0; 9 * BLOCK * 32];
+        for c in (0..p.c).step_by(BLOCK) {
+            let start = p.view.start + c as isize * p.view.input;
+            let view = FilterView { start, c: BLOCK, ..p.view };
+            let taps = &mut taps[..9 * len];
+            view.pack_block(taps, w, b * blocks.full(), blocks.live(b), width, BLOCK);
+            let component = p.c * width;
+            let (g, u) = (taps.as_ptr(), out[c * width..].as_mut_ptr());
+            // SAFETY: `taps` is nine times `len` floats; the last of the sixteen components of
+            // `BLOCK` channels from `c` on ends within `out`.
+            unsafe { transform(&Filters { g, tap: len, u, component, len }) }
+        }
+    });
+}
+
+struct Lane<'a> {
+    p: &'a Problem,
+    plan: &'a Plan,
+    filters: &'a [f32],
+    accumulate: bool,
+}
+
+impl Lane<'_> {
+    /// Fills `out`: whole images, or the rows of one image from those of the tiles in row
+    /// `first_row` on. `x` starts with the first image.
+    fn run(&self, out: &mut [f32], x: &[f32], slot: &mut [f32], first_row: usize) {
+        let (p, images) = (self.p, self.plan.group);
+        let (v_component, m_component) = self.plan.components(p);
+        let (v, m) = slot.split_at_mut(COMPONENTS * v_component);
+        let m = &mut m[..COMPONENTS * m_component];
+        for (g, out) in out.chunks_mut(images * p.image_len()).enumerate() {
+            let x = &x[g * images * p.h * p.w * p.c..];
+            let images = out.len().div_ceil(p.image_len());
+            let len = if images > 1 { out.len() } else { 2 * self.plan.group_rows * p.w * p.k };
+            for (i, out) in out.chunks_mut(len).enumerate() {
+                let out_rows = out.len() / images / (p.w * p.k);
+                let first_row = first_row + i * self.plan.group_rows;
+                let mut group = Group { lane: self, images, first_row, out_rows, ahead: &[] };
+                group.transform_input(v, x);
+                group.look_ahead(x);
+                let mut filters = self.filters;
+                for b in 0..self.plan.blocks.count() {
+                    let len = COMPONENTS * self.plan.blocks.width(b) * p.c;
+                    let (block, rest) = filters.split_at(len);
+                    filters = rest;
+                    group.multiply(m, v, block, b, out);
+                    group.transform_output(out, m, b);
+                }
+            }
+        }
+    }
+}
+
+/// Tiles that are computed together.
+struct Group<'a> {
+    lane: &'a Lane<'a>,
+    images: usize,
+    /// Row of tiles in its image, and rows of outputs from there on in each image.
+    first_row: usize,
+    out_rows: usize,
+    /// Input of the next group: the products ask for it, a few lines each.
+    ahead: &'a [f32],
+}
+
+impl<'a> Group<'a> {
+    fn rows(&self) -> usize {
+        self.out_rows.div_ceil(2)
+    }
+
+    fn tiles(&self) -> usize {
+        self.images * self.rows() * self.lane.p.tiles().1
+    }
+
+    /// `x`, from the group's first image on, into `[component][c / BLOCK][tile][BLOCK]`.
+    fn transform_input(&self, v: &mut [f32], x: &[f32]) {
+        let (p, plan) = (self.lane.p, self.lane.plan);
+        let transform = kernel::input(plan.isa);
+        for row in 0..self.images * self.rows() {
+            let (image, y) = (row / self.rows(), 2 * (self.first_row + row % self.rows()));
+            let rows = [0, 1, 2, 3].map(|i| match (y + i).checked_sub(1) {
+                Some(y) if y < p.h => x[(image * p.h + y) * p.w * p.c..].as_ptr(),
+                _ => std::ptr::null(),
+            });
+            let tile = row * p.tiles().1;
+            let (component, block) = (plan.components(p).0, plan.tiles * BLOCK);
+            let v = v[tile * BLOCK..].as_mut_ptr();
+            // SAFETY: the rows are whole rows of `x`; a component holds `plan.tiles` tiles of every
+            // block, and those of this row are among them.
+            unsafe { transform(&Input { rows, w: p.w, c: p.c, v, component, block }) }
+        }
+    }
+
+    fn look_ahead(&mut self, x: &'a [f32]) {
+        let p = self.lane.p;
+        let last = (self.images - 1) * p.h + 2 * self.first_row + self.out_rows;
+        let (from, len) = (last * p.w * p.c, self.images * self.out_rows * p.w * p.c);
+        self.ahead = &x[from.min(x.len())..(from + len).min(x.len())];
+    }
+
+    /// The products of all components with the filters of block `b`, into
+    /// `[component][tile][width]`. `out` is only asked for.
+    fn multiply(&mut self, m: &mut [f32], v: &[f32], filters: &[f32], b: usize, out: &[f32]) {
+        let (p, plan) = (self.lane.p, self.lane.plan);
+        let (v_component, m_component) = plan.components(p);
+        let (width, vectors) = (plan.blocks.width(b), plan.blocks.vectors(b));
+        let tiles = self.tiles();
+        let runs = tiles.div_ceil(plan.isa.tile_rows(vectors));
+        let steps = p.c / BLOCK;
+        let mut y_offsets = [0; MAX_ROWS];
+        y_offsets.iter_mut().enumerate().for_each(|(i, offset)| *offset = i * width);
+        for call in 0..COMPONENTS * runs {
+            let (component, run) = (call / runs, call % runs);
+            let (from, to) = (run * tiles / runs, (run + 1) * tiles / runs);
+            let filters = &filters[component * p.c * width..];
+            let ahead = if p.c >= STREAMED {
+                // a share of the next component's filters
+                let pairs = width.div_ceil(2 * runs);
+                let next = p.c * width + run * steps * pairs * 2 * LINE;
+                Ahead { from: filters.as_ptr().wrapping_add(next), step: 2 * LINE, pairs }
+            } else {
+                // a share of the outputs that the block will be stored to
+                let pixels = (out.len() / p.k).div_ceil(COMPONENTS * runs);
+                let first = call * pixels * p.k + b * plan.blocks.full();
+                let from = out.as_ptr().wrapping_add(first);
+                Ahead { from, step: p.k, pairs: pixels.div_ceil(steps) }
+            };
+            let calls_left = (plan.blocks.count() - b) * COMPONENTS * runs - call;
+            self.ahead = prefetch_share(self.ahead, calls_left);
+            let tile = Correlate {
+                x: v[component * v_component + from * BLOCK..].as_ptr(),
+                w: filters.as_ptr(),
+                y: m[component * m_component + from * width..].as_mut_ptr(),
+                y_offsets,
+                live: width,
+                accumulate: false,
+                c: p.c,
+                block: BLOCK,
+                taps: (1, 1),
+                tap_rows: (0, 1),
+                tap_columns: (0, 1),
+                x_block: plan.tiles * BLOCK,
+                x_row: 0,
+                x_phase: 0,
+                x_column: 0,
+                stride: 1,
+                ahead,
+            };
+            let kernel = kernel::correlate(plan.isa, to - from, vectors, BLOCK);
+            // SAFETY: tiles `from..to` of the component are there in every block of `v` and in `m`;
+            // its filters are `c` rows of `width`, which is `live` (`k` is a multiple of a vector).
+            unsafe { kernel(&tile) }
+        }
+    }
+
+    /// Block `b` of the group's outputs.
+    fn transform_output(&self, out: &mut [f32], m: &[f32], b: usize) {
+        let (p, plan) = (self.lane.p, self.lane.plan);
+        let transform = kernel::output(plan.isa);
+        let width = plan.blocks.width(b);
+        for row in 0..self.images * self.rows() {
+            let (image, y) = (row / self.rows(), 2 * (row % self.rows()));
+            let rows = [y, y + 1].map(|y| {
+                let pixel = (image * self.out_rows + y) * p.w;
+                if y < self.out_rows {
+                    out[pixel * p.k + b * plan.blocks.full()..].as_mut_ptr()
+                } else {
+                    std::ptr::null_mut()
+                }
+            });
+            let m = m[row * p.tiles().1 * width..].as_ptr();
+            let (component, accumulate) = (plan.components(p).1, self.lane.accumulate);
+            // SAFETY: a component holds `width` floats of every tile of the group; the rows are
+            // rows of `out`, each pixel of which has `width` outputs from the block's first on.
+            unsafe { transform(&Output { m, component, width, rows, w: p.w, k: p.k, accumulate }) }
+        }
+    }
+}

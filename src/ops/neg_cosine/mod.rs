@@ -1,0 +1,53 @@
+//! Negative cosine similarity (SimSiam, eq. 1, arXiv:2011.10566; half of BYOL's regression loss less a constant):
+//! `D = -mean_i <p_i, z_i> / (|p_i| |z_i|)`, `p [n, d]`, `z [n, d]`; a scalar.
+//!
+//! Norms are at least 1e-12, as in PyTorch's `normalize`. With unit rows `p̂`, `ẑ` and `c_i = <p̂_i, ẑ_i>`,
+//! `dp_i = -(ẑ_i - c_i p̂_i) / |p_i| dD / n`, and alike for `z`; below eps the norm is a constant and the second term is
+//! missing. Sums are in f64 on both devices: rows are few and short.
+
+mod rows;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// The mean negative cosine of rows `p [n, d]` and `z [n, d]`, in `-1..=1`; a scalar. Stop the gradient of either side with
+/// [`Var::detach`].
+///
+/// # Panics
+/// When the shapes differ or there are no rows.
+#[track_caller]
+pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
+    let [n, d] = p.value().dims("neg_cosine: the predictions");
+    assert_eq!(p.shape(), z.shape(), "neg_cosine: {:?} and {:?} differ", p.shape(), z.shape());
+    assert!(n > 0 && d > 0, "neg_cosine: no numbers in {:?}", p.shape());
+    let device = p.tape().device().clone();
+    let (p_value, z_value) = (p.value().clone(), z.value().clone());
+    let sum = match device.kind() {
+        DeviceKind::Cpu => rows::sum_of_cosines::<f32>(p_value.data(), z_value.data(), d),
+        DeviceKind::Cuda => crate::ops::no_cuda("neg_cosine"),
+        DeviceKind::Reference => rows::sum_of_cosines::<f64>(p_value.data(), z_value.data(), d),
+    };
+    let y = Tensor::from_f64(&device, [], &[-sum / n as f64]);
+    let (p_id, z_id) = (p.id(), z.id());
+    p.tape().record("neg_cosine", y, &[p, z], move |dy, gradients| {
+        let scale = -dy.scalar() / n as f64;
+        for (id, x, other) in [(p_id, &p_value, &z_value), (z_id, &z_value, &p_value)] {
+            if id == crate::tape::VarId::Constant {
+                continue;
+            }
+            let mut dx = x.empty_like();
+            match device.kind() {
+                DeviceKind::Cpu => {
+                    let (dx, x, other) = (dx.data_mut::<f32>(), x.data(), other.data());
+                    device.run(|| rows::gradient(dx, x, other, d, scale));
+                }
+                DeviceKind::Cuda => crate::ops::no_cuda("neg_cosine"),
+                DeviceKind::Reference => {
+                    rows::gradient::<f64>(dx.data_mut(), x.data(), other.data(), d, scale);
+                }
+            }
+            gradients.add(id, dx);
+        }
+    })
+}

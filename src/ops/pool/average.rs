@@ -1,0 +1,104 @@
+//! Average pooling of small windows; one generic loop serves both devices, with sums in f64.
+
+use rayon::prelude::*;
+
+use crate::device::DeviceKind;
+use crate::tape::Var;
+use crate::tensor::{Float, Tensor};
+
+/// The sizes of an average pooling.
+#[derive(Clone, Copy, Debug)]
+struct Dims {
+    h: usize,
+    w: usize,
+    c: usize,
+    p: usize,
+    q: usize,
+    size: usize,
+    stride: usize,
+}
+
+impl Dims {
+    /// Pixels of window `o`, and what their sum is divided by.
+    ///
+    /// Windows of stride 1 that hang over the edge count the pixels that exist, those of a larger stride count zeros: so do
+    /// TensorFlow's `SAME` and the reference code's explicit padding.
+    fn window(self, o: usize) -> (impl Iterator<Item = usize>, f64) {
+        let (i, j) = (o / self.q * self.stride, o % self.q * self.stride);
+        let (rows, columns) = (i..(i + self.size).min(self.h), j..(j + self.size).min(self.w));
+        let all = if self.stride == 1 { rows.len() * columns.len() } else { self.size * self.size };
+        let pixels =
+            rows.flat_map(move |i| columns.clone().map(move |j| (i * self.w + j) * self.c));
+        (pixels, all as f64)
+    }
+}
+
+/// Means of `size x size` windows, `stride` apart, over `x [n, h, w, c]` padded below and on the right as far as windows
+/// reach: `[n, ceil(h / stride), ceil(w / stride), c]`. The shortcut of ResNet-D (He et al. 2018, arXiv:1812.01187) as
+/// google-research/simclr has it, `resnet.py`.
+///
+/// # Panics
+/// When `x` is not of rank 4, or `size` or `stride` is 0.
+#[track_caller]
+pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
+    let [n, h, w, c] = x.value().dims("avg_pool: the input");
+    assert!(size > 0 && stride > 0, "avg_pool: size {size}, stride {stride}");
+    let (p, q) = (h.div_ceil(stride), w.div_ceil(stride));
+    let dims = Dims { h, w, c, p, q, size, stride };
+    let device = x.tape().device();
+    let mut y = Tensor::floats(device, [n, p, q, c]);
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (y, x) = (y.data_mut::<f32>(), x.value().data());
+            device.run(|| forward(y, x, dims));
+        }
+        DeviceKind::Cuda => crate::ops::no_cuda("pool"),
+        DeviceKind::Reference => forward::<f64>(y.data_mut(), x.value().data(), dims),
+    }
+    let (x_id, shape) = (x.id(), *x.shape());
+    x.tape().record("avg_pool", y, &[x], move |dy, gradients| {
+        let device = dy.device();
+        let mut dx = Tensor::floats(device, shape);
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dx, dy) = (dx.data_mut::<f32>(), dy.data());
+                device.run(|| backward(dx, dy, dims));
+            }
+            DeviceKind::Cuda => crate::ops::no_cuda("pool"),
+            DeviceKind::Reference => backward::<f64>(dx.data_mut(), dy.data(), dims),
+        }
+        gradients.add(x_id, dx);
+    })
+}
+
+fn forward<T: Float>(y: &mut [T], x: &[T], dims: Dims) {
+    let Dims { h, w, c, p, q, .. } = dims;
+    let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
+    images.for_each(|(y, x)| {
+        let mut sums = vec![0.0; c];
+        for (o, y) in y.chunks_exact_mut(c).enumerate() {
+            sums.fill(0.0);
+            let (pixels, all) = dims.window(o);
+            for pixel in pixels {
+                sums.iter_mut().zip(&x[pixel..]).for_each(|(sum, x)| *sum += x.widen());
+            }
+            y.iter_mut().zip(&sums).for_each(|(y, sum)| *y = T::narrow(sum / all));
+        }
+    });
+}
+
+fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: Dims) {
+    let Dims { h, w, c, p, q, .. } = dims;
+    let images = dx.par_chunks_mut((h * w * c).max(1)).zip(dy.par_chunks((p * q * c).max(1)));
+    images.for_each(|(dx, dy)| {
+        dx.fill(T::narrow(0.0));
+        for (o, dy) in dy.chunks_exact(c).enumerate() {
+            let (pixels, all) = dims.window(o);
+            for pixel in pixels {
+                for (dx, dy) in dx[pixel..][..c].iter_mut().zip(dy) {
+                    *dx = T::narrow(dx.widen() + dy.widen() / all);
+                }
+            }
+        }
+    });
+}

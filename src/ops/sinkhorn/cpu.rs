@@ -1,0 +1,57 @@
+//! `Q_ij = v_i E_ij u_j` with `E` in f32 and the factors `u` of prototypes and `v` of rows in f64: an iteration reads `E` once
+//! and writes nothing of its size.
+
+use rayon::prelude::*;
+
+use super::{Dims, share};
+use crate::device::Group;
+
+/// Rows of a task: fixed, so that no sum depends on the number of threads.
+const ROWS: usize = 64;
+
+pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: Dims, group: &Group) {
+    let Dims { b, k, epsilon, iterations } = dims;
+    let all_rows = (b * group.size()) as f64;
+    let mut max = [scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)];
+    group.all_reduce_max(&mut max);
+    let inv = (1.0 / epsilon) as f32;
+    e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).for_each(|(e, s)| {
+        e.iter_mut().zip(s).for_each(|(e, s)| *e = ((s - max[0]) * inv).exp());
+    });
+    // What `Q` is divided by at first cancels in the first division by column.
+    let (mut u, mut v) = (vec![1.0; k], vec![1.0; b]);
+    for _ in 0..iterations {
+        let mut sums = column_sums(e, &v, k);
+        group.all_reduce_sum(&mut sums);
+        u.iter_mut().zip(&sums).for_each(|(u, sum)| *u = share(*sum, k as f64));
+        v.par_chunks_mut(ROWS).zip(e.par_chunks(ROWS * k)).for_each(|(v, e)| {
+            for (v, row) in v.iter_mut().zip(e.chunks_exact(k)) {
+                let sum = row.iter().zip(&u).map(|(e, u)| f64::from(*e) * u).sum();
+                *v = share(sum, all_rows);
+            }
+        });
+    }
+    e.par_chunks_mut(k).zip(&v).for_each(|(row, v)| {
+        row.iter_mut().zip(&u).for_each(|(e, u)| *e = (f64::from(*e) * u * v * all_rows) as f32);
+    });
+}
+
+/// `Σ_i v_i E_ij` for each column, partial sums of blocks added in order.
+fn column_sums(e: &[f32], v: &[f64], k: usize) -> Vec<f64> {
+    let blocks: Vec<Vec<f64>> = e
+        .par_chunks(ROWS * k)
+        .zip(v.par_chunks(ROWS))
+        .map(|(e, v)| {
+            let mut sums = vec![0.0; k];
+            for (row, v) in e.chunks_exact(k).zip(v) {
+                sums.iter_mut().zip(row).for_each(|(sum, e)| *sum += f64::from(*e) * v);
+            }
+            sums
+        })
+        .collect();
+    let mut sums = vec![0.0; k];
+    for block in blocks {
+        sums.iter_mut().zip(block).for_each(|(sum, part)| *sum += part);
+    }
+    sums
+}

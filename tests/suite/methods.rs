@@ -1,0 +1,471 @@
+//! Ten steps of each method against PyTorch: in f64 free-running, in f32 each from the state that f64 had.
+//!
+//! `shipped_bugs.rs` provokes what people got wrong.
+
+use std::collections::BTreeMap;
+
+use selfsup::arena::Arena;
+use selfsup::device::Device;
+use selfsup::methods::byol::{self, Byol};
+use selfsup::methods::distill::{self, Distill};
+use selfsup::methods::moco::{self, MoCo};
+use selfsup::methods::simclr_v2::{self, SimClrV2};
+use selfsup::methods::simsiam::{self, SimSiam};
+use selfsup::methods::supervised::{self, Supervised};
+use selfsup::methods::swav::{self, Swav};
+use selfsup::methods::{Course, Method, State};
+use selfsup::nn::{ResNetConfig, Stem};
+use selfsup::ops;
+use selfsup::optim::{Care, Exclude, Lars, Optimizer, Rule, Schedule, Sgd};
+use selfsup::tape;
+use selfsup::tensor::Tensor;
+
+use crate::case::write;
+use crate::compare::{close, report};
+use crate::golden::{Goldens, Record};
+use crate::network;
+use crate::seeded;
+
+const STEPS: usize = 10;
+pub const BATCH: usize = 8;
+const EMBEDDING: usize = 16;
+/// The steps whose state is in the goldens.
+const KEPT: [usize; 2] = [0, STEPS - 1];
+const EXACT: f64 = 1e-8;
+
+pub const COURSE: Course = Course { seed: 7, batch: BATCH, per_epoch: 4, total: STEPS as u64 };
+
+/// One run; `scripts/goldens/methods.py` has the same.
+#[derive(Clone, Copy)]
+pub struct Run {
+    pub name: &'static str,
+    method: fn() -> Box<dyn Method>,
+    rule: Rule,
+    peak: f64,
+    /// Views and side of each resolution.
+    sizes: &'static [(usize, usize)],
+    /// Fifty layers, and images that lie on kinks: compared in f64 only. In f32 the trunk is a row of `networks.txt`.
+    kinked: bool,
+}
+
+pub fn small(norm_groups: usize) -> ResNetConfig {
+    let (depth, width, stem) = (18, 4, Stem::Small);
+    ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups, sk_ratio: 0.0 }
+}
+
+pub const MOCO: moco::Settings = moco::Settings {
+    queue: 32,
+    momentum: 0.9,
+    temperature: 0.07,
+    hidden: 0,
+    embedding: EMBEDDING,
+    shuffle: true,
+    symmetric: false,
+};
+
+pub const MOCO_V2: moco::Settings =
+    moco::Settings { temperature: 0.2, hidden: 32, symmetric: true, ..MOCO };
+
+const BYOL: byol::Settings = byol::Settings {
+    momentum: 0.9,
+    hidden: 32,
+    embedding: EMBEDDING,
+    fresh_target: true,
+    predictor: true,
+    head_norm: true,
+};
+
+pub const SWAV: swav::Settings = swav::Settings {
+    crops: 4,
+    prototypes: 12,
+    temperature: 0.1,
+    epsilon: 0.05,
+    sinkhorn_iterations: 3,
+    hidden: 32,
+    embedding: EMBEDDING,
+    freeze_steps: 3,
+    queue: 16,
+    queue_from: 1,
+};
+
+const CLASSIFIER: supervised::Settings = supervised::Settings {
+    classes: 5,
+    label_smoothing: 0.1,
+    head_layers: 0,
+    hidden: 0,
+    new_classifier: false,
+};
+
+fn simclr_v2(network: &ResNetConfig, temperature: f64, memory: usize) -> Box<dyn Method> {
+    let (hidden, embedding, momentum) = (32, EMBEDDING, 0.9);
+    let settings = simclr_v2::Settings { temperature, hidden, embedding, memory, momentum };
+    Box::new(SimClrV2::new(network, &settings))
+}
+
+fn simsiam() -> Box<dyn Method> {
+    let settings = simsiam::Settings {
+        projector_layers: 3,
+        embedding: 24,
+        hidden: 16,
+        fix_predictor_lr: true,
+        stop_gradient: true,
+        predictor: true,
+    };
+    // Twice the width: its gradients cancel to less than f32 can follow at four channels.
+    Box::new(SimSiam::new(&ResNetConfig { width: 8, ..small(1) }, &settings))
+}
+
+fn distillation() -> Box<dyn Method> {
+    let settings = distill::Settings {
+        temperature: 2.0,
+        student: supervised::Settings { label_smoothing: 0.0, ..CLASSIFIER },
+        teacher: distill::Teacher {
+            file: String::new(),
+            network: small(1),
+            head_layers: 1,
+            hidden: 32,
+        },
+    };
+    Box::new(Distill::new(&small(1), &settings))
+}
+
+pub fn runs() -> Vec<Run> {
+    let sgd = |nesterov| {
+        let (momentum, weight_decay, exclude) = (0.9, 0.01, Exclude::Nothing);
+        Rule::Sgd(Sgd { momentum, nesterov, weight_decay, exclude })
+    };
+    let lars = Rule::Lars(Lars::simclr(0.9, 0.01));
+    let run = |name, method, rule, peak| {
+        let sizes: &[(usize, usize)] = &[(2, 8)];
+        Run { name, method, rule, peak, sizes, kinked: false }
+    };
+    let one = &[(1, 8)];
+    let selective = || {
+        let network = ResNetConfig { depth: 50, sk_ratio: 0.0625, ..small(1) };
+        simclr_v2(&network, 0.5, 0)
+    };
+    let fine_tuning = || -> Box<dyn Method> {
+        let (head_layers, hidden, label_smoothing, new_classifier) = (1, 32, 0.0, true);
+        let settings = supervised::Settings {
+            head_layers,
+            hidden,
+            label_smoothing,
+            new_classifier,
+            ..CLASSIFIER
+        };
+        Box::new(Supervised::new(&small(1), &settings))
+    };
+    vec![
+        Run {
+            sizes: &[(2, 16)],
+            ..run("moco v1", || Box::new(MoCo::new(&small(2), &MOCO)), sgd(false), 0.005)
+        },
+        Run {
+            sizes: &[(2, 16)],
+            ..run("moco v2", || Box::new(MoCo::new(&small(2), &MOCO_V2)), sgd(false), 0.005)
+        },
+        Run { sizes: &[(2, 16)], kinked: true, ..run("simclr v2", selective, lars, 1e-6) },
+        run("simclr v2 memory", || simclr_v2(&small(1), 0.1, 64), lars, 0.3),
+        run(
+            "byol",
+            || Box::new(Byol::new(&small(1), &BYOL)),
+            Rule::Lars(Lars::byol(0.9, 0.01)),
+            0.3,
+        ),
+        Run { sizes: &[(2, 16)], ..run("simsiam", simsiam, sgd(false), 0.01) },
+        Run {
+            sizes: &[(2, 8), (2, 4)],
+            ..run(
+                "swav",
+                || Box::new(Swav::new(&small(1), &SWAV)),
+                Rule::Lars(Lars::larc(0.9, 0.01)),
+                0.1,
+            )
+        },
+        Run {
+            sizes: one,
+            ..run(
+                "supervised",
+                || Box::new(Supervised::new(&small(1), &CLASSIFIER)),
+                sgd(true),
+                0.05,
+            )
+        },
+        Run { sizes: one, ..run("fine-tuning", fine_tuning, lars, 0.3) },
+        Run { sizes: one, ..run("distillation", distillation, lars, 0.3) },
+    ]
+}
+
+pub fn run_of(name: &str) -> Run {
+    runs().into_iter().find(|run| run.name == name).unwrap()
+}
+
+impl Run {
+    fn schedule(&self) -> Schedule {
+        Schedule { peak: self.peak, total: STEPS as u64, ..Schedule::default() }
+    }
+
+    /// Images with no ReLU input so near zero that rounding decides which way gradients go.
+    pub fn views(&self, goldens: &Goldens, device: &Device, step: usize) -> Vec<Tensor> {
+        let draw = goldens.numbers(&format!("{}|draws", self.name))[step];
+        let tensor = |(i, &(views, side)): (usize, &(usize, usize))| {
+            let what = format!("{}|images {step}.{i}|draw {draw}", self.name);
+            network::images(device, &what, [views * BATCH, side, side])
+        };
+        self.sizes.iter().enumerate().map(tensor).collect()
+    }
+
+    fn labels(&self, step: usize) -> Vec<i32> {
+        let seed = seeded::seed(&format!("{}|labels {step}", self.name));
+        seeded::indices(seed, BATCH, 5).into_iter().map(|label| label as i32).collect()
+    }
+}
+
+/// A method, its weights and its optimiser, as a run starts.
+pub struct Training {
+    pub run: Run,
+    pub method: Box<dyn Method>,
+    pub online: Arena,
+    pub optimizer: Optimizer,
+}
+
+impl Training {
+    pub fn new(run: Run, device: &Device) -> Self {
+        Self::of(run, (run.method)(), device)
+    }
+
+    pub fn of(run: Run, mut method: Box<dyn Method>, device: &Device) -> Self {
+        let line = run.name;
+        let online = network::seeded_arena(method.layout(), device, line);
+        method.start(&online, &COURSE).unwrap();
+        for (name, part) in method.state() {
+            match part {
+                State::Network(target) if name == "target" => {
+                    *target =
+                        network::seeded_arena(target.layout(), device, &format!("{line}|target"));
+                }
+                State::Rows(rows) if name == "queue" || name == "memory" => {
+                    let seed = seeded::seed(&format!("{line}|queue"));
+                    write(rows, 0, &seeded::unit_rows(seed, rows.shape()[0], EMBEDDING));
+                }
+                _ => {}
+            }
+        }
+        if let Some((_, teacher)) = method.teacher() {
+            *teacher = network::seeded_arena(teacher.layout(), device, &format!("{line}|teacher"));
+        }
+        let optimizer = Optimizer::new(run.rule, &online);
+        Self { run, method, online, optimizer }
+    }
+
+    /// Loss; gradients are then in the arena.
+    pub fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
+        let views = self.run.views(goldens, self.online.device(), step);
+        self.method.labels(&self.run.labels(step)).unwrap();
+        // An epoch's first step stands for all of it.
+        let iteration = if fault == Fault::MomentumByEpochs { step / 4 * 4 } else { step };
+        self.method.prepare(iteration as u64);
+        if fault != Fault::PrototypesNotNormalised {
+            self.method.before_step(&mut self.online);
+        }
+        let (method, factor) =
+            (&mut self.method, if fault == Fault::HalfTheLoss { 0.5 } else { 1.0 });
+        let loss =
+            tape::step(&mut self.online, |tape| ops::scale(&method.loss(tape, &views), factor));
+        loss.unwrap().scalar()
+    }
+
+    pub fn update(&mut self, step: usize, fault: Fault) {
+        let (method, schedule) = (&self.method, self.run.schedule());
+        self.optimizer.treat(self.online.layout(), |slot| {
+            if fault == Fault::NothingSpecial {
+                Care::Usual
+            } else {
+                method.care(slot, schedule.peak)
+            }
+        });
+        self.optimizer.step(&mut self.online, schedule.lr(step as u64));
+        self.method.after_update(&mut self.online, step as f64 / STEPS as f64);
+        if fault == Fault::StatisticsCopied {
+            let statistics = self.online.statistics().copy();
+            for (_, part) in self.method.state() {
+                if let State::Network(network) = part {
+                    *network.statistics_mut() = statistics.copy();
+                }
+            }
+        }
+    }
+}
+
+/// What people shipped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    None,
+    /// (a), (i)
+    HalfTheLoss,
+    /// (c)
+    PrototypesNotNormalised,
+    /// (c) prototypes move while frozen; (g) the predictor's rate decays; a new classifier under LARS
+    NothingSpecial,
+    /// (f)
+    MomentumByEpochs,
+    /// 1.0: running statistics are not averaged, nor copied
+    StatisticsCopied,
+}
+
+/// State and assignments against the goldens of a step.
+fn check_state(
+    goldens: &Goldens,
+    name: &str,
+    step: usize,
+    training: &mut Training,
+) -> Vec<Result<f64, String>> {
+    let mut results = Vec::new();
+    if !KEPT.contains(&step) {
+        return results;
+    }
+    let all = |arena: &Arena| -> BTreeMap<String, Vec<f64>> {
+        let mut slots = network::parameters(arena);
+        slots.extend(network::statistics(arena));
+        slots
+    };
+    let table = |part: &str, arena: &Arena| {
+        goldens.check_table(&format!("{name}|{part}"), &all(arena), |_| EXACT)
+    };
+    results.extend(table("slots", &training.online));
+    for (part, state) in training.method.state() {
+        match state {
+            State::Network(arena) => results.extend(table(part, arena)),
+            State::Rows(rows) => {
+                results
+                    .push(goldens.record(&format!("{name}|{part}")).check(&rows.to_f64(), EXACT));
+            }
+            State::Count(_) => {}
+        }
+    }
+    results
+}
+
+/// Biases that a batch norm follows: their gradients are zero, and what is left of them is rounding.
+const CANCELLED: [&str; 3] = ["head.0.bias", "predictor.0.bias", "projector.0.bias"];
+
+/// Gradients against the goldens of a step; those that cancel against `nothing`.
+fn check_gradients(
+    goldens: &Goldens,
+    name: &str,
+    online: &Arena,
+    nothing: f64,
+    tolerance: impl Fn(&Record<'_>) -> f64,
+) -> Vec<Result<f64, String>> {
+    let gradients = network::gradients(online);
+    let results = goldens.check_table(&format!("{name}|gradients"), &gradients, tolerance);
+    let normed = |slot: &str| {
+        let norm = slot.replace(".bias", ".norm.weight");
+        CANCELLED.contains(&slot) && gradients.contains_key(&norm)
+    };
+    let check = |(result, (slot, got)): (Result<f64, String>, (&String, &Vec<f64>))| {
+        if !normed(slot) || got.is_empty() {
+            return result;
+        }
+        let largest = got.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
+        // `max` hides a NaN, which `result` does not.
+        if largest < nothing && got.iter().all(|v| v.is_finite()) { Ok(0.0) } else { result }
+    };
+    results.into_iter().zip(&gradients).map(check).collect()
+}
+
+/// A whole run on the reference device.
+pub fn free_running(mut training: Training, fault: Fault) -> Vec<Result<f64, String>> {
+    let goldens = Goldens::open("methods");
+    let mut results = Vec::new();
+    for step in 0..STEPS {
+        let name = format!("{}|{step}", training.run.name);
+        let loss = training.forward_and_backward(&goldens, step, fault);
+        results.push(goldens.record(&format!("{name}|loss")).check(&[loss], EXACT));
+        results.extend(check_gradients(&goldens, &name, &training.online, 1e-12, |_| EXACT));
+        training.update(step, fault);
+        results.extend(check_state(&goldens, &name, step, &mut training));
+    }
+    results
+}
+
+#[test]
+fn ten_steps_of_every_method_in_f64_agree_with_pytorch() {
+    let device = Device::reference().poisoned();
+    for run in runs() {
+        report(run.name, free_running(Training::new(run, &device), Fault::None));
+    }
+}
+
+#[test]
+fn assignments_of_swav_in_f64_agree_with_pytorch() {
+    let goldens = Goldens::open("methods");
+    let run = run_of("swav");
+    let mut swav = Swav::new(&small(1), &SWAV);
+    let mut results = Vec::new();
+    // The training of above, around a method whose type is known.
+    let device = Device::reference().poisoned();
+    let mut online = network::seeded_arena(swav.layout(), &device, run.name);
+    swav.start(&online, &COURSE).unwrap();
+    let mut optimizer = Optimizer::new(run.rule, &online);
+    for step in 0..STEPS {
+        let views = run.views(&goldens, &device, step);
+        swav.prepare(step as u64);
+        swav.before_step(&mut online);
+        tape::step(&mut online, |tape| swav.loss(tape, &views)).unwrap();
+        for (i, q) in swav.assignments().iter().enumerate() {
+            let record = goldens.record(&format!("swav|{step}|assignments.{i}"));
+            results.push(record.check(&q.to_f64(), EXACT));
+        }
+        optimizer.treat(swav.layout(), |slot| swav.care(slot, run.peak));
+        optimizer.step(&mut online, run.schedule().lr(step as u64));
+        swav.after_update(&mut online, 0.0);
+    }
+    assert_eq!(results.len(), 2 * STEPS);
+    report("assignments", results);
+}
+
+/// Copies the state of one training to another on another device.
+fn copy_state(from: &mut Training, to: &mut Training) {
+    let copy = |from: &Arena, to: &mut Arena| {
+        write(to.values_mut(), 0, &from.values().to_f64());
+        write(to.statistics_mut(), 0, &from.statistics().to_f64());
+    };
+    copy(&from.online, &mut to.online);
+    for ((_, from), (_, to)) in from.method.state().into_iter().zip(to.method.state()) {
+        match (from, to) {
+            (State::Network(from), State::Network(to)) => copy(from, to),
+            (State::Rows(from), State::Rows(to)) => write(to, 0, &from.to_f64()),
+            (State::Count(from), State::Count(to)) => *to = *from,
+            _ => panic!("two methods of one kind own different things"),
+        }
+    }
+}
+
+/// The golden state is that of the reference device, which the test above holds to PyTorch.
+#[test]
+fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
+    let goldens = Goldens::open("methods");
+    let (reference, cpu) = (Device::reference(), Device::cpu(2).unwrap().poisoned());
+    for run in runs().into_iter().filter(|run| !run.kinked) {
+        let (mut truth, mut training) = (Training::new(run, &reference), Training::new(run, &cpu));
+        let mut results = Vec::new();
+        for step in 0..STEPS {
+            copy_state(&mut truth, &mut training);
+            let loss = training.forward_and_backward(&goldens, step, Fault::None);
+            let name = format!("{}|{step}", run.name);
+            // SimSiam's is a mean of cosines of both signs, near zero here: an error counts against their size, 1.
+            let zero = if run.name == "simsiam" { 1.0 } else { 0.0 };
+            let want = goldens.record(&format!("{name}|loss")).entries()[0];
+            results.push(close(&format!("{name}|loss"), &[zero + loss], &[zero + want], 1e-5));
+            let tolerance = |record: &Record<'_>| record.tolerance(1e-4);
+            let online = &training.online;
+            results.extend(check_gradients(&goldens, &name, online, 1e-6, tolerance));
+            // The state that the loss left must not be that of the step before.
+            training.update(step, Fault::None);
+            truth.forward_and_backward(&goldens, step, Fault::None);
+            truth.update(step, Fault::None);
+        }
+        report(&format!("{} on the CPU", run.name), results);
+    }
+}
