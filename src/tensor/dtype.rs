@@ -1,0 +1,134 @@
+//! Types of elements, and shapes.
+
+use std::fmt;
+
+use half::bf16;
+
+use crate::device::{Device, DeviceKind, Precision};
+
+/// The type of a tensor's elements, known at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DType {
+    /// 16-bit float with the exponents of 32 bits: activations and working copies of weights on a GPU.
+    Bf16,
+    /// 32-bit float.
+    F32,
+    /// 64-bit float; the reference device only.
+    F64,
+    /// 32-bit signed integer: labels and indices.
+    I32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::Bf16 => 2,
+            DType::F32 | DType::I32 => 4,
+            DType::F64 => 8,
+        }
+    }
+
+    /// The float type that a device sums in and keeps weights, statistics and losses in.
+    pub fn of(device: &Device) -> Self {
+        match device.kind() {
+            DeviceKind::Cpu | DeviceKind::Cuda => DType::F32,
+            DeviceKind::Reference => DType::F64,
+        }
+    }
+
+    /// The float type that a device multiplies: of activations, images and the working copies of filters and matrices.
+    pub fn of_activations(device: &Device) -> Self {
+        match device.kind() {
+            DeviceKind::Cuda if device.gpu().precision() == Precision::Bf16 => DType::Bf16,
+            _ => Self::of(device),
+        }
+    }
+}
+
+/// A Rust type that a tensor can hold.
+pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug {
+    /// Its dtype.
+    const DTYPE: DType;
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for f64 {
+    const DTYPE: DType = DType::F64;
+}
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
+/// f32 or f64: what generic loops over both widen to and narrow from.
+pub(crate) trait Float: Element {
+    fn widen(self) -> f64;
+    fn narrow(value: f64) -> Self;
+}
+
+impl Float for f32 {
+    fn widen(self) -> f64 {
+        f64::from(self)
+    }
+    fn narrow(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Float for f64 {
+    fn widen(self) -> f64 {
+        self
+    }
+    fn narrow(value: f64) -> Self {
+        value
+    }
+}
+
+/// Up to four sizes, outermost first; no sizes is a scalar.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    pub(super) dims: [usize; 4],
+    rank: usize,
+}
+
+impl Shape {
+    /// The product of the sizes: 1 for a scalar.
+    pub fn elements(&self) -> usize {
+        self.iter().product()
+    }
+}
+
+impl std::ops::Deref for Shape {
+    type Target = [usize];
+    fn deref(&self) -> &[usize] {
+        &self.dims[..self.rank]
+    }
+}
+
+impl From<&[usize]> for Shape {
+    #[track_caller]
+    fn from(sizes: &[usize]) -> Self {
+        assert!(sizes.len() <= 4, "shape {sizes:?} has more than four sizes");
+        let mut dims = [1; 4];
+        dims[..sizes.len()].copy_from_slice(sizes);
+        Self { dims, rank: sizes.len() }
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Shape {
+    #[track_caller]
+    fn from(sizes: [usize; N]) -> Self {
+        sizes.as_slice().into()
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
