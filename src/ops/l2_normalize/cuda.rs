@@ -1,10 +1,11 @@
 //! `kernels/l2_normalize.cu`: a warp to a row, sums in f64.
 
-use crate::device::cuda::Launch;
-use crate::tensor::Tensor;
+use crate::device::Device;
+use crate::device::cuda::{self, Launch, Out};
+use crate::tensor::{Shape, Tensor, TensorMut};
 
 pub(super) fn forward(y: &mut Tensor, norms: &mut Tensor, x: &Tensor) {
-    let (n, d, launch) = rows(x);
+    let (n, d, launch) = over(x.device(), x.shape());
     // SAFETY: `x` and `y` have `n` rows of `d`, `norms` has `n`.
     unsafe {
         by_dtype!(
@@ -23,7 +24,7 @@ pub(super) fn forward(y: &mut Tensor, norms: &mut Tensor, x: &Tensor) {
 }
 
 pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor) {
-    let (n, d, launch) = rows(y);
+    let (n, d, launch) = over(y.device(), y.shape());
     let dtype = dx.dtype();
     // SAFETY: `dx`, `dy` and `y` have `n` rows of `d`, `norms` has `n`.
     unsafe {
@@ -44,9 +45,19 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor)
     }
 }
 
+/// A row's norm is there before its warp writes any of it.
+pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>) {
+    let (n, d, launch) = over(device, x.shape());
+    let to = x.device_out();
+    let from = to.also_in();
+    // SAFETY: `x` has `n` rows of `d`; the kernel can do without norms.
+    unsafe { cuda::l2_normalize_f32(launch, to, Out::null(), from, n, d) };
+}
+
 /// Rows, their length, and eight warps to a block.
-fn rows(x: &Tensor) -> (i64, i32, Launch<'_>) {
-    let [n, d] = x.dims("l2_normalize: the input");
+#[track_caller]
+fn over<'d>(device: &'d Device, shape: &Shape) -> (i64, i32, Launch<'d>) {
+    let (n, d) = (shape[0], shape[1]);
     assert!(d < 1 << 31, "l2_normalize: rows of {d}, and a GPU's kernel counts to 2^31 - 1");
-    (n as i64, d as i32, Launch::new(x.device().gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1]))
+    (n as i64, d as i32, Launch::new(device.gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1]))
 }

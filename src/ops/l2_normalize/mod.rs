@@ -61,7 +61,7 @@ pub fn normalize_rows(device: &Device, x: &mut TensorMut<'_>) {
     let d = x.shape()[1].max(1);
     match device.kind() {
         DeviceKind::Cpu => x.data_mut::<f32>().chunks_exact_mut(d).for_each(normalize_row),
-        DeviceKind::Cuda => crate::ops::no_cuda("l2_normalize"),
+        DeviceKind::Cuda => cuda::in_place(device, x),
         DeviceKind::Reference => x.data_mut::<f64>().chunks_exact_mut(d).for_each(normalize_row),
     }
 }

@@ -1,21 +1,22 @@
-//! Average pooling of small windows; one generic loop serves both devices, with sums in f64.
+//! Average pooling of small windows; one generic loop serves the CPU and the reference, with sums in f64.
 
 use rayon::prelude::*;
 
+use super::cuda;
 use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{Float, Tensor};
 
 /// The sizes of an average pooling.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
-    h: usize,
-    w: usize,
-    c: usize,
-    p: usize,
-    q: usize,
-    size: usize,
-    stride: usize,
+pub(super) struct Dims {
+    pub(super) h: usize,
+    pub(super) w: usize,
+    pub(super) c: usize,
+    pub(super) p: usize,
+    pub(super) q: usize,
+    pub(super) size: usize,
+    pub(super) stride: usize,
 }
 
 impl Dims {
@@ -46,25 +47,25 @@ pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let (p, q) = (h.div_ceil(stride), w.div_ceil(stride));
     let dims = Dims { h, w, c, p, q, size, stride };
     let device = x.tape().device();
-    let mut y = Tensor::floats(device, [n, p, q, c]);
+    let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
         DeviceKind::Cpu => {
             let (y, x) = (y.data_mut::<f32>(), x.value().data());
             device.run(|| forward(y, x, dims));
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("pool"),
+        DeviceKind::Cuda => cuda::average_forward(&mut y, x.value(), dims),
         DeviceKind::Reference => forward::<f64>(y.data_mut(), x.value().data(), dims),
     }
     let (x_id, shape) = (x.id(), *x.shape());
     x.tape().record("avg_pool", y, &[x], move |dy, gradients| {
         let device = dy.device();
-        let mut dx = Tensor::floats(device, shape);
+        let mut dx = Tensor::empty(device, dy.dtype(), shape);
         match device.kind() {
             DeviceKind::Cpu => {
                 let (dx, dy) = (dx.data_mut::<f32>(), dy.data());
                 device.run(|| backward(dx, dy, dims));
             }
-            DeviceKind::Cuda => crate::ops::no_cuda("pool"),
+            DeviceKind::Cuda => cuda::average_backward(&mut dx, &dy, dims),
             DeviceKind::Reference => backward::<f64>(dx.data_mut(), dy.data(), dims),
         }
         gradients.add(x_id, dx);

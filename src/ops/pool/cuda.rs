@@ -1,6 +1,6 @@
 //! `kernels/pool.cu`: a thread makes 16 bytes of channels of one pixel of what is written.
 
-use super::max::Dims;
+use super::{average, max};
 use crate::device::Device;
 use crate::device::cuda::{Launch, Out};
 use crate::tensor::{DType, Tensor};
@@ -23,15 +23,20 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
 }
 
 /// The sizes as the kernels take them.
-fn sizes(n: usize, dims: Dims) -> [i32; 9] {
-    let Dims { h, w, c, p, q, size, stride, pad } = dims;
+fn sizes(n: usize, dims: max::Dims) -> [i32; 9] {
+    let max::Dims { h, w, c, p, q, size, stride, pad } = dims;
     [n, h, w, c, p, q, size, stride, pad].map(|size| size as i32)
 }
 
 /// Gives where in its window the largest pixel of each output stands, a byte each; nothing where no gradient is
 /// `wanted`.
 #[track_caller]
-pub(super) fn max_forward(y: &mut Tensor, x: &Tensor, dims: Dims, wanted: bool) -> Option<Tensor> {
+pub(super) fn max_forward(
+    y: &mut Tensor,
+    x: &Tensor,
+    dims: max::Dims,
+    wanted: bool,
+) -> Option<Tensor> {
     assert!(
         dims.size <= 16,
         "max_pool: windows of {0} x {0}, and on a GPU they are 16 x 16 at most",
@@ -66,7 +71,7 @@ pub(super) fn max_forward(y: &mut Tensor, x: &Tensor, dims: Dims, wanted: bool) 
     index
 }
 
-pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: Dims) {
+pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: max::Dims) {
     let to = over(dy.device(), dx);
     let [n, h, w, c, p, q, size, stride, pad] = sizes(dy.shape()[0], dims);
     // SAFETY: as in the forward pass, which made `index`.
@@ -118,4 +123,49 @@ pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
                 | mean_pool_backward_bf16(to, dx.device_out(), dy.device_in(), n, pixels, c, 0)
         );
     }
+}
+
+/// Means of small windows: `x [n, h, w, c]`, `y [n, p, q, c]`.
+pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::Dims) {
+    let (to, [n, h, w, c, p, q, size, stride]) =
+        (over(x.device(), y), average_sizes(x.shape()[0], dims));
+    // SAFETY: the tensors have these sizes.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            avg_pool_f32
+                | avg_pool_bf16(to, y.device_out(), x.device_in(), n, h, w, c, p, q, size, stride)
+        );
+    }
+}
+
+pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::Dims) {
+    let (to, [n, h, w, c, p, q, size, stride]) =
+        (over(dy.device(), dx), average_sizes(dy.shape()[0], dims));
+    // SAFETY: the tensors have these sizes.
+    unsafe {
+        by_dtype!(
+            dy.dtype(),
+            avg_pool_backward_f32
+                | avg_pool_backward_bf16(
+                    to,
+                    dx.device_out(),
+                    dy.device_in(),
+                    n,
+                    h,
+                    w,
+                    c,
+                    p,
+                    q,
+                    size,
+                    stride,
+                    0
+                )
+        );
+    }
+}
+
+fn average_sizes(n: usize, dims: average::Dims) -> [i32; 8] {
+    let average::Dims { h, w, c, p, q, size, stride } = dims;
+    [n, h, w, c, p, q, size, stride].map(|size| size as i32)
 }
