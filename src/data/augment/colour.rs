@@ -41,13 +41,13 @@ fn truncated(value: f64) -> i32 {
 #[inline(always)]
 fn wide(pixel: [u8; 4]) -> [u32; 3] {
     let word = u32::from_le_bytes(pixel);
-    [word & 255, word >> 8 & 255, word >> 16 & 255]
+    [word & 255, (word >> 8) & 255, (word >> 16) & 255]
 }
 
 /// Back from [`wide`]; each channel below 256.
 #[inline(always)]
 fn narrow([r, g, b]: [u32; 3]) -> [u8; 4] {
-    (r | g << 8 | b << 16).to_le_bytes()
+    (r | (g << 8) | (b << 16)).to_le_bytes()
 }
 
 /// Scales towards black. `factor >= 0`.

@@ -76,7 +76,7 @@ impl Weights {
             let from = (center - support + 0.5).max(0.0) as usize;
             (center, from, ((center + support + 0.5) as usize).min(input))
         };
-        let taps = wanted.clone().map(|x| span(x)).map(|(_, from, to)| to - from).max();
+        let taps = wanted.clone().map(&span).map(|(_, from, to)| to - from).max();
         self.taps = taps.unwrap_or(0);
         self.first.clear();
         self.exact.clear();
