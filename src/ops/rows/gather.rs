@@ -22,6 +22,9 @@ fn row_shape(shape: &Shape, rows: usize) -> Shape {
 pub fn gather_rows<'t>(x: &Var<'t>, index: &Tensor) -> Var<'t> {
     let rows = *x.shape().first().expect("gather_rows: a scalar has no rows");
     let [n] = index.dims("gather_rows: the index");
+    if x.tape().device().kind() == DeviceKind::Cuda {
+        crate::ops::no_cuda("rows");
+    }
     let bad = index.data::<i32>().iter().find(|&&i| i < 0 || i as usize >= rows);
     assert!(bad.is_none(), "gather_rows: row {} of {rows}", bad.unwrap_or(&0));
     let mut y = Tensor::empty(x.tape().device(), x.value().dtype(), row_shape(x.shape(), n));
@@ -109,6 +112,9 @@ pub fn concat_rows<'t>(parts: &[Var<'t>]) -> Var<'t> {
 /// [`concat_rows`] of tensors; no gradient.
 #[track_caller]
 fn concat(parts: &[&Tensor]) -> Tensor {
+    if parts[0].device().kind() == DeviceKind::Cuda {
+        crate::ops::no_cuda("rows");
+    }
     let rows = parts.iter().map(|part| part.shape()[0]).sum();
     let mut y =
         Tensor::empty(parts[0].device(), parts[0].dtype(), row_shape(parts[0].shape(), rows));

@@ -186,6 +186,9 @@ fn table() -> Vec<Conv2dDims> {
     vec![
         dims([0, 4, 4, 3], [5, 3, 3], 1, 1),
         dims([1, 1, 1, 1], [1, 1, 1], 1, 0),
+        // images of one pixel, strides that meet no other
+        dims([9, 1, 1, 16], [32, 1, 1], 2, 0),
+        dims([9, 1, 1, 14], [32, 3, 3], 2, 1),
         dims([1, 2, 2, 1], [1, 7, 7], 1, 3), // image smaller than the filter
         dims([2, 1, 1, 4], [16, 3, 3], 1, 1), // one tap meets the image
         dims([1, 3, 2, 3], [4, 3, 3], 3, 5), // whole outputs in the padding

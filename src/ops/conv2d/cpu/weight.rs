@@ -93,7 +93,7 @@ impl Plan {
         // a single tile or block of a run lies in the tensor as it would lie packed, unless images
         // are interleaved; of a product the channels are read where they lie, gradients are not
         // (lines far apart share sets of the first-level cache, and tiles take two of each)
-        let product = (d.p, d.q, d.h, d.w) == (1, 1, 1, 1) && !merged(d);
+        let product = (d.r, d.s, d.stride, d.pad, d.h, d.w) == (1, 1, 1, 0, 1, 1);
         let x_in_order = product || group == 1 && d.c == tile && !merged(d);
         let slab_len = if x_in_order { 0 } else { slab(band).len() };
         let dy_in_order = (group == 1 || product) && blocks.count() == 1 && d.k == blocks.padded();
