@@ -81,7 +81,6 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
 }
 
 /// What a primitive does on a GPU as long as it has no kernels.
-#[allow(dead_code)] // now that all have them, until the next one
 pub(crate) fn no_cuda(primitive: &str) -> ! {
     panic!("{primitive} has no CUDA kernels yet: compute on the CPU")
 }

@@ -24,8 +24,7 @@ use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
 use super::vector::prefetch_share;
 
-/// Floats of a slab: with the filters of one block of outputs it should stay in the second-level
-/// cache.
+/// Floats of a slab: with the filters of one block it should stay in the second-level cache.
 const SLAB_FLOATS: usize = 96 * 1024;
 
 /// Lanes wanted, so that several threads finish together; more cost workspace.
@@ -74,8 +73,7 @@ struct Phase {
     view: FilterView,
 }
 
-/// Taps of the filter that an output phase meets, the first of them, and the padding of the
-/// resulting correlation.
+/// Taps that an output phase meets, the first of them, and the padding of their correlation.
 fn phase_taps(phase: usize, taps: usize, stride: usize, pad: usize) -> (usize, usize, isize) {
     let first = (phase + pad) % stride;
     let count = if first < taps { (taps - first).div_ceil(stride) } else { 0 };
@@ -162,8 +160,8 @@ impl Problem {
         !self.gradient && self.c == 4 && self.s > 1 && self.stride <= 2
     }
 
-    /// Whether the tiles read the tensor itself: a matrix product over rows of a length that the
-    /// kernels know. Packing them costs up to a fifth of the product (256 to 64 channels).
+    /// Whether the tiles read the tensor itself, a product's rows of a length that the kernels know:
+    /// packing costs up to a fifth (256 to 64 channels).
     fn direct(&self) -> bool {
         (self.r, self.s, self.h, self.w, self.stride, self.pad) == (1, 1, 1, 1, 1, 0)
             && kernel::DIRECT.contains(&self.c)
@@ -217,7 +215,7 @@ impl Plan {
         let part_rows = rows.div_ceil(parts_wanted) * p.step();
         let parts = if parts_wanted == 1 { 1 } else { p.out_h.div_ceil(part_rows) };
         let slab_len = p.phases().map(|f| band_slab(p, &f, group, part_rows).len()).max();
-        let empty = slab_len.unwrap_or(0) == 0;
+        let slab_len = slab_len.unwrap_or(0);
         Plan {
             isa,
             blocks,
@@ -226,8 +224,8 @@ impl Plan {
             part_rows,
             parts,
             filters_len: (blocks.padded() * p.r * p.s * p.c).next_multiple_of(LINE),
-            slab_len: if p.direct() { 0 } else { slab_len.unwrap_or(0).next_multiple_of(LINE) },
-            empty,
+            slab_len: if p.direct() { 0 } else { slab_len.next_multiple_of(LINE) },
+            empty: slab_len == 0,
         }
     }
 
