@@ -9,11 +9,17 @@ use std::collections::HashMap;
 use std::panic::Location;
 use std::sync::{Arc, Mutex};
 
+use memmap2::MmapMut;
+
 use super::cuda::Gpu;
 use super::{Device, gib};
 
 /// Alignment of every block in bytes: a cache line, and a full vector of the widest instruction set.
 const ALIGNMENT: usize = 64;
+
+/// Bytes of a huge page. Host memory of this size and more asks for them: a network's activations are megabytes, and with small
+/// pages every other cache line that a convolution reads has to look up its page.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// What a device's pool has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +46,8 @@ pub(crate) struct Pool {
 struct State {
     free: HashMap<usize, Vec<Block>>,
     usage: MemoryUse,
+    /// Where the large blocks of the host lie, until the pool goes.
+    maps: Vec<MmapMut>,
     /// Bytes and number of live blocks by the place in the source that asked for them; kept for GPUs, whose memory
     /// runs out first.
     holders: HashMap<&'static Location<'static>, (usize, usize)>,
@@ -89,13 +97,29 @@ impl Pool {
             return self.take_from_gpu(gpu, bytes);
         }
         let layout = layout(bytes);
-        // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over memory that
-        // nobody wrote would be undefined behaviour; the system hands out zero pages at no cost.
-        let pointer = unsafe { alloc_zeroed(layout) };
+        let pointer = if bytes < HUGE_PAGE {
+            // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over memory that
+            // nobody wrote would be undefined behaviour.
+            unsafe { alloc_zeroed(layout) }
+        } else {
+            self.map(bytes).unwrap_or(std::ptr::null_mut())
+        };
         if pointer.is_null() {
             handle_alloc_error(layout);
         }
         Block(pointer)
+    }
+
+    /// Zeros that start on a huge page, if the system has them.
+    fn map(&self, bytes: usize) -> std::io::Result<*mut u8> {
+        // what lies before the first boundary is never touched, and so takes no memory
+        let mut map = MmapMut::map_anon(bytes + HUGE_PAGE)?;
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage); // a system without them works all the same
+        let start = map.as_ptr().align_offset(HUGE_PAGE);
+        let pointer = map[start..].as_mut_ptr();
+        self.lock().maps.push(map);
+        Ok(pointer)
     }
 
     fn take_from_gpu(&self, gpu: &Gpu, bytes: usize) -> Block {
@@ -167,7 +191,7 @@ impl Drop for Pool {
             return self.trim(gpu);
         }
         let state = self.state.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (bytes, blocks) in state.free.drain() {
+        for (bytes, blocks) in state.free.drain().filter(|(bytes, _)| *bytes < HUGE_PAGE) {
             for block in blocks {
                 // SAFETY: the block was allocated with this layout and is on no other list.
                 unsafe { dealloc(block.0, layout(bytes)) };
