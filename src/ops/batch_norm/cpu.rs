@@ -17,6 +17,36 @@ fn chunks(dims: Dims) -> usize {
     dims.rows.div_ceil(chunk_rows(dims.c))
 }
 
+/// Floats that a loop over channels should have: 16 vectors. One over 16 channels is over before it has begun, and its sums
+/// wait for each other.
+const WIDE: usize = 256;
+
+/// Floats of the rows of `c` channels that are read as one row.
+fn width(c: usize) -> usize {
+    c * (WIDE / c.max(1)).max(1)
+}
+
+/// `N` lines of channels `[N, c]`, each repeated for the rows that are read as one.
+fn repeated(lines: &[f32], c: usize) -> Vec<f32> {
+    lines.chunks_exact(c.max(1)).flat_map(|line| line.repeat(width(c) / c)).collect()
+}
+
+/// Sums over rows that are read several as one: `f` adds to sums of that width, their totals are left in `totals`.
+fn sum_wide<const N: usize>(mut totals: [&mut [f32]; N], f: impl FnOnce([&mut [f32]; N])) {
+    let c = totals[0].len();
+    totals.iter_mut().for_each(|total| total.fill(0.0));
+    if width(c) == c {
+        return f(totals);
+    }
+    let mut sums = [[0.0; WIDE]; N];
+    f(sums.each_mut().map(|sums| &mut sums[..width(c)]));
+    for (total, sums) in totals.into_iter().zip(&sums) {
+        for row in sums[..width(c)].chunks_exact(c) {
+            total.iter_mut().zip(row).for_each(|(total, sum)| *total += sum);
+        }
+    }
+}
+
 /// Floats that [`moments`] needs for the moments of all chunks.
 pub(super) fn partial_len(dims: Dims) -> usize {
     dims.groups * chunks(dims) * 2 * dims.c
@@ -60,78 +90,81 @@ pub(super) fn moments(
     }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+/// Mean of some rows, and the sum of their squared deviations.
 fn chunk_moments(mean: &mut [f32], m2: &mut [f32], x: &[f32]) {
-    let c = mean.len();
-    let scale = c as f32 / x.len() as f32;
-    mean.fill(0.0);
-    for row in x.chunks_exact(c) {
-        for (mean, x) in mean.iter_mut().zip(row) {
-            *mean += x;
+    let scale = mean.len() as f32 / x.len() as f32;
+    sum_wide([&mut *mean], |[sum]| add_rows(sum, x));
+    mean.iter_mut().for_each(|mean| *mean *= scale);
+    let mean = repeated(mean, mean.len());
+    sum_wide([m2], |[m2]| add_squares(m2, x, &mean));
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_rows(sum: &mut [f32], x: &[f32]) {
+    for row in x.chunks(sum.len()) {
+        for (sum, x) in sum.iter_mut().zip(row) {
+            *sum += x;
         }
     }
-    mean.iter_mut().for_each(|mean| *mean *= scale);
-    m2.fill(0.0);
-    for row in x.chunks_exact(c) {
-        for ((m2, x), mean) in m2.iter_mut().zip(row).zip(mean.iter()) {
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_squares(m2: &mut [f32], x: &[f32], mean: &[f32]) {
+    for row in x.chunks(m2.len()) {
+        for ((m2, x), mean) in m2.iter_mut().zip(row).zip(mean) {
             *m2 += (x - mean) * (x - mean);
         }
     }
 }
 
 /// `y = relu((x - mean) inv_std gain + shift + residual)`.
-pub(super) fn apply(
-    y: &mut [f32],
-    saved: &Saved,
-    shift: Option<&Tensor>,
-    residual: Option<&Tensor>,
-    relu: bool,
-) {
-    let Dims { groups, c, .. } = saved.dims;
-    let shift = shift.map(Tensor::data::<f32>);
+pub(super) fn apply(y: &mut [f32], saved: &Saved, residual: Option<&Tensor>, relu: bool) {
     let residual = residual.map(Tensor::data::<f32>);
-    // Per group, y = a (x - mean) + b: a x + (b - a mean) would lose digits where the mean is far from zero.
-    let mut line = vec![0.0; 2 * groups * c];
-    for (g, line) in line.chunks_exact_mut(2 * c).enumerate() {
-        let (a, b) = line.split_at_mut(c);
-        let (scale, _) = scale_and_mean(saved, g);
-        for j in 0..c {
-            a[j] = scale(j);
-            b[j] = shift.map_or(0.0, |s| s[j]);
-        }
-    }
+    let (lines, width) = (forward_lines(saved), width(saved.dims.c));
     for_chunks(y, saved.dims, |g, at, y| {
-        let (a, b) = line[2 * g * c..][..2 * c].split_at(c);
-        let mean = &saved.mean.data::<f32>()[g * c..][..c];
+        let lines = &lines[3 * g * width..][..3 * width];
         let x = &saved.x.data::<f32>()[at..][..y.len()];
         let residual = residual.map(|r| &r[at..][..x.len()]);
-        apply_rows(y, x, residual, [mean, a, b], relu);
+        apply_rows(y, x, residual, lines, relu);
     });
 }
 
+/// Per group mean, a and b of `y = a (x - mean) + b`, repeated: `a x + (b - a mean)` would lose digits where the mean is far
+/// from zero.
+fn forward_lines(saved: &Saved) -> Vec<f32> {
+    let Dims { groups, c, .. } = saved.dims;
+    let shift = saved.shift.as_ref().map(Tensor::data::<f32>);
+    let mut lines = vec![0.0; 3 * groups * c];
+    for (g, line) in lines.chunks_exact_mut((3 * c).max(1)).enumerate() {
+        let (scale, mean) = scale_and_mean(saved, g);
+        for j in 0..c {
+            line[j] = mean[j];
+            line[c + j] = scale(j);
+            line[2 * c + j] = shift.map_or(0.0, |s| s[j]);
+        }
+    }
+    repeated(&lines, c)
+}
+
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn apply_rows(
-    y: &mut [f32],
-    x: &[f32],
-    residual: Option<&[f32]>,
-    [mean, a, b]: [&[f32]; 3],
-    relu: bool,
-) {
-    let c = a.len();
+fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32], relu: bool) {
+    let width = lines.len() / 3;
+    let (mean, lines) = lines.split_at(width);
+    let (a, b) = lines.split_at(width);
     let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
     let clip = |v: f32| if v < floor { floor } else { v }; // not `max`, which would hide a NaN
     let line = || mean.iter().zip(a).zip(b);
     match residual {
         None => {
-            for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
                 for ((y, x), ((mean, a), b)) in y.iter_mut().zip(x).zip(line()) {
                     *y = clip((x - mean) * a + b);
                 }
             }
         }
         Some(r) => {
-            let inputs = x.chunks_exact(c).zip(r.chunks_exact(c));
-            for (y, (x, r)) in y.chunks_exact_mut(c).zip(inputs) {
+            let inputs = x.chunks(width).zip(r.chunks(width));
+            for (y, (x, r)) in y.chunks_mut(width).zip(inputs) {
                 for (((y, x), r), ((mean, a), b)) in y.iter_mut().zip(x).zip(r).zip(line()) {
                     *y = clip((x - mean) * a + b + r);
                 }
@@ -140,13 +173,36 @@ fn apply_rows(
     }
 }
 
-/// `[groups, 2, c]`: Σ dz and Σ dz x̂, chunk sums in f32, their total in f64.
-pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved) {
+/// `[groups, 2, c]`: Σ dz and Σ dz x̂, chunk sums in f32, their total in f64. If `rectified`, `dz` is that of the ReLU's output,
+/// of which only what is above zero counts.
+pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved, rectified: bool) {
     let c = saved.dims.c;
     let chunks = dz.chunks(saved.dims.len().max(1)).flat_map(|g| row_chunks(g, c)).collect();
-    sum_chunks(sums, chunks, saved, |sum, dot, dz: &[f32], (x, mean, inv_std)| {
-        chunk_sums(sum, dot, dz, x, mean, inv_std);
+    let (lines, width) = (forward_lines(saved), width(c));
+    sum_chunks(sums, chunks, saved, |sum, dot, dz: &[f32], (group, x, mean, inv_std)| {
+        if !rectified {
+            return chunk_sums(sum, dot, dz, x, mean, inv_std);
+        }
+        let lines = &lines[3 * group * width..][..3 * width];
+        sum_wide([sum, &mut *dot], |[sum, dot]| add_rectified_products(sum, dot, dz, x, lines));
+        dot.iter_mut().zip(inv_std).for_each(|(dot, inv_std)| *dot *= inv_std);
     });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_rectified_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32], lines: &[f32]) {
+    let width = sum.len();
+    let (mean, lines) = lines.split_at(width);
+    let (a, b) = lines.split_at(width);
+    for (dz, x) in dz.chunks(width).zip(x.chunks(width)) {
+        let out = sum.iter_mut().zip(dot.iter_mut());
+        let line = mean.iter().zip(a).zip(b);
+        for ((((sum, dot), dz), x), ((mean, a), b)) in out.zip(dz).zip(x).zip(line) {
+            let dz = if (x - mean) * a + b > 0.0 { *dz } else { 0.0 }; // y, to the bit
+            *sum += dz;
+            *dot += dz * (x - mean);
+        }
+    }
 }
 
 /// `dz = dy` where `y > 0`, else 0, in place, and [`backward_sums`] of it in the same pass.
@@ -157,9 +213,10 @@ pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &
     let chunk = chunk_rows(c) * c.max(1);
     let chunks = dz.chunks_mut(group).flat_map(|g| g.chunks_mut(chunk)).zip(outputs).collect();
     let both = |sum: &mut [f32], dot: &mut [f32], (dz, y): (&mut [f32], &[f32]), at: Place<'_>| {
-        let (x, mean, inv_std) = at;
-        mask(dz, y); // 64 KiB, still in cache for the sums
-        chunk_sums(sum, dot, dz, x, mean, inv_std);
+        let (_, x, mean, inv_std) = at;
+        let mean = repeated(mean, mean.len());
+        sum_wide([sum, &mut *dot], |[sum, dot]| mask_and_add_products(sum, dot, dz, [y, x], &mean));
+        dot.iter_mut().zip(inv_std).for_each(|(dot, inv_std)| *dot *= inv_std);
     };
     sum_chunks(sums, chunks, saved, both);
 }
@@ -169,8 +226,8 @@ fn row_chunks(group: &[f32], c: usize) -> impl Iterator<Item = &[f32]> {
     group.chunks(chunk_rows(c) * c.max(1))
 }
 
-/// `x` of a chunk, mean and `1 / std` of its group.
-type Place<'a> = (&'a [f32], &'a [f32], &'a [f32]);
+/// The group of a chunk, its `x`, mean and `1 / std` of the group.
+type Place<'a> = (usize, &'a [f32], &'a [f32], &'a [f32]);
 
 /// Calls `f(sum, dot, part, place)` for each chunk of rows in parallel, then adds up what it left in `sum` and `dot`, in order.
 fn sum_chunks<P: Send>(
@@ -196,7 +253,7 @@ fn sum_chunks<P: Send>(
         let mean = &saved.mean.data::<f32>()[group * c..][..c];
         let inv_std = &saved.inv_std.data::<f32>()[group * c..][..c];
         let (sum, dot) = partial.split_at_mut(c);
-        f(sum, dot, part, (x, mean, inv_std));
+        f(sum, dot, part, (group, x, mean, inv_std));
     });
     let partial = partial.data::<f32>().chunks_exact(per_group * 2 * c);
     for (sums, partial) in sums.chunks_exact_mut(2 * c).zip(partial) {
@@ -208,13 +265,24 @@ fn sum_chunks<P: Send>(
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn mask(dz: &mut [f32], y: &[f32]) {
-    for (dz, y) in dz.iter_mut().zip(y) {
-        *dz = if *y > 0.0 { *dz } else { 0.0 };
+fn mask_and_add_products(
+    sum: &mut [f32],
+    dot: &mut [f32],
+    dz: &mut [f32],
+    [y, x]: [&[f32]; 2],
+    mean: &[f32],
+) {
+    let width = sum.len();
+    for (dz, (y, x)) in dz.chunks_mut(width).zip(y.chunks(width).zip(x.chunks(width))) {
+        let out = sum.iter_mut().zip(dot.iter_mut());
+        for ((((sum, dot), dz), (y, x)), mean) in out.zip(dz).zip(y.iter().zip(x)).zip(mean) {
+            *dz = if *y > 0.0 { *dz } else { 0.0 };
+            *sum += *dz;
+            *dot += *dz * (x - mean);
+        }
     }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn chunk_sums(
     sum: &mut [f32],
     dot: &mut [f32],
@@ -223,20 +291,25 @@ fn chunk_sums(
     mean: &[f32],
     inv_std: &[f32],
 ) {
-    let c = sum.len();
-    sum.fill(0.0);
-    dot.fill(0.0);
-    for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
+    let mean = repeated(mean, mean.len());
+    sum_wide([sum, &mut *dot], |[sum, dot]| add_products(sum, dot, dz, x, &mean));
+    for (dot, inv_std) in dot.iter_mut().zip(inv_std) {
+        *dot *= inv_std;
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32], mean: &[f32]) {
+    let width = sum.len();
+    for (dz, x) in dz.chunks(width).zip(x.chunks(width)) {
         let out = sum.iter_mut().zip(dot.iter_mut());
         for ((((sum, dot), dz), x), mean) in out.zip(dz).zip(x).zip(mean) {
             *sum += dz;
             *dot += dz * (x - mean);
         }
     }
-    for (dot, inv_std) in dot.iter_mut().zip(inv_std) {
-        *dot *= inv_std;
-    }
 }
+
 pub(super) fn sum_groups(total: &mut [f32], sums: &[f32], which: usize) {
     let c = total.len();
     total.fill(0.0);
@@ -254,10 +327,47 @@ pub(super) fn input_gradient(
     saved: &Saved,
     accumulate: bool,
 ) {
+    let (lines, width) = (backward_lines(sums, saved), width(saved.dims.c));
+    for_chunks(dx, saved.dims, |g, at, dx| {
+        let line = &lines[3 * g * width..][..3 * width];
+        let x = &saved.x.data::<f32>()[at..][..dx.len()];
+        input_gradient_rows(dx, &dz[at..][..x.len()], x, line, accumulate);
+    });
+}
+
+/// The same of a ReLU's `dy`, which `dx` holds before.
+pub(super) fn rectified_input_gradient(dx: &mut [f32], sums: &[f32], saved: &Saved) {
+    let (forward, backward) = (forward_lines(saved), backward_lines(sums, saved));
+    let width = width(saved.dims.c);
+    for_chunks(dx, saved.dims, |g, at, dx| {
+        let [forward, backward] = [&forward, &backward].map(|l| &l[3 * g * width..][..3 * width]);
+        let x = &saved.x.data::<f32>()[at..][..dx.len()];
+        rectified_input_gradient_rows(dx, x, forward, backward);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], backward: &[f32]) {
+    let width = forward.len() / 3;
+    let (mean, forward) = forward.split_at(width);
+    let (a, b) = forward.split_at(width);
+    let (to_dz, rest) = backward.split_at(width);
+    let (to_x, constant) = rest.split_at(width);
+    for (dx, x) in dx.chunks_mut(width).zip(x.chunks(width)) {
+        let line = mean.iter().zip(a).zip(b).zip(to_dz.iter().zip(to_x).zip(constant));
+        for ((dx, x), (((mean, a), b), ((to_dz, to_x), constant))) in dx.iter_mut().zip(x).zip(line)
+        {
+            let dz = if (x - mean) * a + b > 0.0 { *dx } else { 0.0 };
+            *dx = to_dz * dz + to_x * x + constant;
+        }
+    }
+}
+
+/// Per group a, b and d of `dx = a dz + b x + d`, repeated.
+fn backward_lines(sums: &[f32], saved: &Saved) -> Vec<f32> {
     let Dims { groups, rows, c } = saved.dims;
-    // Per group, dx = a dz + b x + d.
-    let mut line = vec![0.0; 3 * groups * c];
-    for (g, line) in line.chunks_exact_mut(3 * c).enumerate() {
+    let mut lines = vec![0.0; 3 * groups * c];
+    for (g, line) in lines.chunks_exact_mut((3 * c).max(1)).enumerate() {
         let (scale, mean) = scale_and_mean(saved, g);
         let inv_std = &saved.inv_std.data::<f32>()[g * c..];
         let (sum, dot) = sums[2 * g * c..][..2 * c].split_at(c);
@@ -269,20 +379,16 @@ pub(super) fn input_gradient(
             line[2 * c + j] = -a * sum[j] / rows as f32 - b * mean[j];
         }
     }
-    for_chunks(dx, saved.dims, |g, at, dx| {
-        let line = &line[3 * g * c..][..3 * c];
-        let x = &saved.x.data::<f32>()[at..][..dx.len()];
-        input_gradient_rows(dx, &dz[at..][..x.len()], x, line, accumulate);
-    });
+    repeated(&lines, c)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn input_gradient_rows(dx: &mut [f32], dz: &[f32], x: &[f32], line: &[f32], accumulate: bool) {
-    let c = line.len() / 3;
-    let (a, rest) = line.split_at(c);
-    let (b, d) = rest.split_at(c);
-    let inputs = dz.chunks_exact(c).zip(x.chunks_exact(c));
-    for (dx, (dz, x)) in dx.chunks_exact_mut(c).zip(inputs) {
+    let width = line.len() / 3;
+    let (a, rest) = line.split_at(width);
+    let (b, d) = rest.split_at(width);
+    let inputs = dz.chunks(width).zip(x.chunks(width));
+    for (dx, (dz, x)) in dx.chunks_mut(width).zip(inputs) {
         let line = a.iter().zip(b).zip(d);
         for (((dx, dz), x), ((a, b), d)) in dx.iter_mut().zip(dz).zip(x).zip(line) {
             let value = a * dz + b * x + d;

@@ -122,16 +122,16 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     let saved = Saved {
         x: x.value().clone(),
         gain: with.gain.map(|v| v.value().clone()),
+        shift: with.shift.map(|v| v.value().clone()),
         mean,
         inv_std,
         dims,
     };
-    let shift = with.shift.map(|v| v.value());
-    let residual = with.residual.map(|v| v.value());
+    let (shift, residual) = (saved.shift.as_ref(), with.residual.map(|v| v.value()));
     match device.kind() {
         DeviceKind::Cpu => {
             let y = y.data_mut();
-            device.run(|| cpu::apply(y, &saved, shift, residual, with.relu));
+            device.run(|| cpu::apply(y, &saved, residual, with.relu));
         }
         DeviceKind::Cuda => cuda::apply(&mut y, &saved, shift, residual, with.relu),
         DeviceKind::Reference => {
@@ -143,7 +143,10 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     let residual_id = with.residual.map(Var::id);
     let inputs: Vec<&Var<'t>> =
         [Some(x), with.gain, with.shift, with.residual].into_iter().flatten().collect();
-    let mask = with.relu.then(|| y.clone());
+    // Without a residual the CPU takes the mask from the input, which it reads anyway, and turns dy into dx in place: the
+    // passes are bound by memory.
+    let rectified = device.kind() == DeviceKind::Cpu && with.relu && with.residual.is_none();
+    let mask = (with.relu && !rectified).then(|| y.clone());
     x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
         let device = dy.device().clone();
         if device.kind() == DeviceKind::Cuda {
@@ -156,7 +159,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
         let mut dz = dy;
         match device.kind() {
             DeviceKind::Cpu => {
-                if mask.is_some() && !dz.is_unique() {
+                if (mask.is_some() || rectified) && !dz.is_unique() {
                     dz = dz.copy();
                 }
                 let sums = sums.data_mut();
@@ -165,7 +168,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
                         let dz = dz.data_mut();
                         device.run(|| cpu::mask_and_sum(sums, dz, y.data(), &saved));
                     }
-                    None => device.run(|| cpu::backward_sums(sums, dz.data(), &saved)),
+                    None => device.run(|| cpu::backward_sums(sums, dz.data(), &saved, rectified)),
                 }
             }
             // Reference: a GPU has returned.
@@ -187,6 +190,12 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
                 }
                 gradients.add(id, total);
             }
+        }
+        if rectified {
+            let (dx, sums) = (dz.data_mut(), sums.data());
+            device.run(|| cpu::rectified_input_gradient(dx, sums, &saved));
+            gradients.add(x_id, dz);
+            return;
         }
         if let Some((mut dx, accumulate)) = gradients.target(x_id, saved.x.shape()) {
             match device.kind() {
@@ -213,6 +222,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
 struct Saved {
     x: Tensor,
     gain: Option<Tensor>,
+    shift: Option<Tensor>,
     /// `[groups, c]`
     mean: Tensor,
     /// `[groups, c]`
