@@ -22,7 +22,7 @@ use super::kernel;
 use super::slab::Slab;
 use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
-use super::vector::prefetch_share;
+use super::vector::Coming;
 
 /// Floats of a slab: with the filters of one block it should stay in the second-level cache.
 const SLAB_FLOATS: usize = 96 * 1024;
@@ -232,6 +232,23 @@ impl Plan {
     fn lanes(&self, p: &Problem) -> usize {
         p.n.div_ceil(self.span) * self.parts
     }
+
+    /// The runs in a row of block `b`, pixels in a run and tiles in it: a run is a stretch of pixels whose tiles meet the same
+    /// taps.
+    fn cut(&self, f: &Phase, s: &Slab, b: usize) -> (usize, usize, usize) {
+        let over_images = s.images >= IMAGES_PER_TILE;
+        let (runs, length) = if over_images { (f.q, s.images) } else { (1, f.q * s.images) };
+        (runs, length, length.div_ceil(self.isa.tile_rows(self.blocks.vectors(b))))
+    }
+
+    /// Tiles of a band.
+    fn tiles(&self, f: &Phase, s: &Slab) -> usize {
+        let of_block = |b| {
+            let (runs, _, tiles) = self.cut(f, s, b);
+            s.band * runs * tiles
+        };
+        (0..self.blocks.count()).map(of_block).sum()
+    }
 }
 
 /// Images packed and computed together.
@@ -394,7 +411,8 @@ impl Lane<'_> {
             };
             let ahead = &x[from.min(x.len())..(from + len).min(x.len())];
             let row0 = start * step + f.row0;
-            let mut band = Band { lane: self, f, shape, slab, first, row0, rows, ahead };
+            let coming = Coming::new(ahead, self.plan.tiles(f, &shape));
+            let mut band = Band { lane: self, f, shape, slab, first, row0, rows, coming };
             let mut packed = filters;
             for b in 0..self.plan.blocks.count() {
                 let (block, rest) = packed.split_at(self.plan.blocks.width(b) * f.r * f.s * f.c);
@@ -418,7 +436,7 @@ struct Band<'a> {
     rows: usize,
     /// Input that will be packed next: the tiles ask for it, a few lines each, so that it arrives
     /// while they compute.
-    ahead: &'a [f32],
+    coming: Coming<'a>,
 }
 
 impl Band<'_> {
@@ -426,16 +444,13 @@ impl Band<'_> {
     fn run_block(&mut self, out: &mut [f32], filters: &[f32], b: usize) {
         let (p, f, s) = (self.lane.p, self.f, self.shape);
         let blocks = self.lane.plan.blocks;
-        let most = self.lane.plan.isa.tile_rows(blocks.vectors(b));
         let over_images = s.images >= IMAGES_PER_TILE;
+        let (runs, length, tiles) = self.lane.plan.cut(f, &s, b);
         for i in 0..s.band {
             let taken = ((self.first + i) * f.stride) as isize;
             let tap_rows = clip(f.r, f.pad_y - taken, p.h);
             let out_row = self.row0 + i * p.step();
             let slab_row = i * s.output_row_len();
-            // a run is a stretch of pixels whose tiles meet the same taps
-            let (runs, length) = if over_images { (f.q, s.images) } else { (1, f.q * s.images) };
-            let tiles = length.div_ceil(most);
             for run in 0..runs {
                 let tap_columns = if over_images {
                     clip(f.s, f.pad_x - (run * f.stride_x) as isize, p.w)
@@ -445,11 +460,21 @@ impl Band<'_> {
                 for t in 0..tiles {
                     let (from, to) = (t * length / tiles, (t + 1) * length / tiles);
                     let pixel = run * length + from;
-                    let mut tile = Correlate {
+                    let mut y_offsets = [0; MAX_ROWS];
+                    let (mut column, mut image) = (pixel / s.images, pixel % s.images);
+                    for offset in &mut y_offsets[..to - from] {
+                        let row = image * self.rows + out_row;
+                        *offset = (row * p.out_w + f.column0 + column * p.step()) * p.k;
+                        image += 1;
+                        if image == s.images {
+                            (column, image) = (column + 1, 0);
+                        }
+                    }
+                    let tile = Correlate {
                         x: self.slab.as_ptr().wrapping_add(slab_row + pixel * p.pixel_len()),
                         w: filters.as_ptr(),
                         y: out[b * blocks.full()..].as_mut_ptr(),
-                        y_offsets: [0; MAX_ROWS],
+                        y_offsets: &y_offsets,
                         live: blocks.live(b),
                         accumulate: self.lane.accumulate,
                         c: f.c,
@@ -464,24 +489,13 @@ impl Band<'_> {
                         stride: f.stride_x,
                         ahead: Ahead::NOTHING,
                     };
-                    let (mut column, mut image) = (pixel / s.images, pixel % s.images);
-                    for offset in &mut tile.y_offsets[..to - from] {
-                        let row = image * self.rows + out_row;
-                        *offset = (row * p.out_w + f.column0 + column * p.step()) * p.k;
-                        image += 1;
-                        if image == s.images {
-                            (column, image) = (column + 1, 0);
-                        }
-                    }
                     let kernel = kernel::correlate(
                         self.lane.plan.isa,
                         to - from,
                         blocks.vectors(b),
                         p.pixel_len(),
                     );
-                    let rows_left = (blocks.count() - b) * s.band - i;
-                    let tiles_left = (rows_left * runs - run) * tiles - t;
-                    self.ahead = prefetch_share(self.ahead, tiles_left);
+                    self.coming.prefetch_share();
                     // SAFETY: the slab holds every column the tile's taps meet and every row in
                     // `tap_rows`; the filters of the block are packed whole; the offsets are those
                     // of existing pixels of `out`, and `live` ends with the last output.

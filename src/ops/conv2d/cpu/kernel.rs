@@ -6,7 +6,7 @@
 
 use super::isa::Isa;
 use super::tile::{Correlate, Outer};
-use super::transform::{Filters, Input, Output};
+use super::transform::{Filters, Gradient, Input, Output};
 
 /// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
 const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
@@ -15,7 +15,7 @@ const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
 /// tile would all fall into one set of the first-level cache.
 pub const DIRECT: [usize; 4] = [64, 128, 256, 512];
 
-type CorrelateKernel = unsafe fn(&Correlate);
+type CorrelateKernel = unsafe fn(&Correlate<'_>);
 type OuterKernel = unsafe fn(&Outer);
 
 /// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for
@@ -24,7 +24,7 @@ macro_rules! kernels {
     ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
         mod $set {
             use super::super::tile::{self, Correlate, Outer};
-            use super::super::transform::{self, Filters, Input, Output};
+            use super::super::transform::{self, Filters, Gradient, Input, Output};
             use super::super::vector::*;
             use super::{CorrelateKernel, OuterKernel};
 
@@ -32,7 +32,7 @@ macro_rules! kernels {
             /// That of [`tile::correlate`], with the instruction set present.
             $(#[$feature])?
             unsafe fn correlate<const M: usize, const NV: usize, const PITCH: usize>(
-                t: &Correlate,
+                t: &Correlate<'_>,
             ) {
                 // SAFETY: the caller vouches for the same.
                 unsafe { tile::correlate::<$v, M, NV, PITCH>(t) }
@@ -60,6 +60,14 @@ macro_rules! kernels {
             pub(super) unsafe fn output(t: &Output) {
                 // SAFETY: the caller vouches for the same.
                 unsafe { transform::output::<$v>(t) }
+            }
+
+            /// # Safety
+            /// That of [`transform::gradient`], with the instruction set present.
+            $(#[$feature])?
+            pub(super) unsafe fn gradient(t: &Gradient) {
+                // SAFETY: the caller vouches for the same.
+                unsafe { transform::gradient::<$v>(t) }
             }
 
             /// # Safety
@@ -152,6 +160,11 @@ pub fn input(isa: Isa) -> unsafe fn(&Input) {
 /// The kernel that transforms a row of tiles back.
 pub fn output(isa: Isa) -> unsafe fn(&Output) {
     table!(isa, output)
+}
+
+/// The kernel that transforms a row of tiles of gradients.
+pub fn gradient(isa: Isa) -> unsafe fn(&Gradient) {
+    table!(isa, gradient)
 }
 
 /// The kernel that transforms filters.

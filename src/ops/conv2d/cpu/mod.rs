@@ -6,8 +6,8 @@
 //! A direct convolution: no im2col matrix, one register tile for each direction, as in oneDNN's
 //! `jit:avx512_core` (Georganas et al. 2018, "Anatomy of high-performance deep learning
 //! convolutions on SIMD architectures"). Activations stay channels-last outside; a band of rows at
-//! a time is rearranged in the workspace. Forward and data gradient of 3x3 convolutions of stride 1
-//! go through Winograd's F(2x2, 3x3) where it is the faster one: see `winograd.rs`.
+//! a time is rearranged in the workspace. 3x3 convolutions of stride 1 go through Winograd's
+//! F(2x2, 3x3) where it is the faster one: see `winograd.rs` and `winograd_weight.rs`.
 //!
 //! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon
 //! pool. Run inside the pool that should do the work. Nothing is allocated. There is no bias, no
@@ -28,6 +28,7 @@ mod transform;
 mod vector;
 mod weight;
 mod winograd;
+mod winograd_weight;
 
 pub use isa::Isa;
 
@@ -114,6 +115,9 @@ fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
         }
         Direction::Forward => correlation::workspace_len(&Problem::forward(d), isa),
         Direction::DataGradient => correlation::workspace_len(&Problem::data_gradient(d), isa),
+        Direction::WeightGradient if winograd_weight::pays(d) => {
+            winograd_weight::workspace_len(d, isa)
+        }
         Direction::WeightGradient => weight::workspace_len(d, isa),
     }
 }
@@ -167,7 +171,11 @@ fn weight_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::WeightGradient, [x.len(), dw.len(), dy.len()], workspace);
-    weight::run(d, isa, dw, x, dy, workspace, accumulate);
+    if winograd_weight::pays(d) {
+        winograd_weight::run(d, isa, dw, x, dy, workspace, accumulate);
+    } else {
+        weight::run(d, isa, dw, x, dy, workspace, accumulate);
+    }
 }
 
 /// The part of the workspace that is used, from the start of a cache line, once the lengths of

@@ -129,13 +129,20 @@ impl Case {
     /// As [`Case::run`], by [`winograd`] whether it pays or not.
     fn run_winograd(&self, isa: Isa, direction: Direction, before: Option<&[f32]>) -> Vec<f32> {
         let Case { d, x, w, dy } = self;
+        let output = |len| before.map_or(vec![f32::NAN; len], <[f32]>::to_vec);
         let (p, x, len) = match direction {
             Direction::Forward => (winograd::Problem::forward(d), x, dy.len()),
             Direction::DataGradient => (winograd::Problem::data_gradient(d), dy, x.len()),
-            Direction::WeightGradient => unreachable!("no weight gradient by Winograd"),
+            Direction::WeightGradient => {
+                let mut workspace = vec![f32::NAN; winograd_weight::workspace_len(d, isa)];
+                let mut dw = output(w.len());
+                let accumulate = before.is_some();
+                winograd_weight::run(d, isa, &mut dw, x, dy, &mut workspace, accumulate);
+                return dw;
+            }
         };
         let mut workspace = vec![f32::NAN; winograd::workspace_len(&p, isa)];
-        let mut out = before.map_or(vec![f32::NAN; len], <[f32]>::to_vec);
+        let mut out = output(len);
         winograd::run(&p, isa, &mut out, x, w, &mut workspace, before.is_some());
         out
     }
@@ -250,8 +257,7 @@ fn every_direction_agrees_with_the_f64_sum() {
 fn winograd_agrees_with_the_f64_sum() {
     for (i, d) in winograd_table().into_iter().enumerate() {
         assert!(winograd::fits(&d), "{d:?}");
-        let directions = [Direction::Forward, Direction::DataGradient];
-        check_run(&Case::new(d, i as u64), &directions, Case::run_winograd);
+        check_run(&Case::new(d, i as u64), &DIRECTIONS, Case::run_winograd);
     }
 }
 
@@ -266,9 +272,9 @@ fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
         square(16, 8, 256, 256),
         square(2, 8, 64, 64),
         square(64, 16, 32, 32),
+        square(64, 32, 16, 16), // a quarter of its width
     ];
     let slower = [
-        square(64, 32, 16, 16),
         square(16, 4, 512, 512), // the filters cost more than the products save
         square(8, 7, 512, 512),
         square(32, 5, 256, 256),
@@ -279,6 +285,9 @@ fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
     ];
     faster.iter().for_each(|d| assert!(winograd::pays(d), "{d:?}"));
     slower.iter().for_each(|d| assert!(!winograd::pays(d), "{d:?}"));
+    let (weight_faster, weight_slower) = ([0, 1, 2, 4, 6], [3, 5, 7]);
+    weight_faster.iter().for_each(|&i| assert!(winograd_weight::pays(&faster[i]), "{i}"));
+    weight_slower.iter().for_each(|&i| assert!(!winograd_weight::pays(&faster[i]), "{i}"));
 }
 
 #[test]

@@ -38,14 +38,14 @@ const AHEAD: usize = 16;
 
 /// One tile of a correlation: `y[m] = sum over taps and channels of x[m + tap, channel] * w[tap,
 /// channel]`.
-pub struct Correlate {
+pub struct Correlate<'a> {
     /// Slab position of the tile's first pixel at tap (0, 0), channel 0.
     pub x: *const f32,
     /// Packed filters of this block of outputs: `[c/block][r][s][block][NV * LANES]`.
     pub w: *const f32,
     pub y: *mut f32,
     /// Where pixel `m` of the tile is written, in floats from `y`.
-    pub y_offsets: [usize; MAX_ROWS],
+    pub y_offsets: &'a [usize; MAX_ROWS],
     /// How many of the `NV * LANES` outputs exist; the rest are packed as zeros and not stored.
     pub live: usize,
     pub accumulate: bool,
@@ -86,7 +86,7 @@ impl Ahead {
 /// `t.y_offsets` are writable (readable too when accumulating).
 #[inline(always)]
 pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH: usize>(
-    t: &Correlate,
+    t: &Correlate<'_>,
 ) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {

@@ -1,4 +1,4 @@
-//! The three transforms of Winograd's F(2x2, 3x3), on vectors of channels.
+//! The transforms of Winograd's F(2x2, 3x3), on vectors of channels.
 //!
 //! A tile of 2x2 outputs meets 4x4 inputs `d` and 3x3 taps `g`. With the matrices of Lavin and Gray
 //! 2016, "Fast algorithms for convolutional neural networks" (section 4.1),
@@ -12,6 +12,9 @@
 //!
 //! the outputs are `A' [(G g G') . (B' d B)] A`: 16 products in place of 36. The 16 places of a
 //! transformed tile are its components; component `4 i + j` stands in row `i`, column `j`.
+//!
+//! The outputs are linear in `g`, so their gradient `dy` gives that of the taps as
+//! `G' [(A dy A') . (B' d B)] G`, summed over tiles in the middle.
 //!
 //! Generic over the vector like `tile.rs`; `kernel.rs` instantiates them.
 
@@ -54,6 +57,20 @@ pub struct Output {
     pub accumulate: bool,
 }
 
+/// A row of tiles of the gradient of the outputs, to transform into `[16 components][tile][width]`.
+pub struct Gradient {
+    /// The first pixel of the two rows of the image; null for a row outside.
+    pub rows: [*const f32; 2],
+    /// Columns of the image, and floats between them.
+    pub w: usize,
+    pub k: usize,
+    /// Component 0 of the row's first tile.
+    pub m: *mut f32,
+    /// Floats from a component to the next, and from a tile to the next: a multiple of `LANES`.
+    pub component: usize,
+    pub width: usize,
+}
+
 /// Filters to transform: `[3][3][vectors][LANES]` into `[16 components][vectors][LANES]`.
 pub struct Filters {
     pub g: *const f32,
@@ -84,6 +101,16 @@ unsafe fn into_components<V: Vector>(x: [V; 4]) -> [V; 4] {
 unsafe fn from_components<V: Vector>(x: [V; 4]) -> [V; 2] {
     // SAFETY: the caller vouches for the instruction set.
     unsafe { [x[0].add(x[1]).add(x[2]), x[1].sub(x[2]).sub(x[3])] }
+}
+
+/// `A x`.
+///
+/// # Safety
+/// `V`'s instruction set is enabled.
+#[inline(always)]
+unsafe fn into_gradients<V: Vector>([x, y]: [V; 2]) -> [V; 4] {
+    // SAFETY: the caller vouches for the instruction set.
+    unsafe { [x, x.add(y), x.sub(y), V::zero().sub(y)] }
 }
 
 /// `G x`.
@@ -170,6 +197,40 @@ pub unsafe fn output<V: Vector>(t: &Output) {
                             let sum = if t.accumulate { V::load(y).add(value) } else { value };
                             sum.store(y);
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `V`'s instruction set is enabled. Each row that is not null holds `t.w` pixels, `t.k` floats apart, of `t.width` floats;
+/// `t.m` holds 16 components of `t.w.div_ceil(2)` tiles.
+#[inline(always)]
+pub unsafe fn gradient<V: Vector>(t: &Gradient) {
+    // SAFETY: every address below is one that the caller vouches for.
+    unsafe {
+        for tile in 0..t.w.div_ceil(2) {
+            let right = 2 * tile + 1 < t.w;
+            for lane in (0..t.width).step_by(V::LANES) {
+                let (mut left_column, mut right_column) = ([V::zero(); 2], [V::zero(); 2]);
+                for (i, row) in t.rows.into_iter().enumerate() {
+                    if row.is_null() {
+                        continue;
+                    }
+                    let dy = row.add(2 * tile * t.k + lane);
+                    left_column[i] = V::load(dy);
+                    if right {
+                        right_column[i] = V::load(dy.add(t.k));
+                    }
+                }
+                let (left, right) = (into_gradients(left_column), into_gradients(right_column));
+                let m = t.m.add(tile * t.width + lane);
+                for i in 0..4 {
+                    let row = into_gradients([left[i], right[i]]);
+                    for (j, value) in row.into_iter().enumerate() {
+                        value.store(m.add((4 * i + j) * t.component));
                     }
                 }
             }

@@ -66,13 +66,26 @@ pub fn prefetch(p: *const f32) {
     let _ = p;
 }
 
-/// Asks for one of `shares` equal shares of `ahead`; returns the rest.
-#[inline]
-pub fn prefetch_share(ahead: &[f32], shares: usize) -> &[f32] {
-    let share = ahead.len().div_ceil(shares.max(1)).next_multiple_of(LINE).min(ahead.len());
-    let (now, later) = ahead.split_at(share);
-    now.iter().step_by(LINE).for_each(|line| prefetch(line));
-    later
+/// Floats of memory that will be read next, asked for a share at a time, so that they arrive while tiles are computed.
+#[derive(Clone, Copy)]
+pub struct Coming<'a> {
+    floats: &'a [f32],
+    share: usize,
+}
+
+impl<'a> Coming<'a> {
+    /// In `shares` equal shares.
+    pub fn new(floats: &'a [f32], shares: usize) -> Self {
+        Self { floats, share: floats.len().div_ceil(shares.max(1)).next_multiple_of(LINE) }
+    }
+
+    /// Asks for the next share.
+    #[inline]
+    pub fn prefetch_share(&mut self) {
+        let (now, later) = self.floats.split_at(self.share.min(self.floats.len()));
+        now.iter().step_by(LINE).for_each(|line| prefetch(line));
+        self.floats = later;
+    }
 }
 
 /// Four floats that the compiler maps to whatever the target has.

@@ -19,7 +19,7 @@ use super::kernel;
 use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
 use super::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
-use super::vector::prefetch_share;
+use super::vector::Coming;
 
 /// Tiles in a group: transformed, with as many as this they stay in the second-level cache next to
 /// the filters of a component. Twice as many from `WIDE` channels on, whose filters have to come
@@ -41,18 +41,15 @@ pub fn fits(d: &Conv2dDims) -> bool {
         && d.k.is_multiple_of(BLOCK)
 }
 
-/// Whether that is faster than the direct sum. Measured with AVX-512, one thread, direct sum over
-/// this: 1.6 to 1.8 with 64 and 128 channels, 1.5 with 256, 1.1 to 1.3 with 512; no gain with 16
-/// channels, with 5x5 pixels, and where too few tiles share the transformed filters.
+/// Whether that is faster than the direct sum. Measured with AVX-512, direct sum over this: 1.2 with
+/// 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3 with 512; no gain with 5x5
+/// pixels, and where too few tiles share the transformed filters.
 pub fn pays(d: &Conv2dDims) -> bool {
     // products for each pair of channels; the direct sum skips taps outside the image
     let taps = |len: usize| (3 * len).saturating_sub(2);
     let direct = d.n * taps(d.h) * taps(d.w);
     let here = d.n * COMPONENTS * d.h.div_ceil(2) * d.w.div_ceil(2);
-    fits(d)
-        && d.c.min(d.k) >= 2 * BLOCK
-        && 5 * direct >= 7 * here
-        && 256 * (direct - here) >= d.c * d.k
+    fits(d) && 5 * direct >= 7 * here && 256 * (direct - here) >= d.c * d.k
 }
 
 /// A correlation of `[n, h, w, c]` with 3x3 filters to `[n, h, w, k]`.
@@ -238,7 +235,8 @@ impl Lane<'_> {
             for (i, out) in out.chunks_mut(len).enumerate() {
                 let out_rows = out.len() / images / (p.w * p.k);
                 let first_row = first_row + i * self.plan.group_rows;
-                let mut group = Group { lane: self, images, first_row, out_rows, ahead: &[] };
+                let coming = Coming::new(&[], 1);
+                let mut group = Group { lane: self, images, first_row, out_rows, coming };
                 group.transform_input(v, x);
                 group.look_ahead(x);
                 let mut filters = self.filters;
@@ -254,6 +252,43 @@ impl Lane<'_> {
     }
 }
 
+/// Some rows of tiles of some images.
+#[derive(Clone, Copy)]
+pub struct Tiles {
+    pub images: usize,
+    /// Row of tiles in each image, and rows from there on.
+    pub first_row: usize,
+    pub rows: usize,
+    /// Tiles that the transformed input has room for.
+    pub most: usize,
+}
+
+impl Tiles {
+    /// Floats from a component of the transformed input to the next. The line in between keeps
+    /// sixteen stores from falling into one set of the cache.
+    pub fn component(&self, c: usize) -> usize {
+        self.most * c + LINE
+    }
+
+    /// `x` `[images, h, w, c]` into `[component][c / BLOCK][tile][BLOCK]`.
+    pub fn transform(&self, isa: Isa, v: &mut [f32], x: &[f32], [h, w, c]: [usize; 3]) {
+        let transform = kernel::input(isa);
+        for row in 0..self.images * self.rows {
+            let (image, y) = (row / self.rows, 2 * (self.first_row + row % self.rows));
+            let rows = [0, 1, 2, 3].map(|i| match (y + i).checked_sub(1) {
+                Some(y) if y < h => x[(image * h + y) * w * c..].as_ptr(),
+                _ => std::ptr::null(),
+            });
+            let tile = row * w.div_ceil(2);
+            let (component, block) = (self.component(c), self.most * BLOCK);
+            let v = v[tile * BLOCK..].as_mut_ptr();
+            // SAFETY: the rows are whole rows of `x`; a component holds `most` tiles of every
+            // block, and those of this row are among them.
+            unsafe { transform(&Input { rows, w, c, v, component, block }) }
+        }
+    }
+}
+
 /// Tiles that are computed together.
 struct Group<'a> {
     lane: &'a Lane<'a>,
@@ -262,7 +297,7 @@ struct Group<'a> {
     first_row: usize,
     out_rows: usize,
     /// Input of the next group: the products ask for it, a few lines each.
-    ahead: &'a [f32],
+    coming: Coming<'a>,
 }
 
 impl<'a> Group<'a> {
@@ -277,27 +312,28 @@ impl<'a> Group<'a> {
     /// `x`, from the group's first image on, into `[component][c / BLOCK][tile][BLOCK]`.
     fn transform_input(&self, v: &mut [f32], x: &[f32]) {
         let (p, plan) = (self.lane.p, self.lane.plan);
-        let transform = kernel::input(plan.isa);
-        for row in 0..self.images * self.rows() {
-            let (image, y) = (row / self.rows(), 2 * (self.first_row + row % self.rows()));
-            let rows = [0, 1, 2, 3].map(|i| match (y + i).checked_sub(1) {
-                Some(y) if y < p.h => x[(image * p.h + y) * p.w * p.c..].as_ptr(),
-                _ => std::ptr::null(),
-            });
-            let tile = row * p.tiles().1;
-            let (component, block) = (plan.components(p).0, plan.tiles * BLOCK);
-            let v = v[tile * BLOCK..].as_mut_ptr();
-            // SAFETY: the rows are whole rows of `x`; a component holds `plan.tiles` tiles of every
-            // block, and those of this row are among them.
-            unsafe { transform(&Input { rows, w: p.w, c: p.c, v, component, block }) }
-        }
+        let tiles = Tiles {
+            images: self.images,
+            first_row: self.first_row,
+            rows: self.rows(),
+            most: plan.tiles,
+        };
+        tiles.transform(plan.isa, v, x, [p.h, p.w, p.c]);
+    }
+
+    /// Products that a component of block `b` takes.
+    fn runs(&self, b: usize) -> usize {
+        let plan = self.lane.plan;
+        self.tiles().div_ceil(plan.isa.tile_rows(plan.blocks.vectors(b)))
     }
 
     fn look_ahead(&mut self, x: &'a [f32]) {
         let p = self.lane.p;
         let last = (self.images - 1) * p.h + 2 * self.first_row + self.out_rows;
         let (from, len) = (last * p.w * p.c, self.images * self.out_rows * p.w * p.c);
-        self.ahead = &x[from.min(x.len())..(from + len).min(x.len())];
+        let blocks = self.lane.plan.blocks;
+        let calls = (0..blocks.count()).map(|b| COMPONENTS * self.runs(b)).sum();
+        self.coming = Coming::new(&x[from.min(x.len())..(from + len).min(x.len())], calls);
     }
 
     /// The products of all components with the filters of block `b`, into
@@ -306,52 +342,59 @@ impl<'a> Group<'a> {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let (v_component, m_component) = plan.components(p);
         let (width, vectors) = (plan.blocks.width(b), plan.blocks.vectors(b));
-        let tiles = self.tiles();
-        let runs = tiles.div_ceil(plan.isa.tile_rows(vectors));
+        let (tiles, runs) = (self.tiles(), self.runs(b));
+        // what a product asks for while it computes: a share of the next component's filters, or of the outputs that the
+        // block will be stored to
         let steps = p.c / BLOCK;
+        let filter_pairs = width.div_ceil(2 * runs);
+        let pixels = (out.len() / p.k).div_ceil(COMPONENTS * runs);
+        let pixel_pairs = pixels.div_ceil(steps);
         let mut y_offsets = [0; MAX_ROWS];
         y_offsets.iter_mut().enumerate().for_each(|(i, offset)| *offset = i * width);
-        for call in 0..COMPONENTS * runs {
-            let (component, run) = (call / runs, call % runs);
-            let (from, to) = (run * tiles / runs, (run + 1) * tiles / runs);
+        // with few channels a product takes no longer than some divisions: none below
+        let (least, longer) = (tiles / runs, tiles % runs);
+        for component in 0..COMPONENTS {
             let filters = &filters[component * p.c * width..];
-            let ahead = if p.c >= STREAMED {
-                // a share of the next component's filters
-                let pairs = width.div_ceil(2 * runs);
-                let next = p.c * width + run * steps * pairs * 2 * LINE;
-                Ahead { from: filters.as_ptr().wrapping_add(next), step: 2 * LINE, pairs }
-            } else {
-                // a share of the outputs that the block will be stored to
-                let pixels = (out.len() / p.k).div_ceil(COMPONENTS * runs);
-                let first = call * pixels * p.k + b * plan.blocks.full();
-                let from = out.as_ptr().wrapping_add(first);
-                Ahead { from, step: p.k, pairs: pixels.div_ceil(steps) }
-            };
-            let calls_left = (plan.blocks.count() - b) * COMPONENTS * runs - call;
-            self.ahead = prefetch_share(self.ahead, calls_left);
-            let tile = Correlate {
-                x: v[component * v_component + from * BLOCK..].as_ptr(),
-                w: filters.as_ptr(),
-                y: m[component * m_component + from * width..].as_mut_ptr(),
-                y_offsets,
-                live: width,
-                accumulate: false,
-                c: p.c,
-                block: BLOCK,
-                taps: (1, 1),
-                tap_rows: (0, 1),
-                tap_columns: (0, 1),
-                x_block: plan.tiles * BLOCK,
-                x_row: 0,
-                x_phase: 0,
-                x_column: 0,
-                stride: 1,
-                ahead,
-            };
-            let kernel = kernel::correlate(plan.isa, to - from, vectors, BLOCK);
-            // SAFETY: tiles `from..to` of the component are there in every block of `v` and in `m`;
-            // its filters are `c` rows of `width`, which is `live` (`k` is a multiple of a vector).
-            unsafe { kernel(&tile) }
+            let v = &v[component * v_component..][..v_component];
+            let m = &mut m[component * m_component..][..m_component];
+            let mut from = 0;
+            for run in 0..runs {
+                let rows = least + usize::from(run < longer);
+                let ahead = if p.c >= STREAMED {
+                    let next = p.c * width + run * steps * filter_pairs * 2 * LINE;
+                    let from = filters.as_ptr().wrapping_add(next);
+                    Ahead { from, step: 2 * LINE, pairs: filter_pairs }
+                } else {
+                    let first = (component * runs + run) * pixels * p.k + b * plan.blocks.full();
+                    let from = out.as_ptr().wrapping_add(first);
+                    Ahead { from, step: p.k, pairs: pixel_pairs }
+                };
+                self.coming.prefetch_share();
+                let tile = Correlate {
+                    x: v[from * BLOCK..].as_ptr(),
+                    w: filters.as_ptr(),
+                    y: m[from * width..].as_mut_ptr(),
+                    y_offsets: &y_offsets,
+                    live: width,
+                    accumulate: false,
+                    c: p.c,
+                    block: BLOCK,
+                    taps: (1, 1),
+                    tap_rows: (0, 1),
+                    tap_columns: (0, 1),
+                    x_block: plan.tiles * BLOCK,
+                    x_row: 0,
+                    x_phase: 0,
+                    x_column: 0,
+                    stride: 1,
+                    ahead,
+                };
+                let kernel = kernel::correlate(plan.isa, rows, vectors, BLOCK);
+                // SAFETY: the `rows` tiles from `from` on are there in every block of the component of `v` and in that of
+                // `m`; its filters are `c` rows of `width`, which is `live` (`k` is a multiple of a vector).
+                unsafe { kernel(&tile) }
+                from += rows;
+            }
         }
     }
 
