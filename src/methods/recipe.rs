@@ -305,6 +305,7 @@ const BUILTIN: &[(&str, &str)] = &[
     builtin!("moco-v2-cifar10-small"),
     builtin!("moco-v2-imagenet"),
     builtin!("simclr-cifar10"),
+    builtin!("simclr-cifar10-cpu"),
     builtin!("simclr-cifar10-small"),
     builtin!("simclr-imagenet"),
     builtin!("simclr-v2-cifar10"),
