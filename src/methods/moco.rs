@@ -30,7 +30,7 @@ use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, gather_rows, info_nce, l2_normalize, write_rows};
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -70,6 +70,8 @@ pub struct MoCo {
 /// What a run gives a method to own.
 struct Own {
     key: Arena,
+    /// m.
+    momentum: Numbers<f64>,
     /// Unit rows `[K, embedding]`.
     queue: Tensor,
     /// The row that is overwritten next.
@@ -182,7 +184,8 @@ impl Method for MoCo {
             return Err(Error::Config(reason));
         }
         let queue = random_rows(online.device(), queue, embedding, course.seed);
-        self.own = Some(Own { key: online.twin(), queue, oldest: 0, course: *course });
+        let momentum = Numbers::new(online.device(), &[self.settings.momentum]);
+        self.own = Some(Own { key: online.twin(), momentum, queue, oldest: 0, course: *course });
         Ok(())
     }
 
@@ -203,7 +206,7 @@ impl Method for MoCo {
 
     fn before_step(&mut self, online: &mut Arena) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        ema(&mut own.key, online, self.settings.momentum);
+        ema(&mut own.key, online, &own.momentum);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

@@ -28,7 +28,7 @@ use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -84,6 +84,8 @@ pub struct SimClrV2 {
 
 struct Memory {
     key: Arena,
+    /// m.
+    momentum: Numbers<f64>,
     /// Unit rows `[memory, embedding]`.
     keys: Tensor,
     /// The row that is overwritten next.
@@ -150,13 +152,14 @@ impl Method for SimClrV2 {
             return Err(Error::Config(reason));
         }
         let keys = random_rows(online.device(), memory, embedding, course.seed);
-        self.memory = Some(Memory { key: online.twin(), keys, oldest: 0, entered: 0 });
+        let momentum = Numbers::new(online.device(), &[self.settings.momentum]);
+        self.memory = Some(Memory { key: online.twin(), momentum, keys, oldest: 0, entered: 0 });
         Ok(())
     }
 
     fn before_step(&mut self, online: &mut Arena) {
         if let Some(memory) = &mut self.memory {
-            ema(&mut memory.key, online, self.settings.momentum);
+            ema(&mut memory.key, online, &memory.momentum);
         }
     }
 
