@@ -6,6 +6,8 @@ mod accumulation;
 mod audit;
 #[path = "suite/augmentation.rs"]
 mod augmentation;
+#[path = "suite/captured.rs"]
+mod captured;
 #[path = "suite/case.rs"]
 mod case;
 #[path = "suite/cases.rs"]
