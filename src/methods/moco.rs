@@ -62,6 +62,8 @@ pub struct MoCo {
     own: Option<Own>,
     /// A permutation of the batch and its inverse, for each half of the loss.
     shuffles: Vec<[Tensor; 2]>,
+    /// The rows of the queue that each half's keys go to, from this one on; on the device.
+    places: Option<Tensor>,
     /// What the last loss left for the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
@@ -110,8 +112,17 @@ impl MoCo {
         }
         let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, 1);
         let (layout, settings) = (Arc::new(layout), *settings);
-        let (own, shuffles, keys) = (None, Vec::new(), Vec::new());
-        Self { layout, backbone, head, settings, own, shuffles, keys, embeddings: None }
+        Self {
+            layout,
+            backbone,
+            head,
+            settings,
+            own: None,
+            shuffles: Vec::new(),
+            places: None,
+            keys: Vec::new(),
+            embeddings: None,
+        }
     }
 
     /// Images to unit embeddings `[n, embedding]`.
@@ -147,7 +158,7 @@ impl MoCo {
         let q = self.encode(&tape.input(x_q)); // [n, embedding]
         let k = self.encode_keys(x_k, half); // [n, embedding]
         let own = self.own.as_ref().expect("made by start");
-        let negatives = Negatives { queue: &own.queue, own: 0..0 };
+        let negatives = Negatives { queue: &own.queue, own: None };
         let loss = info_nce(&q, &tape.input(&k), &negatives, self.settings.temperature);
         self.embeddings = Some(q.value().clone());
         self.keys.push(k);
@@ -157,8 +168,9 @@ impl MoCo {
     /// Puts the keys of the last loss in place of the oldest ones.
     pub fn enqueue(&mut self) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        for k in self.keys.drain(..) {
-            write_rows(&mut own.queue, own.oldest as usize, &k);
+        let places = self.places.as_ref().expect("moco: prepare comes before a step");
+        for (half, k) in self.keys.drain(..).enumerate() {
+            write_rows(&mut own.queue, &places.slice(half, [1]), &k);
             own.oldest = (own.oldest + k.shape()[0] as u64) % self.settings.queue as u64;
         }
     }
@@ -187,9 +199,16 @@ impl Method for MoCo {
     }
 
     fn prepare(&mut self, iteration: u64) {
-        let Some(own) = self.own.as_ref().filter(|_| self.settings.shuffle) else { return };
+        let Some(own) = &self.own else { return };
         let (device, course) = (own.key.device().clone(), own.course);
+        let halves = if self.settings.symmetric { 2 } else { 1 };
         let index = |order: &[i32]| Tensor::from_slice(&device, [order.len()], order);
+        let place = |half| (own.oldest as usize + half * course.batch) % self.settings.queue;
+        let places: Vec<i32> = (0..halves).map(|half| place(half) as i32).collect();
+        self.places = Some(index(&places));
+        if !self.settings.shuffle {
+            return;
+        }
         let draw = |half| {
             let mut rng = Philox::new(course.seed, Purpose::Shuffle, iteration as u32, half);
             let mut order: Vec<i32> = (0..course.batch as i32).collect();
@@ -198,7 +217,7 @@ impl Method for MoCo {
             order.iter().enumerate().for_each(|(place, &row)| back[row as usize] = place as i32);
             [index(&order), index(&back)]
         };
-        self.shuffles = (0..if self.settings.symmetric { 2 } else { 1 }).map(draw).collect();
+        self.shuffles = (0..halves as u32).map(draw).collect();
     }
 
     fn before_step(&mut self, online: &mut Arena) {

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::arena::{Arena, Layout};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::moco::random_rows;
 use crate::methods::{Course, Method, State, above_zero, momentum_in_range, widths};
@@ -88,8 +89,15 @@ struct Memory {
     keys: Tensor,
     /// The row that is overwritten next.
     oldest: u64,
-    /// Keys that the last loss wrote there.
-    entered: u64,
+    /// Keys of a step.
+    entering: u64,
+    /// Begin and end of the rows that this step's keys go to, on the device.
+    place: Tensor,
+}
+
+/// `count` rows from `first` on, as kernels read them.
+fn place(device: &Device, first: u64, count: u64) -> Tensor {
+    Tensor::from_slice(device, [2], &[first as i32, (first + count) as i32])
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -119,9 +127,8 @@ impl SimClrV2 {
     /// Both views' embeddings against both views' keys and the memory.
     fn contrast_with_memory<'t>(&self, z: &Var<'t>, k: &Tensor, memory: &Memory) -> Var<'t> {
         let n = z.shape()[0] / 2;
-        let first = memory.oldest as usize;
         // This batch's keys have just been written there.
-        let negatives = Negatives { queue: &memory.keys, own: first..first + 2 * n };
+        let negatives = Negatives { queue: &memory.keys, own: Some(&memory.place) };
         let [k1, k2] = [0, n].map(|from| z.tape().input(&k.rows(from, n)));
         let [z1, z2] = [0, n].map(|from| slice_rows(z, from, n));
         let t = self.settings.temperature;
@@ -149,9 +156,17 @@ impl Method for SimClrV2 {
                 format!("method.memory is {memory}, no multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let keys = random_rows(online.device(), memory, embedding, course.seed);
-        self.memory = Some(Memory { key: online.twin(), keys, oldest: 0, entered: 0 });
+        let (device, entering) = (online.device(), keys as u64);
+        let keys = random_rows(device, memory, embedding, course.seed);
+        let place = place(device, 0, entering);
+        self.memory = Some(Memory { key: online.twin(), keys, oldest: 0, entering, place });
         Ok(())
+    }
+
+    fn prepare(&mut self, _: u64) {
+        if let Some(memory) = &mut self.memory {
+            memory.place = place(memory.key.device(), memory.oldest, memory.entering);
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
@@ -168,8 +183,7 @@ impl Method for SimClrV2 {
         };
         let k = forward(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
         let k = k.expect("a forward pass on this device works"); // the online one has just done so
-        write_rows(&mut memory.keys, memory.oldest as usize, &k);
-        memory.entered = k.shape()[0] as u64;
+        write_rows(&mut memory.keys, &memory.place.slice(0, [1]), &k);
         let loss = self.contrast_with_memory(&z, &k, &memory);
         self.memory = Some(memory);
         loss
@@ -181,8 +195,7 @@ impl Method for SimClrV2 {
 
     fn after_update(&mut self, _: &mut Arena, _: f64) {
         if let Some(memory) = &mut self.memory {
-            let entered = std::mem::take(&mut memory.entered);
-            memory.oldest = (memory.oldest + entered) % self.settings.memory as u64;
+            memory.oldest = (memory.oldest + memory.entering) % self.settings.memory as u64;
         }
     }
 

@@ -1,7 +1,5 @@
 //! The CUDA path: the case table on a GPU against the truth, and what the device does when things go wrong.
 
-use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Init, Layout, SlotKind};
@@ -16,26 +14,6 @@ use crate::compare::{close, report};
 use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
 use crate::seeded;
-
-/// Primitives whose kernels are still to be written. The list can only shrink: one that has kernels must leave it.
-const NOT_YET: [&str; 8] = [
-    "concat_rows",
-    "distillation",
-    "gather_rows",
-    "info_nce",
-    "neg_cosine",
-    "soft_cross_entropy",
-    "stream_mean",
-    "stream_select",
-];
-
-fn primitive(case: &Case) -> &str {
-    case.name.split(' ').next().unwrap()
-}
-
-fn on_gpu() -> impl Iterator<Item = Case> {
-    table().into_iter().filter(|case| !NOT_YET.contains(&primitive(case)))
-}
 
 /// Compares a device with the reference, all routes.
 fn agree(
@@ -67,14 +45,14 @@ fn agree(
 #[test]
 fn a_gpu_agrees_with_the_f64_reference_in_f32() {
     let goldens = Goldens::open("primitives");
-    agree("CUDA f32 against reference", &gpu(Precision::F32), on_gpu(), |case, part| {
+    agree("CUDA f32 against reference", &gpu(Precision::F32), table().into_iter(), |case, part| {
         case.loose * goldens.record(part).tolerance(1e-5)
     });
 }
 
 #[test]
 fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
-    let cases = on_gpu().map(Case::rounded);
+    let cases = table().into_iter().map(Case::rounded);
     agree("CUDA bf16 against reference", &gpu(Precision::Bf16), cases, |_, _| 1e-2);
 }
 
@@ -174,25 +152,9 @@ fn a_linear_layer_takes_f32_where_weights_are_bf16() {
 }
 
 #[test]
-fn primitives_without_kernels_are_listed_and_say_so() {
-    let gpu = gpu(Precision::F32);
-    let names: BTreeSet<String> = table().iter().map(|case| primitive(case).to_owned()).collect();
-    for name in NOT_YET {
-        assert!(names.contains(name), "there is no primitive {name}");
-        let case = table().into_iter().find(|case| primitive(case) == name).unwrap();
-        let panic = catch_unwind(AssertUnwindSafe(|| case.run(&gpu, Route::Node)));
-        let panic = panic.expect_err("a primitive with kernels leaves the list");
-        let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
-        // Folders speak, and some have two primitives.
-        assert!(text.contains(" has no CUDA kernels yet"), "{name}: {text}");
-    }
-    println!("primitives without CUDA kernels: {}", NOT_YET.join(", "));
-}
-
-#[test]
 fn a_gpu_gives_the_same_bits_again() {
     let gpu = gpu(Precision::Bf16);
-    for case in on_gpu() {
+    for case in table() {
         assert_eq!(case.run(&gpu, Route::Twice), case.run(&gpu, Route::Twice), "{case:?}");
     }
 }
