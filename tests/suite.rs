@@ -24,6 +24,8 @@ mod driver;
 mod examples;
 #[path = "suite/floors.rs"]
 mod floors;
+#[path = "suite/forced.rs"]
+mod forced;
 #[path = "suite/golden.rs"]
 mod golden;
 #[path = "suite/memory.rs"]

@@ -82,11 +82,6 @@ pub trait Method {
     /// The trunk whose features are evaluated, on the online arena.
     fn backbone(&self) -> &ResNet;
 
-    /// Whether every operation of its steps has CUDA kernels.
-    fn runs_on_cuda(&self) -> bool {
-        false
-    }
-
     /// Views of each image that a step needs.
     fn views(&self) -> usize {
         2

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::arena::Arena;
 use crate::data::{self, Loader, Source, Split, Subset};
-use crate::device::{Device, DeviceKind};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
 use crate::methods::{self, Course, DataSettings, Method, Recipe};
@@ -156,12 +156,6 @@ impl Run {
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
         let mut method = methods::build(recipe)?;
-        if device.kind() == DeviceKind::Cuda && !method.runs_on_cuda() {
-            let name = &recipe.method.name;
-            return Err(Error::config(format!(
-                "{name}: some of its operations have no CUDA kernels yet; train it with --device cpu"
-            )));
-        }
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
