@@ -119,7 +119,8 @@ impl Method for Distill {
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let student = self.student.forward(&tape.input(&views[0])); // [n, classes]
         let weights = self.weights.as_ref().expect("distill: start comes before the first step");
-        let teacher = evaluate_in_step(weights, |tape| self.teacher.forward(&tape.input(&views[0])));
+        let teacher =
+            evaluate_in_step(weights, |tape| self.teacher.forward(&tape.input(&views[0])));
         distillation(&student, &teacher, self.settings.temperature)
     }
 

@@ -250,9 +250,6 @@ impl Method for MoCo {
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(own) = &mut self.own else { return Vec::new() };
-        vec![
-            ("key", State::Network(&mut own.key)),
-            ("queue", State::Rows(&mut own.queue)),
-        ]
+        vec![("key", State::Network(&mut own.key)), ("queue", State::Rows(&mut own.queue))]
     }
 }

@@ -193,9 +193,6 @@ impl Method for SimClrV2 {
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(memory) = &mut self.memory else { return Vec::new() };
-        vec![
-            ("key", State::Network(&mut memory.key)),
-            ("memory", State::Rows(&mut memory.keys)),
-        ]
+        vec![("key", State::Network(&mut memory.key)), ("memory", State::Rows(&mut memory.keys))]
     }
 }

@@ -16,7 +16,7 @@ use crate::arena::Arena;
 use crate::data::Batch;
 use crate::device::cuda::{Graph, Ring};
 use crate::device::{Device, DeviceKind};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::optim::{Optimizer, Schedule};
 use crate::tape;
@@ -136,8 +136,8 @@ impl Steps {
             self.embeddings = method.take_embeddings();
             return Ok(vec![Done { step: iteration + 1, lr, loss }]);
         }
-        self.queue(method, online, optimizer, &batch.crops, progress)?;
-        self.device.check()?;
+        let queued = self.queue(method, online, optimizer, &batch.crops, progress);
+        queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
         self.known(AHEAD)
     }
@@ -150,7 +150,7 @@ impl Steps {
         self.known(0)
     }
 
-    /// What the last step compared, as [`Method::take_embeddings`] has it.
+    /// What the last step compared, as [`Method::take_embeddings`] has it. The next step may write it anew.
     pub fn embeddings(&self) -> Option<&Tensor> {
         self.embeddings.as_ref()
     }
@@ -169,7 +169,6 @@ impl Steps {
             views: crops.iter().map(|crops| *crops.shape()).collect(),
         };
         if self.like.as_ref() != Some(&like) {
-            self.embeddings = None; // they may lie in memory of the graph
             self.recorded = None;
             self.views = crops.iter().map(Tensor::empty_like).collect();
             (self.like, self.launched) = (Some(like), 0);
@@ -223,6 +222,14 @@ impl Steps {
             }
         }
         Ok(known)
+    }
+}
+
+/// What a device says, with the step in which it said so.
+fn during(step: u64, error: Error) -> Error {
+    match error {
+        Error::Device(reason) => Error::Device(format!("step {step}: {reason}")),
+        other => other,
     }
 }
 

@@ -200,7 +200,7 @@ pub fn run_of(name: &str) -> Run {
 }
 
 impl Run {
-    fn schedule(&self) -> Schedule {
+    pub fn schedule(&self) -> Schedule {
         Schedule { peak: self.peak, total: STEPS as u64, ..Schedule::default() }
     }
 
@@ -214,7 +214,7 @@ impl Run {
         self.sizes.iter().enumerate().map(tensor).collect()
     }
 
-    fn labels(&self, step: usize) -> Vec<i32> {
+    pub fn labels(&self, step: usize) -> Vec<i32> {
         let seed = seeded::seed(&format!("{}|labels {step}", self.name));
         seeded::indices(seed, BATCH, 5).into_iter().map(|label| label as i32).collect()
     }
