@@ -29,8 +29,8 @@ use crate::methods::{Course, Method, State, above_zero, momentum_in_range, view,
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, gather_rows, info_nce, l2_normalize, write_rows};
 use crate::optim::ema;
-use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -60,8 +60,8 @@ pub struct MoCo {
     head: Mlp,
     settings: Settings,
     own: Option<Own>,
-    /// A permutation of the batch and its inverse, for each half of the loss.
-    shuffles: Vec<[Tensor; 2]>,
+    /// A permutation of the batch and its inverse, for each half of the loss; none without shuffling.
+    shuffles: Vec<[Numbers<i32>; 2]>,
     /// What the last loss left for the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
@@ -70,10 +70,12 @@ pub struct MoCo {
 /// What a run gives a method to own.
 struct Own {
     key: Arena,
+    /// m.
+    momentum: Numbers<f64>,
     /// Unit rows `[K, embedding]`.
     queue: Tensor,
-    /// The row that is overwritten next.
-    oldest: u64,
+    /// The rows that each half's keys overwrite, from this one on: the oldest.
+    places: Numbers<i32>,
     course: Course,
 }
 
@@ -110,8 +112,16 @@ impl MoCo {
         }
         let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, 1);
         let (layout, settings) = (Arc::new(layout), *settings);
-        let (own, shuffles, keys) = (None, Vec::new(), Vec::new());
-        Self { layout, backbone, head, settings, own, shuffles, keys, embeddings: None }
+        Self {
+            layout,
+            backbone,
+            head,
+            settings,
+            own: None,
+            shuffles: Vec::new(),
+            keys: Vec::new(),
+            embeddings: None,
+        }
     }
 
     /// Images to unit embeddings `[n, embedding]`.
@@ -126,15 +136,15 @@ impl MoCo {
     /// Before [`Method::start`].
     pub fn encode_keys(&mut self, images: &Tensor, half: usize) -> Tensor {
         let mut own = self.own.take().expect("moco: start comes before the first step");
-        let k = forward(&mut own.key, |tape| match self.shuffles.get(half) {
+        let k = forward_in_step(&mut own.key, |tape| match self.shuffles.get(half) {
             Some([shuffle, unshuffle]) => {
-                let x = gather_rows(&tape.input(images), shuffle);
-                gather_rows(&self.encode(&x), unshuffle)
+                let x = gather_rows(&tape.input(images), shuffle.tensor());
+                gather_rows(&self.encode(&x), unshuffle.tensor())
             }
             None => self.encode(&tape.input(images)),
         });
         self.own = Some(own);
-        k.expect("a forward pass on this device works") // the online one has just done so
+        k
     }
 
     /// One half of the loss: queries of `x_q` against keys of `x_k`, which are kept for the queue.
@@ -147,7 +157,7 @@ impl MoCo {
         let q = self.encode(&tape.input(x_q)); // [n, embedding]
         let k = self.encode_keys(x_k, half); // [n, embedding]
         let own = self.own.as_ref().expect("made by start");
-        let negatives = Negatives { queue: &own.queue, own: 0..0 };
+        let negatives = Negatives { queue: &own.queue, own: None };
         let loss = info_nce(&q, &tape.input(&k), &negatives, self.settings.temperature);
         self.embeddings = Some(q.value().clone());
         self.keys.push(k);
@@ -157,9 +167,8 @@ impl MoCo {
     /// Puts the keys of the last loss in place of the oldest ones.
     pub fn enqueue(&mut self) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        for k in self.keys.drain(..) {
-            write_rows(&mut own.queue, own.oldest as usize, &k);
-            own.oldest = (own.oldest + k.shape()[0] as u64) % self.settings.queue as u64;
+        for (half, k) in self.keys.drain(..).enumerate() {
+            write_rows(&mut own.queue, &own.places.tensor().slice(half, [1]), &k);
         }
     }
 }
@@ -181,29 +190,44 @@ impl Method for MoCo {
                 format!("method.queue is {queue}, no multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let queue = random_rows(online.device(), queue, embedding, course.seed);
-        self.own = Some(Own { key: online.twin(), queue, oldest: 0, course: *course });
+        let (device, batch) = (online.device(), course.batch);
+        let halves = if symmetric { 2 } else { 1 };
+        let rows = || [(); 2].map(|()| Numbers::new(device, &vec![0; batch]));
+        let shuffled = if self.settings.shuffle { halves } else { 0 };
+        self.shuffles = (0..shuffled).map(|_| rows()).collect();
+        self.own = Some(Own {
+            key: online.twin(),
+            momentum: Numbers::new(device, &[self.settings.momentum]),
+            queue: random_rows(device, queue, embedding, course.seed),
+            places: Numbers::new(device, &vec![0; halves]),
+            course: *course,
+        });
         Ok(())
     }
 
     fn prepare(&mut self, iteration: u64) {
-        let Some(own) = self.own.as_ref().filter(|_| self.settings.shuffle) else { return };
-        let (device, course) = (own.key.device().clone(), own.course);
-        let index = |order: &[i32]| Tensor::from_slice(&device, [order.len()], order);
-        let draw = |half| {
-            let mut rng = Philox::new(course.seed, Purpose::Shuffle, iteration as u32, half);
+        let Some(Own { course, places, .. }) = &mut self.own else { return };
+        let halves = places.values().len() as u64;
+        let place = |half| {
+            let keys = (iteration * halves + half) * course.batch as u64;
+            (keys % self.settings.queue as u64) as i32
+        };
+        places.set(&(0..halves).map(place).collect::<Vec<_>>());
+        for (half, [shuffle, unshuffle]) in self.shuffles.iter_mut().enumerate() {
+            let (step, half) = (iteration as u32, half as u32);
+            let mut rng = Philox::new(course.seed, Purpose::Shuffle, step, half);
             let mut order: Vec<i32> = (0..course.batch as i32).collect();
             rng.shuffle(&mut order);
             let mut back = vec![0; order.len()];
             order.iter().enumerate().for_each(|(place, &row)| back[row as usize] = place as i32);
-            [index(&order), index(&back)]
-        };
-        self.shuffles = (0..if self.settings.symmetric { 2 } else { 1 }).map(draw).collect();
+            shuffle.set(&order);
+            unshuffle.set(&back);
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        ema(&mut own.key, online, self.settings.momentum);
+        ema(&mut own.key, online, &own.momentum);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
@@ -226,10 +250,6 @@ impl Method for MoCo {
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(own) = &mut self.own else { return Vec::new() };
-        vec![
-            ("key", State::Network(&mut own.key)),
-            ("queue", State::Rows(&mut own.queue)),
-            ("oldest", State::Count(&mut own.oldest)),
-        ]
+        vec![("key", State::Network(&mut own.key)), ("queue", State::Rows(&mut own.queue))]
     }
 }

@@ -33,8 +33,6 @@ pub struct Settings {
 pub struct SimClr {
     layout: Arc<Layout>,
     backbone: ResNet,
-    /// Selective kernels have no CUDA path yet.
-    selective: bool,
     head: Mlp,
     temperature: f64,
     embeddings: Option<Tensor>,
@@ -66,8 +64,7 @@ impl SimClr {
         let groups = network.norm_groups;
         let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, groups);
         let (layout, temperature) = (Arc::new(layout), settings.temperature);
-        let selective = network.sk_ratio > 0.0;
-        Self { layout, backbone, selective, head, temperature, embeddings: None }
+        Self { layout, backbone, head, temperature, embeddings: None }
     }
 
     /// Images to unit embeddings `[rows, embedding]`.
@@ -88,10 +85,6 @@ impl Method for SimClr {
 
     fn backbone(&self) -> &ResNet {
         &self.backbone
-    }
-
-    fn runs_on_cuda(&self) -> bool {
-        !self.selective
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

@@ -9,13 +9,12 @@ use serde_json::json;
 
 use crate::arena::Arena;
 use crate::data::{self, Loader, Source, Split, Subset};
-use crate::device::{Device, DeviceKind};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
 use crate::methods::{self, Course, DataSettings, Method, Recipe};
 use crate::optim::{Optimizer, Schedule};
-use crate::tape::step;
-use crate::train::{Metrics, checkpoint};
+use crate::train::{Done, Metrics, Steps, Training, checkpoint};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -133,7 +132,21 @@ pub struct Run {
     loader: Loader,
     images: Images,
     folder: Option<(PathBuf, Metrics)>,
+    steps: Steps,
+    /// Steps begun.
     step: u64,
+}
+
+/// An epoch under way.
+struct SoFar {
+    start: Instant,
+    /// Steps done before it.
+    first: u64,
+    steps: usize,
+    /// Views of all its steps.
+    views: usize,
+    /// The sum of the losses that are known.
+    losses: f64,
 }
 
 impl Run {
@@ -143,12 +156,6 @@ impl Run {
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
         let mut method = methods::build(recipe)?;
-        if device.kind() == DeviceKind::Cuda && !method.runs_on_cuda() {
-            let name = &recipe.method.name;
-            return Err(Error::config(format!(
-                "{name}: some of its operations have no CUDA kernels yet; train it with --device cpu"
-            )));
-        }
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
@@ -188,6 +195,7 @@ impl Run {
             loader,
             images,
             folder,
+            steps: Steps::new(device),
             step: 0,
         })
     }
@@ -220,7 +228,7 @@ impl Run {
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
         for epoch in 0..epochs {
-            let report = self.epoch(epoch, watch)?;
+            let report = self.epoch(epoch, watch).map_err(|e| self.with_what_is_left(e))?;
             if report.waiting > WAITING {
                 watch.note(&format!(
                     "{:.0}% of this epoch was spent waiting for images: give the loader more threads, or faster files",
@@ -230,7 +238,7 @@ impl Run {
             watch.epoch(&report);
             let last = epoch + 1 == epochs;
             if due(self.recipe.train.checkpoint_every, epoch) || last {
-                self.checkpoint()?;
+                self.checkpoint().map_err(|e| self.with_what_is_left(e))?;
             }
         }
         for skipped in self.loader.skipped() {
@@ -240,54 +248,33 @@ impl Run {
     }
 
     fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
-        let (start, waited) = (Instant::now(), self.loader.waited());
-        let views = self.loader.batches_per_epoch() * self.recipe.train.batch * self.method.views();
-        let (mut losses, mut embeddings) = (0.0, None);
+        let waited = self.loader.waited();
         let steps = self.loader.batches_per_epoch();
-        for i in 0..steps {
+        let mut so_far = SoFar {
+            start: Instant::now(),
+            first: self.step,
+            steps,
+            views: steps * self.recipe.train.batch * self.method.views(),
+            losses: 0.0,
+        };
+        for _ in 0..steps {
             let batch = self.loader.next_batch()?;
-            let phase = self.method.phase();
-            self.method.labels(&batch.labels)?;
-            self.method.prepare(self.step);
-            if self.method.phase() != phase {
-                let (method, peak) = (&self.method, self.schedule.peak);
-                self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
-            }
-            self.method.before_step(&mut self.online);
-            let method = &mut self.method;
-            let loss = step(&mut self.online, |tape| method.loss(tape, &batch.crops))?;
-            let lr = self.schedule.lr(self.step);
-            self.optimizer.step(&mut self.online, lr);
-            self.step += 1;
-            let progress = self.step as f64 / self.schedule.total.max(1) as f64;
-            self.method.after_update(&mut self.online, progress);
-            let loss = loss.scalar();
-            self.online.device().check()?; // what a failed device gives is no number
-            if !loss.is_finite() {
-                return Err(Error::Diverged(format!(
-                    "the loss became {loss} at step {} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs",
-                    self.step
-                )));
-            }
-            losses += loss;
-            embeddings = self.method.take_embeddings();
-            let done = (i + 1) as f64 / steps as f64;
-            let report = StepReport {
-                step: self.step,
-                total: self.schedule.total,
-                loss,
-                lr,
-                views_per_second: done * views as f64 / start.elapsed().as_secs_f64(),
+            let training = Training {
+                method: &mut *self.method,
+                online: &mut self.online,
+                optimizer: &mut self.optimizer,
+                schedule: &self.schedule,
             };
-            watch.step(&report);
-            if let Some((_, metrics)) = &mut self.folder {
-                metrics.write(&json!({ "step": self.step, "loss": loss, "lr": lr }))?;
-            }
+            let known = self.steps.run(training, &batch, self.step)?;
+            self.step += 1;
+            known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
         }
+        let known = self.steps.finish()?;
+        known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
+        let SoFar { start, views, losses, .. } = so_far;
         let elapsed = start.elapsed();
-        let spread = embeddings.as_ref().map(eval::spread);
+        let spread = self.steps.embeddings().map(eval::spread);
         self.online.device().check()?;
-        drop(embeddings);
         if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
             return Err(Error::Diverged(format!(
                 "the embeddings collapsed in epoch {}: {seen}; \
@@ -325,6 +312,41 @@ impl Run {
             }))?;
         }
         Ok(report)
+    }
+
+    /// Writes down a step whose loss is known.
+    fn tell(&mut self, done: Done, so_far: &mut SoFar, watch: &mut dyn Watch) -> Result<()> {
+        let Done { step, lr, loss } = done;
+        self.online.device().check()?; // what a failed device gives is no number
+        if !loss.is_finite() {
+            return Err(Error::Diverged(format!(
+                "the loss became {loss} at step {step} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs"
+            )));
+        }
+        so_far.losses += loss;
+        let share = (step - so_far.first) as f64 / so_far.steps as f64;
+        watch.step(&StepReport {
+            step,
+            total: self.schedule.total,
+            loss,
+            lr,
+            views_per_second: share * so_far.views as f64 / so_far.start.elapsed().as_secs_f64(),
+        });
+        if let Some((_, metrics)) = &mut self.folder {
+            metrics.write(&json!({ "step": step, "loss": loss, "lr": lr }))?;
+        }
+        Ok(())
+    }
+
+    /// A device's failure with what is left of the run.
+    fn with_what_is_left(&self, error: Error) -> Error {
+        let (Error::Device(reason), Some((folder, _))) = (&error, &self.folder) else {
+            return error;
+        };
+        Error::Device(match checkpoint::newest(folder) {
+            Ok(file) => format!("{reason}; the newest checkpoint is {}", file.display()),
+            Err(_) => format!("{reason}; no checkpoint had been written yet"),
+        })
     }
 
     /// kNN accuracy on the held-out images; `None` without any.

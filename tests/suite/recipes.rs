@@ -1,8 +1,12 @@
 //! Every recipe builds its whole description, and at a fraction of its width and size runs two steps.
 
-use selfsup::device::Device;
+use std::collections::BTreeSet;
+
+use selfsup::device::{Device, Precision};
 use selfsup::methods::{self, Recipe};
 use selfsup::train::Run;
+
+use crate::driver::{gpu, unchecked};
 
 /// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
 fn reduced(name: &str) -> Recipe {
@@ -35,27 +39,44 @@ fn reduced(name: &str) -> Recipe {
     recipe
 }
 
-#[test]
-fn every_recipe_runs_two_steps_at_reduced_width() {
+/// Two steps of each recipe and an evaluation; gives how many ran.
+fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     let folder = tempfile::tempdir().unwrap();
-    let device = Device::cpu(1).unwrap().poisoned();
     let mut ran = 0;
-    for name in methods::builtin_names() {
+    for name in names {
         let mut recipe = reduced(name);
         if recipe.method.name == "distill" {
-            let file = teacher(&mut recipe, folder.path(), &device);
+            let file = teacher(&mut recipe, folder.path(), device);
             let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
             teacher.insert("file".into(), file.into());
         }
-        let mut run = Run::new(&recipe, &device, None).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let mut run = Run::new(&recipe, device, None).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(run.schedule().total, 2, "{name}");
         let mut last = Last(f64::NAN, 0);
         run.train(&mut last).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(last.0.is_finite() && last.1 == 2, "{name}: loss {}, {} steps", last.0, last.1);
         ran += 1;
     }
+    println!("recipes run on {device}: {ran}");
+    ran
+}
+
+#[test]
+fn every_recipe_runs_two_steps_at_reduced_width() {
+    let ran = run(methods::builtin_names(), &Device::cpu(1).unwrap().poisoned());
     assert!(ran > 25, "{ran} recipes");
-    println!("recipes run: {ran}");
+}
+
+/// The small ones, which have every method, and one with selective kernels.
+#[test]
+fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
+    unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
+        let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";
+        let names: Vec<&str> = methods::builtin_names().filter(chosen).collect();
+        let used: BTreeSet<String> = names.iter().map(|name| reduced(name).method.name).collect();
+        assert!(methods::ALL.iter().all(|(name, _)| used.contains(*name)), "{used:?}");
+        run(names.into_iter(), &gpu(Precision::Bf16));
+    });
 }
 
 /// Trains a narrow teacher for a step or two, narrows the recipe's own to it, and returns its checkpoint.
