@@ -74,7 +74,7 @@ struct Own {
     key: Arena,
     /// Unit rows `[K, embedding]`.
     queue: Tensor,
-    /// The row that is overwritten next.
+    /// The row that the next step overwrites first: follows from the iteration, and is kept for who reads a checkpoint.
     oldest: u64,
     course: Course,
 }
@@ -171,7 +171,6 @@ impl MoCo {
         let places = self.places.as_ref().expect("moco: prepare comes before a step");
         for (half, k) in self.keys.drain(..).enumerate() {
             write_rows(&mut own.queue, &places.slice(half, [1]), &k);
-            own.oldest = (own.oldest + k.shape()[0] as u64) % self.settings.queue as u64;
         }
     }
 }
@@ -199,13 +198,16 @@ impl Method for MoCo {
     }
 
     fn prepare(&mut self, iteration: u64) {
-        let Some(own) = &self.own else { return };
-        let (device, course) = (own.key.device().clone(), own.course);
+        let Some(own) = &mut self.own else { return };
+        let (device, course, queue) =
+            (own.key.device().clone(), own.course, self.settings.queue as u64);
         let halves = if self.settings.symmetric { 2 } else { 1 };
         let index = |order: &[i32]| Tensor::from_slice(&device, [order.len()], order);
-        let place = |half| (own.oldest as usize + half * course.batch) % self.settings.queue;
-        let places: Vec<i32> = (0..halves).map(|half| place(half) as i32).collect();
-        self.places = Some(index(&places));
+        let keys = halves * course.batch as u64;
+        let first = iteration * keys % queue;
+        own.oldest = (first + keys) % queue;
+        let place = |half| (first + half * course.batch as u64) as i32;
+        self.places = Some(index(&(0..halves).map(place).collect::<Vec<_>>()));
         if !self.settings.shuffle {
             return;
         }

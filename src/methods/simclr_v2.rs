@@ -87,7 +87,7 @@ struct Memory {
     key: Arena,
     /// Unit rows `[memory, embedding]`.
     keys: Tensor,
-    /// The row that is overwritten next.
+    /// The row that the next step overwrites first: follows from the iteration, and is kept for who reads a checkpoint.
     oldest: u64,
     /// Keys of a step.
     entering: u64,
@@ -163,9 +163,12 @@ impl Method for SimClrV2 {
         Ok(())
     }
 
-    fn prepare(&mut self, _: u64) {
+    fn prepare(&mut self, iteration: u64) {
         if let Some(memory) = &mut self.memory {
-            memory.place = place(memory.key.device(), memory.oldest, memory.entering);
+            let (rows, entering) = (self.settings.memory as u64, memory.entering);
+            let first = iteration * entering % rows;
+            memory.place = place(memory.key.device(), first, entering);
+            memory.oldest = (first + entering) % rows;
         }
     }
 
@@ -191,12 +194,6 @@ impl Method for SimClrV2 {
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
-    }
-
-    fn after_update(&mut self, _: &mut Arena, _: f64) {
-        if let Some(memory) = &mut self.memory {
-            memory.oldest = (memory.oldest + memory.entering) % self.settings.memory as u64;
-        }
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
