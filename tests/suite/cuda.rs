@@ -15,6 +15,18 @@ use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
 use crate::seeded;
 
+/// The first thing to run on a GPU: where this fails, nothing else means anything.
+#[test]
+fn conformance_of_the_device() {
+    let gpu = gpu(Precision::Bf16);
+    let checked = gpu.conformance().unwrap_or_else(|e| {
+        panic!("{e}\n{}", open().map(|driver| driver.report()).unwrap_or_default())
+    });
+    println!("conformance: {checked} of {checked} instructions and primitives on {gpu}");
+    assert_eq!(checked, 7);
+    assert_eq!(Device::reference().conformance().unwrap(), 0);
+}
+
 /// Compares a device with the reference, all routes.
 fn agree(
     what: &str,

@@ -5,6 +5,7 @@
 //! the next without waiting. Operations do not return errors: the first error is kept, everything after it does nothing,
 //! and [`Device::check`](super::Device::check) says what it was. Nothing here panics because of the machine.
 
+mod conformance;
 mod describe;
 mod driver;
 mod gpu;
@@ -12,6 +13,7 @@ mod kernels;
 mod staging;
 mod table;
 
+pub(crate) use conformance::check as conformance;
 pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
 #[allow(unused_imports)] // which kernels have a launch line yet is a test's business
