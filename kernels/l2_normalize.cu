@@ -1,6 +1,5 @@
 // Rows of unit length; see src/ops/l2_normalize. x, y, dx, dy [n, d]; norms [n], which the backward pass
-// needs. A name's first type is that of x and dx, its second, where there is one, that of y and dy: losses
-// take f32 from bf16 features.
+// needs. y and dy are f32 whatever x and dx are: losses take f32 from bf16 features.
 //
 // A warp has a row: any grid and any block of a multiple of 32 threads is right, (n / 8 rounded up) blocks of
 // 256 are good. No dynamic shared memory.
@@ -8,13 +7,13 @@
 
 constexpr float EPS = 1e-12f;
 
-/// y = x / max(|x|, EPS); norms may be null.
-template <typename In, typename Out>
-__device__ __forceinline__ void forward(Out* y, float* norms, const In* x, int64_t n, int d) {
+/// y = x / max(|x|, EPS).
+template <typename In>
+__device__ __forceinline__ void forward(float* y, float* norms, const In* x, int64_t n, int d) {
     for_rows(n, [&](int64_t row) {
         const In* from = x + row * d;
         float norm = static_cast<float>(sqrt(row_dot(from, from, d)));
-        if (norms && is_first_lane()) norms[row] = norm;
+        if (is_first_lane()) norms[row] = norm;
         float scale = 1.0f / (norm < EPS ? EPS : norm);  // a NaN stays one
         map_row(y + row * d, from, d, false, [scale](int, float v) { return v * scale; });
     });
@@ -22,11 +21,11 @@ __device__ __forceinline__ void forward(Out* y, float* norms, const In* x, int64
 
 /// dx = (dy - y <y, dy>) / |x|; below EPS the norm is a constant and dx = dy / EPS. Added to dx if
 /// `accumulate`.
-template <typename In, typename Out>
-__device__ __forceinline__ void backward(In* dx, const Out* dy, const Out* y, const float* norms, int64_t n,
-                                         int d, bool accumulate) {
+template <typename In>
+__device__ __forceinline__ void backward(In* dx, const float* dy, const float* y, const float* norms,
+                                         int64_t n, int d, bool accumulate) {
     for_rows(n, [&](int64_t row) {
-        const Out *own = y + row * d, *gradient = dy + row * d;
+        const float *own = y + row * d, *gradient = dy + row * d;
         float norm = norms[row], scale = 1.0f / (norm < EPS ? EPS : norm);
         float dot = norm > EPS ? static_cast<float>(row_dot(own, gradient, d)) : 0.0f;
         zip_rows(dx + row * d, gradient, own, d, accumulate,
@@ -37,10 +36,7 @@ __device__ __forceinline__ void backward(In* dx, const Out* dy, const Out* y, co
 KERNEL void l2_normalize_f32(float* y, float* norms, const float* x, int64_t n, int d) {
     forward(y, norms, x, n, d);
 }
-KERNEL void l2_normalize_bf16(bf16* y, float* norms, const bf16* x, int64_t n, int d) {
-    forward(y, norms, x, n, d);
-}
-KERNEL void l2_normalize_bf16_f32(float* y, float* norms, const bf16* x, int64_t n, int d) {
+KERNEL void l2_normalize_bf16(float* y, float* norms, const bf16* x, int64_t n, int d) {
     forward(y, norms, x, n, d);
 }
 
@@ -48,12 +44,8 @@ KERNEL void l2_normalize_backward_f32(float* dx, const float* dy, const float* y
                                       int64_t n, int d, int accumulate) {
     backward(dx, dy, y, norms, n, d, accumulate);
 }
-KERNEL void l2_normalize_backward_bf16(bf16* dx, const bf16* dy, const bf16* y, const float* norms, int64_t n,
-                                       int d, int accumulate) {
-    backward(dx, dy, y, norms, n, d, accumulate);
-}
-KERNEL void l2_normalize_backward_bf16_f32(bf16* dx, const float* dy, const float* y, const float* norms,
-                                           int64_t n, int d, int accumulate) {
+KERNEL void l2_normalize_backward_bf16(bf16* dx, const float* dy, const float* y, const float* norms,
+                                       int64_t n, int d, int accumulate) {
     backward(dx, dy, y, norms, n, d, accumulate);
 }
 

@@ -28,13 +28,11 @@ __device__ __forceinline__ void copy_row(T* to, const T* from, int64_t length) {
     }
 }
 
-/// All bits set: NaN, or -1.
+/// All bits set: NaN.
 __device__ __forceinline__ float nothing(float) { return __uint_as_float(0xffffffffu); }
 __device__ __forceinline__ bf16 nothing(bf16) { return from_float<bf16>(__uint_as_float(0xffffffffu)); }
-__device__ __forceinline__ int nothing(int) { return -1; }
 
-/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes NaN
-/// (-1).
+/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes NaN.
 template <typename T>
 __device__ __forceinline__ void gather(T* y, const T* x, const int* index, int n, int m, int64_t length) {
     for_own_rows(n, [&](int row) {
@@ -50,10 +48,6 @@ KERNEL BOUNDS(THREADS) void gather_rows_f32(float* y, const float* x, const int*
 }
 KERNEL BOUNDS(THREADS) void gather_rows_bf16(bf16* y, const bf16* x, const int* index, int n, int m,
                                              int64_t length) {
-    gather(y, x, index, n, m, length);
-}
-KERNEL BOUNDS(THREADS) void gather_rows_i32(int* y, const int* x, const int* index, int n, int m,
-                                            int64_t length) {
     gather(y, x, index, n, m, length);
 }
 
@@ -102,10 +96,6 @@ KERNEL BOUNDS(THREADS) void copy_blocks_f32(float* y, const float* x, int blocks
 }
 KERNEL BOUNDS(THREADS) void copy_blocks_bf16(bf16* y, const bf16* x, int blocks, int64_t length,
                                              int64_t y_stride, int64_t x_stride) {
-    for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
-}
-KERNEL BOUNDS(THREADS) void copy_blocks_i32(int* y, const int* x, int blocks, int64_t length,
-                                            int64_t y_stride, int64_t x_stride) {
     for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
 }
 

@@ -143,6 +143,15 @@ impl Device {
         self.0.pool.gpu().map_or(Ok(()), Gpu::check)
     }
 
+    /// Runs every instruction and every warp and block primitive that kernels rely on, and compares with what it is documented
+    /// to do: the first thing to run on a chip that nobody has tried. Gives how many there are; none but on a GPU. Waits.
+    ///
+    /// # Errors
+    /// When the device fails, or the first that does something else.
+    pub fn conformance(&self) -> Result<usize> {
+        if self.kind() == DeviceKind::Cuda { cuda::conformance(self) } else { Ok(0) }
+    }
+
     /// Waits for all queued work, for timing and before [`Device::check`]; nothing is ever queued on a CPU.
     pub fn wait(&self) {
         if let Some(gpu) = self.0.pool.gpu() {

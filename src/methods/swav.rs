@@ -205,8 +205,7 @@ impl Method for Swav {
     }
 
     fn before_step(&mut self, online: &mut Arena) {
-        let device = online.device().clone();
-        normalize_rows(&device, &mut online.value_mut(self.prototypes));
+        normalize_rows(online, self.prototypes);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

@@ -15,6 +15,18 @@ use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
 use crate::seeded;
 
+/// The first thing to run on a GPU: where this fails, nothing else means anything.
+#[test]
+fn conformance_of_the_device() {
+    let gpu = gpu(Precision::Bf16);
+    let checked = gpu.conformance().unwrap_or_else(|e| {
+        panic!("{e}\n{}", open().map(|driver| driver.report()).unwrap_or_default())
+    });
+    println!("conformance: {checked} of {checked} instructions and primitives on {gpu}");
+    assert_eq!(checked, 7);
+    assert_eq!(Device::reference().conformance().unwrap(), 0);
+}
+
 /// Compares a device with the reference, all routes.
 fn agree(
     what: &str,
@@ -214,15 +226,21 @@ fn the_host_cannot_look_into_a_gpu() {
 }
 
 #[test]
-fn rows_come_to_unit_length_in_place() {
-    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
-    let values = seeded::unit(1, 7 * 13);
-    let [got, want] = [&gpu, &reference].map(|device| {
-        let mut x = Tensor::from_f64(device, [7, 13], &values);
-        selfsup::ops::normalize_rows(device, &mut x.view_mut());
-        x.to_f64()
-    });
-    close("unit rows", &got, &want, 1e-6).unwrap();
+fn rows_come_to_unit_length_in_place_and_in_the_working_copy() {
+    let run = |device: &Device| {
+        let case = case("linear n=7 d=13 k=11 bias=0").rounded();
+        let (mut arena, params) = case.arena(device);
+        ops::normalize_rows(&mut arena, params[1]);
+        let values = arena.value(params[1]).to_f64();
+        let copy = tape::forward(&mut arena, |tape| tape.param(params[1])).unwrap();
+        (values, copy.to_f64())
+    };
+    let want = run(&Device::reference());
+    for (precision, tolerance) in [(Precision::F32, 1e-6), (Precision::Bf16, 1e-2)] {
+        let got = run(&gpu(precision));
+        close("unit rows", &got.0, &want.0, 1e-6).unwrap();
+        close("their copy", &got.1, &want.1, tolerance).unwrap();
+    }
 }
 
 #[test]

@@ -104,25 +104,6 @@ fn rows_move_bit_by_bit() {
 }
 
 #[test]
-fn integers_move_too() {
-    for checked in [false, true] {
-        let stage = Stage::take(checked);
-        let x: Vec<i32> = (0..33).collect();
-        let (x_, index, y) =
-            (stage.upload(&x), stage.upload(&[2, 0, 10, 11, -1]), stage.room::<i32>(15));
-        let mut arguments: Vec<Value> = vec![(&y).into(), (&x_).into(), (&index).into()];
-        arguments.extend([int(5), int(11), long(3)]);
-        launch(&stage, "gather_rows_i32", 5, &arguments);
-        assert_eq!(y.read(&stage), [6, 7, 8, 0, 1, 2, 30, 31, 32, -1, -1, -1, -1, -1, -1]);
-        let y = stage.room::<i32>(6);
-        let mut arguments: Vec<Value> = vec![(&y).into(), (&x_).into()];
-        arguments.extend([int(2), long(3), long(3), long(15)]);
-        launch(&stage, "copy_blocks_i32", 2, &arguments);
-        assert_eq!(y.read(&stage), [0, 1, 2, 15, 16, 17]);
-    }
-}
-
-#[test]
 fn a_row_out_of_range_is_nan() {
     let stage = Stage::take(true);
     let (x, index) = (stage.upload(&noise::<bf16>(6, 1)), stage.upload(&[1, 2]));

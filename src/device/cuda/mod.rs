@@ -5,6 +5,7 @@
 //! the next without waiting. A [`Graph`] is work queued once and repeated as a whole. Operations do not return errors: the first error is kept, everything after it does nothing,
 //! and [`Device::check`](super::Device::check) says what it was. Nothing here panics because of the machine.
 
+mod conformance;
 mod describe;
 mod driver;
 mod gpu;
@@ -15,6 +16,7 @@ mod ring;
 mod staging;
 mod table;
 
+pub(crate) use conformance::check as conformance;
 pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;

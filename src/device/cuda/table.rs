@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::In;
+use super::{In, Out};
 use crate::device::{Device, Memory};
 
 /// Numbers of one type, written by the host and read by kernels.
@@ -36,5 +36,17 @@ impl<T: bytemuck::Pod> Table<T> {
     /// Where a kernel reads it.
     pub(crate) fn device_in(&self) -> In<'_, T> {
         In::new(self.memory.address())
+    }
+
+    /// Where a kernel writes it.
+    pub(crate) fn device_out(&mut self) -> Out<'_, T> {
+        Out::new(self.memory.address())
+    }
+
+    /// What it holds. Waits for the GPU: not for use inside a step.
+    pub(crate) fn read(&self) -> Vec<T> {
+        let mut values = vec![T::zeroed(); self.len];
+        self.memory.read(0, bytemuck::cast_slice_mut(&mut values));
+        values
     }
 }

@@ -11,7 +11,7 @@ pub(super) fn forward(y: &mut Tensor, norms: &mut Tensor, x: &Tensor) {
         by_dtype!(
             x.dtype(),
             l2_normalize_f32
-                | l2_normalize_bf16_f32(
+                | l2_normalize_bf16(
                     launch,
                     y.device_out(),
                     norms.device_out(),
@@ -31,7 +31,7 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor)
         by_dtype!(
             dtype,
             l2_normalize_backward_f32
-                | l2_normalize_backward_bf16_f32(
+                | l2_normalize_backward_bf16(
                     launch,
                     dx.device_out(),
                     dy.device_in(),
@@ -45,13 +45,12 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor)
     }
 }
 
-/// A row's norm is there before its warp writes any of it.
-pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>) {
+/// `x [n, d]` in place, and with it its bf16 working copy where there is one.
+pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>, mut copy: Option<TensorMut<'_>>) {
     let (n, d, launch) = over(device, x.shape());
-    let to = x.device_out();
-    let from = to.also_in();
-    // SAFETY: `x` has `n` rows of `d`; the kernel can do without norms.
-    unsafe { cuda::l2_normalize_f32(launch, to, Out::null(), from, n, d) };
+    let copy = copy.as_mut().map_or(Out::null(), TensorMut::device_out);
+    // SAFETY: `x` and its copy have `n` rows of `d`.
+    unsafe { cuda::normalize_rows(launch, x.device_out(), copy, n, d) };
 }
 
 /// Rows, their length, and eight warps to a block.

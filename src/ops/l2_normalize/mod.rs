@@ -7,7 +7,8 @@ mod cuda;
 
 use rayon::prelude::*;
 
-use crate::device::{Device, DeviceKind};
+use crate::arena::{Arena, Param, Parts};
+use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{Float, Tensor, TensorMut};
 
@@ -51,19 +52,33 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     })
 }
 
-/// Brings the rows of `x [n, d]` to unit length in place; no gradient. SwAV's prototypes, before each step.
+/// Brings the rows of a parameter `[n, d]` to unit length in place; no gradient. SwAV's prototypes, before each step.
 ///
 /// # Panics
-/// When `x` is not of rank 2.
+/// When the parameter is not of rank 2.
 #[track_caller]
-pub fn normalize_rows(device: &Device, x: &mut TensorMut<'_>) {
-    assert_eq!(x.shape().len(), 2, "normalize_rows: {:?} is no matrix", x.shape());
-    let d = x.shape()[1].max(1);
+pub fn normalize_rows(arena: &mut Arena, param: Param) {
+    assert_eq!(param.shape().len(), 2, "normalize_rows: {:?} is no matrix", param.shape());
+    let (device, d) = (arena.device().clone(), param.shape()[1].max(1));
     match device.kind() {
-        DeviceKind::Cpu => x.data_mut::<f32>().chunks_exact_mut(d).for_each(normalize_row),
-        DeviceKind::Cuda => cuda::in_place(device, x),
-        DeviceKind::Reference => x.data_mut::<f64>().chunks_exact_mut(d).for_each(normalize_row),
+        DeviceKind::Cpu => {
+            let mut x = arena.value_mut(param);
+            x.data_mut::<f32>().chunks_exact_mut(d).for_each(normalize_row);
+        }
+        DeviceKind::Cuda => {
+            let Parts { values, working, .. } = arena.parts();
+            cuda::in_place(&device, &mut of(values, param), working.map(|all| of(all, param)));
+        }
+        DeviceKind::Reference => {
+            let mut x = arena.value_mut(param);
+            x.data_mut::<f64>().chunks_exact_mut(d).for_each(normalize_row);
+        }
     }
+}
+
+/// A parameter's place in one of its arena's tensors.
+fn of(all: &mut Tensor, param: Param) -> TensorMut<'_> {
+    all.view_mut().slice(param.offset(), *param.shape())
 }
 
 fn normalize_row<T: Float>(row: &mut [T]) {

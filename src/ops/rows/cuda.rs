@@ -70,8 +70,7 @@ pub(super) fn copy(
         match dtype {
             DType::Bf16 => call!(copy_blocks_bf16),
             DType::F32 => call!(copy_blocks_f32),
-            DType::I32 => call!(copy_blocks_i32),
-            DType::F64 => panic!("rows: no f64 on a GPU"),
+            other => panic!("rows: no {other:?} on a GPU"),
         }
     }
 }
