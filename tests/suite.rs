@@ -14,6 +14,8 @@ mod cases;
 mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
+#[path = "suite/crops.rs"]
+mod crops;
 #[path = "suite/cuda.rs"]
 mod cuda;
 #[path = "suite/driver.rs"]

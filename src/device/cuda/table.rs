@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::In;
+use super::{In, Out};
 use crate::device::{Device, Memory};
 
 /// Numbers of one type, written by the host and read by kernels.
@@ -21,6 +21,32 @@ impl<T: bytemuck::Pod> Table<T> {
         let mut table = Self { memory, len: values.len(), element: PhantomData };
         table.write(values);
         table
+    }
+
+    /// Room for `len` values, which are unspecified.
+    #[track_caller]
+    pub(crate) fn room(gpu: &Device, len: usize) -> Self {
+        Self { memory: Memory::new(gpu, len * size_of::<T>()), len, element: PhantomData }
+    }
+
+    /// The number of values.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Replaces the values from place `at` on, behind whatever is queued.
+    ///
+    /// # Panics
+    /// When they do not lie in it.
+    #[track_caller]
+    pub(crate) fn write_at(&mut self, at: usize, values: &[T]) {
+        assert!(at + values.len() <= self.len, "a write beyond the table's end");
+        self.memory.write(at * size_of::<T>(), bytemuck::cast_slice(values));
+    }
+
+    /// Where a kernel writes it.
+    pub(crate) fn device_out(&mut self) -> Out<'_, T> {
+        Out::new(self.memory.address())
     }
 
     /// Replaces all of it, behind whatever is queued.
