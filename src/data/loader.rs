@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::augment::Policy;
-use super::on_gpu::OnGpu;
+use super::on_gpu::{Drawn, OnGpu};
 use super::plan::{CropsBy, Made, Plan, lock};
 use super::source::Source;
 use crate::device::{Device, DeviceKind};
@@ -174,8 +174,7 @@ impl Loader {
         let (mut batch, drawn) = self.made()?;
         if let Some(drawn) = drawn {
             batch.crops = self.room();
-            let on_gpu = self.on_gpu.as_mut().expect("made before the threads that draw for it");
-            on_gpu.make(drawn, &mut batch.crops);
+            self.make(drawn, &mut batch.crops);
         }
         Ok(batch)
     }
@@ -192,14 +191,21 @@ impl Loader {
     pub fn next_into(&mut self, crops: &mut [Tensor]) -> Result<Batch> {
         let (mut batch, drawn) = self.made()?;
         assert_eq!(crops.len(), self.plan.groups.len(), "loader: a tensor for each crop size");
-        if let (Some(drawn), Some(on_gpu)) = (drawn, &mut self.on_gpu) {
-            on_gpu.make(drawn, crops);
-            return Ok(batch);
-        }
-        for (to, from) in crops.iter_mut().zip(std::mem::take(&mut batch.crops)) {
-            to.view_mut().copy_from(&from);
+        match drawn {
+            Some(drawn) => self.make(drawn, crops),
+            None => {
+                for (to, from) in crops.iter_mut().zip(std::mem::take(&mut batch.crops)) {
+                    to.view_mut().copy_from(&from);
+                }
+            }
         }
         Ok(batch)
+    }
+
+    #[track_caller]
+    fn make(&mut self, drawn: Drawn, crops: &mut [Tensor]) {
+        let on_gpu = self.on_gpu.as_mut().expect("there before the threads that draw for it");
+        on_gpu.make(drawn, crops);
     }
 
     /// What the threads made of the next batch.

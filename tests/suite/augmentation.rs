@@ -125,7 +125,7 @@ fn about(case: &Value, policy: &Policy) -> String {
     }
 }
 
-/// The file of cases; tests are started in the repository, or in a folder laid out like it.
+/// The file of cases.
 pub fn goldens() -> Vec<u8> {
     let path = "tests/goldens/augmentation.safetensors";
     std::fs::read(path).unwrap_or_else(|e| panic!("{path}: {e}"))
