@@ -1,4 +1,5 @@
 //! The project's tests of the library, one binary: each module tests one thing and names its facts as sentences.
+//! It finds its files in the folder that it is started in: the repository, or a bundle (`scripts/gpu-bundle`).
 
 #[path = "suite/accumulation.rs"]
 mod accumulation;
@@ -16,6 +17,8 @@ mod cases;
 mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
+#[path = "suite/crops.rs"]
+mod crops;
 #[path = "suite/cuda.rs"]
 mod cuda;
 #[path = "suite/driver.rs"]

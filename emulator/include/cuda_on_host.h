@@ -116,6 +116,9 @@ __attribute__((optimize("fp-contract=off"), noinline)) inline float __fmul_rn(fl
 __attribute__((optimize("fp-contract=off"), noinline)) inline float __fadd_rn(float x, float y) {
     return x + y;
 }
+__attribute__((optimize("fp-contract=off"), noinline)) inline double __dmul_rn(double x, double y) {
+    return x * y;
+}
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }

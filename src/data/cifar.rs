@@ -146,6 +146,10 @@ impl Source for Cifar {
         Ok(())
     }
 
+    fn size(&self, _: usize) -> Result<[usize; 2]> {
+        Ok([SIDE; 2])
+    }
+
     fn label(&self, index: usize) -> Option<u32> {
         Some(u32::from(self.record(index)[self.label_bytes - 1]))
     }

@@ -8,6 +8,7 @@ use std::io::Cursor;
 use std::path::Path;
 
 use image::ImageDecoder;
+use image::codecs::png::PngDecoder;
 use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
 use zune_jpeg::JpegDecoder;
@@ -35,6 +36,20 @@ pub fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> {
     decoded.map_err(|reason| Error::format(path, reason))
 }
 
+/// Width and height that the headers of an image file say.
+///
+/// # Errors
+/// As [`decode`]; what is damaged behind the headers goes unnoticed.
+pub fn size(path: &Path, bytes: &[u8]) -> Result<[usize; 2]> {
+    let size = match bytes {
+        [0xFF, 0xD8, ..] => jpeg_header(bytes).map(|(_, size)| size),
+        [0x89, b'P', b'N', b'G', ..] => png_header(bytes).map(|(_, size)| size),
+        // Whatever else it is, decoding says what.
+        _ => return decode(path, bytes, &mut Image::default()).map(|()| [0; 2]),
+    };
+    size.map_err(|reason| Error::format(path, reason))
+}
+
 fn check_size(width: usize, height: usize) -> Result<(), String> {
     if width == 0 || height == 0 {
         return Err(format!("has {width} x {height} pixels"));
@@ -53,15 +68,10 @@ fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
     if last(0xD9) < last(0xDA) {
         return Err("is a JPEG file that ends early: copy or download it again".to_string());
     }
-    // 65,535 is the format's own limit; ours is on the product.
-    let options = DecoderOptions::default().set_max_width(65_535).set_max_height(65_535);
-    let mut decoder = JpegDecoder::new_with_options(bytes, options);
-    decoder.decode_headers().map_err(failed)?;
-    let (width, height) = decoder.dimensions().ok_or("is a JPEG file without a size")?;
-    check_size(width, height)?;
+    let (mut decoder, [width, height]) = jpeg_header(bytes)?;
     let grey = decoder.get_input_colorspace() == Some(ColorSpace::Luma);
     let wanted = if grey { ColorSpace::Luma } else { ColorSpace::RGB };
-    decoder.set_options(options.jpeg_set_out_colorspace(wanted));
+    decoder.set_options(jpeg_options().jpeg_set_out_colorspace(wanted));
     into.resize(width, height);
     let channels = if grey { 1 } else { 3 };
     decoder.decode_into(&mut into.pixels[..width * height * channels]).map_err(failed)?;
@@ -69,6 +79,20 @@ fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
         spread_grey(&mut into.pixels);
     }
     Ok(())
+}
+
+fn jpeg_options() -> DecoderOptions {
+    // 65,535 is the format's own limit; ours is on the product.
+    DecoderOptions::default().set_max_width(65_535).set_max_height(65_535)
+}
+
+/// A decoder that has read the headers, and width and height.
+fn jpeg_header(bytes: &[u8]) -> Result<(JpegDecoder<&[u8]>, [usize; 2]), String> {
+    let mut decoder = JpegDecoder::new_with_options(bytes, jpeg_options());
+    decoder.decode_headers().map_err(|e| format!("is a damaged JPEG file: {e}"))?;
+    let (width, height) = decoder.dimensions().ok_or("is a JPEG file without a size")?;
+    check_size(width, height)?;
+    Ok((decoder, [width, height]))
 }
 
 /// Grey values in the first third of a buffer become RGB in the whole of it.
@@ -80,15 +104,24 @@ fn spread_grey(pixels: &mut [u8]) {
     }
 }
 
-fn png(bytes: &[u8], into: &mut Image) -> Result<(), String> {
-    let failed = |e| format!("is a damaged PNG file: {e}");
-    let decoder = image::codecs::png::PngDecoder::new(Cursor::new(bytes)).map_err(failed)?;
+fn png_header(bytes: &[u8]) -> Result<(PngDecoder<Cursor<&[u8]>>, [usize; 2]), String> {
+    let decoder = PngDecoder::new(Cursor::new(bytes)).map_err(damaged_png)?;
     let (width, height) = decoder.dimensions();
-    check_size(width as usize, height as usize)?;
-    let decoded = image::DynamicImage::from_decoder(decoder).map_err(failed)?;
+    let size = [width as usize, height as usize];
+    check_size(size[0], size[1])?;
+    Ok((decoder, size))
+}
+
+fn damaged_png(e: image::ImageError) -> String {
+    format!("is a damaged PNG file: {e}")
+}
+
+fn png(bytes: &[u8], into: &mut Image) -> Result<(), String> {
+    let (decoder, [width, height]) = png_header(bytes)?;
+    let decoded = image::DynamicImage::from_decoder(decoder).map_err(damaged_png)?;
     // Moves the pixels where they are RGB already, as in most files.
     let rgb = decoded.into_rgb8();
-    into.resize(width as usize, height as usize);
+    into.resize(width, height);
     into.pixels.copy_from_slice(rgb.as_raw());
     Ok(())
 }
@@ -110,6 +143,7 @@ mod tests {
     fn read(bytes: &[u8]) -> Image {
         let mut image = Image::default();
         decode(Path::new("x"), bytes, &mut image).unwrap();
+        assert_eq!(size(Path::new("x"), bytes).unwrap(), [image.width, image.height]);
         image
     }
 

@@ -4,15 +4,17 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::augment::{Normalise, Scratch, center};
+use super::augment::{MOST_SHRINKING, Maker, Normalise, Scratch, View, center, taps};
 use super::loader::{Batch, Skipped};
-use super::rows::{rows_of, to_operate_on};
+use super::rows::rows_of;
 use super::source::{Image, Source};
-use crate::device::Device;
-use crate::tensor::Tensor;
+use crate::device::cuda::Table;
+use crate::device::{Device, DeviceKind};
+use crate::tensor::{DType, Tensor};
 
 /// Images `range` of a source under [`center`], in order, as one tensor `[n, size, size, 4]` of a batch of epoch
-/// 0; and the images that are left out because they could not be read. Runs on the device's threads.
+/// 0; and the images that are left out because they could not be read. Runs on the device's threads, and a GPU
+/// makes the views: the same ones.
 ///
 /// # Panics
 /// When the range does not lie in the source.
@@ -26,6 +28,8 @@ pub fn center_batch(
     let wanted: Vec<usize> = range.collect();
     let (mut indices, mut skipped) = (wanted, Vec::new());
     loop {
+        let transform =
+            if device.kind() == DeviceKind::Cuda { transform_on_gpu } else { transform_on_host };
         let (images, read) = transform(source, &indices, size, normalise, device);
         if read.iter().all(Result::is_ok) {
             let labels =
@@ -49,14 +53,14 @@ pub fn center_batch(
 }
 
 /// All images at `indices`; rows of broken ones are left as they are.
-fn transform(
+fn transform_on_host(
     source: &dyn Source,
     indices: &[usize],
     size: usize,
     normalise: Option<&Normalise>,
     device: &Device,
 ) -> (Tensor, Vec<Result<(), String>>) {
-    let mut images = Tensor::floats(device.host(), [indices.len(), size, size, 4]);
+    let mut images = Tensor::floats(device, [indices.len(), size, size, 4]);
     let rows = rows_of(&mut images, size * size * 4);
     let read = device.run(|| {
         rows.into_par_iter()
@@ -71,7 +75,46 @@ fn transform(
             )
             .collect()
     });
-    (to_operate_on(images, device), read)
+    (images, read)
+}
+
+/// Likewise by a GPU; nothing is made where one is broken.
+fn transform_on_gpu(
+    source: &dyn Source,
+    indices: &[usize],
+    size: usize,
+    normalise: Option<&Normalise>,
+    device: &Device,
+) -> (Tensor, Vec<Result<(), String>>) {
+    let mut out =
+        Tensor::empty(device, DType::of_activations(device), [indices.len(), size, size, 4]);
+    let read = |&index: &usize| {
+        let mut image = Image::default();
+        source.read(index, &mut image).map_err(|e| e.to_string())?;
+        let view = View::center([image.width, image.height], size, normalise, 0);
+        if view.shrinks_by() > MOST_SHRINKING {
+            return Err(format!("{}: has too many pixels for a GPU", source.name(index)));
+        }
+        Ok((image, view))
+    };
+    let images: Vec<Result<_, String>> = device.run(|| indices.par_iter().map(read).collect());
+    let readable = images.iter().flatten();
+    let bytes = readable.map(|(image, _)| image.pixels.len()).sum::<usize>();
+    if images.iter().any(Result::is_err) || bytes == 0 {
+        return (out, images.into_iter().map(|image| image.map(drop)).collect());
+    }
+    // Few sizes: the pool keeps what is given back, by size.
+    let mut pixels = Table::room(device, bytes.next_power_of_two());
+    let (mut all, mut views) = (Vec::with_capacity(bytes), Vec::new());
+    for (image, view) in images.iter().flatten() {
+        views.push(*view);
+        views.last_mut().expect("pushed just now").pixels = all.len() as i64;
+        all.extend_from_slice(&image.pixels);
+    }
+    pixels.write_at(0, &all);
+    let gaussian = vec![0.0; views.len() * taps(size)];
+    Maker::new(device, views.len(), size).make(&views, &gaussian, &pixels, &mut out);
+    (out, images.into_iter().map(|_| Ok(())).collect())
 }
 
 #[cfg(test)]

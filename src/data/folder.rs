@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::decode::{EXTENSIONS, decode};
+use super::decode::{EXTENSIONS, decode, size};
 use super::source::{Image, Source};
 use crate::error::{Error, Result};
 
@@ -130,6 +130,14 @@ impl Source for Folder {
         decode(path, &bytes, into)?;
         self.keep(index, into);
         Ok(())
+    }
+
+    fn size(&self, index: usize) -> Result<[usize; 2]> {
+        if let Some(kept) = self.cache[index].get() {
+            return Ok([kept.width, kept.height]);
+        }
+        let path = &self.files[index].0;
+        size(path, &std::fs::read(path).map_err(Error::io(path))?)
     }
 
     fn label(&self, index: usize) -> Option<u32> {

@@ -244,6 +244,10 @@ impl Source for Idx {
         Ok(())
     }
 
+    fn size(&self, _: usize) -> Result<[usize; 2]> {
+        Ok([self.width, self.height])
+    }
+
     fn label(&self, index: usize) -> Option<u32> {
         self.labels.as_ref().map(|labels| u32::from(labels[index]))
     }

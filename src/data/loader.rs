@@ -5,7 +5,9 @@
 //! depends on seed, epoch and position alone, never on the number of threads: the order of an epoch is one
 //! shuffle, every view has a random stream of its own, and a broken image is replaced by the next readable one in
 //! the epoch's order (under the broken one's stream, so that the two crops of that image in the batch differ).
-//! Floor 5.
+//!
+//! For a GPU the threads draw numbers and read images; a kernel makes the crops, the same in 8 bits. A set that fits
+//! there is taken to the GPU once, before the first batch. Floor 5.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -14,12 +16,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::augment::Policy;
-use super::plan::{Plan, lock};
-use super::rows::to_operate_on;
+use super::on_gpu::{Drawn, OnGpu};
+use super::plan::{CropsBy, Made, Plan, lock};
 use super::source::Source;
-use crate::device::Device;
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Finished batches that wait for the consumer, besides the one in the making.
 const AHEAD: usize = 1;
@@ -57,12 +59,16 @@ pub struct Loader {
     /// Epoch and position of the next batch.
     next: (u32, usize),
     running: Option<Running>,
+    /// What makes crops on a GPU, once it is decided where images lie.
+    on_gpu: Option<OnGpu>,
+    /// Bytes of images that a GPU may keep; half of what is free if not said.
+    budget: Option<usize>,
     waited: Duration,
 }
 
 /// The threads' side of a loader that has been started.
 struct Running {
-    batches: Receiver<Result<Batch>>,
+    batches: Receiver<Result<Made>>,
     stop: Arc<AtomicBool>,
     coordinator: Option<JoinHandle<()>>,
 }
@@ -106,15 +112,47 @@ impl Loader {
             }
         }
         let (host, skipped) = (device.host().clone(), Mutex::default());
-        let plan = Arc::new(Plan { source, policies, groups, batch, seed, device: host, skipped });
+        let maker = CropsBy::Host;
+        let plan = Plan { source, policies, groups, batch, seed, device: host, maker, skipped };
         Ok(Self {
-            plan,
+            plan: Arc::new(plan),
             device: device.clone(),
             threads,
             next: (0, 0),
             running: None,
+            on_gpu: None,
+            budget: None,
             waited: Duration::ZERO,
         })
+    }
+
+    /// Keeps at most `bytes` of images on a GPU; half of what is free there, if not said. A set that takes more goes there
+    /// batch by batch.
+    pub fn keep_at_most(mut self, bytes: usize) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// Decides where the images of a loader for a GPU lie, takes them there if it is the GPU, and says so in a sentence; once.
+    /// The first batch does it otherwise.
+    pub fn place_images(&mut self) -> Option<String> {
+        if self.device.kind() != DeviceKind::Cuda || self.on_gpu.is_some() {
+            return None;
+        }
+        let plan = Arc::get_mut(&mut self.plan).expect("threads start after this");
+        let (on_gpu, sentence) = OnGpu::of(plan, &self.device, self.budget);
+        self.on_gpu = Some(on_gpu);
+        Some(sentence)
+    }
+
+    /// Room for the crops of a batch, on the loader's device in the type of activations.
+    pub fn room(&self) -> Vec<Tensor> {
+        let (device, batch) = (&self.device, self.plan.batch);
+        let room = |(size, views): &(usize, Vec<usize>)| {
+            let shape = [views.len() * batch, *size, *size, 4];
+            Tensor::empty(device, DType::of_activations(device), shape)
+        };
+        self.plan.groups.iter().map(room).collect()
     }
 
     /// Makes batch `position` of `epoch` the next one; what was prepared is dropped.
@@ -133,23 +171,61 @@ impl Loader {
     /// # Errors
     /// When no image at all can be read, or a thread failed; the loader has then ended.
     pub fn next_batch(&mut self) -> Result<Batch> {
+        let (mut batch, drawn) = self.made()?;
+        if let Some(drawn) = drawn {
+            batch.crops = self.room();
+            self.make(drawn, &mut batch.crops);
+        }
+        Ok(batch)
+    }
+
+    /// The next batch, its crops written into tensors as [`Loader::room`] makes them, behind whatever is queued on a GPU: for
+    /// a captured step, whose inputs stay where they are. The batch has no crops of its own.
+    ///
+    /// # Errors
+    /// As [`Loader::next_batch`].
+    ///
+    /// # Panics
+    /// When a tensor has another shape, or shares its memory.
+    #[track_caller]
+    pub fn next_into(&mut self, crops: &mut [Tensor]) -> Result<Batch> {
+        let (mut batch, drawn) = self.made()?;
+        assert_eq!(crops.len(), self.plan.groups.len(), "loader: a tensor for each crop size");
+        match drawn {
+            Some(drawn) => self.make(drawn, crops),
+            None => {
+                for (to, from) in crops.iter_mut().zip(std::mem::take(&mut batch.crops)) {
+                    to.view_mut().copy_from(&from);
+                }
+            }
+        }
+        Ok(batch)
+    }
+
+    #[track_caller]
+    fn make(&mut self, drawn: Drawn, crops: &mut [Tensor]) {
+        let on_gpu = self.on_gpu.as_mut().expect("there before the threads that draw for it");
+        on_gpu.make(drawn, crops);
+    }
+
+    /// What the threads made of the next batch.
+    fn made(&mut self) -> Result<Made> {
         if self.running.is_none() {
+            self.place_images();
             self.running = Some(self.start()?);
         }
         let running = self.running.as_ref().expect("started above");
         let begin = Instant::now();
-        let batch = running.batches.recv();
+        let made = running.batches.recv();
         self.waited += begin.elapsed();
-        let mut batch = batch.unwrap_or_else(|_| {
+        let made = made.unwrap_or_else(|_| {
             Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
         })?;
-        let upload = |crops| to_operate_on(crops, &self.device);
-        batch.crops = batch.crops.into_iter().map(upload).collect();
         let (epoch, position) = self.next;
-        debug_assert_eq!((batch.epoch, batch.position), (epoch, position));
+        debug_assert_eq!((made.0.epoch, made.0.position), (epoch, position));
         let last = position + 1 == self.batches_per_epoch();
         self.next = if last { (epoch + 1, 0) } else { (epoch, position + 1) };
-        Ok(batch)
+        Ok(made)
     }
 
     /// The batches that are left of the current epoch; none is lost if it is dropped half-way.

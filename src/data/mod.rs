@@ -3,7 +3,8 @@
 //! A [`Source`] gives `index -> (u8 image, label)`; a [`Policy`] draws the numbers of one augmentation and
 //! applies them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed,
 //! epoch and position. Evaluation has one transform, [`center`], and one way to read a set in order,
-//! [`center_batch`]. Nothing here knows of networks or methods. Floor 5.
+//! [`center_batch`]. On a GPU the threads draw numbers only, and a kernel makes the crops of images that lie there.
+//! Nothing here knows of networks or methods. Floor 5.
 
 pub mod augment;
 mod cifar;
@@ -12,6 +13,7 @@ mod evaluation;
 mod folder;
 mod idx;
 mod loader;
+mod on_gpu;
 mod open;
 mod order;
 mod plan;

@@ -1,6 +1,5 @@
-//! Rows of a tensor of images, written from f32 whatever the device's float type, and the way of images to a GPU. Floor 5.
+//! Rows of a tensor of images, written from f32 whatever the device's float type. Floor 5.
 
-use crate::device::Device;
 use crate::tensor::{DType, Tensor};
 
 /// Where one view of one sample goes: `s * s * 4` values.
@@ -31,14 +30,4 @@ pub fn rows_of(tensor: &mut Tensor, length: usize) -> Vec<Row<'_>> {
         DType::F64 => tensor.data_mut().chunks_exact_mut(length).map(Row::F64).collect(),
         _ => tensor.data_mut().chunks_exact_mut(length).map(Row::F32).collect(),
     }
-}
-
-/// Images from a device's host as its operations take them: on a GPU copied through pinned memory without waiting, and in
-/// the type of activations.
-pub fn to_operate_on(images: Tensor, device: &Device) -> Tensor {
-    if images.device().same(device) {
-        return images;
-    }
-    let uploaded = Tensor::from_slice(device, *images.shape(), images.data::<f32>());
-    uploaded.cast(DType::of_activations(device))
 }

@@ -78,6 +78,16 @@ pub trait Source: Send + Sync {
     /// When `index` is not in `0..len`.
     fn read(&self, index: usize, into: &mut Image) -> Result<()>;
 
+    /// Width and height of image `index`, without decoding it where a source knows better than to.
+    ///
+    /// # Errors
+    /// As [`Source::read`], though what is damaged further on may go unnoticed.
+    fn size(&self, index: usize) -> Result<[usize; 2]> {
+        let mut image = Image::default();
+        self.read(index, &mut image)?;
+        Ok([image.width, image.height])
+    }
+
     /// The class of image `index`, a place in [`Source::classes`]; `None` where the set has no labels.
     fn label(&self, index: usize) -> Option<u32>;
 
@@ -134,6 +144,10 @@ impl Source for Subset {
 
     fn read(&self, index: usize, into: &mut Image) -> Result<()> {
         self.source.read(self.indices[index] as usize, into)
+    }
+
+    fn size(&self, index: usize) -> Result<[usize; 2]> {
+        self.source.size(self.indices[index] as usize)
     }
 
     fn label(&self, index: usize) -> Option<u32> {

@@ -196,7 +196,7 @@ pub fn gpus() -> Vec<String> {
 }
 
 /// Bytes for people to read.
-fn gib(bytes: usize) -> String {
+pub(crate) fn gib(bytes: usize) -> String {
     let bytes = bytes as f64;
     match bytes {
         0.0..1024.0 => format!("{bytes} bytes"),

@@ -227,6 +227,9 @@ impl Run {
     /// data cannot be read or a file cannot be written. Checkpoints written before stay.
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
+        if let Some(sentence) = self.loader.place_images() {
+            watch.note(&sentence);
+        }
         for epoch in 0..epochs {
             let report = self.epoch(epoch, watch).map_err(|e| self.with_what_is_left(e))?;
             if report.waiting > WAITING {

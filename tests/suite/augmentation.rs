@@ -4,7 +4,6 @@
 //! policy as a recipe has it, and the numbers that the policy would draw; scripts/goldens/augmentation.py has the rest.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 use selfsup::data::Image;
@@ -16,7 +15,7 @@ use serde_json::Value;
 use crate::seeded::{bits, seed};
 
 /// What f32 may differ from f64 in values of `[0, 1]`. The worst chain reaches 9e-7.
-const FLOAT: f64 = 4e-6;
+pub const FLOAT: f64 = 4e-6;
 
 const LEVELS: [u8; 12] = [0, 1, 36, 73, 109, 127, 128, 146, 182, 219, 254, 255];
 
@@ -54,7 +53,7 @@ fn number(value: &Value) -> f32 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number")) as f32
 }
 
-fn params(case: &Value) -> Params {
+pub fn params(case: &Value) -> Params {
     let crop = case["crop"].as_array().unwrap();
     let crop = CropBox {
         left: size(&crop[0]),
@@ -82,12 +81,17 @@ fn params(case: &Value) -> Params {
     }
 }
 
-/// The view that a case describes, `[size, size, 3]`, values in `[0, 1]`.
-fn view(case: &Value, policy: &Policy, scratch: &mut Scratch) -> Vec<f32> {
+/// The image that a case is about.
+pub fn image_of(case: &Value) -> Image {
     let [kind, width, height] = case["image"].as_array().unwrap().as_slice() else {
         panic!("{case}: an image is a kind, a width and a height")
     };
-    let image = image(kind.as_str().unwrap(), size(width), size(height));
+    image(kind.as_str().unwrap(), size(width), size(height))
+}
+
+/// The view that a case describes, `[size, size, 3]`, values in `[0, 1]`.
+fn view(case: &Value, policy: &Policy, scratch: &mut Scratch) -> Vec<f32> {
+    let image = image_of(case);
     let mut out = vec![f32::NAN; policy.size * policy.size * 4];
     if case.get("center").is_some() {
         center(&image, policy.size, None, &mut out, scratch);
@@ -121,13 +125,18 @@ fn about(case: &Value, policy: &Policy) -> String {
     }
 }
 
+/// The file of cases.
+pub fn goldens() -> Vec<u8> {
+    let path = "tests/goldens/augmentation.safetensors";
+    std::fs::read(path).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
 /// Checks every case of one arithmetic; the number of cases and the largest difference, by what they are about.
 fn check(
     pixels: Pixels,
     compare: impl Fn(&[f32], &[u8]) -> Result<f64, String>,
 ) -> BTreeMap<String, (usize, f64)> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/augmentation.safetensors");
-    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let bytes = goldens();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let (mut scratch, mut seen, mut wrong) = (Scratch::default(), BTreeMap::new(), Vec::new());
     for (name, golden) in file.iter() {

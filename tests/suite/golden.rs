@@ -4,7 +4,6 @@
 //! entries…]`. All entries are kept up to 64, else 32 seeded ones; a projection is the dot product with seeded numbers.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -24,9 +23,8 @@ pub struct Goldens {
 impl Goldens {
     /// `tests/goldens/{name}.safetensors`.
     pub fn open(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
-        let path = folder.join(format!("{name}.safetensors"));
-        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let path = format!("tests/goldens/{name}.safetensors");
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let decode = |data: &[u8]| -> Vec<f64> {
             data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()

@@ -17,8 +17,15 @@ const SMALL: &[&str] = &[
     "train.batch=16",
 ];
 
+/// The program: beside the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it.
+fn program() -> Command {
+    let beside = std::env::current_exe().unwrap().with_file_name("selfsup");
+    let built = Path::new(env!("CARGO_BIN_EXE_selfsup"));
+    Command::new(if beside.is_file() { &beside } else { built })
+}
+
 fn selfsup(folder: &Path, words: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_selfsup"))
+    program()
         .current_dir(folder)
         .args(words)
         .output()
@@ -118,8 +125,7 @@ const TINY: &[&str] = &[
 
 /// The program with a GPU within reach.
 fn with_gpu(folder: &Path, words: &[&str]) -> Output {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
-    with_driver(&mut program).current_dir(folder).args(words).output().expect("the program starts")
+    with_driver(&mut program()).current_dir(folder).args(words).output().expect("the program starts")
 }
 
 #[test]
@@ -130,6 +136,7 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     let said = text(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("device: GPU 0 (") && said.contains("), bf16"), "{said}");
+    assert!(said.contains("images: all 16 lie on the GPU, 48.0 KiB"), "{said}");
     let metrics = std::fs::read_to_string(folder.path().join("run/metrics.jsonl")).unwrap();
     let losses = metrics.lines().map(|line| {
         serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap()
@@ -149,6 +156,19 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     let cpu = evaluate("cpu", "train.precision=bf16");
     assert_eq!(evaluate("cuda:0", "train.precision=f32"), cpu);
     evaluate("cuda", "train.precision=bf16");
+}
+
+#[test]
+fn the_demo_runs_on_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    // The probe's 4,500 steps on raw pixels are what takes long.
+    let smallest = TINY.iter().copied().chain(["augment.size=8", "data.limit=8"]);
+    let smallest: Vec<&str> = smallest.collect();
+    let settings = with_settings(&["demo", "--device", "cuda:0"], &smallest);
+    let output = with_gpu(folder.path(), &settings);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    assert!(lines.len() == 6 && lines.iter().all(|line| line.ends_with('%')), "{lines:#?}");
 }
 
 #[test]

@@ -32,13 +32,13 @@ fn declared(line: &str) -> Option<(String, String)> {
 }
 
 fn surface() -> BTreeSet<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let root = Path::new("src");
     let mut files = Vec::new();
-    sources(&root, &mut files);
+    sources(root, &mut files);
     let texts: Vec<(String, String)> = files
         .iter()
         .map(|file| {
-            let inner = file.strip_prefix(&root).unwrap().with_extension("");
+            let inner = file.strip_prefix(root).unwrap().with_extension("");
             let parts: Vec<_> = inner.iter().map(|p| p.to_str().unwrap().to_string()).collect();
             let path = parts.join("::").trim_end_matches("::mod").to_string();
             (path, std::fs::read_to_string(file).unwrap())
@@ -97,16 +97,16 @@ fn surface() -> BTreeSet<String> {
 
 #[test]
 fn public_surface_changes_on_purpose() {
-    let list = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/public-surface.txt");
+    let list = Path::new("tests/public-surface.txt");
     let now = surface();
     assert!(now.contains("fn tape::step") && now.contains("fn ops::conv2d"), "{now:#?}");
     assert!(now.contains("fn tensor::Tensor::from_slice"), "{now:#?}");
     if std::env::var_os("UPDATE_SURFACE").is_some() {
         let text: String = now.iter().map(|item| format!("{item}\n")).collect();
-        std::fs::write(&list, text).unwrap();
+        std::fs::write(list, text).unwrap();
         return;
     }
-    let text = std::fs::read_to_string(&list).unwrap();
+    let text = std::fs::read_to_string(list).unwrap();
     let then: BTreeSet<String> = text.lines().map(String::from).collect();
     let (new, gone): (Vec<_>, Vec<_>) =
         (now.difference(&then).collect(), then.difference(&now).collect());

@@ -1,4 +1,7 @@
 //! What tests need of the driver: it is loaded first, so that cudarc finds it, and one test has it at a time.
+//!
+//! With `SELFSUP_DRIVER=real` the machine's own driver runs the kernels instead, from the fatbins in the folder
+//! `SELFSUP_KERNELS`: what `scripts/gpu-bundle` does on a GPU. Tests that count, inject or break need the stand-in.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -6,26 +9,42 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::sys::{self, CUfunction, CUresult, CUstream};
 use cudarc::driver::{CudaContext, result};
 
-fn library() -> &'static libloading::Library {
-    static LIBRARY: OnceLock<libloading::Library> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
+/// The stand-in; none where the tests are for a real driver.
+fn library() -> Option<&'static libloading::Library> {
+    static LIBRARY: OnceLock<Option<libloading::Library>> = OnceLock::new();
+    let open = || {
         let folder = std::env::current_exe().expect("a path");
         let path = folder.with_file_name("libcuda.so");
         unsafe { libloading::Library::new(&path) }
             .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-    })
+    };
+    let real = || std::env::var_os("SELFSUP_DRIVER").is_some_and(|driver| driver == "real");
+    LIBRARY.get_or_init(|| (!real()).then(open)).as_ref()
+}
+
+/// What a program loads: of the stand-in anything that looks like a fatbin, else every fatbin there is.
+fn images() -> Vec<Vec<u8>> {
+    if library().is_some() {
+        return vec![0xba55_ed50_u32.to_le_bytes().to_vec()];
+    }
+    let folder = std::env::var("SELFSUP_KERNELS").expect("SELFSUP_KERNELS: a folder of fatbins");
+    let files = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{folder}: {e}"));
+    let fatbins = files.map(|file| file.unwrap().path());
+    let fatbins = fatbins.filter(|path| path.extension().is_some_and(|e| e == "fatbin"));
+    fatbins.map(|path| std::fs::read(path).unwrap()).collect()
 }
 
 /// A function that only the stand-in driver has.
 fn own<F: Copy>(name: &str) -> F {
-    *unsafe { library().get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
+    let library = library().unwrap_or_else(|| panic!("{name}: only the stand-in driver has it"));
+    *unsafe { library.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
 /// The driver, to oneself, fresh.
 pub struct Stage {
     _context: Arc<CudaContext>,
     pub stream: CUstream,
-    module: sys::CUmodule,
+    modules: Vec<sys::CUmodule>,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -33,6 +52,9 @@ impl Stage {
     /// Takes the driver, with plain or instrumented kernels.
     pub fn take(checked: bool) -> Self {
         let turn = Self::turn();
+        if library().is_none() {
+            return Self::with(turn);
+        }
         own::<extern "C" fn()>("standin_recover")();
         own::<extern "C" fn(c_int)>("standin_check")(c_int::from(checked));
         own::<extern "C" fn(c_int)>("standin_eager")(0);
@@ -58,15 +80,23 @@ impl Stage {
         context.bind_to_thread().expect("a context");
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).expect("a stream");
-        let mut module = std::ptr::null_mut();
-        let image = 0xba55_ed50_u32.to_le_bytes();
-        unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
-            .result()
-            .expect("a module");
-        Self { _context: context, stream, module, _turn: turn }
+        let load = |image: Vec<u8>| {
+            let mut module = std::ptr::null_mut();
+            let loaded = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+            // Kernels for another chip than this one are not there.
+            (loaded != CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU).then(|| {
+                loaded.result().expect("a module");
+                module
+            })
+        };
+        let modules = images().into_iter().filter_map(load).collect();
+        Self { _context: context, stream, modules, _turn: turn }
     }
 
     pub fn seed(&self, seed: u64) {
+        if library().is_none() {
+            return; // a GPU has an order of its own
+        }
         own::<extern "C" fn(u64)>("standin_seed")(seed);
     }
 
@@ -87,6 +117,9 @@ impl Stage {
     }
 
     pub fn report(&self) -> String {
+        if library().is_none() {
+            return String::new();
+        }
         let text = own::<extern "C" fn() -> *const c_char>("standin_last_report")();
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
@@ -97,8 +130,8 @@ impl Stage {
 
     pub fn function(&self, name: &str) -> CUfunction {
         let name = CString::new(name).expect("no zero");
-        unsafe { result::module::get_function(self.module, name.clone()) }
-            .unwrap_or_else(|e| panic!("{name:?}: {e}"))
+        let find = |&module: &_| unsafe { result::module::get_function(module, name.clone()) }.ok();
+        self.modules.iter().find_map(find).unwrap_or_else(|| panic!("{name:?}: no such kernel"))
     }
 
     /// Device memory with a copy of `host`.

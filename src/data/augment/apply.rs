@@ -32,15 +32,7 @@ impl Policy {
             image.width,
             image.height
         );
-        let resize = Resize {
-            crop,
-            whole: [size; 2],
-            first: [0; 2],
-            size,
-            filter: self.filter,
-            antialias: self.antialias,
-            flip: params.flip,
-        };
+        let resize = self.resize(params);
         match self.pixels {
             Pixels::U8 => {
                 resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
@@ -52,6 +44,19 @@ impl Policy {
                 self.change_float(params, scratch);
                 write_float(&scratch.floats, self.normalise.as_ref(), out);
             }
+        }
+    }
+
+    /// How the crop is resampled.
+    pub(super) fn resize(&self, params: &Params) -> Resize {
+        Resize {
+            crop: params.crop,
+            whole: [self.size; 2],
+            first: [0; 2],
+            size: self.size,
+            filter: self.filter,
+            antialias: self.antialias,
+            flip: params.flip,
         }
     }
 
@@ -132,7 +137,13 @@ pub fn center(
     scratch: &mut Scratch,
 ) {
     assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
-    let (width, height) = (image.width, image.height);
+    let resize = middle(image.width, image.height, size);
+    resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
+    write_u8(&scratch.bytes, normalise, out);
+}
+
+/// What [`center`] resamples of an image of `width` x `height` pixels.
+pub(super) fn middle(width: usize, height: usize, size: usize) -> Resize {
     let whole = if [width, height] == [size; 2] {
         [size; 2]
     } else {
@@ -142,7 +153,7 @@ pub fn center(
     };
     // Halves to even, as torchvision's `CenterCrop` rounds.
     let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
-    let resize = Resize {
+    Resize {
         crop: CropBox { left: 0, top: 0, width, height },
         whole,
         first,
@@ -150,13 +161,11 @@ pub fn center(
         filter: Filter::Bilinear,
         antialias: true,
         flip: false,
-    };
-    resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
-    write_u8(&scratch.bytes, normalise, out);
+    }
 }
 
 /// Per channel what is subtracted and divided by.
-fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
+pub(super) fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
     let ([r, g, b], [sr, sg, sb]) = normalise.map_or(([0.0; 3], [1.0; 3]), |n| (n.mean, n.std));
     ([r, g, b, 0.0], [sr, sg, sb, 1.0])
 }

@@ -25,17 +25,24 @@ pub fn radius(size: usize) -> usize {
     size / 20
 }
 
+/// The sampled Gaussian's weights for a crop of `size` pixels, `2 radius(size) + 1` of them. `sigma > 0`, in pixels.
+pub fn weights(size: usize, sigma: f32, into: &mut Vec<f32>) {
+    let radius = radius(size);
+    let first = into.len();
+    into.extend((0..=2 * radius).map(|i| {
+        let x = i as f32 - radius as f32;
+        (-x * x / (2.0 * sigma * sigma)).exp()
+    }));
+    let sum: f32 = into[first..].iter().sum();
+    into[first..].iter_mut().for_each(|w| *w /= sum);
+}
+
 /// Blurs a square of `size * size` pixels. `sigma > 0`, in pixels.
 pub fn gaussian(pixels: &mut [[f32; 4]], size: usize, sigma: f32, buffers: &mut Buffers) {
     let Buffers { kernel, row: padded, floats: across, .. } = buffers;
     let radius = radius(size);
     kernel.clear();
-    kernel.extend((0..=2 * radius).map(|i| {
-        let x = i as f32 - radius as f32;
-        (-x * x / (2.0 * sigma * sigma)).exp()
-    }));
-    let sum: f32 = kernel.iter().sum();
-    kernel.iter_mut().for_each(|w| *w /= sum);
+    weights(size, sigma, kernel);
     // Zeros outside the image add nothing to a sum.
     let outside = radius * size;
     across.clear();
@@ -78,10 +85,10 @@ fn weighted(values: &[f32], stride: usize, weights: &[f32], out: &mut [f32]) {
 pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buffers) {
     let Buffers { bytes: other, sums, .. } = buffers;
     other.resize(size * size, [0; 4]);
-    let radius = box_radius(sigma);
+    let shape = BoxBlur::of(sigma);
     // A blur moves down whole rows, which are vectors; across is down in the transposed image.
     let mut down = |from: &mut [[u8; 4]], to: &mut [[u8; 4]]| {
-        box_blur(from.as_flattened(), to.as_flattened_mut(), 4 * size, radius, sums);
+        box_blur(from.as_flattened(), to.as_flattened_mut(), 4 * size, shape, sums);
     };
     for _ in 0..2 {
         transpose(pixels, other, size);
@@ -93,6 +100,27 @@ pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buf
 
 /// Box blurs that stand for a Gaussian.
 const PASSES: usize = 3;
+
+/// A box of a fractional radius: whole pixels, and a share of the two beyond them.
+#[derive(Clone, Copy, Debug)]
+pub struct BoxBlur {
+    /// Whole pixels of the radius.
+    pub whole: u32,
+    /// Of a pixel in the box, in 2^24ths.
+    pub weight: u32,
+    /// Of a pixel beyond it, in 2^24ths.
+    pub fraction: u32,
+}
+
+impl BoxBlur {
+    /// The box whose three-fold application has standard deviation `sigma > 0`.
+    pub fn of(sigma: f32) -> Self {
+        let radius = box_radius(sigma);
+        let whole = radius as u32;
+        let weight = (16_777_216.0 / (radius * 2.0 + 1.0)) as u32;
+        Self { whole, weight, fraction: (16_777_216 - (whole * 2 + 1) * weight) / 2 }
+    }
+}
 
 /// Radius of the box whose three-fold application has standard deviation `sigma`.
 fn box_radius(sigma: f32) -> f32 {
@@ -122,11 +150,10 @@ fn transpose(pixels: &[[u8; 4]], out: &mut [[u8; 4]], size: usize) {
 
 /// One box blur over places of `lanes` values each: a running sum, and a fraction of the two values beyond it.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, radius: f32, sums: &mut Vec<u32>) {
+fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, shape: BoxBlur, sums: &mut Vec<u32>) {
     let last = input.len() / lanes - 1;
-    let whole = radius as usize;
-    let weight = (16_777_216.0 / (radius * 2.0 + 1.0)) as u32; // of 2^24
-    let fraction = (16_777_216 - (whole as u32 * 2 + 1) * weight) / 2;
+    let BoxBlur { whole, weight, fraction } = shape;
+    let whole = whole as usize;
     let place = |i: usize| &input[i * lanes..][..lanes];
     // The sum around the place before the first, where everything up to it is the first.
     sums.clear();

@@ -80,11 +80,16 @@ pub fn saturation(pixels: &mut [[u8; 4]], factor: f32) {
     }
 }
 
+/// A turn of the colour circle in 255ths: truncated, and wrapped later, as torchvision's `np.int32(hue_factor *
+/// 255).astype(np.uint8)`.
+pub fn steps(turn: f32) -> i32 {
+    (f64::from(turn) * 255.0) as i32
+}
+
 /// Turns the colour circle by `turn` in `-0.5..=0.5`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn hue(pixels: &mut [[u8; 4]], turn: f32) {
-    // Truncated and wrapped, as torchvision's `np.int32(hue_factor * 255).astype(np.uint8)`.
-    let shift = (f64::from(turn) * 255.0) as i32;
+    let shift = steps(turn);
     for pixel in pixels {
         let [h, s, v] = to_hsv(wide(*pixel).map(|v| v as i32));
         *pixel = narrow(from_hsv([(h + shift) & 255, s, v]).map(|v| v as u32));

@@ -23,6 +23,27 @@ impl<T: bytemuck::Pod> Table<T> {
         table
     }
 
+    /// Room for `len` values, which are unspecified.
+    #[track_caller]
+    pub(crate) fn room(gpu: &Device, len: usize) -> Self {
+        Self { memory: Memory::new(gpu, len * size_of::<T>()), len, element: PhantomData }
+    }
+
+    /// The number of values.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Replaces the values from place `at` on, behind whatever is queued.
+    ///
+    /// # Panics
+    /// When they do not lie in it.
+    #[track_caller]
+    pub(crate) fn write_at(&mut self, at: usize, values: &[T]) {
+        assert!(at + values.len() <= self.len, "a write beyond the table's end");
+        self.memory.write(at * size_of::<T>(), bytemuck::cast_slice(values));
+    }
+
     /// Replaces all of it, behind whatever is queued.
     ///
     /// # Panics

@@ -1,0 +1,185 @@
+//! The numbers of a view as `kernels/augment.cu` reads them, and their order. Floor 5.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::apply::{middle, scale};
+use super::blur::{self, BoxBlur};
+use super::colour;
+use super::params::{ColourOp, Params};
+use super::policy::{BlurKind, Filter, Normalise, Pixels, Policy};
+use super::resize::Resize;
+
+/// One view of an image: `View` of `kernels/augment.cuh`, field by field. What a policy may do and what was drawn are one
+/// here.
+#[derive(Clone, Copy, Debug, Zeroable, Pod)]
+#[repr(C)]
+pub struct View {
+    /// Where the image's first pixel is, in bytes.
+    pub pixels: i64,
+    /// Of the image.
+    width: i32,
+    corner: [i32; 2],
+    crop: [i32; 2],
+    whole: [i32; 2],
+    first: [i32; 2],
+    flags: u32,
+    /// Colour operations, 4 bits each, the first lowest.
+    program: u32,
+    brightness: f32,
+    contrast: f32,
+    saturation: f32,
+    hue: f32,
+    turn: i32,
+    solarise: f32,
+    mean: [f32; 3],
+    deviation: [f32; 3],
+    box_whole: i32,
+    box_weight: u32,
+    box_fraction: u32,
+}
+
+// As `augment.cuh` has them.
+const FLIP: u32 = 1;
+const BICUBIC: u32 = 2;
+const ANTIALIAS: u32 = 4;
+const FLOAT: u32 = 8;
+const SOLARISE: u32 = 16;
+const GAUSSIAN: u32 = 32;
+const BOX: u32 = 64;
+
+const BRIGHTNESS: u32 = 1;
+const CONTRAST: u32 = 2;
+const SATURATION: u32 = 3;
+const HUE: u32 = 4;
+const GREY: u32 = 5;
+const ADD: u32 = 6;
+
+const _: () = assert!(size_of::<View>() == 112, "as augment.cuh has it");
+
+/// Weights of a sampled Gaussian for crops of `size` pixels.
+pub fn taps(size: usize) -> usize {
+    2 * blur::radius(size) + 1
+}
+
+impl View {
+    /// The view that `params` describe, of an image `width` pixels wide whose pixels begin at byte `pixels`. Adds the
+    /// weights of its blur to `gaussian`, [`taps`] of them, which are zeros where there is none.
+    pub fn new(
+        policy: &Policy,
+        params: &Params,
+        width: usize,
+        pixels: i64,
+        gaussian: &mut Vec<f32>,
+    ) -> Self {
+        let mut view = Self::resampled(
+            &policy.resize(params),
+            policy.normalise.as_ref(),
+            width,
+            pixels,
+        );
+        let float = policy.pixels == Pixels::Float;
+        view.flags |= if float { FLOAT } else { 0 };
+        view.program = policy.program(params);
+        if let Some(drawn) = &params.jitter {
+            view.brightness = drawn.brightness;
+            view.contrast = drawn.contrast;
+            view.saturation = drawn.saturation;
+            view.hue = drawn.hue;
+            view.turn = colour::steps(drawn.hue);
+        }
+        if let (true, Some(solarise)) = (params.solarise, &policy.solarise) {
+            view.flags |= SOLARISE;
+            view.solarise = solarise.threshold * if float { 1.0 } else { 255.0 };
+        }
+        let kind = policy.blur.as_ref().map(|blur| blur.kind);
+        let end = gaussian.len() + taps(policy.size);
+        match params.blur.zip(kind) {
+            Some((sigma, BlurKind::Gaussian)) => {
+                view.flags |= GAUSSIAN;
+                blur::weights(policy.size, sigma, gaussian);
+            }
+            Some((sigma, BlurKind::PillowBox)) => {
+                let BoxBlur { whole, weight, fraction } = BoxBlur::of(sigma);
+                view.flags |= BOX;
+                (view.box_whole, view.box_weight, view.box_fraction) =
+                    (whole as i32, weight, fraction);
+            }
+            None => {}
+        }
+        gaussian.resize(end, 0.0);
+        view
+    }
+
+    /// The evaluation's view of an image of `width` x `height` pixels that begin at byte `pixels`.
+    pub fn center(
+        [width, height]: [usize; 2],
+        size: usize,
+        normalise: Option<&Normalise>,
+        pixels: i64,
+    ) -> Self {
+        Self::resampled(&middle(width, height, size), normalise, width, pixels)
+    }
+
+    /// The byte behind its crop's last pixel.
+    pub fn end(&self) -> i64 {
+        let row = i64::from(self.corner[1] + self.crop[1] - 1);
+        self.pixels
+            + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
+    }
+
+    /// How many times as wide or high as what it is brought to its crop is, at least.
+    pub fn shrinks_by(&self) -> usize {
+        let axes = self.crop.iter().zip(self.whole);
+        axes.map(|(&from, to)| (from as usize).div_ceil(to as usize)).max().unwrap_or(0)
+    }
+
+    fn resampled(
+        resize: &Resize,
+        normalise: Option<&Normalise>,
+        width: usize,
+        pixels: i64,
+    ) -> Self {
+        let pair = |a: usize, b: usize| [a as i32, b as i32];
+        let (crop, [x, y], [across, down]) = (resize.crop, resize.first, resize.whole);
+        let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
+        let ([r, g, b, _], [dr, dg, db, _]) = scale(normalise);
+        Self {
+            pixels,
+            width: width as i32,
+            corner: pair(crop.left, crop.top),
+            crop: pair(crop.width, crop.height),
+            whole: pair(across, down),
+            first: pair(x, y),
+            flags: flag(resize.flip, FLIP)
+                | flag(resize.filter == Filter::Bicubic, BICUBIC)
+                | flag(resize.antialias, ANTIALIAS),
+            mean: [r, g, b],
+            deviation: [dr, dg, db],
+            ..Self::zeroed()
+        }
+    }
+}
+
+impl Policy {
+    /// The colour operations that happen, in order.
+    fn program(&self, params: &Params) -> u32 {
+        let mut operations = Vec::with_capacity(6);
+        if params.grey && self.grey_first {
+            operations.push(GREY);
+        }
+        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
+            operations.extend(drawn.order.iter().filter_map(|op| match op {
+                ColourOp::Brightness if jitter.additive_brightness => Some(ADD),
+                ColourOp::Brightness => Some(BRIGHTNESS),
+                ColourOp::Contrast => Some(CONTRAST),
+                ColourOp::Saturation => Some(SATURATION),
+                // As `Policy::apply`: in 8 bits the way to HSV and back is not exact.
+                ColourOp::Hue => (jitter.hue > 0.0 || self.pixels == Pixels::Float).then_some(HUE),
+            }));
+        }
+        if params.grey && !self.grey_first {
+            operations.push(GREY);
+        }
+        operations.iter().rev().fold(0, |program, op| program << 4 | op)
+    }
+}
