@@ -28,6 +28,8 @@ mod golden;
 mod memory;
 #[path = "suite/methods.rs"]
 mod methods;
+#[path = "suite/mistakes.rs"]
+mod mistakes;
 #[path = "suite/neighbours.rs"]
 mod neighbours;
 #[path = "suite/network.rs"]
@@ -44,6 +46,8 @@ mod provoked;
 mod random_shapes;
 #[path = "suite/recipes.rs"]
 mod recipes;
+#[path = "suite/resume.rs"]
+mod resume;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/shipped_bugs.rs"]
