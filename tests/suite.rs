@@ -24,6 +24,8 @@ mod examples;
 mod floors;
 #[path = "suite/golden.rs"]
 mod golden;
+#[path = "suite/interchange.rs"]
+mod interchange;
 #[path = "suite/memory.rs"]
 mod memory;
 #[path = "suite/methods.rs"]

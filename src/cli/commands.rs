@@ -51,7 +51,8 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let recipe = paused.recipe().clone();
             let device = device::open(train.device, &recipe.train)?;
             let run = Run::resume(paused, &device)?;
-            talk(&format!("{}: going on after step {}", folder.display(), run.step()));
+            let what = if run.has_ended() { "the run has ended," } else { "going on" };
+            talk(&format!("{}: {what} after step {}", folder.display(), run.step()));
             (run, recipe, folder.clone())
         }
         (None, name) => {

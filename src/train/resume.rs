@@ -198,6 +198,11 @@ impl Run {
         self.progress.step
     }
 
+    /// Whether all epochs are done, the last one's evaluation included.
+    pub fn has_ended(&self) -> bool {
+        self.progress.epoch >= self.recipe.train.epochs
+    }
+
     /// What may happen after any step: a stop, or a checkpoint that is due.
     pub(super) fn between_steps(&mut self) -> Result<()> {
         self.stop_if_asked()?;

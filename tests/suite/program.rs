@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 use crate::compare::{close, report};
 use crate::driver::with_driver;
+use crate::resume::outcome;
 
 /// Two epochs of a narrow network on a few of the bundled images.
 const SMALL: &[&str] = &[
@@ -44,18 +45,9 @@ fn run(folder: &Path, name: &str, threads: usize, loader_threads: usize) -> (Vec
         &with_settings(&["train", "demo", "--device", "cpu", "--out", name], &settings),
     );
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let checkpoint = std::fs::read(folder.join(text(&output.stdout).trim())).unwrap();
-    let header = 8 + u64::from_le_bytes(checkpoint[..8].try_into().unwrap()) as usize;
-    let metrics = std::fs::read_to_string(folder.join(name).join("metrics.jsonl")).unwrap();
-    let lines = metrics.lines().map(|line| {
-        let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
-        let record = record.as_object_mut().unwrap();
-        record.remove("views_per_second");
-        record.remove("waiting");
-        serde_json::to_string(record).unwrap() + "\n"
-    });
-    // The header holds the resolved recipe, and that the numbers of threads, which must not show in the weights.
-    (checkpoint[header..].to_vec(), lines.collect())
+    // The header is left out: it holds the resolved recipe, and that the numbers of threads, which must not show in weights.
+    let [weights, metrics] = outcome(&folder.join(name));
+    (weights, String::from_utf8(metrics).unwrap())
 }
 
 #[test]
