@@ -197,7 +197,7 @@ pub(super) fn devices(json: bool) -> Result<()> {
     let isa = crate::ops::instruction_set();
     if json {
         let cpu = json!({ "threads": device.threads(), "kernels": isa });
-        return say(&json!({ "cpu": cpu, "gpus": crate::device::gpus() }).to_string());
+        return say(&json!({ "cpu": cpu, "gpu": crate::device::gpus() }).to_string());
     }
     say(&format!("cpu: {} threads, {isa} kernels", device.threads()))?;
     crate::device::gpus().iter().try_for_each(|line| say(line))

@@ -10,7 +10,7 @@ use super::trained::Trained;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
 use crate::data::augment::Normalise;
-use crate::data::{self, Source, Split, Subset};
+use crate::data::{self, Source, Split, Subset, Transform};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::eval;
@@ -61,9 +61,9 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
     let size = args.size.map_or(network.size, |size| size as usize);
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
     let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
-    let seen = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
-    let Network { arena, trunk, normalise, .. } = &network;
-    let mut all = eval::embed(arena, trunk, &*source, size, normalise.as_ref(), seen)?;
+    let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
+    let Network { arena, trunk, normalise, see, .. } = &network;
+    let mut all = eval::embed(arena, trunk, &*source, size, normalise.as_ref(), *see, done)?;
     bar.iter().for_each(ProgressBar::finish_and_clear);
     for name in &mut all.names {
         if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
@@ -89,6 +89,7 @@ struct Network {
     trunk: ResNet,
     size: usize,
     normalise: Option<Normalise>,
+    see: Transform,
 }
 
 impl Network {
@@ -100,7 +101,7 @@ impl Network {
         talk(&format!("weights: {}", trained.checkpoint.display()));
         let policy = trained.recipe.augment[0].clone();
         let (trunk, size) = (method.backbone().clone(), policy.size);
-        Ok(Self { arena, trunk, size, normalise: policy.normalise })
+        Ok(Self { arena, trunk, size, normalise: policy.normalise, see: data::center })
     }
 
     /// Of a file in torchvision's names: as torchvision's presets see images.
@@ -112,6 +113,7 @@ impl Network {
         let trunk = ResNet::new(&mut layout, "backbone.", &network);
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
-        Ok(Self { arena, trunk, size: 224, normalise: Some(Normalise::imagenet()) })
+        let (size, normalise) = (224, Some(Normalise::imagenet()));
+        Ok(Self { arena, trunk, size, normalise, see: data::resized_center })
     }
 }

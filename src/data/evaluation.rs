@@ -23,10 +23,29 @@ pub fn center_batch(
     normalise: Option<&Normalise>,
     device: &Device,
 ) -> (Batch, Vec<Skipped>) {
+    transformed_batch(center, source, range, size, normalise, device)
+}
+
+/// What comes between an image and a network when nothing is drawn: [`center`] or
+/// [`resized_center`](super::resized_center).
+pub type Transform = fn(&Image, usize, Option<&Normalise>, &mut [f32], &mut Scratch);
+
+/// [`center_batch`] under another transform.
+///
+/// # Panics
+/// When the range does not lie in the source.
+pub fn transformed_batch(
+    see: Transform,
+    source: &dyn Source,
+    range: Range<usize>,
+    size: usize,
+    normalise: Option<&Normalise>,
+    device: &Device,
+) -> (Batch, Vec<Skipped>) {
     let wanted: Vec<usize> = range.collect();
     let (mut indices, mut skipped) = (wanted, Vec::new());
     loop {
-        let (images, read) = transform(source, &indices, size, normalise, device);
+        let (images, read) = transform(see, source, &indices, size, normalise, device);
         if read.iter().all(Result::is_ok) {
             let labels =
                 indices.iter().map(|&i| source.label(i).map_or(-1, |l| l as i32)).collect();
@@ -50,6 +69,7 @@ pub fn center_batch(
 
 /// All images at `indices`; rows of broken ones are left as they are.
 fn transform(
+    see: Transform,
     source: &dyn Source,
     indices: &[usize],
     size: usize,
@@ -65,7 +85,7 @@ fn transform(
                 <(Image, Scratch, Vec<f32>)>::default,
                 |(image, scratch, buffer), (row, &index)| {
                     source.read(index, image).map_err(|e| e.to_string())?;
-                    row.fill(buffer, |out| center(image, size, normalise, out, scratch));
+                    row.fill(buffer, |out| see(image, size, normalise, out, scratch));
                     Ok(())
                 },
             )

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::arena::Arena;
 use crate::data::augment::Normalise;
-use crate::data::{Skipped, Source, center_batch};
+use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
 use crate::nn::ResNet;
 use crate::tape::evaluate;
@@ -32,7 +32,7 @@ pub struct Embedded {
 }
 
 /// Features of all images of `source` from `backbone` with the arena's weights: running statistics, the centre of each image at
-/// `size` pixels. `seen` is told how many images are done.
+/// `size` pixels under `see`. `done` is told after how many images it is.
 ///
 /// # Errors
 /// When the device fails, or no image can be read.
@@ -42,7 +42,8 @@ pub fn embed(
     source: &dyn Source,
     size: usize,
     normalise: Option<&Normalise>,
-    mut seen: impl FnMut(usize),
+    see: Transform,
+    mut done: impl FnMut(usize),
 ) -> Result<Embedded> {
     let mut all = Embedded {
         values: Vec::with_capacity(source.len() * backbone.features()),
@@ -54,7 +55,8 @@ pub fn embed(
     };
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
-        let (batch, skipped) = center_batch(source, from..to, size, normalise, arena.device());
+        let (batch, skipped) =
+            transformed_batch(see, source, from..to, size, normalise, arena.device());
         all.skipped.extend(skipped);
         if !batch.indices.is_empty() {
             let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
@@ -63,7 +65,7 @@ pub fn embed(
             all.names.extend(batch.indices.iter().map(|&index| source.name(index as usize)));
             all.labels.extend(&batch.labels);
         }
-        seen(to);
+        done(to);
     }
     match (all.names.is_empty(), all.skipped.first()) {
         (true, Some(Skipped { reason, .. })) => Err(Error::Config(format!(

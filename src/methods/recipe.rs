@@ -310,10 +310,13 @@ pub(super) fn table<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Re
     })
 }
 
-/// What an error of `toml` says, which draws the place on several lines, in one.
+/// What an error of `toml` says in one line, without its drawing of the place: `|`, `1 | seed =`, `  |   ^`.
 fn one_line(error: &toml::de::Error) -> String {
     let text = error.to_string();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let drawn = |line: &str| {
+        line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start().starts_with('|')
+    };
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !drawn(line));
     lines.collect::<Vec<_>>().join("; ")
 }
 

@@ -16,7 +16,7 @@ use crate::methods::{self, Course, DataSettings, Method, Recipe, WatchSettings};
 use crate::optim::{Optimizer, Schedule};
 use crate::tape::step;
 use crate::train::checkpoint;
-use crate::train::folder::Folder;
+use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
 
 /// What a step looked like.
@@ -182,6 +182,11 @@ impl Run {
         if let Some((file, teacher)) = method.teacher().filter(|_| fresh) {
             checkpoint::load_weights(&file, teacher)?;
         }
+        // A class that the method has no place for is told now, not when its image comes.
+        let classes = |i| images.train.label(i).map_or(-1, |label| label as i32);
+        let all = (0..images.train.len()).map(classes);
+        let extremes = [all.clone().min().unwrap_or(-1), all.max().unwrap_or(-1)];
+        method.labels(&extremes)?;
         method.prepare(0);
         let mut run = Self {
             recipe: recipe.clone(),
@@ -233,6 +238,14 @@ impl Run {
     /// the run was [asked to stop](Run::stop_when); when data cannot be read or a file cannot be written. Checkpoints written
     /// before stay.
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
+        let trained = self.train_epochs(watch);
+        if trained.is_err() && self.progress.step == 0 {
+            self.folder.take().into_iter().for_each(folder::discard);
+        }
+        trained
+    }
+
+    fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
         for epoch in self.progress.epoch..epochs {
             let report = self.epoch(epoch, watch)?;

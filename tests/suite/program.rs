@@ -118,7 +118,9 @@ fn with_gpu(folder: &Path, words: &[&str]) -> Output {
 fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     let folder = tempfile::tempdir().unwrap();
     // Without --device it is the GPU, for there is one.
-    let output = with_gpu(folder.path(), &with_settings(&["train", "demo", "--out", "run"], TINY));
+    let each = ["--set", "train.checkpoint_every_steps=1"];
+    let train = with_settings(&["train", "demo", "--out", "run"], TINY);
+    let output = with_gpu(folder.path(), &[&train[..], &each].concat());
     let said = text(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("device: GPU 0 (") && said.contains("), bf16"), "{said}");
@@ -130,6 +132,13 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     // Two steps and their mean; 15 candidates for each row.
     assert_eq!(losses.len(), 3, "{metrics}");
     assert!(losses.iter().all(|&loss| loss > 0.0 && loss < 4.0 * 15_f64.ln()), "{losses:?}");
+
+    // As if it had been killed in its second step.
+    let straight = outcome(&folder.path().join("run"));
+    std::fs::remove_file(folder.path().join("run/step-00000002.safetensors")).unwrap();
+    let output = with_gpu(folder.path(), &["train", "--resume", "run"]);
+    assert!(text(&output.stderr).contains("going on after step 1"), "{}", text(&output.stderr));
+    assert!(outcome(&folder.path().join("run")) == straight, "the resumed run differs");
 
     let evaluate = |device, precision| {
         let words = ["eval", "knn", "run", "--k", "5", "--device", device, "--set", precision];

@@ -131,15 +131,44 @@ pub fn center(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
+    if [image.width, image.height] == [size; 2] {
+        middle(image, size, [size; 2], normalise, out, scratch);
+    } else {
+        resized_center(image, size, normalise, out, scratch);
+    }
+}
+
+/// [`center`] that resizes every image, as torchvision's presets do: for networks that were made with them.
+///
+/// # Panics
+/// When `out` has another length.
+#[track_caller]
+pub fn resized_center(
+    image: &Image,
+    size: usize,
+    normalise: Option<&Normalise>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let (width, height) = (image.width, image.height);
+    let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded
+    // The longer side truncated, as torchvision's `Resize` does.
+    let whole = [target * width / short, target * height / short];
+    middle(image, size, whole, normalise, out, scratch);
+}
+
+/// The middle `[size, size]` of an image that is resized to `whole`.
+#[track_caller]
+fn middle(
+    image: &Image,
+    size: usize,
+    whole: [usize; 2],
+    normalise: Option<&Normalise>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
     assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
     let (width, height) = (image.width, image.height);
-    let whole = if [width, height] == [size; 2] {
-        [size; 2]
-    } else {
-        let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded
-        // The longer side truncated, as torchvision's `Resize` does.
-        [target * width / short, target * height / short]
-    };
     // Halves to even, as torchvision's `CenterCrop` rounds.
     let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
     let resize = Resize {

@@ -14,6 +14,6 @@ mod params;
 mod policy;
 mod resize;
 
-pub use apply::{Scratch, center};
+pub use apply::{Scratch, center, resized_center};
 pub use params::{ColourOp, CropBox, JitterParams, Params};
 pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Solarise};
