@@ -342,7 +342,15 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         files(&root.join("run")).keys().collect::<Vec<_>>(),
         kept.keys().collect::<Vec<_>>()
     );
-    for left in ["runs", "new", "x.npy", "x.tsv", "features.csv", "features.npy"] {
+    for left in [
+        "runs/demo",
+        "runs/supervised-cifar10-small",
+        "new",
+        "x.npy",
+        "x.tsv",
+        "features.csv",
+        "features.npy",
+    ] {
         assert!(!root.join(left).exists(), "a refused command leaves {left} behind");
     }
     for (words, sentence) in [
