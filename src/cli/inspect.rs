@@ -58,7 +58,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
         peak(&recipe),
     ))?;
     slots(layout)?;
-    graph.iter().try_for_each(|graph| tape(graph))?;
+    graph.iter().try_for_each(tape)?;
     memory.iter().try_for_each(|need| told(need, &recipe))
 }
 

@@ -1,6 +1,6 @@
 //! Weights and features that leave the program, and weights that come in: `export`, `embed`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use indicatif::ProgressBar;
@@ -94,7 +94,7 @@ struct Network {
 
 impl Network {
     /// Of a run of ours: as its own evaluation sees images.
-    fn own(args: &Embed, run: &PathBuf) -> Result<Self> {
+    fn own(args: &Embed, run: &Path) -> Result<Self> {
         let trained = Trained::open(run, &[])?;
         let device = device::open(args.device, &trained.recipe.train)?;
         let (method, arena) = trained.load(&device)?;

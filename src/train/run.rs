@@ -467,3 +467,25 @@ fn diverged(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<Stri
 fn due(every: u32, epoch: u32) -> bool {
     every > 0 && (epoch + 1).is_multiple_of(every)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_are_the_recipes() {
+        let watch = WatchSettings::default();
+        let spread = |std, effective_rank| Some(Spread { std, effective_rank });
+        assert_eq!(collapse(&watch, spread(0.3, 2.0), Some(9.0)), None);
+        assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
+        assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));
+        assert!(collapse(&watch, None, Some(1.4)).unwrap().contains("1.40 prototypes"));
+        assert!(diverged(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
+        // Losses below 1 in size, negative ones among them, are held against 1.
+        assert!(diverged(&watch, Some(-0.9), 9.9).is_none());
+        assert!(diverged(&watch, Some(-0.9), 10.1).is_some());
+        let never = WatchSettings { diverged: 0.0, collapsed_std: 0.0, ..watch };
+        assert_eq!(diverged(&never, Some(4.0), 1e9), None);
+        assert_eq!(collapse(&never, spread(0.0, 2.0), None), None);
+    }
+}

@@ -201,14 +201,3 @@ fn a_gpu_that_is_not_there_is_a_sentence() {
     assert!(said.contains("there is no GPU 77"), "{said}");
     assert!(!folder.path().join("runs").exists(), "a refused run leaves a folder behind");
 }
-
-#[test]
-fn a_diverging_run_stops_with_advice() {
-    let folder = tempfile::tempdir().unwrap();
-    let settings: Vec<&str> =
-        SMALL.iter().copied().chain(["optim.lr=1e30", "optim.warmup_epochs=0"]).collect();
-    let output = selfsup(folder.path(), &with_settings(&["demo"], &settings));
-    assert_eq!(output.status.code(), Some(1));
-    let said = text(&output.stderr);
-    assert!(said.contains("lower optim.lr"), "{said}");
-}
