@@ -82,6 +82,7 @@ impl Training {
             zero_init_residual: true,
             norm_groups: 1,
             sk_ratio: 0.0,
+            bottleneck: 1,
         };
         let hidden = number(1) * if number(0) < 50 { 8 } else { 32 };
         let settings = Settings { temperature: 0.5, hidden, embedding: 128 };

@@ -33,10 +33,9 @@ fn views(device: &Device, round: u32) -> Tensor {
 pub fn main() {
     let device = Device::cpu(0).expect("threads");
     let mut layout = Layout::new();
-    let stem = Stem::Small;
-    let (zero_init_residual, norm_groups, sk_ratio) = (true, 1, 0.0);
+    let published = ResNetConfig::named("resnet18").expect("a known name");
     let config =
-        ResNetConfig { depth: 18, width: 8, stem, zero_init_residual, norm_groups, sk_ratio };
+        ResNetConfig { width: 8, stem: Stem::Small, zero_init_residual: true, ..published };
     let trunk = ResNet::new(&mut layout, "", &config);
     let layer = MlpLayer { width: 32, bias: true, norm: NormKind::None, relu: false, std: None };
     let head = Mlp::new(&mut layout, "head", trunk.features(), &[layer], 1);

@@ -42,6 +42,9 @@ pub enum Error {
     /// A run stopped because its numbers went wrong.
     #[error("{0}")]
     Diverged(String),
+    /// A run was asked to stop, and did.
+    #[error("{0}")]
+    Stopped(String),
 }
 
 /// The crate's result.

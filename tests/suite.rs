@@ -31,10 +31,14 @@ mod floors;
 mod forced;
 #[path = "suite/golden.rs"]
 mod golden;
+#[path = "suite/interchange.rs"]
+mod interchange;
 #[path = "suite/memory.rs"]
 mod memory;
 #[path = "suite/methods.rs"]
 mod methods;
+#[path = "suite/mistakes.rs"]
+mod mistakes;
 #[path = "suite/neighbours.rs"]
 mod neighbours;
 #[path = "suite/network.rs"]
@@ -51,6 +55,8 @@ mod provoked;
 mod random_shapes;
 #[path = "suite/recipes.rs"]
 mod recipes;
+#[path = "suite/resume.rs"]
+mod resume;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/shipped_bugs.rs"]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::device::Name;
+use crate::data::Split;
 
 /// Self-supervised vision: train, look, evaluate.
 #[derive(Debug, Parser)]
@@ -23,20 +24,56 @@ pub(super) enum Command {
     /// Train by a recipe
     #[command(after_help = "Examples:
   selfsup train simclr-cifar10-small --set data.path=data/cifar10 --out runs/first
-  selfsup train my-recipe.toml --set train.epochs=20 --set optim.lr=0.1")]
+  selfsup train my-recipe.toml --set train.epochs=20 --set optim.lr=0.1
+  selfsup train --resume runs/first
+
+Ctrl-C or SIGTERM writes a checkpoint and ends the program (exit code 1); --resume goes on from there as if nothing had
+happened. A second Ctrl-C ends it at once.")]
     Train(Train),
     /// Evaluate what a run has learnt
+    #[command(after_help = "Examples:
+  selfsup eval knn runs/first
+  selfsup eval knn runs/first/best.safetensors --k 20 --json")]
     Eval {
         #[command(subcommand)]
         what: Eval,
     },
+    /// Write a run's trunk as PyTorch loads it: torchvision's names and layout, safetensors
+    #[command(after_help = "Examples:
+  selfsup export runs/first
+  selfsup export runs/first/best.safetensors --out resnet18.safetensors
+
+In PyTorch:
+  model = torchvision.models.resnet18()
+  model.fc = torch.nn.Identity()
+  model.load_state_dict(safetensors.torch.load_file('resnet18.safetensors'))")]
+    Export(Export),
+    /// Write the features of a folder of images: a run's, or those of weights from torchvision or timm
+    #[command(after_help = "Examples:
+  selfsup embed runs/first photos --out features.npy
+  selfsup embed runs/first data/cifar10 --split test --out features.safetensors
+  selfsup embed --weights resnet50.safetensors --arch resnet50 photos --out features.npy
+
+A .npy file has a table of file, label and class beside it (.tsv), in the order of rows; a .safetensors file has `features`
+and `labels`, names and classes as JSON lists in its header.")]
+    Embed(Embed),
+    /// Say what a recipe or a run comes to: settings, slots, the graph of a step, memory
+    #[command(after_help = "Examples:
+  selfsup inspect simclr-cifar10 --set train.batch=1024
+  selfsup inspect moco-v2-imagenet --memory
+  selfsup inspect runs/first --graph --json")]
+    Inspect(Inspect),
     /// List the recipes that come with the program, or print one
     Recipes {
         /// Print this one
         name: Option<String>,
     },
     /// Say what this machine has to compute with
-    Devices,
+    Devices {
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Arguments)]
@@ -55,13 +92,73 @@ pub(super) struct Demo {
 #[derive(Debug, Arguments)]
 pub(super) struct Train {
     /// A recipe file, or the name of a recipe that comes with the program
-    pub(super) recipe: String,
+    #[arg(required_unless_present = "resume")]
+    pub(super) recipe: Option<String>,
+    /// Go on with the run in this folder where its last checkpoint left it
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "out"])]
+    pub(super) resume: Option<PathBuf>,
     /// Override a setting, such as train.epochs=20; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
     /// The run's folder; runs/RECIPE if not given
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<Name>,
+}
+
+#[derive(Debug, Arguments)]
+pub(super) struct Inspect {
+    /// A recipe's file or name, a run's folder, or a checkpoint
+    #[arg(value_name = "RECIPE|RUN")]
+    pub(super) what: String,
+    /// Override a setting; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Run a step on few images and list its graph: operation, shape, bytes
+    #[arg(long)]
+    pub(super) graph: bool,
+    /// Run two steps on few images and say what memory the recipe's batch needs
+    #[arg(long)]
+    pub(super) memory: bool,
+    /// As one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub(super) struct Export {
+    /// A run's folder (its newest checkpoint), or one of its checkpoints
+    pub(super) run: PathBuf,
+    /// The file; backbone.safetensors in the run's folder if not given
+    #[arg(long, value_name = "FILE")]
+    pub(super) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Arguments)]
+pub(super) struct Embed {
+    /// A run's folder or checkpoint (not with --weights), and a folder of images
+    #[arg(required = true, num_args = 1..=2, value_names = ["RUN", "FOLDER"])]
+    pub(super) paths: Vec<PathBuf>,
+    /// Weights with torchvision's or timm's names, saved as safetensors
+    #[arg(long, value_name = "FILE", requires = "arch")]
+    pub(super) weights: Option<PathBuf>,
+    /// Whose: resnet18, 34, 50, 101, 152, wide_resnet50_2, wide_resnet101_2
+    #[arg(long, value_name = "NAME", requires = "weights")]
+    pub(super) arch: Option<String>,
+    /// Where to: a name that ends in .npy or .safetensors
+    #[arg(long, value_name = "FILE")]
+    pub(super) out: PathBuf,
+    /// Side of what a network sees, the middle of an image whose shorter side is 8/7 of it; a recipe's, or 224
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(super) size: Option<u32>,
+    /// The part of a set that has several: train or test
+    #[arg(long, default_value = "train")]
+    pub(super) split: Split,
+    /// Use this many images, spread over the set; 0 for all
+    #[arg(long, default_value_t = 0)]
+    pub(super) limit: usize,
     /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
@@ -77,7 +174,7 @@ pub(super) enum Eval {
 
 #[derive(Debug, Arguments)]
 pub(super) struct EvalKnn {
-    /// The run's folder
+    /// The run's folder (its newest checkpoint), or one of its checkpoints
     pub(super) run: PathBuf,
     /// Neighbours that vote
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
@@ -88,6 +185,9 @@ pub(super) struct EvalKnn {
     /// Override a setting of the run's recipe, such as data.path
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
+    /// As one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
     /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,

@@ -1,18 +1,22 @@
 //! What each command does.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
+
+use serde_json::json;
 
 use super::args::{Demo, EvalKnn, Train};
 use super::progress::Progress;
-use super::{device, say, talk};
+use super::trained::Trained;
+use super::{device, say, signals, talk};
 use crate::arena::Arena;
 use crate::data::Source;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn};
 use crate::methods::{self, Method, Recipe};
-use crate::train::{self, Images, Run};
+use crate::train::{self, Images, Paused, Run};
 
 /// Labelled images of each class that the demo's linear probe sees.
 const LABELS: usize = 10;
@@ -21,7 +25,8 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
     let device = device::open(demo.device, &recipe.train)?;
-    let run = run(&recipe, &device, demo.out.as_deref())?;
+    let mut run = Run::new(&recipe, &device, demo.out.as_deref())?;
+    go(&mut run, &recipe)?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
     compared
@@ -40,17 +45,32 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
 }
 
 pub(super) fn train(train: &Train) -> Result<()> {
-    let recipe = Recipe::load(&train.recipe, &train.set)?;
-    let name = Path::new(&train.recipe).file_stem().unwrap_or_default();
-    let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
-    let device = device::open(train.device, &recipe.train)?;
-    run(&recipe, &device, Some(&out))?;
+    let (mut run, recipe, out) = match (&train.resume, &train.recipe) {
+        (Some(folder), _) => {
+            let paused = Paused::open(folder, &train.set)?;
+            let recipe = paused.recipe().clone();
+            let device = device::open(train.device, &recipe.train)?;
+            let run = Run::resume(paused, &device)?;
+            let what = if run.has_ended() { "the run has ended," } else { "going on" };
+            talk(&format!("{}: {what} after step {}", folder.display(), run.step()));
+            (run, recipe, folder.clone())
+        }
+        (None, name) => {
+            let name = name.as_deref().unwrap_or_default(); // one of the two is required
+            let recipe = Recipe::load(name, &train.set)?;
+            let stem = Path::new(name).file_stem().unwrap_or_default();
+            let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
+            let device = device::open(train.device, &recipe.train)?;
+            (Run::new(&recipe, &device, Some(&out))?, recipe, out)
+        }
+    };
+    go(&mut run, &recipe)?;
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
 }
 
-fn run(recipe: &Recipe, device: &Device, out: Option<&Path>) -> Result<Run> {
-    let mut run = Run::new(recipe, device, out)?;
+/// Trains to the end, or until a signal.
+fn go(run: &mut Run, recipe: &Recipe) -> Result<()> {
     let schedule = run.schedule().clone();
     talk(&format!(
         "{} on {} images; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
@@ -63,35 +83,49 @@ fn run(recipe: &Recipe, device: &Device, out: Option<&Path>) -> Result<Run> {
         schedule.warmup,
         schedule.total,
     ));
-    run.train(&mut Progress::new(schedule.total))?;
-    Ok(run)
+    let stop = signals::stop()?;
+    run.stop_when(stop.clone());
+    let trained = run.train(&mut Progress::new(schedule.total));
+    stop.store(true, Ordering::Relaxed); // from here on a signal ends the program at once
+    trained
 }
 
 pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
     if args.temperature.is_nan() || args.temperature <= 0.0 {
         return Err(Error::config("--temperature must be above 0"));
     }
-    let file = args.run.join("recipe.toml");
-    let recipe = Recipe::load(&file.to_string_lossy(), &args.set)?;
+    let trained = Trained::open(&args.run, &args.set)?;
+    let recipe = &trained.recipe;
     let device = device::open(args.device, &recipe.train)?;
-    let method = methods::build(&recipe)?;
-    let mut arena = Arena::new(method.layout(), &device, recipe.seed);
-    let checkpoint = train::newest(&args.run)?;
-    train::load_weights(&checkpoint, &mut arena)?;
+    let (method, arena) = trained.load(&device)?;
     let images = Images::open(&recipe.data)?;
     let (train, test) = (&images.train, images.held_out()?);
     let knn = Knn { k: args.k as usize, temperature: args.temperature };
     talk(&format!(
         "{}: {} bank and {} held-out images, k {}, temperature {}, seed {}",
-        checkpoint.display(),
+        trained.checkpoint.display(),
         train.len(),
         test.len(),
         knn.k,
         knn.temperature,
         recipe.seed
     ));
-    Compared::new(&recipe, &*method, &arena, &**train, &**test)?
-        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, knn, &device))
+    let compared = Compared::new(recipe, &*method, &arena, &**train, &**test)?;
+    let accuracy =
+        |bank: &Features, queries: &Features| eval::knn_accuracy(bank, queries, knn, &device);
+    if !args.json {
+        return compared.print("kNN", accuracy);
+    }
+    say(&json!({
+        "checkpoint": trained.checkpoint,
+        "bank": train.len(),
+        "held_out": test.len(),
+        "k": knn.k,
+        "temperature": knn.temperature,
+        "seed": recipe.seed,
+        "knn": compared.accuracies(accuracy)?,
+    })
+    .to_string())
 }
 
 /// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.
@@ -123,6 +157,18 @@ impl Compared {
         })
     }
 
+    /// The accuracies by name, each in `0..=1`.
+    fn accuracies(
+        &self,
+        accuracy: impl Fn(&Features, &Features) -> Result<f64>,
+    ) -> Result<serde_json::Value> {
+        let rows = self.rows.iter();
+        let entry = |(name, bank, queries): &(&str, Features, Features)| {
+            Ok((name.replace(' ', "_"), accuracy(bank, queries)?.into()))
+        };
+        rows.map(entry).collect::<Result<serde_json::Map<_, _>>>().map(Into::into)
+    }
+
     fn print(
         &self,
         what: &str,
@@ -146,9 +192,13 @@ pub(super) fn recipes(name: Option<&str>) -> Result<()> {
     say(text.trim_end())
 }
 
-pub(super) fn devices() -> Result<()> {
+pub(super) fn devices(json: bool) -> Result<()> {
     let device = Device::cpu(0)?;
     let isa = crate::ops::instruction_set();
+    if json {
+        let cpu = json!({ "threads": device.threads(), "kernels": isa });
+        return say(&json!({ "cpu": cpu, "gpu": crate::device::gpus() }).to_string());
+    }
     say(&format!("cpu: {} threads, {isa} kernels", device.threads()))?;
     crate::device::gpus().iter().try_for_each(|line| say(line))
 }

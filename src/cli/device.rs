@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::talk;
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::methods::TrainSettings;
 
@@ -28,13 +28,18 @@ impl FromStr for Name {
     }
 }
 
-/// The device of that name, or else what is there: a GPU, or the CPU. Says which in a line.
+/// The device of that name as a recipe wants it.
 pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Device> {
-    let cpu = || Device::cpu(settings.threads);
+    choose(name, settings.precision, settings.threads)
+}
+
+/// The device of that name, or else what is there: a GPU, or the CPU. Says which in a line.
+pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -> Result<Device> {
+    let cpu = || Device::cpu(threads);
     let (device, why) = match name {
         Some(Name::Cpu) => (cpu()?, String::new()),
-        Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, settings.precision)?, String::new()),
-        None => match Device::cuda(0, settings.precision) {
+        Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, precision)?, String::new()),
+        None => match Device::cuda(0, precision) {
             Ok(gpu) => (gpu, "; --device cpu for the processor".into()),
             Err(reason) => (cpu()?, format!("; {reason}")),
         },

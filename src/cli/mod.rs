@@ -3,7 +3,11 @@
 mod args;
 mod commands;
 mod device;
+mod inspect;
+mod interchange;
 mod progress;
+mod signals;
+mod trained;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -20,8 +24,11 @@ pub fn main() -> ExitCode {
         Command::Demo(demo) => commands::demo(&demo),
         Command::Train(train) => commands::train(&train),
         Command::Eval { what: Eval::Knn(knn) } => commands::eval_knn(&knn),
+        Command::Export(export) => interchange::export(&export),
+        Command::Embed(embed) => interchange::embed(&embed),
+        Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => commands::recipes(name.as_deref()),
-        Command::Devices => commands::devices(),
+        Command::Devices { json } => commands::devices(json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

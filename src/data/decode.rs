@@ -61,7 +61,9 @@ fn check_size(width: usize, height: usize) -> Result<(), String> {
 }
 
 fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
-    let failed = |e| format!("is a damaged JPEG file: {e}");
+    // The decoder quotes what it says, line ends and all.
+    let said = |e: &dyn std::fmt::Display| e.to_string().trim_matches('"').replace("\\n", "; ");
+    let failed = |e| format!("is a damaged JPEG file: {}", said(&e));
     // The decoder fills up what is missing; a file is whole if the end marker follows the last scan's beginning.
     // Neither marker can occur inside a scan, where 0xFF is followed by 0.
     let last = |code| bytes.windows(2).rposition(|pair| pair == [0xFF, code]);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::augment::{MOST_SHRINKING, Maker, Normalise, Scratch, View, center, taps};
+use super::augment::{MOST_SHRINKING, Maker, Normalise, Scratch, Transform, View, taps, transform};
 use super::loader::{Batch, Skipped};
 use super::rows::rows_of;
 use super::source::{Image, Source};
@@ -12,7 +12,7 @@ use crate::device::cuda::Table;
 use crate::device::{Device, DeviceKind};
 use crate::tensor::{DType, Tensor};
 
-/// Images `range` of a source under [`center`], in order, as one tensor `[n, size, size, 4]` of a batch of epoch
+/// Images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, 4]` of a batch of epoch
 /// 0; and the images that are left out because they could not be read. Runs on the device's threads, and a GPU
 /// makes the views: the same ones.
 ///
@@ -25,12 +25,27 @@ pub fn center_batch(
     normalise: Option<&Normalise>,
     device: &Device,
 ) -> (Batch, Vec<Skipped>) {
+    transformed_batch(Transform::Center, source, range, size, normalise, device)
+}
+
+/// [`center_batch`] under another transform.
+///
+/// # Panics
+/// When the range does not lie in the source.
+pub fn transformed_batch(
+    by: Transform,
+    source: &dyn Source,
+    range: Range<usize>,
+    size: usize,
+    normalise: Option<&Normalise>,
+    device: &Device,
+) -> (Batch, Vec<Skipped>) {
     let wanted: Vec<usize> = range.collect();
     let (mut indices, mut skipped) = (wanted, Vec::new());
     loop {
-        let transform =
+        let make =
             if device.kind() == DeviceKind::Cuda { transform_on_gpu } else { transform_on_host };
-        let (images, read) = transform(source, &indices, size, normalise, device);
+        let (images, read) = make(by, source, &indices, size, normalise, device);
         if read.iter().all(Result::is_ok) {
             let labels =
                 indices.iter().map(|&i| source.label(i).map_or(-1, |l| l as i32)).collect();
@@ -54,6 +69,7 @@ pub fn center_batch(
 
 /// All images at `indices`; rows of broken ones are left as they are.
 fn transform_on_host(
+    by: Transform,
     source: &dyn Source,
     indices: &[usize],
     size: usize,
@@ -69,7 +85,7 @@ fn transform_on_host(
                 <(Image, Scratch, Vec<f32>)>::default,
                 |(image, scratch, buffer), (row, &index)| {
                     source.read(index, image).map_err(|e| e.to_string())?;
-                    row.fill(buffer, |out| center(image, size, normalise, out, scratch));
+                    row.fill(buffer, |out| transform(by, image, size, normalise, out, scratch));
                     Ok(())
                 },
             )
@@ -80,6 +96,7 @@ fn transform_on_host(
 
 /// Likewise by a GPU; nothing is made where one is broken.
 fn transform_on_gpu(
+    by: Transform,
     source: &dyn Source,
     indices: &[usize],
     size: usize,
@@ -91,7 +108,7 @@ fn transform_on_gpu(
     let read = |&index: &usize| {
         let mut image = Image::default();
         source.read(index, &mut image).map_err(|e| e.to_string())?;
-        let view = View::center([image.width, image.height], size, normalise, 0);
+        let view = View::middle(by, [image.width, image.height], size, normalise, 0);
         if view.shrinks_by() > MOST_SHRINKING {
             return Err(format!("{}: has too many pixels for a GPU", source.name(index)));
         }

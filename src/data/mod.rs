@@ -20,9 +20,9 @@ mod plan;
 mod rows;
 mod source;
 
-pub use augment::{Policy, center};
+pub use augment::{Policy, Transform, center};
 pub use cifar::Cifar;
-pub use evaluation::center_batch;
+pub use evaluation::{center_batch, transformed_batch};
 pub use folder::Folder;
 pub use idx::{Idx, fashion_scattered};
 pub use loader::{Batch, Loader, Skipped};

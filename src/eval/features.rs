@@ -27,6 +27,24 @@ pub struct Features {
 }
 
 impl Features {
+    /// No rows yet, of size `d`.
+    pub fn none(d: usize) -> Self {
+        Self { values: Vec::new(), d, labels: Vec::new(), skipped: Vec::new() }
+    }
+
+    /// Adds the rows of more images, in order.
+    ///
+    /// # Panics
+    /// When rows differ in size.
+    pub fn append(&mut self, more: Self) {
+        assert_eq!(self.d, more.d, "features: rows of different sizes");
+        let before = (self.labels.len() + self.skipped.len()) as u32;
+        let moved = |skipped: Skipped| Skipped { index: before + skipped.index, ..skipped };
+        self.values.extend(more.values);
+        self.labels.extend(more.labels);
+        self.skipped.extend(more.skipped.into_iter().map(moved));
+    }
+
     /// The same features, each row scaled to unit length.
     pub fn normalised(mut self) -> Self {
         for row in self.values.chunks_exact_mut(self.d.max(1)) {

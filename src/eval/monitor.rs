@@ -1,9 +1,11 @@
 //! The collapse monitor: how far unit embeddings `z [n, d]` are spread.
 
+use serde::{Deserialize, Serialize};
+
 use crate::tensor::Tensor;
 
 /// How far embeddings are spread.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Standard deviation of a channel, averaged over channels, times `sqrt(d)`: about 1 when embeddings fill the sphere, 0 when
     /// they have collapsed to a point (SimSiam, section 4.1).

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use crate::arena::{Arena, Layout, Slot};
 use crate::error::Result;
 use crate::methods::supervised::{self, Classifier};
-use crate::methods::{Course, Method, above_zero};
+use crate::methods::{Course, Method, State, above_zero};
 use crate::nn::{ResNet, ResNetConfig};
 use crate::ops::distillation;
 use crate::optim::Care;
@@ -130,5 +130,11 @@ impl Method for Distill {
 
     fn classifier(&self) -> Option<&Classifier> {
         Some(&self.student)
+    }
+
+    // Never moves, but a run must not depend on whether its teacher's file is still there.
+    fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
+        let weights = self.weights.as_mut();
+        weights.map(|weights| ("teacher", State::Network(weights))).into_iter().collect()
     }
 }

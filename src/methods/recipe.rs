@@ -26,6 +26,9 @@ pub struct Recipe {
     pub optim: OptimSettings,
     /// How long, how much at once, and what is written.
     pub train: TrainSettings,
+    /// What stops a run whose numbers went wrong.
+    #[serde(default)]
+    pub watch: WatchSettings,
     /// How views are made; one for all views, or one for each.
     pub augment: Vec<Policy>,
 }
@@ -91,6 +94,12 @@ pub struct TrainSettings {
     /// A checkpoint is written every this many epochs and at the end; 0 for the end only.
     #[serde(default)]
     pub checkpoint_every: u32,
+    /// A checkpoint is written every this many steps, too; 0 for none within an epoch.
+    #[serde(default)]
+    pub checkpoint_every_steps: u64,
+    /// A checkpoint is written when the last one is this many minutes old, too; 0 for none.
+    #[serde(default)]
+    pub checkpoint_every_minutes: f64,
     /// Checkpoints that are kept; at least 1.
     #[serde(default = "three")]
     pub keep: usize,
@@ -106,6 +115,34 @@ pub struct TrainSettings {
     /// A weight file to start from, in torchvision's names: slots that it has are taken from it, the trunk whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
+}
+
+/// What stops a run whose numbers went wrong, within an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WatchSettings {
+    /// Embeddings have collapsed below this share of `1 / sqrt(d)`; healthy runs stay above 0.3.
+    pub collapsed_std: f64,
+    /// They have collapsed to a line below this effective rank: a batch norm that ends a head keeps the deviation up.
+    pub collapsed_rank: f64,
+    /// All images have one assignment below this many prototypes in use.
+    pub collapsed_prototypes: f64,
+    /// An epoch's mean loss, in multiples of the run's first (of 1 if that is less), from which the run diverges; 0 for never.
+    pub diverged: f64,
+    /// Say what is wrong and go on all the same.
+    pub carry_on: bool,
+}
+
+impl Default for WatchSettings {
+    fn default() -> Self {
+        Self {
+            collapsed_std: 0.05,
+            collapsed_rank: 1.3,
+            collapsed_prototypes: 1.5,
+            diverged: 10.0,
+            carry_on: false,
+        }
+    }
 }
 
 fn three() -> usize {
@@ -126,8 +163,17 @@ impl Recipe {
             Some(text) => (text.to_owned(), name.to_owned()),
             None => (read(name)?, name.to_owned()),
         };
-        let mut table: toml::Table =
-            text.parse().map_err(|e| Error::format(&origin, format!("is not TOML: {e}")))?;
+        Self::parse(&text, &origin, settings)
+    }
+
+    /// A recipe from its text, with `key.path=value` settings on top; `origin` is what messages call it.
+    ///
+    /// # Errors
+    /// When the text is not what it should be: the message names the key.
+    pub fn parse(text: &str, origin: &str, settings: &[String]) -> Result<Self> {
+        let mut table: toml::Table = text
+            .parse()
+            .map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))?;
         for setting in settings {
             set(&mut table, setting)?;
         }
@@ -184,6 +230,11 @@ impl Recipe {
         positive(self.optim.warmup_epochs, "optim.warmup_epochs")?;
         positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;
         positive(self.optim.end_lr, "optim.end_lr")?;
+        positive(self.train.checkpoint_every_minutes, "train.checkpoint_every_minutes")?;
+        positive(self.watch.collapsed_std, "watch.collapsed_std")?;
+        positive(self.watch.collapsed_rank, "watch.collapsed_rank")?;
+        positive(self.watch.collapsed_prototypes, "watch.collapsed_prototypes")?;
+        positive(self.watch.diverged, "watch.diverged")?;
         for (value, key) in [
             (self.train.epochs as usize, "train.epochs"),
             (self.train.keep, "train.keep"),
@@ -253,12 +304,20 @@ fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
 /// Reads a table, answering an unknown key with the nearest known one. `place` is the table's own name.
 pub(super) fn table<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Result<T> {
     T::deserialize(table.clone()).map_err(|error| {
-        let message = error.to_string();
-        let message = message.lines().map(str::trim).filter(|l| !l.is_empty());
-        let message = message.collect::<Vec<_>>().join("; ");
+        let message = one_line(&error);
         let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
         Error::Config(format!("recipe: {place}{message}{}", nearest(&message)))
     })
+}
+
+/// What an error of `toml` says in one line, without its drawing of the place: `|`, `1 | seed =`, `  |   ^`.
+fn one_line(error: &toml::de::Error) -> String {
+    let text = error.to_string();
+    let drawn = |line: &str| {
+        line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start().starts_with('|')
+    };
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !drawn(line));
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// ` (did you mean …?)` for serde's "unknown field `x`, expected one of `a`, `b`".

@@ -41,13 +41,52 @@ pub struct ResNetConfig {
     /// and with them, as in SimCLR v2's reference code, ResNet-D's stem and shortcuts. Published: 0.0625.
     #[serde(default)]
     pub sk_ratio: f64,
+    /// How many times as wide as published the inside of a bottleneck is: 1, or 2 in torchvision's `wide_resnet50_2` and
+    /// `wide_resnet101_2` (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
+    #[serde(default = "one")]
+    pub bottleneck: usize,
 }
 
 fn one() -> usize {
     1
 }
 
+/// torchvision's names, which timm has too: depth, and how many times as wide bottlenecks are.
+const NAMES: [(&str, usize, usize); 7] = [
+    ("resnet18", 18, 1),
+    ("resnet34", 34, 1),
+    ("resnet50", 50, 1),
+    ("resnet101", 101, 1),
+    ("resnet152", 152, 1),
+    ("wide_resnet50_2", 50, 2),
+    ("wide_resnet101_2", 101, 2),
+];
+
 impl ResNetConfig {
+    /// The network that torchvision and timm call `name`.
+    ///
+    /// # Errors
+    /// When there is none; the message lists those that there are.
+    pub fn named(name: &str) -> crate::Result<Self> {
+        let found = NAMES.iter().find(|(known, ..)| *known == name);
+        let &(_, depth, bottleneck) = found.ok_or_else(|| {
+            let known = NAMES.map(|(name, ..)| name).join(", ");
+            crate::Error::Config(format!("there is no architecture {name}; known are: {known}"))
+        })?;
+        let (width, stem, zero_init_residual) = (64, Stem::Image, false);
+        let (norm_groups, sk_ratio) = (1, 0.0);
+        Ok(Self { depth, width, stem, zero_init_residual, norm_groups, sk_ratio, bottleneck })
+    }
+
+    /// Its name in torchvision, if it is one of theirs.
+    pub fn name(&self) -> Option<&'static str> {
+        let theirs = self.width == 64 && self.stem == Stem::Image && !self.selective();
+        let same = |&&(_, depth, bottleneck): &&(&str, usize, usize)| {
+            [depth, bottleneck] == [self.depth, self.bottleneck]
+        };
+        NAMES.iter().filter(|_| theirs).find(same).map(|&(name, ..)| name)
+    }
+
     /// Blocks of each stage, and whether they are bottlenecks.
     fn blocks(&self) -> ([usize; 4], bool) {
         match self.depth {
@@ -90,8 +129,15 @@ impl ResNetConfig {
                 "network.sk_ratio needs bottlenecks: network.depth of 50 or more",
             ));
         }
-        if self.width == 0 || self.norm_groups == 0 {
-            return Err(crate::Error::config("network.width and network.norm_groups start at 1"));
+        if self.width == 0 || self.norm_groups == 0 || self.bottleneck == 0 {
+            return Err(crate::Error::config(
+                "network.width, network.norm_groups and network.bottleneck start at 1",
+            ));
+        }
+        if self.bottleneck > 1 && (self.depth < 50 || self.selective()) {
+            return Err(crate::Error::config(
+                "network.bottleneck needs bottlenecks (network.depth of 50 or more) without selective kernels",
+            ));
         }
         Ok(())
     }
@@ -241,12 +287,13 @@ impl ResNet {
         let mut c = config.width;
         let mut blocks = Vec::new();
         for (stage, &count) in stages.iter().enumerate() {
-            let inner = config.width << stage;
+            let k = (config.width << stage) * expansion;
+            let inner = (config.width << stage) * config.bottleneck;
             for i in 0..count {
                 let stride = if stage > 0 && i == 0 { 2 } else { 1 };
                 let name = format!("layer{}.{i}", stage + 1);
-                blocks.push(builder.block(&name, config, [c, inner, inner * expansion, stride]));
-                c = inner * expansion;
+                blocks.push(builder.block(&name, config, [c, inner, k, stride]));
+                c = k;
             }
         }
         Self { stem, pool: config.stem == Stem::Image, blocks, features: c }
@@ -273,16 +320,13 @@ mod tests {
     use super::*;
 
     fn weights(depth: usize, sk_ratio: f64, widths: usize) -> usize {
+        let resnet50 = ResNetConfig::named("resnet50").unwrap();
+        count(&ResNetConfig { depth, width: 64 * widths, sk_ratio, ..resnet50 })
+    }
+
+    fn count(config: &ResNetConfig) -> usize {
         let mut layout = Layout::new();
-        let config = ResNetConfig {
-            depth,
-            width: 64 * widths,
-            stem: Stem::Image,
-            zero_init_residual: true,
-            norm_groups: 1,
-            sk_ratio,
-        };
-        ResNet::new(&mut layout, "", &config);
+        ResNet::new(&mut layout, "", config);
         layout.weights()
     }
 
@@ -294,6 +338,9 @@ mod tests {
         assert_eq!(weights(50, 0.0, 1), 25_557_032 - 2_049_000);
         assert_eq!(weights(101, 0.0, 1), 44_549_160 - 2_049_000);
         assert_eq!(weights(152, 0.0, 1), 60_192_808 - 2_049_000);
+        let wide = |name| count(&ResNetConfig::named(name).unwrap());
+        assert_eq!(wide("wide_resnet50_2"), 68_883_240 - 2_049_000);
+        assert_eq!(wide("wide_resnet101_2"), 126_886_696 - 2_049_000);
     }
 
     /// Parameters in millions of the paper's table 1, which counts trunk and classifier (2048 features a width to 1000

@@ -13,18 +13,33 @@ use crate::error::{Error, Result};
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    length: u64,
 }
 
 impl Metrics {
-    /// Opens `metrics.jsonl` in a run's folder, to append to.
+    /// Makes `metrics.jsonl` in a run's folder, empty.
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub fn open(folder: &Path) -> Result<Self> {
+    pub fn create(folder: &Path) -> Result<Self> {
+        Self::open(folder, 0)
+    }
+
+    /// Opens `metrics.jsonl` in a run's folder, to append after its first `length` bytes; later ones are dropped.
+    ///
+    /// # Errors
+    /// When the folder cannot be written, or the file is shorter.
+    pub fn open(folder: &Path, length: u64) -> Result<Self> {
         let path = folder.join("metrics.jsonl");
         let file =
             OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
-        Ok(Self { path, file })
+        let there = file.metadata().map_err(Error::io(&path))?.len();
+        if there < length {
+            let reason = format!("has {there} bytes; the checkpoint was written after {length}");
+            return Err(Error::format(&path, reason));
+        }
+        file.set_len(length).map_err(Error::io(&path))?;
+        Ok(Self { path, file, length })
     }
 
     /// Writes one line, in one call, so that a reader never sees half of one.
@@ -34,6 +49,17 @@ impl Metrics {
     pub fn write(&mut self, record: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_string(record).expect("a record is plain data");
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
+        self.length += line.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes written so far, which are on disk when this returns.
+    ///
+    /// # Errors
+    /// When the disk is full or gone.
+    pub fn synced(&mut self) -> Result<u64> {
+        self.file.sync_data().map_err(Error::io(&self.path))?;
+        Ok(self.length)
     }
 }

@@ -1,11 +1,17 @@
-//! Training runs (floor 6): the loop, what it writes, and what it does when numbers go wrong.
+//! Training runs (floor 6): the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
 
 mod checkpoint;
+mod folder;
+mod inspect;
 mod metrics;
+mod resume;
 mod run;
 mod step;
+pub(crate) mod weights;
 
-pub use checkpoint::{init_weights, load_state, load_weights, newest, save, weights_in};
+pub use checkpoint::{export_trunk, init_weights, load_state, load_weights, newest, save};
+pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
+pub use resume::{Paused, recipe_in};
 pub use run::{EpochReport, Images, Run, StepReport, Watch};
 pub use step::{Done, Steps, Training};

@@ -1,8 +1,8 @@
 //! One training run: data, method, optimiser and what is written, step after step.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -11,10 +11,12 @@ use crate::arena::Arena;
 use crate::data::{self, Loader, Source, Split, Subset};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::eval::{self, Knn, Spread};
-use crate::methods::{self, Course, DataSettings, Method, Recipe};
+use crate::eval::{self, Features, Knn, Spread};
+use crate::methods::{self, Course, DataSettings, Method, Recipe, WatchSettings};
 use crate::optim::{Optimizer, Schedule};
-use crate::train::{Done, Metrics, Steps, Training, checkpoint};
+use crate::train::folder::{self, Folder};
+use crate::train::resume::Progress;
+use crate::train::{Done, Steps, Training, checkpoint};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -62,17 +64,11 @@ pub trait Watch {
     fn note(&mut self, sentence: &str);
 }
 
-/// Below this share of `1 / sqrt(d)` embeddings have collapsed. Healthy runs stay above 0.3.
-const COLLAPSED: f64 = 0.05;
-
-/// Below this many directions embeddings lie on one line. A batch norm that ends a head keeps their deviation up, but not this.
-const ON_A_LINE: f64 = 1.3;
-
-/// Below this many prototypes all images have one assignment.
-const ONE_PROTOTYPE: f64 = 1.5;
-
 /// Above this share of an epoch the wait for data is worth a sentence.
 const WAITING: f64 = 0.1;
+
+/// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
+const EVALUATED: usize = 1024;
 
 /// The images of a run.
 #[derive(Clone)]
@@ -124,29 +120,31 @@ impl Images {
 
 /// A run under way.
 pub struct Run {
-    recipe: Recipe,
-    method: Box<dyn Method>,
-    online: Arena,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    loader: Loader,
+    pub(super) recipe: Recipe,
+    pub(super) method: Box<dyn Method>,
+    pub(super) online: Arena,
+    pub(super) optimizer: Optimizer,
+    pub(super) schedule: Schedule,
+    pub(super) loader: Loader,
     images: Images,
-    folder: Option<(PathBuf, Metrics)>,
+    pub(super) folder: Option<Folder>,
     steps: Steps,
-    /// Steps begun.
-    step: u64,
+    /// Steps begun. [`Progress`] counts those whose losses are known, which on a GPU are fewer while an epoch lasts.
+    pub(super) begun: u64,
+    pub(super) progress: Progress,
+    pub(super) stop: Arc<AtomicBool>,
+    /// When the last checkpoint was written, or the run began.
+    pub(super) saved: Instant,
 }
 
 /// An epoch under way.
 struct SoFar {
     start: Instant,
-    /// Steps done before it.
-    first: u64,
+    /// Batches that were done before, by a run that was stopped: they count in the loss, not in the speed.
+    first: usize,
     steps: usize,
-    /// Views of all its steps.
+    /// Views of all batches from the first on.
     views: usize,
-    /// The sum of the losses that are known.
-    losses: f64,
 }
 
 impl Run {
@@ -155,6 +153,13 @@ impl Run {
     /// # Errors
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
+        let mut run = Self::prepare(recipe, device, true)?;
+        run.folder = folder.map(|folder| Folder::create(folder, recipe)).transpose()?;
+        Ok(run)
+    }
+
+    /// A run without a folder; weights from files are read if it is a `fresh` one.
+    pub(super) fn prepare(recipe: &Recipe, device: &Device, fresh: bool) -> Result<Self> {
         let mut method = methods::build(recipe)?;
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
@@ -166,10 +171,10 @@ impl Run {
             device,
         )?;
         let mut online = Arena::new(method.layout(), device, recipe.seed);
-        if let Some(file) = &recipe.train.init {
+        if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
             checkpoint::init_weights(Path::new(file), &mut online)?;
         }
-        let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
+        let optimizer = Optimizer::new(recipe.optim.rule, &online);
         let schedule = recipe.schedule(images.train.len());
         method.start(
             &online,
@@ -180,24 +185,38 @@ impl Run {
                 total: schedule.total.max(1),
             },
         )?;
-        if let Some((file, teacher)) = method.teacher() {
+        if let Some((file, teacher)) = method.teacher().filter(|_| fresh) {
             checkpoint::load_weights(&file, teacher)?;
         }
+        // A class that the method has no place for is told now, not when its image comes.
+        let classes = |i| images.train.label(i).map_or(-1, |label| label as i32);
+        let all = (0..images.train.len()).map(classes);
+        let extremes = [all.clone().min().unwrap_or(-1), all.max().unwrap_or(-1)];
+        method.labels(&extremes)?;
         method.prepare(0);
-        optimizer.treat(online.layout(), |slot| method.care(slot, schedule.peak));
-        let folder = folder.map(|folder| start_folder(folder, recipe)).transpose()?;
-        Ok(Self {
+        let mut run = Self {
             recipe: recipe.clone(),
             method,
             online,
             optimizer,
             schedule,
             loader,
+            progress: Progress { images: images.train.len(), ..Progress::default() },
             images,
-            folder,
+            folder: None,
             steps: Steps::new(device),
-            step: 0,
-        })
+            begun: 0,
+            stop: Arc::default(),
+            saved: Instant::now(),
+        };
+        run.treat();
+        Ok(run)
+    }
+
+    /// Asks the method how its slots are to be treated in this phase.
+    pub(super) fn treat(&mut self) {
+        let (method, peak) = (&self.method, self.schedule.peak);
+        self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
     }
 
     /// The weights.
@@ -224,14 +243,24 @@ impl Run {
     ///
     /// # Errors
     /// When the loss is no longer a number or the embeddings collapse, with a sentence on what was seen and what to try; when
-    /// data cannot be read or a file cannot be written. Checkpoints written before stay.
+    /// the run was [asked to stop](Run::stop_when); when data cannot be read or a file cannot be written. Checkpoints written
+    /// before stay.
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
+        self.begun = self.progress.step;
+        let trained = self.train_epochs(watch).map_err(|error| self.with_what_is_left(error));
+        if trained.is_err() && self.progress.step == 0 {
+            self.folder.take().into_iter().for_each(folder::discard);
+        }
+        trained
+    }
+
+    fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
         if let Some(sentence) = self.loader.place_images() {
             watch.note(&sentence);
         }
-        for epoch in 0..epochs {
-            let report = self.epoch(epoch, watch).map_err(|e| self.with_what_is_left(e))?;
+        for epoch in self.progress.epoch..epochs {
+            let report = self.epoch(epoch, watch)?;
             if report.waiting > WAITING {
                 watch.note(&format!(
                     "{:.0}% of this epoch was spent waiting for images: give the loader more threads, or faster files",
@@ -240,8 +269,14 @@ impl Run {
             }
             watch.epoch(&report);
             let last = epoch + 1 == epochs;
-            if due(self.recipe.train.checkpoint_every, epoch) || last {
-                self.checkpoint().map_err(|e| self.with_what_is_left(e))?;
+            let best = report.knn > self.progress.best_knn; // nothing is less than any number
+            if best {
+                self.progress.best_knn = report.knn;
+            }
+            if (due(self.recipe.train.checkpoint_every, epoch) || last || best)
+                && let Some(file) = self.checkpoint()?.filter(|_| best)
+            {
+                checkpoint::keep_as_best(&file)?;
             }
         }
         for skipped in self.loader.skipped() {
@@ -252,15 +287,10 @@ impl Run {
 
     fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
         let waited = self.loader.waited();
-        let steps = self.loader.batches_per_epoch();
-        let mut so_far = SoFar {
-            start: Instant::now(),
-            first: self.step,
-            steps,
-            views: steps * self.recipe.train.batch * self.method.views(),
-            losses: 0.0,
-        };
-        for _ in 0..steps {
+        let (first, steps) = (self.progress.position, self.loader.batches_per_epoch());
+        let views = (steps - first) * self.recipe.train.batch * self.method.views();
+        let so_far = SoFar { start: Instant::now(), first, steps, views };
+        for i in first..steps {
             let batch = self.loader.next_batch()?;
             let training = Training {
                 method: &mut *self.method,
@@ -268,22 +298,39 @@ impl Run {
                 optimizer: &mut self.optimizer,
                 schedule: &self.schedule,
             };
-            let known = self.steps.run(training, &batch, self.step)?;
-            self.step += 1;
-            known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
+            let known = self.steps.run(training, &batch, self.begun)?;
+            self.begun += 1;
+            known.into_iter().try_for_each(|done| self.tell(done, &so_far, watch))?;
+            // After the last one its embeddings are looked at first: a checkpoint does not hold them.
+            if i + 1 < steps && self.pauses() {
+                self.catch_up(&so_far, watch)?;
+                self.between_steps()?;
+            }
         }
-        let known = self.steps.finish()?;
-        known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
-        let SoFar { start, views, losses, .. } = so_far;
-        let elapsed = start.elapsed();
-        let spread = self.steps.embeddings().map(eval::spread);
-        self.online.device().check()?;
-        if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
-            return Err(Error::Diverged(format!(
-                "the embeddings collapsed in epoch {}: {seen}; \
-                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
+        self.catch_up(&so_far, watch)?;
+        let elapsed = so_far.start.elapsed();
+        if first < steps {
+            self.progress.spread = self.steps.embeddings().map(eval::spread);
+            self.progress.prototypes_used = self.method.prototypes_used();
+            self.online.device().check()?;
+            self.between_steps()?;
+        }
+        let Progress { spread, prototypes_used, losses, .. } = self.progress;
+        let loss = losses / steps as f64;
+        if let Some(seen) = diverged(&self.recipe.watch, self.progress.first_loss, loss) {
+            self.alarm(watch, || format!(
+                "the run diverged in epoch {}: {seen}; lower optim.lr or lengthen optim.warmup_epochs",
                 epoch + 1,
-            )));
+            ))?;
+        }
+        if let Some(seen) = collapse(&self.recipe.watch, spread, prototypes_used) {
+            self.alarm(watch, || {
+                format!(
+                    "the embeddings collapsed in epoch {}: {seen}; \
+                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
+                    epoch + 1,
+                )
+            })?;
         }
         let last = epoch + 1 == self.recipe.train.epochs;
         let measure = due(self.recipe.train.knn_every, epoch) || last;
@@ -293,49 +340,61 @@ impl Run {
         let report = EpochReport {
             epoch: epoch + 1,
             epochs: self.recipe.train.epochs,
-            loss: losses / steps as f64,
+            loss,
             spread,
             knn,
             accuracy,
             views_per_second: views as f64 / elapsed.as_secs_f64(),
             waiting: share(self.loader.waited() - waited),
         };
-        if let Some((_, metrics)) = &mut self.folder {
+        if let Some(Folder { metrics, .. }) = &mut self.folder {
             metrics.write(&json!({
                 "epoch": report.epoch,
-                "step": self.step,
+                "step": self.progress.step,
                 "loss": report.loss,
                 "embedding_std": spread.map(|s| s.std),
                 "effective_rank": spread.map(|s| s.effective_rank),
-                "prototypes_used": self.method.prototypes_used(),
+                "prototypes_used": prototypes_used,
                 "knn": knn,
                 "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
                 "waiting": report.waiting,
             }))?;
         }
+        let progress = &mut self.progress;
+        (progress.epoch, progress.position, progress.losses) = (epoch + 1, 0, 0.0);
+        (progress.spread, progress.prototypes_used) = (None, None);
         Ok(report)
     }
 
+    /// Waits for the losses of all steps begun: before weights are looked at, or written.
+    fn catch_up(&mut self, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
+        let known = self.steps.finish()?;
+        known.into_iter().try_for_each(|done| self.tell(done, so_far, watch))
+    }
+
     /// Writes down a step whose loss is known.
-    fn tell(&mut self, done: Done, so_far: &mut SoFar, watch: &mut dyn Watch) -> Result<()> {
+    fn tell(&mut self, done: Done, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
         let Done { step, lr, loss } = done;
         self.online.device().check()?; // what a failed device gives is no number
-        if !loss.is_finite() {
-            return Err(Error::Diverged(format!(
+        if !loss.is_finite() && self.progress.losses.is_finite() {
+            self.alarm(watch, || format!(
                 "the loss became {loss} at step {step} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs"
-            )));
+            ))?;
         }
-        so_far.losses += loss;
-        let share = (step - so_far.first) as f64 / so_far.steps as f64;
+        let progress = &mut self.progress;
+        progress.losses += loss;
+        progress.first_loss.get_or_insert(loss);
+        (progress.step, progress.position) = (step, progress.position + 1);
+        let done = (progress.position - so_far.first) as f64 / (so_far.steps - so_far.first) as f64;
         watch.step(&StepReport {
             step,
             total: self.schedule.total,
             loss,
             lr,
-            views_per_second: share * so_far.views as f64 / so_far.start.elapsed().as_secs_f64(),
+            views_per_second: done * so_far.views as f64 / so_far.start.elapsed().as_secs_f64(),
         });
-        if let Some((_, metrics)) = &mut self.folder {
+        if let Some(Folder { metrics, .. }) = &mut self.folder {
             metrics.write(&json!({ "step": step, "loss": loss, "lr": lr }))?;
         }
         Ok(())
@@ -343,30 +402,49 @@ impl Run {
 
     /// A device's failure with what is left of the run.
     fn with_what_is_left(&self, error: Error) -> Error {
-        let (Error::Device(reason), Some((folder, _))) = (&error, &self.folder) else {
+        let (Error::Device(reason), Some(Folder { path, .. })) = (&error, &self.folder) else {
             return error;
         };
-        Error::Device(match checkpoint::newest(folder) {
+        Error::Device(match checkpoint::newest(path) {
             Ok(file) => format!("{reason}; the newest checkpoint is {}", file.display()),
             Err(_) => format!("{reason}; no checkpoint had been written yet"),
         })
     }
 
+    /// Stops a run whose numbers went wrong, or says what is wrong where the recipe has it carry on.
+    fn alarm(&self, watch: &mut dyn Watch, sentence: impl FnOnce() -> String) -> Result<()> {
+        if !self.recipe.watch.carry_on {
+            return Err(Error::Diverged(sentence() + "; watch.carry_on=true goes on all the same"));
+        }
+        watch.note(&sentence());
+        Ok(())
+    }
+
     /// kNN accuracy on the held-out images; `None` without any.
-    fn knn(&self) -> Result<Option<f64>> {
-        let Some(test) = &self.images.test else { return Ok(None) };
-        let policy = &self.recipe.augment[0];
-        let features = |source: &Arc<dyn Source>| {
-            eval::trunk_features(
+    fn knn(&mut self) -> Result<Option<f64>> {
+        let Some(test) = self.images.test.clone() else { return Ok(None) };
+        let bank = self.features(&self.images.train.clone())?;
+        let queries = self.features(&test)?;
+        eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
+    }
+
+    /// Features of a whole set, some at a time, so that a run can be stopped between.
+    fn features(&mut self, source: &Arc<dyn Source>) -> Result<Features> {
+        let mut all = Features::none(self.method.backbone().features());
+        for from in (0..source.len()).step_by(EVALUATED) {
+            self.stop_if_asked()?;
+            let to = (from + EVALUATED).min(source.len());
+            let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
+            let policy = &self.recipe.augment[0];
+            all.append(eval::trunk_features(
                 &self.online,
                 self.method.backbone(),
-                &**source,
+                &part,
                 policy.size,
                 policy.normalise.as_ref(),
-            )
-        };
-        let (bank, queries) = (features(&self.images.train)?, features(test)?);
-        eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
+            )?);
+        }
+        Ok(all)
     }
 
     /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.
@@ -379,37 +457,36 @@ impl Run {
         eval::classifier_accuracy(&self.online, classifier, &**test, policy.size, normalise)
             .map(Some)
     }
-
-    fn checkpoint(&mut self) -> Result<()> {
-        let Some((folder, _)) = &self.folder else { return Ok(()) };
-        let metadata = HashMap::from([
-            ("format".into(), "pt".into()),
-            ("selfsup.step".into(), self.step.to_string()),
-            ("selfsup.recipe".into(), self.recipe.to_toml()),
-        ]);
-        let keep = self.recipe.train.keep;
-        let state = self.method.state();
-        checkpoint::save(folder, self.step, &self.online, &self.optimizer, state, metadata, keep)?;
-        Ok(())
-    }
 }
 
 /// What a collapse looks like, if it is one.
-fn collapse(spread: Option<Spread>, prototypes_used: Option<f64>) -> Option<String> {
-    if let Some(Spread { std, effective_rank }) = spread {
-        if std < COLLAPSED {
+fn collapse(
+    watch: &WatchSettings,
+    spread: Option<Spread>,
+    prototypes_used: Option<f64>,
+) -> Option<String> {
+    if let Some(Spread { std, effective_rank, .. }) = spread {
+        if std < watch.collapsed_std {
             return Some(format!(
                 "their deviation is {std:.4} of 1/sqrt(d), where a healthy run has about 1"
             ));
         }
-        if effective_rank < ON_A_LINE {
+        if effective_rank < watch.collapsed_rank {
             return Some(format!(
                 "they use {effective_rank:.2} directions, so all lie on one line"
             ));
         }
     }
-    let used = prototypes_used.filter(|&used| used < ONE_PROTOTYPE)?;
+    let used = prototypes_used.filter(|&used| used < watch.collapsed_prototypes)?;
     Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
+}
+
+/// What a divergence looks like, if an epoch's mean loss is one.
+fn diverged(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<String> {
+    let first = first.filter(|first| first.is_finite() && watch.diverged > 0.0)?;
+    let limit = watch.diverged * first.abs().max(1.0);
+    (loss > limit)
+        .then(|| format!("its mean loss is {loss:.3}, after {first:.3} in the first step"))
 }
 
 /// Whether something done every `every` epochs is due after `epoch`, which counts from 0.
@@ -417,12 +494,24 @@ fn due(every: u32, epoch: u32) -> bool {
     every > 0 && (epoch + 1).is_multiple_of(every)
 }
 
-fn start_folder(folder: &Path, recipe: &Recipe) -> Result<(PathBuf, Metrics)> {
-    if folder.join("recipe.toml").exists() {
-        return Err(Error::format(folder, "already holds a run: choose another --out"));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_are_the_recipes() {
+        let watch = WatchSettings::default();
+        let spread = |std, effective_rank| Some(Spread { std, effective_rank });
+        assert_eq!(collapse(&watch, spread(0.3, 2.0), Some(9.0)), None);
+        assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
+        assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));
+        assert!(collapse(&watch, None, Some(1.4)).unwrap().contains("1.40 prototypes"));
+        assert!(diverged(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
+        // Losses below 1 in size, negative ones among them, are held against 1.
+        assert!(diverged(&watch, Some(-0.9), 9.9).is_none());
+        assert!(diverged(&watch, Some(-0.9), 10.1).is_some());
+        let never = WatchSettings { diverged: 0.0, collapsed_std: 0.0, ..watch };
+        assert_eq!(diverged(&never, Some(4.0), 1e9), None);
+        assert_eq!(collapse(&never, spread(0.0, 2.0), None), None);
     }
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let path = folder.join("recipe.toml");
-    std::fs::write(&path, recipe.to_toml()).map_err(Error::io(&path))?;
-    Ok((folder.to_path_buf(), Metrics::open(folder)?))
 }

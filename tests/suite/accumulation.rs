@@ -22,8 +22,15 @@ const ROWS: usize = IMAGES * VIEWS;
 
 fn method(norm_groups: usize) -> SimClr {
     let (depth, width, stem) = (18, 4, Stem::Small);
-    let network =
-        ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups, sk_ratio: 0.0 };
+    let network = ResNetConfig {
+        depth,
+        width,
+        stem,
+        zero_init_residual: false,
+        norm_groups,
+        sk_ratio: 0.0,
+        bottleneck: 1,
+    };
     SimClr::new(&network, &Settings { temperature: 0.2, hidden: 16, embedding: 8 })
 }
 

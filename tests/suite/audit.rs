@@ -98,6 +98,7 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
         zero_init_residual: false,
         norm_groups: 1,
         sk_ratio: 0.0,
+        bottleneck: 1,
     };
     let trunk = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();

@@ -108,10 +108,8 @@ fn policy(size: usize, kind: usize) -> Policy {
         grey_first: kind == 3,
         blur: Some(Blur { p: 0.5, sigma: [0.1, if kind == 3 { 9.0 } else { 2.0 }], kind: blur }),
         solarise: Some(Solarise { p: 0.3, threshold: 0.5 }),
-        normalise: (pixels == Pixels::U8).then_some(Normalise {
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
-        }),
+        normalise: (pixels == Pixels::U8)
+            .then_some(Normalise { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
         ..Policy::crop(size)
     }
 }

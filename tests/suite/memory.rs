@@ -25,6 +25,7 @@ impl Training {
             zero_init_residual: true,
             norm_groups: 1,
             sk_ratio: 0.0,
+            bottleneck: 1,
         };
         let settings = Settings { temperature: 0.5, hidden: 16, embedding: 8 };
         let method = SimClr::new(&config, &settings);

@@ -49,7 +49,15 @@ pub struct Run {
 
 pub fn small(norm_groups: usize) -> ResNetConfig {
     let (depth, width, stem) = (18, 4, Stem::Small);
-    ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups, sk_ratio: 0.0 }
+    ResNetConfig {
+        depth,
+        width,
+        stem,
+        zero_init_residual: false,
+        norm_groups,
+        sk_ratio: 0.0,
+        bottleneck: 1,
+    }
 }
 
 pub const MOCO: moco::Settings = moco::Settings {

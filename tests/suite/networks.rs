@@ -40,7 +40,15 @@ impl Network {
         let stem = if row.text("stem") == Some("image") { Stem::Image } else { Stem::Small };
         let sk_ratio = row.text("sk").map_or(0.0, |text| text.parse().unwrap());
         let zero_init_residual = false;
-        let config = ResNetConfig { depth, width, stem, zero_init_residual, norm_groups, sk_ratio };
+        let config = ResNetConfig {
+            depth,
+            width,
+            stem,
+            zero_init_residual,
+            norm_groups,
+            sk_ratio,
+            bottleneck: 1,
+        };
         let mut layout = Layout::new();
         let trunk = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);

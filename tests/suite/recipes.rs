@@ -9,7 +9,7 @@ use selfsup::train::Run;
 use crate::driver::{gpu, unchecked};
 
 /// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
-fn reduced(name: &str) -> Recipe {
+pub fn reduced(name: &str) -> Recipe {
     let mut recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
@@ -46,9 +46,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     for name in names {
         let mut recipe = reduced(name);
         if recipe.method.name == "distill" {
-            let file = teacher(&mut recipe, folder.path(), device);
-            let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
-            teacher.insert("file".into(), file.into());
+            teacher(&mut recipe, folder.path(), device);
         }
         let mut run = Run::new(&recipe, device, None).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(run.schedule().total, 2, "{name}");
@@ -79,8 +77,8 @@ fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     });
 }
 
-/// Trains a narrow teacher for a step or two, narrows the recipe's own to it, and returns its checkpoint.
-fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) -> String {
+/// Trains a narrow teacher for a step or two, narrows the recipe's own to it, and names it there.
+pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     let settings = &mut recipe.method.settings;
     settings["student"].as_table_mut().unwrap().insert("classes".into(), 10.into());
     let teacher = settings["teacher"].as_table_mut().unwrap();
@@ -99,7 +97,9 @@ fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) -> St
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
     let mut run = Run::new(&reduced(name), device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
-    selfsup::train::newest(&out).unwrap().display().to_string()
+    let file = selfsup::train::newest(&out).unwrap().display().to_string();
+    let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
+    teacher.insert("file".into(), file.into());
 }
 
 /// The last step's loss, and how many there were.

@@ -191,7 +191,8 @@ fn checkpoints_hold_what_methods_own() {
         )
         .unwrap();
         let mut fresh = Training::new(run, &device);
-        if !own.is_empty() {
+        // A teacher is owned, and never moves.
+        if !own.is_empty() && run.name != "distillation" {
             assert_ne!(values_of(&mut *fresh.method), own, "{}: nothing moved", run.name);
         }
         selfsup::train::load_state(&path, fresh.method.state()).unwrap();

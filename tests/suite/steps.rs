@@ -57,6 +57,7 @@ impl Run {
             zero_init_residual: false,
             norm_groups: 1,
             sk_ratio: 0.0,
+            bottleneck: 1,
         };
         let settings = Settings { temperature: self.temperature, hidden: 64, embedding: 24 };
         SimClr::new(&network, &settings)

@@ -122,9 +122,17 @@ impl Policy {
     }
 }
 
-/// The evaluation's view of an image: the shorter side brought to 8/7 of `size` (256 for 224; bilinear,
-/// antialiased, 8-bit), then the middle `[size, size]`; an image of that size already is only normalised. `out`
-/// is `[size, size, 4]`.
+/// What comes between an image and a network when nothing is drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transform {
+    /// The shorter side brought to 8/7 of `size` (256 for 224; bilinear, antialiased, 8-bit), then the middle
+    /// `[size, size]`; an image of that size already is only normalised.
+    Center,
+    /// The same, every image resized, as torchvision's presets do: for networks that were made with them.
+    ResizedCenter,
+}
+
+/// The evaluation's view of an image: [`Transform::Center`]. `out` is `[size, size, 4]`.
 ///
 /// # Panics
 /// When `out` has another length.
@@ -136,15 +144,28 @@ pub fn center(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
+    transform(Transform::Center, image, size, normalise, out, scratch);
+}
+
+/// [`center`] under any transform.
+#[track_caller]
+pub(crate) fn transform(
+    by: Transform,
+    image: &Image,
+    size: usize,
+    normalise: Option<&Normalise>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
     assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
-    let resize = middle(image.width, image.height, size);
+    let resize = middle(by, image.width, image.height, size);
     resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
     write_u8(&scratch.bytes, normalise, out);
 }
 
-/// What [`center`] resamples of an image of `width` x `height` pixels.
-pub(super) fn middle(width: usize, height: usize, size: usize) -> Resize {
-    let whole = if [width, height] == [size; 2] {
+/// What a transform resamples of an image of `width` x `height` pixels.
+pub(super) fn middle(by: Transform, width: usize, height: usize, size: usize) -> Resize {
+    let whole = if by == Transform::Center && [width, height] == [size; 2] {
         [size; 2]
     } else {
         let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded

@@ -16,7 +16,8 @@ mod policy;
 mod resize;
 mod view;
 
-pub use apply::{Scratch, center};
+pub(super) use apply::transform;
+pub use apply::{Scratch, Transform, center};
 pub use cuda::apply_on_gpu;
 pub(super) use cuda::{MOST_SHRINKING, Maker};
 pub use params::{ColourOp, CropBox, JitterParams, Params};

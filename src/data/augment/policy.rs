@@ -147,6 +147,13 @@ pub struct Normalise {
     pub std: [f32; 3],
 }
 
+impl Normalise {
+    /// ImageNet's, as torchvision and timm have them.
+    pub fn imagenet() -> Self {
+        Self { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }
+    }
+}
+
 fn default_area() -> [f32; 2] {
     [0.08, 1.0]
 }

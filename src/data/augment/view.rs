@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::apply::{middle, scale};
+use super::apply::{Transform, middle, scale};
 use super::blur::{self, BoxBlur};
 use super::colour;
 use super::params::{ColourOp, Params};
@@ -71,12 +71,8 @@ impl View {
         pixels: i64,
         gaussian: &mut Vec<f32>,
     ) -> Self {
-        let mut view = Self::resampled(
-            &policy.resize(params),
-            policy.normalise.as_ref(),
-            width,
-            pixels,
-        );
+        let mut view =
+            Self::resampled(&policy.resize(params), policy.normalise.as_ref(), width, pixels);
         let float = policy.pixels == Pixels::Float;
         view.flags |= if float { FLOAT } else { 0 };
         view.program = policy.program(params);
@@ -110,21 +106,21 @@ impl View {
         view
     }
 
-    /// The evaluation's view of an image of `width` x `height` pixels that begin at byte `pixels`.
-    pub fn center(
+    /// What a transform makes of an image of `width` x `height` pixels that begin at byte `pixels`.
+    pub fn middle(
+        by: Transform,
         [width, height]: [usize; 2],
         size: usize,
         normalise: Option<&Normalise>,
         pixels: i64,
     ) -> Self {
-        Self::resampled(&middle(width, height, size), normalise, width, pixels)
+        Self::resampled(&middle(by, width, height, size), normalise, width, pixels)
     }
 
     /// The byte behind its crop's last pixel.
     pub fn end(&self) -> i64 {
         let row = i64::from(self.corner[1] + self.crop[1] - 1);
-        self.pixels
-            + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
+        self.pixels + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
     }
 
     /// How many times as wide or high as what it is brought to its crop is, at least.

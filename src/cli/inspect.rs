@@ -1,0 +1,120 @@
+//! `inspect`: what a recipe or a run comes to.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::args::Inspect;
+use super::say;
+use super::trained::Trained;
+use crate::arena::{Layout, Slot};
+use crate::error::Result;
+use crate::methods::{self, Recipe};
+use crate::tape::NodeInfo;
+use crate::train::{self, Measured, Need};
+
+pub(super) fn inspect(args: &Inspect) -> Result<()> {
+    let (recipe, checkpoint) = if methods::builtin(&args.what).is_none() && is_run(&args.what) {
+        let trained = Trained::open(Path::new(&args.what), &args.set)?;
+        (trained.recipe, Some(trained.checkpoint))
+    } else {
+        (Recipe::load(&args.what, &args.set)?, None)
+    };
+    let method = methods::build(&recipe)?;
+    let layout = method.layout();
+    let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
+    let memory = args.memory.then(|| train::memory(&recipe)).transpose()?;
+    if args.json {
+        let slots = layout.params().iter().chain(layout.stats()).map(slot_record);
+        let nodes = graph.as_ref().map(|graph| {
+            json!({
+                "images": graph.images,
+                "nodes": graph.nodes.iter().map(node_record).collect::<Vec<_>>(),
+            })
+        });
+        let report = json!({
+            "recipe": recipe,
+            "checkpoint": checkpoint,
+            "views": method.views(),
+            "learning_rate": peak(&recipe),
+            "weights": layout.weights(),
+            "slots": slots.collect::<Vec<_>>(),
+            "graph": nodes,
+            "memory": memory,
+        });
+        return say(&report.to_string());
+    }
+    say(recipe.to_toml().trim_end())?;
+    say("")?;
+    if let Some(checkpoint) = checkpoint {
+        say(&format!("checkpoint: {}", checkpoint.display()))?;
+    }
+    say(&format!("views of an image: {}", method.views()))?;
+    say(&format!(
+        "learning rate: {} by the {:?} rule at batch {} = {:.6}",
+        recipe.optim.lr,
+        recipe.optim.lr_rule,
+        recipe.train.batch,
+        peak(&recipe),
+    ))?;
+    slots(layout)?;
+    graph.iter().try_for_each(tape)?;
+    memory.iter().try_for_each(|need| told(need, &recipe))
+}
+
+/// Whether a name is a run's folder or a checkpoint, not a recipe.
+fn is_run(name: &str) -> bool {
+    let path = Path::new(name);
+    path.is_dir() || path.extension().is_some_and(|extension| extension == "safetensors")
+}
+
+fn peak(recipe: &Recipe) -> f64 {
+    recipe.optim.lr_rule.apply(recipe.optim.lr, recipe.train.batch)
+}
+
+fn slots(layout: &Layout) -> Result<()> {
+    say(&format!("weights: {}", layout.weights()))?;
+    let line = |slot: &Slot| {
+        format!("  {:44} {:14} {:?}", slot.name, format!("{:?}", slot.kind), &*slot.shape)
+    };
+    say(&format!("parameters: {}", layout.params().len()))?;
+    layout.params().iter().try_for_each(|slot| say(&line(slot)))?;
+    say(&format!("running statistics: {}", layout.stats().len()))?;
+    layout.stats().iter().try_for_each(|slot| say(&line(slot)))
+}
+
+fn tape(graph: &Measured) -> Result<()> {
+    let bytes: usize = graph.nodes.iter().map(|node| node.bytes).sum();
+    let count = graph.nodes.len();
+    say(&format!("graph of {} images: {count} nodes, {}", graph.images, size(bytes)))?;
+    let line = |node: &NodeInfo| {
+        format!("  {:20} {:26} {}", node.name, format!("{:?}", &*node.shape), size(node.bytes))
+    };
+    graph.nodes.iter().try_for_each(|node| say(&line(node)))
+}
+
+fn told(need: &Need, recipe: &Recipe) -> Result<()> {
+    say(&format!(
+        "memory in f32: {} for weights, gradients, momentum and state, {} an image, {} at batch {}",
+        size(need.fixed),
+        size(need.per_image),
+        size(need.in_all),
+        recipe.train.batch,
+    ))
+}
+
+fn slot_record(slot: &Slot) -> serde_json::Value {
+    json!({ "name": slot.name, "kind": format!("{:?}", slot.kind), "shape": &*slot.shape })
+}
+
+fn node_record(node: &NodeInfo) -> serde_json::Value {
+    json!({ "name": node.name, "shape": &*node.shape, "bytes": node.bytes })
+}
+
+fn size(bytes: usize) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}

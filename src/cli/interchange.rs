@@ -1,0 +1,119 @@
+//! Weights and features that leave the program, and weights that come in: `export`, `embed`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use indicatif::ProgressBar;
+
+use super::args::{Embed, Export};
+use super::trained::Trained;
+use super::{device, on_terminal, say, talk};
+use crate::arena::{Arena, Layout};
+use crate::data::augment::Normalise;
+use crate::data::{self, Source, Split, Subset, Transform};
+use crate::device::{Device, Precision};
+use crate::error::{Error, Result};
+use crate::eval;
+use crate::nn::{ResNet, ResNetConfig, Stem};
+use crate::train;
+
+pub(super) fn export(args: &Export) -> Result<()> {
+    let trained = Trained::open(&args.run, &[])?;
+    let (_, arena) = trained.load(&Device::cpu(0)?)?;
+    let beside = || trained.checkpoint.with_file_name("backbone.safetensors");
+    let out = args.out.clone().unwrap_or_else(beside);
+    train::export_trunk(&out, &arena)?;
+    talk(&format!("{}: the trunk of {}", out.display(), trained.checkpoint.display()));
+    talk(&in_torchvision(&trained.recipe.network));
+    say(&out.display().to_string())
+}
+
+/// How PyTorch loads a trunk.
+fn in_torchvision(network: &ResNetConfig) -> String {
+    let large = ResNetConfig { stem: Stem::Image, ..*network };
+    match (network.name(), large.name()) {
+        (Some(name), _) => format!(
+            "in PyTorch: model = torchvision.models.{name}(); model.fc = torch.nn.Identity(); \
+             model.load_state_dict(safetensors.torch.load_file(FILE))"
+        ),
+        (None, Some(name)) => format!(
+            "in PyTorch: torchvision's {name} with model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), \
+             model.maxpool = model.fc = torch.nn.Identity()"
+        ),
+        (None, None) => {
+            "torchvision has no network of this width: names and layout are its own all the same"
+                .into()
+        }
+    }
+}
+
+pub(super) fn embed(args: &Embed) -> Result<()> {
+    let (folder, network) = match (&args.weights, &*args.paths) {
+        (Some(file), [folder]) => (folder, Network::foreign(args, file)?),
+        (None, [run, folder]) => (folder, Network::own(args, run)?),
+        _ => {
+            return Err(Error::config(
+                "embed takes a run and a folder of images, or --weights, --arch and a folder alone",
+            ));
+        }
+    };
+    let source = images(folder, args.split, args.limit)?;
+    let size = args.size.map_or(network.size, |size| size as usize);
+    talk(&format!("{} images at {size} x {size} pixels", source.len()));
+    let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
+    let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
+    let Network { arena, trunk, normalise, see, .. } = &network;
+    let mut all = eval::embed(arena, trunk, &*source, size, normalise.as_ref(), *see, done)?;
+    bar.iter().for_each(ProgressBar::finish_and_clear);
+    for name in &mut all.names {
+        if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
+            *name = inner.to_string_lossy().into_owned();
+        }
+    }
+    for skipped in &all.skipped {
+        talk(&format!("skipped image {}: {}", skipped.index, skipped.reason));
+    }
+    let written = all.write(&args.out)?;
+    talk(&format!("{} rows of {} features", all.names.len(), all.d));
+    written.iter().try_for_each(|path| say(&path.display().to_string()))
+}
+
+fn images(folder: &Path, split: Split, limit: usize) -> Result<Arc<dyn Source>> {
+    let all: Arc<dyn Source> = data::open(folder, split)?.into();
+    Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
+}
+
+/// A trunk with weights, and how images come to it.
+struct Network {
+    arena: Arena,
+    trunk: ResNet,
+    size: usize,
+    normalise: Option<Normalise>,
+    see: Transform,
+}
+
+impl Network {
+    /// Of a run of ours: as its own evaluation sees images.
+    fn own(args: &Embed, run: &Path) -> Result<Self> {
+        let trained = Trained::open(run, &[])?;
+        let device = device::open(args.device, &trained.recipe.train)?;
+        let (method, arena) = trained.load(&device)?;
+        talk(&format!("weights: {}", trained.checkpoint.display()));
+        let policy = trained.recipe.augment[0].clone();
+        let (trunk, size) = (method.backbone().clone(), policy.size);
+        Ok(Self { arena, trunk, size, normalise: policy.normalise, see: Transform::Center })
+    }
+
+    /// Of a file in torchvision's names: as torchvision's presets see images.
+    fn foreign(args: &Embed, file: &Path) -> Result<Self> {
+        let name = args.arch.as_deref().unwrap_or_default(); // --weights requires it
+        let network = ResNetConfig::named(name)?;
+        let device = device::choose(args.device, Precision::F32, 0)?;
+        let mut layout = Layout::new();
+        let trunk = ResNet::new(&mut layout, "backbone.", &network);
+        let mut arena = Arena::new(&Arc::new(layout), &device, 0);
+        train::init_weights(file, &mut arena)?;
+        let (size, normalise) = (224, Some(Normalise::imagenet()));
+        Ok(Self { arena, trunk, size, normalise, see: Transform::ResizedCenter })
+    }
+}

@@ -1,0 +1,26 @@
+//! Ctrl-C, SIGTERM and a closed terminal: a wish to stop.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::TERM_SIGNALS;
+use signal_hook::flag;
+
+use crate::error::{Error, Result};
+
+/// What becomes true with the first signal to end; the second ends the program at once.
+pub(super) fn stop() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for &signal in TERM_SIGNALS.iter().chain(HANG_UP) {
+        // In this order: the first signal finds the flag down.
+        flag::register_conditional_shutdown(signal, 1, stop.clone())
+            .and_then(|_| flag::register(signal, stop.clone()))
+            .map_err(Error::io("signal handler"))?;
+    }
+    Ok(stop)
+}
+
+#[cfg(unix)]
+const HANG_UP: &[i32] = &[signal_hook::consts::SIGHUP];
+#[cfg(not(unix))]
+const HANG_UP: &[i32] = &[];

@@ -1,0 +1,42 @@
+//! What was trained, by path: a run's folder, or one checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use crate::arena::Arena;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::methods::{self, Method, Recipe};
+use crate::train;
+
+/// A run's recipe and the checkpoint that is meant.
+pub(super) struct Trained {
+    pub(super) recipe: Recipe,
+    pub(super) checkpoint: PathBuf,
+}
+
+impl Trained {
+    /// A folder's newest checkpoint, or the checkpoint named, with `key.path=value` settings on top of its recipe.
+    pub(super) fn open(path: &Path, settings: &[String]) -> Result<Self> {
+        if path.is_file() {
+            let recipe = train::recipe_in(path, settings)?;
+            return Ok(Self { recipe, checkpoint: path.to_path_buf() });
+        }
+        let file = path.join("recipe.toml");
+        if !file.is_file() {
+            return Err(Error::Config(format!(
+                "{}: is neither a run's folder (there is no recipe.toml) nor a checkpoint",
+                path.display()
+            )));
+        }
+        let recipe = Recipe::load(&file.to_string_lossy(), settings)?;
+        Ok(Self { recipe, checkpoint: train::newest(path)? })
+    }
+
+    /// The method and its weights.
+    pub(super) fn load(&self, device: &Device) -> Result<(Box<dyn Method>, Arena)> {
+        let method = methods::build(&self.recipe)?;
+        let mut arena = Arena::new(method.layout(), device, self.recipe.seed);
+        train::load_weights(&self.checkpoint, &mut arena)?;
+        Ok((method, arena))
+    }
+}

@@ -1,0 +1,139 @@
+//! Features of any images, with or without labels, to be used elsewhere.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::arena::Arena;
+use crate::data::augment::Normalise;
+use crate::data::{Skipped, Source, Transform, transformed_batch};
+use crate::error::{Error, Result};
+use crate::nn::ResNet;
+use crate::tape::evaluate;
+use crate::train::weights::{Entry, write_weights, write_whole};
+
+/// Images of one forward pass.
+const BATCH: usize = 64;
+
+/// Features of images, and which image each row is of.
+#[derive(Clone, Debug)]
+pub struct Embedded {
+    /// `[n, d]`, row-major.
+    pub values: Vec<f32>,
+    /// Size of a row.
+    pub d: usize,
+    /// What the source calls each image.
+    pub names: Vec<String>,
+    /// The class of each, -1 where there is none.
+    pub labels: Vec<i32>,
+    /// Names of the classes.
+    pub classes: Vec<String>,
+    /// Images that could not be read and have no row.
+    pub skipped: Vec<Skipped>,
+}
+
+/// Features of all images of `source` from `backbone` with the arena's weights: running statistics, the centre of each image at
+/// `size` pixels under `see`. `done` is told after how many images it is.
+///
+/// # Errors
+/// When the device fails, or no image can be read.
+pub fn embed(
+    arena: &Arena,
+    backbone: &ResNet,
+    source: &dyn Source,
+    size: usize,
+    normalise: Option<&Normalise>,
+    see: Transform,
+    mut done: impl FnMut(usize),
+) -> Result<Embedded> {
+    let mut all = Embedded {
+        values: Vec::with_capacity(source.len() * backbone.features()),
+        d: backbone.features(),
+        names: Vec::with_capacity(source.len()),
+        labels: Vec::with_capacity(source.len()),
+        classes: source.classes().to_vec(),
+        skipped: Vec::new(),
+    };
+    for from in (0..source.len()).step_by(BATCH) {
+        let to = (from + BATCH).min(source.len());
+        let (batch, skipped) =
+            transformed_batch(see, source, from..to, size, normalise, arena.device());
+        all.skipped.extend(skipped);
+        if !batch.indices.is_empty() {
+            let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
+            all.values.extend(features.to_f64().iter().map(|&v| v as f32));
+            arena.device().check()?; // what a failed device gives is no feature
+            all.names.extend(batch.indices.iter().map(|&index| source.name(index as usize)));
+            all.labels.extend(&batch.labels);
+        }
+        done(to);
+    }
+    match (all.names.is_empty(), all.skipped.first()) {
+        (true, Some(Skipped { reason, .. })) => Err(Error::Config(format!(
+            "none of the {} images can be read; the first: {reason}",
+            source.len()
+        ))),
+        _ => Ok(all),
+    }
+}
+
+impl Embedded {
+    /// Writes the rows, by the name's ending: `.npy`, with a table of file, label and class in the order of rows beside it
+    /// (`.tsv`); or `.safetensors` with tensors `features [n, d]` and `labels [n]`, and `names` and `classes` as JSON lists in
+    /// the header. Whole or not at all. Returns what was written.
+    ///
+    /// # Errors
+    /// When the name ends otherwise, or the disk is full or gone.
+    pub fn write(&self, path: &Path) -> Result<Vec<std::path::PathBuf>> {
+        let shape = [self.names.len(), self.d];
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("npy") => {
+                let table = path.with_extension("tsv");
+                write_whole(&table, self.table().as_bytes())?;
+                write_whole(path, &npy(shape, &self.values))?;
+                Ok(vec![path.to_path_buf(), table])
+            }
+            Some("safetensors") => {
+                let values = || self.values.iter().map(|&v| f64::from(v)).collect();
+                let entries = [
+                    Entry::floats("features".into(), shape.to_vec(), values),
+                    Entry::labels("labels".into(), &self.labels),
+                ];
+                let list = |of: &[String]| serde_json::to_string(of).expect("a list of strings");
+                let notes = HashMap::from([
+                    ("names".into(), list(&self.names)),
+                    ("classes".into(), list(&self.classes)),
+                ]);
+                write_weights(path, &entries, notes, || Ok(()))?;
+                Ok(vec![path.to_path_buf()])
+            }
+            _ => Err(Error::Config(format!(
+                "{}: features are written to a name that ends in .npy or .safetensors",
+                path.display()
+            ))),
+        }
+    }
+
+    fn table(&self) -> String {
+        let mut table = String::from("file\tlabel\tclass\n");
+        for (name, &label) in self.names.iter().zip(&self.labels) {
+            let class = usize::try_from(label).ok().and_then(|label| self.classes.get(label));
+            let class = class.map_or("", String::as_str);
+            table += &format!("{name}\t{label}\t{class}\n");
+        }
+        table
+    }
+}
+
+/// NumPy's format, version 1.0 (numpy.lib.format).
+fn npy([n, d]: [usize; 2], values: &[f32]) -> Vec<u8> {
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({n}, {d}), }}");
+    // Magic, version, the header's length and the header are a multiple of 64 bytes, the last a line feed.
+    let whole = (10 + header.len() + 1).next_multiple_of(64);
+    header += &" ".repeat(whole - 10 - header.len() - 1);
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    bytes
+}

@@ -1,0 +1,329 @@
+//! Weight files: safetensors in torchvision's names and layout.
+//!
+//! Filters are `[k, c, r, s]` with the channels that exist, so that PyTorch loads a trunk with `load_state_dict`. A file is never
+//! trusted: its header is read alone and held against the file's length, and names, dtypes and shapes against the network's,
+//! before anything is allocated for a tensor. Tensors are read and written one at a time. A file is written under a temporary
+//! name, synced and renamed: there is the old one or the new one, never half of one.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, View};
+use safetensors::{SafeTensorError, serialize_to_file};
+
+use crate::arena::{Arena, Slot, SlotKind};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// A longer header is none: safetensors' own limit.
+const HEADER_LIMIT: u64 = 100_000_000;
+
+/// A weight file that is read tensor by tensor.
+pub(super) struct WeightFile {
+    path: PathBuf,
+    file: File,
+    header: Metadata,
+    /// Where tensors begin.
+    data: u64,
+}
+
+impl WeightFile {
+    /// Reads a file's header.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let damaged =
+            |reason: String| Error::format(path, format!("is no whole safetensors file: {reason}"));
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let length = file.metadata().map_err(Error::io(path))?.len();
+        let mut size = [0; 8];
+        if length < size.len() as u64 {
+            return Err(damaged(format!("it has {length} bytes")));
+        }
+        file.read_exact(&mut size).map_err(Error::io(path))?;
+        let size = u64::from_le_bytes(size);
+        if size > HEADER_LIMIT.min(length - 8) {
+            let reason = format!("it announces a header of {size} bytes and has {length} in all");
+            return Err(damaged(reason));
+        }
+        let mut header = vec![0; size as usize];
+        file.read_exact(&mut header).map_err(Error::io(path))?;
+        let header: Metadata = serde_json::from_slice(&header)
+            .map_err(|e| damaged(format!("its header cannot be read ({e})")))?;
+        let (announced, there) = (header.data_len() as u64, length - 8 - size);
+        if announced != there {
+            let reason =
+                format!("its header announces {announced} bytes of tensors, {there} are there");
+            return Err(damaged(reason));
+        }
+        Ok(Self { path: path.to_path_buf(), file, header, data: 8 + size })
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// An entry of the header's own table.
+    pub(super) fn note(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// The names of its tensors, sorted.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names = self.header.offset_keys();
+        names.sort_unstable();
+        names
+    }
+
+    /// Fails unless it has floats of this name and shape; gives dtype and place.
+    fn floats(&self, name: &str, shape: &[usize]) -> Result<(Dtype, u64, usize)> {
+        let path = self.path.display();
+        let info = self.header.info(name).ok_or_else(|| {
+            Error::Weights(format!("{path}: has no tensor {name}, which this network needs"))
+        })?;
+        let float = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64);
+        if info.shape != shape || !float {
+            return Err(Error::Weights(format!(
+                "{path}: {name} is {:?} {:?}; this network has F32 {shape:?}",
+                info.dtype, info.shape,
+            )));
+        }
+        let (from, to) = info.data_offsets;
+        Ok((info.dtype, self.data + from as u64, to - from))
+    }
+
+    fn bytes(&mut self, from: u64, count: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; count];
+        let read = self.file.seek(SeekFrom::Start(from));
+        read.and_then(|_| self.file.read_exact(&mut bytes)).map_err(Error::io(&self.path))?;
+        Ok(bytes)
+    }
+
+    /// A tensor of floats of this shape, row-major.
+    pub(super) fn numbers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f64>> {
+        let (dtype, from, count) = self.floats(name, shape)?;
+        let bytes = self.bytes(from, count)?;
+        let number: fn(&[u8]) -> f64 = match dtype {
+            Dtype::F64 => |b| f64::from_le_bytes(b.try_into().expect("chunks of 8")),
+            Dtype::F16 => |b| f64::from(f16::from_le_bytes([b[0], b[1]])),
+            Dtype::BF16 => |b| f64::from(bf16::from_le_bytes([b[0], b[1]])),
+            _ => |b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        };
+        Ok(bytes.chunks_exact(dtype.bitsize() / 8).map(number).collect())
+    }
+
+    /// A counter.
+    pub(super) fn count(&mut self, name: &str) -> Result<u64> {
+        let info = self.header.info(name).map(|info| (info.dtype, &*info.shape, info.data_offsets));
+        let Some((Dtype::U64, [1], (from, _))) = info else {
+            let path = self.path.display();
+            return Err(Error::Weights(match info {
+                Some(_) => format!("{path}: {name} is no counter"),
+                None => format!("{path}: has no tensor {name}, which this network needs"),
+            }));
+        };
+        let bytes = self.bytes(self.data + from as u64, 8)?;
+        Ok(u64::from_le_bytes(bytes.try_into().expect("8 were asked for")))
+    }
+
+    /// Fills the slots for which `name` has one in the file; nothing is changed unless all of them fit.
+    pub(super) fn fill(
+        &mut self,
+        arena: &mut Arena,
+        name: impl Fn(&str) -> Option<String>,
+    ) -> Result<()> {
+        let layout = arena.layout().clone();
+        for slot in layout.params().iter().chain(layout.stats()) {
+            if let Some(name) = name(&slot.name) {
+                self.floats(&name, &disk_shape(slot))?;
+            }
+        }
+        let mut values = arena.values().to_f64();
+        let mut statistics = arena.statistics().to_f64();
+        self.read_slots(layout.params(), &mut values, &name)?;
+        self.read_slots(layout.stats(), &mut statistics, &name)?;
+        let device = arena.device().clone();
+        *arena.values_mut() = Tensor::from_f64(&device, [values.len()], &values);
+        *arena.statistics_mut() = Tensor::from_f64(&device, [statistics.len()], &statistics);
+        Ok(())
+    }
+
+    /// Reads the slots for which `name` has one into their places in an arena's tensor.
+    pub(super) fn read_slots(
+        &mut self,
+        slots: &[Slot],
+        into: &mut [f64],
+        name: impl Fn(&str) -> Option<String>,
+    ) -> Result<()> {
+        for slot in slots {
+            if let Some(name) = name(&slot.name) {
+                let numbers = self.numbers(&name, &disk_shape(slot))?;
+                into[slot.offset..][..slot.shape.elements()]
+                    .copy_from_slice(&from_disk(slot, &numbers));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor of a file to be written: its bytes are made when its turn comes.
+pub(crate) struct Entry<'a> {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Box<dyn Fn() -> Vec<u8> + 'a>,
+}
+
+impl<'a> Entry<'a> {
+    /// A tensor of f32.
+    pub(crate) fn floats(
+        name: String,
+        shape: Vec<usize>,
+        values: impl Fn() -> Vec<f64> + 'a,
+    ) -> Self {
+        let le = |v: f64| (v as f32).to_le_bytes();
+        let bytes = Box::new(move || values().into_iter().flat_map(le).collect());
+        Self { name, dtype: Dtype::F32, shape, bytes }
+    }
+
+    /// Classes of images, -1 where there is none.
+    pub(crate) fn labels(name: String, labels: &'a [i32]) -> Self {
+        let le = |&label: &i32| i64::from(label).to_le_bytes();
+        let bytes = Box::new(move || labels.iter().flat_map(le).collect());
+        Self { name, dtype: Dtype::I64, shape: vec![labels.len()], bytes }
+    }
+
+    /// A counter.
+    pub(super) fn count(name: String, count: u64) -> Self {
+        let bytes = Box::new(move || count.to_le_bytes().to_vec());
+        Self { name, dtype: Dtype::U64, shape: vec![1], bytes }
+    }
+
+    /// A slot, with values laid out as on the device.
+    pub(super) fn slot(name: String, slot: &'a Slot, values: impl Fn() -> Vec<f64> + 'a) -> Self {
+        Self::floats(name, disk_shape(slot), move || to_disk(slot, &values()))
+    }
+
+    /// The slots of a network that `name` has a name for.
+    pub(super) fn network(
+        arena: &'a Arena,
+        name: impl Fn(&str) -> Option<String>,
+    ) -> impl Iterator<Item = Self> {
+        let slots = arena.layout().params().iter().chain(arena.layout().stats());
+        slots.filter_map(move |slot| {
+            Some(Self::slot(name(&slot.name)?, slot, move || arena.slot_values(slot)))
+        })
+    }
+}
+
+impl View for &Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        (self.bytes)().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// Writes a weight file, whole or not at all; `sound` is asked when all values have been read from their device.
+pub(crate) fn write_weights(
+    path: &Path,
+    entries: &[Entry<'_>],
+    notes: HashMap<String, String>,
+    sound: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let entries = entries.iter().map(|entry| (&*entry.name, entry));
+    whole(path, |partial| {
+        serialize_to_file(entries, Some(notes), partial).map_err(|error| match error {
+            SafeTensorError::IoError(error) => no_room(path, error),
+            other => unreachable!("names are unique and shapes are their data's: {other}"),
+        })?;
+        sound()
+    })
+}
+
+/// Writes a small file, whole or not at all.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    whole(path, |partial| std::fs::write(partial, bytes).map_err(|e| no_room(path, e)))
+}
+
+/// Writes `path` by way of a temporary name that `write` fills.
+pub(super) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!(".{name}.partial"));
+    let kept = write(&partial).and_then(|()| {
+        let synced = File::open(&partial).and_then(|file| file.sync_all());
+        synced.and_then(|()| std::fs::rename(&partial, path)).map_err(|e| no_room(path, e))
+    });
+    if kept.is_err() {
+        let _ = std::fs::remove_file(&partial); // the first error is the one to tell
+        return kept;
+    }
+    // The rename itself must survive a power cut, too.
+    if let Some(folder) = path.parent()
+        && let Ok(folder) = File::open(folder)
+    {
+        let _ = folder.sync_all(); // not every file system can
+    }
+    Ok(())
+}
+
+/// A failed write; a full disk comes with the remedy.
+fn no_room(path: &Path, error: std::io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            Error::format(
+                path,
+                format!(
+                    "cannot be written ({error}): make room; what was written before it is whole"
+                ),
+            )
+        }
+        _ => Error::io(path)(error),
+    }
+}
+
+/// A slot's shape in files: filters `[k, c, r, s]`, without the device's padding.
+fn disk_shape(slot: &Slot) -> Vec<usize> {
+    match (slot.kind, &*slot.shape) {
+        (SlotKind::Filter, &[k, r, s, _]) => vec![k, slot.channels, r, s],
+        (_, shape) => shape.to_vec(),
+    }
+}
+
+/// For each element on disk, its place in the slot.
+fn places(slot: &Slot) -> impl Iterator<Item = usize> {
+    let (k, r, s, c, channels) = match (slot.kind, &*slot.shape) {
+        (SlotKind::Filter, &[k, r, s, c]) => (k, r, s, c, slot.channels),
+        (_, shape) => (1, 1, shape.iter().product(), 1, 1),
+    };
+    (0..k * channels * r * s).map(move |i| {
+        let (pixel, rest) = (i % (r * s), i / (r * s));
+        let (channel, filter) = (rest % channels, rest / channels);
+        (filter * r * s + pixel) * c + channel
+    })
+}
+
+fn to_disk(slot: &Slot, values: &[f64]) -> Vec<f64> {
+    places(slot).map(|place| values[place]).collect()
+}
+
+fn from_disk(slot: &Slot, numbers: &[f64]) -> Vec<f64> {
+    let mut values = vec![0.0; slot.shape.elements()];
+    for (place, number) in places(slot).zip(numbers) {
+        values[place] = *number;
+    }
+    values
+}

@@ -1,0 +1,135 @@
+//! Weights out and in by torchvision's names, and the features that come of them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use safetensors::SafeTensors;
+use selfsup::arena::Layout;
+use selfsup::device::Device;
+use selfsup::nn::{ResNet, ResNetConfig};
+use selfsup::train;
+
+use crate::compare::report;
+use crate::golden::Goldens;
+use crate::program::{selfsup, text};
+use crate::{network, seeded};
+
+/// As `scripts/goldens/interchange.py` has them.
+const IMAGES: [[u32; 2]; 4] = [[75, 61], [97, 130], [64, 64], [50, 41]];
+
+fn write_images(folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    for (i, [width, height]) in IMAGES.into_iter().enumerate() {
+        let seed = seeded::seed(&format!("image {i}"));
+        let value = |j| (seeded::bits(seed, j) >> 56) as u8;
+        let pixels = (0..u64::from(width * height * 3)).map(value).collect();
+        let image = image::RgbImage::from_raw(width, height, pixels).unwrap();
+        image.save(folder.join(format!("{i}.png"))).unwrap();
+    }
+}
+
+/// Shape and values of an array of f32 in NumPy's format.
+fn read_npy(path: &Path) -> (String, Vec<f64>) {
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!(bytes[..8], *b"\x93NUMPY\x01\x00");
+    let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    assert_eq!(header % 64, 0);
+    let shape = text(&bytes[10..header]).trim_end().to_owned();
+    (shape, numbers(&bytes[header..]))
+}
+
+fn numbers(bytes: &[u8]) -> Vec<f64> {
+    let number = |b: &[u8]| f64::from(f32::from_le_bytes(b.try_into().unwrap()));
+    bytes.chunks_exact(4).map(number).collect()
+}
+
+#[test]
+fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
+    let folder = tempfile::tempdir().unwrap();
+    write_images(&folder.path().join("images"));
+    let goldens = Goldens::open("interchange");
+    let mut results = Vec::new();
+    for name in ["resnet18", "resnet50"] {
+        let mut layout = Layout::new();
+        ResNet::new(&mut layout, "backbone.", &ResNetConfig::named(name).unwrap());
+        let arena = network::seeded_arena(&Arc::new(layout), &Device::cpu(1).unwrap(), name);
+        train::export_trunk(&folder.path().join("weights.safetensors"), &arena).unwrap();
+        let embed = |out| {
+            let words = ["embed", "--weights", "weights.safetensors", "--arch", name];
+            let rest = ["images", "--size", "64", "--device", "cpu", "--out", out];
+            let output = selfsup(folder.path(), &[&words[..], &rest].concat());
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            text(&output.stdout).to_owned()
+        };
+        assert_eq!(embed("features.npy"), "features.npy\nfeatures.tsv\n");
+        let (shape, features) = read_npy(&folder.path().join("features.npy"));
+        let d = features.len() / IMAGES.len();
+        let start = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': (4, {d}), }}");
+        assert_eq!(shape, start);
+        results.push(goldens.record(name).check(&features, 1e-4));
+        let table = std::fs::read_to_string(folder.path().join("features.tsv")).unwrap();
+        let rows: String = (0..IMAGES.len()).map(|i| format!("{i}.png\t-1\t\n")).collect();
+        assert_eq!(table, format!("file\tlabel\tclass\n{rows}"));
+        if name == "resnet18" {
+            assert_eq!(embed("features.safetensors"), "features.safetensors\n");
+            let data = std::fs::read(folder.path().join("features.safetensors")).unwrap();
+            let file = SafeTensors::deserialize(&data).unwrap();
+            let tensor = file.tensor("features").unwrap();
+            assert_eq!((tensor.shape(), numbers(tensor.data())), (&[4, d][..], features));
+            assert_eq!(
+                file.tensor("labels").unwrap().data(),
+                [-1_i64; 4].map(i64::to_le_bytes).concat()
+            );
+            let (_, header) = SafeTensors::read_metadata(&data).unwrap();
+            let notes = header.metadata().as_ref().unwrap();
+            assert_eq!(notes["names"], "[\"0.png\",\"1.png\",\"2.png\",\"3.png\"]");
+        }
+    }
+    report("features of torchvision's networks", results);
+}
+
+#[test]
+fn what_is_exported_is_the_trunk_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = [
+        "network.width=2",
+        "method.hidden=8",
+        "method.embedding=8",
+        "augment.size=16",
+        "data.limit=16",
+        "data.test_limit=8",
+        "train.epochs=1",
+        "train.batch=8",
+    ];
+    let settings: Vec<&str> = settings.into_iter().flat_map(|setting| ["--set", setting]).collect();
+    let words = ["train", "demo", "--device", "cpu", "--out", "run"];
+    let output = selfsup(folder.path(), &[&words[..], &settings].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = selfsup(folder.path(), &["export", "run", "--out", "trunk.safetensors"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "trunk.safetensors\n");
+
+    let [run, trunk] = ["run/step-00000002.safetensors", "trunk.safetensors"]
+        .map(|file| std::fs::read(folder.path().join(file)).unwrap());
+    let [run, trunk] = [&run, &trunk].map(|data| SafeTensors::deserialize(data).unwrap());
+    let own: Vec<&str> = run.names().into_iter().filter(|n| n.starts_with("backbone.")).collect();
+    assert_eq!(trunk.len(), own.len());
+    for name in own {
+        let exported = trunk.tensor(name.strip_prefix("backbone.").unwrap()).unwrap();
+        let tensor = run.tensor(name).unwrap();
+        assert_eq!((exported.shape(), exported.data()), (tensor.shape(), tensor.data()), "{name}");
+    }
+
+    // It comes in as it went out: a run that starts from it and does not move has its weights.
+    let still = ["--set", "optim.lr=0", "--set", "optim.rule.sgd.weight_decay=0"];
+    let init = ["--out", "again", "--set", "train.init=trunk.safetensors"];
+    let words = [&["train", "demo", "--device", "cpu"], &init[..], &settings, &still].concat();
+    let output = selfsup(folder.path(), &words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let again = std::fs::read(folder.path().join("again/step-00000002.safetensors")).unwrap();
+    let again = SafeTensors::deserialize(&again).unwrap();
+    for name in trunk.names().into_iter().filter(|name| !name.contains("running")) {
+        let [a, b] = [again.tensor(&format!("backbone.{name}")), trunk.tensor(name)];
+        assert_eq!(a.unwrap().data(), b.unwrap().data(), "{name}");
+    }
+}

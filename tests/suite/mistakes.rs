@@ -1,0 +1,442 @@
+//! Every mistake and fault is answered with one line that names the thing and the remedy, and an exit code; nothing is left
+//! half-written.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use selfsup::device::Device;
+use selfsup::methods::{Recipe, builtin_names};
+use selfsup::train::{EpochReport, Run, StepReport, Watch};
+
+use crate::program::{selfsup, text};
+
+const TINY: &[&str] = &[
+    "network.width=2",
+    "method.hidden=8",
+    "method.embedding=8",
+    "augment.size=16",
+    "data.limit=16",
+    "data.test_limit=8",
+    "train.epochs=2",
+    "train.batch=8",
+];
+
+/// What is stopped after its first step.
+struct Stop(Arc<AtomicBool>);
+
+impl Watch for Stop {
+    fn step(&mut self, _: &StepReport) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+    fn epoch(&mut self, _: &EpochReport) {}
+    fn note(&mut self, _: &str) {}
+}
+
+/// A run in its own folder, stopped in the middle.
+fn stopped_run(folder: &Path) {
+    let settings: Vec<String> = TINY.iter().map(|setting| setting.to_string()).collect();
+    let recipe = Recipe::load("demo", &settings).unwrap();
+    let mut run = Run::new(&recipe, &Device::cpu(1).unwrap(), Some(folder)).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    run.stop_when(stop.clone());
+    run.train(&mut Stop(stop)).unwrap_err();
+}
+
+/// A file with a header of safetensors and so many bytes behind it.
+fn weights(header: &str, bytes: usize) -> Vec<u8> {
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.resize(file.len() + bytes, 0);
+    file
+}
+
+fn fixture(name: &str) -> Vec<u8> {
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
+}
+
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entry = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.unwrap().path();
+        (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(path).unwrap())
+    };
+    std::fs::read_dir(folder).unwrap().map(entry).collect()
+}
+
+/// What the tables' mistakes are about.
+fn prepare(root: &Path) {
+    let write = |name: &str, bytes: &[u8]| {
+        let path = root.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    };
+    stopped_run(&root.join("run"));
+    let whole = std::fs::read(root.join("run/step-00000001.safetensors")).unwrap();
+    write("bad.toml", b"seed = ");
+    write("short.safetensors", &whole[..whole.len() - 7]);
+    write("stub.safetensors", b"PK");
+    write("text.safetensors", b"this is a text, not a file of weights");
+    let slot = |shape: &str, to: u64| {
+        format!(
+            "{{\"conv1.weight\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[0,{to}]}}}}"
+        )
+    };
+    write("vast.safetensors", &weights(&slot("[9223372036854775807,9,9,9]", 16), 16));
+    write("small.safetensors", &weights(&slot("[2,3,3,3]", 16), 16));
+    write("far.safetensors", &weights(&slot("[2,3,3,3]", 216), 16));
+    write("other.safetensors", &weights(&slot("[2,3,3,3]", 216), 216));
+    write("newer/recipe.toml", &std::fs::read(root.join("run/recipe.toml")).unwrap());
+    let note = "{\"__metadata__\":{\"selfsup.format\":\"2\"}}";
+    write("newer/step-00000001.safetensors", &weights(note, 0));
+    write("older/recipe.toml", &std::fs::read(root.join("run/recipe.toml")).unwrap());
+    write("older/step-00000001.safetensors", &weights("{}", 0));
+    write("less/recipe.toml", &std::fs::read(root.join("run/recipe.toml")).unwrap());
+    write("less/step-00000001.safetensors", &whole);
+    let colour = fixture("colour.jpg");
+    write("hollow/train/cat/a.jpg", &colour);
+    std::fs::create_dir_all(root.join("hollow/train/dog")).unwrap();
+    let mut bomb = fixture("grey.jpg");
+    let frame = bomb.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+    bomb[frame + 5..frame + 9].fill(0xFF);
+    for (name, bytes) in [
+        ("bomb", &*bomb),
+        ("empty", b""),
+        ("ends", &colour[..colour.len() - 6]),
+        ("gif", b"GIF89a"),
+        ("head", &colour[..30]),
+    ] {
+        write(&format!("broken/{name}.jpg"), bytes);
+        write(&format!("mixed/{name}.jpg"), bytes);
+    }
+    (0..16).for_each(|i| write(&format!("mixed/good-{i}.jpg"), &colour));
+    (0..9).for_each(|i| write(&format!("nine/{i}.jpg"), &colour));
+}
+
+fn with_tiny<'a>(words: &[&'a str]) -> Vec<&'a str> {
+    words.iter().copied().chain(TINY.iter().flat_map(|setting| ["--set", setting])).collect()
+}
+
+/// Fails unless the last thing said is `line`, nothing is on stdout, and the exit code is this.
+fn answer(output: &Output, words: &[&str], code: i32, line: &str) -> Result<(), String> {
+    let said = text(&output.stderr);
+    let last = said.lines().last().unwrap_or_default();
+    let got = (last.strip_prefix("selfsup: ").unwrap_or(last), output.status.code());
+    if got == (line, Some(code)) && !said.contains("panicked") && output.stdout.is_empty() {
+        return Ok(());
+    }
+    Err(format!("{words:?}\n  got      {got:?}\n  expected {:?}", (line, Some(code))))
+}
+
+#[test]
+fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepare(root);
+    let known = builtin_names().collect::<Vec<_>>().join(", ");
+    let no_recipe = format!(
+        "there is no recipe file no-such, nor a built-in recipe of that name; built in are: {known}"
+    );
+    let no_builtin = format!("there is no recipe nothing; built in are: {known}");
+    let kept = files(&root.join("run"));
+    let less = format!(
+        "less/metrics.jsonl: has 0 bytes; the checkpoint was written after {}",
+        kept["metrics.jsonl"].len()
+    );
+    let init = |file: &'static str| ["train", "demo", "--out", "new", "--set", file];
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["train", "no-such"], 2, &no_recipe),
+        (&["recipes", "nothing"], 2, &no_builtin),
+        (
+            &["train", "bad.toml"],
+            1,
+            "bad.toml: is not TOML: TOML parse error at line 1, column 8; string values must be quoted, expected literal string",
+        ),
+        (
+            &["train", "demo", "--set", "train.epoch=1"],
+            2,
+            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
+        ),
+        (
+            &["train", "demo", "--set", "train.epochs"],
+            2,
+            "--set takes key.path=value, such as train.epochs=5, not train.epochs",
+        ),
+        (
+            &["train", "demo", "--set", "train.batch=20000"],
+            2,
+            "a batch of 20000 is larger than the set of 10000 images: lower the batch size",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=nowhere"],
+            1,
+            "nowhere: no such file or folder: check the path of the data set",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=hollow"],
+            1,
+            "hollow/train/dog: is a class folder without images (jpg, jpeg, jpe, png) in it: fill it or remove it",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=broken", "--set", "train.batch=2"],
+            2,
+            "none of the 5 images can be read; the first: broken/bomb.jpg: has 65535 x 65535 pixels; the limit is 178956970 in all",
+        ),
+        (
+            &[
+                "train",
+                "supervised-cifar10-small",
+                "--device",
+                "cpu",
+                "--set",
+                "data.path=fashion-scattered",
+                "--set",
+                "method.classes=3",
+            ],
+            2,
+            "an image has class 9, and method.classes is 3: supervised training needs a labelled set",
+        ),
+        (
+            &["train", "demo", "--set", "method.name=simcrl"],
+            2,
+            "there is no method `simcrl`; known are: byol, distill, moco, simclr, simclr-v2, simsiam, supervised, swav",
+        ),
+        (
+            &["train", "demo", "--out", "run"],
+            1,
+            "run: already holds a run: choose another --out, or go on with it by --resume",
+        ),
+        (
+            &init("train.init=none.safetensors"),
+            1,
+            "none.safetensors: No such file or directory (os error 2)",
+        ),
+        (
+            &init("train.init=stub.safetensors"),
+            1,
+            "stub.safetensors: is no whole safetensors file: it has 2 bytes",
+        ),
+        (
+            &init("train.init=text.safetensors"),
+            1,
+            "text.safetensors: is no whole safetensors file: it announces a header of 2338328219631577204 bytes and has 37 in all",
+        ),
+        (
+            &init("train.init=short.safetensors"),
+            1,
+            "short.safetensors: is no whole safetensors file: its header announces 93056 bytes of tensors, 93049 are there",
+        ),
+        (
+            &init("train.init=vast.safetensors"),
+            1,
+            "vast.safetensors: is no whole safetensors file: its header cannot be read (overflow computing buffer size from shape and/or element type)",
+        ),
+        (
+            &init("train.init=small.safetensors"),
+            1,
+            "small.safetensors: is no whole safetensors file: its header cannot be read (invalid shape, data type, or offset for tensor)",
+        ),
+        (
+            &init("train.init=far.safetensors"),
+            1,
+            "far.safetensors: is no whole safetensors file: its header announces 216 bytes of tensors, 16 are there",
+        ),
+        (
+            &init("train.init=other.safetensors"),
+            1,
+            "other.safetensors: conv1.weight is F32 [2, 3, 3, 3]; this network has F32 [16, 3, 3, 3]",
+        ),
+        (
+            &init("train.init=run/step-00000001.safetensors"),
+            1,
+            "run/step-00000001.safetensors: backbone.conv1.weight is F32 [2, 3, 3, 3]; this network has F32 [16, 3, 3, 3]",
+        ),
+        (
+            &["train", "--resume", "mixed"],
+            1,
+            "mixed: holds no run to go on with (there is no recipe.toml)",
+        ),
+        (
+            &["train", "--resume", "run", "--set", "optim.lr=0.5"],
+            2,
+            "optim.lr was 0.4 and is now 0.5: that is another run, start it with --out; a resumed one may change data.path, train.threads, what is watched and how often something is measured or written",
+        ),
+        (
+            &["train", "--resume", "run", "--set", "network.depth=34"],
+            2,
+            "network.depth was 18 and is now 34: that is another run, start it with --out; a resumed one may change data.path, train.threads, what is watched and how often something is measured or written",
+        ),
+        (
+            &["train", "--resume", "run", "--set", "data.path=nine"],
+            2,
+            "nine: the run had 16 training images, now there are 9: it cannot go on as it was",
+        ),
+        (
+            &["train", "--resume", "newer"],
+            1,
+            "newer/step-00000001.safetensors: has format 2, and this program reads 1: resume with the newer one that wrote it",
+        ),
+        (
+            &["train", "--resume", "older"],
+            1,
+            "older/step-00000001.safetensors: is no checkpoint to resume from: its header has no format version",
+        ),
+        (&["train", "--resume", "less"], 1, &less),
+        (
+            &["eval", "knn", "mixed"],
+            2,
+            "mixed: is neither a run's folder (there is no recipe.toml) nor a checkpoint",
+        ),
+        (
+            &["eval", "knn", "other.safetensors"],
+            1,
+            "other.safetensors: is no checkpoint: its header has no selfsup.recipe",
+        ),
+        (
+            &["embed", "run", "mixed", "--out", "features.csv"],
+            2,
+            "features.csv: features are written to a name that ends in .npy or .safetensors",
+        ),
+        (
+            &["embed", "mixed", "--out", "features.npy"],
+            2,
+            "embed takes a run and a folder of images, or --weights, --arch and a folder alone",
+        ),
+        (
+            &[
+                "embed",
+                "mixed",
+                "--out",
+                "x.npy",
+                "--weights",
+                "other.safetensors",
+                "--arch",
+                "vit",
+            ],
+            2,
+            "there is no architecture vit; known are: resnet18, resnet34, resnet50, resnet101, resnet152, wide_resnet50_2, wide_resnet101_2",
+        ),
+        (
+            &[
+                "embed",
+                "mixed",
+                "--out",
+                "x.npy",
+                "--weights",
+                "other.safetensors",
+                "--arch",
+                "resnet18",
+            ],
+            1,
+            "other.safetensors: conv1.weight is F32 [2, 3, 3, 3]; this network has F32 [64, 3, 7, 7]",
+        ),
+    ];
+    let wrong: Vec<String> = cases
+        .iter()
+        .filter_map(|(words, code, line)| answer(&selfsup(root, words), words, *code, line).err())
+        .collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert_eq!(
+        files(&root.join("run")).keys().collect::<Vec<_>>(),
+        kept.keys().collect::<Vec<_>>()
+    );
+    for left in [
+        "runs/demo",
+        "runs/supervised-cifar10-small",
+        "new",
+        "x.npy",
+        "x.tsv",
+        "features.csv",
+        "features.npy",
+    ] {
+        assert!(!root.join(left).exists(), "a refused command leaves {left} behind");
+    }
+    for (words, sentence) in [
+        (&["train", "demo", "--device", "gpu"][..], "a device is cpu, cuda or cuda:N, from 0"),
+        (&["train", "demo", "--set", "train.precision=fp8"], "unknown variant `fp8`"),
+        (&["eval", "knn", "run", "--k", "0"], "0 is not in 1.."),
+        (&["train"], "the following required arguments were not provided"),
+        (&["train", "demo", "--resume", "run"], "cannot be used with"),
+        (&["fly"], "unrecognized subcommand 'fly'"),
+    ] {
+        let output = selfsup(root, words);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {said}");
+        assert!(said.contains(sentence) && output.stdout.is_empty(), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn broken_images_are_skipped_counted_and_named_at_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let ours = ["--set", "data.path=mixed", "--set", "data.limit=0", "--set", "train.batch=7"];
+    let train = with_tiny(&["train", "demo", "--device", "cpu", "--out", "new"]);
+    let output = selfsup(folder.path(), &[&train[..], &ours].concat());
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let skipped: Vec<&str> =
+        said.lines().filter(|line| line.starts_with("skipped image ")).collect();
+    let expected = [
+        "skipped image 0: mixed/bomb.jpg: has 65535 x 65535 pixels; the limit is 178956970 in all",
+        "skipped image 1: mixed/empty.jpg: is empty (0 bytes)",
+        "skipped image 2: mixed/ends.jpg: is a JPEG file that ends early: copy or download it again",
+        "skipped image 3: mixed/gif.jpg: is neither a JPEG nor a PNG file",
+        "skipped image 20: mixed/head.jpg: is a damaged JPEG file: Could not read symbols into the buffer; Could not read into the whole buffer",
+    ];
+    assert_eq!(skipped, expected, "{said}");
+}
+
+/// A disk without room is played by a limit on the size of files.
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before_it_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    stopped_run(&run);
+    let kept = files(&run)["step-00000001.safetensors"].clone();
+    let words = "trap '' XFSZ; ulimit -f 16; exec \"$0\" train --resume run --device cpu";
+    let output = Command::new("sh")
+        .args(["-c", words, env!("CARGO_BIN_EXE_selfsup")])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let line = "run/step-00000004.safetensors: cannot be written (File too large (os error 27)): make room; what was written before it is whole";
+    answer(&output, &[words], 1, line).unwrap();
+    let left = files(&run);
+    let names: Vec<&str> = left.keys().map(String::as_str).collect();
+    assert_eq!(names, [".lock", "metrics.jsonl", "recipe.toml", "step-00000001.safetensors"]);
+    assert!(left["step-00000001.safetensors"] == kept);
+    let output = selfsup(folder.path(), &["train", "--resume", "run", "--device", "cpu"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+
+    if let Ok(full) = File::options().write(true).open("/dev/full") {
+        let output = Command::new(env!("CARGO_BIN_EXE_selfsup"))
+            .arg("recipes")
+            .stdout(full)
+            .output()
+            .unwrap();
+        let line = "standard output: No space left on device (os error 28)";
+        answer(&output, &["recipes"], 1, line).unwrap();
+    }
+}
+
+#[test]
+fn a_run_can_be_told_to_carry_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let wild = ["optim.lr=1e30", "optim.warmup_epochs=0"].map(|setting| ["--set", setting]);
+    let train = |more: &[&'static str]| {
+        let words = [&["train", "demo", "--device", "cpu"], &wild.concat()[..], more].concat();
+        selfsup(folder.path(), &with_tiny(&words))
+    };
+    let output = train(&["--out", "a"]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let last = said.lines().last().unwrap();
+    let advice = ": lower optim.lr or lengthen optim.warmup_epochs; watch.carry_on=true goes on all the same";
+    assert!(last.starts_with("selfsup: the loss became ") && last.ends_with(advice), "{said}");
+    let output = train(&["--out", "b", "--set", "watch.carry_on=true"]);
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("\nthe loss became "), "{said}");
+}

@@ -1,0 +1,207 @@
+//! A run that was stopped, or killed, and resumed is to the last bit the run that never was.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use selfsup::Error;
+use selfsup::device::Device;
+use selfsup::methods::{ALL, Recipe};
+use selfsup::train::{self, EpochReport, Paused, Run, StepReport, Watch};
+
+use crate::recipes::{reduced, teacher};
+
+/// Raises a flag at a step.
+struct StopAt(u64, Arc<AtomicBool>);
+
+impl Watch for StopAt {
+    fn step(&mut self, report: &StepReport) {
+        if report.step == self.0 {
+            self.1.store(true, Ordering::Relaxed);
+        }
+    }
+    fn epoch(&mut self, _: &EpochReport) {}
+    fn note(&mut self, _: &str) {}
+}
+
+/// The bytes of a weight file behind its header, which tells of times, and the metrics without times and speeds.
+pub fn outcome(folder: &Path) -> [Vec<u8>; 2] {
+    let weights = std::fs::read(train::newest(folder).unwrap()).unwrap();
+    let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| {
+        let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
+        let record = record.as_object_mut().unwrap();
+        record.remove("views_per_second");
+        record.remove("waiting");
+        serde_json::to_string(record).unwrap() + "\n"
+    });
+    [weights[header..].to_vec(), lines.collect::<String>().into_bytes()]
+}
+
+/// A recipe of each method, with all the state that it can have.
+fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
+    let names = [
+        "byol-cifar10-small",
+        "moco-v2-cifar10-small",
+        "simclr-cifar10-small",
+        "simclr-v2-cifar10-small",
+        "simclr-v2-distill-cifar10-small",
+        "simsiam-cifar10-small",
+        "supervised-cifar10-small",
+        "swav-cifar10-small",
+    ];
+    let mut recipes: Vec<Recipe> = names.into_iter().map(reduced).collect();
+    for recipe in &mut recipes {
+        (recipe.train.epochs, recipe.train.knn_every) = (2, 1);
+        match &*recipe.method.name {
+            "distill" => teacher(recipe, folder, device),
+            "simclr-v2" => drop(recipe.method.settings.insert("memory".into(), 32.into())),
+            "swav" => drop(recipe.method.settings.insert("queue".into(), 16.into())),
+            _ => {}
+        }
+    }
+    let covered = |(name, _): &(&str, _)| recipes.iter().any(|r| r.method.name == *name);
+    assert!(ALL.iter().all(covered), "a method without a recipe here");
+    recipes
+}
+
+#[test]
+fn a_run_of_any_method_stopped_after_each_step_is_the_run_that_never_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu(1).unwrap().poisoned();
+    for recipe in recipes(folder.path(), &device) {
+        let name = &recipe.method.name;
+        let [straight, stopped] =
+            ["straight", "stopped"].map(|how| folder.path().join(format!("{name}-{how}")));
+        let mut run = Run::new(&recipe, &device, Some(&straight)).unwrap();
+        run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+        let total = run.schedule().total;
+        assert_eq!(total, 4, "{name}: two epochs of two steps");
+        let mut run = Run::new(&recipe, &device, Some(&stopped)).unwrap();
+        for step in 1..=total {
+            let flag = Arc::new(AtomicBool::new(false));
+            run.stop_when(flag.clone());
+            let sentence = match run.train(&mut StopAt(step, flag)) {
+                Err(Error::Stopped(sentence)) => sentence,
+                other => panic!("{name}: {other:?} at step {step}"),
+            };
+            let start = format!("stopped at step {step} of 4; go on with: selfsup train --resume ");
+            assert!(sentence.starts_with(&start), "{sentence}");
+            drop(run); // or its folder stays locked
+            if let Some(file) = recipe.method.settings.get("teacher").map(|t| &t["file"]) {
+                let _ = std::fs::remove_file(file.as_str().unwrap()); // it is in the checkpoint
+            }
+            run = Run::resume(Paused::open(&stopped, &[]).unwrap(), &device).unwrap();
+            assert_eq!(run.step(), step);
+        }
+        run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+        let [got, want] = [stopped, straight].map(|folder| outcome(&folder));
+        assert_eq!(String::from_utf8_lossy(&got[1]), String::from_utf8_lossy(&want[1]), "{name}");
+        assert!(got[0] == want[0], "{name}: the weights differ");
+    }
+}
+
+/// Enough steps of a tiny network to be hit in the middle of them.
+const SETTINGS: &[&str] = &[
+    "network.width=2",
+    "method.hidden=8",
+    "method.embedding=8",
+    "augment.size=16",
+    "data.limit=800",
+    "data.test_limit=40",
+    "train.epochs=2",
+    "train.batch=8",
+    "train.knn_every=1",
+    "train.checkpoint_every_steps=7",
+    "train.threads=1",
+    "train.loader_threads=1",
+];
+
+struct Program {
+    folder: PathBuf,
+    child: Child,
+}
+
+impl Program {
+    fn start(folder: &Path, words: &[&str]) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_selfsup"))
+            .args(words)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self { folder: folder.to_path_buf(), child }
+    }
+
+    /// Waits until the run has written so many lines of numbers.
+    fn wait_for(&mut self, lines: usize) {
+        let metrics = self.folder.join("metrics.jsonl");
+        while std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < lines {
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended before {lines} lines");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+
+    /// The exit code and what was said.
+    fn end(self) -> (Option<i32>, String) {
+        let output = self.child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    }
+}
+
+/// The short form of `scripts/check-resume`.
+#[test]
+fn a_run_that_was_killed_and_stopped_by_signals_is_the_run_that_never_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let [straight, stopped] = ["straight", "stopped"].map(|name| folder.path().join(name));
+    let out = stopped.to_str().unwrap();
+    let settings: Vec<&str> = SETTINGS.iter().flat_map(|setting| ["--set", setting]).collect();
+    let train = |out| [&["train", "demo", "--device", "cpu", "--out", out], &settings[..]].concat();
+    let resume = ["train", "--device", "cpu", "--resume", out];
+    let (code, said) = Program::start(&straight, &train(straight.to_str().unwrap())).end();
+    assert_eq!(code, Some(0), "{said}");
+
+    let mut run = Program::start(&stopped, &train(out));
+    for (lines, signal) in [(20, "KILL"), (45, "TERM"), (70, "INT")] {
+        run.wait_for(lines);
+        if signal == "TERM" {
+            let (code, said) = Program::start(&stopped, &resume).end();
+            let expected = format!(
+                "selfsup: {out}: is in use: another process trains in it; wait for it or stop it first\n"
+            );
+            assert_eq!((code, said), (Some(1), expected));
+        }
+        run.signal(signal);
+        let (code, said) = run.end();
+        if signal == "KILL" {
+            assert_eq!(code, None, "{said}");
+        } else {
+            assert_eq!(code, Some(1), "{said}");
+            let last = said.lines().last().unwrap();
+            let end = format!(" of 200; go on with: selfsup train --resume {out}");
+            assert!(
+                last.starts_with("selfsup: stopped at step ") && last.ends_with(&end),
+                "{said}"
+            );
+        }
+        run = Program::start(&stopped, &resume);
+    }
+    let (code, said) = run.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("going on after step "), "{said}");
+    let [got, want] = [&stopped, &straight].map(|folder| outcome(folder));
+    assert_eq!(String::from_utf8_lossy(&got[1]), String::from_utf8_lossy(&want[1]));
+    assert!(got[0] == want[0], "the weights differ");
+    let left = std::fs::read_dir(&stopped).unwrap();
+    let partial =
+        left.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains("partial"));
+    assert_eq!(partial.count(), 0, "a partial file is left");
+    assert!(stopped.join("best.safetensors").is_file());
+}
