@@ -28,6 +28,8 @@ mod golden;
 mod memory;
 #[path = "suite/methods.rs"]
 mod methods;
+#[path = "suite/micro_batches.rs"]
+mod micro_batches;
 #[path = "suite/neighbours.rs"]
 mod neighbours;
 #[path = "suite/network.rs"]
@@ -52,6 +54,8 @@ mod shipped_bugs;
 mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
+#[path = "suite/studies.rs"]
+mod studies;
 #[path = "suite/surface.rs"]
 mod surface;
 #[path = "suite/truth.rs"]

@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod device;
 mod progress;
+mod study;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ pub fn main() -> ExitCode {
         Command::Train(train) => commands::train(&train),
         Command::Eval { what: Eval::Knn(knn) } => commands::eval_knn(&knn),
         Command::Recipes { name } => commands::recipes(name.as_deref()),
+        Command::Study(study) => study::study(&study),
         Command::Devices => commands::devices(),
     };
     match done {

@@ -8,35 +8,72 @@
 //!
 //! `L = -mean_i log (exp(q_i k_i / T) / (exp(q_i k_i / T) + Σ_j exp(q_i queue_j / T)))` (eq. 1)
 //!
+//! ```text
+//!         ┌─ view 1 ─ encoder ─────────────── q ─┐
+//! image ──┤              │ m (before the keys)   ├─ q finds k among the queue
+//!         └─ view 2 ─ key encoder, no gradient k ┘
+//!                                              └──> queue, after the backward pass; the oldest leave
+//! ```
+//!
 //! The key encoder moves before the keys are made, from weights as the last step left them; parameters are averaged,
 //! running statistics are not. The queue is read before the batch's keys replace its oldest ones, which happens after the
 //! backward pass. `symmetric` adds the loss with views exchanged, both against one queue: neither half's keys are in it
 //! before the other has been computed, or they would be negatives of their own images.
 //!
-//! What to expect: the loss starts near `ln(K + 1)` once the queue has real keys, rises while random rows leave it, then
-//! falls slowly; the embeddings' deviation stays near 1. `selfsup train moco-v2-cifar10-small`.
+//! **Settings**: [`Settings`]. The paper's section 4.1 compares three dictionaries, and so can you
+//! (`selfsup study moco-dictionary`): the queue; `end-to-end`, where the keys of the batch are the dictionary and have a
+//! gradient, so that it is as large as the batch; and a `memory-bank` of one key for each image of the set, blended with the
+//! image's query whenever it is seen, from which negatives are drawn (Wu et al. 2018, arXiv:1805.01978).
 //!
-//! Deviations: groups of batch norm are runs of rows on one device, for the reference's GPUs.
+//! **Deviations**: groups of batch norm are runs of rows on one device, for the reference's GPUs. End to end, one encoder makes
+//! queries and keys.
+//!
+//! **Monitors**: the loss starts near `ln(K + 1)`, 11.09 for the published queue, or below it while the queue holds random rows,
+//! which are easy to tell apart: it *rises* while keys replace them (`queue_filled` to 1), then falls slowly. That is no
+//! failure. `positive_similarity` grows, `negative_similarity` stays near 0 with a narrow histogram.
+//! `queue_age` is the mean age of keys in steps; with `target_distance`, how far the key encoder lags, it says how comparable
+//! they are. `mutual_information_bound` is `ln(K + 1) - L`. The embeddings' deviation stays near 1.
+//!
+//! **Run it**: `selfsup train moco-v2-cifar10-small --set data.path=PATH`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::monitors::{Reading, Readings, distance, information, similarities};
 use crate::arena::{Arena, Layout};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
-use crate::methods::{Course, Method, State, above_zero, momentum_in_range, view, widths};
+use crate::methods::{
+    Coupling, Course, Method, State, above_zero, momentum_in_range, view, widths,
+};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
-use crate::ops::{Negatives, add, gather_rows, info_nce, l2_normalize, write_rows};
+use crate::ops::{
+    Negatives, add, concat_rows, cross_entropy, gather_rows, info_nce, l2_normalize, linear, scale,
+    slice_rows, write_rows,
+};
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward};
 use crate::tensor::Tensor;
+
+/// What queries are told apart from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dictionary {
+    /// Keys of past batches from the momentum encoder: MoCo.
+    #[default]
+    Queue,
+    /// The keys of the batch, with a gradient.
+    EndToEnd,
+    /// Keys of images as they were last seen, drawn from all of the set.
+    MemoryBank,
+}
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// K, keys that wait: 65,536 for ImageNet. A multiple of the keys of a step.
+    /// K, keys that wait: 65,536 for ImageNet. A multiple of the keys of a step. Of a memory bank, the negatives of a step.
     pub queue: usize,
     /// m, the share of the key encoder that stays: 0.999.
     pub momentum: f64,
@@ -51,6 +88,33 @@ pub struct Settings {
     /// Whether each view is query and key once, both losses added (the authors' CIFAR-10 notebook).
     #[serde(default)]
     pub symmetric: bool,
+    /// What queries are told apart from.
+    #[serde(default)]
+    pub dictionary: Dictionary,
+    /// The share of its old key that an image keeps in a memory bank.
+    #[serde(default = "half")]
+    pub bank_momentum: f64,
+}
+
+fn half() -> f64 {
+    0.5
+}
+
+impl Default for Settings {
+    /// v2's, for ImageNet.
+    fn default() -> Self {
+        Self {
+            queue: 65_536,
+            momentum: 0.999,
+            temperature: 0.2,
+            hidden: 2048,
+            embedding: 128,
+            shuffle: true,
+            symmetric: false,
+            dictionary: Dictionary::Queue,
+            bank_momentum: half(),
+        }
+    }
 }
 
 /// The description, the key encoder's weights and the queue.
@@ -65,12 +129,19 @@ pub struct MoCo {
     /// What the last loss left for the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
+    /// Queries and their keys of the last loss, for the monitors.
+    seen: Option<[Tensor; 2]>,
+    iteration: u64,
+    /// Images of a micro-batch, in a step of several.
+    part: Option<usize>,
+    /// Of a memory bank: the places of the batch's images and of the negatives.
+    places: Option<[Tensor; 2]>,
 }
 
 /// What a run gives a method to own.
 struct Own {
     key: Arena,
-    /// Unit rows `[K, embedding]`.
+    /// Unit rows `[K, embedding]`; a memory bank's `[images, embedding]`.
     queue: Tensor,
     /// The row that is overwritten next.
     oldest: u64,
@@ -81,7 +152,11 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
     let settings: Settings = super::recipe::table(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     momentum_in_range(settings.momentum, "momentum")?;
+    momentum_in_range(settings.bank_momentum, "bank_momentum")?;
     widths(&[(settings.queue, "queue"), (settings.embedding, "embedding")])?;
+    if settings.dictionary != Dictionary::Queue && settings.symmetric {
+        return Err(Error::config("method.symmetric is for method.dictionary = \"queue\""));
+    }
     Ok(Box::new(MoCo::new(network, &settings)))
 }
 
@@ -110,13 +185,35 @@ impl MoCo {
         }
         let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, 1);
         let (layout, settings) = (Arc::new(layout), *settings);
-        let (own, shuffles, keys) = (None, Vec::new(), Vec::new());
-        Self { layout, backbone, head, settings, own, shuffles, keys, embeddings: None }
+        Self {
+            layout,
+            backbone,
+            head,
+            settings,
+            own: None,
+            shuffles: Vec::new(),
+            keys: Vec::new(),
+            embeddings: None,
+            seen: None,
+            iteration: 0,
+            part: None,
+            places: None,
+        }
     }
 
     /// Images to unit embeddings `[n, embedding]`.
     pub fn encode<'t>(&self, x: &Var<'t>) -> Var<'t> {
         l2_normalize(&self.head.forward(self.backbone.forward(x)))
+    }
+
+    /// Unit embeddings whose images are shuffled on the way in and put back on the way out.
+    fn encode_shuffled<'t>(&self, images: &Var<'t>, half: usize) -> Var<'t> {
+        match self.shuffles.get(half) {
+            Some([shuffle, unshuffle]) => {
+                gather_rows(&self.encode(&gather_rows(images, shuffle)), unshuffle)
+            }
+            None => self.encode(images),
+        }
     }
 
     /// Keys of images `[n, s, s, 4]` from the momentum encoder, shuffled on the way in and put back on the way out; no
@@ -126,15 +223,36 @@ impl MoCo {
     /// Before [`Method::start`].
     pub fn encode_keys(&mut self, images: &Tensor, half: usize) -> Tensor {
         let mut own = self.own.take().expect("moco: start comes before the first step");
-        let k = forward(&mut own.key, |tape| match self.shuffles.get(half) {
-            Some([shuffle, unshuffle]) => {
-                let x = gather_rows(&tape.input(images), shuffle);
-                gather_rows(&self.encode(&x), unshuffle)
-            }
-            None => self.encode(&tape.input(images)),
-        });
+        let k = match self.part {
+            Some(rows) => self.encode_keys_in_parts(&mut own.key, images, half, rows),
+            None => forward(&mut own.key, |tape| self.encode_shuffled(&tape.input(images), half)),
+        };
         self.own = Some(own);
         k.expect("a forward pass on this device works") // the online one has just done so
+    }
+
+    /// The same, `rows` images at a time: shuffled among all of the batch, as batch norm's groups would see them.
+    fn encode_keys_in_parts(
+        &self,
+        key: &mut Arena,
+        images: &Tensor,
+        half: usize,
+        rows: usize,
+    ) -> Result<Tensor> {
+        let shuffle = self.shuffles.get(half);
+        let images = match shuffle {
+            Some([order, _]) => forward(key, |tape| gather_rows(&tape.input(images), order))?,
+            None => images.clone(),
+        };
+        let part = |i: usize| images.rows(i * rows, rows);
+        let parts = (0..images.shape()[0] / rows)
+            .map(|i| forward(key, |tape| self.encode(&tape.input(&part(i)))))
+            .collect::<Result<Vec<_>>>()?;
+        forward(key, |tape| {
+            let parts: Vec<_> = parts.iter().map(|part| tape.input(part)).collect();
+            let all = concat_rows(&parts);
+            shuffle.map_or(all.clone(), |[_, back]| gather_rows(&all, back))
+        })
     }
 
     /// One half of the loss: queries of `x_q` against keys of `x_k`, which are kept for the queue.
@@ -145,13 +263,65 @@ impl MoCo {
         half: usize,
     ) -> Var<'t> {
         let q = self.encode(&tape.input(x_q)); // [n, embedding]
-        let k = self.encode_keys(x_k, half); // [n, embedding]
+        self.contrast(&q, x_k, half)
+    }
+
+    /// The loss of queries `[n, embedding]` against keys of `x_k`.
+    fn contrast<'t>(&mut self, q: &Var<'t>, x_k: &Tensor, half: usize) -> Var<'t> {
+        let k = match self.settings.dictionary {
+            Dictionary::Queue => self.encode_keys(x_k, half), // [n, embedding]
+            Dictionary::EndToEnd => return self.end_to_end(q, x_k),
+            Dictionary::MemoryBank => return self.against_bank(q),
+        };
         let own = self.own.as_ref().expect("made by start");
         let negatives = Negatives { queue: &own.queue, own: 0..0 };
-        let loss = info_nce(&q, &tape.input(&k), &negatives, self.settings.temperature);
-        self.embeddings = Some(q.value().clone());
+        let loss = info_nce(q, &q.tape().input(&k), &negatives, self.settings.temperature);
+        self.see(q, &k);
         self.keys.push(k);
         loss
+    }
+
+    /// The batch is the dictionary, and gradients flow into its keys.
+    fn end_to_end<'t>(&mut self, q: &Var<'t>, x_k: &Tensor) -> Var<'t> {
+        let tape = q.tape();
+        let k = self.encode_shuffled(&tape.input(x_k), 0); // [n, embedding]
+        let logits = scale(&linear(q, &k, None), 1.0 / self.settings.temperature); // [n, n]
+        self.see(q, k.value());
+        let own: Vec<i32> = (0..q.shape()[0] as i32).collect();
+        cross_entropy(&logits, &Tensor::from_slice(tape.device(), [own.len()], &own))
+    }
+
+    /// Keys are the images' own of the last time that they were seen; the new ones blend in after the update.
+    fn against_bank<'t>(&mut self, q: &Var<'t>) -> Var<'t> {
+        let own = self.own.as_ref().expect("moco: start comes before the first step");
+        let [places, drawn] = self.places.as_ref().expect("moco: samples come before the loss");
+        let bank = q.tape().input(&own.queue);
+        let k = gather_rows(&bank, places); // [n, embedding]
+        let drawn = gather_rows(&bank, drawn); // [K, embedding]
+        let negatives = Negatives { queue: drawn.value(), own: 0..0 };
+        let loss = info_nce(q, &k, &negatives, self.settings.temperature);
+        self.see(q, k.value());
+        loss
+    }
+
+    fn see(&mut self, q: &Var<'_>, k: &Tensor) {
+        self.embeddings = Some(q.value().clone());
+        self.seen = Some([q.value().clone(), k.clone()]);
+    }
+
+    /// Blends the batch's queries into its images' keys.
+    fn update_bank(&mut self, online: &mut Arena) {
+        let own = self.own.as_mut().expect("moco: start comes before the first step");
+        let (Some([q, k]), Some([places, _])) = (&self.seen, self.places.take()) else { return };
+        let m = self.settings.bank_momentum;
+        let blend = forward(online, |tape| {
+            let [old, new] = [k, q].map(|rows| tape.input(rows));
+            l2_normalize(&add(&scale(&old, m), &scale(&new, 1.0 - m)))
+        });
+        let blend = blend.expect("a forward pass on this device works"); // the loss has just done so
+        for (i, &place) in places.data::<i32>().iter().enumerate() {
+            write_rows(&mut own.queue, place as usize, &blend.rows(i, 1));
+        }
     }
 
     /// Puts the keys of the last loss in place of the oldest ones.
@@ -174,19 +344,47 @@ impl Method for MoCo {
     }
 
     fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
-        let Settings { queue, embedding, symmetric, .. } = self.settings;
+        let Settings { queue, embedding, symmetric, dictionary, .. } = self.settings;
         let keys = if symmetric { 2 * course.batch } else { course.batch };
-        if !queue.is_multiple_of(keys) {
+        if dictionary == Dictionary::Queue && !queue.is_multiple_of(keys) {
             let reason =
                 format!("method.queue is {queue}, no multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let queue = random_rows(online.device(), queue, embedding, course.seed);
-        self.own = Some(Own { key: online.twin(), queue, oldest: 0, course: *course });
+        let rows = match dictionary {
+            Dictionary::Queue => queue,
+            Dictionary::EndToEnd => 0,
+            Dictionary::MemoryBank => course.images,
+        };
+        let queue = random_rows(online.device(), rows, embedding, course.seed);
+        let key = match dictionary {
+            Dictionary::Queue => online.twin(),
+            // Nothing follows the encoder.
+            _ => Arena::new(&Arc::new(Layout::new()), online.device(), course.seed),
+        };
+        self.own = Some(Own { key, queue, oldest: 0, course: *course });
         Ok(())
     }
 
+    fn samples(&mut self, indices: &[u32]) {
+        let Some(own) = self.own.as_ref() else { return };
+        if self.settings.dictionary != Dictionary::MemoryBank {
+            return;
+        }
+        let device = own.key.device().clone();
+        let places: Vec<i32> = indices.iter().map(|&i| i as i32).collect();
+        let (seed, step) = (own.course.seed, self.iteration as u32);
+        // The bank's first rows are drawn from minor stream 0.
+        let mut rng = Philox::new(seed, Purpose::Queue, step, 1);
+        let images = own.course.images as f32;
+        let draw = |_| ((rng.uniform() * images) as i32).min(images as i32 - 1);
+        let drawn: Vec<i32> = (0..self.settings.queue).map(draw).collect();
+        let index = |places: &[i32]| Tensor::from_slice(&device, [places.len()], places);
+        self.places = Some([index(&places), index(&drawn)]);
+    }
+
     fn prepare(&mut self, iteration: u64) {
+        self.iteration = iteration;
         let Some(own) = self.own.as_ref().filter(|_| self.settings.shuffle) else { return };
         let (device, course) = (own.key.device().clone(), own.course);
         let index = |order: &[i32]| Tensor::from_slice(&device, [order.len()], order);
@@ -202,11 +400,15 @@ impl Method for MoCo {
     }
 
     fn before_step(&mut self, online: &mut Arena) {
+        if self.settings.dictionary != Dictionary::Queue {
+            return;
+        }
         let own = self.own.as_mut().expect("moco: start comes before the first step");
         ema(&mut own.key, online, self.settings.momentum);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        self.part = None;
         let [x1, x2] = [0, 1].map(|i| view(&views[0], i, 2));
         let loss = self.half(tape, [&x1, &x2], 0);
         if !self.settings.symmetric {
@@ -215,17 +417,76 @@ impl Method for MoCo {
         add(&loss, &self.half(tape, [&x2, &x1], 1))
     }
 
+    fn coupling(&self) -> Coupling {
+        match self.settings.dictionary {
+            Dictionary::Queue => {
+                Coupling::Batch { views: if self.settings.symmetric { 2 } else { 1 } }
+            }
+            _ => Coupling::Whole,
+        }
+    }
+
+    fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        let [x1, x2] = [0, 1].map(|i| view(&views[0], i, 2));
+        self.part = Some(x1.shape()[0]);
+        let q = self.encode(&tape.input(&x1)); // [m, embedding]
+        if !self.settings.symmetric {
+            return q;
+        }
+        concat_rows(&[q, self.encode(&tape.input(&x2))])
+    }
+
+    fn couple<'t>(&mut self, z: Var<'t>, views: &[Tensor]) -> Var<'t> {
+        let [x1, x2] = [0, 1].map(|i| view(&views[0], i, 2));
+        if !self.settings.symmetric {
+            return self.contrast(&z, &x2, 0);
+        }
+        let n = x1.shape()[0];
+        let first = self.contrast(&slice_rows(&z, 0, n), &x2, 0);
+        add(&first, &self.contrast(&slice_rows(&z, n, n), &x1, 1))
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
     }
 
+    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
+        let (Some(own), Some([q, k])) = (&self.own, &self.seen) else { return Readings::new() };
+        let Settings { queue, symmetric, dictionary, .. } = self.settings;
+        if dictionary == Dictionary::EndToEnd {
+            let mut readings = similarities(q, k, None);
+            readings.push(information(q.shape()[0], loss));
+            return readings;
+        }
+        let mut readings = similarities(q, k, Some(&own.queue));
+        let halves = if symmetric { 2 } else { 1 };
+        readings.push(information(queue + 1, loss / halves as f64));
+        if dictionary == Dictionary::Queue {
+            let all = (queue / (halves * own.course.batch)) as u64; // steps whose keys fit
+            let held = (self.iteration + 1).min(all);
+            readings.push(("queue_filled", Reading::Number(held as f64 / all as f64)));
+            readings.push(("queue_age", Reading::Number((held + 1) as f64 / 2.0)));
+            readings.push(distance(online, &own.key));
+        }
+        readings
+    }
+
     // Not before: the backward pass still reads the queue as the loss saw it.
-    fn after_update(&mut self, _: &mut Arena, _: f64) {
-        self.enqueue();
+    fn after_update(&mut self, online: &mut Arena, _: f64) {
+        match self.settings.dictionary {
+            Dictionary::Queue => self.enqueue(),
+            Dictionary::EndToEnd => {}
+            Dictionary::MemoryBank => self.update_bank(online),
+        }
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(own) = &mut self.own else { return Vec::new() };
+        match self.settings.dictionary {
+            Dictionary::Queue => {}
+            Dictionary::EndToEnd => return Vec::new(),
+            Dictionary::MemoryBank => return vec![("bank", State::Rows(&mut own.queue))],
+        }
         vec![
             ("key", State::Network(&mut own.key)),
             ("queue", State::Rows(&mut own.queue)),

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::builtin::{builtin, builtin_names};
 use crate::data::Policy;
 use crate::device::Precision;
 use crate::error::{Error, Result};
@@ -85,6 +86,10 @@ pub struct TrainSettings {
     pub epochs: u32,
     /// Images of a step, each in several views.
     pub batch: usize,
+    /// Parts that a step is made in, for batches that do not fit into memory. Gradients stay those of the whole batch; batch norm
+    /// sees a part.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub micro_batches: usize,
     /// kNN accuracy is measured every this many epochs and at the end; 0 for the end only.
     #[serde(default)]
     pub knn_every: u32,
@@ -108,6 +113,14 @@ pub struct TrainSettings {
     pub init: Option<String>,
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(value: &usize) -> bool {
+    *value == 1
+}
+
 fn three() -> usize {
     3
 }
@@ -117,17 +130,13 @@ fn bf16() -> Precision {
 }
 
 impl Recipe {
-    /// A recipe from a file, or from a name of [`builtin_names`], with `key.path=value` settings on top.
+    /// A recipe from a file, or from a name of [`builtin_names`], with `key.path=value` settings on top. A recipe may start
+    /// with `base = "…"`, another one's name or file, and then says only what differs; `[augment]` differs in every view.
     ///
     /// # Errors
     /// When there is no such file or recipe, or it is not what it should be: the message names the key.
     pub fn load(name: &str, settings: &[String]) -> Result<Self> {
-        let (text, origin) = match builtin(name) {
-            Some(text) => (text.to_owned(), name.to_owned()),
-            None => (read(name)?, name.to_owned()),
-        };
-        let mut table: toml::Table =
-            text.parse().map_err(|e| Error::format(&origin, format!("is not TOML: {e}")))?;
+        let mut table = table_of(name, 0)?;
         for setting in settings {
             set(&mut table, setting)?;
         }
@@ -210,6 +219,52 @@ fn read(name: &str) -> Result<String> {
     std::fs::read_to_string(name).map_err(Error::io(name))
 }
 
+/// Bases of bases: more are a circle.
+const DEEPEST: usize = 4;
+
+/// The table of a recipe file or a built-in recipe, on top of its base's.
+fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
+    let text = match builtin(name) {
+        Some(text) => text.to_owned(),
+        None => read(name)?,
+    };
+    let mut table: toml::Table =
+        text.parse().map_err(|e| Error::format(name, format!("is not TOML: {e}")))?;
+    let Some(base) = table.remove("base") else { return Ok(table) };
+    let Some(base) = base.as_str().filter(|_| depth < DEEPEST) else {
+        return Err(Error::Config(format!(
+            "recipe {name}: base must be another recipe's name or file, not {base}"
+        )));
+    };
+    let mut whole = table_of(base, depth + 1)?;
+    merge(&mut whole, table);
+    Ok(whole)
+}
+
+/// Tables of which one key is chosen: another choice replaces it.
+const CHOICES: [&str; 2] = ["rule", "decay"];
+
+/// Puts what differs on top of a base. A table on top of an array of tables goes on top of each.
+fn merge(base: &mut toml::Table, over: toml::Table) {
+    use toml::Value::{Array, Table};
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Table(inner)), Table(over)) => {
+                if CHOICES.contains(&&*key) && !over.keys().all(|k| inner.contains_key(k)) {
+                    inner.clear();
+                }
+                merge(inner, over);
+            }
+            (Some(Array(items)), Table(over)) => {
+                for item in items.iter_mut().filter_map(toml::Value::as_table_mut) {
+                    merge(item, over.clone());
+                }
+            }
+            (_, value) => drop(base.insert(key, value)),
+        }
+    }
+}
+
 /// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
 fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let malformed = || {
@@ -289,54 +344,6 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-macro_rules! builtin {
-    ($name:literal) => {
-        ($name, include_str!(concat!("../../recipes/", $name, ".toml")))
-    };
-}
-
-const BUILTIN: &[(&str, &str)] = &[
-    builtin!("byol-cifar10"),
-    builtin!("byol-cifar10-small"),
-    builtin!("byol-imagenet"),
-    builtin!("demo"),
-    builtin!("moco-v1-imagenet"),
-    builtin!("moco-v2-cifar10"),
-    builtin!("moco-v2-cifar10-small"),
-    builtin!("moco-v2-imagenet"),
-    builtin!("simclr-cifar10"),
-    builtin!("simclr-cifar10-small"),
-    builtin!("simclr-imagenet"),
-    builtin!("simclr-v2-cifar10"),
-    builtin!("simclr-v2-cifar10-small"),
-    builtin!("simclr-v2-distill-cifar10-small"),
-    builtin!("simclr-v2-distill-imagenet"),
-    builtin!("simclr-v2-finetune-cifar10-small"),
-    builtin!("simclr-v2-finetune-imagenet"),
-    builtin!("simclr-v2-imagenet-r152-3x"),
-    builtin!("simclr-v2-imagenet-r50-1x"),
-    builtin!("simsiam-cifar10"),
-    builtin!("simsiam-cifar10-small"),
-    builtin!("simsiam-imagenet"),
-    builtin!("supervised-cifar10"),
-    builtin!("supervised-cifar10-small"),
-    builtin!("supervised-imagenet"),
-    builtin!("swav-cifar10"),
-    builtin!("swav-cifar10-small"),
-    builtin!("swav-imagenet"),
-    builtin!("swav-imagenet-256"),
-];
-
-/// Names of the recipes that the program brings along.
-pub fn builtin_names() -> impl Iterator<Item = &'static str> {
-    BUILTIN.iter().map(|(name, _)| *name)
-}
-
-/// The text of a built-in recipe.
-pub fn builtin(name: &str) -> Option<&'static str> {
-    BUILTIN.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -368,6 +375,27 @@ mod tests {
         let recipe = Recipe::load("demo", &["method.temprature=1".into()]).unwrap();
         let error = super::super::build(&recipe).err().unwrap().to_string();
         assert!(error.contains("(did you mean `temperature`?)"), "{error}");
+    }
+
+    #[test]
+    fn a_recipe_says_what_differs_from_its_base() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        let text = "base = \"simclr-cifar10\"\n[optim.rule.sgd]\nmomentum = 0.8\nnesterov = false\n\
+            weight_decay = 0\nexclude = \"nothing\"\n[augment]\nflip = 0.25\n";
+        let recipe = Recipe::load(&file("a.toml", text), &["train.batch=64".into()]).unwrap();
+        let base = Recipe::load("simclr-cifar10", &[]).unwrap();
+        assert!(matches!(recipe.optim.rule, Rule::Sgd(sgd) if sgd.momentum == 0.8));
+        assert_eq!((recipe.train.batch, recipe.train.epochs), (64, base.train.epochs));
+        assert_eq!((recipe.augment[0].flip, recipe.augment[0].size), (0.25, 32));
+        let own = file("circle.toml", "");
+        std::fs::write(&own, format!("base = {own:?}")).unwrap();
+        let error = Recipe::load(&own, &[]).unwrap_err().to_string();
+        assert!(error.contains("base must be another recipe"), "{error}");
     }
 
     #[test]

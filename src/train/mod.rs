@@ -3,7 +3,9 @@
 mod checkpoint;
 mod metrics;
 mod run;
+mod study;
 
 pub use checkpoint::{init_weights, load_state, load_weights, newest, save, weights_in};
 pub use metrics::Metrics;
 pub use run::{EpochReport, Images, Run, StepReport, Watch};
+pub use study::{Arm, Outcome, Plan, Study};

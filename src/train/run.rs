@@ -1,6 +1,6 @@
 //! One training run: data, method, optimiser and what is written, step after step.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,9 +12,8 @@ use crate::data::{self, Loader, Source, Split, Subset};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
-use crate::methods::{self, Course, DataSettings, Method, Recipe};
+use crate::methods::{self, Course, DataSettings, Method, Reading, Readings, Recipe};
 use crate::optim::{Optimizer, Schedule};
-use crate::tape::step;
 use crate::train::{Metrics, checkpoint};
 
 /// What a step looked like.
@@ -33,7 +32,7 @@ pub struct StepReport {
 }
 
 /// What an epoch looked like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EpochReport {
     /// Epochs done, from 1.
     pub epoch: u32,
@@ -47,6 +46,8 @@ pub struct EpochReport {
     pub knn: Option<f64>,
     /// The method's own classifier's accuracy on held-out images, in `0..=1`, if it has one and it was measured.
     pub accuracy: Option<f64>,
+    /// What the method's monitors show after its last step.
+    pub monitors: Readings,
     /// Views a second, evaluation excluded.
     pub views_per_second: f64,
     /// Share of its time that the run waited for data.
@@ -149,6 +150,7 @@ impl Run {
                 "{name}: some of its operations have no CUDA kernels yet; train it with --device cpu"
             )));
         }
+        methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
@@ -169,6 +171,7 @@ impl Run {
             &Course {
                 seed: recipe.seed,
                 batch: recipe.train.batch,
+                images: images.train.len(),
                 per_epoch: schedule.per_epoch.max(1),
                 total: schedule.total.max(1),
             },
@@ -249,13 +252,15 @@ impl Run {
             let phase = self.method.phase();
             self.method.labels(&batch.labels)?;
             self.method.prepare(self.step);
+            self.method.samples(&batch.indices);
             if self.method.phase() != phase {
                 let (method, peak) = (&self.method, self.schedule.peak);
                 self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
             }
             self.method.before_step(&mut self.online);
-            let method = &mut self.method;
-            let loss = step(&mut self.online, |tape| method.loss(tape, &batch.crops))?;
+            let method = &mut *self.method;
+            let (images, parts) = (batch.indices.len(), self.recipe.train.micro_batches);
+            let loss = methods::step(method, &mut self.online, &batch.crops, images, parts)?;
             let lr = self.schedule.lr(self.step);
             self.optimizer.step(&mut self.online, lr);
             self.step += 1;
@@ -286,16 +291,11 @@ impl Run {
         }
         let elapsed = start.elapsed();
         let spread = embeddings.as_ref().map(eval::spread);
-        self.online.device().check()?;
         drop(embeddings);
-        if let Some(seen) = collapse(spread, self.method.prototypes_used()) {
-            return Err(Error::Diverged(format!(
-                "the embeddings collapsed in epoch {}: {seen}; \
-                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
-                epoch + 1,
-            )));
-        }
-        let last = epoch + 1 == self.recipe.train.epochs;
+        let monitors = self.monitors(losses / steps as f64);
+        self.online.device().check()?;
+        let collapsed = collapse(spread, self.method.prototypes_used());
+        let last = epoch + 1 == self.recipe.train.epochs || collapsed.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
         let knn = if measure { self.knn()? } else { None };
         let accuracy = if measure { self.accuracy()? } else { None };
@@ -307,10 +307,12 @@ impl Run {
             spread,
             knn,
             accuracy,
+            monitors,
             views_per_second: views as f64 / elapsed.as_secs_f64(),
             waiting: share(self.loader.waited() - waited),
         };
         if let Some((_, metrics)) = &mut self.folder {
+            let monitors: BTreeMap<_, _> = report.monitors.iter().cloned().collect();
             metrics.write(&json!({
                 "epoch": report.epoch,
                 "step": self.step,
@@ -322,9 +324,25 @@ impl Run {
                 "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
                 "waiting": report.waiting,
+                "monitors": monitors,
             }))?;
         }
+        if let Some(seen) = collapsed {
+            return Err(Error::Diverged(format!(
+                "the embeddings collapsed in epoch {}: {seen}; \
+                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
+                epoch + 1,
+            )));
+        }
         Ok(report)
+    }
+
+    /// The method's monitors, and the norm of the last step's gradient.
+    fn monitors(&self, loss: f64) -> Readings {
+        let mut readings = self.method.monitors(&self.online, loss);
+        let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
+        readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
+        readings
     }
 
     /// kNN accuracy on the held-out images; `None` without any.

@@ -24,7 +24,10 @@ fn method(norm_groups: usize) -> SimClr {
     let (depth, width, stem) = (18, 4, Stem::Small);
     let network =
         ResNetConfig { depth, width, stem, zero_init_residual: false, norm_groups, sk_ratio: 0.0 };
-    SimClr::new(&network, &Settings { temperature: 0.2, hidden: 16, embedding: 8 })
+    SimClr::new(
+        &network,
+        &Settings { temperature: 0.2, hidden: 16, embedding: 8, ..Settings::default() },
+    )
 }
 
 fn arena(method: &SimClr, device: &Device) -> Arena {

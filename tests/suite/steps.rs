@@ -58,7 +58,12 @@ impl Run {
             norm_groups: 1,
             sk_ratio: 0.0,
         };
-        let settings = Settings { temperature: self.temperature, hidden: 64, embedding: 24 };
+        let settings = Settings {
+            temperature: self.temperature,
+            hidden: 64,
+            embedding: 24,
+            ..Settings::default()
+        };
         SimClr::new(&network, &settings)
     }
 
