@@ -17,7 +17,7 @@ pub(super) struct StudyArgs {
     /// Override a setting of every arm, such as data.path=data/cifar10; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder of the arms' runs and of the table; studies/NAME if not given. Arms that have a result there are not run again
+    /// Folder of the arms' runs and of the table; runs/study-NAME if not given. Arms that have a result there are not run again
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Runs of each arm, each from another seed
@@ -35,7 +35,7 @@ pub(super) fn study(args: &StudyArgs) -> Result<()> {
     };
     let study = Study::load(name)?;
     let stem = std::path::Path::new(name).file_stem().unwrap_or_default();
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("studies").join(stem));
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(format!("study-{}", stem.display())));
     let plan = Plan {
         out: &out,
         settings: &args.set,

@@ -102,6 +102,10 @@ pub struct TrainSettings {
     /// What a GPU stores activations and multiplies in: `bf16` or `f32`. The CPU computes in f32.
     #[serde(default = "bf16")]
     pub precision: Precision,
+    /// The views of this many first steps, and the first weights, are written to the run's `replay/`, for
+    /// `benches/peers/replay.py`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub record_views: u64,
     /// Compute threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub threads: usize,
@@ -119,6 +123,10 @@ fn one() -> usize {
 
 fn is_one(value: &usize) -> bool {
     *value == 1
+}
+
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }
 
 fn three() -> usize {
@@ -204,6 +212,13 @@ impl Recipe {
         }
         if self.train.batch < 2 {
             return Err(Error::config("train.batch starts at 2: one image has no others"));
+        }
+        let (groups, parts) = (self.network.norm_groups, self.train.micro_batches.max(1));
+        if !(self.train.batch / parts).is_multiple_of(groups) {
+            return Err(Error::Config(format!(
+                "network.norm_groups is {groups}, into which the {} images that batch norm sees cannot be cut: change train.batch",
+                self.train.batch / parts
+            )));
         }
         self.augment.iter().try_for_each(Policy::check)
     }
@@ -369,6 +384,7 @@ mod tests {
         assert!(message(&["train.epochs=many"]).contains("invalid type: string \"many\""));
         assert!(message(&["train.epochs"]).contains("--set takes key.path=value"));
         assert!(message(&["train.batch=1"]).contains("train.batch starts at 2"));
+        assert!(message(&["network.norm_groups=3"]).contains("network.norm_groups is 3"));
         assert!(message(&["network.depth=20"]).contains("network.depth is 20"));
         let missing = Recipe::load("simclr-cifar", &[]).unwrap_err().to_string();
         assert!(missing.contains("there is no recipe file simclr-cifar"), "{missing}");

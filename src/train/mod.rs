@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod metrics;
+mod replay;
 mod run;
 mod study;
 

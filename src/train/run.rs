@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::arena::Arena;
-use crate::data::{self, Loader, Source, Split, Subset};
+use crate::data::{self, Batch, Loader, Source, Split, Subset};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
 use crate::methods::{self, Course, DataSettings, Method, Reading, Readings, Recipe};
 use crate::optim::{Optimizer, Schedule};
-use crate::train::{Metrics, checkpoint};
+use crate::train::{Metrics, checkpoint, replay};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -222,6 +222,7 @@ impl Run {
     /// data cannot be read or a file cannot be written. Checkpoints written before stay.
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
+        self.record_start()?;
         for epoch in 0..epochs {
             let report = self.epoch(epoch, watch)?;
             if report.waiting > WAITING {
@@ -249,6 +250,7 @@ impl Run {
         let steps = self.loader.batches_per_epoch();
         for i in 0..steps {
             let batch = self.loader.next_batch()?;
+            self.record_views(&batch)?;
             let phase = self.method.phase();
             self.method.labels(&batch.labels)?;
             self.method.prepare(self.step);
@@ -371,6 +373,26 @@ impl Run {
         let normalise = policy.normalise.as_ref();
         eval::classifier_accuracy(&self.online, classifier, &**test, policy.size, normalise)
             .map(Some)
+    }
+
+    /// The folder of a record of this run's first steps, if one is asked for and this is one of them.
+    fn record(&self) -> Option<PathBuf> {
+        let (folder, _) = self.folder.as_ref()?;
+        let wanted = self.step < self.recipe.train.record_views;
+        wanted.then(|| folder.join(replay::FOLDER))
+    }
+
+    fn record_start(&mut self) -> Result<()> {
+        let Some(folder) = self.record().filter(|_| self.step == 0) else { return Ok(()) };
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        let state = self.method.state();
+        let (online, optimizer) = (&self.online, &self.optimizer);
+        checkpoint::save(&folder, 0, online, optimizer, state, HashMap::new(), 1)?;
+        Ok(())
+    }
+
+    fn record_views(&self, batch: &Batch) -> Result<()> {
+        self.record().map_or(Ok(()), |folder| replay::write_views(&folder, self.step, batch))
     }
 
     fn checkpoint(&mut self) -> Result<()> {
