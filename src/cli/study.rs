@@ -35,7 +35,10 @@ pub(super) fn study(args: &StudyArgs) -> Result<()> {
     };
     let study = Study::load(name)?;
     let stem = std::path::Path::new(name).file_stem().unwrap_or_default();
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(format!("study-{}", stem.display())));
+    let out = args
+        .out
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("runs").join(format!("study-{}", stem.display())));
     let plan = Plan {
         out: &out,
         settings: &args.set,

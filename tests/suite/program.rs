@@ -187,6 +187,8 @@ fn recipes_and_devices_are_told() {
     assert!(text(&names.stdout).lines().any(|line| line == "simclr-imagenet"));
     let recipe = selfsup(folder.path(), &["recipes", "demo"]);
     assert!(text(&recipe.stdout).contains("[method]\nname = \"simclr\""));
+    let studies = selfsup(folder.path(), &["study"]);
+    assert!(text(&studies.stdout).contains("\nbyol-target: What may BYOL's target be?\n"));
     let devices = selfsup(folder.path(), &["devices"]);
     assert!(text(&devices.stdout).starts_with("cpu: "));
 }
@@ -215,6 +217,8 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (&["recipes", "nothing"], 2, "there is no recipe nothing"),
         (&["train", "demo", "--device", "gpu"], 2, "a device is cpu, cuda or cuda:N"),
         (&["train", "demo", "--set", "train.precision=fp8"], 2, "unknown variant `fp8`"),
+        (&["study", "no-such"], 2, "there is no study no-such"),
+        (&["train", "demo", "--set", "train.micro_batches=3"], 2, "does not cut a batch of 64"),
         (&["fly"], 2, "unrecognized subcommand 'fly'"),
     ];
     for (words, code, sentence) in cases {

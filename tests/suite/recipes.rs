@@ -47,7 +47,7 @@ pub fn reduce(recipe: &mut Recipe) {
 fn every_recipe_runs_two_steps_at_reduced_width() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu(1).unwrap().poisoned();
-    let mut ran = 0;
+    let (mut ran, mut cut) = (0, 0);
     for name in methods::builtin_names() {
         let mut recipe = reduced(name);
         if recipe.method.name == "distill" {
@@ -61,12 +61,22 @@ fn every_recipe_runs_two_steps_at_reduced_width() {
         run.train(&mut last).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(last.0.is_finite() && last.1 == 2, "{name}: loss {}, {} steps", last.0, last.1);
         ran += 1;
+        let method = methods::build(&recipe).unwrap();
+        recipe.train.micro_batches = 2;
+        if name.ends_with("-small") && methods::check_micro_batches(&*method, 8, 2).is_ok() {
+            recipe.network.norm_groups = 1;
+            let mut run = Run::new(&recipe, &device, None).unwrap();
+            run.train(&mut last).unwrap_or_else(|e| panic!("{name} in micro-batches: {e}"));
+            assert!(last.0.is_finite(), "{name} in micro-batches: loss {}", last.0);
+            cut += 1;
+        }
+        recipe.train.micro_batches = 1;
         if Recipe::load(name, &[]).unwrap().data.path == "data/imagenet" {
             println!("{name}: {}", need(name, &recipe));
         }
     }
-    assert!(ran > 25, "{ran} recipes");
-    println!("recipes run: {ran}");
+    assert!(ran > 60 && cut > 4, "{ran} recipes, {cut} in micro-batches");
+    println!("recipes run: {ran}, of them in micro-batches as well: {cut}");
 }
 
 /// Images of ImageNet's training set.
