@@ -40,6 +40,8 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::dictionary;
+pub use super::dictionary::Dictionary;
 use super::monitors::{Reading, Readings, distance, information, similarities};
 use crate::arena::{Arena, Layout};
 use crate::device::{Device, Philox, Purpose};
@@ -49,25 +51,11 @@ use crate::methods::{
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
-    Negatives, add, concat_rows, cross_entropy, gather_rows, info_nce, l2_normalize, linear, scale,
-    slice_rows, write_rows,
+    Negatives, add, concat_rows, gather_rows, info_nce, l2_normalize, slice_rows, write_rows,
 };
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward};
 use crate::tensor::Tensor;
-
-/// What queries are told apart from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Dictionary {
-    /// Keys of past batches from the momentum encoder: MoCo.
-    #[default]
-    Queue,
-    /// The keys of the batch, with a gradient.
-    EndToEnd,
-    /// Keys of images as they were last seen, drawn from all of the set.
-    MemoryBank,
-}
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -283,24 +271,17 @@ impl MoCo {
 
     /// The batch is the dictionary, and gradients flow into its keys.
     fn end_to_end<'t>(&mut self, q: &Var<'t>, x_k: &Tensor) -> Var<'t> {
-        let tape = q.tape();
-        let k = self.encode_shuffled(&tape.input(x_k), 0); // [n, embedding]
-        let logits = scale(&linear(q, &k, None), 1.0 / self.settings.temperature); // [n, n]
+        let k = self.encode_shuffled(&q.tape().input(x_k), 0); // [n, embedding]
         self.see(q, k.value());
-        let own: Vec<i32> = (0..q.shape()[0] as i32).collect();
-        cross_entropy(&logits, &Tensor::from_slice(tape.device(), [own.len()], &own))
+        dictionary::of_the_batch(q, &k, self.settings.temperature)
     }
 
     /// Keys are the images' own of the last time that they were seen; the new ones blend in after the update.
     fn against_bank<'t>(&mut self, q: &Var<'t>) -> Var<'t> {
         let own = self.own.as_ref().expect("moco: start comes before the first step");
-        let [places, drawn] = self.places.as_ref().expect("moco: samples come before the loss");
-        let bank = q.tape().input(&own.queue);
-        let k = gather_rows(&bank, places); // [n, embedding]
-        let drawn = gather_rows(&bank, drawn); // [K, embedding]
-        let negatives = Negatives { queue: drawn.value(), own: 0..0 };
-        let loss = info_nce(q, &k, &negatives, self.settings.temperature);
-        self.see(q, k.value());
+        let places = self.places.as_ref().expect("moco: samples come before the loss");
+        let (loss, k) = dictionary::of_the_bank(q, &own.queue, places, self.settings.temperature);
+        self.see(q, &k);
         loss
     }
 
@@ -312,15 +293,8 @@ impl MoCo {
     /// Blends the batch's queries into its images' keys.
     fn update_bank(&mut self, online: &mut Arena) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        let (Some([q, k]), Some([places, _])) = (&self.seen, self.places.take()) else { return };
-        let m = self.settings.bank_momentum;
-        let blend = forward(online, |tape| {
-            let [old, new] = [k, q].map(|rows| tape.input(rows));
-            l2_normalize(&add(&scale(&old, m), &scale(&new, 1.0 - m)))
-        });
-        let blend = blend.expect("a forward pass on this device works"); // the loss has just done so
-        for (i, &place) in places.data::<i32>().iter().enumerate() {
-            write_rows(&mut own.queue, place as usize, &blend.rows(i, 1));
+        if let (Some([q, k]), Some([places, _])) = (&self.seen, self.places.take()) {
+            dictionary::blend(online, &mut own.queue, &places, [k, q], self.settings.bank_momentum);
         }
     }
 
@@ -367,20 +341,12 @@ impl Method for MoCo {
     }
 
     fn samples(&mut self, indices: &[u32]) {
-        let Some(own) = self.own.as_ref() else { return };
-        if self.settings.dictionary != Dictionary::MemoryBank {
-            return;
+        let bank = self.settings.dictionary == Dictionary::MemoryBank;
+        if let Some(own) = self.own.as_ref().filter(|_| bank) {
+            let (device, count) = (own.key.device(), self.settings.queue);
+            self.places =
+                Some(dictionary::draw(device, &own.course, indices, count, self.iteration));
         }
-        let device = own.key.device().clone();
-        let places: Vec<i32> = indices.iter().map(|&i| i as i32).collect();
-        let (seed, step) = (own.course.seed, self.iteration as u32);
-        // The bank's first rows are drawn from minor stream 0.
-        let mut rng = Philox::new(seed, Purpose::Queue, step, 1);
-        let images = own.course.images as f32;
-        let draw = |_| ((rng.uniform() * images) as i32).min(images as i32 - 1);
-        let drawn: Vec<i32> = (0..self.settings.queue).map(draw).collect();
-        let index = |places: &[i32]| Tensor::from_slice(&device, [places.len()], places);
-        self.places = Some([index(&places), index(&drawn)]);
     }
 
     fn prepare(&mut self, iteration: u64) {

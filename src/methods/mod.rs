@@ -31,6 +31,7 @@
 
 mod builtin;
 pub mod byol;
+mod dictionary;
 pub mod distill;
 mod micro;
 pub mod moco;
