@@ -36,7 +36,9 @@
 //! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) queues the kernels of `kernels/`, compiled and embedded by
 //! `build.rs`, which also writes a typed launch function for each; an operation's `cuda.rs` has its launch lines. Activations and
 //! working copies of weights are bf16 (or f32, as [asked](device::Precision)), sums, statistics and weights are f32. Operations
-//! are queued and do not fail; [`Device::check`](device::Device::check), which every step asks, says what did.
+//! are queued and do not fail; [`Device::check`](device::Device::check), which every step asks, says what did. A training step
+//! is recorded once and replayed as one call ([`train::Steps`]); what changes from step to step are
+//! [`Numbers`](tensor::Numbers) that kernels read from memory.
 //!
 //! **Truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64; tests hold every
 //! primitive, whole networks and whole training steps against it, and it against PyTorch's f64.

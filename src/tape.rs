@@ -434,10 +434,17 @@ pub fn forward(
     arena: &mut Arena,
     f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
 ) -> Result<Tensor> {
-    let tape = Tape::new(arena, Mode { gradients: false, ..TRAIN });
-    let value = f(&tape).value;
-    tape.device().check()?;
+    let value = forward_in_step(arena, f);
+    arena.device().check()?;
     Ok(value)
+}
+
+/// [`forward`] inside a step, which tells itself when the device has failed.
+pub(crate) fn forward_in_step(
+    arena: &mut Arena,
+    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
+) -> Tensor {
+    f(&Tape::new(arena, Mode { gradients: false, ..TRAIN })).value
 }
 
 /// A forward pass for evaluation: running statistics, no gradients, nothing saved.
@@ -445,9 +452,16 @@ pub fn forward(
 /// # Errors
 /// When the device fails.
 pub fn evaluate(arena: &Arena, f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>) -> Result<Tensor> {
-    let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
-    let tape = Tape::new(arena, mode);
-    let value = f(&tape).value;
-    tape.device().check()?;
+    let value = evaluate_in_step(arena, f);
+    arena.device().check()?;
     Ok(value)
+}
+
+/// [`evaluate`] inside a step, which tells itself when the device has failed.
+pub(crate) fn evaluate_in_step(
+    arena: &Arena,
+    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
+) -> Tensor {
+    let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
+    f(&Tape::new(arena, mode)).value
 }

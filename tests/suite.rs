@@ -6,6 +6,8 @@ mod accumulation;
 mod audit;
 #[path = "suite/augmentation.rs"]
 mod augmentation;
+#[path = "suite/captured.rs"]
+mod captured;
 #[path = "suite/case.rs"]
 mod case;
 #[path = "suite/cases.rs"]
@@ -22,6 +24,8 @@ mod driver;
 mod examples;
 #[path = "suite/floors.rs"]
 mod floors;
+#[path = "suite/forced.rs"]
+mod forced;
 #[path = "suite/golden.rs"]
 mod golden;
 #[path = "suite/memory.rs"]

@@ -36,9 +36,19 @@ pub(crate) struct Pool {
     state: Mutex<State>,
 }
 
+/// Freed blocks by size.
+type FreeList = HashMap<usize, Vec<Block>>;
+
 #[derive(Debug, Default)]
 struct State {
-    free: HashMap<usize, Vec<Block>>,
+    free: FreeList,
+    /// Freed blocks that recorded work writes whenever it is replayed, by recording: for that recording alone.
+    recorded: HashMap<u64, FreeList>,
+    /// Which recording a block belongs to, by its address; most belong to none.
+    owners: HashMap<usize, u64>,
+    /// The recording under way.
+    recording: Option<u64>,
+    recordings: u64,
     usage: MemoryUse,
     /// Bytes and number of live blocks by the place in the source that asked for them; kept for GPUs, whose memory
     /// runs out first.
@@ -79,14 +89,16 @@ impl Pool {
             let holder = state.holders.entry(place).or_default();
             *holder = (holder.0 + bytes, holder.1 + 1);
         }
-        if let Some(block) = state.free.get_mut(&bytes).and_then(Vec::pop) {
+        if let Some(block) = state.reuse(bytes) {
             return block;
         }
         state.usage.reserved += bytes;
         state.usage.allocations += 1;
         drop(state);
         if let Some(gpu) = &self.gpu {
-            return self.take_from_gpu(gpu, bytes);
+            let block = self.take_from_gpu(gpu, bytes);
+            self.lock().claim(&block);
+            return block;
         }
         let layout = layout(bytes);
         // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over memory that
@@ -103,10 +115,12 @@ impl Pool {
         if let Some(address) = gpu.allocate(bytes) {
             return block(address);
         }
-        // What is kept for reuse may be of the wrong sizes.
-        self.trim(gpu);
-        if let Some(address) = gpu.allocate(bytes) {
-            return block(address);
+        // What is kept for reuse may be of the wrong sizes. What is being recorded may still need it.
+        if self.lock().recording.is_none() {
+            self.trim(gpu);
+            if let Some(address) = gpu.allocate(bytes) {
+                return block(address);
+            }
         }
         gpu.fail(self.out_of_memory(gpu, bytes));
         block(0)
@@ -156,7 +170,60 @@ impl Pool {
             *holder = (holder.0 - bytes, holder.1 - 1);
         }
         if !block.0.is_null() {
-            state.free.entry(bytes).or_default().push(block);
+            // Work that is recorded may have touched whatever it frees.
+            state.claim(&block);
+            state.list_of(&block).entry(bytes).or_default().push(block);
+        }
+    }
+
+    /// From now on blocks that are taken or given back belong to a recording, whose name this is.
+    pub(super) fn begin_recording(&self) -> u64 {
+        let mut state = self.lock();
+        let name = state.recordings;
+        state.recordings += 1;
+        state.recorded.insert(name, FreeList::new());
+        state.recording = Some(name);
+        name
+    }
+
+    /// Blocks belong to nobody again that are taken from now on.
+    pub(super) fn end_recording(&self) {
+        self.lock().recording = None;
+    }
+
+    /// Lets everybody have the blocks of a recording that will not be replayed any more.
+    pub(super) fn release_recorded(&self, name: u64) {
+        let mut state = self.lock();
+        for (bytes, mut blocks) in state.recorded.remove(&name).unwrap_or_default() {
+            state.free.entry(bytes).or_default().append(&mut blocks);
+        }
+        state.owners.retain(|_, owner| *owner != name);
+    }
+}
+
+impl State {
+    /// A freed block of this size: the recording's own if there is one under way, else one that will be.
+    fn reuse(&mut self, bytes: usize) -> Option<Block> {
+        let own =
+            self.recording.and_then(|name| self.recorded.get_mut(&name)?.get_mut(&bytes)?.pop());
+        let block = own.or_else(|| self.free.get_mut(&bytes)?.pop())?;
+        self.claim(&block);
+        Some(block)
+    }
+
+    /// Notes that a block belongs to the recording under way.
+    fn claim(&mut self, block: &Block) {
+        if let Some(name) = self.recording {
+            self.owners.insert(block.0.addr(), name);
+        }
+    }
+
+    /// Where a block goes when it is given back.
+    fn list_of(&mut self, block: &Block) -> &mut FreeList {
+        let owner = self.owners.get(&block.0.addr());
+        match owner.and_then(|name| self.recorded.get_mut(name)) {
+            Some(list) => list,
+            None => &mut self.free,
         }
     }
 }
@@ -192,6 +259,8 @@ pub(crate) struct Memory {
     bytes: usize,
     device: Device,
     place: &'static Location<'static>,
+    /// It lies among a GPU's numbers, which the host sets.
+    numbers: bool,
 }
 
 // SAFETY: `&Memory` gives only shared reads of plain bytes; writing needs `&mut Memory`.
@@ -205,16 +274,31 @@ impl Memory {
         let bytes = if device.pool().gpu.is_some() { bytes.max(1) } else { rounded(bytes) };
         let place = Location::caller();
         let block = device.pool().take(bytes, place);
-        let mut memory = Self { block: Some(block), bytes, device: device.clone(), place };
-        if device.pool().poison {
+        let device = device.clone();
+        let mut memory = Self { block: Some(block), bytes, device, place, numbers: false };
+        if memory.device.pool().poison {
             // All bits set is a NaN in every float format, and -1 in integers.
-            match device.pool().gpu() {
+            match memory.device.pool().gpu() {
                 // SAFETY: the block is this large.
                 Some(gpu) => unsafe { gpu.set(memory.address(), 0xFF, bytes) },
                 None => memory.bytes_mut().fill(0xFF),
             }
         }
         memory
+    }
+
+    /// Room for `bytes` of numbers on a GPU that [`Memory::set_numbers`] sets.
+    #[track_caller]
+    pub(crate) fn for_numbers(device: &Device, bytes: usize) -> Self {
+        let address = device.gpu().take_numbers(bytes).unwrap_or(0);
+        let block = Some(Block(std::ptr::without_provenance_mut(address as usize)));
+        Self { block, bytes, device: device.clone(), place: Location::caller(), numbers: true }
+    }
+
+    /// Sets all of memory for numbers, for what is queued from now on.
+    pub(crate) fn set_numbers(&self, bytes: &[u8]) {
+        assert!(self.numbers && bytes.len() == self.bytes, "numbers keep their length");
+        self.device.gpu().set_numbers(self.address(), bytes);
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -298,6 +382,9 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
+            if self.numbers {
+                return self.device.gpu().give_back_numbers(block.0.addr() as u64, self.bytes);
+            }
             self.device.pool().give_back(block, self.bytes, self.place);
         }
     }

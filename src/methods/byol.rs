@@ -47,8 +47,8 @@ use crate::methods::{
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{add, l2_normalize, neg_cosine, scale};
 use crate::optim::ema;
-use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -107,8 +107,8 @@ pub struct Byol {
     settings: Settings,
     target: Option<Arena>,
     total: u64,
-    /// Of this step.
-    tau: f64,
+    /// Of this step; made by `start`.
+    tau: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
     /// Projection and prediction of one view and the target's projection of the other, for the monitors.
     seen: Option<[Tensor; 3]>,
@@ -157,7 +157,7 @@ impl Byol {
             settings: *settings,
             target: None,
             total: 1,
-            tau: settings.momentum,
+            tau: None,
             embeddings: None,
             seen: None,
         }
@@ -170,9 +170,9 @@ impl Byol {
     /// The target's projections of images; no gradient.
     fn project_target(&mut self, images: &Tensor) -> Tensor {
         let mut target = self.target.take().expect("byol: start comes before the first step");
-        let z = forward(&mut target, |tape| self.project(&tape.input(images)));
+        let z = forward_in_step(&mut target, |tape| self.project(&tape.input(images)));
         self.target = Some(target);
-        z.expect("a forward pass on this device works") // the online one has just done so
+        z
     }
 }
 
@@ -187,6 +187,7 @@ impl Method for Byol {
 
     fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
         self.total = course.total.max(1);
+        self.tau = Some(Numbers::new(online.device(), &[self.settings.momentum]));
         self.target = Some(if self.settings.fresh_target {
             Arena::new(&self.layout, online.device(), course.seed ^ (1 << 63))
         } else {
@@ -201,7 +202,9 @@ impl Method for Byol {
         }
         let done = iteration as f64 / self.total as f64;
         let half_cosine = ((std::f64::consts::PI * done).cos() + 1.0) / 2.0;
-        self.tau = 1.0 - (1.0 - self.settings.momentum) * half_cosine;
+        if let Some(tau) = &mut self.tau {
+            tau.set(&[1.0 - (1.0 - self.settings.momentum) * half_cosine]);
+        }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
@@ -239,11 +242,9 @@ impl Method for Byol {
     }
 
     fn after_update(&mut self, online: &mut Arena, _: f64) {
-        ema(
-            self.target.as_mut().expect("byol: start comes before the first step"),
-            online,
-            self.tau,
-        );
+        let (target, tau) = (self.target.as_mut(), self.tau.as_ref());
+        let (target, tau) = target.zip(tau).expect("byol: start comes before the first step");
+        ema(target, online, tau);
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {

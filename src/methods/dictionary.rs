@@ -8,7 +8,7 @@ use crate::device::{Device, Philox, Purpose};
 use crate::ops::{
     Negatives, add, cross_entropy, gather_rows, info_nce, l2_normalize, linear, scale, write_rows,
 };
-use crate::tape::{Var, forward};
+use crate::tape::{Var, forward_in_step};
 use crate::tensor::Tensor;
 
 /// What queries are told apart from.
@@ -24,11 +24,16 @@ pub enum Dictionary {
     MemoryBank,
 }
 
-/// InfoNCE of queries `[n, d]` against the keys `[n, d]` of the same images and of all others of the batch.
-pub(super) fn of_the_batch<'t>(q: &Var<'t>, k: &Var<'t>, temperature: f64) -> Var<'t> {
+/// InfoNCE of queries `[n, d]` against the keys `[n, d]` of the same images and of all others of the batch; `own [n]` counts
+/// from 0.
+pub(super) fn of_the_batch<'t>(
+    q: &Var<'t>,
+    k: &Var<'t>,
+    own: &Tensor,
+    temperature: f64,
+) -> Var<'t> {
     let logits = scale(&linear(q, k, None), 1.0 / temperature); // [n, n]
-    let own: Vec<i32> = (0..q.shape()[0] as i32).collect();
-    cross_entropy(&logits, &Tensor::from_slice(q.tape().device(), [own.len()], &own))
+    cross_entropy(&logits, own)
 }
 
 /// InfoNCE of queries `[n, d]` against rows of `bank [images, d]`: places of the queries' own images and of the negatives. Also
@@ -42,7 +47,7 @@ pub(super) fn of_the_bank<'t>(
     let bank = q.tape().input(bank);
     let k = gather_rows(&bank, places); // [n, d]
     let drawn = gather_rows(&bank, drawn); // [count, d]
-    let negatives = Negatives { queue: drawn.value(), own: 0..0 };
+    let negatives = Negatives { queue: drawn.value(), own: None };
     (info_nce(q, &k, &negatives, temperature), k.value().clone())
 }
 
@@ -71,12 +76,11 @@ pub(super) fn blend(
     rows: [&Tensor; 2],
     m: f64,
 ) {
-    let blend = forward(online, |tape| {
+    let blend = forward_in_step(online, |tape| {
         let [old, new] = rows.map(|rows| tape.input(rows));
         l2_normalize(&add(&scale(&old, m), &scale(&new, 1.0 - m)))
     });
-    let blend = blend.expect("a forward pass on this device works"); // the loss has just done so
-    for (i, &place) in places.data::<i32>().iter().enumerate() {
-        write_rows(bank, place as usize, &blend.rows(i, 1));
+    for i in 0..places.len() {
+        write_rows(bank, &places.slice(i, [1]), &blend.rows(i, 1));
     }
 }

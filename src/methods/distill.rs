@@ -18,7 +18,7 @@ use crate::methods::{Course, Method, above_zero};
 use crate::nn::{ResNet, ResNetConfig};
 use crate::ops::distillation;
 use crate::optim::Care;
-use crate::tape::{Tape, Var, evaluate};
+use crate::tape::{Tape, Var, evaluate_in_step};
 use crate::tensor::Tensor;
 
 /// The method's own settings.
@@ -119,8 +119,8 @@ impl Method for Distill {
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let student = self.student.forward(&tape.input(&views[0])); // [n, classes]
         let weights = self.weights.as_ref().expect("distill: start comes before the first step");
-        let teacher = evaluate(weights, |tape| self.teacher.forward(&tape.input(&views[0])));
-        let teacher = teacher.expect("a forward pass on this device works"); // the student's has just done so
+        let teacher =
+            evaluate_in_step(weights, |tape| self.teacher.forward(&tape.input(&views[0])));
         distillation(&student, &teacher, self.settings.temperature)
     }
 

@@ -54,8 +54,8 @@ use crate::ops::{
     Negatives, add, concat_rows, gather_rows, info_nce, l2_normalize, slice_rows, write_rows,
 };
 use crate::optim::ema;
-use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -112,8 +112,8 @@ pub struct MoCo {
     head: Mlp,
     settings: Settings,
     own: Option<Own>,
-    /// A permutation of the batch and its inverse, for each half of the loss.
-    shuffles: Vec<[Tensor; 2]>,
+    /// A permutation of the batch and its inverse, for each half of the loss; none without shuffling.
+    shuffles: Vec<[Numbers<i32>; 2]>,
     /// What the last loss left for the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
@@ -122,17 +122,19 @@ pub struct MoCo {
     iteration: u64,
     /// Images of a micro-batch, in a step of several.
     part: Option<usize>,
-    /// Of a memory bank: the places of the batch's images and of the negatives.
+    /// Of a memory bank: the places of the batch's images, and of the negatives.
     places: Option<[Tensor; 2]>,
 }
 
 /// What a run gives a method to own.
 struct Own {
     key: Arena,
+    /// m.
+    momentum: Numbers<f64>,
     /// Unit rows `[K, embedding]`; a memory bank's `[images, embedding]`.
     queue: Tensor,
-    /// The row that is overwritten next.
-    oldest: u64,
+    /// The rows that each half's keys overwrite, from this one on: the oldest. End to end, each query's own key.
+    places: Numbers<i32>,
     course: Course,
 }
 
@@ -198,7 +200,8 @@ impl MoCo {
     fn encode_shuffled<'t>(&self, images: &Var<'t>, half: usize) -> Var<'t> {
         match self.shuffles.get(half) {
             Some([shuffle, unshuffle]) => {
-                gather_rows(&self.encode(&gather_rows(images, shuffle)), unshuffle)
+                let shuffled = gather_rows(images, shuffle.tensor());
+                gather_rows(&self.encode(&shuffled), unshuffle.tensor())
             }
             None => self.encode(images),
         }
@@ -213,10 +216,12 @@ impl MoCo {
         let mut own = self.own.take().expect("moco: start comes before the first step");
         let k = match self.part {
             Some(rows) => self.encode_keys_in_parts(&mut own.key, images, half, rows),
-            None => forward(&mut own.key, |tape| self.encode_shuffled(&tape.input(images), half)),
+            None => {
+                forward_in_step(&mut own.key, |tape| self.encode_shuffled(&tape.input(images), half))
+            }
         };
         self.own = Some(own);
-        k.expect("a forward pass on this device works") // the online one has just done so
+        k
     }
 
     /// The same, `rows` images at a time: shuffled among all of the batch, as batch norm's groups would see them.
@@ -226,20 +231,19 @@ impl MoCo {
         images: &Tensor,
         half: usize,
         rows: usize,
-    ) -> Result<Tensor> {
+    ) -> Tensor {
         let shuffle = self.shuffles.get(half);
-        let images = match shuffle {
-            Some([order, _]) => forward(key, |tape| gather_rows(&tape.input(images), order))?,
-            None => images.clone(),
-        };
+        let images = shuffle.map_or(images.clone(), |[order, _]| {
+            forward_in_step(key, |tape| gather_rows(&tape.input(images), order.tensor()))
+        });
         let part = |i: usize| images.rows(i * rows, rows);
-        let parts = (0..images.shape()[0] / rows)
-            .map(|i| forward(key, |tape| self.encode(&tape.input(&part(i)))))
-            .collect::<Result<Vec<_>>>()?;
-        forward(key, |tape| {
+        let parts: Vec<Tensor> = (0..images.shape()[0] / rows)
+            .map(|i| forward_in_step(key, |tape| self.encode(&tape.input(&part(i)))))
+            .collect();
+        forward_in_step(key, |tape| {
             let parts: Vec<_> = parts.iter().map(|part| tape.input(part)).collect();
             let all = concat_rows(&parts);
-            shuffle.map_or(all.clone(), |[_, back]| gather_rows(&all, back))
+            shuffle.map_or(all.clone(), |[_, back]| gather_rows(&all, back.tensor()))
         })
     }
 
@@ -262,7 +266,7 @@ impl MoCo {
             Dictionary::MemoryBank => return self.against_bank(q),
         };
         let own = self.own.as_ref().expect("made by start");
-        let negatives = Negatives { queue: &own.queue, own: 0..0 };
+        let negatives = Negatives { queue: &own.queue, own: None };
         let loss = info_nce(q, &q.tape().input(&k), &negatives, self.settings.temperature);
         self.see(q, &k);
         self.keys.push(k);
@@ -273,7 +277,8 @@ impl MoCo {
     fn end_to_end<'t>(&mut self, q: &Var<'t>, x_k: &Tensor) -> Var<'t> {
         let k = self.encode_shuffled(&q.tape().input(x_k), 0); // [n, embedding]
         self.see(q, k.value());
-        dictionary::of_the_batch(q, &k, self.settings.temperature)
+        let own = self.own.as_ref().expect("moco: start comes before the first step");
+        dictionary::of_the_batch(q, &k, own.places.tensor(), self.settings.temperature)
     }
 
     /// Keys are the images' own of the last time that they were seen; the new ones blend in after the update.
@@ -301,9 +306,8 @@ impl MoCo {
     /// Puts the keys of the last loss in place of the oldest ones.
     pub fn enqueue(&mut self) {
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        for k in self.keys.drain(..) {
-            write_rows(&mut own.queue, own.oldest as usize, &k);
-            own.oldest = (own.oldest + k.shape()[0] as u64) % self.settings.queue as u64;
+        for (half, k) in self.keys.drain(..).enumerate() {
+            write_rows(&mut own.queue, &own.places.tensor().slice(half, [1]), &k);
         }
     }
 }
@@ -325,18 +329,25 @@ impl Method for MoCo {
                 format!("method.queue is {queue}, no multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let rows = match dictionary {
-            Dictionary::Queue => queue,
-            Dictionary::EndToEnd => 0,
-            Dictionary::MemoryBank => course.images,
+        let (device, batch) = (online.device(), course.batch);
+        let halves = if symmetric { 2 } else { 1 };
+        let indices = || [(); 2].map(|()| Numbers::new(device, &vec![0; batch]));
+        let shuffled = if self.settings.shuffle { halves } else { 0 };
+        self.shuffles = (0..shuffled).map(|_| indices()).collect();
+        // Nothing follows the encoder but where there is a queue.
+        let nothing = || Arena::new(&Arc::new(Layout::new()), device, course.seed);
+        let (key, rows, places) = match dictionary {
+            Dictionary::Queue => (online.twin(), queue, vec![0; halves]),
+            Dictionary::EndToEnd => (nothing(), 0, (0..batch as i32).collect()),
+            Dictionary::MemoryBank => (nothing(), course.images, Vec::new()),
         };
-        let queue = random_rows(online.device(), rows, embedding, course.seed);
-        let key = match dictionary {
-            Dictionary::Queue => online.twin(),
-            // Nothing follows the encoder.
-            _ => Arena::new(&Arc::new(Layout::new()), online.device(), course.seed),
-        };
-        self.own = Some(Own { key, queue, oldest: 0, course: *course });
+        self.own = Some(Own {
+            key,
+            momentum: Numbers::new(device, &[self.settings.momentum]),
+            queue: random_rows(device, rows, embedding, course.seed),
+            places: Numbers::new(device, &places),
+            course: *course,
+        });
         Ok(())
     }
 
@@ -351,18 +362,25 @@ impl Method for MoCo {
 
     fn prepare(&mut self, iteration: u64) {
         self.iteration = iteration;
-        let Some(own) = self.own.as_ref().filter(|_| self.settings.shuffle) else { return };
-        let (device, course) = (own.key.device().clone(), own.course);
-        let index = |order: &[i32]| Tensor::from_slice(&device, [order.len()], order);
-        let draw = |half| {
-            let mut rng = Philox::new(course.seed, Purpose::Shuffle, iteration as u32, half);
+        let Some(Own { course, places, .. }) = &mut self.own else { return };
+        if self.settings.dictionary == Dictionary::Queue {
+            let halves = places.values().len() as u64;
+            let place = |half| {
+                let keys = (iteration * halves + half) * course.batch as u64;
+                (keys % self.settings.queue as u64) as i32
+            };
+            places.set(&(0..halves).map(place).collect::<Vec<_>>());
+        }
+        for (half, [shuffle, unshuffle]) in self.shuffles.iter_mut().enumerate() {
+            let (step, half) = (iteration as u32, half as u32);
+            let mut rng = Philox::new(course.seed, Purpose::Shuffle, step, half);
             let mut order: Vec<i32> = (0..course.batch as i32).collect();
             rng.shuffle(&mut order);
             let mut back = vec![0; order.len()];
             order.iter().enumerate().for_each(|(place, &row)| back[row as usize] = place as i32);
-            [index(&order), index(&back)]
-        };
-        self.shuffles = (0..if self.settings.symmetric { 2 } else { 1 }).map(draw).collect();
+            shuffle.set(&order);
+            unshuffle.set(&back);
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
@@ -370,7 +388,7 @@ impl Method for MoCo {
             return;
         }
         let own = self.own.as_mut().expect("moco: start comes before the first step");
-        ema(&mut own.key, online, self.settings.momentum);
+        ema(&mut own.key, online, &own.momentum);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
@@ -381,6 +399,10 @@ impl Method for MoCo {
             return loss;
         }
         add(&loss, &self.half(tape, [&x2, &x1], 1))
+    }
+
+    fn without_cuda(&self) -> Option<&'static str> {
+        (self.settings.dictionary == Dictionary::MemoryBank).then_some("a memory bank")
     }
 
     fn coupling(&self) -> Coupling {
@@ -453,10 +475,6 @@ impl Method for MoCo {
             Dictionary::EndToEnd => return Vec::new(),
             Dictionary::MemoryBank => return vec![("bank", State::Rows(&mut own.queue))],
         }
-        vec![
-            ("key", State::Network(&mut own.key)),
-            ("queue", State::Rows(&mut own.queue)),
-            ("oldest", State::Count(&mut own.oldest)),
-        ]
+        vec![("key", State::Network(&mut own.key)), ("queue", State::Rows(&mut own.queue))]
     }
 }

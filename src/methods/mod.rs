@@ -106,9 +106,9 @@ pub trait Method {
     /// The trunk whose features are evaluated, on the online arena.
     fn backbone(&self) -> &ResNet;
 
-    /// Whether every operation of its steps has CUDA kernels.
-    fn runs_on_cuda(&self) -> bool {
-        false
+    /// What of its settings has no CUDA kernels, if anything.
+    fn without_cuda(&self) -> Option<&'static str> {
+        None
     }
 
     /// Views of each image that a step needs.
@@ -144,7 +144,9 @@ pub trait Method {
         let _ = indices;
     }
 
-    /// Sets the host's numbers of a step: momentum, random draws, pointers. Nothing runs on the device.
+    /// Sets the host's numbers of a step: momentum, random draws, pointers. Nothing runs on the device. What operations read
+    /// of them are [`Numbers`](crate::tensor::Numbers): a step that a GPU replays runs this, [`Method::labels`],
+    /// [`Method::samples`] and nothing else of the method, so that what it needs to know follows from `iteration` alone.
     fn prepare(&mut self, iteration: u64) {
         let _ = iteration;
     }
@@ -209,7 +211,8 @@ pub trait Method {
         None
     }
 
-    /// Moves what follows the weights, after the optimiser; `progress` in `0..=1` is the share of training done.
+    /// Moves what follows the weights, after the optimiser; `progress` in `0..=1` is the share of training done, but where a
+    /// step is replayed that of the step that was recorded: numbers that follow it belong in [`Method::prepare`].
     fn after_update(&mut self, online: &mut Arena, progress: f64) {
         let _ = (online, progress);
     }

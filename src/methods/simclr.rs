@@ -129,8 +129,6 @@ pub(super) const TRUNCATION: f64 = 0.879_625_661_034_239_8;
 pub struct SimClr {
     layout: Arc<Layout>,
     backbone: ResNet,
-    /// Selective kernels have no CUDA path yet.
-    selective: bool,
     head: Mlp,
     predictor: Mlp,
     settings: Settings,
@@ -181,9 +179,8 @@ impl SimClr {
         let layers = if settings.predictor > 0 { &layers[..] } else { &[] };
         let predictor = Mlp::new(&mut layout, "predictor", d, layers, groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        let selective = network.sk_ratio > 0.0;
         let (embeddings, seen) = (None, None);
-        Self { layout, backbone, selective, head, predictor, settings, embeddings, seen }
+        Self { layout, backbone, head, predictor, settings, embeddings, seen }
     }
 
     /// Images to embeddings `[rows, embedding]`, of unit length unless the settings say otherwise.
@@ -227,8 +224,12 @@ impl Method for SimClr {
         &self.backbone
     }
 
-    fn runs_on_cuda(&self) -> bool {
-        !self.selective && self.settings.normalise && self.settings.loss == Loss::NtXent
+    fn without_cuda(&self) -> Option<&'static str> {
+        match self.settings.loss {
+            Loss::NtXent if self.settings.normalise => None,
+            Loss::Attract => None,
+            _ => Some("a loss of pairs, or embeddings of any length,"),
+        }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

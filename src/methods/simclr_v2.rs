@@ -44,8 +44,8 @@ use crate::methods::{Coupling, Course, Method, State, above_zero, momentum_in_ra
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
 use crate::optim::ema;
-use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -120,12 +120,14 @@ pub struct SimClrV2 {
 
 struct Memory {
     key: Arena,
+    /// m.
+    momentum: Numbers<f64>,
     /// Unit rows `[memory, embedding]`.
     keys: Tensor,
-    /// The row that is overwritten next.
-    oldest: u64,
-    /// Keys that the last loss wrote there.
-    entered: u64,
+    /// Keys of a step.
+    entering: u64,
+    /// Begin and end of the rows that this step's keys go to, in place of the oldest.
+    place: Numbers<i32>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -158,9 +160,8 @@ impl SimClrV2 {
     /// Both views' embeddings against both views' keys and the memory.
     fn contrast_with_memory<'t>(&self, z: &Var<'t>, k: &Tensor, memory: &Memory) -> Var<'t> {
         let n = z.shape()[0] / 2;
-        let first = memory.oldest as usize;
         // This batch's keys have just been written there.
-        let negatives = Negatives { queue: &memory.keys, own: first..first + 2 * n };
+        let negatives = Negatives { queue: &memory.keys, own: Some(memory.place.tensor()) };
         let [k1, k2] = [0, n].map(|from| z.tape().input(&k.rows(from, n)));
         let [z1, z2] = [0, n].map(|from| slice_rows(z, from, n));
         let t = self.settings.temperature;
@@ -188,14 +189,27 @@ impl Method for SimClrV2 {
                 format!("method.memory is {memory}, no multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let keys = random_rows(online.device(), memory, embedding, course.seed);
-        self.memory = Some(Memory { key: online.twin(), keys, oldest: 0, entered: 0 });
+        let (device, entering) = (online.device(), keys as u64);
+        self.memory = Some(Memory {
+            key: online.twin(),
+            momentum: Numbers::new(device, &[self.settings.momentum]),
+            keys: random_rows(device, memory, embedding, course.seed),
+            entering,
+            place: Numbers::new(device, &[0, entering as i32]),
+        });
         Ok(())
+    }
+
+    fn prepare(&mut self, iteration: u64) {
+        if let Some(Memory { keys, entering, place, .. }) = &mut self.memory {
+            let first = iteration * *entering % keys.shape()[0] as u64;
+            place.set(&[first as i32, (first + *entering) as i32]);
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
         if let Some(memory) = &mut self.memory {
-            ema(&mut memory.key, online, self.settings.momentum);
+            ema(&mut memory.key, online, &memory.momentum);
         }
     }
 
@@ -220,10 +234,8 @@ impl Method for SimClrV2 {
             self.seen = Some([z.value().rows(0, n), z.value().rows(n, n)]);
             return scale(&nt_xent(&z, self.settings.temperature), 2.0);
         };
-        let k = forward(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
-        let k = k.expect("a forward pass on this device works"); // the online one has just done so
-        write_rows(&mut memory.keys, memory.oldest as usize, &k);
-        memory.entered = k.shape()[0] as u64;
+        let k = forward_in_step(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
+        write_rows(&mut memory.keys, &memory.place.tensor().slice(0, [1]), &k);
         let loss = self.contrast_with_memory(&z, &k, &memory);
         self.seen = Some([z.value().rows(0, n), k.rows(n, n)]);
         self.memory = Some(memory);
@@ -248,19 +260,8 @@ impl Method for SimClrV2 {
         readings
     }
 
-    fn after_update(&mut self, _: &mut Arena, _: f64) {
-        if let Some(memory) = &mut self.memory {
-            let entered = std::mem::take(&mut memory.entered);
-            memory.oldest = (memory.oldest + entered) % self.settings.memory as u64;
-        }
-    }
-
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(memory) = &mut self.memory else { return Vec::new() };
-        vec![
-            ("key", State::Network(&mut memory.key)),
-            ("memory", State::Rows(&mut memory.keys)),
-            ("oldest", State::Count(&mut memory.oldest)),
-        ]
+        vec![("key", State::Network(&mut memory.key)), ("memory", State::Rows(&mut memory.keys))]
     }
 }

@@ -41,8 +41,8 @@ use crate::methods::{Coupling, Course, Method, State, view, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{l2_normalize, mean, neg_cosine};
 use crate::optim::{Care, ema};
-use crate::tape::{Tape, Var, forward};
-use crate::tensor::Tensor;
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -96,7 +96,8 @@ pub struct SimSiam {
     settings: Settings,
     /// The network that makes targets, of an alternation.
     target: Option<Arena>,
-    iteration: u64,
+    /// How much of it stays: nothing in a step that refreshes it, else all.
+    stays: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
     /// Projection and prediction of one view and the other view's target, for the monitors.
     seen: Option<[Tensor; 3]>,
@@ -138,7 +139,7 @@ impl SimSiam {
             predictor,
             settings: *settings,
             target: None,
-            iteration: 0,
+            stays: None,
             embeddings: None,
             seen: None,
         }
@@ -153,9 +154,9 @@ impl SimSiam {
         let Some(mut target) = self.target.take() else {
             return if self.settings.stop_gradient { z.detach() } else { z.clone() };
         };
-        let fixed = forward(&mut target, |tape| self.encode(&tape.input(images)));
+        let fixed = forward_in_step(&mut target, |tape| self.encode(&tape.input(images)));
         self.target = Some(target);
-        z.tape().input(&fixed.expect("a forward pass on this device works")) // the online one has just done so
+        z.tape().input(&fixed)
     }
 }
 
@@ -169,19 +170,23 @@ impl Method for SimSiam {
     }
 
     fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
-        self.target = (self.settings.target_every > 0).then(|| online.twin());
+        if self.settings.target_every > 0 {
+            self.target = Some(online.twin());
+            self.stays = Some(Numbers::new(online.device(), &[0.0]));
+        }
         Ok(())
     }
 
     fn prepare(&mut self, iteration: u64) {
-        self.iteration = iteration;
+        if let Some(stays) = &mut self.stays {
+            let refresh = iteration.is_multiple_of(self.settings.target_every);
+            stays.set(&[if refresh { 0.0 } else { 1.0 }]);
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
-        let every = self.settings.target_every;
-        if let Some(target) = self.target.as_mut().filter(|_| self.iteration.is_multiple_of(every))
-        {
-            ema(target, online, 0.0);
+        if let (Some(target), Some(stays)) = (&mut self.target, &self.stays) {
+            ema(target, online, stays);
         }
     }
 

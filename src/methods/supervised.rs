@@ -19,10 +19,10 @@ use crate::error::{Error, Result};
 use crate::methods::simclr_v2::{HEAD_LAYERS, head};
 use crate::methods::{Course, Method, widths};
 use crate::nn::{Mlp, ResNet, ResNetConfig};
-use crate::ops::{cross_entropy, linear, soft_cross_entropy};
+use crate::ops::{cross_entropy, gather_rows, linear, soft_cross_entropy};
 use crate::optim::Care;
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
@@ -111,8 +111,9 @@ pub struct Supervised {
     classifier: Classifier,
     settings: Settings,
     device: Option<Device>,
-    /// Classes `[n]`, or smoothed targets `[n, classes]`.
-    targets: Option<Tensor>,
+    labels: Option<Numbers<i32>>,
+    /// The smoothed target of each class, `[classes, classes]`; none without smoothing.
+    smoothed: Option<Tensor>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -127,7 +128,7 @@ impl Supervised {
         let mut layout = Layout::new();
         let classifier = Classifier::new(&mut layout, network, settings);
         let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, classifier, settings, device: None, targets: None }
+        Self { layout, classifier, settings, device: None, labels: None, smoothed: None }
     }
 }
 
@@ -145,28 +146,29 @@ impl Method for Supervised {
     }
 
     fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
-        self.device = Some(online.device().clone());
+        let Settings { classes, label_smoothing: s, .. } = self.settings;
+        let device = online.device();
+        self.device = Some(device.clone());
+        if s > 0.0 {
+            let mut targets = vec![s / classes as f64; classes * classes];
+            (0..classes).for_each(|class| targets[class * (classes + 1)] += 1.0 - s);
+            self.smoothed = Some(Tensor::from_f64(device, [classes, classes], &targets));
+        }
         Ok(())
     }
 
     fn labels(&mut self, labels: &[i32]) -> Result<()> {
-        let Settings { classes, label_smoothing: s, .. } = self.settings;
+        let Settings { classes, .. } = self.settings;
         if let Some(bad) = labels.iter().find(|&&label| label < 0 || label as usize >= classes) {
             return Err(Error::Config(format!(
                 "an image has class {bad}, and method.classes is {classes}: supervised training needs a labelled set"
             )));
         }
         let device = self.device.as_ref().expect("supervised: start comes before the first step");
-        let n = labels.len();
-        self.targets = Some(if s == 0.0 {
-            Tensor::from_slice(device, [n], labels)
-        } else {
-            let mut targets = vec![s / classes as f64; n * classes];
-            for (row, &label) in targets.chunks_exact_mut(classes).zip(labels) {
-                row[label as usize] += 1.0 - s;
-            }
-            Tensor::from_f64(device, [n, classes], &targets)
-        });
+        match &mut self.labels {
+            Some(known) if known.values().len() == labels.len() => known.set(labels),
+            other => *other = Some(Numbers::new(device, labels)),
+        }
         Ok(())
     }
 
@@ -177,11 +179,13 @@ impl Method for Supervised {
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let logits = self.classifier.forward(&tape.input(&views[0])); // [n, classes]
-        let targets = self.targets.take().expect("supervised: labels come before the loss");
-        if self.settings.label_smoothing == 0.0 {
-            cross_entropy(&logits, &targets)
-        } else {
-            soft_cross_entropy(&logits, &targets, 1.0)
+        let labels = self.labels.as_ref().expect("supervised: labels come before the loss");
+        match &self.smoothed {
+            None => cross_entropy(&logits, labels.tensor()),
+            Some(smoothed) => {
+                let targets = gather_rows(&tape.input(smoothed), labels.tensor()); // [n, classes]
+                soft_cross_entropy(&logits, targets.value(), 1.0)
+            }
         }
     }
 

@@ -82,10 +82,5 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
     }
 }
 
-/// What a primitive does on a GPU as long as it has no kernels.
-pub(crate) fn no_cuda(primitive: &str) -> ! {
-    panic!("{primitive} has no CUDA kernels yet: compute on the CPU")
-}
-
 /// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.
 pub(crate) const CHUNK: usize = 1 << 14;

@@ -31,8 +31,6 @@ pub(super) struct Tables {
     count: usize,
     care: Table<i32>,
     rates: Table<f64>,
-    /// The learning rate of the next step.
-    lr: Table<f64>,
 }
 
 impl Tables {
@@ -49,7 +47,6 @@ impl Tables {
             chunks: Table::new(gpu, &chunks),
             care: Table::new(gpu, &care),
             rates: Table::new(gpu, &rates),
-            lr: Table::new(gpu, &[0.0]),
         }
     }
 
@@ -60,16 +57,17 @@ impl Tables {
         self.rates.write(&rates);
     }
 
-    /// Sets the learning rate of the steps to come; a captured step finds it where it was.
-    pub(super) fn set_rate(&mut self, lr: f64) {
-        self.lr.write(&[lr]);
-    }
-
     /// Moves the arena's values along its gradients: launches alone, which a graph can hold.
-    pub(super) fn step(&self, rule: Rule, arena: &mut Arena, momentum: &mut Tensor) {
+    pub(super) fn step(
+        &self,
+        rule: Rule,
+        arena: &mut Arena,
+        momentum: &mut Tensor,
+        lr: In<'_, f64>,
+    ) {
         match rule {
-            Rule::Sgd(sgd) => self.sgd(sgd, arena.parts(), momentum),
-            Rule::Lars(lars) => self.lars(lars, arena.parts(), momentum),
+            Rule::Sgd(sgd) => self.sgd(sgd, arena.parts(), momentum, lr),
+            Rule::Lars(lars) => self.lars(lars, arena.parts(), momentum, lr),
         }
     }
 
@@ -77,7 +75,7 @@ impl Tables {
         Launch::new(on.device().gpu(), [self.count, 1, 1], [256, 1, 1])
     }
 
-    fn sgd(&self, rule: Sgd, arena: Parts<'_>, momentum: &mut Tensor) {
+    fn sgd(&self, rule: Sgd, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
         let Parts { values, working, gradients } = arena;
         // SAFETY: the tables are those of the arena's layout, which values, copy, momentum and gradients have.
         unsafe {
@@ -91,7 +89,7 @@ impl Tables {
                 self.chunks.device_in(),
                 self.care.device_in(),
                 self.rates.device_in(),
-                self.lr.device_in(),
+                lr,
                 self.count as i32,
                 rule.momentum,
                 rule.weight_decay,
@@ -100,7 +98,7 @@ impl Tables {
         }
     }
 
-    fn lars(&self, rule: Lars, arena: Parts<'_>, momentum: &mut Tensor) {
+    fn lars(&self, rule: Lars, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
         let Parts { values, working, gradients } = arena;
         let mut partial = Tensor::empty(gradients.device(), DType::F64, [self.count, 3]);
         // SAFETY: as for SGD; `partial` has three numbers for each chunk.
@@ -127,7 +125,7 @@ impl Tables {
                 self.chunks.device_in(),
                 self.care.device_in(),
                 self.rates.device_in(),
-                self.lr.device_in(),
+                lr,
                 self.count as i32,
                 rule.momentum,
                 rule.weight_decay,

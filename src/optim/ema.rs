@@ -6,23 +6,22 @@ use rayon::prelude::*;
 
 use crate::arena::Arena;
 use crate::device::DeviceKind;
-use crate::device::cuda::Table;
 use crate::ops::CHUNK;
-use crate::tensor::Float;
+use crate::tensor::{Float, Numbers};
 
-/// Moves `target` towards `online`; `momentum` in `0..=1` is the weight of the old value.
+/// Moves `target` towards `online`; `momentum`, one number in `0..=1`, is the weight of the old value.
 ///
 /// # Panics
 /// When the arenas have different layouts or the momentum is out of range.
 #[track_caller]
-pub fn ema(target: &mut Arena, online: &Arena, momentum: f64) {
+pub fn ema(target: &mut Arena, online: &Arena, momentum: &Numbers<f64>) {
+    let on_device = momentum.tensor();
+    let [momentum] = *momentum.values() else { panic!("ema: the momentum is one number") };
     assert!((0.0..=1.0).contains(&momentum), "ema: momentum {momentum} is not in 0..=1");
     assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
     match online.device().kind() {
         DeviceKind::Cpu => average::<f32>(target, online, momentum),
-        DeviceKind::Cuda => {
-            super::cuda::ema(target, online, Table::new(online.device(), &[momentum]).device_in());
-        }
+        DeviceKind::Cuda => super::cuda::ema(target, online, on_device.device_in()),
         DeviceKind::Reference => average::<f64>(target, online, momentum),
     }
     target.refresh();

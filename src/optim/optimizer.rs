@@ -13,7 +13,7 @@ use super::cuda::Tables;
 use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
 use crate::ops::CHUNK;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Numbers, Tensor};
 
 /// Which slots are spared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,6 +184,8 @@ pub struct Optimizer {
     rule: Rule,
     momentum: Tensor,
     segments: Vec<Segment>,
+    /// The learning rate of the next update.
+    rate: Numbers<f64>,
     /// On a GPU.
     tables: Option<Tables>,
 }
@@ -206,6 +208,7 @@ impl Optimizer {
         Self {
             rule,
             momentum: Tensor::zeros(device, [arena.values().len()]),
+            rate: Numbers::new(device, &[0.0]),
             tables: (device.kind() == DeviceKind::Cuda).then(|| Tables::new(device, &segments)),
             segments,
         }
@@ -238,14 +241,29 @@ impl Optimizer {
     /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
     ///
     /// # Panics
-    /// When the arena is on another kind of device than the one that the optimiser was made for.
+    /// As [`Optimizer::update`].
     pub fn step(&mut self, arena: &mut Arena, lr: f64) {
+        self.set_rate(lr);
+        self.update(arena);
+    }
+
+    /// Sets the learning rate of updates to come, `lr >= 0`.
+    pub fn set_rate(&mut self, lr: f64) {
+        self.rate.set(&[lr]);
+    }
+
+    /// Moves the arena's values along its gradients with the learning rate as it was set.
+    ///
+    /// # Panics
+    /// When the arena is on another kind of device than the one that the optimiser was made for.
+    pub fn update(&mut self, arena: &mut Arena) {
+        let lr = self.rate.values()[0];
         match arena.device().kind() {
             DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
             DeviceKind::Cuda => {
-                let tables = self.tables.as_mut().expect("optimizer: made for another device");
-                tables.set_rate(lr);
-                tables.step(self.rule, arena, &mut self.momentum);
+                let tables = self.tables.as_ref().expect("optimizer: made for another device");
+                let lr = self.rate.tensor().device_in();
+                tables.step(self.rule, arena, &mut self.momentum, lr);
             }
             DeviceKind::Reference => self.step_as::<f64>(arena, lr),
         }

@@ -8,6 +8,7 @@
 //! [`TensorMut::write`] copy to and from any device.
 
 mod dtype;
+mod numbers;
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::device::cuda::{self, In, Launch, Out};
 use crate::device::{Device, DeviceKind, Memory};
 pub(crate) use dtype::Float;
 pub use dtype::{DType, Element, Shape};
+pub use numbers::Numbers;
 
 /// A contiguous array on a device.
 #[derive(Clone)]

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::{self, Knn, Spread};
 use crate::methods::{self, Course, DataSettings, Method, Reading, Readings, Recipe};
 use crate::optim::{Optimizer, Schedule};
-use crate::train::{Metrics, checkpoint, replay};
+use crate::train::{Done, Metrics, Steps, Training, checkpoint, replay};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -134,7 +134,21 @@ pub struct Run {
     loader: Loader,
     images: Images,
     folder: Option<(PathBuf, Metrics)>,
+    steps: Steps,
+    /// Steps begun.
     step: u64,
+}
+
+/// An epoch under way.
+struct SoFar {
+    start: Instant,
+    /// Steps done before it.
+    first: u64,
+    steps: usize,
+    /// Views of all its steps.
+    views: usize,
+    /// The sum of the losses that are known.
+    losses: f64,
 }
 
 impl Run {
@@ -144,10 +158,10 @@ impl Run {
     /// When recipe, data and device do not go together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
         let mut method = methods::build(recipe)?;
-        if device.kind() == DeviceKind::Cuda && !method.runs_on_cuda() {
+        if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
             let name = &recipe.method.name;
-            return Err(Error::config(format!(
-                "{name}: some of its operations have no CUDA kernels yet; train it with --device cpu"
+            return Err(Error::Config(format!(
+                "{name}: {what} has no CUDA kernels: train it with --device cpu"
             )));
         }
         methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
@@ -191,6 +205,7 @@ impl Run {
             loader,
             images,
             folder,
+            steps: Steps::new(device).in_parts(recipe.train.micro_batches),
             step: 0,
         })
     }
@@ -224,7 +239,7 @@ impl Run {
         let epochs = self.recipe.train.epochs;
         self.record_start()?;
         for epoch in 0..epochs {
-            let report = self.epoch(epoch, watch)?;
+            let report = self.epoch(epoch, watch).map_err(|e| self.with_what_is_left(e))?;
             if report.waiting > WAITING {
                 watch.note(&format!(
                     "{:.0}% of this epoch was spent waiting for images: give the loader more threads, or faster files",
@@ -234,7 +249,7 @@ impl Run {
             watch.epoch(&report);
             let last = epoch + 1 == epochs;
             if due(self.recipe.train.checkpoint_every, epoch) || last {
-                self.checkpoint()?;
+                self.checkpoint().map_err(|e| self.with_what_is_left(e))?;
             }
         }
         for skipped in self.loader.skipped() {
@@ -244,56 +259,33 @@ impl Run {
     }
 
     fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
-        let (start, waited) = (Instant::now(), self.loader.waited());
-        let views = self.loader.batches_per_epoch() * self.recipe.train.batch * self.method.views();
-        let (mut losses, mut embeddings) = (0.0, None);
+        let waited = self.loader.waited();
         let steps = self.loader.batches_per_epoch();
-        for i in 0..steps {
+        let mut so_far = SoFar {
+            start: Instant::now(),
+            first: self.step,
+            steps,
+            views: steps * self.recipe.train.batch * self.method.views(),
+            losses: 0.0,
+        };
+        for _ in 0..steps {
             let batch = self.loader.next_batch()?;
             self.record_views(&batch)?;
-            let phase = self.method.phase();
-            self.method.labels(&batch.labels)?;
-            self.method.prepare(self.step);
-            self.method.samples(&batch.indices);
-            if self.method.phase() != phase {
-                let (method, peak) = (&self.method, self.schedule.peak);
-                self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
-            }
-            self.method.before_step(&mut self.online);
-            let method = &mut *self.method;
-            let (images, parts) = (batch.indices.len(), self.recipe.train.micro_batches);
-            let loss = methods::step(method, &mut self.online, &batch.crops, images, parts)?;
-            let lr = self.schedule.lr(self.step);
-            self.optimizer.step(&mut self.online, lr);
-            self.step += 1;
-            let progress = self.step as f64 / self.schedule.total.max(1) as f64;
-            self.method.after_update(&mut self.online, progress);
-            let loss = loss.scalar();
-            self.online.device().check()?; // what a failed device gives is no number
-            if !loss.is_finite() {
-                return Err(Error::Diverged(format!(
-                    "the loss became {loss} at step {} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs",
-                    self.step
-                )));
-            }
-            losses += loss;
-            embeddings = self.method.take_embeddings();
-            let done = (i + 1) as f64 / steps as f64;
-            let report = StepReport {
-                step: self.step,
-                total: self.schedule.total,
-                loss,
-                lr,
-                views_per_second: done * views as f64 / start.elapsed().as_secs_f64(),
+            let training = Training {
+                method: &mut *self.method,
+                online: &mut self.online,
+                optimizer: &mut self.optimizer,
+                schedule: &self.schedule,
             };
-            watch.step(&report);
-            if let Some((_, metrics)) = &mut self.folder {
-                metrics.write(&json!({ "step": self.step, "loss": loss, "lr": lr }))?;
-            }
+            let known = self.steps.run(training, &batch, self.step)?;
+            self.step += 1;
+            known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
         }
+        let known = self.steps.finish()?;
+        known.into_iter().try_for_each(|done| self.tell(done, &mut so_far, watch))?;
+        let SoFar { start, views, losses, .. } = so_far;
         let elapsed = start.elapsed();
-        let spread = embeddings.as_ref().map(eval::spread);
-        drop(embeddings);
+        let spread = self.steps.embeddings().map(eval::spread);
         let monitors = self.monitors(losses / steps as f64);
         self.online.device().check()?;
         let collapsed = collapse(spread, self.method.prototypes_used());
@@ -345,6 +337,41 @@ impl Run {
         let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
         readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
         readings
+    }
+
+    /// Writes down a step whose loss is known.
+    fn tell(&mut self, done: Done, so_far: &mut SoFar, watch: &mut dyn Watch) -> Result<()> {
+        let Done { step, lr, loss } = done;
+        self.online.device().check()?; // what a failed device gives is no number
+        if !loss.is_finite() {
+            return Err(Error::Diverged(format!(
+                "the loss became {loss} at step {step} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs"
+            )));
+        }
+        so_far.losses += loss;
+        let share = (step - so_far.first) as f64 / so_far.steps as f64;
+        watch.step(&StepReport {
+            step,
+            total: self.schedule.total,
+            loss,
+            lr,
+            views_per_second: share * so_far.views as f64 / so_far.start.elapsed().as_secs_f64(),
+        });
+        if let Some((_, metrics)) = &mut self.folder {
+            metrics.write(&json!({ "step": step, "loss": loss, "lr": lr }))?;
+        }
+        Ok(())
+    }
+
+    /// A device's failure with what is left of the run.
+    fn with_what_is_left(&self, error: Error) -> Error {
+        let (Error::Device(reason), Some((folder, _))) = (&error, &self.folder) else {
+            return error;
+        };
+        Error::Device(match checkpoint::newest(folder) {
+            Ok(file) => format!("{reason}; the newest checkpoint is {}", file.display()),
+            Err(_) => format!("{reason}; no checkpoint had been written yet"),
+        })
     }
 
     /// kNN accuracy on the held-out images; `None` without any.

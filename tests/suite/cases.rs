@@ -256,9 +256,9 @@ fn neg_cosine(row: Row) -> Case {
 fn info_nce(row: Row) -> Case {
     let temperature = row.number("t");
     let [n, m, d] = row.sizes(["n", "m", "d"]);
-    let own = row.text("own").map_or(0..0, |text| {
+    let own = row.text("own").map(|text| {
         let (from, to) = text.split_once("..").expect("own is a range");
-        from.parse().unwrap()..to.parse().unwrap()
+        [from, to].map(|end| end.parse::<i32>().unwrap())
     });
     let input = |name| {
         let values = |seed, _| seeded::unit_rows(seed, n, d);
@@ -268,7 +268,8 @@ fn info_nce(row: Row) -> Case {
     let queue = seeded::unit_rows(row.seed("queue"), m, d);
     let build: Build = Box::new(move |tape: &Tape<'_>, v| {
         let queue = Tensor::from_f64(tape.device(), [m, d], &queue);
-        let negatives = Negatives { queue: &queue, own: own.clone() };
+        let own = own.map(|own| Tensor::from_slice(tape.device(), [2], &own));
+        let negatives = Negatives { queue: &queue, own: own.as_ref() };
         ops::info_nce(&v[0], &v[1], &negatives, temperature)
     });
     row.case(inputs, build)

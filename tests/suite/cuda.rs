@@ -1,11 +1,9 @@
 //! The CUDA path: the case table on a GPU against the truth, and what the device does when things go wrong.
 
-use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Init, Layout, SlotKind};
-use selfsup::device::{Device, Precision};
+use selfsup::device::{Device, Group, Precision};
 use selfsup::ops::{self, BatchNorm, Running};
 use selfsup::tape;
 use selfsup::tensor::{DType, Tensor};
@@ -17,25 +15,15 @@ use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
 use crate::seeded;
 
-/// Primitives whose kernels are still to be written. The list can only shrink: one that has kernels must leave it.
-const NOT_YET: [&str; 9] = [
-    "concat_rows",
-    "distillation",
-    "gather_rows",
-    "info_nce",
-    "neg_cosine",
-    "pair_loss",
-    "soft_cross_entropy",
-    "stream_mean",
-    "stream_select",
-];
+/// A primitive for ablations on the CPU, without kernels.
+const HOST_ONLY: &str = "pair_loss";
 
 fn primitive(case: &Case) -> &str {
     case.name.split(' ').next().unwrap()
 }
 
 fn on_gpu() -> impl Iterator<Item = Case> {
-    table().into_iter().filter(|case| !NOT_YET.contains(&primitive(case)))
+    table().into_iter().filter(|case| primitive(case) != HOST_ONLY)
 }
 
 /// Compares a device with the reference, all routes.
@@ -175,22 +163,6 @@ fn a_linear_layer_takes_f32_where_weights_are_bf16() {
 }
 
 #[test]
-fn primitives_without_kernels_are_listed_and_say_so() {
-    let gpu = gpu(Precision::F32);
-    let names: BTreeSet<String> = table().iter().map(|case| primitive(case).to_owned()).collect();
-    for name in NOT_YET {
-        assert!(names.contains(name), "there is no primitive {name}");
-        let case = table().into_iter().find(|case| primitive(case) == name).unwrap();
-        let panic = catch_unwind(AssertUnwindSafe(|| case.run(&gpu, Route::Node)));
-        let panic = panic.expect_err("a primitive with kernels leaves the list");
-        let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
-        // Folders speak, and some have two primitives.
-        assert!(text.contains(" has no CUDA kernels yet"), "{name}: {text}");
-    }
-    println!("primitives without CUDA kernels: {}", NOT_YET.join(", "));
-}
-
-#[test]
 fn a_gpu_gives_the_same_bits_again() {
     let gpu = gpu(Precision::Bf16);
     for case in on_gpu() {
@@ -211,6 +183,10 @@ fn no_rows_are_no_special_case_on_a_gpu() {
         "mean_pool n=0 h=5 w=5 c=3",
         "avg_pool n=0 h=5 w=5 c=3 size=2 stride=2",
         "l2_normalize n=0 d=3 scale=1",
+        "stream_mean n=0 h=5 w=5 c=3",
+        "stream_select n=0 h=5 w=5 c=3",
+        "gather_rows n=0 m=3 d=2",
+        "concat_rows a=0 b=0 d=3",
     ];
     let gpu = gpu(Precision::Bf16);
     for line in lines {
@@ -258,6 +234,71 @@ fn rows_come_to_unit_length_in_place() {
         x.to_f64()
     });
     close("unit rows", &got, &want, 1e-6).unwrap();
+}
+
+#[test]
+fn assignments_on_a_gpu_agree_with_the_f64_reference() {
+    let (gpu, reference, alone) = (gpu(Precision::Bf16), Device::reference(), Group::alone());
+    let mut results = Vec::new();
+    for (b, k, epsilon, iterations) in
+        [(1, 1, 0.05, 3), (7, 13, 0.05, 3), (130, 67, 0.03, 1), (70, 5, 1.0, 4)]
+    {
+        let mut scores = seeded::unit(seeded::seed("scores"), b * k);
+        scores.iter_mut().for_each(|v| *v = half::bf16::from_f64(*v).to_f64());
+        let want = Tensor::from_f64(&reference, [b, k], &scores);
+        let want = ops::sinkhorn(&want, epsilon, iterations, &alone).to_f64();
+        for dtype in [DType::F32, DType::Bf16] {
+            let got = Tensor::from_f64(&gpu, [b, k], &scores).cast(dtype);
+            let got = ops::sinkhorn(&got, epsilon, iterations, &alone);
+            assert_eq!(got.dtype(), DType::F32);
+            let what = format!("sinkhorn of [{b}, {k}] in {dtype:?}");
+            results.push(close(&what, &got.to_f64(), &want, 1e-5));
+        }
+    }
+    gpu.check().unwrap();
+    report("assignments", results);
+}
+
+#[test]
+fn queues_on_a_gpu_take_rows_where_they_belong() {
+    let gpu = gpu(Precision::Bf16);
+    for (length, dtype) in [(3, DType::F32), (8, DType::Bf16), (300, DType::F32), (5, DType::Bf16)]
+    {
+        let tensor = |rows: usize, from: usize| {
+            let numbers = (0..rows * length).map(|i| (from + i / length) as f64);
+            Tensor::from_f64(&gpu, [rows, length], &numbers.collect::<Vec<_>>()).cast(dtype)
+        };
+        let firsts = |queue: &Tensor| -> Vec<f64> {
+            let rows = queue.to_f64();
+            assert!(rows.chunks(length).all(|row| row.iter().all(|v| *v == row[0])), "{rows:?}");
+            rows.chunks(length).map(|row| row[0]).collect()
+        };
+        let mut queue = tensor(7, 10);
+        ops::push_rows(&mut queue, &tensor(3, 20));
+        assert_eq!(firsts(&queue), [20.0, 21.0, 22.0, 10.0, 11.0, 12.0, 13.0]);
+        let at = Tensor::from_slice(&gpu, [2], &[1, 5]);
+        ops::write_rows(&mut queue, &at.slice(1, [1]), &tensor(2, 30));
+        assert_eq!(firsts(&queue), [20.0, 21.0, 22.0, 10.0, 11.0, 30.0, 31.0]);
+    }
+    gpu.check().unwrap();
+}
+
+#[test]
+fn a_row_that_does_not_exist_is_no_number_on_a_gpu() {
+    let gpu = gpu(Precision::F32);
+    let mut arena = case("relu n=3 c=2").arena(&gpu).0;
+    let x = Tensor::from_f64(&gpu, [2, 2], &[1.0, 2.0, 3.0, 4.0]);
+    let index = Tensor::from_slice(&gpu, [3], &[1, 2, -1]);
+    let y = tape::forward(&mut arena, |tape| ops::gather_rows(&tape.input(&x), &index));
+    let y = y.unwrap().to_f64();
+    assert!(y[..2] == [3.0, 4.0] && y[2..].iter().all(|v| v.is_nan()), "{y:?}");
+}
+
+#[test]
+fn without_negatives_a_query_finds_its_key_on_a_gpu() {
+    let outcome = case("info_nce n=3 m=0 d=4 t=0.2").run(&gpu(Precision::F32), Route::Node);
+    assert!(outcome.loss.abs() < 1e-6, "{}", outcome.loss);
+    assert!(outcome.gradients.iter().flatten().all(|v| v.abs() < 1e-6), "{outcome:?}");
 }
 
 #[test]

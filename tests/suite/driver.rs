@@ -71,10 +71,23 @@ impl StandIn {
         let driver = Self(library.unwrap_or_else(|e| panic!("{}: {e}", path.display())));
         // Every access of every kernel is checked, unless the whole process asked for speed.
         if std::env::var_os("SELFSUP_STAND_IN_CHECK").is_none() {
-            // SAFETY: takes a number.
-            unsafe { driver.call::<unsafe extern "C" fn(c_int)>("standin_check")(1) };
+            driver.check(true);
         }
         driver
+    }
+
+    /// Whether every access of every kernel is checked.
+    pub fn check(&self, checked: bool) {
+        // SAFETY: takes a number.
+        unsafe {
+            self.call::<unsafe extern "C" fn(c_int)>("standin_check")(c_int::from(checked));
+        }
+    }
+
+    /// Forgets errors and failures to come, as a new process would.
+    pub fn recover(&self) {
+        // SAFETY: takes nothing.
+        unsafe { self.call::<unsafe extern "C" fn()>("standin_recover")() }
     }
 
     /// # Safety

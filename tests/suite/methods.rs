@@ -1,5 +1,4 @@
-//! Ten steps of each method against PyTorch: in f64 free-running, in f32 each from the state that f64 had.
-//!
+//! Ten steps of each method against PyTorch, free-running in f64. `forced.rs` takes them one by one in f32,
 //! `shipped_bugs.rs` provokes what people got wrong.
 
 use std::collections::BTreeMap;
@@ -21,12 +20,12 @@ use selfsup::tape;
 use selfsup::tensor::Tensor;
 
 use crate::case::write;
-use crate::compare::{close, report};
+use crate::compare::report;
 use crate::golden::{Goldens, Record};
 use crate::network;
 use crate::seeded;
 
-const STEPS: usize = 10;
+pub const STEPS: usize = 10;
 pub const BATCH: usize = 8;
 const EMBEDDING: usize = 16;
 /// The steps whose state is in the goldens.
@@ -46,7 +45,7 @@ pub struct Run {
     /// Views and side of each resolution.
     sizes: &'static [(usize, usize)],
     /// Fifty layers, and images that lie on kinks: compared in f64 only. In f32 the trunk is a row of `networks.txt`.
-    kinked: bool,
+    pub kinked: bool,
 }
 
 pub fn small(norm_groups: usize) -> ResNetConfig {
@@ -207,7 +206,7 @@ pub fn run_of(name: &str) -> Run {
 }
 
 impl Run {
-    fn schedule(&self) -> Schedule {
+    pub fn schedule(&self) -> Schedule {
         Schedule { peak: self.peak, total: STEPS as u64, ..Schedule::default() }
     }
 
@@ -221,7 +220,7 @@ impl Run {
         self.sizes.iter().enumerate().map(tensor).collect()
     }
 
-    fn labels(&self, step: usize) -> Vec<i32> {
+    pub fn labels(&self, step: usize) -> Vec<i32> {
         let seed = seeded::seed(&format!("{}|labels {step}", self.name));
         seeded::indices(seed, BATCH, 5).into_iter().map(|label| label as i32).collect()
     }
@@ -356,7 +355,7 @@ fn check_state(
 const CANCELLED: [&str; 3] = ["head.0.bias", "predictor.0.bias", "projector.0.bias"];
 
 /// Gradients against the goldens of a step; those that cancel against `nothing`.
-fn check_gradients(
+pub fn check_gradients(
     goldens: &Goldens,
     name: &str,
     online: &Arena,
@@ -429,49 +428,4 @@ fn assignments_of_swav_in_f64_agree_with_pytorch() {
     }
     assert_eq!(results.len(), 2 * STEPS);
     report("assignments", results);
-}
-
-/// Copies the state of one training to another on another device.
-fn copy_state(from: &mut Training, to: &mut Training) {
-    let copy = |from: &Arena, to: &mut Arena| {
-        write(to.values_mut(), 0, &from.values().to_f64());
-        write(to.statistics_mut(), 0, &from.statistics().to_f64());
-    };
-    copy(&from.online, &mut to.online);
-    for ((_, from), (_, to)) in from.method.state().into_iter().zip(to.method.state()) {
-        match (from, to) {
-            (State::Network(from), State::Network(to)) => copy(from, to),
-            (State::Rows(from), State::Rows(to)) => write(to, 0, &from.to_f64()),
-            (State::Count(from), State::Count(to)) => *to = *from,
-            _ => panic!("two methods of one kind own different things"),
-        }
-    }
-}
-
-/// The golden state is that of the reference device, which the test above holds to PyTorch.
-#[test]
-fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
-    let goldens = Goldens::open("methods");
-    let (reference, cpu) = (Device::reference(), Device::cpu(2).unwrap().poisoned());
-    for run in runs().into_iter().filter(|run| !run.kinked) {
-        let (mut truth, mut training) = (Training::new(run, &reference), Training::new(run, &cpu));
-        let mut results = Vec::new();
-        for step in 0..STEPS {
-            copy_state(&mut truth, &mut training);
-            let loss = training.forward_and_backward(&goldens, step, Fault::None);
-            let name = format!("{}|{step}", run.name);
-            // SimSiam's is a mean of cosines of both signs, near zero here: an error counts against their size, 1.
-            let zero = if run.name == "simsiam" { 1.0 } else { 0.0 };
-            let want = goldens.record(&format!("{name}|loss")).entries()[0];
-            results.push(close(&format!("{name}|loss"), &[zero + loss], &[zero + want], 1e-5));
-            let tolerance = |record: &Record<'_>| record.tolerance(1e-4);
-            let online = &training.online;
-            results.extend(check_gradients(&goldens, &name, online, 1e-6, tolerance));
-            // The state that the loss left must not be that of the step before.
-            training.update(step, Fault::None);
-            truth.forward_and_backward(&goldens, step, Fault::None);
-            truth.update(step, Fault::None);
-        }
-        report(&format!("{} on the CPU", run.name), results);
-    }
 }

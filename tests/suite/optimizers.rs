@@ -156,15 +156,17 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
             let mut optimizer = Optimizer::new(rule, &arena);
             // Both working copies are brought into being.
             optimizer.step(&mut arena, 0.1);
-            ema(&mut other, &arena, 1.0);
+            let mut momentum = Numbers::new(&gpu, &[1.0]);
+            ema(&mut other, &arena, &momentum);
             let launches = || {
                 gpu.wait(); // the stand-in driver counts kernels that have run
                 ["sgd_step", "lars_norms", "lars_step", "ema", "cast_f32_to_bf16"]
                     .map(|kernel| driver.count(&format!("kernel:{kernel}")))
             };
+            momentum.set(&[0.5]);
             let before = launches();
             optimizer.step(&mut arena, 0.1);
-            ema(&mut other, &arena, 0.5);
+            ema(&mut other, &arena, &momentum);
             let after = launches();
             let count = |i: usize| after[i] - before[i];
             let expected =
@@ -272,7 +274,7 @@ fn the_momentum_update_averages_every_parameter_and_no_statistic() {
             let (t, o) = (target.values().to_f64(), online.values().to_f64());
             let want: Vec<f64> =
                 t.iter().zip(&o).map(|(t, o)| momentum * t + (1.0 - momentum) * o).collect();
-            ema(&mut target, &online, momentum);
+            ema(&mut target, &online, &Numbers::new(&device, &[momentum]));
             close("ema", &target.values().to_f64(), &want, tolerance).unwrap();
             assert!(target.slot_values(&layout.stats()[0]).iter().all(|v| *v == 0.25));
         }

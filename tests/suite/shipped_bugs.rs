@@ -44,7 +44,8 @@ impl Method for EagerMoCo {
         let keys = self.0.encode_keys(&views[0].rows(BATCH, BATCH), 0);
         for (name, part) in self.0.state() {
             if let (State::Rows(queue), "queue") = (part, name) {
-                ops::write_rows(queue, 0, &keys);
+                let front = Tensor::from_slice(queue.device(), [1], &[0]);
+                ops::write_rows(queue, &front, &keys);
             }
         }
         self.0.loss(tape, views)

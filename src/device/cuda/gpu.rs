@@ -4,11 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUstream};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUgraphExec,
+    CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode,
+};
 
 use super::Precision;
 use super::driver::{self, words};
 use super::kernels::{self, Loaded};
+use super::numbers::Region;
 use super::staging::{PIECE, Staging};
 use crate::error::{Error, Result};
 
@@ -23,6 +27,11 @@ pub(crate) struct Gpu {
     compute: CUstream,
     kernels: Loaded,
     staging: Mutex<Staging>,
+    numbers: Mutex<Region>,
+    /// Numbers have been set that are not on their way yet.
+    unsent: AtomicBool,
+    /// What is queued goes into a graph.
+    recording: AtomicBool,
     /// `SELFSUP_SYNC=1`: wait after each launch, to know which kernel failed.
     synchronous: bool,
     failed: AtomicBool,
@@ -100,6 +109,9 @@ impl Gpu {
             compute,
             kernels,
             staging: Mutex::default(),
+            numbers: Mutex::default(),
+            unsent: AtomicBool::new(false),
+            recording: AtomicBool::new(false),
             synchronous: std::env::var_os("SELFSUP_SYNC").is_some_and(|v| v == "1"),
             failed: AtomicBool::new(false),
             failure: Mutex::default(),
@@ -171,6 +183,11 @@ impl Gpu {
         }
     }
 
+    /// Whether it waits after each launch, so that nothing can be recorded.
+    pub(crate) fn is_synchronous(&self) -> bool {
+        self.synchronous
+    }
+
     /// Waits for a launch if that was asked for.
     pub(super) fn settle(&self) -> Result<(), DriverError> {
         // SAFETY: the stream lives as long as `self`.
@@ -226,11 +243,14 @@ impl Gpu {
         );
     }
 
-    /// Copies from the host in the stream's order.
+    /// Copies from the host in the stream's order. Not while work is recorded: it would be repeated with what is here now.
     ///
     /// # Safety
     /// There is room for that many bytes at `to`.
     pub(crate) unsafe fn upload(&self, to: u64, from: &[u8]) {
+        if self.recording.load(Ordering::Acquire) {
+            self.refuse("copies from the host");
+        }
         self.attempt(
             || format!("copy of {} bytes to the GPU", from.len()),
             // SAFETY: as this function's.
@@ -248,6 +268,7 @@ impl Gpu {
         let done = self.attempt(
             || format!("copy of {bytes} bytes from the GPU"),
             |gpu| {
+                gpu.send_numbers()?;
                 // SAFETY: as this function's; the wait is for the copies into memory that is borrowed until then.
                 unsafe {
                     for (i, piece) in to.chunks_mut(PIECE).enumerate() {
@@ -272,9 +293,125 @@ impl Gpu {
         }
         self.attempt(
             || format!("copy of {bytes} bytes on the GPU"),
-            // SAFETY: as this function's.
-            |gpu| unsafe { result::memcpy_dtod_async(to, from, bytes, gpu.compute) },
+            |gpu| {
+                gpu.send_numbers()?;
+                // SAFETY: as this function's.
+                unsafe { result::memcpy_dtod_async(to, from, bytes, gpu.compute) }
+            },
         );
+    }
+
+    /// Room for numbers that the host sets; `None` after a failure.
+    pub(crate) fn take_numbers(&self, bytes: usize) -> Option<u64> {
+        let place = lock(&self.numbers).take(bytes, |size| self.allocate(size));
+        if place.is_none() {
+            self.fail(format!("GPU {}: out of memory: {bytes} bytes for numbers", self.ordinal));
+        }
+        place
+    }
+
+    /// Takes back what `take_numbers` gave.
+    pub(crate) fn give_back_numbers(&self, place: u64, bytes: usize) {
+        if place != 0 {
+            lock(&self.numbers).give_back(place, bytes);
+        }
+    }
+
+    /// Sets numbers for all that is queued from now on.
+    pub(crate) fn set_numbers(&self, place: u64, bytes: &[u8]) {
+        if self.failed.load(Ordering::Acquire) {
+            return; // there may be no such place
+        }
+        if self.recording.load(Ordering::Acquire) {
+            return self.refuse("sets numbers");
+        }
+        lock(&self.numbers).set(place, bytes);
+        self.unsent.store(true, Ordering::Release);
+    }
+
+    /// Sends numbers that have been set, ahead of what is queued next.
+    pub(super) fn send_numbers(&self) -> Result<(), DriverError> {
+        if !self.unsent.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let mut staging = lock(&self.staging);
+        lock(&self.numbers).send(|to, bytes| {
+            // SAFETY: the region has these bytes there, and whoever calls this has made the context current.
+            unsafe { staging.upload(to, bytes, self.compute) }
+        })
+    }
+
+    fn refuse(&self, what: &str) {
+        self.fail(format!(
+            "GPU {}: a step that is recorded {what}, which a replay would not: such numbers are set before the step",
+            self.ordinal
+        ));
+    }
+
+    /// From now on what is queued is recorded.
+    pub(super) fn begin_recording(&self) {
+        self.attempt(
+            || "beginning to record a step".into(),
+            |gpu| {
+                gpu.send_numbers()?;
+                // Relaxed: memory that the pool has not got yet may be allocated meanwhile.
+                let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+                // SAFETY: the stream lives as long as `self`, and is not the default one.
+                unsafe { result::stream::begin_capture(gpu.compute, mode)? };
+                gpu.recording.store(true, Ordering::Release);
+                Ok(())
+            },
+        );
+    }
+
+    /// Ends recording; `None` if nothing was being recorded, or something has failed.
+    pub(super) fn end_recording(&self) -> Option<CUgraphExec> {
+        if !self.recording.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        let mut executable = None;
+        // After a failure, too: a stream that records does nothing else.
+        self.finish(|| {
+            // SAFETY: the stream has been recording; the graph is not used after it is destroyed.
+            unsafe {
+                let graph = result::stream::end_capture(self.compute);
+                executable = self.attempt(
+                    || "making a graph of a step".into(),
+                    |_| result::graph::instantiate(graph?, CUgraphInstantiate_flags(0)),
+                );
+                if let Ok(graph) = graph {
+                    let _ = result::graph::destroy(graph);
+                }
+            }
+        });
+        executable
+    }
+
+    /// Queues recorded work.
+    pub(super) fn replay(&self, executable: CUgraphExec) {
+        self.attempt(
+            || "replay of a step".into(),
+            |gpu| {
+                gpu.send_numbers()?;
+                // SAFETY: the graph is one of this context, and alive.
+                unsafe { result::graph::launch(executable, gpu.compute) }
+            },
+        );
+    }
+
+    /// Destroys recorded work; what is queued of it still runs.
+    pub(super) fn forget(&self, executable: CUgraphExec) {
+        self.finish(|| {
+            // SAFETY: nobody has the graph any more. An error has nobody left to tell.
+            let _ = unsafe { result::graph::exec_destroy(executable) };
+        });
+    }
+
+    /// Gives something back to the driver with the context current, also after a failure.
+    pub(super) fn finish(&self, f: impl FnOnce()) {
+        // SAFETY: the context lives as long as `self`. An error has nobody left to tell.
+        let _ = unsafe { result::ctx::set_current(self.context) };
+        f();
     }
 }
 
@@ -286,6 +423,9 @@ impl Drop for Gpu {
             let _ = result::ctx::set_current(self.context);
             let _ = result::stream::synchronize(self.compute);
             self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).free();
+            for block in lock(&self.numbers).addresses() {
+                let _ = result::free_sync(block);
+            }
             for &module in &self.kernels.modules {
                 let _ = result::module::unload(module);
             }

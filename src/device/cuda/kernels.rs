@@ -76,6 +76,10 @@ impl<T> In<'_, T> {
     pub(crate) fn null() -> Self {
         Self::new(0)
     }
+
+    pub(super) fn address(self) -> u64 {
+        self.0
+    }
 }
 
 impl<'a> In<'a, i32> {
@@ -161,6 +165,7 @@ impl<'d> Launch<'d> {
                 )
             },
             |gpu| {
+                gpu.send_numbers()?;
                 let function = gpu
                     .function(index)
                     .ok_or(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU))?;

@@ -2,20 +2,25 @@
 //!
 //! [`Gpu`] is one device's context with a stream that computes, pinned memory to copy through and every kernel of the
 //! program, loaded and checked. All work is queued on the compute stream, so memory that one operation frees may serve
-//! the next without waiting. Operations do not return errors: the first error is kept, everything after it does nothing,
+//! the next without waiting. A [`Graph`] is work queued once and repeated as a whole. Operations do not return errors: the first error is kept, everything after it does nothing,
 //! and [`Device::check`](super::Device::check) says what it was. Nothing here panics because of the machine.
 
 mod describe;
 mod driver;
 mod gpu;
+mod graph;
 mod kernels;
+mod numbers;
+mod ring;
 mod staging;
 mod table;
 
 pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
+pub(crate) use graph::Graph;
 #[allow(unused_imports)] // which kernels have a launch line yet is a test's business
 pub(crate) use kernels::*;
+pub(crate) use ring::Ring;
 pub(crate) use table::Table;
 
 use serde::{Deserialize, Serialize};

@@ -11,22 +11,24 @@
 //! kept: at N = 256 MoCo's would be 64 MiB. The maximum that is removed is `1 / T`, or the running one below T = 0.025.
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use std::ops::Range;
 
 use crate::device::DeviceKind;
 use crate::tape::{Var, VarId};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// What queries are told apart from.
 #[derive(Clone, Debug)]
 pub struct Negatives<'a> {
     /// Unit rows `[m, d]`; they must not change before the backward pass has run.
     pub queue: &'a Tensor,
-    /// Rows of the queue that hold this batch's keys, view after view: query `i` of `n` leaves out those whose place in the
-    /// range is `i` modulo `n`. Empty for MoCo, whose queue holds past batches only.
-    pub own: Range<usize>,
+    /// Begin and end of the rows of the queue that hold this batch's keys, view after view: two i32 on the device, where a
+    /// step that is replayed finds those of its turn. Query `i` of `n` leaves out the rows whose place in the range is `i`
+    /// modulo `n`. None for MoCo, whose queue holds past batches only.
+    pub own: Option<&'a Tensor>,
 }
 
 /// The sizes of the loss.
@@ -37,6 +39,7 @@ struct Dims {
     /// Rows of the queue.
     m: usize,
     temperature: f64,
+    /// Empty on a GPU, which finds it in its memory.
     own: Range<usize>,
 }
 
@@ -57,8 +60,8 @@ impl Dims {
 /// `temperature > 0`.
 ///
 /// # Panics
-/// When shapes do not fit, there are no queries, `own` leaves the queue or is no multiple of `n` rows, or the temperature is
-/// not positive.
+/// When shapes do not fit, there are no queries, the temperature is not positive, or, on the host, `own` leaves the queue or
+/// is no multiple of `n` rows.
 #[track_caller]
 pub fn info_nce<'t>(
     q: &Var<'t>,
@@ -72,34 +75,35 @@ pub fn info_nce<'t>(
     assert_eq!(d, queue_d, "info_nce: queries {:?}, queue [{m}, {queue_d}]", q.shape());
     assert!(n > 0, "info_nce: no queries");
     assert!(temperature > 0.0, "info_nce: temperature {temperature}");
-    let own = negatives.own.clone();
-    assert!(
-        own.end <= m && own.len().is_multiple_of(n),
-        "info_nce: own rows {own:?} of a queue of {m} for {n} queries"
-    );
-    let dims = Dims { n, d, m, temperature, own };
     let device = q.tape().device().clone();
+    let own = negatives.own.cloned();
+    let dims = Dims { n, d, m, temperature, own: own_rows(own.as_ref(), n, m) };
+    let [q, k] = &[q, k].map(|x| super::cast(x, DType::of(&device)));
     let (q_value, k_value) = (q.value().clone(), k.value().clone());
     let queue = negatives.queue.clone();
     let mut lse = Tensor::floats(&device, [n]); // log Σ exp of each query
-    let loss = match device.kind() {
+    let scalar = |loss: f64| Tensor::from_f64(&device, [], &[loss]);
+    let y = match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = Tensor::floats(&device, [cpu::workspace_len(&dims)]);
             let (lse, workspace) = (lse.data_mut(), workspace.data_mut());
             let (q, k, queue) = (q_value.data(), k_value.data(), queue.data());
-            device.run(|| cpu::forward(lse, workspace, [q, k, queue], &dims))
+            scalar(device.run(|| cpu::forward(lse, workspace, [q, k, queue], &dims)))
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("info_nce"),
-        DeviceKind::Reference => reference::forward(
-            lse.data_mut(),
-            [q_value.data(), k_value.data(), queue.data()],
-            &dims,
-        ),
+        DeviceKind::Cuda => {
+            let inputs =
+                cuda::Inputs { q: &q_value, k: &k_value, queue: &queue, own: own.as_ref() };
+            cuda::forward(&mut lse, inputs, &dims)
+        }
+        DeviceKind::Reference => {
+            let inputs = [q_value.data(), k_value.data(), queue.data()];
+            scalar(reference::forward(lse.data_mut(), inputs, &dims))
+        }
     };
-    let y = Tensor::from_f64(&device, [], &[loss]);
     let (q_id, k_id) = (q.id(), k.id());
     q.tape().record("info_nce", y, &[q, k], move |dy, gradients| {
-        let scale = dy.scalar() / (dims.n as f64 * dims.temperature);
+        let scale = || dy.scalar() / (dims.n as f64 * dims.temperature); // on a GPU it stays there
+        let inputs = cuda::Inputs { q: &q_value, k: &k_value, queue: &queue, own: own.as_ref() };
         if q_id != VarId::Constant {
             let mut dq = q_value.empty_like();
             match device.kind() {
@@ -107,18 +111,18 @@ pub fn info_nce<'t>(
                     let mut workspace = Tensor::floats(&device, [cpu::workspace_len(&dims)]);
                     let (dq, workspace) = (dq.data_mut(), workspace.data_mut());
                     let (q, k, queue) = (q_value.data(), k_value.data(), queue.data());
-                    let lse = lse.data();
+                    let (lse, scale) = (lse.data(), scale());
                     device.run(|| {
                         cpu::query_gradient(dq, workspace, [q, k, queue], lse, &dims, scale);
                     });
                 }
-                DeviceKind::Cuda => crate::ops::no_cuda("info_nce"),
+                DeviceKind::Cuda => cuda::query_gradient(&mut dq, inputs, &lse, &dy, &dims),
                 DeviceKind::Reference => reference::query_gradient(
                     dq.data_mut(),
                     [q_value.data(), k_value.data(), queue.data()],
                     lse.data(),
                     &dims,
-                    scale,
+                    scale(),
                 ),
             }
             gradients.add(q_id, dq);
@@ -131,18 +135,34 @@ pub fn info_nce<'t>(
                     [q_value.data(), k_value.data()],
                     lse.data(),
                     &dims,
-                    scale,
+                    scale(),
                 ),
-                DeviceKind::Cuda => crate::ops::no_cuda("info_nce"),
+                DeviceKind::Cuda => cuda::key_gradient(&mut dk, inputs, &lse, &dy, &dims),
                 DeviceKind::Reference => reference::key_gradient(
                     dk.data_mut(),
                     [q_value.data(), k_value.data()],
                     lse.data(),
                     &dims,
-                    scale,
+                    scale(),
                 ),
             }
             gradients.add(k_id, dk);
         }
     })
+}
+
+/// The range that `own` holds, where the host can look.
+#[track_caller]
+fn own_rows(own: Option<&Tensor>, n: usize, m: usize) -> Range<usize> {
+    let Some(own) = own else { return 0..0 };
+    assert_eq!(own.len(), 2, "info_nce: own rows have a begin and an end, not {:?}", own.shape());
+    if own.device().kind() == DeviceKind::Cuda {
+        return 0..0;
+    }
+    let [begin, end] = [0, 1].map(|i| usize::try_from(own.data::<i32>()[i]).unwrap_or(usize::MAX));
+    assert!(
+        begin <= end && end <= m && (end - begin).is_multiple_of(n),
+        "info_nce: own rows {begin}..{end} of a queue of {m} for {n} queries"
+    );
+    begin..end
 }

@@ -3,8 +3,9 @@
 //!
 //! Norms are at least 1e-12, as in PyTorch's `normalize`. With unit rows `p̂`, `ẑ` and `c_i = <p̂_i, ẑ_i>`,
 //! `dp_i = -(ẑ_i - c_i p̂_i) / |p_i| dD / n`, and alike for `z`; below eps the norm is a constant and the second term is
-//! missing. Sums are in f64 on both devices: rows are few and short.
+//! missing. Sums are in f64 on every device: rows are few and short.
 
+mod cuda;
 mod rows;
 
 use crate::device::DeviceKind;
@@ -22,16 +23,19 @@ pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
     assert_eq!(p.shape(), z.shape(), "neg_cosine: {:?} and {:?} differ", p.shape(), z.shape());
     assert!(n > 0 && d > 0, "neg_cosine: no numbers in {:?}", p.shape());
     let device = p.tape().device().clone();
+    let z = &super::cast(z, p.value().dtype());
     let (p_value, z_value) = (p.value().clone(), z.value().clone());
-    let sum = match device.kind() {
-        DeviceKind::Cpu => rows::sum_of_cosines::<f32>(p_value.data(), z_value.data(), d),
-        DeviceKind::Cuda => crate::ops::no_cuda("neg_cosine"),
-        DeviceKind::Reference => rows::sum_of_cosines::<f64>(p_value.data(), z_value.data(), d),
+    let mean = |sum: f64| Tensor::from_f64(&device, [], &[-sum / n as f64]);
+    let y = match device.kind() {
+        DeviceKind::Cpu => mean(rows::sum_of_cosines::<f32>(p_value.data(), z_value.data(), d)),
+        DeviceKind::Cuda => cuda::forward(&p_value, &z_value),
+        DeviceKind::Reference => {
+            mean(rows::sum_of_cosines::<f64>(p_value.data(), z_value.data(), d))
+        }
     };
-    let y = Tensor::from_f64(&device, [], &[-sum / n as f64]);
     let (p_id, z_id) = (p.id(), z.id());
     p.tape().record("neg_cosine", y, &[p, z], move |dy, gradients| {
-        let scale = -dy.scalar() / n as f64;
+        let scale = || -dy.scalar() / n as f64; // on a GPU it stays there
         for (id, x, other) in [(p_id, &p_value, &z_value), (z_id, &z_value, &p_value)] {
             if id == crate::tape::VarId::Constant {
                 continue;
@@ -40,11 +44,12 @@ pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
             match device.kind() {
                 DeviceKind::Cpu => {
                     let (dx, x, other) = (dx.data_mut::<f32>(), x.data(), other.data());
+                    let scale = scale();
                     device.run(|| rows::gradient(dx, x, other, d, scale));
                 }
-                DeviceKind::Cuda => crate::ops::no_cuda("neg_cosine"),
+                DeviceKind::Cuda => cuda::backward(&mut dx, x, other, &dy),
                 DeviceKind::Reference => {
-                    rows::gradient::<f64>(dx.data_mut(), x.data(), other.data(), d, scale);
+                    rows::gradient::<f64>(dx.data_mut(), x.data(), other.data(), d, scale());
                 }
             }
             gradients.add(id, dx);

@@ -1,7 +1,26 @@
 //! `kernels/rows.cu`: 16 bytes to a thread where addresses allow it.
 
+use crate::device::Device;
 use crate::device::cuda::Launch;
 use crate::tensor::{DType, Tensor};
+
+/// Threads along rows of `length` elements, as many rows at a time as a block has threads for.
+fn over(device: &Device, rows: usize, length: usize, dtype: DType) -> Launch<'_> {
+    const THREADS: usize = 256;
+    let along = along(length, dtype);
+    let down = THREADS / along;
+    Launch::new(device.gpu(), [rows.div_ceil(down), 1, 1], [along, down, 1])
+}
+
+/// Threads for the 16-byte vectors of a row.
+fn along(length: usize, dtype: DType) -> usize {
+    length.div_ceil(16 / dtype.size()).next_power_of_two().min(256)
+}
+
+/// Elements of a row of `x`.
+fn row_length(x: &Tensor) -> usize {
+    x.shape()[1..].iter().product()
+}
 
 /// `to[i to_stride ..] = from[i from_stride ..]` for `i < count`, `length` elements each.
 #[derive(Clone, Copy, Debug)]
@@ -26,10 +45,8 @@ pub(super) fn copy(
         end(to_offset, to_stride) <= to.len() && end(from_offset, from_stride) <= from.len(),
         "a copy of rows beyond a tensor's end"
     );
-    let dtype = from.dtype();
-    let along = length.div_ceil(16 / dtype.size()).next_power_of_two().min(256);
-    let (down, device) = (256 / along, from.device().clone());
-    let launch = Launch::new(device.gpu(), [count.div_ceil(down), 1, 1], [along, down, 1]);
+    let (dtype, device) = (from.dtype(), from.device().clone());
+    let launch = over(&device, count, length, dtype);
     let (blocks, [length, to_stride, from_stride]) =
         (count as i32, [length, to_stride, from_stride].map(|size| size as i64));
     let from = from.slice(from_offset, [from.len() - from_offset]);
@@ -56,5 +73,93 @@ pub(super) fn copy(
             DType::I32 => call!(copy_blocks_i32),
             DType::F64 => panic!("rows: no f64 on a GPU"),
         }
+    }
+}
+
+/// `y_i = x_index[i]`; rows out of range are NaN.
+pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
+    let (device, length) = (x.device().clone(), row_length(x));
+    let launch = over(&device, index.len(), length, x.dtype());
+    let (n, m, length) = (index.len() as i32, x.shape()[0] as i32, length as i64);
+    // SAFETY: `x` has `m` rows of this length and `y` has `n`; the kernel looks at an index before it uses it.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            gather_rows_f32
+                | gather_rows_bf16(
+                    launch,
+                    y.device_out(),
+                    x.device_in(),
+                    index.device_in(),
+                    n,
+                    m,
+                    length
+                )
+        );
+    }
+}
+
+/// `dx_r`, the sum of `dy_i` over `index[i] = r`, in order of `i`.
+pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
+    let (device, length) = (dy.device().clone(), row_length(dy));
+    let (n, m) = (index.len() as i32, dx.shape()[0] as i32);
+    // A block to a row, in whole warps: they look for it in the index together.
+    let threads = along(length, dy.dtype()).max(32);
+    let launch = Launch::new(device.gpu(), [dx.shape()[0], 1, 1], [threads, 1, 1]);
+    let (length, dtype) = (length as i64, dy.dtype());
+    // SAFETY: as above, the other way.
+    unsafe {
+        by_dtype!(
+            dtype,
+            scatter_rows_f32
+                | scatter_rows_bf16(
+                    launch,
+                    dx.device_out(),
+                    dy.device_in(),
+                    index.device_in(),
+                    n,
+                    m,
+                    length,
+                    0
+                )
+        );
+    }
+}
+
+/// Rows `at..` of `to` become `rows`, `at` a number on the GPU; past the end they go on at the front.
+pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
+    let (device, length) = (rows.device().clone(), row_length(rows));
+    let launch = over(&device, rows.shape()[0], length, rows.dtype());
+    let (n, m, length) = (rows.shape()[0] as i32, to.shape()[0] as i32, length as i64);
+    // SAFETY: `to` has `m` rows of this length, `rows` has `n`; the kernel takes places modulo `m`.
+    unsafe {
+        by_dtype!(
+            rows.dtype(),
+            write_rows_f32
+                | write_rows_bf16(
+                    launch,
+                    to.device_out(),
+                    rows.device_in(),
+                    at.device_in(),
+                    n,
+                    m,
+                    length
+                )
+        );
+    }
+}
+
+/// `rows` go to the front of `queue`, the others back by as many.
+pub(super) fn push(queue: &mut Tensor, rows: &Tensor) {
+    let (device, length) = (rows.device().clone(), row_length(rows));
+    let launch = over(&device, rows.shape()[0], length, rows.dtype());
+    let (n, m, length) = (rows.shape()[0] as i32, queue.shape()[0] as i32, length as i64);
+    // SAFETY: `queue` has `m` rows of this length, `rows` has `n`, which is no more.
+    unsafe {
+        by_dtype!(
+            rows.dtype(),
+            push_rows_f32
+                | push_rows_bf16(launch, queue.device_out(), rows.device_in(), n, m, length)
+        );
     }
 }

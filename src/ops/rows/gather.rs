@@ -2,10 +2,11 @@
 //!
 //! A row is all that lies under one index of the outermost size, an image as well as an embedding.
 
+use super::cuda;
 use crate::device::DeviceKind;
 use crate::ops::add_into;
 use crate::tape::Var;
-use crate::tensor::{DType, Element, Float, Shape, Tensor};
+use crate::tensor::{Element, Float, Shape, Tensor};
 
 pub(super) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     let mut sizes = shape.to_vec();
@@ -16,29 +17,32 @@ pub(super) fn row_shape(shape: &Shape, rows: usize) -> Shape {
 /// Row `i` of the result is row `index[i]` of `x [m, …]`; `index [n]` is of i32, and its rows may come several times or
 /// never. MoCo shuffles the keys' images so, and puts their keys back in order.
 ///
+/// A GPU cannot tell the host of an index that is out of range: its row is NaN then, and its gradient is lost.
+///
 /// # Panics
-/// When `x` has no rows' size or an index is out of range.
+/// When `x` has no rows' size or, on the host, an index is out of range.
 #[track_caller]
 pub fn gather_rows<'t>(x: &Var<'t>, index: &Tensor) -> Var<'t> {
     let rows = *x.shape().first().expect("gather_rows: a scalar has no rows");
     let [n] = index.dims("gather_rows: the index");
-    if x.tape().device().kind() == DeviceKind::Cuda {
-        crate::ops::no_cuda("rows");
+    let device = x.tape().device();
+    if device.kind() != DeviceKind::Cuda {
+        let bad = index.data::<i32>().iter().find(|&&i| i < 0 || i as usize >= rows);
+        assert!(bad.is_none(), "gather_rows: row {} of {rows}", bad.unwrap_or(&0));
     }
-    let bad = index.data::<i32>().iter().find(|&&i| i < 0 || i as usize >= rows);
-    assert!(bad.is_none(), "gather_rows: row {} of {rows}", bad.unwrap_or(&0));
-    let mut y = Tensor::empty(x.tape().device(), x.value().dtype(), row_shape(x.shape(), n));
-    match x.value().dtype() {
-        DType::F64 => pick::<f64>(&mut y, x.value(), index.data()),
-        _ => pick::<f32>(&mut y, x.value(), index.data()),
+    let mut y = Tensor::empty(device, x.value().dtype(), row_shape(x.shape(), n));
+    match device.kind() {
+        DeviceKind::Cpu => pick::<f32>(&mut y, x.value(), index.data()),
+        DeviceKind::Cuda => cuda::gather(&mut y, x.value(), index),
+        DeviceKind::Reference => pick::<f64>(&mut y, x.value(), index.data()),
     }
     let (x_id, shape, index) = (x.id(), *x.shape(), index.clone());
     x.tape().record("gather_rows", y, &[x], move |dy, gradients| {
         let device = dy.device();
-        let mut dx = Tensor::floats(device, shape);
+        let mut dx = Tensor::empty(device, dy.dtype(), shape);
         match device.kind() {
             DeviceKind::Cpu => scatter::<f32>(&mut dx, &dy, index.data()),
-            DeviceKind::Cuda => crate::ops::no_cuda("rows"),
+            DeviceKind::Cuda => cuda::scatter(&mut dx, &dy, &index),
             DeviceKind::Reference => scatter::<f64>(&mut dx, &dy, index.data()),
         }
         gradients.add(x_id, dx);
@@ -112,56 +116,68 @@ pub fn concat_rows<'t>(parts: &[Var<'t>]) -> Var<'t> {
 /// [`concat_rows`] of tensors; no gradient.
 #[track_caller]
 fn concat(parts: &[&Tensor]) -> Tensor {
-    if parts[0].device().kind() == DeviceKind::Cuda {
-        crate::ops::no_cuda("rows");
-    }
     let rows = parts.iter().map(|part| part.shape()[0]).sum();
     let mut y =
         Tensor::empty(parts[0].device(), parts[0].dtype(), row_shape(parts[0].shape(), rows));
     let mut from = 0;
     for part in parts {
-        write_rows(&mut y, from, part);
-        from += part.shape()[0];
+        assert_eq!(part.dtype(), y.dtype(), "concat_rows: rows of two types");
+        y.view_mut().slice(from, *part.shape()).copy_from(part);
+        from += part.len();
     }
     y
 }
 
-/// Overwrites rows `from..` of `to [m, …]` with `rows [n, …]`: how a queue takes keys.
+/// Overwrites rows `at..` of `to [m, …]` with `rows [n, …]`: how a queue takes keys. `at` is one i32 on the device, so that a
+/// step that is replayed finds the place of its turn there.
+///
+/// A GPU goes on at the front where rows reach past the end; on the host that is a mistake.
 ///
 /// # Panics
-/// When they do not fit, or another tensor shares `to`'s memory.
+/// When shapes or types differ, another tensor shares `to`'s memory, or, on the host, the rows do not fit.
 #[track_caller]
-pub fn write_rows(to: &mut Tensor, from: usize, rows: &Tensor) {
-    assert_eq!(to.shape()[1..], rows.shape()[1..], "write_rows: rows of different shapes");
+pub fn write_rows(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
+    check_rows("write_rows", to, rows);
+    assert_eq!(at.len(), 1, "write_rows: the place is one number, not {:?}", at.shape());
+    if to.device().kind() == DeviceKind::Cuda {
+        return cuda::write(to, at, rows);
+    }
+    let at = at.data::<i32>()[0];
     assert!(
-        from + rows.shape()[0] <= to.shape()[0],
-        "write_rows: {} rows from row {from} on into {:?}",
+        at >= 0 && at as usize + rows.shape()[0] <= to.shape()[0],
+        "write_rows: {} rows from row {at} on into {:?}",
         rows.shape()[0],
         to.shape()
     );
-    let offset = from * to.shape()[1..].iter().product::<usize>();
-    match to.dtype() {
-        DType::F32 => to.data_mut::<f32>()[offset..][..rows.len()].copy_from_slice(rows.data()),
-        DType::F64 => to.data_mut::<f64>()[offset..][..rows.len()].copy_from_slice(rows.data()),
-        DType::I32 => to.data_mut::<i32>()[offset..][..rows.len()].copy_from_slice(rows.data()),
-        DType::Bf16 => crate::ops::no_cuda("rows"),
-    }
+    let offset = at as usize * to.shape()[1..].iter().product::<usize>();
+    to.view_mut().slice(offset, *rows.shape()).copy_from(rows);
 }
 
 /// Moves the rows of `queue [m, …]` back by as many as `rows [n, …]` has, and puts these in front; the oldest leave.
 ///
 /// # Panics
-/// When they do not fit, or another tensor shares the queue's memory.
+/// When shapes or types differ, the rows do not fit, or another tensor shares the queue's memory.
 #[track_caller]
 pub fn push_rows(queue: &mut Tensor, rows: &Tensor) {
-    assert_eq!(queue.shape()[1..], rows.shape()[1..], "push_rows: rows of different shapes");
-    assert!(rows.shape()[0] <= queue.shape()[0], "push_rows: more rows than the queue holds");
+    check_rows("push_rows", queue, rows);
     let keep = queue.len() - rows.len();
-    match queue.dtype() {
-        DType::F32 => queue.data_mut::<f32>().copy_within(..keep, rows.len()),
-        DType::F64 => queue.data_mut::<f64>().copy_within(..keep, rows.len()),
-        DType::I32 => queue.data_mut::<i32>().copy_within(..keep, rows.len()),
-        DType::Bf16 => crate::ops::no_cuda("rows"),
+    match queue.device().kind() {
+        DeviceKind::Cpu => queue.data_mut::<f32>().copy_within(..keep, rows.len()),
+        DeviceKind::Cuda => return cuda::push(queue, rows),
+        DeviceKind::Reference => queue.data_mut::<f64>().copy_within(..keep, rows.len()),
     }
-    write_rows(queue, 0, rows);
+    queue.view_mut().slice(0, *rows.shape()).copy_from(rows);
+}
+
+/// Fails unless `rows` can be written into `to`.
+#[track_caller]
+fn check_rows(what: &str, to: &Tensor, rows: &Tensor) {
+    assert_eq!(to.shape()[1..], rows.shape()[1..], "{what}: rows of different shapes");
+    assert_eq!(to.dtype(), rows.dtype(), "{what}: rows of two types");
+    assert!(
+        rows.shape()[0] <= to.shape()[0],
+        "{what}: {} rows into {:?}",
+        rows.shape()[0],
+        to.shape()
+    );
 }

@@ -8,6 +8,7 @@
 //! Backward: `dx_0 = a dy`, `dx_1 = (1 - a) dy`, `dlogit_0 = -dlogit_1 = a (1 - a) Σ_hw dy (x_0 - x_1)`; of the mean,
 //! `dx_0 = dx_1 = dg / (h w)`.
 
+mod cuda;
 mod streams;
 
 use crate::device::DeviceKind;
@@ -31,27 +32,27 @@ fn streams_of(x: &Var<'_>, what: &str) -> [usize; 3] {
 /// When the number of channels is odd or there are no pixels.
 #[track_caller]
 pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
-    let [n, _, c] = streams_of(x, "stream_mean: the input");
+    let dims @ [n, _, c] = streams_of(x, "stream_mean: the input");
     let device = x.tape().device();
-    let mut g = Tensor::floats(device, [n, c]);
+    let mut g = Tensor::empty(device, x.value().dtype(), [n, c]);
     match device.kind() {
         DeviceKind::Cpu => {
             let (g, x) = (g.data_mut::<f32>(), x.value().data());
             device.run(|| streams::mean(g, x, c));
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("selective_kernel"),
+        DeviceKind::Cuda => cuda::mean(&mut g, x.value(), dims),
         DeviceKind::Reference => streams::mean::<f64>(g.data_mut(), x.value().data(), c),
     }
     let (x_id, shape) = (x.id(), *x.shape());
     x.tape().record("stream_mean", g, &[x], move |dg, gradients| {
         let device = dg.device();
-        let mut dx = Tensor::floats(device, shape);
+        let mut dx = Tensor::empty(device, dg.dtype(), shape);
         match device.kind() {
             DeviceKind::Cpu => {
                 let (dx, dg) = (dx.data_mut::<f32>(), dg.data());
                 device.run(|| streams::mean_gradient(dx, dg, c));
             }
-            DeviceKind::Cuda => crate::ops::no_cuda("selective_kernel"),
+            DeviceKind::Cuda => cuda::mean_gradient(&mut dx, &dg, dims),
             DeviceKind::Reference => {
                 streams::mean_gradient::<f64>(dx.data_mut(), dg.data(), c);
             }
@@ -66,7 +67,7 @@ pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
 /// When the shapes do not fit, the number of channels is odd or there are no pixels.
 #[track_caller]
 pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
-    let [n, _, c] = streams_of(x, "stream_select: the input");
+    let dims @ [n, _, c] = streams_of(x, "stream_select: the input");
     assert_eq!(
         **logits.shape(),
         [n, 2 * c],
@@ -77,14 +78,15 @@ pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
     let device = x.tape().device().clone();
     let mut shape = *x.shape();
     shape = crate::tensor::Shape::from([shape[0], shape[1], shape[2], c]);
-    let mut y = Tensor::floats(&device, shape);
+    let logits = &super::cast(logits, x.value().dtype());
+    let mut y = Tensor::empty(&device, x.value().dtype(), shape);
     let (x_value, logits_value) = (x.value().clone(), logits.value().clone());
     match device.kind() {
         DeviceKind::Cpu => {
             let (y, x, logits) = (y.data_mut::<f32>(), x_value.data(), logits_value.data());
             device.run(|| streams::select(y, x, logits, c));
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("selective_kernel"),
+        DeviceKind::Cuda => cuda::select(&mut y, &x_value, &logits_value, dims),
         DeviceKind::Reference => {
             streams::select::<f64>(y.data_mut(), x_value.data(), logits_value.data(), c);
         }
@@ -98,7 +100,9 @@ pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
                 let (dy, x, logits) = (dy.data(), x_value.data(), logits_value.data());
                 device.run(|| streams::select_gradient([dx, dlogits], [dy, x, logits], c));
             }
-            DeviceKind::Cuda => crate::ops::no_cuda("selective_kernel"),
+            DeviceKind::Cuda => {
+                cuda::select_gradient([&mut dx, &mut dlogits], [&dy, &x_value, &logits_value], dims)
+            }
             DeviceKind::Reference => streams::select_gradient::<f64>(
                 [dx.data_mut(), dlogits.data_mut()],
                 [dy.data(), x_value.data(), logits_value.data()],

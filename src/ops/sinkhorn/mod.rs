@@ -10,6 +10,7 @@
 //! zero is assigned nothing. Several processes share sums and maximum through their [`Group`].
 
 mod cpu;
+mod cuda;
 mod reference;
 
 use crate::device::{DeviceKind, Group};
@@ -26,8 +27,8 @@ struct Dims {
     iterations: usize,
 }
 
-/// Assignments `[b, k]` of `scores [b, k]`, each row summing to 1. `epsilon > 0` (0.05 in the paper), `iterations >= 1`
-/// (3 in the paper).
+/// Assignments `[b, k]` of `scores [b, k]`, each row summing to 1; in f32 where scores are bf16. `epsilon > 0` (0.05 in the
+/// paper), `iterations >= 1` (3 in the paper).
 ///
 /// # Panics
 /// When `scores` is empty or not of rank 2, or a setting is out of range.
@@ -40,13 +41,16 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
         "sinkhorn: epsilon {epsilon}, {iterations} iterations"
     );
     let dims = Dims { b, k, epsilon, iterations };
-    let mut q = scores.empty_like();
+    let mut q = Tensor::floats(scores.device(), [b, k]);
     match scores.device().kind() {
         DeviceKind::Cpu => {
             let (q, scores_data) = (q.data_mut(), scores.data());
             scores.device().run(|| cpu::assign(q, scores_data, dims, group));
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("sinkhorn"),
+        DeviceKind::Cuda => {
+            assert_eq!(group.size(), 1, "sinkhorn: sums over several processes");
+            cuda::assign(&mut q, scores, dims);
+        }
         DeviceKind::Reference => reference::assign(q.data_mut(), scores.data(), dims, group),
     }
     q

@@ -5,6 +5,7 @@
 //! `dx_i = (Σ_j q_ij softmax(x_i / T) - q_i) dL / (n T)`. Targets need not sum to 1, and have no gradient.
 //! Distillation (SimCLR v2's reference code) is `T² L` with `q = softmax(teacher / T)`.
 
+mod cuda;
 mod rows;
 
 use crate::device::DeviceKind;
@@ -30,34 +31,35 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
     assert!(temperature > 0.0, "soft_cross_entropy: temperature {temperature}");
     let device = x.tape().device().clone();
     let (x_value, q) = (x.value().clone(), targets.clone());
-    let sum: f64 = match device.kind() {
+    let mean = |sum: f64| Tensor::from_f64(&device, [], &[sum / n as f64]);
+    let y = match device.kind() {
         DeviceKind::Cpu => {
             let (x, q) = (x_value.data::<f32>(), q.data());
-            device.run(|| rows::sum_of_losses(x, q, k, temperature))
+            mean(device.run(|| rows::sum_of_losses(x, q, k, temperature)))
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("soft_cross_entropy"),
+        DeviceKind::Cuda => cuda::forward(&x_value, &q, temperature),
         DeviceKind::Reference => {
-            rows::sum_of_losses::<f64>(x_value.data(), q.data(), k, temperature)
+            mean(rows::sum_of_losses::<f64>(x_value.data(), q.data(), k, temperature))
         }
     };
-    let y = Tensor::from_f64(&device, [], &[sum / n as f64]);
     let x_id = x.id();
     x.tape().record("soft_cross_entropy", y, &[x], move |dy, gradients| {
         let mut dx = x_value.empty_like();
-        let scale = dy.scalar() / (n as f64 * temperature);
+        let scale = || dy.scalar() / (n as f64 * temperature); // on a GPU it stays there
         match device.kind() {
             DeviceKind::Cpu => {
                 let (dx, x, q) = (dx.data_mut::<f32>(), x_value.data(), q.data());
+                let scale = scale();
                 device.run(|| rows::gradient(dx, x, q, k, temperature, scale));
             }
-            DeviceKind::Cuda => crate::ops::no_cuda("soft_cross_entropy"),
+            DeviceKind::Cuda => cuda::backward(&mut dx, &x_value, &q, &dy, temperature),
             DeviceKind::Reference => rows::gradient::<f64>(
                 dx.data_mut(),
                 x_value.data(),
                 q.data(),
                 k,
                 temperature,
-                scale,
+                scale(),
             ),
         }
         gradients.add(x_id, dx);
@@ -75,7 +77,7 @@ pub fn distillation<'t>(student: &Var<'t>, teacher: &Tensor, temperature: f64) -
     scale(&soft_cross_entropy(student, &targets, temperature), temperature * temperature)
 }
 
-/// `softmax(x_i / T)` of the rows of `x [n, k]`; no gradient.
+/// `softmax(x_i / T)` of the rows of `x [n, k]`, in f32 where `x` is bf16; no gradient.
 ///
 /// # Panics
 /// When `x` is not of rank 2 or the temperature is not positive.
@@ -83,13 +85,13 @@ pub fn distillation<'t>(student: &Var<'t>, teacher: &Tensor, temperature: f64) -
 pub fn softmax(x: &Tensor, temperature: f64) -> Tensor {
     let [_, k] = x.dims("softmax: the scores");
     assert!(temperature > 0.0, "softmax: temperature {temperature}");
-    let mut y = x.empty_like();
+    let mut y = Tensor::floats(x.device(), *x.shape());
     match x.device().kind() {
         DeviceKind::Cpu => {
             let (y, x_data) = (y.data_mut::<f32>(), x.data());
             x.device().run(|| rows::softmax(y, x_data, k, temperature));
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("soft_cross_entropy"),
+        DeviceKind::Cuda => cuda::softmax(&mut y, x, temperature),
         DeviceKind::Reference => rows::softmax::<f64>(y.data_mut(), x.data(), k, temperature),
     }
     y

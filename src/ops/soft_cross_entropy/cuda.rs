@@ -1,0 +1,72 @@
+//! `kernels/soft_cross_entropy.cu`: a warp to a row. Targets are f32 whatever the scores are.
+
+use crate::device::cuda::Launch;
+use crate::ops::row_losses;
+use crate::tensor::{DType, Tensor};
+
+fn launch(x: &Tensor) -> Launch<'_> {
+    Launch::new(x.device().gpu(), [x.shape()[0].div_ceil(8), 1, 1], [256, 1, 1])
+}
+
+fn sizes(x: &Tensor) -> (i64, i32) {
+    (x.shape()[0] as i64, x.shape()[1] as i32)
+}
+
+/// The mean loss of `x [n, k]` against `q [n, k]`.
+pub(super) fn forward(x: &Tensor, q: &Tensor, temperature: f64) -> Tensor {
+    let (n, k) = sizes(x);
+    let mut row_losses = Tensor::empty(x.device(), DType::F32, [x.shape()[0]]);
+    // SAFETY: both have `n` rows of `k`, and there is a number for each row.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            soft_cross_entropy_f32
+                | soft_cross_entropy_bf16(
+                    launch(x),
+                    row_losses.device_out(),
+                    x.device_in(),
+                    q.device_in(),
+                    n,
+                    k,
+                    1.0 / temperature
+                )
+        );
+    }
+    row_losses::mean(&row_losses)
+}
+
+/// `dx`, in the type of `x`, from `dy`, the gradient of the loss, which stays where it is.
+pub(super) fn backward(dx: &mut Tensor, x: &Tensor, q: &Tensor, dy: &Tensor, temperature: f64) {
+    let (n, k) = sizes(x);
+    // SAFETY: as in the forward.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            soft_cross_entropy_backward_f32
+                | soft_cross_entropy_backward_bf16(
+                    launch(x),
+                    dx.device_out(),
+                    x.device_in(),
+                    q.device_in(),
+                    dy.device_in(),
+                    n,
+                    k,
+                    1.0 / temperature,
+                    0
+                )
+        );
+    }
+}
+
+/// `y [n, k]` of f32, `softmax(x / T)` by rows.
+pub(super) fn softmax(y: &mut Tensor, x: &Tensor, temperature: f64) {
+    let (n, k) = sizes(x);
+    // SAFETY: both have `n` rows of `k`.
+    unsafe {
+        by_dtype!(
+            x.dtype(),
+            softmax_f32
+                | softmax_bf16(launch(x), y.device_out(), x.device_in(), n, k, 1.0 / temperature)
+        );
+    }
+}

@@ -1,0 +1,451 @@
+//! Steps that a GPU has recorded: the bits of launched ones, no memory and no waiting, and what is said when one fails.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use selfsup::arena::{Arena, Layout, Slot};
+use selfsup::data::Batch;
+use selfsup::device::{Device, Precision};
+use selfsup::methods::simclr::{Settings, SimClr};
+use selfsup::methods::{Course, Method, Recipe, State};
+use selfsup::nn::ResNet;
+use selfsup::optim::{Care, Lars, Optimizer, Rule, Schedule, ema};
+use selfsup::tape::{self, Tape, Var};
+use selfsup::tensor::{DType, Numbers, Tensor};
+use selfsup::train::{
+    Done, EpochReport, Run, StepReport, Steps, Training, Watch, load_weights, newest,
+};
+
+use crate::driver::{StandIn, alone, gpu, open, unchecked, with_driver};
+use crate::golden::Goldens;
+use crate::methods::{self, Run as MethodRun, small};
+use crate::network;
+
+const BATCH: usize = 4;
+const SIDE: usize = 8;
+
+/// SimCLR in two phases: at first its trunk's stem is frozen. A second network follows, its momentum growing by the step.
+struct Phased {
+    simclr: SimClr,
+    follower: Option<(Arena, Numbers<f64>)>,
+    change: u64,
+    frozen: bool,
+}
+
+impl Phased {
+    fn new(change: u64) -> Self {
+        let settings = Settings { temperature: 0.2, hidden: 16, embedding: 8 };
+        let simclr = SimClr::new(&small(1), &settings);
+        Self { simclr, follower: None, change, frozen: true }
+    }
+}
+
+impl Method for Phased {
+    fn layout(&self) -> &Arc<Layout> {
+        self.simclr.layout()
+    }
+
+    fn backbone(&self) -> &ResNet {
+        self.simclr.backbone()
+    }
+
+    fn start(&mut self, online: &Arena, _: &Course) -> selfsup::Result<()> {
+        self.follower = Some((online.twin(), Numbers::new(online.device(), &[0.0])));
+        Ok(())
+    }
+
+    fn prepare(&mut self, iteration: u64) {
+        self.frozen = iteration < self.change;
+        if let Some((_, momentum)) = &mut self.follower {
+            momentum.set(&[iteration as f64 / 16.0]);
+        }
+    }
+
+    fn phase(&self) -> u32 {
+        u32::from(self.frozen)
+    }
+
+    fn care(&self, slot: &Slot, _: f64) -> Care {
+        let stem = slot.name == "backbone.conv1.weight";
+        if self.frozen && stem { Care::Frozen } else { Care::Usual }
+    }
+
+    fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        self.simclr.loss(tape, views)
+    }
+
+    fn take_embeddings(&mut self) -> Option<Tensor> {
+        self.simclr.take_embeddings()
+    }
+
+    fn after_update(&mut self, online: &mut Arena, _: f64) {
+        let (follower, momentum) = self.follower.as_mut().expect("made by start");
+        ema(follower, online, momentum);
+    }
+}
+
+/// What must not differ by a bit.
+#[derive(Debug, PartialEq)]
+struct Left {
+    losses: Vec<(u64, f64)>,
+    tensors: Vec<Vec<f64>>,
+}
+
+/// A run by hand: `evaluate` and then `watch` are called before each step.
+struct Hand {
+    device: Device,
+    method: Phased,
+    online: Arena,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    steps: Steps,
+    losses: Vec<Done>,
+}
+
+impl Hand {
+    fn new(device: &Device, change: u64, records: bool) -> Self {
+        let mut method = Phased::new(change);
+        let online = Arena::new(method.layout(), device, 3);
+        let course = Course { seed: 3, batch: BATCH, per_epoch: 6, total: 12 };
+        method.start(&online, &course).unwrap();
+        let mut optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &online);
+        method.prepare(0);
+        optimizer.treat(online.layout(), |slot| method.care(slot, 0.3));
+        let steps = Steps::new(device);
+        Self {
+            device: device.clone(),
+            method,
+            online,
+            optimizer,
+            schedule: Schedule { peak: 0.3, warmup: 3, total: 12, ..Schedule::default() },
+            steps: if records { steps } else { steps.launched() },
+            losses: Vec::new(),
+        }
+    }
+
+    fn batch(&self, iteration: u64) -> Batch {
+        let what = format!("images {iteration}");
+        let images = network::images(&self.device, &what, [2 * BATCH, SIDE, SIDE]);
+        Batch {
+            epoch: 0,
+            position: iteration as usize,
+            indices: vec![0; BATCH],
+            labels: vec![-1; BATCH],
+            crops: vec![images.cast(DType::of_activations(&self.device))],
+        }
+    }
+
+    fn step(&mut self, iteration: u64) -> selfsup::Result<()> {
+        let batch = self.batch(iteration);
+        let training = Training {
+            method: &mut self.method,
+            online: &mut self.online,
+            optimizer: &mut self.optimizer,
+            schedule: &self.schedule,
+        };
+        let known = self.steps.run(training, &batch, iteration)?;
+        self.losses.extend(known);
+        Ok(())
+    }
+
+    /// An evaluation, as an epoch ends with.
+    fn evaluate(&mut self) -> Vec<f64> {
+        self.losses.extend(self.steps.finish().unwrap());
+        let images = self.batch(99).crops.remove(0);
+        let features =
+            tape::evaluate(&self.online, |tape| self.method.simclr.embed(&tape.input(&images)));
+        features.unwrap().to_f64()
+    }
+
+    fn left(mut self, mut tensors: Vec<Vec<f64>>) -> Left {
+        self.losses.extend(self.steps.finish().unwrap());
+        let (follower, _) = self.method.follower.as_ref().unwrap();
+        tensors.extend([self.online.values().to_f64(), self.online.statistics().to_f64()]);
+        tensors.extend([follower.values().to_f64(), self.optimizer.momentum().to_f64()]);
+        tensors.push(self.steps.embeddings().unwrap().to_f64());
+        Left { losses: self.losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
+    }
+}
+
+#[test]
+fn recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between() {
+    let name = "captured::recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between";
+    unchecked(name, || {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let device = gpu(precision);
+            let run = |records: bool| {
+                let mut hand = Hand::new(&device, 7, records);
+                let mut seen = Vec::new();
+                for iteration in 0..12 {
+                    if iteration == 5 {
+                        seen.push(hand.evaluate());
+                    }
+                    hand.step(iteration).unwrap();
+                }
+                hand.left(seen)
+            };
+            let (launched, recorded) = (run(false), run(true));
+            let steps: Vec<u64> = launched.losses.iter().map(|(step, _)| *step).collect();
+            assert_eq!(steps, (1..=12).collect::<Vec<_>>());
+            assert!(launched.tensors.iter().flatten().all(|v| v.is_finite()));
+            assert_eq!(recorded, launched, "{precision}");
+        }
+    });
+}
+
+/// Ten steps of a method; SwAV's go through four phases.
+fn ten_steps(run: MethodRun, device: &Device, goldens: &Goldens, records: bool) -> Left {
+    let mut state = methods::Training::new(run, device);
+    let steps = Steps::new(device);
+    let mut steps = if records { steps } else { steps.launched() };
+    let (schedule, mut losses) = (run.schedule(), Vec::new());
+    state.method.prepare(0);
+    let (online, method) = (&state.online, &state.method);
+    state.optimizer.treat(online.layout(), |slot| method.care(slot, schedule.peak));
+    for step in 0..10 {
+        let crops = run.views(goldens, device, step);
+        let crops = crops.iter().map(|crops| crops.cast(DType::of_activations(device))).collect();
+        let labels = run.labels(step);
+        let batch = Batch { epoch: 0, position: step, indices: Vec::new(), labels, crops };
+        let training = Training {
+            method: &mut *state.method,
+            online: &mut state.online,
+            optimizer: &mut state.optimizer,
+            schedule: &schedule,
+        };
+        losses.extend(steps.run(training, &batch, step as u64).unwrap());
+    }
+    losses.extend(steps.finish().unwrap());
+    let mut tensors = vec![state.online.values().to_f64(), state.online.statistics().to_f64()];
+    for (_, part) in state.method.state() {
+        tensors.push(match part {
+            State::Network(network) => network.values().to_f64(),
+            State::Rows(rows) => rows.to_f64(),
+            State::Count(count) => vec![*count as f64],
+        });
+    }
+    tensors.extend(steps.embeddings().map(Tensor::to_f64));
+    Left { losses: losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
+}
+
+#[test]
+fn recorded_steps_of_every_method_give_the_bits_of_launched_ones() {
+    unchecked("captured::recorded_steps_of_every_method_give_the_bits_of_launched_ones", || {
+        let (device, goldens) = (gpu(Precision::Bf16), Goldens::open("methods"));
+        for run in methods::runs().into_iter().filter(|run| !run.kinked) {
+            let [launched, recorded] =
+                [false, true].map(|records| ten_steps(run, &device, &goldens, records));
+            let finite = launched.tensors.iter().flatten().all(|v| v.is_finite());
+            assert!(finite && launched.losses.len() == 10, "{}: {launched:?}", run.name);
+            assert!(recorded == launched, "{}: {recorded:?}, launched {launched:?}", run.name);
+        }
+    });
+}
+
+#[test]
+fn a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing() {
+    alone("captured::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing", |driver| {
+        let device = gpu(Precision::Bf16);
+        for records in [true, false] {
+            let mut hand = Hand::new(&device, 0, records);
+            let counts =
+                || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
+            let mut steps = Vec::new();
+            for iteration in 0..6 {
+                let before = counts();
+                hand.step(iteration).unwrap();
+                let after = counts();
+                steps.push([0, 1, 2].map(|i| after[i] - before[i]));
+            }
+            println!("allocations, waits and replays of each step: {steps:?}");
+            assert!(!records || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
+            let replays = u64::from(records);
+            assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
+            let before = counts();
+            hand.evaluate();
+            assert!(counts()[1] > before[1], "the driver counts waits");
+        }
+    });
+}
+
+/// Losses of a whole run, as the program would print them.
+#[derive(Default)]
+struct Printed(Vec<(u64, f64)>);
+
+impl Watch for Printed {
+    fn step(&mut self, report: &StepReport) {
+        self.0.push((report.step, report.loss));
+    }
+    fn epoch(&mut self, _: &EpochReport) {}
+    fn note(&mut self, _: &str) {}
+}
+
+/// The demo at its smallest, two epochs of five steps.
+fn demo(settings: &[&str]) -> Recipe {
+    let tiny = [
+        "network.width=2",
+        "method.hidden=8",
+        "method.embedding=8",
+        "augment.size=8",
+        "data.limit=20",
+        "data.test_limit=8",
+        "train.epochs=2",
+        "train.batch=4",
+        "train.knn_every=0",
+        "train.checkpoint_every=1",
+    ];
+    let settings: Vec<String> = tiny.iter().chain(settings).map(|s| s.to_string()).collect();
+    Recipe::load("demo", &settings).unwrap()
+}
+
+fn train(folder: &Path) -> (selfsup::Result<()>, Printed) {
+    let mut printed = Printed::default();
+    let result = Device::cuda(0, Precision::F32)
+        .and_then(|device| Run::new(&demo(&[]), &device, Some(folder))?.train(&mut printed));
+    (result, printed)
+}
+
+const OUT_OF_MEMORY: u32 = 2;
+const LAUNCH_FAILED: u32 = 719;
+const NO_DEVICE: u32 = 214;
+
+/// Trains with a failure under way; gives what was said, after everything is well again. A checkpoint that was written loads.
+fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<String> {
+    inject();
+    let (result, printed) = train(folder);
+    driver.recover();
+    let said = result.err()?.to_string();
+    let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
+    let written = metrics.lines().filter(|line| !line.contains("epoch")).count();
+    assert_eq!(written, printed.0.len(), "every loss that was known is written: {said}");
+    match newest(folder) {
+        Ok(file) => {
+            assert!(
+                said.contains(&format!("the newest checkpoint is {}", file.display())),
+                "{said}"
+            );
+            let mut arena = Arena::new(
+                selfsup::methods::build(&demo(&[])).unwrap().layout(),
+                &Device::cpu(1).unwrap(),
+                0,
+            );
+            load_weights(&file, &mut arena).unwrap();
+            assert!(arena.values().to_f64().iter().all(|v| v.is_finite()));
+        }
+        Err(_) if folder.join("recipe.toml").exists() => {
+            assert!(said.contains("no checkpoint had been written yet"), "{said}");
+        }
+        Err(_) => {} // the run had not begun
+    }
+    Some(said)
+}
+
+#[test]
+fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
+    alone(
+        "captured::a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint",
+        |driver| {
+            driver.check(false);
+            let root = tempfile::tempdir().unwrap();
+            let mut runs = 0;
+            let mut folder = || {
+                runs += 1;
+                root.path().join(format!("{runs}"))
+            };
+            let whole = folder();
+            let before = ["cuMemAlloc", "cuLaunchKernel"].map(|call| driver.count(call));
+            let (result, printed) = train(&whole);
+            result.unwrap();
+            let steps: Vec<u64> = printed.0.iter().map(|(step, _)| *step).collect();
+            assert_eq!(steps, (1..=10).collect::<Vec<_>>());
+            let calls = ["cuMemAlloc", "cuLaunchKernel"].map(|call| driver.count(call));
+            let [allocations, launches] = [0, 1].map(|i| calls[i] - before[i]);
+            assert!(allocations > 20 && launches > 500, "{allocations} {launches}");
+
+            // Each of the first, and again when the pool has given back what it kept.
+            for nth in (1..=24).chain([allocations]) {
+                let said = failing(driver, &folder(), || {
+                    (nth..nth + 60).for_each(|nth| driver.fail("cuMemAlloc", nth, OUT_OF_MEMORY));
+                });
+                let said = said.expect("there is no more memory");
+                assert!(said.contains("out of memory"), "allocation {nth}: {said}");
+            }
+            let said =
+                failing(driver, &folder(), || driver.fail("cuMemHostAlloc", 1, OUT_OF_MEMORY));
+            assert!(said.expect("no pinned memory").contains("CUDA_ERROR_OUT_OF_MEMORY"));
+
+            // Of a launch, at once, in the first epoch and in the second.
+            for nth in [1, 700] {
+                let said = failing(driver, &folder(), || driver.fail("cuLaunchKernel", nth, 701));
+                let said = said.expect("a launch failed");
+                assert!(
+                    said.contains("launch of ") && said.contains("LAUNCH_OUT_OF_RESOURCES"),
+                    "{said}"
+                );
+            }
+            // Of a kernel that runs later; of a device that is gone.
+            let late =
+                ["kernel:sgd_step", "cuGraphLaunch", "cuEventQuery", "cuGraphInstantiateWithFlags"];
+            for (call, nth, code) in [
+                (late[0], 2, LAUNCH_FAILED),
+                (late[0], 8, LAUNCH_FAILED),
+                (late[1], 1, NO_DEVICE),
+                (late[1], 6, NO_DEVICE),
+                (late[2], 30, NO_DEVICE),
+                (late[3], 1, OUT_OF_MEMORY),
+            ] {
+                let said = failing(driver, &folder(), || driver.fail(call, nth, code));
+                let said = said.unwrap_or_else(|| panic!("{call} {nth}: nothing was said"));
+                assert!(
+                    said.contains("GPU 0 (") && said.contains("CUDA_ERROR_"),
+                    "{call} {nth}: {said}"
+                );
+            }
+        },
+    );
+}
+
+/// The program on the demo at its smallest, with `variables` in its environment.
+fn program(folder: &Path, out: &str, variables: &[(&str, &str)]) -> Output {
+    let recipe = folder.join("tiny.toml");
+    std::fs::write(&recipe, demo(&["train.epochs=1"]).to_toml()).unwrap();
+    let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+    with_driver(&mut program)
+        .current_dir(folder)
+        .args(["train", "tiny.toml", "--device", "cuda", "--out", out])
+        .envs(variables.iter().copied())
+        .output()
+        .expect("the program starts")
+}
+
+#[test]
+fn waiting_after_each_launch_names_the_kernel_and_changes_no_bit() {
+    if open().is_none() {
+        println!("skipped on a real driver, which fails when it likes");
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let fail = ("SELFSUP_STAND_IN_FAIL", "kernel:sgd_step:4:719");
+    let said = |variables: &[(&str, &str)], out| {
+        let output = program(root.path(), out, variables);
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let late = said(&[fail], "late");
+    // The fourth step's last kernel, told of by then or in the next step.
+    assert!(late.contains("step 4: ") || late.contains("step 5: "), "{late}");
+    assert!(late.contains("CUDA_ERROR_LAUNCH_FAILED"), "{late}");
+    assert!(late.contains("SELFSUP_SYNC=1 names the kernel"), "{late}");
+    let named = said(&[fail, ("SELFSUP_SYNC", "1")], "named");
+    assert!(named.contains("launch of sgd_step, "), "{named}");
+    for said in [late, named] {
+        assert!(said.contains("no checkpoint had been written yet"), "{said}");
+    }
+    let left = |variables: &[(&str, &str)], out: &str| {
+        let output = program(root.path(), out, variables);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::read(newest(&root.path().join(out)).unwrap()).unwrap()
+    };
+    assert!(left(&[], "recorded") == left(&[("SELFSUP_SYNC", "1")], "waited"));
+}

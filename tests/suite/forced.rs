@@ -1,0 +1,175 @@
+//! Steps of each method in f32, each from the state that f64 had before it: losses, gradients, and what the step leaves.
+//!
+//! The state is that of the reference device, which `methods.rs` holds to PyTorch.
+
+use selfsup::arena::Arena;
+use selfsup::device::{Device, Precision};
+use selfsup::methods::State;
+use selfsup::train::{load_state, load_weights, save};
+
+use crate::case::write;
+use crate::compare::{close, report};
+use crate::driver::{gpu, unchecked};
+use crate::golden::{Goldens, Record};
+use crate::methods::{Fault, Run, STEPS, Training, check_gradients, run_of, runs};
+
+/// Copies the state of one training to another on another device.
+fn copy_state(from: &mut Training, to: &mut Training) {
+    let copy = |from: &Arena, to: &mut Arena| {
+        write(to.values_mut(), 0, &from.values().to_f64());
+        write(to.statistics_mut(), 0, &from.statistics().to_f64());
+    };
+    copy(&from.online, &mut to.online);
+    write(to.optimizer.momentum_mut(), 0, &from.optimizer.momentum().to_f64());
+    for ((_, from), (_, to)) in from.method.state().into_iter().zip(to.method.state()) {
+        match (from, to) {
+            (State::Network(from), State::Network(to)) => copy(from, to),
+            (State::Rows(from), State::Rows(to)) => write(to, 0, &from.to_f64()),
+            (State::Count(from), State::Count(to)) => *to = *from,
+            _ => panic!("two methods of one kind own different things"),
+        }
+    }
+}
+
+/// Everything that a step moves, by name: networks, their running statistics, queues.
+fn state_of(training: &mut Training) -> Vec<(String, Vec<f64>)> {
+    let network = |name: &str, arena: &Arena| {
+        let statistics = arena.statistics().to_f64();
+        [("", arena.values().to_f64()), (" statistics", statistics)]
+            .map(|(part, values)| (format!("{name}{part}"), values))
+    };
+    let mut state = network("online", &training.online).to_vec();
+    for (name, part) in training.method.state() {
+        match part {
+            State::Network(arena) => state.extend(network(name, arena)),
+            State::Rows(rows) => state.push((name.to_owned(), rows.to_f64())),
+            State::Count(count) => state.push((name.to_owned(), vec![*count as f64])),
+        }
+    }
+    state
+}
+
+/// How far each part of the state has moved, against the truth: weights move by little, and it is the move that counts.
+fn check_moves(
+    name: &str,
+    before: &[(String, Vec<f64>)],
+    [got, want]: [&[(String, Vec<f64>)]; 2],
+) -> Vec<Result<f64, String>> {
+    let moves = before.iter().zip(got).zip(want).map(|((before, got), want)| {
+        let moved = |after: &[f64]| -> Vec<f64> {
+            after.iter().zip(&before.1).map(|(after, before)| after - before).collect()
+        };
+        close(&format!("{name}|{} moved", before.0), &moved(&got.1), &moved(&want.1), 1e-3)
+    });
+    moves.collect()
+}
+
+/// Steps of a run on a device, each from the golden state.
+fn teacher_forced(run: Run, device: &Device, steps: &[usize]) -> Vec<Result<f64, String>> {
+    let goldens = Goldens::open("methods");
+    let mut truth = Training::new(run, &Device::reference());
+    let mut training = Training::new(run, device);
+    let mut results = Vec::new();
+    for step in 0..=*steps.last().expect("some steps") {
+        let name = format!("{}|{step}", run.name);
+        let forced = steps.contains(&step);
+        let before = state_of(&mut truth);
+        if forced {
+            copy_state(&mut truth, &mut training);
+            let loss = training.forward_and_backward(&goldens, step, Fault::None);
+            // SimSiam's is a mean of cosines of both signs, near zero here: an error counts against their size, 1.
+            let zero = if run.name == "simsiam" { 1.0 } else { 0.0 };
+            let want = goldens.record(&format!("{name}|loss")).entries()[0];
+            results.push(close(&format!("{name}|loss"), &[zero + loss], &[zero + want], 1e-5));
+            if run.kinked {
+                continue;
+            }
+            let tolerance = |record: &Record<'_>| record.tolerance(1e-4);
+            let online = &training.online;
+            results.extend(check_gradients(&goldens, &name, online, 1e-6, tolerance));
+            training.update(step, Fault::None);
+        }
+        truth.forward_and_backward(&goldens, step, Fault::None);
+        truth.update(step, Fault::None);
+        if forced {
+            let after = [state_of(&mut training), state_of(&mut truth)];
+            results.extend(check_moves(&name, &before, [&after[0], &after[1]]));
+        }
+    }
+    results
+}
+
+#[test]
+fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
+    let device = Device::cpu(2).unwrap().poisoned();
+    let all: Vec<usize> = (0..STEPS).collect();
+    for run in runs().into_iter().filter(|run| !run.kinked) {
+        report(&format!("{} on the CPU", run.name), teacher_forced(run, &device, &all));
+    }
+}
+
+/// The steps in which most of a method is at work, for a device that is emulated in CI: a queue that is no longer as it
+/// started and is written behind its first rows; the target network when it differs from the online one; SwAV with frozen
+/// prototypes and without its queue, and with both the other way.
+fn telling_steps(run: &Run) -> &'static [usize] {
+    match run.name {
+        "moco v1" | "moco v2" | "simclr v2 memory" | "byol" => &[1],
+        "swav" => &[0, 6],
+        _ => &[0],
+    }
+}
+
+#[test]
+fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
+    unchecked(
+        "forced::steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch",
+        || {
+            let device = gpu(Precision::F32);
+            for run in runs() {
+                let results = teacher_forced(run, &device, telling_steps(&run));
+                device.check().unwrap();
+                report(&format!("{} on CUDA in f32", run.name), results);
+            }
+        },
+    );
+}
+
+/// MoCo's weights, key encoder, queue and place in it, to the last bit, whichever way.
+#[test]
+fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
+    unchecked("forced::a_method_with_state_moves_between_devices_by_its_checkpoint", || {
+        let goldens = Goldens::open("methods");
+        let (gpu, cpu) = (gpu(Precision::Bf16), Device::cpu(1).unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let started = |device: &Device| Training::new(run_of("moco v2"), device);
+        let step = |training: &mut Training, step| {
+            training.forward_and_backward(&goldens, step, Fault::None);
+            training.update(step, Fault::None);
+        };
+        let moved = |from: &mut Training, to: &Device, step| {
+            let state = from.method.state();
+            let (online, optimizer) = (&from.online, &from.optimizer);
+            let metadata = Default::default();
+            let path = save(folder.path(), step, online, optimizer, state, metadata, 1).unwrap();
+            let mut there = started(to);
+            load_weights(&path, &mut there.online).unwrap();
+            load_state(&path, there.method.state()).unwrap();
+            assert_eq!(
+                state_of(&mut there),
+                state_of(from),
+                "from {} to {to}",
+                from.online.device()
+            );
+            there
+        };
+        let mut on_gpu = started(&gpu);
+        step(&mut on_gpu, 0);
+        let mut on_cpu = moved(&mut on_gpu, &cpu, 1);
+        step(&mut on_cpu, 1);
+        let mut back = moved(&mut on_cpu, &gpu, 2);
+        // It goes on there.
+        step(&mut back, 2);
+        gpu.check().unwrap();
+        assert_ne!(state_of(&mut back), state_of(&mut on_cpu));
+    });
+}
