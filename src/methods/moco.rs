@@ -216,9 +216,9 @@ impl MoCo {
         let mut own = self.own.take().expect("moco: start comes before the first step");
         let k = match self.part {
             Some(rows) => self.encode_keys_in_parts(&mut own.key, images, half, rows),
-            None => {
-                forward_in_step(&mut own.key, |tape| self.encode_shuffled(&tape.input(images), half))
-            }
+            None => forward_in_step(&mut own.key, |tape| {
+                self.encode_shuffled(&tape.input(images), half)
+            }),
         };
         self.own = Some(own);
         k

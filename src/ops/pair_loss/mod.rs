@@ -12,7 +12,7 @@
 //! none. With `G_ij = dl_i / ds_ij`, `dz = (G + Gᵀ) z dL / 2n`.
 //!
 //! `G` is kept from the forward pass, `[2n, 2n]`: these are for ablations at small batches. Unit rows under NT-Xent have
-//! [`nt_xent`](super::nt_xent()), which keeps nothing of that size.
+//! [`nt_xent`](super::nt_xent()), which keeps nothing of that size. There are no CUDA kernels.
 
 mod rows;
 
@@ -39,10 +39,15 @@ pub enum PairLoss {
     },
 }
 
+fn no_cuda() -> ! {
+    panic!("pair_loss has no CUDA kernels: compute on the CPU")
+}
+
 /// The mean loss over the `2n` rows of `z [2n, d]`; a scalar. `temperature > 0`.
 ///
 /// # Panics
-/// When the number of rows is odd or less than 4 (one pair has no negatives), or the temperature is not positive.
+/// When the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is
+/// a GPU.
 #[track_caller]
 pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
     let [rows, d] = z.value().dims("pair_loss: the embeddings");
@@ -63,7 +68,7 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
                 rows::losses::<f32>(weights, rows, loss, temperature)
             })
         }
-        DeviceKind::Cuda => crate::ops::no_cuda("pair_loss"),
+        DeviceKind::Cuda => no_cuda(),
         DeviceKind::Reference => {
             let (z, weights) = (z_value.data::<f64>(), weights.data_mut::<f64>());
             for (place, weight) in weights.iter_mut().enumerate() {
@@ -90,7 +95,7 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
                 });
                 dz.iter_mut().for_each(|dz| *dz *= scale as f32);
             }
-            DeviceKind::Cuda => crate::ops::no_cuda("pair_loss"),
+            DeviceKind::Cuda => no_cuda(),
             DeviceKind::Reference => {
                 let (z, g) = (z_value.data::<f64>(), weights.data::<f64>());
                 for (place, dz) in dz.data_mut::<f64>().iter_mut().enumerate() {
