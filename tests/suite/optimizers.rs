@@ -9,6 +9,7 @@ use selfsup::device::{Device, Precision};
 use selfsup::ops;
 use selfsup::optim::{Exclude, Lars, Optimizer, Rule, Schedule, Sgd, TrustNorm, ema};
 use selfsup::tape;
+use selfsup::tensor::Numbers;
 
 use crate::case::{dot, write_slot};
 use crate::compare::{close, report};

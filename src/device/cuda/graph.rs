@@ -20,10 +20,11 @@ pub(crate) struct Graph {
 // SAFETY: a graph belongs to its context, not to a thread.
 unsafe impl Send for Graph {}
 
-/// Recording under way; ends with it, also when `work` panics.
+/// Recording under way; ends with it, also when the work panics.
 struct Recording<'a> {
     device: &'a Device,
     memory: u64,
+    executable: Option<CUgraphExec>,
     kept: bool,
 }
 
@@ -39,13 +40,12 @@ impl Graph {
     ) -> Result<(Self, R)> {
         device.gpu().begin_recording();
         let memory = device.pool().begin_recording();
-        let mut recording = Recording { device, memory, kept: false };
-        let result = work();
-        let executable = device.gpu().end_recording();
-        let result = result?;
+        let mut recording = Recording { device, memory, executable: None, kept: false };
+        let result = work()?;
+        recording.executable = device.gpu().end_recording();
         device.check()?;
         recording.kept = true;
-        let executable = executable.expect("a device without a failure has recorded");
+        let executable = recording.executable.expect("a device without a failure has recorded");
         Ok((Self { device: device.clone(), executable, memory }, result))
     }
 
@@ -57,14 +57,15 @@ impl Graph {
 
 impl Drop for Recording<'_> {
     fn drop(&mut self) {
-        let abandoned = self.device.gpu().end_recording();
-        if let Some(executable) = abandoned {
+        self.device.pool().end_recording();
+        if self.kept {
+            return;
+        }
+        let executable = self.executable.or_else(|| self.device.gpu().end_recording());
+        if let Some(executable) = executable {
             self.device.gpu().forget(executable);
         }
-        self.device.pool().end_recording();
-        if !self.kept {
-            self.device.pool().release_recorded(self.memory);
-        }
+        self.device.pool().release_recorded(self.memory);
     }
 }
 
