@@ -85,7 +85,7 @@ impl Training {
             bottleneck: 1,
         };
         let hidden = number(1) * if number(0) < 50 { 8 } else { 32 };
-        let settings = Settings { temperature: 0.5, hidden, embedding: 128 };
+        let settings = Settings { hidden, ..Settings::default() };
         let method = SimClr::new(&config, &settings);
         let online = Arena::new(method.layout(), device, 1);
         let rule =

@@ -56,6 +56,8 @@ pub enum Init {
     Normal(f64),
     /// Uniform in `[-bound, bound)`.
     Uniform(f64),
+    /// Normal with mean 0 and this standard deviation, drawn again beyond two of them: what is left has 0.88 of it.
+    TruncatedNormal(f64),
 }
 
 /// One named piece of an arena.
@@ -161,6 +163,16 @@ impl Layout {
         Stat { offset, shape }
     }
 
+    /// Lets the parameters of these kinds start truncated normal, `gain / sqrt(inputs of an output)` their standard deviation
+    /// before truncation: TensorFlow's and Haiku's initialisation of filters and matrices.
+    pub fn start_truncated(&mut self, kinds: &[SlotKind], gain: f64) {
+        for slot in self.params.iter_mut().filter(|slot| kinds.contains(&slot.kind)) {
+            let inner = slot.shape.last().copied().unwrap_or(1);
+            let inputs = slot.shape.elements() / slot.shape[0] / inner * slot.channels;
+            slot.init = Init::TruncatedNormal(gain / (inputs as f64).sqrt());
+        }
+    }
+
     /// The parameters, in order.
     pub fn params(&self) -> &[Slot] {
         &self.params
@@ -183,6 +195,15 @@ impl Layout {
         let taken = self.params.iter().chain(&self.stats).any(|s| s.name == name);
         assert!(!taken, "layout: two slots are named {name}");
         name
+    }
+}
+
+fn truncated_normal(rng: &mut Philox) -> f64 {
+    loop {
+        let value = rng.normal();
+        if value.abs() <= 2.0 {
+            return value;
+        }
     }
 }
 
@@ -221,6 +242,7 @@ impl Arena {
                     Init::Constant(v) => v as f32,
                     Init::Normal(std) => (std * rng.normal()) as f32,
                     Init::Uniform(bound) => rng.uniform_in(-1.0, 1.0) * bound as f32,
+                    Init::TruncatedNormal(std) => (std * truncated_normal(&mut rng)) as f32,
                 });
             }
         }
@@ -419,6 +441,20 @@ mod tests {
         let arena = Arena::new(&layout, &Device::reference(), 3);
         let stem = arena.slot_values(&layout.params()[0]);
         assert!(stem.chunks(4).all(|pixel| pixel[3] == 0.0 && pixel[0] != 0.0));
+    }
+
+    #[test]
+    fn truncated_filters_have_the_deviation_of_their_inputs() {
+        let mut layout = Layout::new();
+        layout.padded_param("stem", [64, 7, 7, 4], SlotKind::Filter, Init::Normal(1.0), 3);
+        layout.param("fc", [7, 5], SlotKind::Matrix, Init::Uniform(0.5));
+        layout.start_truncated(&[SlotKind::Filter], 1.0);
+        assert_eq!(layout.params()[1].init, Init::Uniform(0.5));
+        let arena = Arena::new(&Arc::new(layout), &Device::reference(), 3);
+        let (std, all) = (1.0 / 147_f64.sqrt(), arena.slot_values(&arena.layout().params()[0]));
+        let mean_square = all.iter().map(|v| v * v).sum::<f64>() / (64 * 147) as f64;
+        assert!((mean_square.sqrt() / std - 0.8796).abs() < 0.02, "{}", mean_square.sqrt() / std);
+        assert!(all.iter().all(|v| v.abs() <= 2.0 * std * 1.000_001));
     }
 
     #[test]

@@ -51,7 +51,8 @@
 //! [`methods::simclr_v2`] ([paper](https://arxiv.org/abs/2006.10029)), [`methods::swav`]
 //! ([paper](https://arxiv.org/abs/2006.09882)), [`methods::byol`] ([paper](https://arxiv.org/abs/2006.07733)),
 //! [`methods::simsiam`] ([paper](https://arxiv.org/abs/2011.10566)); [`methods::supervised`] and [`methods::distill`] beside
-//! them. What each needs from the outside is the [`Method`](methods::Method) trait.
+//! them. What each needs from the outside is the [`Method`](methods::Method) trait. What the papers compare are settings of theirs,
+//! and a [`Study`](train::Study) is a file of such comparisons.
 //!
 //! # Panics and errors
 //!

@@ -343,6 +343,25 @@ pub fn backward_pass(
     Ok(loss.value.clone())
 }
 
+/// [`step`] over `count` micro-batches whose losses, `loss(tape, i)`, add up. Returns their sum.
+///
+/// # Errors
+/// When the device fails.
+pub fn summed_step(
+    arena: &mut Arena,
+    count: usize,
+    mut loss: impl for<'t> FnMut(&'t Tape<'t>, usize) -> Var<'t>,
+) -> Result<Tensor> {
+    arena.zero_gradients();
+    let mut sum = Tensor::zeros(arena.device(), []);
+    for i in 0..count {
+        let part = backward_pass(arena, |tape| loss(tape, i))?;
+        crate::ops::add_into(arena.device(), &mut sum.view_mut(), &part);
+    }
+    reduce_gradients(arena);
+    Ok(sum)
+}
+
 /// A step over micro-batches whose loss couples all rows, with exact gradients (GradCache, Gao et al. 2021,
 /// arXiv:2101.06983).
 ///

@@ -37,6 +37,8 @@ mod interchange;
 mod memory;
 #[path = "suite/methods.rs"]
 mod methods;
+#[path = "suite/micro_batches.rs"]
+mod micro_batches;
 #[path = "suite/mistakes.rs"]
 mod mistakes;
 #[path = "suite/neighbours.rs"]
@@ -65,6 +67,8 @@ mod shipped_bugs;
 mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
+#[path = "suite/studies.rs"]
+mod studies;
 #[path = "suite/surface.rs"]
 mod surface;
 #[path = "suite/truth.rs"]

@@ -129,6 +129,33 @@ def nt_xent(row):
     return build
 
 
+def pair_loss(row):
+    rows, d = row.sizes("rows", "d")
+    t, margin = float(row.words["t"]), float(row.words.get("m", 0))
+    row.input("z", (rows, d))
+
+    def build(z):
+        s = z @ z.T
+        own, other = torch.arange(rows), (torch.arange(rows) + rows // 2) % rows
+        apart = torch.ones(rows, rows, dtype=torch.bool)
+        apart[own, own] = apart[own, other] = False
+        positive = s[own, other][:, None]
+        if row.words["loss"] == "xent":
+            return F.cross_entropy((s / t).masked_fill(torch.eye(rows, dtype=torch.bool), float("-inf")), other)
+        if row.words["loss"] == "logistic":
+            near, far = F.softplus(-positive / t), F.softplus(s / t)
+        else:
+            near, far = torch.zeros_like(positive), (s - positive + margin).relu()
+        if row.words["hard"] == "1":
+            farther = apart & (s < positive)
+            nearest = s.masked_fill(~farther, float("-inf")).argmax(1)
+            kept = farther[own, nearest]
+            return (near[:, 0] + far[own, nearest] * kept).mean()
+        return (near[:, 0] + (far * apart).sum(1) / (rows - 2)).mean()
+
+    return build
+
+
 def cross_entropy(row):
     n, k = row.sizes("n", "k")
     labels = torch.from_numpy(seeded.indices(row.seed("labels"), n, k))
@@ -233,6 +260,7 @@ def concat_rows(row):
 
 
 ALL = (conv2d, linear, batch_norm, relu, add, scale, mean, max_pool, mean_pool, l2_normalize, nt_xent, cross_entropy)
+ALL += (pair_loss,)
 ALL += (neg_cosine, info_nce, soft_cross_entropy, distillation, stream_mean, stream_select, avg_pool)
 ALL += (gather_rows, slice_rows, concat_rows)
 PRIMITIVES = {build.__name__: build for build in ALL}

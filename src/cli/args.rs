@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::device::Name;
+use super::study::StudyArgs;
 use crate::data::Split;
 
 /// Self-supervised vision: train, look, evaluate.
@@ -68,6 +69,13 @@ and `labels`, names and classes as JSON lists in its header.")]
         /// Print this one
         name: Option<String>,
     },
+    /// Ask a question: run a small grid of recipes and print a table
+    ///
+    /// Runs on the images that come with the program unless data.path is set.
+    #[command(after_help = "Examples:
+  selfsup study                                   # the questions
+  selfsup study simclr-head --set data.path=data/cifar10 --seeds 3")]
+    Study(StudyArgs),
     /// Say what this machine has to compute with
     Devices {
         /// As one JSON object

@@ -7,6 +7,7 @@ mod inspect;
 mod interchange;
 mod progress;
 mod signals;
+mod study;
 mod trained;
 
 use std::io::{IsTerminal, Write};
@@ -28,6 +29,7 @@ pub fn main() -> ExitCode {
         Command::Embed(embed) => interchange::embed(&embed),
         Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => commands::recipes(name.as_deref()),
+        Command::Study(study) => study::study(&study),
         Command::Devices { json } => commands::devices(json),
     };
     match done {

@@ -8,25 +8,42 @@
 //! `L = mean_i (|p̂_i - ẑ'_i|² + |p̂'_i - ẑ_i|²) = 4 + 2 (D(p1, z2) + D(p2, z1))` (eq. 2), `D` the negative cosine, `p`
 //! predictions of the online network, `z` projections of the target.
 //!
+//! ```text
+//!         ┌─ view 1 ─ trunk ─ projector ─ predictor ─ p1 ─┐
+//! image ──┤             │ tau (after the update)          ├─ |p̂1 - ẑ2|², and the same with views exchanged
+//!         └─ view 2 ─ target's trunk ─ projector ──── z2 ─┘   (no gradient)
+//! ```
+//!
 //! The **sum** of both directions, not their mean: biases and batch norm are outside LARS and feel the factor (lightly
 //! lost 11 points by it, lightly-ai/lightly#1286). Each view goes through either network alone, so that batch norm sees
 //! one view; the target normalises by its batch, too, with running statistics of its own. After the update
 //! `target = tau target + (1 - tau) online` with `tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2`, step by step.
 //!
-//! What to expect: the loss starts near 4, falls fast below 1 and says little after; the embeddings' deviation dips in the
-//! first epochs and comes back. Near 0 it has collapsed: check warm-up, weight decay and batch size.
-//! `selfsup train byol-cifar10-small`.
+//! **Settings**: [`Settings`]. What the target may be (table 5a): the moving average; a fixed random network, `momentum = 1`
+//! with `fresh_target`; the online network itself, `momentum = 0` with `constant_momentum`. The last one is SimSiam with
+//! BYOL's heads. `predictor` and `head_norm` take away the rest. `selfsup study byol-target`, `byol-norm`.
 //!
-//! Deviations: no online classifier beside the loss (its gradient is stopped in the reference); heads start normal, not
-//! truncated normal.
+//! **Deviations**: no online classifier beside the loss (its gradient is stopped in the reference). Weights start normal,
+//! filters as PyTorch's do, unless `truncated_init` is set.
+//!
+//! **Monitors**: the loss starts near 4, falls fast below 1 and says little after: a falling loss is no progress, and a rising
+//! one, as the target gets harder to predict, no failure. `positive_similarity`, of predictions and targets, is
+//! `1 - L / 4`. `negative_similarity` must stay well below it. `predictor_gain` is what the predictor adds to that cosine:
+//! above 0 while it is needed. `target_distance` shrinks as tau nears 1. The embeddings' deviation dips in the first epochs and
+//! comes back; near 0 it has collapsed: check warm-up, weight decay and batch size.
+//!
+//! **Run it**: `selfsup train byol-cifar10-small --set data.path=PATH`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::arena::{Arena, Layout};
+use super::monitors::{Reading, Readings, distance, mean_cosine, similarities};
+use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::Result;
-use crate::methods::{Course, Method, State, above_zero, momentum_in_range, view, widths};
+use crate::methods::{
+    Coupling, Course, Method, State, above_zero, momentum_in_range, view, widths,
+};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{add, l2_normalize, neg_cosine, scale};
 use crate::optim::ema;
@@ -53,6 +70,28 @@ pub struct Settings {
     /// Whether batch norm is in the heads.
     #[serde(default = "yes")]
     pub head_norm: bool,
+    /// Whether tau stays at its base.
+    #[serde(default)]
+    pub constant_momentum: bool,
+    /// Whether filters and matrices start truncated normal, as in the reference code.
+    #[serde(default)]
+    pub truncated_init: bool,
+}
+
+impl Default for Settings {
+    /// The paper's, for 1000 epochs of ImageNet.
+    fn default() -> Self {
+        Self {
+            momentum: 0.996,
+            hidden: 4096,
+            embedding: 256,
+            fresh_target: true,
+            predictor: true,
+            head_norm: true,
+            constant_momentum: false,
+            truncated_init: false,
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -71,6 +110,8 @@ pub struct Byol {
     /// Of this step; made by `start`.
     tau: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
+    /// Projection and prediction of one view and the target's projection of the other, for the monitors.
+    seen: Option<[Tensor; 3]>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -105,9 +146,21 @@ impl Byol {
         };
         let projector = head("projector", backbone.features());
         let predictor = head("predictor", if settings.predictor { embedding } else { 0 });
-        let (layout, settings) = (Arc::new(layout), *settings);
-        let (target, total, tau, embeddings) = (None, 1, None, None);
-        Self { layout, backbone, projector, predictor, settings, target, total, tau, embeddings }
+        if settings.truncated_init {
+            layout.start_truncated(&[SlotKind::Filter, SlotKind::Matrix], 1.0);
+        }
+        Self {
+            layout: Arc::new(layout),
+            backbone,
+            projector,
+            predictor,
+            settings: *settings,
+            target: None,
+            total: 1,
+            tau: None,
+            embeddings: None,
+            seen: None,
+        }
     }
 
     fn project<'t>(&self, x: &Var<'t>) -> Var<'t> {
@@ -144,6 +197,9 @@ impl Method for Byol {
     }
 
     fn prepare(&mut self, iteration: u64) {
+        if self.settings.constant_momentum {
+            return;
+        }
         let done = iteration as f64 / self.total as f64;
         let half_cosine = ((std::f64::consts::PI * done).cos() + 1.0) / 2.0;
         if let Some(tau) = &mut self.tau {
@@ -160,13 +216,29 @@ impl Method for Byol {
         let t1 = tape.input(&self.project_target(&x1));
         let t2 = tape.input(&self.project_target(&x2));
         self.embeddings = Some(l2_normalize(&z1.detach()).value().clone());
+        self.seen = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
         // |a - b|² = 2 - 2 cos(a, b) of unit rows, once for each direction.
         let cosines = add(&neg_cosine(&p1, &t2), &neg_cosine(&p2, &t1));
         add(&scale(&cosines, 2.0), &tape.constant(4.0))
     }
 
+    fn coupling(&self) -> Coupling {
+        Coupling::Images
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
+    }
+
+    fn monitors(&self, online: &Arena, _: f64) -> Readings {
+        let (Some([z, p, t]), Some(target)) = (&self.seen, &self.target) else {
+            return Readings::new();
+        };
+        let mut readings = similarities(p, t, None);
+        let gain = mean_cosine(p, t) - mean_cosine(z, t);
+        readings.push(("predictor_gain", Reading::Number(gain)));
+        readings.push(distance(online, target));
+        readings
     }
 
     fn after_update(&mut self, online: &mut Arena, _: f64) {

@@ -29,9 +29,13 @@
 //! | batch size in the paper | 256 | 4096 | 4096 | 4096, or 256 with queue | 4096 | 512 |
 //! | sensitivity to it | low: the queue stands in | high: -5 points at 256, 100 epochs | lower with memory | low with queue | low down to 256 with accumulation | low, 64 to 2048 |
 
+mod builtin;
 pub mod byol;
+mod dictionary;
 pub mod distill;
+mod micro;
 pub mod moco;
+mod monitors;
 mod recipe;
 pub mod simclr;
 pub mod simclr_v2;
@@ -48,9 +52,10 @@ use crate::nn::{ResNet, ResNetConfig};
 use crate::optim::Care;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-pub use recipe::{
-    DataSettings, OptimSettings, Recipe, TrainSettings, WatchSettings, builtin, builtin_names,
-};
+pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
+pub use micro::{check_micro_batches, step};
+pub use monitors::{BINS, Reading, Readings};
+pub use recipe::{DataSettings, OptimSettings, Recipe, TrainSettings, WatchSettings};
 
 /// What is known of a run before its first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +64,27 @@ pub struct Course {
     pub seed: u64,
     /// Images of a step.
     pub batch: usize,
+    /// Images of the set.
+    pub images: usize,
     /// Steps of an epoch, at least 1.
     pub per_epoch: u64,
     /// Steps of the run, at least 1.
     pub total: u64,
+}
+
+/// What a loss couples: how a step of several micro-batches is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coupling {
+    /// Nothing is known: the step cannot be cut.
+    Whole,
+    /// The views of one image: the loss is a mean over images, and gradients of micro-batches add up.
+    Images,
+    /// All rows of the batch: embeddings are made twice ([`cached_step`](crate::tape::cached_step)) by
+    /// [`Method::embed_part`] and meet in [`Method::couple`].
+    Batch {
+        /// Rows of an image among the embeddings.
+        views: usize,
+    },
 }
 
 /// A piece of what a method owns beside the online weights: what checkpoints hold.
@@ -83,6 +105,11 @@ pub trait Method {
 
     /// The trunk whose features are evaluated, on the online arena.
     fn backbone(&self) -> &ResNet;
+
+    /// What of its settings has no CUDA kernels, if anything.
+    fn without_cuda(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Views of each image that a step needs.
     fn views(&self) -> usize {
@@ -112,9 +139,14 @@ pub trait Method {
         Ok(())
     }
 
+    /// Which images of the set the coming batch is made of; after [`Method::prepare`].
+    fn samples(&mut self, indices: &[u32]) {
+        let _ = indices;
+    }
+
     /// Sets the host's numbers of a step: momentum, random draws, pointers. Nothing runs on the device. What operations read
-    /// of them are [`Numbers`](crate::tensor::Numbers): a step that a GPU replays runs this, [`Method::labels`] and
-    /// nothing else of the method, so that what it needs to know follows from `iteration` alone.
+    /// of them are [`Numbers`](crate::tensor::Numbers): a step that a GPU replays runs this, [`Method::labels`],
+    /// [`Method::samples`] and nothing else of the method, so that what it needs to know follows from `iteration` alone.
     fn prepare(&mut self, iteration: u64) {
         let _ = iteration;
     }
@@ -139,9 +171,39 @@ pub trait Method {
     /// The loss of a batch. `views` holds one tensor `[views * n, s, s, 4]` for each resolution, view after view.
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t>;
 
+    /// What the loss couples.
+    fn coupling(&self) -> Coupling {
+        Coupling::Whole
+    }
+
+    /// The embeddings `[views * m, d]` of a micro-batch of `m` images, view after view, that [`Method::couple`] compares.
+    ///
+    /// # Panics
+    /// Unless [`Method::coupling`] is of the batch.
+    fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        let _ = (tape, views);
+        panic!("methods: a loss that does not couple the batch has no part to embed");
+    }
+
+    /// The loss of the embeddings `z [views * n, d]` of all of the batch, view after view, whose images are `views`.
+    ///
+    /// # Panics
+    /// Unless [`Method::coupling`] is of the batch.
+    fn couple<'t>(&mut self, z: Var<'t>, views: &[Tensor]) -> Var<'t> {
+        let _ = (z, views);
+        panic!("methods: a loss that does not couple the batch has no embeddings to compare");
+    }
+
     /// The embeddings `[rows, d]`, of unit length, that the last [`Method::loss`] compared: what the collapse monitor
     /// looks at. Taken, so that no memory is held.
     fn take_embeddings(&mut self) -> Option<Tensor>;
+
+    /// What a practitioner looks at, of the last step; `loss` is the epoch's mean. Asked once an epoch, since it reads from the
+    /// device. Each method's page says what its monitors should look like.
+    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
+        let _ = (online, loss);
+        Readings::new()
+    }
 
     /// How many prototypes the last loss assigned images to, weighed by use: `exp` of the entropy of the mean assignment. For
     /// methods that cluster; reads from the device.

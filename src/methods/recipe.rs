@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::builtin::{builtin, builtin_names};
 use crate::data::Policy;
 use crate::device::Precision;
 use crate::error::{Error, Result};
@@ -88,6 +89,10 @@ pub struct TrainSettings {
     pub epochs: u32,
     /// Images of a step, each in several views.
     pub batch: usize,
+    /// Parts that a step is made in, for batches that do not fit into memory. Gradients stay those of the whole batch; batch norm
+    /// sees a part.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub micro_batches: usize,
     /// kNN accuracy is measured every this many epochs and at the end; 0 for the end only.
     #[serde(default)]
     pub knn_every: u32,
@@ -106,6 +111,10 @@ pub struct TrainSettings {
     /// What a GPU stores activations and multiplies in: `bf16` or `f32`. The CPU computes in f32.
     #[serde(default = "bf16")]
     pub precision: Precision,
+    /// The views of this many first steps, and the first weights, are written to the run's `replay/`, for
+    /// `benches/peers/replay.py`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub record_views: u64,
     /// Compute threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub threads: usize,
@@ -145,6 +154,18 @@ impl Default for WatchSettings {
     }
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(value: &usize) -> bool {
+    *value == 1
+}
+
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
 fn three() -> usize {
     3
 }
@@ -154,26 +175,24 @@ fn bf16() -> Precision {
 }
 
 impl Recipe {
-    /// A recipe from a file, or from a name of [`builtin_names`], with `key.path=value` settings on top.
+    /// A recipe from a file, or from a name of [`builtin_names`], with `key.path=value` settings on top. A recipe may start
+    /// with `base = "…"`, another one's name or file, and then says only what differs; `[augment]` differs in every view.
     ///
     /// # Errors
     /// When there is no such file or recipe, or it is not what it should be: the message names the key.
     pub fn load(name: &str, settings: &[String]) -> Result<Self> {
-        let (text, origin) = match builtin(name) {
-            Some(text) => (text.to_owned(), name.to_owned()),
-            None => (read(name)?, name.to_owned()),
-        };
-        Self::parse(&text, &origin, settings)
+        Self::with(table_of(name, 0)?, settings)
     }
 
-    /// A recipe from its text, with `key.path=value` settings on top; `origin` is what messages call it.
+    /// A whole recipe from its text, with `key.path=value` settings on top; `origin` is what messages call it.
     ///
     /// # Errors
     /// When the text is not what it should be: the message names the key.
     pub fn parse(text: &str, origin: &str, settings: &[String]) -> Result<Self> {
-        let mut table: toml::Table = text
-            .parse()
-            .map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))?;
+        Self::with(parsed(text, origin)?, settings)
+    }
+
+    fn with(mut table: toml::Table, settings: &[String]) -> Result<Self> {
         for setting in settings {
             set(&mut table, setting)?;
         }
@@ -247,6 +266,13 @@ impl Recipe {
         if self.train.batch < 2 {
             return Err(Error::config("train.batch starts at 2: one image has no others"));
         }
+        let (groups, parts) = (self.network.norm_groups, self.train.micro_batches.max(1));
+        if !(self.train.batch / parts).is_multiple_of(groups) {
+            return Err(Error::Config(format!(
+                "network.norm_groups is {groups}, into which the {} images that batch norm sees cannot be cut: change train.batch",
+                self.train.batch / parts
+            )));
+        }
         self.augment.iter().try_for_each(Policy::check)
     }
 }
@@ -259,6 +285,55 @@ fn read(name: &str) -> Result<String> {
         )));
     }
     std::fs::read_to_string(name).map_err(Error::io(name))
+}
+
+/// Bases of bases: more are a circle.
+const DEEPEST: usize = 4;
+
+/// The table of a recipe file or a built-in recipe, on top of its base's.
+fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
+    let text = match builtin(name) {
+        Some(text) => text.to_owned(),
+        None => read(name)?,
+    };
+    let mut table = parsed(&text, name)?;
+    let Some(base) = table.remove("base") else { return Ok(table) };
+    let Some(base) = base.as_str().filter(|_| depth < DEEPEST) else {
+        return Err(Error::Config(format!(
+            "recipe {name}: base must be another recipe's name or file, not {base}"
+        )));
+    };
+    let mut whole = table_of(base, depth + 1)?;
+    merge(&mut whole, table);
+    Ok(whole)
+}
+
+fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
+    text.parse().map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))
+}
+
+/// Tables of which one key is chosen: another choice replaces it.
+const CHOICES: [&str; 2] = ["rule", "decay"];
+
+/// Puts what differs on top of a base. A table on top of an array of tables goes on top of each.
+fn merge(base: &mut toml::Table, over: toml::Table) {
+    use toml::Value::{Array, Table};
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Table(inner)), Table(over)) => {
+                if CHOICES.contains(&&*key) && !over.keys().all(|k| inner.contains_key(k)) {
+                    inner.clear();
+                }
+                merge(inner, over);
+            }
+            (Some(Array(items)), Table(over)) => {
+                for item in items.iter_mut().filter_map(toml::Value::as_table_mut) {
+                    merge(item, over.clone());
+                }
+            }
+            (_, value) => drop(base.insert(key, value)),
+        }
+    }
 }
 
 /// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
@@ -348,55 +423,6 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-macro_rules! builtin {
-    ($name:literal) => {
-        ($name, include_str!(concat!("../../recipes/", $name, ".toml")))
-    };
-}
-
-const BUILTIN: &[(&str, &str)] = &[
-    builtin!("byol-cifar10"),
-    builtin!("byol-cifar10-small"),
-    builtin!("byol-imagenet"),
-    builtin!("demo"),
-    builtin!("moco-v1-imagenet"),
-    builtin!("moco-v2-cifar10"),
-    builtin!("moco-v2-cifar10-small"),
-    builtin!("moco-v2-imagenet"),
-    builtin!("simclr-cifar10"),
-    builtin!("simclr-cifar10-cpu"),
-    builtin!("simclr-cifar10-small"),
-    builtin!("simclr-imagenet"),
-    builtin!("simclr-v2-cifar10"),
-    builtin!("simclr-v2-cifar10-small"),
-    builtin!("simclr-v2-distill-cifar10-small"),
-    builtin!("simclr-v2-distill-imagenet"),
-    builtin!("simclr-v2-finetune-cifar10-small"),
-    builtin!("simclr-v2-finetune-imagenet"),
-    builtin!("simclr-v2-imagenet-r152-3x"),
-    builtin!("simclr-v2-imagenet-r50-1x"),
-    builtin!("simsiam-cifar10"),
-    builtin!("simsiam-cifar10-small"),
-    builtin!("simsiam-imagenet"),
-    builtin!("supervised-cifar10"),
-    builtin!("supervised-cifar10-small"),
-    builtin!("supervised-imagenet"),
-    builtin!("swav-cifar10"),
-    builtin!("swav-cifar10-small"),
-    builtin!("swav-imagenet"),
-    builtin!("swav-imagenet-256"),
-];
-
-/// Names of the recipes that the program brings along.
-pub fn builtin_names() -> impl Iterator<Item = &'static str> {
-    BUILTIN.iter().map(|(name, _)| *name)
-}
-
-/// The text of a built-in recipe.
-pub fn builtin(name: &str) -> Option<&'static str> {
-    BUILTIN.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,12 +448,34 @@ mod tests {
         assert!(message(&["train.epochs=many"]).contains("invalid type: string \"many\""));
         assert!(message(&["train.epochs"]).contains("--set takes key.path=value"));
         assert!(message(&["train.batch=1"]).contains("train.batch starts at 2"));
+        assert!(message(&["network.norm_groups=3"]).contains("network.norm_groups is 3"));
         assert!(message(&["network.depth=20"]).contains("network.depth is 20"));
         let missing = Recipe::load("simclr-cifar", &[]).unwrap_err().to_string();
         assert!(missing.contains("there is no recipe file simclr-cifar"), "{missing}");
         let recipe = Recipe::load("demo", &["method.temprature=1".into()]).unwrap();
         let error = super::super::build(&recipe).err().unwrap().to_string();
         assert!(error.contains("(did you mean `temperature`?)"), "{error}");
+    }
+
+    #[test]
+    fn a_recipe_says_what_differs_from_its_base() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        let text = "base = \"simclr-cifar10\"\n[optim.rule.sgd]\nmomentum = 0.8\nnesterov = false\n\
+            weight_decay = 0\nexclude = \"nothing\"\n[augment]\nflip = 0.25\n";
+        let recipe = Recipe::load(&file("a.toml", text), &["train.batch=64".into()]).unwrap();
+        let base = Recipe::load("simclr-cifar10", &[]).unwrap();
+        assert!(matches!(recipe.optim.rule, Rule::Sgd(sgd) if sgd.momentum == 0.8));
+        assert_eq!((recipe.train.batch, recipe.train.epochs), (64, base.train.epochs));
+        assert_eq!((recipe.augment[0].flip, recipe.augment[0].size), (0.25, 32));
+        let own = file("circle.toml", "");
+        std::fs::write(&own, format!("base = {own:?}")).unwrap();
+        let error = Recipe::load(&own, &[]).unwrap_err().to_string();
+        assert!(error.contains("base must be another recipe"), "{error}");
     }
 
     #[test]

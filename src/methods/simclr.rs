@@ -1,21 +1,62 @@
 //! SimCLR (Chen et al. 2020, arXiv:2002.05709), as google-research/simclr trains it.
 //!
-//! Two augmented views of each image go through trunk and head in one forward pass of `2N` rows, so that batch norm sees
-//! both; each embedding must find its other view among all `2N - 1` others:
-//! `L = mean_i CE(view 1 -> view 2) + mean_i CE(view 2 -> view 1)`, which is twice the paper's NT-Xent (`objective.py` adds
-//! the two means). The factor matters: weights under LARS do not feel it, biases and batch norm do.
+//! Every image is seen twice, each time cropped, coloured and blurred anew. One network embeds all views of the batch, and each
+//! embedding must find its other view among those of all other images. What makes two views agree is what augmentation leaves
+//! alone, so the augmentations decide what is learnt. The loss is put on the output of a small head that is thrown away
+//! afterwards: the trunk below it keeps what the loss would make it forget. Negatives are the rest of the batch, so large
+//! batches and long training help.
+//!
+//! `L = mean_i CE(view 1 -> view 2) + mean_i CE(view 2 -> view 1)`, cross-entropies over the `2N - 1` others of cosines divided
+//! by T: twice the paper's NT-Xent (eq. 1), because `objective.py` adds the two means. The factor matters: weights under LARS
+//! do not feel it, biases and batch norm do.
+//!
+//! ```text
+//! image ─┬─ view 1 ─┐                             ┌─ z1 ─┐
+//!        └─ view 2 ─┴─ trunk ─ head ─ unit length ┴─ z2 ─┴─ each finds the other among 2N - 1
+//! ```
+//!
+//! **Settings**: [`Settings`]. Both views go through in one forward pass of `2N` rows, so that batch norm sees both. The paper
+//! asks what each part is for, and so can you: `head_layers` 0, 1 or 2 (figure 8), `normalise` and `temperature` (table 5),
+//! `loss` (table 4), and `loss = "attract"`, which has no negatives at all and with a `predictor` is SimSiam with one batch
+//! norm over both views (arXiv:2011.10566, section 6.2). `selfsup study simclr-head` and its neighbours run them.
+//!
+//! **Deviations**: one sigma of the blur for each image, where the reference draws one for the batch; filters start as
+//! PyTorch's do unless `truncated_init` is set. The learning rate's last step is that of `images / batch` steps an epoch.
+//!
+//! **Monitors**: the loss starts near `2 ln(2N - 1)`, 18 at batch 4096, falls fast in the first epochs and slowly ever after.
+//! `positive_similarity` rises to 0.8 or more while `negative_similarity` stays near 0; both near 1 is collapse.
+//! `mutual_information_bound` is `ln(2N - 1) - L / 2`: near its limit `ln(2N - 1)` the batch is too small to tell more.
+//! The embeddings' deviation stays near 1, the effective rank grows.
+//!
+//! **Run it**: `selfsup train simclr-cifar10-small --set data.path=PATH`, or `selfsup demo`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::arena::Layout;
+use super::monitors::{Readings, information, similarities};
+use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
-use crate::methods::Method;
+use crate::methods::{Coupling, Method, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
-use crate::ops::{l2_normalize, nt_xent, scale};
+use crate::ops::{PairLoss, add, l2_normalize, neg_cosine, nt_xent, pair_loss, scale, slice_rows};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+
+/// What embeddings are asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// The paper's.
+    #[default]
+    NtXent,
+    /// A logistic regression of each pair, `T` as in NT-Xent ([`PairLoss::Logistic`]).
+    NtLogistic,
+    /// A margin between positive and negatives ([`PairLoss::Margin`]).
+    Margin,
+    /// Positives only. Collapses without a predictor.
+    Attract,
+}
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -27,33 +68,99 @@ pub struct Settings {
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
+    /// 2, the paper's MLP; 1, a linear layer; 0, none: the loss is put on the trunk's features.
+    #[serde(default = "two")]
+    pub head_layers: usize,
+    /// Whether embeddings have unit length.
+    #[serde(default = "yes")]
+    pub normalise: bool,
+    /// What embeddings are asked for.
+    #[serde(default)]
+    pub loss: Loss,
+    /// m of the margin loss, in units of similarity.
+    #[serde(default = "margin")]
+    pub margin: f64,
+    /// Whether NT-Logistic and the margin loss keep one semi-hard negative for each row.
+    #[serde(default)]
+    pub semi_hard: bool,
+    /// Width of the hidden layer of a predictor as SimSiam has it, for `attract`, whose targets then get no gradient; 0 for
+    /// none.
+    #[serde(default)]
+    pub predictor: usize,
+    /// Whether filters start truncated normal, as in the reference code.
+    #[serde(default)]
+    pub truncated_init: bool,
 }
+
+impl Default for Settings {
+    /// The paper's, for CIFAR-10.
+    fn default() -> Self {
+        Self {
+            temperature: 0.5,
+            hidden: 512,
+            embedding: 128,
+            head_layers: two(),
+            normalise: true,
+            loss: Loss::NtXent,
+            margin: margin(),
+            semi_hard: false,
+            predictor: 0,
+            truncated_init: false,
+        }
+    }
+}
+
+fn two() -> usize {
+    2
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn margin() -> f64 {
+    0.4
+}
+
+/// What TensorFlow divides a standard deviation by, so that truncation at two of them leaves it what it was.
+pub(super) const TRUNCATION: f64 = 0.879_625_661_034_239_8;
 
 /// The network and what its last step left behind.
 pub struct SimClr {
     layout: Arc<Layout>,
     backbone: ResNet,
     head: Mlp,
-    temperature: f64,
+    predictor: Mlp,
+    settings: Settings,
     embeddings: Option<Tensor>,
+    /// The same, for the monitors.
+    seen: Option<Tensor>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = super::recipe::table(table, "method")?;
-    if settings.temperature.is_nan() || settings.temperature <= 0.0 {
-        return Err(Error::config("method.temperature must be above 0"));
+    above_zero(settings.temperature, "temperature")?;
+    widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
+    if settings.head_layers > 2 {
+        return Err(Error::config("method.head_layers is 0, 1 or 2"));
     }
-    if settings.hidden == 0 || settings.embedding == 0 {
-        return Err(Error::config("method.hidden and method.embedding start at 1"));
+    if !settings.margin.is_finite() || settings.margin < 0.0 {
+        return Err(Error::config("method.margin must be 0 or more"));
+    }
+    if settings.predictor > 0 && settings.loss != Loss::Attract {
+        return Err(Error::config("method.predictor is for method.loss = \"attract\""));
     }
     Ok(Box::new(SimClr::new(network, &settings)))
 }
 
 impl SimClr {
-    /// The trunk under `backbone.`, the head under `head.`.
+    /// The trunk under `backbone.`, the head under `head.`, a predictor under `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
+        if settings.truncated_init {
+            layout.start_truncated(&[SlotKind::Filter], 1.0 / TRUNCATION);
+        }
         // No biases: each is followed by a batch norm, the last of which has no shift either (`model_util.py`).
         let layer =
             |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
@@ -62,19 +169,49 @@ impl SimClr {
             layer(settings.embedding, NormKind::ScaleOnly, false),
         ];
         let groups = network.norm_groups;
-        let head = Mlp::new(&mut layout, "head", backbone.features(), &layers, groups);
-        let (layout, temperature) = (Arc::new(layout), settings.temperature);
-        Self { layout, backbone, head, temperature, embeddings: None }
+        let layers = &layers[2 - settings.head_layers..];
+        let head = Mlp::new(&mut layout, "head", backbone.features(), layers, groups);
+        let d = if layers.is_empty() { backbone.features() } else { settings.embedding };
+        let layers = [
+            MlpLayer { std: None, ..layer(settings.predictor, NormKind::Affine, true) },
+            MlpLayer { bias: true, std: None, ..layer(d, NormKind::None, false) },
+        ];
+        let layers = if settings.predictor > 0 { &layers[..] } else { &[] };
+        let predictor = Mlp::new(&mut layout, "predictor", d, layers, groups);
+        let (layout, settings) = (Arc::new(layout), *settings);
+        let (embeddings, seen) = (None, None);
+        Self { layout, backbone, head, predictor, settings, embeddings, seen }
     }
 
-    /// Images to unit embeddings `[rows, embedding]`.
+    /// Images to embeddings `[rows, embedding]`, of unit length unless the settings say otherwise.
     pub fn embed<'t>(&self, x: &Var<'t>) -> Var<'t> {
-        l2_normalize(&self.head.forward(self.backbone.forward(x)))
+        let z = self.head.forward(self.backbone.forward(x));
+        if self.settings.normalise { l2_normalize(&z) } else { z }
     }
 
-    /// The loss of unit embeddings `[2n, embedding]`, view after view.
+    /// The loss of embeddings `[2n, embedding]`, view after view.
     pub fn contrast<'t>(&self, z: &Var<'t>) -> Var<'t> {
-        scale(&nt_xent(z, self.temperature), 2.0)
+        let Settings { temperature, margin, semi_hard, normalise, .. } = self.settings;
+        let of_pairs = |loss| pair_loss(z, loss, temperature);
+        let mean = match self.settings.loss {
+            Loss::NtXent if normalise => nt_xent(z, temperature),
+            Loss::NtXent => of_pairs(PairLoss::Xent),
+            Loss::NtLogistic => of_pairs(PairLoss::Logistic { semi_hard }),
+            Loss::Margin => of_pairs(PairLoss::Margin { margin, semi_hard }),
+            Loss::Attract => return self.attract(z),
+        };
+        scale(&mean, 2.0)
+    }
+
+    /// `D(p1, z2) + D(p2, z1)`, the targets constants where there is a predictor.
+    fn attract<'t>(&self, z: &Var<'t>) -> Var<'t> {
+        let n = z.shape()[0] / 2;
+        let p = self.predictor.forward(z.clone());
+        let target = if self.settings.predictor > 0 { z.detach() } else { z.clone() };
+        let half = |from: usize, to: usize| {
+            neg_cosine(&slice_rows(&p, from, n), &slice_rows(&target, to, n))
+        };
+        add(&half(0, n), &half(n, 0))
     }
 }
 
@@ -87,13 +224,45 @@ impl Method for SimClr {
         &self.backbone
     }
 
+    fn without_cuda(&self) -> Option<&'static str> {
+        match self.settings.loss {
+            Loss::NtXent if self.settings.normalise => None,
+            Loss::Attract => None,
+            _ => Some("a loss of pairs, or embeddings of any length,"),
+        }
+    }
+
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
-        let z = self.embed(&tape.input(&views[0])); // [2n, embedding]
-        self.embeddings = Some(z.value().clone());
+        let z = self.embed_part(tape, views); // [2n, embedding]
+        self.couple(z, views)
+    }
+
+    fn coupling(&self) -> Coupling {
+        Coupling::Batch { views: 2 }
+    }
+
+    fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        self.embed(&tape.input(&views[0]))
+    }
+
+    fn couple<'t>(&mut self, z: Var<'t>, _: &[Tensor]) -> Var<'t> {
+        let unit = if self.settings.normalise { z.detach() } else { l2_normalize(&z.detach()) };
+        self.seen = Some(unit.value().clone());
+        self.embeddings = self.seen.clone();
         self.contrast(&z)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
+    }
+
+    fn monitors(&self, _: &Arena, loss: f64) -> Readings {
+        let Some(z) = &self.seen else { return Readings::new() };
+        let n = z.shape()[0] / 2;
+        let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
+        if self.settings.loss == Loss::NtXent {
+            readings.push(information(2 * n - 1, loss / 2.0));
+        }
+        readings
     }
 }

@@ -3,27 +3,44 @@
 //! Three stages for few labels: pretrain a big network without labels, fine-tune it with the few, distil what it then says of
 //! all images into a small one. Pretraining is SimCLR with a wider, deeper trunk (selective kernels, ResNet-D), a head of
 //! three layers, and optionally a memory of keys from a momentum encoder. Fine-tuning starts from the middle of the head: its
-//! first layer stays part of the network (`supervised` with `head_layers = 1`). Distillation needs no labels (`distill`).
+//! first layer stays part of the network ([`supervised`](super::supervised) with `head_layers = 1`). The fewer the labels, the
+//! more a deep head and a big network help. Distillation needs no labels ([`distill`](super::distill)).
 //!
 //! Without memory the loss is SimCLR's. With memory, both views' embeddings are queries; keys, positives and negatives alike,
 //! come from the momentum encoder, "current and past batches, consistent with MoCo" (google-research/simclr#54): this batch's
 //! keys enter the memory first, and a query leaves out those of its own image there:
 //! `L = InfoNCE(z1 -> k2) + InfoNCE(z2 -> k1)`.
 //!
-//! What to expect: as SimCLR; with memory the loss is about `ln(memory)` at first. Memory is worth about one point.
-//! `selfsup train simclr-v2-cifar10-small`, then `simclr-v2-finetune-cifar10-small` and `simclr-v2-distill-cifar10-small`.
+//! ```text
+//! all images ── views 1, 2 ── big trunk ─ head 1 ─ head 2 ─ head 3 ── NT-Xent          1. pretrain
+//! few labels ──── crop ────── big trunk ─ head 1 ─ fc ── cross-entropy                 2. fine-tune
+//! all images ──┬─ crop ────── big trunk ─ head 1 ─ fc ── softmax(/ T) ─┐
+//!              └─ crop ────── student ────────── fc ── softmax(/ T) ───┴─ cross-entropy 3. distil
+//! ```
 //!
-//! Deviations: the memory is in no public code; size (64K) and momentum (0.999) are from secondary accounts of the paper.
-//! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one.
+//! **Settings**: [`Settings`], and those of the two other stages. `selfsup study simclr-v2-head` fine-tunes one pretrained
+//! network from 0, 1 and 2 layers of its head with shares of the labels.
+//!
+//! **Deviations**: the memory is in no public code; size (64K) and momentum (0.999) are from secondary accounts of the paper.
+//! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one. Filters start as PyTorch's do unless
+//! `truncated_init` is set.
+//!
+//! **Monitors**: as [SimCLR's](super::simclr). With memory the loss is about `2 ln(memory)` at first, and `target_distance` says
+//! how far the key encoder lags. Memory is worth about one point. Distillation's loss falls to the teacher's own entropy.
+//!
+//! **Run it**: `selfsup train simclr-v2-cifar10-small --set data.path=PATH`, then `simclr-v2-finetune-cifar10-small` and
+//! `simclr-v2-distill-cifar10-small`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::arena::{Arena, Layout};
+use super::monitors::{Readings, distance, information, similarities};
+use super::simclr::TRUNCATION;
+use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
 use crate::methods::moco::random_rows;
-use crate::methods::{Course, Method, State, above_zero, momentum_in_range, widths};
+use crate::methods::{Coupling, Course, Method, State, above_zero, momentum_in_range, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
 use crate::optim::ema;
@@ -46,6 +63,23 @@ pub struct Settings {
     /// The share of the key encoder that stays: 0.999.
     #[serde(default = "slow")]
     pub momentum: f64,
+    /// Whether filters start truncated normal, as in the reference code.
+    #[serde(default)]
+    pub truncated_init: bool,
+}
+
+impl Default for Settings {
+    /// The public code's, for ResNet-50.
+    fn default() -> Self {
+        Self {
+            temperature: 0.1,
+            hidden: 2048,
+            embedding: 128,
+            memory: 0,
+            momentum: slow(),
+            truncated_init: false,
+        }
+    }
 }
 
 fn slow() -> f64 {
@@ -80,6 +114,8 @@ pub struct SimClrV2 {
     settings: Settings,
     memory: Option<Memory>,
     embeddings: Option<Tensor>,
+    /// Embeddings and what they were to find, row by row, for the monitors.
+    seen: Option<[Tensor; 2]>,
 }
 
 struct Memory {
@@ -107,10 +143,13 @@ impl SimClrV2 {
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
+        if settings.truncated_init {
+            layout.start_truncated(&[SlotKind::Filter], 1.0 / TRUNCATION);
+        }
         let sizes = [settings.hidden, settings.embedding, HEAD_LAYERS];
         let head = head(&mut layout, "", backbone.features(), sizes, network.norm_groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, backbone, head, settings, memory: None, embeddings: None }
+        Self { layout, backbone, head, settings, memory: None, embeddings: None, seen: None }
     }
 
     /// Images to unit embeddings `[rows, embedding]`.
@@ -175,20 +214,50 @@ impl Method for SimClrV2 {
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
-        let z = self.embed(&tape.input(&views[0])); // [2n, embedding]
+        let z = self.embed_part(tape, views); // [2n, embedding]
+        self.couple(z, views)
+    }
+
+    fn coupling(&self) -> Coupling {
+        // The memory's keys would need parts of their own.
+        if self.settings.memory > 0 { Coupling::Whole } else { Coupling::Batch { views: 2 } }
+    }
+
+    fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        self.embed(&tape.input(&views[0]))
+    }
+
+    fn couple<'t>(&mut self, z: Var<'t>, views: &[Tensor]) -> Var<'t> {
+        let n = z.shape()[0] / 2;
         self.embeddings = Some(z.value().clone());
         let Some(mut memory) = self.memory.take() else {
+            self.seen = Some([z.value().rows(0, n), z.value().rows(n, n)]);
             return scale(&nt_xent(&z, self.settings.temperature), 2.0);
         };
         let k = forward_in_step(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
         write_rows(&mut memory.keys, &memory.place.tensor().slice(0, [1]), &k);
         let loss = self.contrast_with_memory(&z, &k, &memory);
+        self.seen = Some([z.value().rows(0, n), k.rows(n, n)]);
         self.memory = Some(memory);
         loss
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
+    }
+
+    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
+        let Some([z, k]) = &self.seen else { return Readings::new() };
+        let Some(memory) = &self.memory else {
+            let mut readings = similarities(z, k, None);
+            readings.push(information(2 * z.shape()[0] - 1, loss / 2.0));
+            return readings;
+        };
+        let mut readings = similarities(z, k, Some(&memory.keys));
+        // A query leaves out its own two keys in memory and finds one of them as its positive.
+        readings.push(information(self.settings.memory - 1, loss / 2.0));
+        readings.push(distance(online, &memory.key));
+        readings
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {

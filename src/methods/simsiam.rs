@@ -3,29 +3,46 @@
 //! One network sees two views of an image; from one view's projection a predictor guesses the other's, which counts as a
 //! constant. There are no negatives, no momentum encoder, no queue. The stop-gradient and the predictor are what keeps all
 //! images from having one embedding: without either it collapses within an epoch. The predictor's learning rate does not
-//! decay, so that it keeps up with the projections.
+//! decay, so that it keeps up with the projections. The authors read it as an alternation (section 5): fit the network to
+//! fixed targets, then take new ones.
 //!
 //! `L = D(p1, stop(z2)) / 2 + D(p2, stop(z1)) / 2` (eq. 4), `D` the negative cosine (eq. 1).
+//!
+//! ```text
+//!         ┌─ view 1 ─ trunk ─ projector ─ z1 ─ predictor ─ p1 ─┐
+//! image ──┤             ║ the same weights                     ├─ D(p1, stop(z2)), and with views exchanged
+//!         └─ view 2 ─ trunk ─ projector ─ z2 ── stop ──────────┘
+//! ```
 //!
 //! Each view goes through trunk and heads alone: batch norm sees one view. The projector's last batch norm has neither scale
 //! nor shift; the bias before it, frozen in the reference code, is left out, because batch norm takes it away again. The
 //! predictor has no batch norm at its end.
 //!
-//! What to expect: the loss starts near 0 and falls towards -0.9; at -1 with a deviation near 0 it has collapsed, while
-//! healthy projections stay near 1 of `1/sqrt(d)`. `selfsup train simsiam-cifar10-small`.
+//! **Settings**: [`Settings`]. `stop_gradient`, `predictor` and `fix_predictor_lr` take away a part each (tables 1 and 2);
+//! `target_every = k` is the alternation, whose targets come from the network as it was at most k steps ago: 1 is SimSiam
+//! itself. `selfsup study simsiam-parts`, `simsiam-alternation`.
+//!
+//! **Deviations**: none known.
+//!
+//! **Monitors**: the loss starts near 0 and falls towards -0.9; at -1 with a deviation near 0 it has collapsed, while
+//! healthy projections stay near 1 of `1/sqrt(d)`. `positive_similarity`, of predictions and projections, is `-L`;
+//! `negative_similarity` stays near 0. `predictor_gain` is what the predictor adds to that cosine, and above 0.
+//!
+//! **Run it**: `selfsup train simsiam-cifar10-small --set data.path=PATH`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::arena::{Layout, Slot};
+use super::monitors::{Reading, Readings, mean_cosine, similarities};
+use crate::arena::{Arena, Layout, Slot};
 use crate::error::{Error, Result};
-use crate::methods::{Method, view, widths};
+use crate::methods::{Coupling, Course, Method, State, view, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{l2_normalize, mean, neg_cosine};
-use crate::optim::Care;
-use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
+use crate::optim::{Care, ema};
+use crate::tape::{Tape, Var, forward_in_step};
+use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -46,20 +63,44 @@ pub struct Settings {
     /// Whether there is a predictor. Without one it collapses.
     #[serde(default = "yes")]
     pub predictor: bool,
+    /// Targets come from the network as it was at the last multiple of this many steps; 0 for the network as it is.
+    #[serde(default)]
+    pub target_every: u64,
+}
+
+impl Default for Settings {
+    /// The paper's, for ImageNet.
+    fn default() -> Self {
+        Self {
+            projector_layers: 3,
+            embedding: 2048,
+            hidden: 512,
+            fix_predictor_lr: true,
+            stop_gradient: true,
+            predictor: true,
+            target_every: 0,
+        }
+    }
 }
 
 fn yes() -> bool {
     true
 }
 
-/// The description; the method has no state but the weights.
+/// The description; but for an alternation, the method has no state but the weights.
 pub struct SimSiam {
     layout: Arc<Layout>,
     backbone: ResNet,
     projector: Mlp,
     predictor: Mlp,
     settings: Settings,
+    /// The network that makes targets, of an alternation.
+    target: Option<Arena>,
+    /// How much of it stays: nothing in a step that refreshes it, else all.
+    stays: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
+    /// Projection and prediction of one view and the other view's target, for the monitors.
+    seen: Option<[Tensor; 3]>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -67,6 +108,11 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
     widths(&[(settings.embedding, "embedding"), (settings.hidden, "hidden")])?;
     if settings.projector_layers == 0 {
         return Err(Error::config("method.projector_layers starts at 1"));
+    }
+    if settings.target_every > 0 && !settings.stop_gradient {
+        return Err(Error::config(
+            "method.target_every makes constants of targets: set method.stop_gradient",
+        ));
     }
     Ok(Box::new(SimSiam::new(network, &settings)))
 }
@@ -86,12 +132,31 @@ impl SimSiam {
         let layers = [layer(hidden, NormKind::Affine, true), last];
         let layers = if settings.predictor { &layers[..] } else { &[] };
         let predictor = Mlp::new(&mut layout, "predictor", embedding, layers, groups);
-        let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, backbone, projector, predictor, settings, embeddings: None }
+        Self {
+            layout: Arc::new(layout),
+            backbone,
+            projector,
+            predictor,
+            settings: *settings,
+            target: None,
+            stays: None,
+            embeddings: None,
+            seen: None,
+        }
     }
 
     fn encode<'t>(&self, x: &Var<'t>) -> Var<'t> {
         self.projector.forward(self.backbone.forward(x))
+    }
+
+    /// What a view's prediction is compared with: `z`, or what the alternation's network makes of the view's images.
+    fn target<'t>(&mut self, z: &Var<'t>, images: &Tensor) -> Var<'t> {
+        let Some(mut target) = self.target.take() else {
+            return if self.settings.stop_gradient { z.detach() } else { z.clone() };
+        };
+        let fixed = forward_in_step(&mut target, |tape| self.encode(&tape.input(images)));
+        self.target = Some(target);
+        z.tape().input(&fixed)
     }
 }
 
@@ -102,6 +167,27 @@ impl Method for SimSiam {
 
     fn backbone(&self) -> &ResNet {
         &self.backbone
+    }
+
+    fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
+        if self.settings.target_every > 0 {
+            self.target = Some(online.twin());
+            self.stays = Some(Numbers::new(online.device(), &[0.0]));
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, iteration: u64) {
+        if let Some(stays) = &mut self.stays {
+            let refresh = iteration.is_multiple_of(self.settings.target_every);
+            stays.set(&[if refresh { 0.0 } else { 1.0 }]);
+        }
+    }
+
+    fn before_step(&mut self, online: &mut Arena) {
+        if let (Some(target), Some(stays)) = (&mut self.target, &self.stays) {
+            ema(target, online, stays);
+        }
     }
 
     fn care(&self, slot: &Slot, base: f64) -> Care {
@@ -118,11 +204,28 @@ impl Method for SimSiam {
         let p1 = self.predictor.forward(z1.clone());
         let p2 = self.predictor.forward(z2.clone());
         self.embeddings = Some(l2_normalize(&z1.detach()).value().clone());
-        let stop = |z: Var<'t>| if self.settings.stop_gradient { z.detach() } else { z };
-        mean(&[neg_cosine(&p1, &stop(z2)), neg_cosine(&p2, &stop(z1))])
+        let [t1, t2] = [self.target(&z1, &x1), self.target(&z2, &x2)];
+        self.seen = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
+        mean(&[neg_cosine(&p1, &t2), neg_cosine(&p2, &t1)])
+    }
+
+    fn coupling(&self) -> Coupling {
+        Coupling::Images
+    }
+
+    fn monitors(&self, _: &Arena, _: f64) -> Readings {
+        let Some([z, p, t]) = &self.seen else { return Readings::new() };
+        let mut readings = similarities(p, t, None);
+        let gain = mean_cosine(p, t) - mean_cosine(z, t);
+        readings.push(("predictor_gain", Reading::Number(gain)));
+        readings
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
+    }
+
+    fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
+        self.target.as_mut().map(|target| ("target", State::Network(target))).into_iter().collect()
     }
 }

@@ -8,23 +8,39 @@
 //! `L = mean over assigning crops i of (1 / (V - 1)) Σ_{v != i} mean_n -Σ_k q_i log softmax(s_v / T)` (eq. 1 and 2), `s` the
 //! scores `z · prototypes`, `q_i` the assignments of crop `i`, which count as constants.
 //!
+//! ```text
+//!         ┌─ large crop 1 ─┐                              ┌─ s1 ─ Sinkhorn (with the queue) ─ q1 ─┐
+//! image ──┼─ large crop 2 ─┼─ trunk ─ head ─ prototypes ──┼─ s2 ─ Sinkhorn ─ q2                   ├─ cross-entropy
+//!         └─ small crops   ─┘                              └─ s3, s4, … ──── softmax(s / T) ───────┘
+//! ```
+//!
 //! One forward pass of the trunk for each resolution, one of the head for all rows. Prototypes have no bias; their rows are
 //! brought to unit length at the start of every step, and are not moved in the first `freeze_steps` steps. The queue starts
 //! as zeros in epoch `queue_from`, one for each assigning crop, newest first, and is used once it is full; its scores are
 //! made anew from the current prototypes.
 //!
-//! What to expect: the loss stays near `ln(prototypes)` at first and leaves it late. If it never does, lower `epsilon` to
-//! 0.03, freeze longer, or start the queue later (README of the reference code). `selfsup train swav-cifar10-small`.
+//! **Settings**: [`Settings`]. `hard_codes` rounds assignments to one prototype each (section 3.1: worse online than the soft
+//! ones); `sinkhorn_iterations = 0` gives up their balance, and with it what separates SwAV from SimSiam.
+//! `selfsup study swav-codes`, `swav-crops`.
 //!
-//! Deviations: batch norm on one device sees the whole batch, where the reference synchronises groups of 8 GPUs.
+//! **Deviations**: batch norm on one device sees the whole batch, where the reference synchronises groups of 8 GPUs.
+//!
+//! **Monitors**: the loss stays near `ln(prototypes)` at first, 8.006 for 3000, and leaves it late: after the freeze, sometimes
+//! after tens of epochs. If it never does, lower `epsilon` to 0.03, freeze longer, or start the queue later (README of the
+//! reference code). `prototypes_used` stays near the number of prototypes, or what a batch can reach of it: near 1 is collapse.
+//! `assignment_entropy`, of one image's assignment in nats, starts near `ln(prototypes)` and falls as assignments sharpen.
+//! `positive_similarity` of the large crops' embeddings rises, `negative_similarity` stays low.
+//!
+//! **Run it**: `selfsup train swav-cifar10-small --set data.path=PATH`.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::monitors::{Reading, Readings, similarities};
 use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
 use crate::error::{Error, Result};
-use crate::methods::{Course, Method, State, above_zero, widths};
+use crate::methods::{Coupling, Course, Method, State, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
     concat_rows, l2_normalize, linear, mean, normalize_rows, push_rows, sinkhorn, slice_rows,
@@ -61,7 +77,32 @@ pub struct Settings {
     /// The epoch, from 0, in which the queue starts: 15.
     #[serde(default)]
     pub queue_from: u64,
+    /// Whether an assignment is to the one prototype that has most of it.
+    #[serde(default)]
+    pub hard_codes: bool,
 }
+
+impl Default for Settings {
+    /// The paper's, for ImageNet at batch 4096.
+    fn default() -> Self {
+        Self {
+            crops: 8,
+            prototypes: 3000,
+            temperature: 0.1,
+            epsilon: 0.05,
+            sinkhorn_iterations: 3,
+            hidden: 2048,
+            embedding: 128,
+            freeze_steps: 313,
+            queue: 0,
+            queue_from: 0,
+            hard_codes: false,
+        }
+    }
+}
+
+/// The temperature at which a softmax of assignments, which lie in `0..=1`, is their maximum.
+const HARD: f64 = 1e-8;
 
 /// Crops whose assignments are predicted: the first two, which are the large ones.
 const ASSIGNING: usize = 2;
@@ -83,6 +124,8 @@ pub struct Swav {
     fresh: Option<Tensor>,
     assignments: Vec<Tensor>,
     embeddings: Option<Tensor>,
+    /// The same, for the monitors.
+    seen: Option<Tensor>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -121,13 +164,14 @@ impl Swav {
             prototypes,
             settings: *settings,
             queues: Vec::new(),
-            course: Course { seed: 0, batch: 1, per_epoch: 1, total: 1 },
+            course: Course { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
             frozen: settings.freeze_steps > 0,
             queue_runs: false,
             queue_full: false,
             fresh: None,
             assignments: Vec::new(),
             embeddings: None,
+            seen: None,
         }
     }
 
@@ -152,7 +196,8 @@ impl Swav {
             scores.detach()
         };
         let q = sinkhorn(all.value(), epsilon, sinkhorn_iterations, tape.group());
-        q.rows(q.shape()[0] - n, n)
+        let q = q.rows(q.shape()[0] - n, n);
+        if self.settings.hard_codes { softmax(&q, HARD) } else { q }
     }
 }
 
@@ -209,11 +254,23 @@ impl Method for Swav {
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
-        let crops = self.settings.crops;
+        let z = self.embed_part(tape, views); // [crops n, embedding]
+        self.couple(z, views)
+    }
+
+    fn coupling(&self) -> Coupling {
+        Coupling::Batch { views: self.settings.crops }
+    }
+
+    fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let features: Vec<Var<'t>> =
             views.iter().map(|crops| self.backbone.forward(&tape.input(crops))).collect();
-        let z = l2_normalize(&self.head.forward(concat_rows(&features))); // [crops n, embedding]
-        let scores = linear(&z, &tape.param(self.prototypes), None); // [crops n, prototypes]
+        l2_normalize(&self.head.forward(concat_rows(&features)))
+    }
+
+    fn couple<'t>(&mut self, z: Var<'t>, _: &[Tensor]) -> Var<'t> {
+        let crops = self.settings.crops;
+        let scores = linear(&z, &z.tape().param(self.prototypes), None); // [crops n, prototypes]
         let n = scores.shape()[0] / crops;
         let crop = |v: usize| slice_rows(&scores, v * n, n);
         self.assignments.clear();
@@ -229,12 +286,25 @@ impl Method for Swav {
         }
         let assigning = z.value().rows(0, ASSIGNING * n);
         self.fresh = Some(assigning.clone());
+        self.seen = Some(assigning.clone());
         self.embeddings = Some(assigning);
         mean(&losses)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
+    }
+
+    fn monitors(&self, _: &Arena, _: f64) -> Readings {
+        let Some(z) = &self.seen else { return Readings::new() };
+        let n = z.shape()[0] / ASSIGNING;
+        let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
+        let rows = self.assignments.iter().map(|q| q.shape()[0]).sum::<usize>().max(1);
+        let all = self.assignments.iter().flat_map(Tensor::to_f64);
+        let entropy: f64 = all.filter(|&q| q > 0.0).map(|q| -q * q.ln()).sum();
+        readings.push(("assignment_entropy", Reading::Number(entropy / rows as f64)));
+        readings.push(("queue_full", Reading::Number(f64::from(u8::from(self.queue_full)))));
+        readings
     }
 
     fn prototypes_used(&self) -> Option<f64> {

@@ -48,7 +48,7 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     let mut method = methods::build(recipe)?;
     let mut online = Arena::new(method.layout(), &device, recipe.seed);
     let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
-    let course = Course { seed: recipe.seed, batch: images, per_epoch: 1, total: 1 };
+    let course = Course { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
     method.start(&online, &course)?;
     let fixed = device.memory_use().live;
     let crops = crops(recipe, &*method, images, &device)?;

@@ -4,9 +4,11 @@ mod checkpoint;
 mod folder;
 mod inspect;
 mod metrics;
+mod replay;
 mod resume;
 mod run;
 mod step;
+mod study;
 pub(crate) mod weights;
 
 pub use checkpoint::{export_trunk, init_weights, load_state, load_weights, newest, save};
@@ -15,3 +17,4 @@ pub use metrics::Metrics;
 pub use resume::{Paused, recipe_in};
 pub use run::{EpochReport, Images, Run, StepReport, Watch};
 pub use step::{Done, Steps, Training};
+pub use study::{Arm, Outcome, Plan, Study};

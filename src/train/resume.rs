@@ -3,6 +3,7 @@
 //! Random numbers are functions of seed, epoch and sample, and schedules of the step, so that what a run needs beside its
 //! tensors is where it stands: [`Progress`].
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::Spread;
-use crate::methods::Recipe;
+use crate::methods::{Reading, Recipe};
 use crate::train::folder::{self, Folder, RECIPE};
 use crate::train::weights::{WeightFile, write_whole};
 use crate::train::{Run, checkpoint};
@@ -47,6 +48,9 @@ pub(super) struct Progress {
     pub(super) prototypes_used: Option<f64>,
     /// The same.
     pub(super) spread: Option<Spread>,
+    /// The same.
+    #[serde(default)]
+    pub(super) monitors: BTreeMap<String, Reading>,
 }
 
 /// A run that was stopped or killed, or has ended, in its folder.

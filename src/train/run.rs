@@ -1,6 +1,7 @@
 //! One training run: data, method, optimiser and what is written, step after step.
 
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -8,15 +9,15 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::arena::Arena;
-use crate::data::{self, Loader, Source, Split, Subset};
-use crate::device::Device;
+use crate::data::{self, Batch, Loader, Source, Split, Subset};
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn, Spread};
-use crate::methods::{self, Course, DataSettings, Method, Recipe, WatchSettings};
+use crate::methods::{self, Course, DataSettings, Method, Reading, Recipe, WatchSettings};
 use crate::optim::{Optimizer, Schedule};
 use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
-use crate::train::{Done, Steps, Training, checkpoint};
+use crate::train::{Done, Steps, Training, checkpoint, replay};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +35,7 @@ pub struct StepReport {
 }
 
 /// What an epoch looked like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EpochReport {
     /// Epochs done, from 1.
     pub epoch: u32,
@@ -48,6 +49,8 @@ pub struct EpochReport {
     pub knn: Option<f64>,
     /// The method's own classifier's accuracy on held-out images, in `0..=1`, if it has one and it was measured.
     pub accuracy: Option<f64>,
+    /// What the method's monitors show after its last step.
+    pub monitors: BTreeMap<String, Reading>,
     /// Views a second, evaluation excluded.
     pub views_per_second: f64,
     /// Share of its time that the run waited for data.
@@ -161,6 +164,13 @@ impl Run {
     /// A run without a folder; weights from files are read if it is a `fresh` one.
     pub(super) fn prepare(recipe: &Recipe, device: &Device, fresh: bool) -> Result<Self> {
         let mut method = methods::build(recipe)?;
+        if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
+            let name = &recipe.method.name;
+            return Err(Error::Config(format!(
+                "{name}: {what} has no CUDA kernels: train it with --device cpu"
+            )));
+        }
+        methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
         let images = Images::open(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
@@ -181,6 +191,7 @@ impl Run {
             &Course {
                 seed: recipe.seed,
                 batch: recipe.train.batch,
+                images: images.train.len(),
                 per_epoch: schedule.per_epoch.max(1),
                 total: schedule.total.max(1),
             },
@@ -204,7 +215,7 @@ impl Run {
             progress: Progress { images: images.train.len(), ..Progress::default() },
             images,
             folder: None,
-            steps: Steps::new(device),
+            steps: Steps::new(device).in_parts(recipe.train.micro_batches),
             begun: 0,
             stop: Arc::default(),
             saved: Instant::now(),
@@ -259,6 +270,7 @@ impl Run {
         if let Some(sentence) = self.loader.place_images() {
             watch.note(&sentence);
         }
+        self.record_start()?;
         for epoch in self.progress.epoch..epochs {
             let report = self.epoch(epoch, watch)?;
             if report.waiting > WAITING {
@@ -292,6 +304,7 @@ impl Run {
         let so_far = SoFar { start: Instant::now(), first, steps, views };
         for i in first..steps {
             let batch = self.loader.next_batch()?;
+            self.record_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,
                 online: &mut self.online,
@@ -309,30 +322,17 @@ impl Run {
         }
         self.catch_up(&so_far, watch)?;
         let elapsed = so_far.start.elapsed();
+        let loss = self.progress.losses / steps as f64;
         if first < steps {
             self.progress.spread = self.steps.embeddings().map(eval::spread);
             self.progress.prototypes_used = self.method.prototypes_used();
+            self.progress.monitors = self.monitors(loss);
             self.online.device().check()?;
             self.between_steps()?;
         }
-        let Progress { spread, prototypes_used, losses, .. } = self.progress;
-        let loss = losses / steps as f64;
-        if let Some(seen) = diverged(&self.recipe.watch, self.progress.first_loss, loss) {
-            self.alarm(watch, || format!(
-                "the run diverged in epoch {}: {seen}; lower optim.lr or lengthen optim.warmup_epochs",
-                epoch + 1,
-            ))?;
-        }
-        if let Some(seen) = collapse(&self.recipe.watch, spread, prototypes_used) {
-            self.alarm(watch, || {
-                format!(
-                    "the embeddings collapsed in epoch {}: {seen}; \
-                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation",
-                    epoch + 1,
-                )
-            })?;
-        }
-        let last = epoch + 1 == self.recipe.train.epochs;
+        let Progress { spread, prototypes_used, .. } = self.progress;
+        let seen = self.went_wrong(epoch, loss);
+        let last = epoch + 1 == self.recipe.train.epochs || seen.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
         let knn = if measure { self.knn()? } else { None };
         let accuracy = if measure { self.accuracy()? } else { None };
@@ -344,6 +344,7 @@ impl Run {
             spread,
             knn,
             accuracy,
+            monitors: self.progress.monitors.clone(),
             views_per_second: views as f64 / elapsed.as_secs_f64(),
             waiting: share(self.loader.waited() - waited),
         };
@@ -359,12 +360,42 @@ impl Run {
                 "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
                 "waiting": report.waiting,
+                "monitors": report.monitors,
             }))?;
+        }
+        if let Some(seen) = seen {
+            self.alarm(watch, || seen)?;
         }
         let progress = &mut self.progress;
         (progress.epoch, progress.position, progress.losses) = (epoch + 1, 0, 0.0);
         (progress.spread, progress.prototypes_used) = (None, None);
+        progress.monitors.clear();
         Ok(report)
+    }
+
+    /// What the numbers of an epoch say against it, if they do.
+    fn went_wrong(&self, epoch: u32, loss: f64) -> Option<String> {
+        let (watch, Progress { spread, prototypes_used, first_loss, .. }) =
+            (&self.recipe.watch, &self.progress);
+        let epoch = epoch + 1;
+        if let Some(seen) = diverged(watch, *first_loss, loss) {
+            return Some(format!(
+                "the run diverged in epoch {epoch}: {seen}; lower optim.lr or lengthen optim.warmup_epochs"
+            ));
+        }
+        let seen = collapse(watch, *spread, *prototypes_used)?;
+        Some(format!(
+            "the embeddings collapsed in epoch {epoch}: {seen}; \
+             lower optim.lr, lengthen optim.warmup_epochs or check the augmentation"
+        ))
+    }
+
+    /// The method's monitors, and the norm of the last step's gradient.
+    fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
+        let mut readings = self.method.monitors(&self.online, loss);
+        let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
+        readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
+        readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
     }
 
     /// Waits for the losses of all steps begun: before weights are looked at, or written.
@@ -456,6 +487,25 @@ impl Run {
         let normalise = policy.normalise.as_ref();
         eval::classifier_accuracy(&self.online, classifier, &**test, policy.size, normalise)
             .map(Some)
+    }
+
+    /// The folder of a record of this run's first steps, if one is asked for and this is one of them.
+    fn record(&self) -> Option<PathBuf> {
+        let Folder { path, .. } = self.folder.as_ref()?;
+        (self.begun < self.recipe.train.record_views).then(|| path.join(replay::FOLDER))
+    }
+
+    fn record_start(&mut self) -> Result<()> {
+        let Some(folder) = self.record().filter(|_| self.begun == 0) else { return Ok(()) };
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        let state = self.method.state();
+        let (online, optimizer) = (&self.online, &self.optimizer);
+        checkpoint::save(&folder, 0, online, optimizer, state, HashMap::new(), 1)?;
+        Ok(())
+    }
+
+    fn record_views(&self, batch: &Batch) -> Result<()> {
+        self.record().map_or(Ok(()), |folder| replay::write_views(&folder, self.begun, batch))
     }
 }
 

@@ -17,9 +17,8 @@ use crate::data::Batch;
 use crate::device::cuda::{Graph, Ring};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
-use crate::methods::Method;
+use crate::methods::{self, Method};
 use crate::optim::{Optimizer, Schedule};
-use crate::tape;
 use crate::tensor::{DType, Shape, Tensor};
 
 /// Steps of a phase that are launched before one is recorded: the second finds all of its memory on the free list.
@@ -57,6 +56,8 @@ pub struct Done {
 /// The steps of a run on one device.
 pub struct Steps {
     device: Device,
+    /// Micro-batches of a step.
+    parts: usize,
     records: bool,
     /// What the last step was, and how many like it have been launched.
     like: Option<Like>,
@@ -91,6 +92,7 @@ impl Steps {
         let on_gpu = device.kind() == DeviceKind::Cuda;
         Self {
             device: device.clone(),
+            parts: 1,
             records: on_gpu && !device.gpu().is_synchronous(),
             like: None,
             launched: 0,
@@ -100,6 +102,12 @@ impl Steps {
             losses: on_gpu.then(|| Ring::new(device, AHEAD + 1)),
             pending: VecDeque::new(),
         }
+    }
+
+    /// Makes every step in so many micro-batches ([`methods::step`]).
+    pub fn in_parts(mut self, parts: usize) -> Self {
+        self.parts = parts;
+        self
     }
 
     /// Launches every step: for comparisons, and to look at what a graph would hide.
@@ -123,6 +131,7 @@ impl Steps {
         let phase = method.phase();
         method.labels(&batch.labels)?;
         method.prepare(iteration);
+        method.samples(&batch.indices);
         if method.phase() != phase {
             let (method, peak) = (&*method, schedule.peak);
             optimizer.treat(online.layout(), |slot| method.care(slot, peak));
@@ -131,12 +140,13 @@ impl Steps {
         optimizer.set_rate(lr);
         let progress = (iteration + 1) as f64 / schedule.total.max(1) as f64;
         if self.losses.is_none() {
-            let loss = step(method, online, optimizer, &batch.crops, progress)?;
+            let cut = (batch.indices.len(), self.parts);
+            let loss = step(method, online, optimizer, &batch.crops, cut, progress)?;
             let loss = loss.scalar();
             self.embeddings = method.take_embeddings();
             return Ok(vec![Done { step: iteration + 1, lr, loss }]);
         }
-        let queued = self.queue(method, online, optimizer, &batch.crops, progress);
+        let queued = self.queue(method, online, optimizer, batch, progress);
         queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
         self.known(AHEAD)
@@ -161,9 +171,10 @@ impl Steps {
         method: &mut dyn Method,
         online: &mut Arena,
         optimizer: &mut Optimizer,
-        crops: &[Tensor],
+        batch: &Batch,
         progress: f64,
     ) -> Result<()> {
+        let (crops, cut) = (&batch.crops, (batch.indices.len(), self.parts));
         let like = Like {
             phase: method.phase(),
             views: crops.iter().map(|crops| *crops.shape()).collect(),
@@ -178,7 +189,7 @@ impl Steps {
         }
         online.refresh(); // a recorded step brings up to date what it changes itself, no more
         if !self.records || self.launched < LAUNCHED {
-            let loss = step(method, online, optimizer, &self.views, progress)?;
+            let loss = step(method, online, optimizer, &self.views, cut, progress)?;
             self.embeddings = method.take_embeddings();
             self.launched += 1;
             self.send(&loss);
@@ -186,7 +197,7 @@ impl Steps {
         }
         if self.recorded.is_none() {
             let work = || {
-                let loss = step(method, online, optimizer, &self.views, progress)?;
+                let loss = step(method, online, optimizer, &self.views, cut, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
             let (graph, (loss, embeddings)) = Graph::record(&self.device, work)?;
@@ -233,16 +244,18 @@ fn during(step: u64, error: Error) -> Error {
     }
 }
 
-/// All of a step but what the host sets before it. Gives the loss, in f32 on a GPU.
+/// All of a step but what the host sets before it: images, and the micro-batches that they are cut into. Gives the loss, in f32
+/// on a GPU.
 fn step(
     method: &mut dyn Method,
     online: &mut Arena,
     optimizer: &mut Optimizer,
     views: &[Tensor],
+    (images, parts): (usize, usize),
     progress: f64,
 ) -> Result<Tensor> {
     method.before_step(online);
-    let loss = tape::step(online, |tape| method.loss(tape, views))?;
+    let loss = methods::step(method, online, views, images, parts)?;
     optimizer.update(online);
     method.after_update(online, progress);
     Ok(loss.cast(DType::of(online.device())))

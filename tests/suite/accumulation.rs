@@ -31,7 +31,10 @@ fn method(norm_groups: usize) -> SimClr {
         sk_ratio: 0.0,
         bottleneck: 1,
     };
-    SimClr::new(&network, &Settings { temperature: 0.2, hidden: 16, embedding: 8 })
+    SimClr::new(
+        &network,
+        &Settings { temperature: 0.2, hidden: 16, embedding: 8, ..Settings::default() },
+    )
 }
 
 fn arena(method: &SimClr, device: &Device) -> Arena {

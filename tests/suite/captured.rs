@@ -35,7 +35,8 @@ struct Phased {
 
 impl Phased {
     fn new(change: u64) -> Self {
-        let settings = Settings { temperature: 0.2, hidden: 16, embedding: 8 };
+        let settings =
+            Settings { temperature: 0.2, hidden: 16, embedding: 8, ..Settings::default() };
         let simclr = SimClr::new(&small(1), &settings);
         Self { simclr, follower: None, change, frozen: true }
     }
@@ -107,7 +108,7 @@ impl Hand {
     fn new(device: &Device, change: u64, records: bool) -> Self {
         let mut method = Phased::new(change);
         let online = Arena::new(method.layout(), device, 3);
-        let course = Course { seed: 3, batch: BATCH, per_epoch: 6, total: 12 };
+        let course = Course { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
         method.start(&online, &course).unwrap();
         let mut optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &online);
         method.prepare(0);

@@ -4,7 +4,7 @@
 //! there, a function here and one there.
 
 use selfsup::arena::SlotKind;
-use selfsup::ops::{self, BatchNorm, Negatives};
+use selfsup::ops::{self, BatchNorm, Negatives, PairLoss};
 use selfsup::tape::Tape;
 use selfsup::tensor::Tensor;
 
@@ -95,6 +95,7 @@ pub fn case(line: &str) -> Case {
         "mean_pool" => mean_pool(row),
         "l2_normalize" => l2_normalize(row),
         "nt_xent" => nt_xent(row),
+        "pair_loss" => pair_loss(row),
         "cross_entropy" => cross_entropy(row),
         "neg_cosine" => neg_cosine(row),
         "info_nce" => info_nce(row),
@@ -213,6 +214,20 @@ fn nt_xent(row: Row) -> Case {
     let mut input = row.input_of("z", &[rows, d], |seed, _| seeded::unit_rows(seed, rows, d));
     input.step = STEP * temperature;
     row.case(vec![input], Box::new(move |_, v| ops::nt_xent(&v[0], temperature)))
+}
+
+/// `loss` is `xent`, `logistic` or `margin`, of `m`; rows are of any length.
+fn pair_loss(row: Row) -> Case {
+    let temperature = row.number("t");
+    let shape = row.sizes(["rows", "d"]);
+    let semi_hard = row.get("hard") == 1;
+    let loss = match row.text("loss") {
+        Some("xent") => PairLoss::Xent,
+        Some("logistic") => PairLoss::Logistic { semi_hard },
+        _ => PairLoss::Margin { margin: row.number("m"), semi_hard },
+    };
+    let input = row.input("z", &shape);
+    row.case(vec![input], Box::new(move |_, v| ops::pair_loss(&v[0], loss, temperature)))
 }
 
 fn cross_entropy(row: Row) -> Case {

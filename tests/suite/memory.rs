@@ -27,7 +27,7 @@ impl Training {
             sk_ratio: 0.0,
             bottleneck: 1,
         };
-        let settings = Settings { temperature: 0.5, hidden: 16, embedding: 8 };
+        let settings = Settings { hidden: 16, embedding: 8, ..Settings::default() };
         let method = SimClr::new(&config, &settings);
         let online = Arena::new(method.layout(), device, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &online);

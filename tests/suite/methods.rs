@@ -32,7 +32,8 @@ const EMBEDDING: usize = 16;
 const KEPT: [usize; 2] = [0, STEPS - 1];
 const EXACT: f64 = 1e-8;
 
-pub const COURSE: Course = Course { seed: 7, batch: BATCH, per_epoch: 4, total: STEPS as u64 };
+pub const COURSE: Course =
+    Course { seed: 7, batch: BATCH, images: 4 * BATCH, per_epoch: 4, total: STEPS as u64 };
 
 /// One run; `scripts/goldens/methods.py` has the same.
 #[derive(Clone, Copy)]
@@ -68,6 +69,8 @@ pub const MOCO: moco::Settings = moco::Settings {
     embedding: EMBEDDING,
     shuffle: true,
     symmetric: false,
+    dictionary: moco::Dictionary::Queue,
+    bank_momentum: 0.5,
 };
 
 pub const MOCO_V2: moco::Settings =
@@ -80,6 +83,8 @@ const BYOL: byol::Settings = byol::Settings {
     fresh_target: true,
     predictor: true,
     head_norm: true,
+    constant_momentum: false,
+    truncated_init: false,
 };
 
 pub const SWAV: swav::Settings = swav::Settings {
@@ -93,6 +98,7 @@ pub const SWAV: swav::Settings = swav::Settings {
     freeze_steps: 3,
     queue: 16,
     queue_from: 1,
+    hard_codes: false,
 };
 
 const CLASSIFIER: supervised::Settings = supervised::Settings {
@@ -105,19 +111,19 @@ const CLASSIFIER: supervised::Settings = supervised::Settings {
 
 fn simclr_v2(network: &ResNetConfig, temperature: f64, memory: usize) -> Box<dyn Method> {
     let (hidden, embedding, momentum) = (32, EMBEDDING, 0.9);
-    let settings = simclr_v2::Settings { temperature, hidden, embedding, memory, momentum };
+    let settings = simclr_v2::Settings {
+        temperature,
+        hidden,
+        embedding,
+        memory,
+        momentum,
+        ..Default::default()
+    };
     Box::new(SimClrV2::new(network, &settings))
 }
 
 fn simsiam() -> Box<dyn Method> {
-    let settings = simsiam::Settings {
-        projector_layers: 3,
-        embedding: 24,
-        hidden: 16,
-        fix_predictor_lr: true,
-        stop_gradient: true,
-        predictor: true,
-    };
+    let settings = simsiam::Settings { embedding: 24, hidden: 16, ..Default::default() };
     // Twice the width: its gradients cancel to less than f32 can follow at four channels.
     Box::new(SimSiam::new(&ResNetConfig { width: 8, ..small(1) }, &settings))
 }

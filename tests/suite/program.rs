@@ -208,6 +208,8 @@ fn recipes_and_devices_are_told() {
     assert!(text(&names.stdout).lines().any(|line| line == "simclr-imagenet"));
     let recipe = selfsup(folder.path(), &["recipes", "demo"]);
     assert!(text(&recipe.stdout).contains("[method]\nname = \"simclr\""));
+    let studies = selfsup(folder.path(), &["study"]);
+    assert!(text(&studies.stdout).contains("\nbyol-target: What may BYOL's target be?\n"));
     let devices = selfsup(folder.path(), &["devices"]);
     assert!(text(&devices.stdout).starts_with("cpu: "));
 }

@@ -2,15 +2,23 @@
 
 use std::collections::BTreeSet;
 
-use selfsup::device::{Device, Precision};
-use selfsup::methods::{self, Recipe};
+use selfsup::arena::Arena;
+use selfsup::device::{Device, DeviceKind, Precision};
+use selfsup::methods::{self, Course, Recipe};
+use selfsup::tape;
+use selfsup::tensor::Tensor;
 use selfsup::train::Run;
 
 use crate::driver::{gpu, unchecked};
 
-/// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
 pub fn reduced(name: &str) -> Recipe {
     let mut recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
+    reduce(&mut recipe);
+    recipe
+}
+
+/// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
+pub fn reduce(recipe: &mut Recipe) {
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
     recipe.data.path = "fashion-scattered".into();
@@ -31,18 +39,19 @@ pub fn reduced(name: &str) -> Recipe {
         ("freeze_steps", 1),
         ("queue_from", 0),
         ("classes", 10),
+        ("predictor", 8),
     ] {
         if settings.get(key).and_then(toml::Value::as_integer).is_some_and(|old| old > 0) {
             settings.insert(key.into(), value.into());
         }
     }
-    recipe
 }
 
 /// Two steps of each recipe and an evaluation; gives how many ran.
 fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     let folder = tempfile::tempdir().unwrap();
-    let mut ran = 0;
+    let (mut ran, mut cut) = (0, 0);
+    let on_gpu = device.kind() == DeviceKind::Cuda;
     for name in names {
         let mut recipe = reduced(name);
         if recipe.method.name == "distill" {
@@ -54,15 +63,31 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
         run.train(&mut last).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(last.0.is_finite() && last.1 == 2, "{name}: loss {}, {} steps", last.0, last.1);
         ran += 1;
+        let method = methods::build(&recipe).unwrap();
+        // On a GPU one is enough, that whose keys are cut as well.
+        let chosen = if on_gpu { name.starts_with("moco") } else { name.ends_with("-small") };
+        recipe.train.micro_batches = 2;
+        if chosen && methods::check_micro_batches(&*method, 8, 2).is_ok() {
+            recipe.network.norm_groups = 1;
+            let mut run = Run::new(&recipe, device, None).unwrap();
+            run.train(&mut last).unwrap_or_else(|e| panic!("{name} in micro-batches: {e}"));
+            assert!(last.0.is_finite(), "{name} in micro-batches: loss {}", last.0);
+            cut += 1;
+        }
+        recipe.train.micro_batches = 1;
+        if !on_gpu && Recipe::load(name, &[]).unwrap().data.path == "data/imagenet" {
+            println!("{name}: {}", need(name, &recipe));
+        }
     }
-    println!("recipes run on {device}: {ran}");
+    println!("recipes run on {device}: {ran}, of them in micro-batches as well: {cut}");
+    assert!(cut > if on_gpu { 0 } else { 4 }, "{cut} recipes in micro-batches");
     ran
 }
 
 #[test]
 fn every_recipe_runs_two_steps_at_reduced_width() {
     let ran = run(methods::builtin_names(), &Device::cpu(1).unwrap().poisoned());
-    assert!(ran > 25, "{ran} recipes");
+    assert!(ran > 60, "{ran} recipes");
 }
 
 /// The small ones, which have every method, and one with selective kernels.
@@ -75,6 +100,102 @@ fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
         assert!(methods::ALL.iter().all(|(name, _)| used.contains(*name)), "{used:?}");
         run(names.into_iter(), &gpu(Precision::Bf16));
     });
+}
+
+/// Images of ImageNet's training set.
+const IMAGENET: usize = 1_281_167;
+
+/// Steps and memory of an ImageNet recipe, the latter from the operations of a step of `reduced`: activations grow with the
+/// width, the pixels and the batch. In bf16, as a GPU holds them, and 14 bytes for each weight: value, working copy,
+/// gradient and momentum.
+fn need(name: &str, reduced: &Recipe) -> String {
+    let full = Recipe::load(name, &[]).unwrap();
+    let weights = methods::build(&full).unwrap().layout().weights();
+    let (elements, networks, rows) = elements_of_a_step(reduced);
+    let per_pixel = elements / pixels(reduced);
+    let width = full.network.width as f64 / reduced.network.width as f64;
+    let images = (full.train.batch / full.train.micro_batches) as f64;
+    let activations = 2.0 * per_pixel * width * pixels(&full) * images;
+    let setting = |key| full.method.settings.get(key).and_then(toml::Value::as_integer);
+    let queue =
+        setting("queue").or(setting("memory")).unwrap_or(0) * setting("embedding").unwrap_or(0);
+    let kept = 14.0 * weights as f64 + 10.0 * networks * weights as f64 + 4.0 * rows * queue as f64;
+    let gib = |bytes: f64| bytes / f64::from(1 << 30);
+    let total = full.schedule(IMAGENET).total;
+    assert!(total > 10_000 && activations > kept / 100.0 && rows * queue as f64 >= 0.0, "{name}");
+    format!(
+        "{total} steps of {} images, {:.1} million weights; about {:.1} GiB for weights, {:.0} for a step's activations, {:.2} for each image",
+        full.train.batch,
+        weights as f64 / 1e6,
+        gib(kept),
+        gib(activations),
+        gib(activations / images)
+    )
+}
+
+/// Pixels of all views of an image.
+fn pixels(recipe: &Recipe) -> f64 {
+    let views = methods::build(recipe).unwrap().views();
+    recipe.policies(views).unwrap().iter().map(|policy| (policy.size * policy.size) as f64).sum()
+}
+
+/// Numbers that the operations of a step make for each image, second networks, and whether there is a queue.
+fn elements_of_a_step(recipe: &Recipe) -> (f64, f64, f64) {
+    const IMAGES: usize = 2;
+    let device = Device::cpu(1).unwrap();
+    let mut method = methods::build(recipe).unwrap();
+    let mut online = Arena::new(method.layout(), &device, 1);
+    let course = Course { seed: 1, batch: IMAGES, images: 4, per_epoch: 2, total: 4 };
+    method.start(&online, &course).unwrap();
+    let state = method.state();
+    let networks = state.iter().filter(|(_, s)| matches!(s, methods::State::Network(_))).count();
+    let rows = state.iter().filter(|(_, s)| matches!(s, methods::State::Rows(_))).count();
+    method.labels(&[0, 1]).unwrap();
+    method.prepare(0);
+    method.before_step(&mut online);
+    let mut sizes: Vec<(usize, usize)> = Vec::new();
+    for policy in recipe.policies(method.views()).unwrap() {
+        match sizes.iter_mut().find(|(size, _)| *size == policy.size) {
+            Some((_, views)) => *views += 1,
+            None => sizes.push((policy.size, 1)),
+        }
+    }
+    let views: Vec<Tensor> = sizes
+        .iter()
+        .map(|&(size, views)| {
+            let shape = [views * IMAGES, size, size, 4];
+            let values = (0..shape.iter().product()).map(|i: usize| (i as f64 * 0.37).sin());
+            Tensor::from_f64(&device, shape, &values.collect::<Vec<_>>())
+        })
+        .collect();
+    let mut bytes = 0;
+    tape::step(&mut online, |tape| {
+        let loss = method.loss(tape, &views);
+        bytes = tape.nodes().iter().map(|node| node.bytes).sum();
+        loss
+    })
+    .unwrap();
+    (bytes as f64 / 4.0 / IMAGES as f64, networks as f64, rows as f64)
+}
+
+/// What the estimate rests on: activations grow with the width and with the pixels.
+#[test]
+fn activations_grow_with_width_and_pixels() {
+    let mut recipe = reduced("simclr-imagenet");
+    let small = elements_of_a_step(&recipe).0;
+    recipe.network.width *= 2;
+    recipe.augment.iter_mut().for_each(|policy| policy.size *= 2);
+    let ratio = elements_of_a_step(&recipe).0 / small;
+    assert!((ratio / 8.0 - 1.0).abs() < 0.1, "{ratio}");
+}
+
+#[test]
+fn published_recipes_have_the_published_steps() {
+    let steps = |name| Recipe::load(name, &[]).unwrap().schedule(IMAGENET).total;
+    // 5,004 whole batches of 256 an epoch, 312 of 4,096.
+    assert_eq!(steps("moco-v2-imagenet"), 1_000_800);
+    assert_eq!(steps("simclr-imagenet"), 312_000);
+    assert_eq!(steps("swav-imagenet-256"), 2_001_600);
 }
 
 /// Trains a narrow teacher for a step or two, narrows the recipe's own to it, and names it there.
@@ -95,11 +216,28 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
         student.insert("hidden".into(), 8.into());
     }
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
-    let mut run = Run::new(&reduced(name), device, Some(&out)).unwrap();
+    let mut own = reduced(name);
+    own.train.record_views = 1;
+    let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
+    check_record(&out.join("replay"), own.augment[0].size);
     let file = selfsup::train::newest(&out).unwrap().display().to_string();
     let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
     teacher.insert("file".into(), file.into());
+}
+
+/// What `benches/peers/replay.py` reads: the first weights, and one step's views without the fourth channel.
+fn check_record(folder: &std::path::Path, size: usize) {
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["step-00000000.safetensors", "views-00000000.safetensors"]);
+    let data = std::fs::read(folder.join("views-00000000.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&data).unwrap();
+    assert_eq!(file.tensor("crops.0").unwrap().shape(), [8, size, size, 3]);
+    assert_eq!(file.tensor("labels").unwrap().shape(), [8]);
+    let pixels = file.tensor("crops.0").unwrap().data();
+    assert!(pixels.iter().any(|&byte| byte != 0));
 }
 
 /// The last step's loss, and how many there were.

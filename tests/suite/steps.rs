@@ -59,7 +59,12 @@ impl Run {
             sk_ratio: 0.0,
             bottleneck: 1,
         };
-        let settings = Settings { temperature: self.temperature, hidden: 64, embedding: 24 };
+        let settings = Settings {
+            temperature: self.temperature,
+            hidden: 64,
+            embedding: 24,
+            ..Settings::default()
+        };
         SimClr::new(&network, &settings)
     }
 

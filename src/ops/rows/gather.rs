@@ -8,7 +8,7 @@ use crate::ops::add_into;
 use crate::tape::Var;
 use crate::tensor::{Element, Float, Shape, Tensor};
 
-fn row_shape(shape: &Shape, rows: usize) -> Shape {
+pub(super) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     let mut sizes = shape.to_vec();
     sizes[0] = rows;
     sizes.as_slice().into()

@@ -41,11 +41,13 @@ pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
     all
 }
 
-/// The rows of micro-batch `index` of `count`, out of all rows: the inverse of [`interleave_views`].
+/// The rows of micro-batch `index` of `count`, out of all rows `[views * n, …]`, images or embeddings: the inverse of
+/// [`interleave_views`].
 pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize) -> Tensor {
-    let [rows, d] = all.dims("embeddings");
-    let mut part = Tensor::empty(all.device(), all.dtype(), [rows / count, d]);
-    let block = rows / count / views;
+    let rows = all.shape()[0];
+    let (block, d) = (rows / count / views, all.len() / rows.max(1));
+    let mut part =
+        Tensor::empty(all.device(), all.dtype(), gather::row_shape(all.shape(), rows / count));
     if all.device().kind() == DeviceKind::Cuda {
         let length = block * d;
         let blocks =
@@ -54,8 +56,9 @@ pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize)
         return part;
     }
     for view in 0..views {
-        let to = part.view_mut().slice(view * block * d, [block, d].into());
-        { to }.copy_from(&all.rows((view * count + index) * block, block));
+        let rows = all.rows((view * count + index) * block, block);
+        let to = part.view_mut().slice(view * block * d, *rows.shape());
+        { to }.copy_from(&rows);
     }
     part
 }

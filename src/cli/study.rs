@@ -1,0 +1,53 @@
+//! `selfsup study`: a question, its runs and their table.
+
+use std::path::PathBuf;
+
+use clap::Args as Arguments;
+
+use super::progress::Progress;
+use super::{device, say, talk};
+use crate::error::Result;
+use crate::methods::{self, TrainSettings};
+use crate::train::{Plan, Study, Watch};
+
+#[derive(Debug, Arguments)]
+pub(super) struct StudyArgs {
+    /// A study that comes with the program, or a file; lists them if not given
+    name: Option<String>,
+    /// Override a setting of every arm, such as data.path=data/cifar10; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Folder of the arms' runs and of the table; runs/study-NAME if not given. Arms that have a result there are not run again
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Runs of each arm, each from another seed
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: u64,
+    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<device::Name>,
+}
+
+pub(super) fn study(args: &StudyArgs) -> Result<()> {
+    let Some(name) = &args.name else {
+        return methods::builtin_studies()
+            .try_for_each(|name| say(&format!("{name}: {}", Study::load(name)?.question)));
+    };
+    let study = Study::load(name)?;
+    let stem = std::path::Path::new(name).file_stem().unwrap_or_default();
+    let out = args
+        .out
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("runs").join(format!("study-{}", stem.display())));
+    let plan = Plan {
+        out: &out,
+        settings: &args.set,
+        seeds: args.seeds,
+        device: &|settings: &TrainSettings| device::open(args.device, settings),
+        adjust: &|_| {},
+        watch: &|total| Box::new(Progress::new(total)) as Box<dyn Watch>,
+        tell: &talk,
+    };
+    let outcomes = study.run(&plan)?;
+    say(study.markdown(&outcomes).trim_end())
+}

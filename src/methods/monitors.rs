@@ -1,0 +1,136 @@
+//! What practitioners look at, read from the device once an epoch: [`Method::monitors`](super::Method::monitors).
+
+use serde::{Deserialize, Serialize};
+
+use crate::arena::Arena;
+use crate::tensor::Tensor;
+
+/// What a monitor shows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Reading {
+    /// One number.
+    Number(f64),
+    /// How many values fell into each of [`BINS`] equal parts of `-1..=1`.
+    Histogram(Vec<u32>),
+}
+
+/// Monitors by name.
+pub type Readings = Vec<(&'static str, Reading)>;
+
+/// Bins of a histogram of cosines.
+pub const BINS: usize = 20;
+
+/// Rows that are compared with each other: the pairs of more would cost more than they tell.
+const ROWS: usize = 64;
+
+/// Rows of a queue that they are compared with.
+const NEGATIVES: usize = 256;
+
+/// At most `most` rows of `x [n, d]`, evenly spread, scaled to unit length.
+fn unit_rows(x: &Tensor, most: usize) -> Vec<Vec<f64>> {
+    let [n, d] = x.dims("monitors: the rows");
+    let values = x.to_f64();
+    let count = n.min(most);
+    let unit = |i: usize| {
+        let row = &values[i * n / count.max(1) * d..][..d];
+        let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);
+        row.iter().map(|v| v / norm).collect()
+    };
+    (0..count).map(unit).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+fn histogram(cosines: &[f64]) -> Reading {
+    let mut bins = vec![0; BINS];
+    for cosine in cosines.iter().filter(|c| c.is_finite()) {
+        let bin = ((cosine + 1.0) / 2.0 * BINS as f64) as usize;
+        bins[bin.min(BINS - 1)] += 1;
+    }
+    Reading::Histogram(bins)
+}
+
+/// Cosines of rows `a [n, d]` with their own row of `b [n, d]`, and with those of others, or with `negatives [m, d]` where the
+/// method has them: means and histograms.
+pub(super) fn similarities(a: &Tensor, b: &Tensor, negatives: Option<&Tensor>) -> Readings {
+    let (a, b) = (unit_rows(a, ROWS), unit_rows(b, ROWS));
+    let positive: Vec<f64> = a.iter().zip(&b).map(|(a, b)| dot(a, b)).collect();
+    let mut negative = Vec::new();
+    let others = negatives.map(|rows| unit_rows(rows, NEGATIVES));
+    for (i, a) in a.iter().enumerate() {
+        match &others {
+            Some(rows) => negative.extend(rows.iter().map(|row| dot(a, row))),
+            None => {
+                let rest = b.iter().enumerate().filter(|&(j, _)| j != i);
+                negative.extend(rest.map(|(_, b)| dot(a, b)));
+            }
+        }
+    }
+    vec![
+        ("positive_similarity", Reading::Number(mean(&positive))),
+        ("negative_similarity", Reading::Number(mean(&negative))),
+        ("positive_histogram", histogram(&positive)),
+        ("negative_histogram", histogram(&negative)),
+    ]
+}
+
+/// The mean cosine of rows `a [n, d]` with their own row of `b [n, d]`.
+pub(super) fn mean_cosine(a: &Tensor, b: &Tensor) -> f64 {
+    let (a, b) = (unit_rows(a, ROWS), unit_rows(b, ROWS));
+    mean(&a.iter().zip(&b).map(|(a, b)| dot(a, b)).collect::<Vec<_>>())
+}
+
+/// `|online - other| / |online|` over all parameters: how far a momentum encoder lags.
+pub(super) fn distance(online: &Arena, other: &Arena) -> (&'static str, Reading) {
+    let (online, other) = (online.values().to_f64(), other.values().to_f64());
+    let apart: f64 = online.iter().zip(&other).map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f64 = online.iter().map(|v| v * v).sum();
+    ("target_distance", Reading::Number((apart / size.max(f64::MIN_POSITIVE)).sqrt()))
+}
+
+/// `ln(candidates) - loss`, a lower bound on the mutual information of two views in nats, which cannot exceed
+/// `ln(candidates)` (van den Oord et al. 2018, section 2.3, arXiv:1807.03748). `loss` is InfoNCE's of one direction.
+pub(super) fn information(candidates: usize, loss: f64) -> (&'static str, Reading) {
+    ("mutual_information_bound", Reading::Number((candidates as f64).ln() - loss))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    fn number(readings: &Readings, name: &str) -> f64 {
+        match readings.iter().find(|(known, _)| *known == name) {
+            Some((_, Reading::Number(value))) => *value,
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn similarities_are_cosines_of_own_and_of_other_rows() {
+        let device = Device::reference();
+        let a = Tensor::from_f64(&device, [2, 2], &[2.0, 0.0, 0.0, 1.0]);
+        let b = Tensor::from_f64(&device, [2, 2], &[1.0, 0.0, 0.6, 0.8]);
+        let seen = similarities(&a, &b, None);
+        assert!((number(&seen, "positive_similarity") - 0.9).abs() < 1e-12);
+        assert!((number(&seen, "negative_similarity") - 0.3).abs() < 1e-12);
+        let queue = Tensor::from_f64(&device, [1, 2], &[-1.0, 0.0]);
+        let seen = similarities(&a, &b, Some(&queue));
+        assert!((number(&seen, "negative_similarity") + 0.5).abs() < 1e-12);
+        let Reading::Histogram(bins) = &seen[3].1 else { panic!("{seen:?}") };
+        assert_eq!((bins[0], bins[10], bins.iter().sum::<u32>()), (1, 1, 2));
+    }
+
+    #[test]
+    fn chance_is_no_information() {
+        let (_, Reading::Number(bound)) = information(65_537, 65_537_f64.ln()) else { panic!() };
+        assert!(bound.abs() < 1e-12);
+    }
+}

@@ -1,0 +1,110 @@
+//! Losses of pairs: what SimCLR's authors compared with NT-Xent (Chen et al. 2020, table 2, arXiv:2002.05709), on rows of any
+//! length.
+//!
+//! `z [2n, d]`, view after view: the positive of row `i` is row `p = (i + n) mod 2n`, its negatives are the `2n - 2` others.
+//! With `s_ij = <z_i, z_j>`, `L = mean_i l_i` and, negatives `j` averaged,
+//!
+//! - [`PairLoss::Xent`]: `l_i = log Σ_{j != i} exp(s_ij / T) - s_ip / T`;
+//! - [`PairLoss::Logistic`]: `l_i = -log σ(s_ip / T) - mean_j log σ(-s_ij / T)`;
+//! - [`PairLoss::Margin`]: `l_i = mean_j max(s_ij - s_ip + m, 0)`; T plays no part.
+//!
+//! Semi-hard mining leaves one negative of each row, the most similar of those that are less similar than the positive, or
+//! none. With `G_ij = dl_i / ds_ij`, `dz = (G + Gᵀ) z dL / 2n`.
+//!
+//! `G` is kept from the forward pass, `[2n, 2n]`: these are for ablations at small batches. Unit rows under NT-Xent have
+//! [`nt_xent`](super::nt_xent()), which keeps nothing of that size. There are no CUDA kernels.
+
+mod rows;
+
+use crate::device::{DeviceKind, Matrix, product};
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// What is asked of a row's positive and negatives.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum PairLoss {
+    /// NT-Xent; on rows of any length.
+    Xent,
+    /// NT-Logistic.
+    Logistic {
+        /// Whether a row keeps its semi-hard negative alone.
+        semi_hard: bool,
+    },
+    /// The margin triplet loss.
+    Margin {
+        /// m, >= 0.
+        margin: f64,
+        /// Whether a row keeps its semi-hard negative alone.
+        semi_hard: bool,
+    },
+}
+
+fn no_cuda() -> ! {
+    panic!("pair_loss has no CUDA kernels: compute on the CPU")
+}
+
+/// The mean loss over the `2n` rows of `z [2n, d]`; a scalar. `temperature > 0`.
+///
+/// # Panics
+/// When the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is
+/// a GPU.
+#[track_caller]
+pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
+    let [rows, d] = z.value().dims("pair_loss: the embeddings");
+    assert!(
+        rows.is_multiple_of(2) && rows >= 4,
+        "pair_loss: {rows} rows, not two views of 2 or more"
+    );
+    assert!(temperature > 0.0, "pair_loss: temperature {temperature}");
+    let device = z.tape().device().clone();
+    let z_value = z.value().clone();
+    let mut weights = Tensor::floats(&device, [rows, rows]); // similarities, then G
+    let sum = match device.kind() {
+        DeviceKind::Cpu => {
+            let (z, weights) = (z_value.data(), weights.data_mut());
+            device.run(|| {
+                let all = Matrix::new(z, rows, d);
+                product(weights, all, all.transposed(), false);
+                rows::losses::<f32>(weights, rows, loss, temperature)
+            })
+        }
+        DeviceKind::Cuda => no_cuda(),
+        DeviceKind::Reference => {
+            let (z, weights) = (z_value.data::<f64>(), weights.data_mut::<f64>());
+            for (place, weight) in weights.iter_mut().enumerate() {
+                let (i, j) = (place / rows, place % rows);
+                *weight = (0..d).map(|t| z[i * d + t] * z[j * d + t]).sum();
+            }
+            rows::losses::<f64>(weights, rows, loss, temperature)
+        }
+    };
+    let y = Tensor::from_f64(&device, [], &[sum / rows as f64]);
+    let z_id = z.id();
+    z.tape().record("pair_loss", y, &[z], move |dy, gradients| {
+        let scale = dy.scalar() / rows as f64;
+        let mut dz = z_value.empty_like();
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dz, z, weights) =
+                    (dz.data_mut::<f32>(), z_value.data(), weights.data::<f32>());
+                device.run(|| {
+                    let (all, weights) =
+                        (Matrix::new(z, rows, d), Matrix::new(weights, rows, rows));
+                    product(dz, weights, all, false);
+                    product(dz, weights.transposed(), all, true);
+                });
+                dz.iter_mut().for_each(|dz| *dz *= scale as f32);
+            }
+            DeviceKind::Cuda => no_cuda(),
+            DeviceKind::Reference => {
+                let (z, g) = (z_value.data::<f64>(), weights.data::<f64>());
+                for (place, dz) in dz.data_mut::<f64>().iter_mut().enumerate() {
+                    let (i, t) = (place / d, place % d);
+                    let pair = |j: usize| (g[i * rows + j] + g[j * rows + i]) * z[j * d + t];
+                    *dz = scale * (0..rows).map(pair).sum::<f64>();
+                }
+            }
+        }
+        gradients.add(z_id, dz);
+    })
+}
