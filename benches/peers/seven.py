@@ -124,8 +124,8 @@ def check(program, data, title):
     for i in range(STEPS):
         images = [torch.stack(x) for x in zip(*(views[j] for j in order[i * batch : (i + 1) * batch]))]
         theirs.append(pytorch.step(made_of, method, optimizer, images, i, STEPS))
-    apart = [abs(a - b) / abs(b) for a, b in zip(ours, theirs)]
-    # From equal weights, rounding alone differs at first and then grows.
+    apart = [abs(a - b) / max(abs(b), 1) for a, b in zip(ours, theirs)]
+    # From equal weights, rounding alone differs at first, and then grows.
     agree = apart[0] < 1e-5 and max(apart) < 1e-2
     print(f"{title:9} first loss {ours[0]:.6f} and {theirs[0]:.6f}, apart by " + " ".join(f"{x:.0e}" for x in apart)
           + ("" if agree else "  DIFFERENT"), flush=True)

@@ -3,16 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::args::{Demo, EvalKnn, Train};
+use super::args::{Demo, Train};
+use super::eval::Compared;
 use super::progress::Progress;
 use super::{device, say, talk};
-use crate::arena::Arena;
-use crate::data::Source;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::eval::{self, Features, Knn};
-use crate::methods::{self, Method, Recipe};
-use crate::train::{self, Images, Run};
+use crate::eval::{self, Knn};
+use crate::methods::{self, Recipe};
+use crate::train::{self, Run};
 
 /// Labelled images of each class that the demo's linear probe sees.
 const LABELS: usize = 10;
@@ -24,10 +23,11 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let run = run(&recipe, &device, demo.out.as_deref())?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
-    compared
-        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, Knn::default(), &device))?;
-    compared.print(&format!("linear ({LABELS} labels per class)"), |bank, queries| {
-        eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)
+    compared.print(&["kNN"], |bank, queries| {
+        eval::knn_accuracies(bank, queries, &[Knn::default()], &device)
+    })?;
+    compared.print(&[format!("linear ({LABELS} labels per class)")], |bank, queries| {
+        Ok(vec![eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)?])
     })?;
     talk(&format!(
         "{} training and {} held-out images, seed {}, {:.0} s",
@@ -65,74 +65,6 @@ fn run(recipe: &Recipe, device: &Device, out: Option<&Path>) -> Result<Run> {
     ));
     run.train(&mut Progress::new(schedule.total))?;
     Ok(run)
-}
-
-pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
-    if args.temperature.is_nan() || args.temperature <= 0.0 {
-        return Err(Error::config("--temperature must be above 0"));
-    }
-    let file = args.run.join("recipe.toml");
-    let recipe = Recipe::load(&file.to_string_lossy(), &args.set)?;
-    let device = device::open(args.device, &recipe.train)?;
-    let method = methods::build(&recipe)?;
-    let mut arena = Arena::new(method.layout(), &device, recipe.seed);
-    let checkpoint = train::newest(&args.run)?;
-    train::load_weights(&checkpoint, &mut arena)?;
-    let images = Images::open(&recipe.data)?;
-    let (train, test) = (&images.train, images.held_out()?);
-    let knn = Knn { k: args.k as usize, temperature: args.temperature };
-    talk(&format!(
-        "{}: {} bank and {} held-out images, k {}, temperature {}, seed {}",
-        checkpoint.display(),
-        train.len(),
-        test.len(),
-        knn.k,
-        knn.temperature,
-        recipe.seed
-    ));
-    Compared::new(&recipe, &*method, &arena, &**train, &**test)?
-        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, knn, &device))
-}
-
-/// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.
-struct Compared {
-    rows: [(&'static str, Features, Features); 3],
-}
-
-impl Compared {
-    fn new(
-        recipe: &Recipe,
-        method: &dyn Method,
-        trained: &Arena,
-        train: &dyn Source,
-        test: &dyn Source,
-    ) -> Result<Self> {
-        let random = Arena::new(method.layout(), trained.device(), recipe.seed);
-        let policy = &recipe.augment[0];
-        let trunk = |arena: &Arena, source: &dyn Source| {
-            let normalise = policy.normalise.as_ref();
-            eval::trunk_features(arena, method.backbone(), source, policy.size, normalise)
-        };
-        let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
-        Ok(Self {
-            rows: [
-                ("raw pixels", pixels(train)?, pixels(test)?),
-                ("random init", trunk(&random, train)?, trunk(&random, test)?),
-                ("trained", trunk(trained, train)?, trunk(trained, test)?),
-            ],
-        })
-    }
-
-    fn print(
-        &self,
-        what: &str,
-        accuracy: impl Fn(&Features, &Features) -> Result<f64>,
-    ) -> Result<()> {
-        for (name, bank, queries) in &self.rows {
-            say(&format!("{what} {name}: {:.1}%", 100.0 * accuracy(bank, queries)?))?;
-        }
-        Ok(())
-    }
 }
 
 pub(super) fn recipes(name: Option<&str>) -> Result<()> {

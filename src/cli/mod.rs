@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod device;
+mod eval;
 mod progress;
 
 use std::io::{IsTerminal, Write};
@@ -19,7 +20,11 @@ pub fn main() -> ExitCode {
     let done = match args.command {
         Command::Demo(demo) => commands::demo(&demo),
         Command::Train(train) => commands::train(&train),
-        Command::Eval { what: Eval::Knn(knn) } => commands::eval_knn(&knn),
+        Command::Eval { what } => match what {
+            Eval::Knn(knn) => eval::knn(&knn),
+            Eval::Linear(linear) => eval::linear(&linear),
+            Eval::Finetune(finetune) => eval::finetune(&finetune),
+        },
         Command::Recipes { name } => commands::recipes(name.as_deref()),
         Command::Devices => commands::devices(),
     };

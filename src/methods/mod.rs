@@ -48,7 +48,9 @@ use crate::nn::{ResNet, ResNetConfig};
 use crate::optim::Care;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-pub use recipe::{DataSettings, OptimSettings, Recipe, TrainSettings, builtin, builtin_names};
+pub use recipe::{
+    DataSettings, MethodSettings, OptimSettings, Recipe, TrainSettings, builtin, builtin_names,
+};
 
 /// What is known of a run before its first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -52,6 +52,10 @@ pub struct DataSettings {
     /// Use this many held-out images, spread over the set; 0 for all.
     #[serde(default)]
     pub test_limit: usize,
+    /// Train on the labelled ones of these images only: `10%` of each class, or a file that names them. See
+    /// [`labelled`](crate::data::labelled).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<String>,
 }
 
 /// How weights move.
@@ -126,8 +130,20 @@ impl Recipe {
             Some(text) => (text.to_owned(), name.to_owned()),
             None => (read(name)?, name.to_owned()),
         };
-        let mut table: toml::Table =
+        let table: toml::Table =
             text.parse().map_err(|e| Error::format(&origin, format!("is not TOML: {e}")))?;
+        Self::from_table(table, settings)
+    }
+
+    /// The recipe with `key.path=value` settings on top.
+    ///
+    /// # Errors
+    /// When it is then no recipe: the message names the key.
+    pub fn with(&self, settings: &[String]) -> Result<Self> {
+        Self::from_table(self.to_toml().parse().expect("a recipe is TOML"), settings)
+    }
+
+    fn from_table(mut table: toml::Table, settings: &[String]) -> Result<Self> {
         for setting in settings {
             set(&mut table, setting)?;
         }
