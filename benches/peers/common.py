@@ -1,18 +1,14 @@
-"""What the peers share: recipes, selfsup's side of a run, cells that are kept, and when two sides are equal."""
+"""Recipes, selfsup's side of a run, cells that are kept, and when two sides are equal."""
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import time
 import tomllib
-from pathlib import Path
 
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).resolve().parents[2]
-THREADS = 2
+from small_cifar import ROOT, THREADS
 
 
 def recipe(name, settings):
@@ -39,12 +35,6 @@ def toml(value):
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
     return json.dumps(value)
-
-
-def build():
-    """The program, made now."""
-    subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=ROOT, check=True)
-    return Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/selfsup"
 
 
 def trained(program, name, settings, network, folder):

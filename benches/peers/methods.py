@@ -11,6 +11,7 @@ import json
 import math
 
 import pytorch
+import small_cifar
 import torch
 import torch.nn.functional as F
 from goldens import heads, trunk
@@ -289,5 +290,7 @@ def digest(*parts):
 def version(recipe):
     """Of what decides a cell of PyTorch: this side's code, and the recipe."""
     family = [kind for kind in METHODS[recipe["method"]["name"]].__mro__ if kind is not object]
-    code = map(inspect.getsource, [pytorch, heads, trunk, *family])
-    return digest(json.dumps([recipe, pytorch.K, pytorch.TEMPERATURE], sort_keys=True), *code)
+    shared = small_cifar.files_of, small_cifar.decoded, small_cifar.knn
+    code = map(inspect.getsource, [pytorch, heads, trunk, *shared, *family])
+    settings = [recipe, small_cifar.K, small_cifar.TEMPERATURE, small_cifar.WORKERS]
+    return digest(json.dumps(settings, sort_keys=True), *code)

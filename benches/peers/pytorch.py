@@ -11,19 +11,18 @@ import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import ROOT
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
+from small_cifar import ROOT, WORKERS, decoded, files_of, knn
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models.resnet import BasicBlock
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pixels
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from goldens import trunk  # noqa: E402
 
-K, TEMPERATURE, WORKERS = 200, 0.1, 2
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
@@ -98,46 +97,31 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-def view_on(policy, kind="pillow"):
-    """torchvision's transforms on Pillow images, or its second version on tensors, which may be faster."""
+def view_on(policy):
+    """torchvision's transforms on Pillow images."""
     if policy.get("pixels") == "float":
         return FloatView(policy)
-    jitter, of = policy["jitter"], transforms if kind == "pillow" else v2
-    colours = of.ColorJitter(*(jitter.get(key, 0) for key in ("brightness", "contrast", "saturation", "hue")))
-    colours, grey = [of.RandomApply([colours], jitter["p"])], [of.RandomGrayscale(policy["grey"])]
+    jitter = policy["jitter"]
+    colours = transforms.ColorJitter(*(jitter.get(key, 0) for key in ("brightness", "contrast", "saturation", "hue")))
+    colours, grey = [transforms.RandomApply([colours], jitter["p"])], [transforms.RandomGrayscale(policy["grey"])]
     crop = policy.get("area", (0.08, 1.0)), policy.get("aspect", (3 / 4, 4 / 3))
-    steps = [of.RandomResizedCrop(policy["size"], *crop, FILTERS[policy.get("filter", "bilinear")])]
-    steps.append(of.RandomHorizontalFlip(policy["flip"]))
+    steps = [transforms.RandomResizedCrop(policy["size"], *crop, FILTERS[policy.get("filter", "bilinear")])]
+    steps.append(transforms.RandomHorizontalFlip(policy["flip"]))
     steps += grey + colours if policy.get("grey_first") else colours + grey
     if "blur" in policy:
-        steps.append(of.RandomApply([PillowBlur(policy["blur"])], policy["blur"]["p"]))
+        steps.append(transforms.RandomApply([PillowBlur(policy["blur"])], policy["blur"]["p"]))
     if "solarise" in policy:
-        steps.append(of.RandomSolarize(256 * policy["solarise"]["threshold"], policy["solarise"]["p"]))
-    steps.append(of.ToTensor() if kind == "pillow" else of.ToDtype(torch.float32, scale=True))
-    return of.Compose([*steps, of.Normalize(**policy["normalise"])])
-
-
-def files_of(folder, limit):
-    """Files and classes, in order of their names; `limit` spread over them as selfsup's `Subset::spread` has it."""
-    kinds = sorted(kind for kind in folder.iterdir() if kind.is_dir())
-    files = [(file, i) for i, kind in enumerate(kinds) for file in sorted(kind.iterdir())]
-    return [files[i * len(files) // limit] for i in range(limit)] if limit else files
-
-
-def decoded(file):
-    with Image.open(file) as image:
-        return image.convert("RGB")
+        steps.append(transforms.RandomSolarize(256 * policy["solarise"]["threshold"], policy["solarise"]["p"]))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(**policy["normalise"])])
 
 
 class Views(Dataset):
     """The views of each image, two where a recipe has one policy; images lie decoded in memory."""
 
-    def __init__(self, files, recipe, kind="pillow"):
+    def __init__(self, files, recipe):
         policies = [p for policy in recipe["augment"] for p in [policy] * policy.get("repeat", 1)]
-        self.views = [view_on(policy, kind) for policy in (policies * 2 if len(policies) == 1 else policies)]
+        self.views = [view_on(policy) for policy in (policies * 2 if len(policies) == 1 else policies)]
         self.images = [decoded(file) for file, _ in files]
-        if kind == "tensor":
-            self.images = [v2.functional.pil_to_tensor(image) for image in self.images]
 
     def __len__(self):
         return len(self.images)
@@ -205,16 +189,9 @@ def features(recipe, backbone, files):
     return torch.cat(rows), torch.tensor([kind for _, kind in files])
 
 
-def knn(recipe, backbone, train, test):
-    """Accuracy of the weighted vote of a trunk's features."""
-    (bank, classes), (queries, truth) = features(recipe, backbone, train), features(recipe, backbone, test)
-    right = 0
-    for rows, labels in zip(queries.split(256), truth.split(256)):
-        similar, nearest = (rows @ bank.T).topk(min(K, len(bank)))
-        votes = torch.zeros(len(rows), int(classes.max()) + 1, dtype=torch.float64)
-        votes.scatter_add_(1, classes[nearest], (similar.double() / TEMPERATURE).exp())
-        right += (votes.argmax(1) == labels).sum().item()
-    return right / len(truth)
+def accuracy(recipe, backbone, sets):
+    """kNN on a trunk's features."""
+    return knn(*(features(recipe, backbone, files) for files in sets))
 
 
 def sets_of(recipe, data):
@@ -224,15 +201,14 @@ def sets_of(recipe, data):
 
 def cell(recipe, method, data, title):
     """Trains a fresh method and measures it, before and after."""
-    (train, test), settings = sets_of(recipe, data), recipe["train"]
-    untrained = knn(recipe, method.online.backbone, train, test)
+    sets, settings = sets_of(recipe, data), recipe["train"]
+    untrained = accuracy(recipe, method.online.backbone, sets)
     loader = DataLoader(
-        Views(train, recipe), settings["batch"], shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
+        Views(sets[0], recipe), settings["batch"], shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
     method.start(settings["batch"], len(loader), settings["epochs"] * len(loader))
     optimizer, losses, count, start = optimizer_of(recipe, method), [], itertools.count(), time.perf_counter()
     for epoch in range(settings["epochs"]):
         losses.append(statistics.mean(step(recipe, method, optimizer, x, next(count), len(loader)) for x in loader))
         print(f"  pytorch, {title}, epoch {epoch + 1}: loss {losses[-1]:.3f}", flush=True)
     seconds = time.perf_counter() - start
-    accuracy = knn(recipe, method.online.backbone, train, test)
-    return {"knn": accuracy, "random": untrained, "losses": losses, "seconds": seconds, **VERSIONS}
+    return {"knn": accuracy(recipe, method.online.backbone, sets), "random": untrained, "losses": losses, "seconds": seconds, **VERSIONS}

@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import pytorch
 import torch
-from common import ROOT, THREADS, Cells, build, difference, recipe, trained
+from common import Cells, difference, recipe, trained
 from goldens import philox
 from methods import digest, method_of, version
+from small_cifar import ROOT, THREADS, build, files_of
 
 SMALLER = {
     "data.limit": 5000, "data.test_limit": 0, "network.width": 8,
@@ -98,7 +99,7 @@ def unit_rows(rows, d):
 def in_png(data, folder):
     """The first images without loss: decoders of JPEG differ by a level or two."""
     for part, count in (("train", 64 * STEPS), ("test", 64)):
-        for file, kind in pytorch.files_of(data / part, count):
+        for file, kind in files_of(data / part, count):
             to = folder / part / str(kind) / f"{file.stem}.png"
             to.parent.mkdir(parents=True, exist_ok=True)
             pytorch.decoded(file).save(to)
