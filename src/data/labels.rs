@@ -141,7 +141,7 @@ mod tests {
         }
         let set = Folder::open(&root.path().join("train")).unwrap();
         let list = root.path().join("list.txt");
-        let mut read = |text: &str| {
+        let read = |text: &str| {
             std::fs::write(&list, text).unwrap();
             labelled(&set, list.to_str().unwrap()).map_err(|e| e.to_string())
         };
