@@ -1,9 +1,9 @@
-// The k nearest neighbours of unit rows by cosine, and their vote; see src/eval/knn.rs. Exact: every pair is
-// compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
+// The k nearest neighbours of unit rows by cosine; see src/eval/knn/mod.rs, which lets them vote. Exact: every
+// pair is compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
 //
 // For each chunk, from the first bank row on: knn_similarities, then knn_top_k, which merges the chunk into
-// what it has. At last knn_vote. Equal similarities go to the earlier bank row, equal votes to the lower
-// class. k <= 256. Any number of queries, chunks of any size. No dynamic shared memory.
+// what it has. Equal similarities go to the earlier bank row. k <= 256. Any number of queries, chunks of any
+// size. No dynamic shared memory.
 #include "similarity.cuh"
 
 constexpr int K_MAX = 256, THREADS = 256;
@@ -93,41 +93,5 @@ KERNEL BOUNDS(THREADS) void knn_top_k(float* values, int* indices, const float* 
             indices[int64_t{row} * k + t] = key ? index_of(key) : -1;
         }
         __syncthreads();  // before the next row's first keys
-    }
-}
-
-/// predicted [n]: the class with the most votes, each neighbour's exp(similarity inv_t), added up in order of
-/// similarity. labels [bank rows]. Grid: n blocks, or fewer; block 256.
-KERNEL BOUNDS(THREADS) void knn_vote(int* predicted, const float* values, const int* indices,
-                                     const int* labels, int n, int k, int classes, double inv_t) {
-    __shared__ double weights[K_MAX], votes[THREADS];
-    __shared__ int classes_of[K_MAX], winners[THREADS];
-    int t = threadIdx.x;
-    for (int row = blockIdx.x; row < n; row += gridDim.x) {
-        if (t < k) {
-            int index = indices[int64_t{row} * k + t];
-            classes_of[t] = index < 0 ? -1 : labels[index];
-            weights[t] = exp(values[int64_t{row} * k + t] * inv_t);
-        }
-        __syncthreads();
-        double most = -1.0;
-        int winner = 0;
-        for (int c = t; c < classes; c += THREADS) {
-            double vote = 0.0;
-            for (int i = 0; i < k; i++)
-                if (classes_of[i] == c) vote += weights[i];
-            if (vote > most) most = vote, winner = c;
-        }
-        votes[t] = most, winners[t] = winner;
-        for (int half = THREADS / 2; half > 0; half /= 2) {
-            __syncthreads();
-            if (t < half) {
-                double other = votes[t + half];
-                bool better = other > votes[t] || (other == votes[t] && winners[t + half] < winners[t]);
-                if (better) votes[t] = other, winners[t] = winners[t + half];
-            }
-        }
-        if (t == 0) predicted[row] = winners[0];
-        __syncthreads();  // before the next row's weights
     }
 }

@@ -26,9 +26,9 @@ def words(seed, purpose, major, minor):
         yield from block((seed & MASK, seed >> 32), (counter, major, minor, purpose))
 
 
-def permutation(count, seed, major, minor):
+def permutation(count, seed, major, minor, purpose=SHUFFLE):
     """Fisher-Yates with Lemire's draws."""
-    stream, items = words(seed, SHUFFLE, major, minor), np.arange(count)
+    stream, items = words(seed, purpose, major, minor), np.arange(count)
     for i in range(count - 1, 0, -1):
         n = i + 1
         while True:

@@ -6,17 +6,15 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::args::{Demo, EvalKnn, Train};
+use super::args::{Demo, Train};
+use super::eval::Compared;
 use super::progress::Progress;
-use super::trained::Trained;
 use super::{device, say, signals, talk};
-use crate::arena::Arena;
-use crate::data::Source;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::eval::{self, Features, Knn};
-use crate::methods::{self, Method, Recipe};
-use crate::train::{self, Images, Paused, Run};
+use crate::eval::{self, Knn};
+use crate::methods::{self, Recipe};
+use crate::train::{self, Paused, Run};
 
 /// Labelled images of each class that the demo's linear probe sees.
 const LABELS: usize = 10;
@@ -29,10 +27,11 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     go(&mut run, &recipe)?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
-    compared
-        .print("kNN", |bank, queries| eval::knn_accuracy(bank, queries, Knn::default(), &device))?;
-    compared.print(&format!("linear ({LABELS} labels per class)"), |bank, queries| {
-        eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)
+    compared.print(&["kNN"], |bank, queries| {
+        eval::knn_accuracies(bank, queries, &[Knn::default()], &device)
+    })?;
+    compared.print(&[format!("linear ({LABELS} labels per class)")], |bank, queries| {
+        Ok(vec![eval::few_label_accuracy(bank, queries, LABELS, recipe.seed, &device)?])
     })?;
     talk(&format!(
         "{} training and {} held-out images, seed {}, {:.0} s",
@@ -88,97 +87,6 @@ fn go(run: &mut Run, recipe: &Recipe) -> Result<()> {
     let trained = run.train(&mut Progress::new(schedule.total));
     stop.store(true, Ordering::Relaxed); // from here on a signal ends the program at once
     trained
-}
-
-pub(super) fn eval_knn(args: &EvalKnn) -> Result<()> {
-    if args.temperature.is_nan() || args.temperature <= 0.0 {
-        return Err(Error::config("--temperature must be above 0"));
-    }
-    let trained = Trained::open(&args.run, &args.set)?;
-    let recipe = &trained.recipe;
-    let device = device::open(args.device, &recipe.train)?;
-    let (method, arena) = trained.load(&device)?;
-    let images = Images::open(&recipe.data)?;
-    let (train, test) = (&images.train, images.held_out()?);
-    let knn = Knn { k: args.k as usize, temperature: args.temperature };
-    talk(&format!(
-        "{}: {} bank and {} held-out images, k {}, temperature {}, seed {}",
-        trained.checkpoint.display(),
-        train.len(),
-        test.len(),
-        knn.k,
-        knn.temperature,
-        recipe.seed
-    ));
-    let compared = Compared::new(recipe, &*method, &arena, &**train, &**test)?;
-    let accuracy =
-        |bank: &Features, queries: &Features| eval::knn_accuracy(bank, queries, knn, &device);
-    if !args.json {
-        return compared.print("kNN", accuracy);
-    }
-    say(&json!({
-        "checkpoint": trained.checkpoint,
-        "bank": train.len(),
-        "held_out": test.len(),
-        "k": knn.k,
-        "temperature": knn.temperature,
-        "seed": recipe.seed,
-        "knn": compared.accuracies(accuracy)?,
-    })
-    .to_string())
-}
-
-/// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.
-struct Compared {
-    rows: [(&'static str, Features, Features); 3],
-}
-
-impl Compared {
-    fn new(
-        recipe: &Recipe,
-        method: &dyn Method,
-        trained: &Arena,
-        train: &dyn Source,
-        test: &dyn Source,
-    ) -> Result<Self> {
-        let random = Arena::new(method.layout(), trained.device(), recipe.seed);
-        let policy = &recipe.augment[0];
-        let trunk = |arena: &Arena, source: &dyn Source| {
-            let normalise = policy.normalise.as_ref();
-            eval::trunk_features(arena, method.backbone(), source, policy.size, normalise)
-        };
-        let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
-        Ok(Self {
-            rows: [
-                ("raw pixels", pixels(train)?, pixels(test)?),
-                ("random init", trunk(&random, train)?, trunk(&random, test)?),
-                ("trained", trunk(trained, train)?, trunk(trained, test)?),
-            ],
-        })
-    }
-
-    /// The accuracies by name, each in `0..=1`.
-    fn accuracies(
-        &self,
-        accuracy: impl Fn(&Features, &Features) -> Result<f64>,
-    ) -> Result<serde_json::Value> {
-        let rows = self.rows.iter();
-        let entry = |(name, bank, queries): &(&str, Features, Features)| {
-            Ok((name.replace(' ', "_"), accuracy(bank, queries)?.into()))
-        };
-        rows.map(entry).collect::<Result<serde_json::Map<_, _>>>().map(Into::into)
-    }
-
-    fn print(
-        &self,
-        what: &str,
-        accuracy: impl Fn(&Features, &Features) -> Result<f64>,
-    ) -> Result<()> {
-        for (name, bank, queries) in &self.rows {
-            say(&format!("{what} {name}: {:.1}%", 100.0 * accuracy(bank, queries)?))?;
-        }
-        Ok(())
-    }
 }
 
 pub(super) fn recipes(name: Option<&str>) -> Result<()> {

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod device;
+mod eval;
 mod inspect;
 mod interchange;
 mod progress;
@@ -24,7 +25,11 @@ pub fn main() -> ExitCode {
     let done = match args.command {
         Command::Demo(demo) => commands::demo(&demo),
         Command::Train(train) => commands::train(&train),
-        Command::Eval { what: Eval::Knn(knn) } => commands::eval_knn(&knn),
+        Command::Eval { what } => match what {
+            Eval::Knn(knn) => eval::knn(&knn),
+            Eval::Linear(linear) => eval::linear(&linear),
+            Eval::Finetune(finetune) => eval::finetune(&finetune),
+        },
         Command::Export(export) => interchange::export(&export),
         Command::Embed(embed) => interchange::embed(&embed),
         Command::Inspect(inspect) => inspect::inspect(&inspect),

@@ -106,7 +106,10 @@ fn spread_grey(pixels: &mut [u8]) {
     }
 }
 
-fn png_header(bytes: &[u8]) -> Result<(PngDecoder<Cursor<&[u8]>>, [usize; 2]), String> {
+/// A PNG's decoder, its width and height.
+type PngHeader<'a> = (PngDecoder<Cursor<&'a [u8]>>, [usize; 2]);
+
+fn png_header(bytes: &[u8]) -> Result<PngHeader<'_>, String> {
     let decoder = PngDecoder::new(Cursor::new(bytes)).map_err(damaged_png)?;
     let (width, height) = decoder.dimensions();
     let size = [width as usize, height as usize];

@@ -44,15 +44,6 @@ impl Features {
         self.labels.extend(more.labels);
         self.skipped.extend(more.skipped.into_iter().map(moved));
     }
-
-    /// The same features, each row scaled to unit length.
-    pub fn normalised(mut self) -> Self {
-        for row in self.values.chunks_exact_mut(self.d.max(1)) {
-            let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt().max(1e-12);
-            row.iter_mut().for_each(|v| *v = (f64::from(*v) / norm) as f32);
-        }
-        self
-    }
 }
 
 /// The features that `backbone` with the arena's weights gives each image: running statistics, the centre of the image at
@@ -88,11 +79,18 @@ pub fn classifier_accuracy(
     let logits = collect(source, size, normalise, arena.device(), d, |images| {
         evaluate(arena, |tape| classifier.forward(&tape.input(images)))
     })?;
-    // The first largest is the answer: rows that are all alike must not be right for every class.
-    let answer = |row: &[f32]| (0..d).fold(0, |best, j| if row[j] > row[best] { j } else { best });
-    let rows = logits.values.chunks_exact(d).zip(&logits.labels);
-    let right = rows.filter(|(row, label)| answer(row) == **label as usize).count();
+    let right = right_answers(&logits.values, &logits.labels);
     Ok(right as f64 / logits.labels.len().max(1) as f64)
+}
+
+/// How many rows of logits have their largest at their class: the first largest, so that rows which are all alike are not
+/// right for every class.
+pub(super) fn right_answers(logits: &[f32], labels: &[u32]) -> usize {
+    let classes = (logits.len() / labels.len().max(1)).max(1);
+    let answer =
+        |row: &[f32]| (0..classes).fold(0, |best, j| if row[j] > row[best] { j } else { best });
+    let rows = logits.chunks_exact(classes).zip(labels);
+    rows.filter(|(row, label)| answer(row) == **label as usize).count()
 }
 
 /// The pixels, three a position: the baseline that costs nothing.

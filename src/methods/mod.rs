@@ -55,7 +55,9 @@ use crate::tensor::Tensor;
 pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
 pub use micro::{check_micro_batches, step};
 pub use monitors::{BINS, Reading, Readings};
-pub use recipe::{DataSettings, OptimSettings, Recipe, TrainSettings, WatchSettings};
+pub use recipe::{
+    DataSettings, MethodSettings, OptimSettings, Recipe, TrainSettings, WatchSettings,
+};
 
 /// What is known of a run before its first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

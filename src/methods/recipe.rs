@@ -56,6 +56,10 @@ pub struct DataSettings {
     /// Use this many held-out images, spread over the set; 0 for all.
     #[serde(default)]
     pub test_limit: usize,
+    /// Train on the labelled ones of these images only: `10%` of each class, or a file that names them. See
+    /// [`labelled`](crate::data::labelled).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<String>,
 }
 
 /// How weights move.
@@ -181,7 +185,7 @@ impl Recipe {
     /// # Errors
     /// When there is no such file or recipe, or it is not what it should be: the message names the key.
     pub fn load(name: &str, settings: &[String]) -> Result<Self> {
-        Self::with(table_of(name, 0)?, settings)
+        Self::from_table(table_of(name, 0)?, settings)
     }
 
     /// A whole recipe from its text, with `key.path=value` settings on top; `origin` is what messages call it.
@@ -189,10 +193,18 @@ impl Recipe {
     /// # Errors
     /// When the text is not what it should be: the message names the key.
     pub fn parse(text: &str, origin: &str, settings: &[String]) -> Result<Self> {
-        Self::with(parsed(text, origin)?, settings)
+        Self::from_table(parsed(text, origin)?, settings)
     }
 
-    fn with(mut table: toml::Table, settings: &[String]) -> Result<Self> {
+    /// The recipe with `key.path=value` settings on top.
+    ///
+    /// # Errors
+    /// When it is then no recipe: the message names the key.
+    pub fn with(&self, settings: &[String]) -> Result<Self> {
+        Self::from_table(self.to_toml().parse().expect("a recipe is TOML"), settings)
+    }
+
+    fn from_table(mut table: toml::Table, settings: &[String]) -> Result<Self> {
         for setting in settings {
             set(&mut table, setting)?;
         }

@@ -1,6 +1,7 @@
 //! Training runs (floor 6): the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
 
 mod checkpoint;
+mod finetune;
 mod folder;
 mod inspect;
 mod metrics;
@@ -12,6 +13,7 @@ mod study;
 pub(crate) mod weights;
 
 pub use checkpoint::{export_trunk, init_weights, load_state, load_weights, newest, save};
+pub use finetune::{FINETUNES, finetuning};
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
 pub use resume::{Paused, recipe_in};

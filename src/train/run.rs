@@ -96,7 +96,11 @@ impl Images {
             };
             Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
         };
-        let train = open(Split::Train, settings.limit)?;
+        let mut train = open(Split::Train, settings.limit)?;
+        if let Some(which) = &settings.labels {
+            let labelled = data::labelled(&*train, which)?;
+            train = Arc::new(Subset::new(train, labelled));
+        }
         if train.classes().is_empty() {
             return Ok(Self { train, test: None });
         }

@@ -78,6 +78,11 @@ impl WeightFile {
         names
     }
 
+    /// The shape of a tensor, if there is one of this name.
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.header.info(name).map(|info| &*info.shape)
+    }
+
     /// Fails unless it has floats of this name and shape; gives dtype and place.
     fn floats(&self, name: &str, shape: &[usize]) -> Result<(Dtype, u64, usize)> {
         let path = self.path.display();

@@ -90,11 +90,54 @@ fn the_demo_prints_its_six_lines_and_nothing_else_on_stdout() {
 fn a_run_is_evaluated_from_its_folder() {
     let folder = tempfile::tempdir().unwrap();
     run(folder.path(), "run", 2, 2);
-    let output = selfsup(folder.path(), &["eval", "knn", "run", "--k", "20"]);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    let lines: Vec<&str> = text(&output.stdout).lines().collect();
-    assert_eq!(lines.len(), 3, "{lines:#?}");
-    assert!(lines[2].starts_with("kNN trained: "), "{lines:#?}");
+    let evaluated = |words: &[&str], starts: &[&str]| {
+        let output = selfsup(folder.path(), words);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let lines: Vec<&str> = text(&output.stdout).lines().collect();
+        assert_eq!(lines.len(), starts.len(), "{lines:#?}");
+        for (line, start) in lines.iter().zip(starts) {
+            assert!(line.starts_with(start) && line.ends_with('%'), "{lines:#?}, {start}");
+        }
+        (text(&output.stdout).to_owned(), text(&output.stderr).to_owned())
+    };
+    let (one, said) = evaluated(
+        &["eval", "knn", "run", "--k", "20"],
+        &["kNN raw pixels: ", "kNN random init: ", "kNN trained: "],
+    );
+    assert!(said.contains("64 training and 40 held-out images, k 20"), "{said}");
+    // A grid has the line of one setting among its own.
+    let (grid, _) = evaluated(
+        &["eval", "knn", "run", "--k", "5,20", "--temperature", "0.1,1"],
+        &["kNN (k 5, temperature 0.1) raw pixels: "; 1]
+            .into_iter()
+            .chain(["kNN (k"; 11])
+            .collect::<Vec<_>>(),
+    );
+    let last = |text: &str, of: &str| {
+        let line = text.lines().find(|line| line.starts_with(of)).unwrap();
+        line.rsplit(' ').next().unwrap().to_owned()
+    };
+    assert_eq!(last(&grid, "kNN (k 20, temperature 0.1) trained"), last(&one, "kNN trained"));
+
+    let (_, said) = evaluated(
+        &["eval", "linear", "run", "--sweep", "--epochs", "2", "--labels", "50%"],
+        &["linear (cached, learning rate ", "linear (cached, learning rate "],
+    );
+    assert!(said.contains("random init, learning rate 0.03: "), "{said}");
+    evaluated(
+        &["eval", "linear", "run", "--protocol", "moco", "--epochs", "1"],
+        &["linear (moco, learning rate 30.0000) random init: ", "linear (moco, learning rate"],
+    );
+    let words =
+        ["eval", "finetune", "run", "--labels", "30%", "--head-layers", "1", "--device", "cpu"];
+    let (_, said) = evaluated(
+        &with_settings(&words, &["train.epochs=1", "train.batch=8"]),
+        &["fine-tuned random init: ", "fine-tuned trained: "],
+    );
+    assert!(
+        said.contains("fine-tuned on 20 labelled images by lightly, 1 epochs, batch 8"),
+        "{said}"
+    );
     let files = ["recipe.toml", "metrics.jsonl", "step-00000008.safetensors"];
     assert!(files.iter().all(|file| folder.path().join("run").join(file).is_file()));
 }

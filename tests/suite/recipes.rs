@@ -22,7 +22,7 @@ pub fn reduce(recipe: &mut Recipe) {
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
     recipe.data.path = "fashion-scattered".into();
-    (recipe.data.limit, recipe.data.test_limit) = (16, 8);
+    (recipe.data.limit, recipe.data.test_limit, recipe.data.labels) = (16, 8, None);
     (recipe.train.batch, recipe.train.epochs) = (8, 1);
     (recipe.train.threads, recipe.train.loader_threads) = (1, 1);
     (recipe.train.knn_every, recipe.train.checkpoint_every) = (0, 0);

@@ -1,0 +1,243 @@
+//! The linear probe: a classifier on a frozen trunk, trained by a published [`Protocol`].
+
+use std::sync::Arc;
+
+use crate::arena::Arena;
+use crate::data::augment::Normalise;
+use crate::data::{Loader, Policy, Source, Subset, labels_of, of_each_class};
+use crate::device::{Philox, Purpose};
+use crate::error::Result;
+use crate::eval::head::{Head, Moments};
+use crate::eval::{Features, Protocol, trunk_features};
+use crate::nn::ResNet;
+use crate::optim::Schedule;
+use crate::tape::evaluate;
+use crate::tensor::Tensor;
+
+/// The learning rates of a sweep: published best ones span 0.1 to 30.
+pub const RATES: [f64; 8] = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0];
+
+/// Images of one forward pass of the trunk.
+const FORWARD: usize = 256;
+
+/// A trunk that is not trained any more, and how it sees images.
+#[derive(Clone, Copy)]
+pub struct Frozen<'a> {
+    /// Its weights.
+    pub arena: &'a Arena,
+    /// Its description.
+    pub backbone: &'a ResNet,
+    /// Side of the square that it sees, in pixels.
+    pub size: usize,
+    /// What channels are brought to.
+    pub normalise: Option<&'a Normalise>,
+}
+
+/// What a probe found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Probed {
+    /// The share of held-out images that are right, in `0..=1`.
+    pub accuracy: f64,
+    /// The learning rate that the classifier started with.
+    pub lr: f64,
+    /// The rates of a sweep, and the share of a tenth of the training images, kept aside, that each got right.
+    pub swept: Vec<(f64, f64)>,
+}
+
+/// Trains a linear classifier of `train`'s images on the trunk's features and tells how many of `test`'s it gets right.
+///
+/// With `rates`, one classifier for each learns from nine tenths of the training images, the best on the rest decides the
+/// rate, and the classifier that is measured learns from all of them with it; held-out images decide nothing.
+///
+/// # Errors
+/// When images have no labels or cannot be read, or the device fails.
+pub fn linear_accuracy(
+    trunk: Frozen<'_>,
+    train: &Arc<dyn Source>,
+    test: &dyn Source,
+    protocol: &Protocol,
+    rates: &[f64],
+    seed: u64,
+) -> Result<Probed> {
+    let labels = labels_of(&**train)?;
+    let bank = match (protocol.augment, protocol.standardise) {
+        (true, false) => None,
+        _ => Some(trunk.features(&**train)?),
+    };
+    let moments = bank.as_ref().filter(|_| protocol.standardise).map(Moments::of);
+    let kept = bank.filter(|_| !protocol.augment);
+    // Images that cannot be read have no features: rows are then those of the features.
+    let labels = kept.as_ref().map_or(labels, |kept| kept.labels.clone());
+    let shape = [train.classes().len(), trunk.backbone.features()];
+    let probe = Probe { trunk, train, kept, moments, shape, protocol, seed };
+    let all: Vec<u32> = (0..labels.len() as u32).collect();
+    let mut swept = Vec::new();
+    let mut best = None;
+    if !rates.is_empty() {
+        let aside = of_each_class(&labels, |members| members.div_ceil(10), seed, u32::MAX);
+        let mut is_aside = vec![false; labels.len()];
+        aside.iter().for_each(|&i| is_aside[i as usize] = true);
+        let rest = all.iter().copied().filter(|&i| !is_aside[i as usize]).collect();
+        let queries = match &probe.kept {
+            Some(kept) => kept.some(&aside),
+            None => trunk.features(&Subset::new(train.clone(), aside))?,
+        };
+        let heads = probe.train(rest, &rates.iter().copied().map(Some).collect::<Vec<_>>())?;
+        for (&lr, head) in rates.iter().zip(&heads) {
+            swept.push((lr, head.accuracy(&queries, probe.moments.as_ref())?));
+        }
+        // The lowest of equals, and no rate that made numbers infinite can win by being first.
+        let better = |best: (f64, f64), &one: &(f64, f64)| if one.1 > best.1 { one } else { best };
+        best = Some(swept.iter().fold((rates[0], f64::NEG_INFINITY), better).0);
+    }
+    let lr = best.unwrap_or_else(|| protocol.schedule(all.len(), None).peak);
+    let head = &probe.train(all, &[best])?[0];
+    let accuracy = head.accuracy(&trunk.features(test)?, probe.moments.as_ref())?;
+    Ok(Probed { accuracy, lr, swept })
+}
+
+impl Frozen<'_> {
+    /// Features of images under the evaluation's transform.
+    ///
+    /// # Errors
+    /// When an image has no label, or the device fails.
+    pub fn features(&self, source: &dyn Source) -> Result<Features> {
+        trunk_features(self.arena, self.backbone, source, self.size, self.normalise)
+    }
+
+    /// Features `[n, d]` of crops `[n, s, s, 4]`.
+    fn forward(&self, crops: &Tensor) -> Result<Vec<f32>> {
+        let n = crops.shape()[0];
+        let mut rows = Vec::with_capacity(n * self.backbone.features());
+        for from in (0..n).step_by(FORWARD) {
+            let some = crops.rows(from, FORWARD.min(n - from));
+            let features = evaluate(self.arena, |tape| self.backbone.forward(&tape.input(&some)))?;
+            rows.extend(features.to_f64().iter().map(|&v| v as f32));
+        }
+        self.arena.device().check()?; // what a failed device gives is no feature
+        Ok(rows)
+    }
+}
+
+struct Probe<'a> {
+    trunk: Frozen<'a>,
+    train: &'a Arc<dyn Source>,
+    /// Features of the training images, where they are made once.
+    kept: Option<Features>,
+    moments: Option<Moments>,
+    /// Classes, and size of a feature.
+    shape: [usize; 2],
+    protocol: &'a Protocol,
+    seed: u64,
+}
+
+impl Probe<'_> {
+    /// A classifier for each rate, the protocol's own where there is none, all trained on the same batches of `rows`.
+    fn train(&self, rows: Vec<u32>, rates: &[Option<f64>]) -> Result<Vec<Head>> {
+        let (protocol, device, shape) = (self.protocol, self.trunk.arena.device(), self.shape);
+        let new = |&lr: &Option<f64>| {
+            let head = Head::new(shape, protocol.init, protocol.rule, self.seed, device);
+            (head, protocol.schedule(rows.len(), lr))
+        };
+        let mut heads: Vec<(Head, Schedule)> = rates.iter().map(new).collect();
+        let total = heads.first().map_or(0, |(_, schedule)| schedule.total);
+        let mut feed = self.feed(rows)?;
+        for step in 0..total {
+            let (mut images, labels) = feed.next(step)?;
+            if let Some(moments) = &self.moments {
+                moments.standardise(&mut images);
+            }
+            let images = Tensor::from_slice(device, [labels.len(), shape[1]], &images);
+            let labels = Tensor::from_slice(device, [labels.len()], &labels);
+            for (head, schedule) in &mut heads {
+                head.step(&images, &labels, schedule.lr(step))?;
+            }
+        }
+        device.check()?;
+        Ok(heads.into_iter().map(|(head, _)| head).collect())
+    }
+
+    fn feed(&self, rows: Vec<u32>) -> Result<Feed<'_>> {
+        let batch = self.protocol.batch_of(rows.len());
+        if let Some(bank) = &self.kept {
+            return Ok(Feed::Kept { bank, order: rows, batch, seed: self.seed });
+        }
+        let normalise = self.trunk.normalise.cloned();
+        let policy = Policy { flip: 0.5, normalise, ..Policy::crop(self.trunk.size) };
+        let images = Arc::new(Subset::new(self.train.clone(), rows));
+        let device = self.trunk.arena.device();
+        let loader = Loader::new(images, vec![policy], batch, self.seed, 0, device)?;
+        Ok(Feed::Crops { loader, trunk: self.trunk })
+    }
+}
+
+/// Where the features of a step come from.
+enum Feed<'a> {
+    /// From those of all images.
+    Kept { bank: &'a Features, order: Vec<u32>, batch: usize, seed: u64 },
+    /// From new crops.
+    Crops { loader: Loader, trunk: Frozen<'a> },
+}
+
+impl Feed<'_> {
+    /// Features `[n, d]` and classes of a step; an epoch's images that fill no batch are left out.
+    fn next(&mut self, step: u64) -> Result<(Vec<f32>, Vec<i32>)> {
+        match self {
+            Feed::Kept { bank, order, batch, seed } => {
+                let per_epoch = (order.len() / *batch) as u64;
+                let (epoch, place) = (step / per_epoch, (step % per_epoch) as usize);
+                if place == 0 {
+                    Philox::new(*seed, Purpose::Order, epoch as u32, 0).shuffle(order);
+                }
+                Ok(bank.gather(&order[place * *batch..][..*batch]))
+            }
+            Feed::Crops { loader, trunk } => {
+                let batch = loader.next_batch()?;
+                Ok((trunk.forward(&batch.crops[0])?, batch.labels))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Layout;
+    use crate::data::{Split, fashion_scattered};
+    use crate::device::Device;
+    use crate::nn::{ResNetConfig, Stem};
+
+    #[test]
+    fn a_probe_learns_from_features_kept_or_made_anew_and_a_sweep_finds_a_rate() {
+        let config = ResNetConfig {
+            depth: 18,
+            width: 2,
+            stem: Stem::Small,
+            zero_init_residual: false,
+            norm_groups: 1,
+            sk_ratio: 0.0,
+            bottleneck: 1,
+        };
+        let mut layout = Layout::new();
+        let backbone = ResNet::new(&mut layout, "", &config);
+        let arena = Arena::new(&Arc::new(layout), &Device::cpu(2).unwrap(), 1);
+        let trunk = Frozen { arena: &arena, backbone: &backbone, size: 16, normalise: None };
+        let set: Arc<dyn Source> =
+            Arc::new(Subset::first(Arc::new(fashion_scattered(Split::Train)), 120));
+        // On the images that it has seen: whether it learns, not how well.
+        let probe = |protocol: &Protocol, rates: &[f64]| {
+            linear_accuracy(trunk, &set, &*set, protocol, rates, 1).unwrap()
+        };
+        let cached = Protocol { batch: 30, ..Protocol::named("cached").unwrap().over(20) };
+        let swept = probe(&cached, &[1e-6, 0.1]);
+        assert!(swept.lr == 0.1 && swept.swept[0].1 < swept.swept[1].1, "{swept:?}");
+        assert_eq!(
+            swept.accuracy,
+            probe(&Protocol { lr: 0.1 * 256.0 / 30.0, ..cached.clone() }, &[]).accuracy
+        );
+        let fresh = probe(&Protocol { augment: true, ..cached.over(4) }, &[0.1]);
+        assert!(swept.accuracy > 0.35 && fresh.accuracy > 0.2, "{swept:?} {fresh:?}");
+        let moco = Protocol { batch: 40, ..Protocol::named("moco").unwrap().over(3) };
+        assert_eq!(probe(&moco, &[]).lr, 30.0);
+    }
+}

@@ -1,0 +1,96 @@
+//! Fine-tuning: the recipe of a supervised run that starts from another run's weights.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::data::Policy;
+use crate::error::{Error, Result};
+use crate::methods::{MethodSettings, Recipe};
+use crate::optim::{Decay, Exclude, Lars, LrRule, Rule, Sgd};
+use crate::train::weights::WeightFile;
+
+/// Names of fine-tuning protocols.
+pub const FINETUNES: [&str; 2] = ["lightly", "simclr-v2"];
+
+/// The supervised method's table of a recipe.
+#[derive(Serialize)]
+struct Settings {
+    classes: usize,
+    head_layers: usize,
+    hidden: usize,
+    new_classifier: bool,
+}
+
+/// The recipe that fine-tunes the weights in `checkpoint`, a run's of `recipe`, on the same images' `classes`, by a protocol
+/// of [`FINETUNES`]: trunk and `head_layers` of a head as SimCLR v2 has it go on, under a new classifier.
+///
+/// # Errors
+/// When there is no such protocol, or the checkpoint has no such head.
+pub fn finetuning(
+    recipe: &Recipe,
+    checkpoint: &Path,
+    protocol: &str,
+    head_layers: usize,
+    classes: usize,
+) -> Result<Recipe> {
+    let hidden = if head_layers > 0 { width_of_head(checkpoint, head_layers)? } else { 0 };
+    let settings = Settings { classes, head_layers, hidden, new_classifier: true };
+    let settings = toml::Table::try_from(settings).expect("numbers are TOML");
+    let mut tuned = recipe.clone();
+    tuned.method = MethodSettings { name: "supervised".into(), settings };
+    let policy = &recipe.augment[0];
+    let crop = Policy::crop(policy.size);
+    let normalise = policy.normalise.clone();
+    tuned.augment = vec![Policy {
+        flip: 0.5,
+        filter: policy.filter,
+        antialias: policy.antialias,
+        normalise,
+        ..crop
+    }];
+    tuned.network.norm_groups = 1;
+    let (optim, train) = (&mut tuned.optim, &mut tuned.train);
+    (optim.warmup_epochs, optim.warmup_from, optim.end_lr) = (0.0, None, 0.0);
+    optim.decay = Decay::Cosine;
+    match protocol {
+        // lightly:benchmarks/imagenet, finetune_eval.py
+        "lightly" => {
+            (optim.lr, optim.lr_rule) = (0.05, LrRule::Linear);
+            (train.epochs, train.batch) = (30, 256);
+            optim.rule = Rule::Sgd(Sgd {
+                momentum: 0.9,
+                nesterov: false,
+                weight_decay: 0.0,
+                exclude: Exclude::Nothing,
+            });
+        }
+        // simclr:README.md, 1% of the labels
+        "simclr-v2" => {
+            (optim.lr, optim.lr_rule) = (0.005, LrRule::Sqrt);
+            (train.epochs, train.batch) = (60, 1024);
+            optim.rule = Rule::Lars(Lars::simclr(0.9, 0.0));
+        }
+        _ => {
+            let known = FINETUNES.join(", ");
+            let reason = format!("there is no protocol {protocol}; known are: {known}");
+            return Err(Error::Config(reason));
+        }
+    }
+    (train.knn_every, train.checkpoint_every) = (0, 0);
+    train.init = Some(checkpoint.display().to_string());
+    Ok(tuned)
+}
+
+/// The width of a head's hidden layers, of which the checkpoint must have the first `layers`, each with its batch norm.
+fn width_of_head(checkpoint: &Path, layers: usize) -> Result<usize> {
+    let file = WeightFile::open(checkpoint)?;
+    let has = |i| file.shape(&format!("head.{i}.norm.weight"));
+    match (0..layers).map(has).collect::<Option<Vec<_>>>() {
+        Some(norms) => Ok(norms[0].iter().product()),
+        None => Err(Error::Weights(format!(
+            "{}: has no head with {layers} layers of linear and batch norm to go on from: fine-tune with --head-layers 0",
+            checkpoint.display()
+        ))),
+    }
+}
