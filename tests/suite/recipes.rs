@@ -2,14 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use selfsup::device::{Device, Precision};
+use selfsup::device::{Device, DeviceKind, Precision};
 use selfsup::methods::{self, Recipe};
 use selfsup::train::Run;
 
 use crate::driver::{gpu, unchecked};
 
-/// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
-fn reduced(name: &str) -> Recipe {
+/// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone. An emulated GPU takes smaller images.
+fn reduced(name: &str, device: &Device) -> Recipe {
+    let side = if device.kind() == DeviceKind::Cuda { 8 } else { 16 };
     let mut recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
@@ -19,7 +20,7 @@ fn reduced(name: &str) -> Recipe {
     (recipe.train.threads, recipe.train.loader_threads) = (1, 1);
     (recipe.train.knn_every, recipe.train.checkpoint_every) = (0, 0);
     for policy in &mut recipe.augment {
-        policy.size = (policy.size / 7).max(16);
+        policy.size = (policy.size / 7).max(side);
     }
     let settings = &mut recipe.method.settings;
     for (key, value) in [
@@ -44,7 +45,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     let folder = tempfile::tempdir().unwrap();
     let mut ran = 0;
     for name in names {
-        let mut recipe = reduced(name);
+        let mut recipe = reduced(name, device);
         if recipe.method.name == "distill" {
             let file = teacher(&mut recipe, folder.path(), device);
             let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
@@ -73,9 +74,11 @@ fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
         let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";
         let names: Vec<&str> = methods::builtin_names().filter(chosen).collect();
-        let used: BTreeSet<String> = names.iter().map(|name| reduced(name).method.name).collect();
+        let gpu = gpu(Precision::Bf16);
+        let method = |name: &&str| reduced(name, &gpu).method.name;
+        let used: BTreeSet<String> = names.iter().map(method).collect();
         assert!(methods::ALL.iter().all(|(name, _)| used.contains(*name)), "{used:?}");
-        run(names.into_iter(), &gpu(Precision::Bf16));
+        run(names.into_iter(), &gpu);
     });
 }
 
@@ -97,7 +100,7 @@ fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) -> St
         student.insert("hidden".into(), 8.into());
     }
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
-    let mut run = Run::new(&reduced(name), device, Some(&out)).unwrap();
+    let mut run = Run::new(&reduced(name, device), device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
     selfsup::train::newest(&out).unwrap().display().to_string()
 }
