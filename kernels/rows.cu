@@ -87,18 +87,6 @@ KERNEL BOUNDS(THREADS) void scatter_rows_bf16(bf16* dx, const bf16* dy, const in
     scatter(dx, dy, index, n, m, length, accumulate);
 }
 
-/// y[b y_stride ...] = x[b x_stride ...] for b < blocks, `length` elements each: one micro-batch into all of
-/// them (y at index length, y_stride count length, x_stride length) and out again, slices, and parts put
-/// together.
-KERNEL BOUNDS(THREADS) void copy_blocks_f32(float* y, const float* x, int blocks, int64_t length,
-                                            int64_t y_stride, int64_t x_stride) {
-    for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
-}
-KERNEL BOUNDS(THREADS) void copy_blocks_bf16(bf16* y, const bf16* x, int blocks, int64_t length,
-                                             int64_t y_stride, int64_t x_stride) {
-    for_own_rows(blocks, [&](int b) { copy_row(y + b * y_stride, x + b * x_stride, length); });
-}
-
 /// queue [m, length]: row (*at + i) mod m = rows_i, i < n <= m, *at in 0..m.
 KERNEL BOUNDS(THREADS) void write_rows_f32(float* queue, const float* rows, const int* at, int n, int m,
                                            int64_t length) {

@@ -165,7 +165,7 @@ fn off_kinks<'t>(y: Var<'t>, before: &[f64]) -> Var<'t> {
 }
 
 /// The relative error of what ran its own way.
-fn drift(got: &[f64], want: &[f64]) -> f64 {
+pub fn drift(got: &[f64], want: &[f64]) -> f64 {
     assert!(got.iter().all(|v| v.is_finite()), "a number that is none");
     let difference: Vec<f64> = got.iter().zip(want).map(|(g, w)| g - w).collect();
     ratio(norm(&difference), norm(want))

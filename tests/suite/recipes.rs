@@ -11,14 +11,19 @@ use selfsup::train::Run;
 
 use crate::driver::{gpu, unchecked};
 
-pub fn reduced(name: &str) -> Recipe {
+/// An emulated GPU takes smaller images.
+fn side(device: &Device) -> usize {
+    if device.kind() == DeviceKind::Cuda { 8 } else { 16 }
+}
+
+pub fn reduced(name: &str, device: &Device) -> Recipe {
     let mut recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
-    reduce(&mut recipe);
+    reduce(&mut recipe, device);
     recipe
 }
 
 /// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
-pub fn reduce(recipe: &mut Recipe) {
+pub fn reduce(recipe: &mut Recipe, device: &Device) {
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
     recipe.data.path = "fashion-scattered".into();
@@ -27,7 +32,7 @@ pub fn reduce(recipe: &mut Recipe) {
     (recipe.train.threads, recipe.train.loader_threads) = (1, 1);
     (recipe.train.knn_every, recipe.train.checkpoint_every) = (0, 0);
     for policy in &mut recipe.augment {
-        policy.size = (policy.size / 7).max(16);
+        policy.size = (policy.size / 7).max(side(device));
     }
     let settings = &mut recipe.method.settings;
     for (key, value) in [
@@ -53,7 +58,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     let (mut ran, mut cut) = (0, 0);
     let on_gpu = device.kind() == DeviceKind::Cuda;
     for name in names {
-        let mut recipe = reduced(name);
+        let mut recipe = reduced(name, device);
         if recipe.method.name == "distill" {
             teacher(&mut recipe, folder.path(), device);
         }
@@ -96,9 +101,11 @@ fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
         let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";
         let names: Vec<&str> = methods::builtin_names().filter(chosen).collect();
-        let used: BTreeSet<String> = names.iter().map(|name| reduced(name).method.name).collect();
+        let gpu = gpu(Precision::Bf16);
+        let method = |name: &&str| reduced(name, &gpu).method.name;
+        let used: BTreeSet<String> = names.iter().map(method).collect();
         assert!(methods::ALL.iter().all(|(name, _)| used.contains(*name)), "{used:?}");
-        run(names.into_iter(), &gpu(Precision::Bf16));
+        run(names.into_iter(), &gpu);
     });
 }
 
@@ -181,7 +188,7 @@ fn elements_of_a_step(recipe: &Recipe) -> (f64, f64, f64) {
 /// What the estimate rests on: activations grow with the width and with the pixels.
 #[test]
 fn activations_grow_with_width_and_pixels() {
-    let mut recipe = reduced("simclr-imagenet");
+    let mut recipe = reduced("simclr-imagenet", &Device::reference());
     let small = elements_of_a_step(&recipe).0;
     recipe.network.width *= 2;
     recipe.augment.iter_mut().for_each(|policy| policy.size *= 2);
@@ -216,7 +223,7 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
         student.insert("hidden".into(), 8.into());
     }
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
-    let mut own = reduced(name);
+    let mut own = reduced(name, device);
     own.train.record_views = 1;
     let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();

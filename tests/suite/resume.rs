@@ -52,7 +52,7 @@ fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
         "supervised-cifar10-small",
         "swav-cifar10-small",
     ];
-    let mut recipes: Vec<Recipe> = names.into_iter().map(reduced).collect();
+    let mut recipes: Vec<Recipe> = names.into_iter().map(|name| reduced(name, device)).collect();
     for recipe in &mut recipes {
         (recipe.train.epochs, recipe.train.knn_every) = (2, 1);
         match &*recipe.method.name {

@@ -18,7 +18,7 @@ impl Watch for Nobody {
 
 /// One step of a narrow network.
 fn cheap(recipe: &mut Recipe) {
-    reduce(recipe);
+    reduce(recipe, &Device::reference());
     (recipe.data.limit, recipe.data.test_limit) = (8, 4);
 }
 

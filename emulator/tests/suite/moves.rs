@@ -54,22 +54,6 @@ fn moves<T: Float>(stage: &Stage, length: usize) {
     }
     close(&what("scatter_rows"), &dx_.read(stage), &want, T::TOLERANCE);
 
-    // Three micro-batches of two views, in and out.
-    let (views, count, part) = (2, 3, 5 * length);
-    let all_ = stage.room::<T>(views * count * part);
-    let parts: Vec<Vec<T>> = (0..count).map(|i| noise(views * part, 4 + i as u64)).collect();
-    for (i, rows) in parts.iter().enumerate() {
-        let rows_ = stage.upload(rows);
-        let to = all_.at + (i * part * size_of::<T>()) as u64;
-        let mut arguments: Vec<Value> = vec![to.into(), (&rows_).into()];
-        arguments.extend([int(views), long(part), long(count * part), long(part)]);
-        launch(stage, &name("copy_blocks"), views, &arguments);
-        stage.wait().expect("no violation");
-    }
-    let all = all_.read(stage);
-    let blocks = (0..views).flat_map(|v| parts.iter().map(move |p| &p[v * part..][..part]));
-    bit_equal(&what("copy_blocks"), &all, &blocks.flatten().copied().collect::<Vec<T>>());
-
     // A queue whose place is on the device, over its end.
     let rows: Vec<T> = noise(4 * length, 8);
     let (queue_, rows_, at_) = (stage.upload(&x), stage.upload(&rows), stage.upload(&[9_i32]));

@@ -6,9 +6,7 @@ pub use gather::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 
 mod cuda;
 
-use crate::device::DeviceKind;
 use crate::tensor::Tensor;
-use cuda::Blocks;
 
 /// Micro-batches, each `[views * m, d]` view after view, as one `[views * n, d]`, view after view.
 ///
@@ -24,17 +22,8 @@ pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
     );
     let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
     let (count, block) = (parts.len(), rows / views);
-    if all.device().kind() == DeviceKind::Cuda {
-        let length = block * d;
-        let blocks =
-            Blocks { count: views, length, to_stride: count * length, from_stride: length };
-        for (index, part) in parts.iter().enumerate() {
-            cuda::copy((&mut all, index * length), (part, 0), blocks);
-        }
-        return all;
-    }
-    for place in 0..parts.len() * views {
-        let (view, part) = (place / parts.len(), place % parts.len());
+    for place in 0..count * views {
+        let (view, part) = (place / count, place % count);
         let to = all.view_mut().slice(place * block * d, [block, d].into());
         { to }.copy_from(&parts[part].rows(view * block, block));
     }
@@ -48,13 +37,6 @@ pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize)
     let (block, d) = (rows / count / views, all.len() / rows.max(1));
     let mut part =
         Tensor::empty(all.device(), all.dtype(), gather::row_shape(all.shape(), rows / count));
-    if all.device().kind() == DeviceKind::Cuda {
-        let length = block * d;
-        let blocks =
-            Blocks { count: views, length, to_stride: length, from_stride: count * length };
-        cuda::copy((&mut part, 0), (all, index * length), blocks);
-        return part;
-    }
     for view in 0..views {
         let rows = all.rows((view * count + index) * block, block);
         let to = part.view_mut().slice(view * block * d, *rows.shape());
