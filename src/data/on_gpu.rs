@@ -170,7 +170,8 @@ fn take(
                 broken => {
                     buffer.resize(buffer.len() + place.bytes() as usize, 0);
                     place.size = [0; 2];
-                    let changed = || Error::config(format!("{} changed while it was read", source.name(i)));
+                    let changed =
+                        || Error::config(format!("{} changed while it was read", source.name(i)));
                     skip(i, broken.err().unwrap_or_else(changed));
                 }
             }

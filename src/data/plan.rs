@@ -128,12 +128,7 @@ impl Plan {
     }
 
     /// The crops of a batch.
-    fn crops(
-        &self,
-        crew: &Crew<'_>,
-        slot: &Slot<'_>,
-        indices: &mut [u32],
-    ) -> Result<Vec<Tensor>> {
+    fn crops(&self, crew: &Crew<'_>, slot: &Slot<'_>, indices: &mut [u32]) -> Result<Vec<Tensor>> {
         let room = |(size, views): &(usize, Vec<usize>)| {
             Tensor::floats(&self.device, [views.len() * self.batch, *size, *size, 4])
         };

@@ -89,11 +89,11 @@ fn noise(seed: u32, width: usize, height: usize) -> Image {
 /// Everything that a policy can do, the more of it the larger `kind`.
 fn policy(size: usize, kind: usize) -> Policy {
     let pixels = if kind % 3 == 2 { Pixels::Float } else { Pixels::U8 };
-    let blur = if kind % 3 == 0 { BlurKind::PillowBox } else { BlurKind::Gaussian };
+    let blur = [BlurKind::PillowBox, BlurKind::Gaussian, BlurKind::Gaussian][kind % 3];
     let additive_brightness = kind == 5;
     Policy {
         pixels,
-        filter: if kind % 2 == 0 { Filter::Bilinear } else { Filter::Bicubic },
+        filter: [Filter::Bilinear, Filter::Bicubic][kind % 2],
         antialias: kind != 4,
         flip: 0.5,
         jitter: Some(Jitter {
@@ -108,10 +108,8 @@ fn policy(size: usize, kind: usize) -> Policy {
         grey_first: kind == 3,
         blur: Some(Blur { p: 0.5, sigma: [0.1, if kind == 3 { 9.0 } else { 2.0 }], kind: blur }),
         solarise: Some(Solarise { p: 0.3, threshold: 0.5 }),
-        normalise: (pixels == Pixels::U8).then_some(Normalise {
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
-        }),
+        normalise: (pixels == Pixels::U8)
+            .then_some(Normalise { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
         ..Policy::crop(size)
     }
 }

@@ -25,11 +25,7 @@ fn program() -> Command {
 }
 
 fn selfsup(folder: &Path, words: &[&str]) -> Output {
-    program()
-        .current_dir(folder)
-        .args(words)
-        .output()
-        .expect("the program starts")
+    program().current_dir(folder).args(words).output().expect("the program starts")
 }
 
 fn with_settings<'a>(words: &[&'a str], settings: &[&'a str]) -> Vec<&'a str> {
@@ -125,7 +121,11 @@ const TINY: &[&str] = &[
 
 /// The program with a GPU within reach.
 fn with_gpu(folder: &Path, words: &[&str]) -> Output {
-    with_driver(&mut program()).current_dir(folder).args(words).output().expect("the program starts")
+    with_driver(&mut program())
+        .current_dir(folder)
+        .args(words)
+        .output()
+        .expect("the program starts")
 }
 
 #[test]

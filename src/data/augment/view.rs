@@ -71,12 +71,8 @@ impl View {
         pixels: i64,
         gaussian: &mut Vec<f32>,
     ) -> Self {
-        let mut view = Self::resampled(
-            &policy.resize(params),
-            policy.normalise.as_ref(),
-            width,
-            pixels,
-        );
+        let mut view =
+            Self::resampled(&policy.resize(params), policy.normalise.as_ref(), width, pixels);
         let float = policy.pixels == Pixels::Float;
         view.flags |= if float { FLOAT } else { 0 };
         view.program = policy.program(params);
@@ -123,8 +119,7 @@ impl View {
     /// The byte behind its crop's last pixel.
     pub fn end(&self) -> i64 {
         let row = i64::from(self.corner[1] + self.crop[1] - 1);
-        self.pixels
-            + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
+        self.pixels + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
     }
 
     /// How many times as wide or high as what it is brought to its crop is, at least.
