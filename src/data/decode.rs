@@ -43,7 +43,7 @@ pub fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> {
 pub fn size(path: &Path, bytes: &[u8]) -> Result<[usize; 2]> {
     let size = match bytes {
         [0xFF, 0xD8, ..] => jpeg_header(bytes).map(|(_, size)| size),
-        [0x89, b'P', b'N', b'G', ..] => png_header(bytes).map(|(_, size)| size),
+        [0x89, b'P', b'N', b'G', ..] => png_header(bytes).map(|decoder| sides(&decoder)),
         // Whatever else it is, decoding says what.
         _ => return decode(path, bytes, &mut Image::default()).map(|()| [0; 2]),
     };
@@ -106,15 +106,18 @@ fn spread_grey(pixels: &mut [u8]) {
     }
 }
 
-/// A PNG's decoder, its width and height.
-type PngHeader<'a> = (PngDecoder<Cursor<&'a [u8]>>, [usize; 2]);
-
-fn png_header(bytes: &[u8]) -> Result<PngHeader<'_>, String> {
+/// A decoder that has read the headers.
+fn png_header(bytes: &[u8]) -> Result<PngDecoder<Cursor<&[u8]>>, String> {
     let decoder = PngDecoder::new(Cursor::new(bytes)).map_err(damaged_png)?;
+    let [width, height] = sides(&decoder);
+    check_size(width, height)?;
+    Ok(decoder)
+}
+
+/// Width and height.
+fn sides(decoder: &impl ImageDecoder) -> [usize; 2] {
     let (width, height) = decoder.dimensions();
-    let size = [width as usize, height as usize];
-    check_size(size[0], size[1])?;
-    Ok((decoder, size))
+    [width as usize, height as usize]
 }
 
 fn damaged_png(e: image::ImageError) -> String {
@@ -122,7 +125,8 @@ fn damaged_png(e: image::ImageError) -> String {
 }
 
 fn png(bytes: &[u8], into: &mut Image) -> Result<(), String> {
-    let (decoder, [width, height]) = png_header(bytes)?;
+    let decoder = png_header(bytes)?;
+    let [width, height] = sides(&decoder);
     let decoded = image::DynamicImage::from_decoder(decoder).map_err(damaged_png)?;
     // Moves the pixels where they are RGB already, as in most files.
     let rgb = decoded.into_rgb8();

@@ -89,11 +89,11 @@ fn noise(seed: u32, width: usize, height: usize) -> Image {
 /// Everything that a policy can do, the more of it the larger `kind`.
 fn policy(size: usize, kind: usize) -> Policy {
     let pixels = if kind % 3 == 2 { Pixels::Float } else { Pixels::U8 };
-    let blur = if kind.is_multiple_of(3) { BlurKind::PillowBox } else { BlurKind::Gaussian };
+    let blur = [BlurKind::PillowBox, BlurKind::Gaussian, BlurKind::Gaussian][kind % 3];
     let additive_brightness = kind == 5;
     Policy {
         pixels,
-        filter: if kind.is_multiple_of(2) { Filter::Bilinear } else { Filter::Bicubic },
+        filter: [Filter::Bilinear, Filter::Bicubic][kind % 2],
         antialias: kind != 4,
         flip: 0.5,
         jitter: Some(Jitter {
