@@ -13,29 +13,27 @@ use crate::eval::{self, Features, Frozen, Knn, Protocol};
 use crate::methods::{self, Method, Recipe};
 use crate::train::{self, Images, Run};
 
-/// A run's network as it was trained, and as it was before; its images.
+/// A run's network as it was trained, and its images.
 struct Trained {
     recipe: Recipe,
     checkpoint: PathBuf,
     device: Device,
     method: Box<dyn Method>,
     trained: Arena,
-    random: Arena,
     images: Images,
 }
 
 impl Trained {
     /// The newest checkpoint of a run, its recipe with the settings of the command line and `labels` on top.
     fn open(of: &Evaluated, labels: Option<&str>) -> Result<Self> {
-        let (recipe, checkpoint) = (recipe_of(of, labels)?, train::newest(&of.run)?);
+        let (recipe, checkpoint) = (recipe_of(of, &of.set, labels)?, train::newest(&of.run)?);
         let device = device::open(of.device, &recipe.train)?;
         let method = methods::build(&recipe)?;
-        let [random, mut trained] =
-            [0, 1].map(|_| Arena::new(method.layout(), &device, recipe.seed));
+        let mut trained = Arena::new(method.layout(), &device, recipe.seed);
         train::load_weights(&checkpoint, &mut trained)?;
         let images = Images::open(&recipe.data)?;
         images.held_out()?;
-        Ok(Self { recipe, checkpoint, device, method, trained, random, images })
+        Ok(Self { recipe, checkpoint, device, method, trained, images })
     }
 
     fn frozen<'a>(&'a self, arena: &'a Arena) -> Frozen<'a> {
@@ -58,8 +56,8 @@ impl Trained {
 }
 
 /// The run's recipe with settings on top.
-fn recipe_of(of: &Evaluated, labels: Option<&str>) -> Result<Recipe> {
-    let recipe = Recipe::load(&of.run.join("recipe.toml").to_string_lossy(), &of.set)?;
+fn recipe_of(of: &Evaluated, set: &[String], labels: Option<&str>) -> Result<Recipe> {
+    let recipe = Recipe::load(&of.run.join("recipe.toml").to_string_lossy(), set)?;
     Ok(with_labels(recipe, labels))
 }
 
@@ -100,7 +98,8 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
     let test = run.images.held_out()?;
     run.talk(&format!("protocol {}, {} epochs", args.protocol, protocol.epochs))?;
     let rates: &[f64] = if args.sweep { &eval::RATES } else { &[] };
-    for (name, arena) in [("random init", &run.random), ("trained", &run.trained)] {
+    let random = Arena::new(run.method.layout(), &run.device, run.recipe.seed);
+    for (name, arena) in [("random init", &random), ("trained", &run.trained)] {
         let (trunk, train) = (run.frozen(arena), &run.images.train);
         let found =
             eval::linear_accuracy(trunk, train, &**test, &protocol, rates, run.recipe.seed)?;
@@ -125,8 +124,7 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
 
 pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let labels = args.labels.as_deref();
-    let plain = Evaluated { run: args.of.run.clone(), set: Vec::new(), device: None };
-    let recipe = recipe_of(&plain, labels)?;
+    let recipe = recipe_of(&args.of, &[], labels)?;
     let images = Images::open(&recipe.with(&args.of.set)?.data)?;
     images.held_out()?;
     let (checkpoint, classes) = (train::newest(&args.of.run)?, images.train.classes().len());
