@@ -14,13 +14,12 @@ use crate::eval::{self, Features, Frozen, Knn, Protocol};
 use crate::methods::{Method, Recipe};
 use crate::train::{self, Images, Run};
 
-/// A run's network as it was trained, and as it was before; its images.
+/// A run's network as it was trained, and its images.
 struct Networks {
     run: Trained,
     device: Device,
     method: Box<dyn Method>,
     trained: Arena,
-    random: Arena,
     images: Images,
 }
 
@@ -31,10 +30,9 @@ impl Networks {
         run.recipe = with_labels(run.recipe, labels);
         let device = device::open(of.device, &run.recipe.train)?;
         let (method, trained) = run.load(&device)?;
-        let random = Arena::new(method.layout(), &device, run.recipe.seed);
         let images = Images::open(&run.recipe.data)?;
         images.held_out()?;
-        Ok(Self { run, device, method, trained, random, images })
+        Ok(Self { run, device, method, trained, images })
     }
 
     fn frozen<'a>(&'a self, arena: &'a Arena) -> Frozen<'a> {
@@ -137,7 +135,8 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
     let how = format!("protocol {}, {} epochs", args.protocol, protocol.epochs);
     let mut told = all.told(args.of.json, &how)?;
     let rates: &[f64] = if args.sweep { &eval::RATES } else { &[] };
-    for (name, arena) in [("random init", &all.random), ("trained", &all.trained)] {
+    let random = Arena::new(all.method.layout(), &all.device, all.run.recipe.seed);
+    for (name, arena) in [("random init", &random), ("trained", &all.trained)] {
         let (trunk, train) = (all.frozen(arena), &all.images.train);
         let found =
             eval::linear_accuracy(trunk, train, &**test, &protocol, rates, all.run.recipe.seed)?;

@@ -61,9 +61,6 @@ fn check_size(width: usize, height: usize) -> Result<(), String> {
 }
 
 fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
-    // The decoder quotes what it says, line ends and all.
-    let said = |e: &dyn std::fmt::Display| e.to_string().trim_matches('"').replace("\\n", "; ");
-    let failed = |e| format!("is a damaged JPEG file: {}", said(&e));
     // The decoder fills up what is missing; a file is whole if the end marker follows the last scan's beginning.
     // Neither marker can occur inside a scan, where 0xFF is followed by 0.
     let last = |code| bytes.windows(2).rposition(|pair| pair == [0xFF, code]);
@@ -76,7 +73,7 @@ fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
     decoder.set_options(jpeg_options().jpeg_set_out_colorspace(wanted));
     into.resize(width, height);
     let channels = if grey { 1 } else { 3 };
-    decoder.decode_into(&mut into.pixels[..width * height * channels]).map_err(failed)?;
+    decoder.decode_into(&mut into.pixels[..width * height * channels]).map_err(damaged_jpeg)?;
     if grey {
         spread_grey(&mut into.pixels);
     }
@@ -91,7 +88,7 @@ fn jpeg_options() -> DecoderOptions {
 /// A decoder that has read the headers, and width and height.
 fn jpeg_header(bytes: &[u8]) -> Result<(JpegDecoder<&[u8]>, [usize; 2]), String> {
     let mut decoder = JpegDecoder::new_with_options(bytes, jpeg_options());
-    decoder.decode_headers().map_err(|e| format!("is a damaged JPEG file: {e}"))?;
+    decoder.decode_headers().map_err(damaged_jpeg)?;
     let (width, height) = decoder.dimensions().ok_or("is a JPEG file without a size")?;
     check_size(width, height)?;
     Ok((decoder, [width, height]))
@@ -118,6 +115,12 @@ fn png_header(bytes: &[u8]) -> Result<PngDecoder<Cursor<&[u8]>>, String> {
 fn sides(decoder: &impl ImageDecoder) -> [usize; 2] {
     let (width, height) = decoder.dimensions();
     [width as usize, height as usize]
+}
+
+/// The decoder quotes what it says, line ends and all.
+fn damaged_jpeg(error: impl std::fmt::Display) -> String {
+    let said = error.to_string();
+    format!("is a damaged JPEG file: {}", said.trim_matches('"').replace("\\n", "; "))
 }
 
 fn damaged_png(e: image::ImageError) -> String {

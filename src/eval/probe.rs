@@ -6,7 +6,7 @@ use crate::arena::Arena;
 use crate::data::augment::Normalise;
 use crate::data::{Loader, Policy, Source, Subset, labels_of, of_each_class};
 use crate::device::{Philox, Purpose};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::head::{Head, Moments};
 use crate::eval::{Features, Protocol, trunk_features};
 use crate::nn::ResNet;
@@ -74,7 +74,13 @@ pub fn linear_accuracy(
     let mut swept = Vec::new();
     let mut best = None;
     if !rates.is_empty() {
-        let aside = of_each_class(&labels, |members| members.div_ceil(10), seed, u32::MAX);
+        let tenth = |members: usize| members.div_ceil(10).min(members.saturating_sub(1));
+        let aside = of_each_class(&labels, tenth, seed, u32::MAX);
+        if aside.is_empty() {
+            return Err(Error::config(
+                "a sweep keeps a tenth of the training images aside and needs two of a class: name a rate, or give more labels",
+            ));
+        }
         let mut is_aside = vec![false; labels.len()];
         aside.iter().for_each(|&i| is_aside[i as usize] = true);
         let rest = all.iter().copied().filter(|&i| !is_aside[i as usize]).collect();

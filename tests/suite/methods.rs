@@ -348,6 +348,7 @@ fn check_state(
     results.extend(table("slots", &training.online));
     for (part, state) in training.method.state() {
         match state {
+            State::Network(_) if part == "teacher" => {} // it never moves
             State::Network(arena) => results.extend(table(part, arena)),
             State::Rows(rows) => {
                 results

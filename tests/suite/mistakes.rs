@@ -157,7 +157,7 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "train.epoch=1"],
             2,
-            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
+            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `micro_batches`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `record_views`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
         ),
         (
             &["train", "demo", "--set", "train.epochs"],
