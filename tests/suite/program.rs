@@ -135,7 +135,7 @@ fn a_run_is_evaluated_from_its_folder() {
         &["fine-tuned random init: ", "fine-tuned trained: "],
     );
     assert!(
-        said.contains("fine-tuned on 20 labelled images by lightly, 1 epochs, batch 8"),
+        said.contains("fine-tuned on 21 labelled images by lightly, 1 epochs, batch 8"),
         "{said}"
     );
     let files = ["recipe.toml", "metrics.jsonl", "step-00000008.safetensors"];
