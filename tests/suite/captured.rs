@@ -262,6 +262,33 @@ fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
     );
 }
 
+#[test]
+fn a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing() {
+    alone("captured::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing", |driver| {
+        driver.check(false);
+        let device = gpu(Precision::Bf16);
+        for records in [true, false] {
+            let mut hand = Hand::new(&device, 0, records);
+            let counts =
+                || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
+            let mut steps = Vec::new();
+            for iteration in 0..6 {
+                let before = counts();
+                hand.step(iteration).unwrap();
+                let after = counts();
+                steps.push([0, 1, 2].map(|i| after[i] - before[i]));
+            }
+            println!("allocations, waits and replays of each step: {steps:?}");
+            assert!(!records || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
+            let replays = u64::from(records);
+            assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
+            let before = counts();
+            hand.evaluate();
+            assert!(counts()[1] > before[1], "the driver counts waits");
+        }
+    });
+}
+
 /// Losses of a whole run, as the program would print them.
 #[derive(Default)]
 struct Printed(Vec<(u64, f64)>);
