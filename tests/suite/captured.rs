@@ -35,7 +35,8 @@ struct Phased {
 
 impl Phased {
     fn new(change: u64) -> Self {
-        let settings = Settings { temperature: 0.2, hidden: 16, embedding: 8, ..Settings::default() };
+        let settings =
+            Settings { temperature: 0.2, hidden: 16, embedding: 8, ..Settings::default() };
         let simclr = SimClr::new(&small(1), &settings);
         Self { simclr, follower: None, change, frozen: true }
     }
