@@ -149,6 +149,8 @@ impl Steps {
         let queued = self.queue(method, online, optimizer, batch, progress);
         queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
+        let provide = (self.recorded.is_none() && self.launched == LAUNCHED).then_some(AHEAD + 1);
+        self.device.gpu().end_turn(provide);
         self.known(AHEAD)
     }
 
@@ -191,7 +193,7 @@ impl Steps {
         if !self.records || self.launched < LAUNCHED {
             let loss = step(method, online, optimizer, &self.views, cut, progress)?;
             self.embeddings = method.take_embeddings();
-            self.launched += 1;
+            self.launched += u32::from(self.launched <= LAUNCHED);
             self.send(&loss);
             return Ok(());
         }

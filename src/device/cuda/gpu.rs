@@ -341,6 +341,14 @@ impl Gpu {
         })
     }
 
+    /// Ends a turn of copies from the host, and provides for so many turns like it at once.
+    pub(crate) fn end_turn(&self, provide: Option<usize>) {
+        self.attempt(
+            || "pinning memory to copy through".into(),
+            |gpu| lock(&gpu.staging).end_turn(provide),
+        );
+    }
+
     fn refuse(&self, what: &str) {
         self.fail(format!(
             "GPU {}: a step that is recorded {what}, which a replay would not: such numbers are set before the step",

@@ -82,8 +82,9 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         self.device.gpu().finish(|| {
-            // SAFETY: no copy is under way any more. An error has nobody left to tell.
+            // SAFETY: no copy is under way any more after the wait. An error has nobody left to tell.
             unsafe {
+                let _ = result::stream::synchronize(self.device.gpu().stream());
                 for &event in &self.events {
                     let _ = result::event::destroy(event);
                 }

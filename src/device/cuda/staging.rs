@@ -1,5 +1,6 @@
 //! Pinned host memory that copies go through, so that queueing one does not wait.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 
 use cudarc::driver::result::{self, DriverError};
@@ -15,6 +16,8 @@ const MOST: usize = 64 << 20;
 pub(super) struct Staging {
     blocks: Vec<Block>,
     pinned: usize,
+    /// How many blocks of each size copies have taken in this turn.
+    taken: HashMap<usize, usize>,
 }
 
 #[derive(Debug)]
@@ -57,6 +60,7 @@ impl Staging {
     /// A block of at least `bytes` that no copy uses.
     fn free_block(&mut self, bytes: usize) -> Result<&Block, DriverError> {
         let bytes = bytes.next_power_of_two().max(4096);
+        *self.taken.entry(bytes).or_default() += 1;
         let fits = |block: &Block| block.bytes == bytes;
         // SAFETY: the events live as long as their blocks.
         let free =
@@ -71,12 +75,33 @@ impl Staging {
             unsafe { result::event::synchronize(self.blocks[i].done)? };
             return Ok(&self.blocks[i]);
         }
+        self.pin(bytes)?;
+        Ok(self.blocks.last().expect("pinned just now"))
+    }
+
+    fn pin(&mut self, bytes: usize) -> Result<(), DriverError> {
         // SAFETY: plain pinned memory of this size.
         let at = unsafe { result::malloc_host(bytes, 0)? };
         let done = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
         self.pinned += bytes;
         self.blocks.push(Block { at, bytes, done });
-        Ok(self.blocks.last().expect("pushed just now"))
+        Ok(())
+    }
+
+    /// Ends a turn, of which there are many alike: a training step. With `provide`, pins what as many
+    /// copies need in so many turns at once: none has to be pinned later because a copy is slower one day.
+    pub(super) fn end_turn(&mut self, provide: Option<usize>) -> Result<(), DriverError> {
+        let taken = std::mem::take(&mut self.taken);
+        let Some(turns) = provide else { return Ok(()) };
+        for (bytes, count) in taken {
+            let there = self.blocks.iter().filter(|block| block.bytes == bytes).count();
+            for _ in there..turns * count {
+                if self.pinned + bytes <= MOST {
+                    self.pin(bytes)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Frees everything.
