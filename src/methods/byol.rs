@@ -230,7 +230,7 @@ impl Method for Byol {
         self.embeddings.take()
     }
 
-    fn monitors(&self, online: &Arena, _: f64) -> Readings {
+    fn monitors(&self, online: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
         let (Some([z, p, t]), Some(target)) = (&self.seen, &self.target) else {
             return Readings::new();
         };

@@ -438,7 +438,7 @@ impl Method for MoCo {
         self.embeddings.take()
     }
 
-    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
+    fn monitors(&self, online: &Arena, _: Option<&Tensor>, loss: f64) -> Readings {
         let (Some(own), Some([q, k])) = (&self.own, &self.seen) else { return Readings::new() };
         let Settings { queue, symmetric, dictionary, .. } = self.settings;
         if dictionary == Dictionary::EndToEnd {

@@ -200,10 +200,10 @@ pub trait Method {
     /// looks at. Taken, so that no memory is held.
     fn take_embeddings(&mut self) -> Option<Tensor>;
 
-    /// What a practitioner looks at, of the last step; `loss` is the epoch's mean. Asked once an epoch, since it reads from the
-    /// device. Each method's page says what its monitors should look like.
-    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
-        let _ = (online, loss);
+    /// What a practitioner looks at, of the last step, whose `embeddings` are [`Method::take_embeddings`]'s; `loss` is the epoch's
+    /// mean. Asked once an epoch, since it reads from the device. Each method's page says what its monitors should look like.
+    fn monitors(&self, online: &Arena, embeddings: Option<&Tensor>, loss: f64) -> Readings {
+        let _ = (online, embeddings, loss);
         Readings::new()
     }
 

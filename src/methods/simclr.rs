@@ -133,8 +133,6 @@ pub struct SimClr {
     predictor: Mlp,
     settings: Settings,
     embeddings: Option<Tensor>,
-    /// The same, for the monitors.
-    seen: Option<Tensor>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -179,8 +177,7 @@ impl SimClr {
         let layers = if settings.predictor > 0 { &layers[..] } else { &[] };
         let predictor = Mlp::new(&mut layout, "predictor", d, layers, groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        let (embeddings, seen) = (None, None);
-        Self { layout, backbone, head, predictor, settings, embeddings, seen }
+        Self { layout, backbone, head, predictor, settings, embeddings: None }
     }
 
     /// Images to embeddings `[rows, embedding]`, of unit length unless the settings say otherwise.
@@ -247,8 +244,7 @@ impl Method for SimClr {
 
     fn couple<'t>(&mut self, z: Var<'t>, _: &[Tensor]) -> Var<'t> {
         let unit = if self.settings.normalise { z.detach() } else { l2_normalize(&z.detach()) };
-        self.seen = Some(unit.value().clone());
-        self.embeddings = self.seen.clone();
+        self.embeddings = Some(unit.value().clone());
         self.contrast(&z)
     }
 
@@ -256,8 +252,8 @@ impl Method for SimClr {
         self.embeddings.take()
     }
 
-    fn monitors(&self, _: &Arena, loss: f64) -> Readings {
-        let Some(z) = &self.seen else { return Readings::new() };
+    fn monitors(&self, _: &Arena, embeddings: Option<&Tensor>, loss: f64) -> Readings {
+        let Some(z) = embeddings else { return Readings::new() };
         let n = z.shape()[0] / 2;
         let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
         if self.settings.loss == Loss::NtXent {

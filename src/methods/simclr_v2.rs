@@ -114,8 +114,8 @@ pub struct SimClrV2 {
     settings: Settings,
     memory: Option<Memory>,
     embeddings: Option<Tensor>,
-    /// Embeddings and what they were to find, row by row, for the monitors.
-    seen: Option<[Tensor; 2]>,
+    /// With memory, the keys `[n, embedding]` that the first view's embeddings were to find, for the monitors.
+    seen: Option<Tensor>,
 }
 
 struct Memory {
@@ -231,13 +231,12 @@ impl Method for SimClrV2 {
         let n = z.shape()[0] / 2;
         self.embeddings = Some(z.value().clone());
         let Some(mut memory) = self.memory.take() else {
-            self.seen = Some([z.value().rows(0, n), z.value().rows(n, n)]);
             return scale(&nt_xent(&z, self.settings.temperature), 2.0);
         };
         let k = forward_in_step(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
         write_rows(&mut memory.keys, &memory.place.tensor().slice(0, [1]), &k);
         let loss = self.contrast_with_memory(&z, &k, &memory);
-        self.seen = Some([z.value().rows(0, n), k.rows(n, n)]);
+        self.seen = Some(k.rows(n, n));
         self.memory = Some(memory);
         loss
     }
@@ -246,14 +245,15 @@ impl Method for SimClrV2 {
         self.embeddings.take()
     }
 
-    fn monitors(&self, online: &Arena, loss: f64) -> Readings {
-        let Some([z, k]) = &self.seen else { return Readings::new() };
-        let Some(memory) = &self.memory else {
-            let mut readings = similarities(z, k, None);
-            readings.push(information(2 * z.shape()[0] - 1, loss / 2.0));
+    fn monitors(&self, online: &Arena, embeddings: Option<&Tensor>, loss: f64) -> Readings {
+        let Some(z) = embeddings else { return Readings::new() };
+        let n = z.shape()[0] / 2;
+        let (Some(memory), Some(k)) = (&self.memory, &self.seen) else {
+            let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
+            readings.push(information(2 * n - 1, loss / 2.0));
             return readings;
         };
-        let mut readings = similarities(z, k, Some(&memory.keys));
+        let mut readings = similarities(&z.rows(0, n), k, Some(&memory.keys));
         // A query leaves out its own two keys in memory and finds one of them as its positive.
         readings.push(information(self.settings.memory - 1, loss / 2.0));
         readings.push(distance(online, &memory.key));

@@ -213,7 +213,7 @@ impl Method for SimSiam {
         Coupling::Images
     }
 
-    fn monitors(&self, _: &Arena, _: f64) -> Readings {
+    fn monitors(&self, _: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
         let Some([z, p, t]) = &self.seen else { return Readings::new() };
         let mut readings = similarities(p, t, None);
         let gain = mean_cosine(p, t) - mean_cosine(z, t);

@@ -124,8 +124,6 @@ pub struct Swav {
     fresh: Option<Tensor>,
     assignments: Vec<Tensor>,
     embeddings: Option<Tensor>,
-    /// The same, for the monitors.
-    seen: Option<Tensor>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -171,7 +169,6 @@ impl Swav {
             fresh: None,
             assignments: Vec::new(),
             embeddings: None,
-            seen: None,
         }
     }
 
@@ -286,7 +283,6 @@ impl Method for Swav {
         }
         let assigning = z.value().rows(0, ASSIGNING * n);
         self.fresh = Some(assigning.clone());
-        self.seen = Some(assigning.clone());
         self.embeddings = Some(assigning);
         mean(&losses)
     }
@@ -295,8 +291,8 @@ impl Method for Swav {
         self.embeddings.take()
     }
 
-    fn monitors(&self, _: &Arena, _: f64) -> Readings {
-        let Some(z) = &self.seen else { return Readings::new() };
+    fn monitors(&self, _: &Arena, embeddings: Option<&Tensor>, _: f64) -> Readings {
+        let Some(z) = embeddings else { return Readings::new() };
         let n = z.shape()[0] / ASSIGNING;
         let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
         let rows = self.assignments.iter().map(|q| q.shape()[0]).sum::<usize>().max(1);

@@ -396,7 +396,7 @@ impl Run {
 
     /// The method's monitors, and the norm of the last step's gradient.
     fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
-        let mut readings = self.method.monitors(&self.online, loss);
+        let mut readings = self.method.monitors(&self.online, self.steps.embeddings(), loss);
         let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
         readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
         readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
