@@ -10,7 +10,7 @@
 //! | floor | module | what it is |
 //! |---|---|---|
 //! | 7 | [`cli`], `main.rs` | the `selfsup` program |
-//! | 6 | [`train`], [`eval`] | the loop, checkpoints, metrics; kNN, linear probes, fine-tuning, collapse monitor |
+//! | 6 | [`train`], [`eval`] | the loop, checkpoints, resuming, metrics; kNN, linear probes, fine-tuning, collapse monitor |
 //! | 5 | [`methods`], [`data`] | each method one file, and its recipes; sources, augmentation, loading |
 //! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
 //! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
