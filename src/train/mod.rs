@@ -3,6 +3,7 @@
 mod checkpoint;
 mod finetune;
 mod folder;
+mod images;
 mod inspect;
 mod metrics;
 mod replay;
@@ -11,12 +12,14 @@ mod run;
 mod step;
 mod study;
 pub(crate) mod weights;
+mod wrong;
 
 pub use checkpoint::{export_trunk, init_weights, load_state, load_weights, newest, save};
 pub use finetune::{FINETUNES, finetuning};
+pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
 pub use resume::{Paused, recipe_in};
-pub use run::{EpochReport, Images, Run, StepReport, Watch};
+pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{Done, Steps, Training};
 pub use study::{Arm, Outcome, Plan, Study};

@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::arena::Arena;
-use crate::data::{self, Batch, Loader, Source, Split, Subset};
+use crate::data::{Batch, Loader, Source, Subset};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn, Spread};
-use crate::methods::{self, Course, DataSettings, Method, Reading, Recipe, WatchSettings};
+use crate::methods::{self, Course, Method, Reading, Recipe};
 use crate::optim::{Optimizer, Schedule};
 use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
-use crate::train::{Done, Steps, Training, checkpoint, replay};
+use crate::train::wrong::{collapse, diverged};
+use crate::train::{Done, Images, Steps, Training, checkpoint, replay};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -72,58 +73,6 @@ const WAITING: f64 = 0.1;
 
 /// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
 const EVALUATED: usize = 1024;
-
-/// The images of a run.
-#[derive(Clone)]
-pub struct Images {
-    /// What is trained on.
-    pub train: Arc<dyn Source>,
-    /// What is held out; none where the set has no such part or no labels.
-    pub test: Option<Arc<dyn Source>>,
-}
-
-impl Images {
-    /// The images that a recipe names.
-    ///
-    /// # Errors
-    /// When the path does not hold a data set.
-    pub fn open(settings: &DataSettings) -> Result<Self> {
-        let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
-            let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
-                Arc::new(data::fashion_scattered(split))
-            } else {
-                data::open(Path::new(&settings.path), split)?.into()
-            };
-            Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
-        };
-        let mut train = open(Split::Train, settings.limit)?;
-        if let Some(which) = &settings.labels {
-            let labelled = data::labelled(&*train, which)?;
-            train = Arc::new(Subset::new(train, labelled));
-        }
-        if train.classes().is_empty() {
-            return Ok(Self { train, test: None });
-        }
-        let test = match open(Split::Test, settings.test_limit) {
-            Ok(test) => Some(test),
-            Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
-            Err(error) => return Err(error),
-        };
-        Ok(Self { train, test })
-    }
-
-    /// The held-out images, for a command that cannot do without.
-    ///
-    /// # Errors
-    /// When there are none.
-    pub fn held_out(&self) -> Result<&Arc<dyn Source>> {
-        self.test.as_ref().ok_or_else(|| {
-            Error::config(
-                "evaluation needs labelled held-out images: class folders in test/ or val/",
-            )
-        })
-    }
-}
 
 /// A run under way.
 pub struct Run {
@@ -513,59 +462,7 @@ impl Run {
     }
 }
 
-/// What a collapse looks like, if it is one.
-fn collapse(
-    watch: &WatchSettings,
-    spread: Option<Spread>,
-    prototypes_used: Option<f64>,
-) -> Option<String> {
-    if let Some(Spread { std, effective_rank, .. }) = spread {
-        if std < watch.collapsed_std {
-            return Some(format!(
-                "their deviation is {std:.4} of 1/sqrt(d), where a healthy run has about 1"
-            ));
-        }
-        if effective_rank < watch.collapsed_rank {
-            return Some(format!(
-                "they use {effective_rank:.2} directions, so all lie on one line"
-            ));
-        }
-    }
-    let used = prototypes_used.filter(|&used| used < watch.collapsed_prototypes)?;
-    Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
-}
-
-/// What a divergence looks like, if an epoch's mean loss is one.
-fn diverged(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<String> {
-    let first = first.filter(|first| first.is_finite() && watch.diverged > 0.0)?;
-    let limit = watch.diverged * first.abs().max(1.0);
-    (loss > limit)
-        .then(|| format!("its mean loss is {loss:.3}, after {first:.3} in the first step"))
-}
-
 /// Whether something done every `every` epochs is due after `epoch`, which counts from 0.
 fn due(every: u32, epoch: u32) -> bool {
     every > 0 && (epoch + 1).is_multiple_of(every)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn thresholds_are_the_recipes() {
-        let watch = WatchSettings::default();
-        let spread = |std, effective_rank| Some(Spread { std, effective_rank });
-        assert_eq!(collapse(&watch, spread(0.3, 2.0), Some(9.0)), None);
-        assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
-        assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));
-        assert!(collapse(&watch, None, Some(1.4)).unwrap().contains("1.40 prototypes"));
-        assert!(diverged(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
-        // Losses below 1 in size, negative ones among them, are held against 1.
-        assert!(diverged(&watch, Some(-0.9), 9.9).is_none());
-        assert!(diverged(&watch, Some(-0.9), 10.1).is_some());
-        let never = WatchSettings { diverged: 0.0, collapsed_std: 0.0, ..watch };
-        assert_eq!(diverged(&never, Some(4.0), 1e9), None);
-        assert_eq!(collapse(&never, spread(0.0, 2.0), None), None);
-    }
 }

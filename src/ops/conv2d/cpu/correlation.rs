@@ -3,22 +3,17 @@
 //! Forward: `y[p, q, k] = sum over r, s, c of x[p t + r - pad, q t + s - pad, c] w[k, r, s, c]`,
 //! stride `t`.
 //!
-//! Data gradient: the row `h = i t + a` of `dx` meets only the filter rows `r` with `r = a + pad
-//! (mod t)`, at `p = (h + pad - r) / t`. So the rows of one phase `a` are a correlation of `dy`
-//! with stride 1 and every `t`-th filter row, last row first; likewise columns. The `t * t` phases
-//! fill `dx` between them, and no zero is multiplied.
-//!
 //! A lane is a span of images, or some rows of one image. It packs a band of rows of a group of
 //! images into its own piece of the workspace, then walks blocks of outputs, rows and tiles. All of
 //! this is chosen from the shape alone.
 
 use rayon::prelude::*;
 
-use super::super::Conv2dDims;
 use super::LINE;
-use super::filter::{Blocks, FilterView};
+use super::filter::Blocks;
 use super::isa::Isa;
 use super::kernel;
+use super::problem::{Phase, Problem};
 use super::slab::Slab;
 use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
@@ -33,155 +28,6 @@ const LANES_WANTED: usize = 16;
 /// Images in a group from which a tile runs over images and not over columns: then it can leave out
 /// taps that fall outside the image.
 const IMAGES_PER_TILE: usize = 7;
-
-/// A set of correlations that fill one output between them, one for each phase.
-#[derive(Clone, Copy, Debug)]
-pub struct Problem {
-    /// Images; input `[n, h, w, c]`; output `[n, out_h, out_w, k]`.
-    n: usize,
-    h: usize,
-    w: usize,
-    c: usize,
-    out_h: usize,
-    out_w: usize,
-    k: usize,
-    /// The filter as it lies in memory, before it is split into phases: `[_, r, s, _]`.
-    r: usize,
-    s: usize,
-    stride: usize,
-    pad: usize,
-    gradient: bool,
-}
-
-/// One of them: outputs at rows `row0 + i * step`, columns `column0 + j * step`.
-#[derive(Clone, Copy, Debug)]
-struct Phase {
-    row0: usize,
-    column0: usize,
-    /// Outputs across.
-    q: usize,
-    /// Input channels, taps and column stride as the tiles see them: with few channels a row of
-    /// taps is one tap.
-    c: usize,
-    r: usize,
-    s: usize,
-    stride_x: usize,
-    /// Row stride.
-    stride: usize,
-    pad_y: isize,
-    pad_x: isize,
-    view: FilterView,
-}
-
-/// Taps that an output phase meets, the first of them, and the padding of their correlation.
-fn phase_taps(phase: usize, taps: usize, stride: usize, pad: usize) -> (usize, usize, isize) {
-    let first = (phase + pad) % stride;
-    let count = if first < taps { (taps - first).div_ceil(stride) } else { 0 };
-    (count, first, count as isize - 1 - ((phase + pad) / stride) as isize)
-}
-
-impl Problem {
-    pub fn forward(d: &Conv2dDims) -> Problem {
-        let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
-        let gradient = false;
-        Problem { n, h, w, c, out_h: p, out_w: q, k, r, s, stride, pad, gradient }.flattened()
-    }
-
-    pub fn data_gradient(d: &Conv2dDims) -> Problem {
-        let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
-        let gradient = true;
-        Problem { n, h: p, w: q, c: k, out_h: h, out_w: w, k: c, r, s, stride, pad, gradient }
-            .flattened()
-    }
-
-    /// A 1x1 convolution is a matrix product: every pixel is an image of its own.
-    fn flattened(self) -> Problem {
-        if (self.r, self.s, self.stride, self.pad) == (1, 1, 1, 0) {
-            Problem { n: self.n * self.h * self.w, h: 1, w: 1, out_h: 1, out_w: 1, ..self }
-        } else {
-            self
-        }
-    }
-
-    /// Rows and columns between neighbouring outputs of one phase.
-    fn step(&self) -> usize {
-        if self.gradient { self.stride } else { 1 }
-    }
-
-    fn phases(self) -> impl Iterator<Item = Phase> {
-        let step = self.step();
-        (0..step * step).map(move |i| self.phase(i / step, i % step))
-    }
-
-    fn phase(&self, row0: usize, column0: usize) -> Phase {
-        let (row, column) = ((self.s * self.weight_c()) as isize, self.weight_c() as isize);
-        let filter = self.r as isize * row;
-        let q = self.out_w.saturating_sub(column0).div_ceil(self.step());
-        if !self.gradient {
-            let (r, stride, pad) = (self.r, self.stride, self.pad as isize);
-            let (s, c, stride_x) =
-                if self.merged() { (1, self.s * self.c, 1) } else { (self.s, self.c, stride) };
-            let view = FilterView { start: 0, output: filter, row, column, input: 1, r, s, c };
-            let (pad_y, pad_x) = (pad, pad);
-            return Phase { row0, column0, q, c, r, s, stride_x, stride, pad_y, pad_x, view };
-        }
-        let step = self.stride as isize;
-        let (r, first_row, pad_y) = phase_taps(row0, self.r, self.stride, self.pad);
-        let (s, first_column, pad_x) = phase_taps(column0, self.s, self.stride, self.pad);
-        let last_row = first_row as isize + (r as isize - 1) * step;
-        let last_column = first_column as isize + (s as isize - 1) * step;
-        let view = FilterView {
-            start: last_row * row + last_column * column,
-            output: 1,
-            row: -step * row,
-            column: -step * column,
-            input: filter,
-            r,
-            s,
-            c: self.c,
-        };
-        let (c, stride_x, stride) = (self.c, 1, 1);
-        Phase { row0, column0, q, c, r, s, stride_x, stride, pad_y, pad_x, view }
-    }
-
-    /// Channels of the filter in memory.
-    fn weight_c(&self) -> usize {
-        if self.gradient { self.k } else { self.c }
-    }
-
-    fn image_len(&self) -> usize {
-        self.out_h * self.out_w * self.k
-    }
-
-    /// Whether the taps of a filter row are read as one: a stem's four channels make loops that are
-    /// too short, but its pixels lie side by side, so that `s` taps of 4 channels are one tap of `4
-    /// s`.
-    fn merged(&self) -> bool {
-        !self.gradient && self.c == 4 && self.s > 1 && self.stride <= 2
-    }
-
-    /// Whether the tiles read the tensor itself, a product's rows of a length that the kernels know:
-    /// packing costs up to a fifth (256 to 64 channels).
-    fn direct(&self) -> bool {
-        (self.r, self.s, self.h, self.w, self.stride, self.pad) == (1, 1, 1, 1, 1, 0)
-            && kernel::DIRECT.contains(&self.c)
-    }
-
-    /// Channels in a block, as the tiles see them.
-    fn block(&self) -> usize {
-        match self.c {
-            c if self.direct() => c,
-            _ if self.merged() => self.c * self.s,
-            ..=4 => 4,
-            _ => 16,
-        }
-    }
-
-    /// Floats between neighbouring outputs' pixels in a slab.
-    fn pixel_len(&self) -> usize {
-        if self.merged() { self.c * self.stride } else { self.block() }
-    }
-}
 
 /// How a problem is cut, from its shape and the instruction set.
 #[derive(Clone, Copy, Debug)]

@@ -19,6 +19,7 @@ mod correlation;
 mod filter;
 mod isa;
 mod kernel;
+mod problem;
 mod slab;
 mod slots;
 #[cfg(test)]
@@ -33,7 +34,7 @@ mod winograd_weight;
 pub use isa::Isa;
 
 use super::Conv2dDims;
-use correlation::Problem;
+use problem::Problem;
 
 /// Which of the three products a workspace is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,0 +1,60 @@
+//! The images of a run, as its recipe names them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::data::{self, Source, Split, Subset};
+use crate::error::{Error, Result};
+use crate::methods::DataSettings;
+
+/// The images of a run.
+#[derive(Clone)]
+pub struct Images {
+    /// What is trained on.
+    pub train: Arc<dyn Source>,
+    /// What is held out; none where the set has no such part or no labels.
+    pub test: Option<Arc<dyn Source>>,
+}
+
+impl Images {
+    /// The images that a recipe names.
+    ///
+    /// # Errors
+    /// When the path does not hold a data set.
+    pub fn open(settings: &DataSettings) -> Result<Self> {
+        let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
+            let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
+                Arc::new(data::fashion_scattered(split))
+            } else {
+                data::open(Path::new(&settings.path), split)?.into()
+            };
+            Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
+        };
+        let mut train = open(Split::Train, settings.limit)?;
+        if let Some(which) = &settings.labels {
+            let labelled = data::labelled(&*train, which)?;
+            train = Arc::new(Subset::new(train, labelled));
+        }
+        if train.classes().is_empty() {
+            return Ok(Self { train, test: None });
+        }
+        let test = match open(Split::Test, settings.test_limit) {
+            Ok(test) => Some(test),
+            Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
+            Err(error) => return Err(error),
+        };
+        Ok(Self { train, test })
+    }
+
+    /// The held-out images, for a command that cannot do without.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn held_out(&self) -> Result<&Arc<dyn Source>> {
+        self.test.as_ref().ok_or_else(|| {
+            Error::config(
+                "evaluation needs labelled held-out images: class folders in test/ or val/",
+            )
+        })
+    }
+}
