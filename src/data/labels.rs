@@ -117,11 +117,14 @@ mod tests {
         let set = fashion_scattered(Split::Test);
         let [some, few, least] =
             ["10%", "1 %", "0.01%"].map(|share| labelled(&set, share).unwrap());
-        for (chosen, each) in [(&some, 20), (&few, 2), (&least, 1)] {
+        let of = |class, i: u32| set.label(i as usize) == Some(class);
+        for (chosen, share) in [(&some, 0.1), (&few, 0.01), (&least, 0.0001)] {
             assert!(chosen.is_sorted_by(|a, b| a < b));
             for class in 0..10 {
-                let of = chosen.iter().filter(|&&i| set.label(i as usize) == Some(class)).count();
-                assert_eq!(of, each, "class {class}");
+                let members = (0..set.len() as u32).filter(|&i| of(class, i)).count();
+                let each = ((members as f64 * share).round() as usize).max(1);
+                let got = chosen.iter().filter(|&&i| of(class, i)).count();
+                assert_eq!(got, each, "class {class} of {members}");
             }
         }
         assert!(few.iter().all(|i| some.contains(i)) && least.iter().all(|i| few.contains(i)));
