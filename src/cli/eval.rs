@@ -37,8 +37,7 @@ impl Networks {
 
     fn frozen<'a>(&'a self, arena: &'a Arena) -> Frozen<'a> {
         let policy = &self.run.recipe.augment[0];
-        let (size, normalise) = (policy.size, policy.normalise.as_ref());
-        Frozen { arena, backbone: self.method.backbone(), size, normalise }
+        Frozen { arena, backbone: self.method.backbone(), policy }
     }
 
     /// Tells what is evaluated, on how many images, and starts to tell what is found.
@@ -231,8 +230,7 @@ impl Compared {
         let random = Arena::new(method.layout(), trained.device(), recipe.seed);
         let policy = &recipe.augment[0];
         let trunk = |arena: &Arena, source: &dyn Source| {
-            let normalise = policy.normalise.as_ref();
-            eval::trunk_features(arena, method.backbone(), source, policy.size, normalise)
+            eval::trunk_features(arena, method.backbone(), source, policy)
         };
         let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
         Ok(Self {

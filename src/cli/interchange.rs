@@ -9,7 +9,7 @@ use super::args::{Embed, Export};
 use super::trained::Trained;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
-use crate::data::augment::Normalise;
+use crate::data::augment::{Normalise, Policy};
 use crate::data::{self, Source, Split, Subset, Transform};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
@@ -58,12 +58,13 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
         }
     };
     let source = images(folder, args.split, args.limit)?;
-    let size = args.size.map_or(network.size, |size| size as usize);
+    let Network { arena, trunk, mut policy, see } = network;
+    policy.size = args.size.map_or(policy.size, |size| size as usize);
+    let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
     let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
     let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
-    let Network { arena, trunk, normalise, see, .. } = &network;
-    let mut all = eval::embed(arena, trunk, &*source, size, normalise.as_ref(), *see, done)?;
+    let mut all = eval::embed(&arena, &trunk, &*source, &policy, see, done)?;
     bar.iter().for_each(ProgressBar::finish_and_clear);
     for name in &mut all.names {
         if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
@@ -87,8 +88,7 @@ fn images(folder: &Path, split: Split, limit: usize) -> Result<Arc<dyn Source>> 
 struct Network {
     arena: Arena,
     trunk: ResNet,
-    size: usize,
-    normalise: Option<Normalise>,
+    policy: Policy,
     see: Transform,
 }
 
@@ -99,9 +99,8 @@ impl Network {
         let device = device::open(args.device, &trained.recipe.train)?;
         let (method, arena) = trained.load(&device)?;
         talk(&format!("weights: {}", trained.checkpoint.display()));
-        let policy = trained.recipe.augment[0].clone();
-        let (trunk, size) = (method.backbone().clone(), policy.size);
-        Ok(Self { arena, trunk, size, normalise: policy.normalise, see: Transform::Center })
+        let (trunk, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
+        Ok(Self { arena, trunk, policy, see: Transform::Center })
     }
 
     /// Of a file in torchvision's names: as torchvision's presets see images.
@@ -113,7 +112,7 @@ impl Network {
         let trunk = ResNet::new(&mut layout, "backbone.", &network);
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
-        let (size, normalise) = (224, Some(Normalise::imagenet()));
-        Ok(Self { arena, trunk, size, normalise, see: Transform::ResizedCenter })
+        let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
+        Ok(Self { arena, trunk, policy, see: Transform::ResizedCenter })
     }
 }

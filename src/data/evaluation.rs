@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::augment::{MOST_SHRINKING, Maker, Normalise, Scratch, Transform, View, taps, transform};
+use super::augment::{MOST_SHRINKING, Maker, Policy, Scratch, Transform, View, taps, transform};
 use super::loader::{Batch, Skipped};
 use super::rows::rows_of;
 use super::source::{Image, Source};
@@ -13,7 +13,7 @@ use crate::device::{Device, DeviceKind};
 use crate::tensor::{DType, Tensor};
 
 /// Images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, 4]` of a batch of epoch
-/// 0; and the images that are left out because they could not be read. Runs on the device's threads, and a GPU
+/// 0, with the policy's size, resampling, pixels and normalisation; and the images that are left out because they could not be read. Runs on the device's threads, and a GPU
 /// makes the views: the same ones.
 ///
 /// # Panics
@@ -21,11 +21,10 @@ use crate::tensor::{DType, Tensor};
 pub fn center_batch(
     source: &dyn Source,
     range: Range<usize>,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     device: &Device,
 ) -> (Batch, Vec<Skipped>) {
-    transformed_batch(Transform::Center, source, range, size, normalise, device)
+    transformed_batch(Transform::Center, source, range, policy, device)
 }
 
 /// [`center_batch`] under another transform.
@@ -36,8 +35,7 @@ pub fn transformed_batch(
     by: Transform,
     source: &dyn Source,
     range: Range<usize>,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     device: &Device,
 ) -> (Batch, Vec<Skipped>) {
     let wanted: Vec<usize> = range.collect();
@@ -45,7 +43,7 @@ pub fn transformed_batch(
     loop {
         let make =
             if device.kind() == DeviceKind::Cuda { transform_on_gpu } else { transform_on_host };
-        let (images, read) = make(by, source, &indices, size, normalise, device);
+        let (images, read) = make(by, source, &indices, policy, device);
         if read.iter().all(Result::is_ok) {
             let labels =
                 indices.iter().map(|&i| source.label(i).map_or(-1, |l| l as i32)).collect();
@@ -72,10 +70,10 @@ fn transform_on_host(
     by: Transform,
     source: &dyn Source,
     indices: &[usize],
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     device: &Device,
 ) -> (Tensor, Vec<Result<(), String>>) {
+    let size = policy.size;
     let mut images = Tensor::floats(device, [indices.len(), size, size, 4]);
     let rows = rows_of(&mut images, size * size * 4);
     let read = device.run(|| {
@@ -85,7 +83,7 @@ fn transform_on_host(
                 <(Image, Scratch, Vec<f32>)>::default,
                 |(image, scratch, buffer), (row, &index)| {
                     source.read(index, image).map_err(|e| e.to_string())?;
-                    row.fill(buffer, |out| transform(by, image, size, normalise, out, scratch));
+                    row.fill(buffer, |out| transform(by, image, policy, out, scratch));
                     Ok(())
                 },
             )
@@ -99,16 +97,16 @@ fn transform_on_gpu(
     by: Transform,
     source: &dyn Source,
     indices: &[usize],
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     device: &Device,
 ) -> (Tensor, Vec<Result<(), String>>) {
+    let size = policy.size;
     let mut out =
         Tensor::empty(device, DType::of_activations(device), [indices.len(), size, size, 4]);
     let read = |&index: &usize| {
         let mut image = Image::default();
         source.read(index, &mut image).map_err(|e| e.to_string())?;
-        let view = View::middle(by, [image.width, image.height], size, normalise, 0);
+        let view = View::middle(by, [image.width, image.height], policy, 0);
         if view.shrinks_by() > MOST_SHRINKING {
             return Err(format!("{}: has too many pixels for a GPU", source.name(index)));
         }
@@ -142,8 +140,9 @@ mod tests {
     #[test]
     fn images_come_in_order_the_same_on_both_devices() {
         let set = fashion_scattered(Split::Test);
-        let (cpu, none) = center_batch(&set, 5..12, 32, None, &Device::cpu(2).unwrap().poisoned());
-        let (reference, _) = center_batch(&set, 5..12, 32, None, &Device::reference().poisoned());
+        let policy = Policy::crop(32);
+        let (cpu, none) = center_batch(&set, 5..12, &policy, &Device::cpu(2).unwrap().poisoned());
+        let (reference, _) = center_batch(&set, 5..12, &policy, &Device::reference().poisoned());
         assert_eq!((cpu.indices, none.len()), ((5..12).collect(), 0));
         assert_eq!(cpu.crops[0].to_f64(), reference.crops[0].to_f64());
         assert_eq!(cpu.labels[0], set.label(5).unwrap() as i32);
@@ -164,7 +163,7 @@ mod tests {
         }
         std::fs::write(folder.path().join("b.png"), "").unwrap();
         let set = Folder::open(folder.path()).unwrap();
-        let (batch, skipped) = center_batch(&set, 0..3, 4, None, &Device::reference());
+        let (batch, skipped) = center_batch(&set, 0..3, &Policy::crop(4), &Device::reference());
         assert_eq!(
             (batch.indices, batch.labels, **batch.crops[0].shape() == [2, 4, 4, 4]),
             (vec![0, 2], vec![-1, -1], true)

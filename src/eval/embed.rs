@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::arena::Arena;
-use crate::data::augment::Normalise;
+use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
 use crate::nn::ResNet;
@@ -31,8 +31,8 @@ pub struct Embedded {
     pub skipped: Vec<Skipped>,
 }
 
-/// Features of all images of `source` from `backbone` with the arena's weights: running statistics, the centre of each image at
-/// `size` pixels under `see`. `done` is told after how many images it is.
+/// Features of all images of `source` from `backbone` with the arena's weights: running statistics, the centre of each image
+/// under `see` as `policy` resamples and normalises it. `done` is told after how many images it is.
 ///
 /// # Errors
 /// When the device fails, or no image can be read.
@@ -40,8 +40,7 @@ pub fn embed(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     see: Transform,
     mut done: impl FnMut(usize),
 ) -> Result<Embedded> {
@@ -55,8 +54,7 @@ pub fn embed(
     };
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
-        let (batch, skipped) =
-            transformed_batch(see, source, from..to, size, normalise, arena.device());
+        let (batch, skipped) = transformed_batch(see, source, from..to, policy, arena.device());
         all.skipped.extend(skipped);
         if !batch.indices.is_empty() {
             let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;

@@ -1,7 +1,7 @@
 //! Features of images under the evaluation's transform: a trunk's, or the pixels themselves.
 
 use crate::arena::Arena;
-use crate::data::augment::Normalise;
+use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, center_batch};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -46,8 +46,8 @@ impl Features {
     }
 }
 
-/// The features that `backbone` with the arena's weights gives each image: running statistics, the centre of the image at
-/// `size` pixels.
+/// The features that `backbone` with the arena's weights gives each image: running statistics, the centre of the image as
+/// `policy` resamples and normalises it.
 ///
 /// # Errors
 /// When an image has no label, or the device fails.
@@ -55,16 +55,15 @@ pub fn trunk_features(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
 ) -> Result<Features> {
-    collect(source, size, normalise, arena.device(), backbone.features(), |images| {
+    collect(source, policy, arena.device(), backbone.features(), |images| {
         evaluate(arena, |tape| backbone.forward(&tape.input(images)))
     })
 }
 
-/// The share, in `0..=1`, of images whose largest logit is their class: running statistics, the centre of the image at `size`
-/// pixels.
+/// The share, in `0..=1`, of images whose largest logit is their class: running statistics, the centre of the
+/// image as `policy` resamples and normalises it.
 ///
 /// # Errors
 /// When an image has no label, or the device fails.
@@ -72,11 +71,10 @@ pub fn classifier_accuracy(
     arena: &Arena,
     classifier: &Classifier,
     source: &dyn Source,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
 ) -> Result<f64> {
     let d = classifier.classes();
-    let logits = collect(source, size, normalise, arena.device(), d, |images| {
+    let logits = collect(source, policy, arena.device(), d, |images| {
         evaluate(arena, |tape| classifier.forward(&tape.input(images)))
     })?;
     let right = right_answers(&logits.values, &logits.labels);
@@ -99,7 +97,7 @@ pub(super) fn right_answers(logits: &[f32], labels: &[u32]) -> usize {
 /// When an image has no label.
 pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
     let device = device.host(); // a GPU has nothing to compute here
-    collect(source, size, None, device, size * size * 3, |images| {
+    collect(source, &Policy::crop(size), device, size * size * 3, |images| {
         let rgb: Vec<f64> =
             images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
         Ok(Tensor::from_f64(device, [images.shape()[0], size * size * 3], &rgb))
@@ -108,8 +106,7 @@ pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Resu
 
 fn collect(
     source: &dyn Source,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     device: &Device,
     d: usize,
     mut features: impl FnMut(&Tensor) -> Result<Tensor>,
@@ -122,7 +119,7 @@ fn collect(
     };
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
-        let (batch, skipped) = center_batch(source, from..to, size, normalise, device);
+        let (batch, skipped) = center_batch(source, from..to, policy, device);
         all.skipped.extend(skipped);
         for (&index, &label) in batch.indices.iter().zip(&batch.labels) {
             let label = u32::try_from(label).map_err(|_| {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use crate::arena::Arena;
-use crate::data::augment::Normalise;
 use crate::data::{Loader, Policy, Source, Subset, labels_of, of_each_class};
 use crate::device::{Philox, Purpose};
 use crate::error::{Error, Result};
@@ -27,10 +26,8 @@ pub struct Frozen<'a> {
     pub arena: &'a Arena,
     /// Its description.
     pub backbone: &'a ResNet,
-    /// Side of the square that it sees, in pixels.
-    pub size: usize,
-    /// What channels are brought to.
-    pub normalise: Option<&'a Normalise>,
+    /// How images come to it: size, resampling, pixels and normalisation of this.
+    pub policy: &'a Policy,
 }
 
 /// What a probe found.
@@ -108,7 +105,7 @@ impl Frozen<'_> {
     /// # Errors
     /// When an image has no label, or the device fails.
     pub fn features(&self, source: &dyn Source) -> Result<Features> {
-        trunk_features(self.arena, self.backbone, source, self.size, self.normalise)
+        trunk_features(self.arena, self.backbone, source, self.policy)
     }
 
     /// Features `[n, d]` of crops `[n, s, s, 4]`.
@@ -168,8 +165,7 @@ impl Probe<'_> {
         if let Some(bank) = &self.kept {
             return Ok(Feed::Kept { bank, order: rows, batch, seed: self.seed });
         }
-        let normalise = self.trunk.normalise.cloned();
-        let policy = Policy { flip: 0.5, normalise, ..Policy::crop(self.trunk.size) };
+        let policy = self.trunk.policy.crop_and_flip();
         let images = Arc::new(Subset::new(self.train.clone(), rows));
         let device = self.trunk.arena.device();
         let loader = Loader::new(images, vec![policy], batch, self.seed, 0, device)?;
@@ -227,7 +223,7 @@ mod tests {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);
         let arena = Arena::new(&Arc::new(layout), &Device::cpu(2).unwrap(), 1);
-        let trunk = Frozen { arena: &arena, backbone: &backbone, size: 16, normalise: None };
+        let trunk = Frozen { arena: &arena, backbone: &backbone, policy: &Policy::crop(16) };
         let set: Arc<dyn Source> =
             Arc::new(Subset::first(Arc::new(fashion_scattered(Split::Train)), 120));
         // On the images that it has seen: whether it learns, not how well.

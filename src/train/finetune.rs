@@ -4,7 +4,6 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::data::Policy;
 use crate::error::{Error, Result};
 use crate::methods::{MethodSettings, Recipe};
 use crate::optim::{Decay, Exclude, Lars, LrRule, Rule, Sgd};
@@ -39,16 +38,7 @@ pub fn finetuning(
     let settings = toml::Table::try_from(settings).expect("numbers are TOML");
     let mut tuned = recipe.clone();
     tuned.method = MethodSettings { name: "supervised".into(), settings };
-    let policy = &recipe.augment[0];
-    let crop = Policy::crop(policy.size);
-    let normalise = policy.normalise.clone();
-    tuned.augment = vec![Policy {
-        flip: 0.5,
-        filter: policy.filter,
-        antialias: policy.antialias,
-        normalise,
-        ..crop
-    }];
+    tuned.augment = vec![recipe.augment[0].crop_and_flip()];
     tuned.network.norm_groups = 1;
     let (optim, train) = (&mut tuned.optim, &mut tuned.train);
     (optim.warmup_epochs, optim.warmup_from, optim.end_lr) = (0.0, None, 0.0);

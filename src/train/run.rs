@@ -420,13 +420,8 @@ impl Run {
             let to = (from + EVALUATED).min(source.len());
             let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
             let policy = &self.recipe.augment[0];
-            all.append(eval::trunk_features(
-                &self.online,
-                self.method.backbone(),
-                &part,
-                policy.size,
-                policy.normalise.as_ref(),
-            )?);
+            let backbone = self.method.backbone();
+            all.append(eval::trunk_features(&self.online, backbone, &part, policy)?);
         }
         Ok(all)
     }
@@ -437,9 +432,7 @@ impl Run {
             return Ok(None);
         };
         let policy = &self.recipe.augment[0];
-        let normalise = policy.normalise.as_ref();
-        eval::classifier_accuracy(&self.online, classifier, &**test, policy.size, normalise)
-            .map(Some)
+        eval::classifier_accuracy(&self.online, classifier, &**test, policy).map(Some)
     }
 
     /// The folder of a record of this run's first steps, if one is asked for and this is one of them.

@@ -94,7 +94,7 @@ fn view(case: &Value, policy: &Policy, scratch: &mut Scratch) -> Vec<f32> {
     let image = image_of(case);
     let mut out = vec![f32::NAN; policy.size * policy.size * 4];
     if case.get("center").is_some() {
-        center(&image, policy.size, None, &mut out, scratch);
+        center(&image, policy, &mut out, scratch);
     } else {
         policy.apply(&params(case), &image, &mut out, scratch);
     }

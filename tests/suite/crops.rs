@@ -201,11 +201,23 @@ fn an_evaluation_sees_the_middle_of_images_on_a_gpu_as_on_the_host() {
     let source = folder(root.path());
     let gpu = gpu(Precision::F32);
     let normalise = Normalise { mean: [0.5, 0.4, 0.3], std: [0.2, 0.3, 0.4] };
-    let run = |device: &Device, size| {
-        let (batch, skipped) = center_batch(&*source, 0..8, size, Some(&normalise), device);
+    let run = |device: &Device, policy: &Policy| {
+        let (batch, skipped) = center_batch(&*source, 0..8, policy, device);
         (batch.indices, batch.labels, skipped, batch.crops[0].to_vec::<f32>())
     };
     for size in [1, 14, 33] {
-        assert!(run(&gpu, size) == run(&Device::cpu(1).unwrap(), size), "{size} pixels");
+        let policy = Policy { normalise: Some(normalise.clone()), ..Policy::crop(size) };
+        let floats = Policy {
+            pixels: Pixels::Float,
+            filter: Filter::Bicubic,
+            antialias: false,
+            ..policy.clone()
+        };
+        let cpu = Device::cpu(1).unwrap();
+        assert!(run(&gpu, &policy) == run(&cpu, &policy), "{size} pixels");
+        let (gpu, cpu) = (run(&gpu, &floats), run(&cpu, &floats));
+        assert!((&gpu.0, &gpu.1, &gpu.2) == (&cpu.0, &cpu.1, &cpu.2), "{size} pixels");
+        let far = gpu.3.iter().zip(&cpu.3).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(f64::from(far) < FLOAT / 0.2, "{size} pixels in floats: {far}");
     }
 }

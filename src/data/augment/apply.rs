@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 
 use super::params::{ColourOp, CropBox, Params};
-use super::policy::{BlurKind, Filter, Normalise, Pixels, Policy};
+use super::policy::{BlurKind, Normalise, Pixels, Policy};
 use super::resize::Resize;
 use super::{blur, colour, float, resize};
 use crate::data::source::Image;
@@ -125,8 +125,10 @@ impl Policy {
 /// What comes between an image and a network when nothing is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transform {
-    /// The shorter side brought to 8/7 of `size` (256 for 224; bilinear, antialiased, 8-bit), then the middle
-    /// `[size, size]`; an image of that size already is only normalised.
+    /// The middle 7/8, resampled and normalised as the policy has it; an image of `size` already is only normalised. With
+    /// 8-bit pixels as torchvision does it: the shorter side brought to 8/7 of `size` (256 for 224), then the middle. With
+    /// floats as SimCLR and BYOL do it: a square of 7/8 of the shorter side, brought to `size` (google-research/simclr,
+    /// data_util.py, `center_crop`; BYOL rounds that square down, which can be a pixel less).
     Center,
     /// The same, every image resized, as torchvision's presets do: for networks that were made with them.
     ResizedCenter,
@@ -137,14 +139,8 @@ pub enum Transform {
 /// # Panics
 /// When `out` has another length.
 #[track_caller]
-pub fn center(
-    image: &Image,
-    size: usize,
-    normalise: Option<&Normalise>,
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
-    transform(Transform::Center, image, size, normalise, out, scratch);
+pub fn center(image: &Image, policy: &Policy, out: &mut [f32], scratch: &mut Scratch) {
+    transform(Transform::Center, image, policy, out, scratch);
 }
 
 /// [`center`] under any transform.
@@ -152,37 +148,44 @@ pub fn center(
 pub(crate) fn transform(
     by: Transform,
     image: &Image,
-    size: usize,
-    normalise: Option<&Normalise>,
+    policy: &Policy,
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
+    let size = policy.size;
     assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
-    let resize = middle(by, image.width, image.height, size);
-    resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
-    write_u8(&scratch.bytes, normalise, out);
+    let resize = middle(by, image.width, image.height, policy);
+    match policy.pixels {
+        Pixels::U8 => {
+            resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
+            write_u8(&scratch.bytes, policy.normalise.as_ref(), out);
+        }
+        Pixels::Float => {
+            resize.to_float(image, &mut scratch.resize, &mut scratch.floats);
+            write_float(&scratch.floats, policy.normalise.as_ref(), out);
+        }
+    }
 }
 
 /// What a transform resamples of an image of `width` x `height` pixels.
-pub(super) fn middle(by: Transform, width: usize, height: usize, size: usize) -> Resize {
-    let whole = if by == Transform::Center && [width, height] == [size; 2] {
-        [size; 2]
+pub(super) fn middle(by: Transform, width: usize, height: usize, policy: &Policy) -> Resize {
+    let &Policy { size, filter, antialias, pixels, .. } = policy;
+    let all = CropBox { left: 0, top: 0, width, height };
+    let (crop, whole) = if by == Transform::Center && [width, height] == [size; 2] {
+        (all, [size; 2])
+    } else if pixels == Pixels::Float {
+        // Halves to even, as TensorFlow's `rint` rounds.
+        let side = ((width.min(height) * 7) as f64 / 8.0).round_ties_even().max(1.0) as usize;
+        let [left, top] = [width, height].map(|length| (length - side).div_ceil(2));
+        (CropBox { left, top, width: side, height: side }, [size; 2])
     } else {
         let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded
         // The longer side truncated, as torchvision's `Resize` does.
-        [target * width / short, target * height / short]
+        (all, [target * width / short, target * height / short])
     };
     // Halves to even, as torchvision's `CenterCrop` rounds.
     let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
-    Resize {
-        crop: CropBox { left: 0, top: 0, width, height },
-        whole,
-        first,
-        size,
-        filter: Filter::Bilinear,
-        antialias: true,
-        flip: false,
-    }
+    Resize { crop, whole, first, size, filter, antialias, flip: false }
 }
 
 /// Per channel what is subtracted and divided by.
@@ -214,7 +217,7 @@ fn write_float(pixels: &[[f32; 4]], normalise: Option<&Normalise>, out: &mut [f3
 
 #[cfg(test)]
 mod tests {
-    use super::super::policy::{Blur, Jitter, Solarise};
+    use super::super::policy::{Blur, Filter, Jitter, Solarise};
     use super::*;
     use crate::device::{Philox, Purpose};
 
@@ -302,13 +305,13 @@ mod tests {
     fn normalisation_takes_the_mean_and_divides() {
         let image = Image { width: 1, height: 1, pixels: vec![255, 51, 0] };
         let normalise = Some(Normalise { mean: [0.5, 0.1, 0.2], std: [0.5, 0.2, 0.1] });
-        let policy = Policy { normalise: normalise.clone(), ..Policy::crop(1) };
+        let policy = Policy { normalise, ..Policy::crop(1) };
         let got = view(&policy, &plain(CropBox { left: 0, top: 0, width: 1, height: 1 }), &image);
         for (got, expected) in got.iter().zip([1.0f32, 0.5, -2.0, 0.0]) {
             assert!((got - expected).abs() < 1e-6, "got {got}, expected {expected}");
         }
         let mut centred = [9.0; 4];
-        center(&image, 1, normalise.as_ref(), &mut centred, &mut Scratch::default());
+        center(&image, &policy, &mut centred, &mut Scratch::default());
         assert_eq!(got, centred);
     }
 
@@ -316,17 +319,37 @@ mod tests {
     fn the_centre_of_an_image_of_eight_sevenths_is_cut_without_resampling() {
         let image = noise(8, 8);
         let mut out = [0.0; 7 * 7 * 4];
-        center(&image, 7, None, &mut out, &mut Scratch::default());
+        center(&image, &Policy::crop(7), &mut out, &mut Scratch::default());
         assert_eq!(out[0], f32::from(image.pixels[0]) / 255.0);
         let mut out = [0.0; 14 * 14 * 4];
-        center(&noise(20, 16), 14, None, &mut out, &mut Scratch::default());
+        center(&noise(20, 16), &Policy::crop(14), &mut out, &mut Scratch::default());
         assert_eq!(out[1], f32::from(noise(20, 16).pixels[(20 + 3) * 3 + 1]) / 255.0);
+    }
+
+    #[test]
+    fn the_centre_in_floats_is_seven_eighths_of_the_shorter_side_brought_to_size() {
+        let policy = Policy {
+            pixels: Pixels::Float,
+            filter: Filter::Bicubic,
+            antialias: false,
+            ..Policy::crop(5)
+        };
+        for (width, height, side, left, top) in
+            [(500, 375, 328, 86, 24), (20, 16, 14, 3, 1), (3, 4, 3, 0, 1)]
+        {
+            let image = noise(width, height);
+            let expected =
+                view(&policy, &plain(CropBox { left, top, width: side, height: side }), &image);
+            let mut out = vec![9.0; 5 * 5 * 4];
+            center(&image, &policy, &mut out, &mut Scratch::default());
+            assert_eq!(out, expected, "{width} x {height}");
+        }
     }
 
     #[test]
     fn the_smallest_images_are_enlarged() {
         let mut out = [0.0; 5 * 5 * 4];
-        center(&noise(1, 3), 5, None, &mut out, &mut Scratch::default());
+        center(&noise(1, 3), &Policy::crop(5), &mut out, &mut Scratch::default());
         assert!(out.iter().any(|&v| v > 0.0));
     }
 }

@@ -183,6 +183,14 @@ fn yes() -> bool {
 }
 
 impl Policy {
+    /// The random crop and flip that linear probes and fine-tuning train on, with this policy's size, resampling, pixels and
+    /// normalisation.
+    pub fn crop_and_flip(&self) -> Self {
+        let &Self { size, filter, antialias, pixels, .. } = self;
+        let normalise = self.normalise.clone();
+        Self { flip: 0.5, filter, antialias, pixels, normalise, ..Self::crop(size) }
+    }
+
     /// The plain random crop: area 0.08 to 1, aspect 3/4 to 4/3, bilinear, 8-bit, and nothing else.
     pub fn crop(size: usize) -> Self {
         Self {

@@ -6,7 +6,7 @@ use super::apply::{Transform, middle, scale};
 use super::blur::{self, BoxBlur};
 use super::colour;
 use super::params::{ColourOp, Params};
-use super::policy::{BlurKind, Filter, Normalise, Pixels, Policy};
+use super::policy::{BlurKind, Filter, Pixels, Policy};
 use super::resize::Resize;
 
 /// One view of an image: `View` of `kernels/augment.cuh`, field by field. What a policy may do and what was drawn are one
@@ -71,10 +71,8 @@ impl View {
         pixels: i64,
         gaussian: &mut Vec<f32>,
     ) -> Self {
-        let mut view =
-            Self::resampled(&policy.resize(params), policy.normalise.as_ref(), width, pixels);
+        let mut view = Self::resampled(&policy.resize(params), policy, width, pixels);
         let float = policy.pixels == Pixels::Float;
-        view.flags |= if float { FLOAT } else { 0 };
         view.program = policy.program(params);
         if let Some(drawn) = &params.jitter {
             view.brightness = drawn.brightness;
@@ -110,11 +108,10 @@ impl View {
     pub fn middle(
         by: Transform,
         [width, height]: [usize; 2],
-        size: usize,
-        normalise: Option<&Normalise>,
+        policy: &Policy,
         pixels: i64,
     ) -> Self {
-        Self::resampled(&middle(by, width, height, size), normalise, width, pixels)
+        Self::resampled(&middle(by, width, height, policy), policy, width, pixels)
     }
 
     /// The byte behind its crop's last pixel.
@@ -129,16 +126,11 @@ impl View {
         axes.map(|(&from, to)| (from as usize).div_ceil(to as usize)).max().unwrap_or(0)
     }
 
-    fn resampled(
-        resize: &Resize,
-        normalise: Option<&Normalise>,
-        width: usize,
-        pixels: i64,
-    ) -> Self {
+    fn resampled(resize: &Resize, policy: &Policy, width: usize, pixels: i64) -> Self {
         let pair = |a: usize, b: usize| [a as i32, b as i32];
         let (crop, [x, y], [across, down]) = (resize.crop, resize.first, resize.whole);
         let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
-        let ([r, g, b, _], [dr, dg, db, _]) = scale(normalise);
+        let ([r, g, b, _], [dr, dg, db, _]) = scale(policy.normalise.as_ref());
         Self {
             pixels,
             width: width as i32,
@@ -148,7 +140,8 @@ impl View {
             first: pair(x, y),
             flags: flag(resize.flip, FLIP)
                 | flag(resize.filter == Filter::Bicubic, BICUBIC)
-                | flag(resize.antialias, ANTIALIAS),
+                | flag(resize.antialias, ANTIALIAS)
+                | flag(policy.pixels == Pixels::Float, FLOAT),
             mean: [r, g, b],
             deviation: [dr, dg, db],
             ..Self::zeroed()
