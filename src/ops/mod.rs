@@ -33,6 +33,7 @@ mod neg_cosine;
 mod nt_xent;
 mod pair_loss;
 mod pool;
+mod product;
 mod relu;
 mod row_losses;
 pub(crate) mod rows;
@@ -40,6 +41,7 @@ mod scale;
 mod selective_kernel;
 mod sinkhorn;
 mod soft_cross_entropy;
+mod tiles;
 
 pub use add::add;
 pub(crate) use add::add_into;
