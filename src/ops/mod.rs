@@ -45,8 +45,10 @@ mod tiles;
 
 pub use add::add;
 pub(crate) use add::add_into;
+pub(crate) use batch_norm::batch_norm_by;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use cast::cast;
+pub(crate) use conv2d::conv2d_with_moments;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use info_nce::{Negatives, info_nce};
@@ -56,6 +58,7 @@ pub use neg_cosine::neg_cosine;
 pub use nt_xent::nt_xent;
 pub use pair_loss::{PairLoss, pair_loss};
 pub use pool::{avg_pool, max_pool, mean_pool};
+pub(crate) use product::Moments;
 pub use relu::relu;
 pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 pub use scale::{mean, scale};

@@ -3,7 +3,7 @@
 
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
-use crate::ops::product::{Sizes, is_aligned, product, sum_slices};
+use crate::ops::product::{Moments, Sizes, is_aligned, product, product_with_moments, sum_slices};
 use crate::ops::tiles::{Product, ProductKind, TileForm};
 use crate::tensor::{DType, Tensor, TensorMut};
 
@@ -50,21 +50,30 @@ fn threads(dtype: DType) -> [usize; 3] {
     [if dtype == DType::Bf16 { 128 } else { 256 }, 1, 1]
 }
 
-pub(super) fn forward(y: &mut Tensor, x: &Tensor, filters: &Tensor, d: &Conv2dDims) {
+/// With `groups`, also the moments of `y` for a batch norm of so many, where the kernel can bring them along.
+pub(super) fn forward(
+    y: &mut Tensor,
+    x: &Tensor,
+    filters: &Tensor,
+    d: &Conv2dDims,
+    groups: Option<usize>,
+) -> Option<Moments> {
+    let rows = d.n * d.p * d.q;
     if is_plain(d) {
-        let sizes = Sizes { m: d.n * d.h * d.w, n: d.k, k: d.c };
-        return product(ProductKind::Nt, &mut y.view_mut(), x, filters, None, sizes, false);
+        let sizes = Sizes { m: rows, n: d.k, k: d.c };
+        if let Some(groups) = groups {
+            return product_with_moments(y, x, filters, sizes, groups);
+        }
+        product(ProductKind::Nt, &mut y.view_mut(), x, filters, None, sizes, false);
+        return None;
     }
     let tile = table(Product::convolution(d), [x, filters]).tile();
     let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
+    let mut moments = groups.and_then(|groups| Moments::new(y, rows, groups, &tile));
+    let to = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
     macro_rules! of_bf16 {
         ($kernel:ident) => {
-            call!(
-                $kernel,
-                launch,
-                d,
-                (y.device_out(), Out::null(), x.device_in(), filters.device_in())
-            )
+            call!($kernel, launch, d, (y.device_out(), to, x.device_in(), filters.device_in()))
         };
     }
     // SAFETY: the tensors have these sizes, and `check` has seen them; large tiles get what the table says that they take.
@@ -79,6 +88,7 @@ pub(super) fn forward(y: &mut Tensor, x: &Tensor, filters: &Tensor, d: &Conv2dDi
             (_, TileForm::Small) => of_bf16!(conv2d_bf16_64x64),
         }
     }
+    moments
 }
 
 pub(super) fn data_gradient(
