@@ -2,13 +2,15 @@
 //
 // Every kernel but the `finish` ones has the same layout: threadIdx.x is a vector of channels, threadIdx.y a
 // row; the block (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y rows_per_chunk,
-// ...) of group g, four rows of a thread at once, two in the backward pass: 16 bytes each of one, two or three tensors under
-// way. Sums over rows have two levels, both in an order fixed by the shape: within a chunk, then over chunks in `finish`, in f64. blockDim.y is
-// a power of two, and the block has at most 256 threads.
+// ...) of group g, four rows of a thread at once, two in the backward pass: 16 bytes each of one, two or
+// three tensors under way. Sums over rows have two levels, both in an order fixed by the shape: within a
+// chunk, then over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256
+// threads.
 //
-// All are bound by memory. Bytes of an element in bf16: moments reads 2, apply reads 2 (4 with a residual) and writes 2; after
-// a convolution that has brought the moments along, apply is all. The backward pass reads x and dy twice and writes dx, 10;
-// a ReLU's mask is found again from x, or with a residual from y, which is 4 more, and dresidual another 2.
+// All are bound by memory. Bytes of an element in bf16: moments reads 2, apply reads 2 (4 with a residual)
+// and writes 2; after a convolution that has brought the moments along, apply is all. The backward pass reads
+// x and dy twice and writes dx, 10; a ReLU's mask is found again from x, or with a residual from y, which is
+// 4 more, and dresidual another 2.
 #include "moments.cuh"
 #include "vector.cuh"
 
@@ -20,7 +22,7 @@ struct Rows {
     int channel, count;  // first channel, and how many of the vector exist; may be <= 0
     int64_t begin, end;  // rows of the chunk, in the whole tensor
     int64_t partial;     // of this chunk, in [groups, chunks, 2, c]
-    bool whole;          // all rows of this vector are 16 bytes at a multiple of 16, if their tensor starts at one
+    bool whole;  // all rows of this vector are 16 bytes at a multiple of 16, if their tensor starts at one
 
     __device__ Rows(int64_t rows, int rows_per_chunk, int c) {
         channel = (blockIdx.x * blockDim.x + threadIdx.x) * PER_VECTOR<T>;
@@ -33,8 +35,8 @@ struct Rows {
         whole = c % PER_VECTOR<T> == 0;
     }
 
-    /// Calls f(WHOLE, AT_ONCE or 1, element of the first row, elements from row to row) for all rows of the thread, in
-    /// order. WHOLE, true or false as a type: vectors need not be looked at.
+    /// Calls f(WHOLE, AT_ONCE or 1, element of the first row, elements from row to row) for all rows of the
+    /// thread, in order. WHOLE, true or false as a type: vectors need not be looked at.
     template <int AT_ONCE, typename F>
     __device__ __forceinline__ void each(bool aligned, int c, F f) const {
         if (aligned && whole) walk<true, AT_ONCE>(c, f);
@@ -50,7 +52,8 @@ struct Rows {
         int64_t row = begin + threadIdx.y;
         for (; row + (AT_ONCE - 1) * step < end; row += AT_ONCE * step)
             f(Whole{}, std::integral_constant<int, AT_ONCE>{}, row * c + channel, step * c);
-        for (; row < end; row += step) f(Whole{}, std::integral_constant<int, 1>{}, row * c + channel, step * c);
+        for (; row < end; row += step)
+            f(Whole{}, std::integral_constant<int, 1>{}, row * c + channel, step * c);
     }
 };
 
@@ -82,22 +85,25 @@ __device__ __forceinline__ float rows_of(int64_t total, int from, int span) {
     return static_cast<float>(whole + (rest < 0 ? 0 : rest > span ? span : rest));
 }
 
-/// Two numbers of each channel from all thread rows of the block to the first of them, in the order of a tree:
-/// merge(k, first of k, second of k, those of the other, thread row of the other, how many thread rows it stands for).
+/// Two numbers of each channel from all thread rows of the block to the first of them, in the order of a
+/// tree: merge(k, first of k, second of k, those of the other, thread row of the other, how many thread rows
+/// it stands for).
 template <int W, typename Merge>
 __device__ __forceinline__ void over_rows(float (&first)[W], float (&second)[W], Merge merge_two) {
     __shared__ float firsts[THREADS * W], seconds[THREADS * W];
     // Neighbours in memory are neighbours among threads.
     const int threads = blockDim.x * blockDim.y, slot = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-    for (int k = 0; k < W; k++) firsts[k * threads + slot] = first[k], seconds[k * threads + slot] = second[k];
+    for (int k = 0; k < W; k++)
+        firsts[k * threads + slot] = first[k], seconds[k * threads + slot] = second[k];
     for (int span = 1; span < static_cast<int>(blockDim.y); span *= 2) {
         __syncthreads();
         if (threadIdx.y % (2 * span) == 0) {
             int other = slot + span * blockDim.x;
 #pragma unroll
             for (int k = 0; k < W; k++) {
-                merge_two(first[k], second[k], firsts[k * threads + other], seconds[k * threads + other], span);
+                merge_two(first[k], second[k], firsts[k * threads + other], seconds[k * threads + other],
+                          span);
                 firsts[k * threads + slot] = first[k], seconds[k * threads + slot] = second[k];
             }
         }
@@ -109,8 +115,8 @@ template <typename T>
 __device__ __forceinline__ void moments(float* partial, const T* x, int64_t rows, int rows_per_chunk, int c) {
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
-    // Sums of what lies above the thread's first row: one pass without a division, and no digits lost where the mean is
-    // far from zero.
+    // Sums of what lies above the thread's first row: one pass without a division, and no digits lost where
+    // the mean is far from zero.
     float start[W] = {}, mean[W] = {}, m2[W] = {};
     const int64_t first = at.begin + threadIdx.y;
     if (at.count > 0 && first < at.end) {
@@ -159,9 +165,9 @@ KERNEL BOUNDS(THREADS) void batch_norm_moments_bf16(float* partial, const bf16* 
 
 constexpr int FINISH = 1024;
 
-/// Two f64 sums that start at 0 over chunks, for the finish kernels: threadIdx.x is a channel, threadIdx.y every blockDim.y-th
-/// chunk; those of one channel are added in the order of a tree, and thread row 0 has them. All threads call it, as often as
-/// one another.
+/// Two f64 sums that start at 0 over chunks, for the finish kernels: threadIdx.x is a channel, threadIdx.y
+/// every blockDim.y-th chunk; those of one channel are added in the order of a tree, and thread row 0 has
+/// them. All threads call it, as often as one another.
 template <typename F>
 __device__ __forceinline__ void over_chunks(double& first, double& second, int chunks, F f) {
     __shared__ double firsts[FINISH], seconds[FINISH];
@@ -179,12 +185,13 @@ __device__ __forceinline__ void over_chunks(double& first, double& second, int c
     }
 }
 
-/// mean, inv_std [groups, c] from the chunks' moments, partial [groups, chunks, 2, c]; blocks of 8 channels and a power of
-/// two of thread rows. Where running statistics are given, they move by `weight` towards the groups' mean of means and of
-/// unbiased variances.
-KERNEL BOUNDS(FINISH) void batch_norm_finish(float* mean, float* inv_std, float* running_mean, float* running_variance,
-                                             const float* partial, int groups, int chunks, int64_t rows, int rows_per_chunk,
-                                             int c, float weight, float eps) {
+/// mean, inv_std [groups, c] from the chunks' moments, partial [groups, chunks, 2, c]; blocks of 8 channels
+/// and a power of two of thread rows. Where running statistics are given, they move by `weight` towards the
+/// groups' mean of means and of unbiased variances.
+KERNEL BOUNDS(FINISH) void batch_norm_finish(float* mean, float* inv_std, float* running_mean,
+                                             float* running_variance, const float* partial, int groups,
+                                             int chunks, int64_t rows, int rows_per_chunk, int c,
+                                             float weight, float eps) {
     const int j = blockIdx.x * blockDim.x + threadIdx.x;
     const bool exists = j < c, writes = exists && threadIdx.y == 0;
     double sum_means = 0.0, sum_variances = 0.0;
@@ -196,7 +203,8 @@ KERNEL BOUNDS(FINISH) void batch_norm_finish(float* mean, float* inv_std, float*
         over_chunks(sum, square, exists ? chunks : 0, [&](int i) {
             const float* chunk = of_group + int64_t{i} * 2 * c;
             int64_t left = rows - int64_t{i} * rows_per_chunk;
-            double n = static_cast<double>(left < rows_per_chunk ? left : rows_per_chunk), delta = chunk[0] - start;
+            double n = static_cast<double>(left < rows_per_chunk ? left : rows_per_chunk),
+                   delta = chunk[0] - start;
             sum += n * delta;
             square += chunk[c] + n * delta * delta;
         });
@@ -241,7 +249,9 @@ struct Affine {
         return f;
     }
     /// The mean comes off first: a x + (b - a mean) would lose digits where it is far from zero.
-    __device__ __forceinline__ float operator()(int k, float x) const { return __fmaf_rn(x - mu[k], a[k], b[k]); }
+    __device__ __forceinline__ float operator()(int k, float x) const {
+        return __fmaf_rn(x - mu[k], a[k], b[k]);
+    }
 };
 
 /// y = relu((x - mean) inv_std gain + shift + residual); gain, shift and residual may be null. Evaluation is
@@ -272,20 +282,20 @@ __device__ __forceinline__ void apply(T* y, const T* x, const T* residual, const
 }
 
 KERNEL BOUNDS(THREADS, 2) void batch_norm_apply_f32(float* y, const float* x, const float* residual,
-                                                 const float* mean, const float* inv_std, const float* gain,
-                                                 const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                 int relu) {
+                                                    const float* mean, const float* inv_std,
+                                                    const float* gain, const float* shift, int64_t rows,
+                                                    int rows_per_chunk, int c, int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
 KERNEL BOUNDS(THREADS, 2) void batch_norm_apply_bf16(bf16* y, const bf16* x, const bf16* residual,
-                                                  const float* mean, const float* inv_std, const float* gain,
-                                                  const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                  int relu) {
+                                                     const float* mean, const float* inv_std,
+                                                     const float* gain, const float* shift, int64_t rows,
+                                                     int rows_per_chunk, int c, int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
 
-/// What the backward pass reads. dz = dy where the forward's output was above 0: by that output, y, where it is given; else
-/// with `relu` by what x makes it again; else everywhere.
+/// What the backward pass reads. dz = dy where the forward's output was above 0: by that output, y, where it
+/// is given; else with `relu` by what x makes it again; else everywhere.
 template <typename T>
 struct Incoming {
     const T *dy, *y, *x;
@@ -296,8 +306,8 @@ struct Incoming {
     }
 
     template <bool WHOLE, int N>
-    __device__ __forceinline__ void load(Vector<T> (&dz)[N], Vector<T> (&v)[N], int64_t i, int64_t step, int count,
-                                         const Affine<PER_VECTOR<T>>& affine) const {
+    __device__ __forceinline__ void load(Vector<T> (&dz)[N], Vector<T> (&v)[N], int64_t i, int64_t step,
+                                         int count, const Affine<PER_VECTOR<T>>& affine) const {
         Vector<T> out[N];
         load_rows<WHOLE>(dz, dy + i, step, count);
         load_rows<WHOLE>(v, x + i, step, count);
@@ -315,8 +325,8 @@ struct Incoming {
 /// partial [groups, chunks, 2, c]: sums of dz and of dz x̂ over each chunk.
 template <typename T>
 __device__ __forceinline__ void backward_sums(float* partial, const Incoming<T>& in, const float* mean,
-                                              const float* inv_std, const float* gain, const float* shift, int64_t rows,
-                                              int rows_per_chunk, int c) {
+                                              const float* inv_std, const float* gain, const float* shift,
+                                              int64_t rows, int rows_per_chunk, int c) {
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
     float sum[W] = {}, dot[W] = {};
@@ -348,25 +358,28 @@ __device__ __forceinline__ void backward_sums(float* partial, const Incoming<T>&
         if (k < at.count) partial[at.partial + k] = sum[k], partial[at.partial + c + k] = dot[k];
 }
 
-KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_f32(float* partial, const float* dy, const float* y, const float* x,
-                                                         const float* mean, const float* inv_std, const float* gain,
-                                                         const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                         int relu) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_f32(float* partial, const float* dy, const float* y,
+                                                            const float* x, const float* mean,
+                                                            const float* inv_std, const float* gain,
+                                                            const float* shift, int64_t rows,
+                                                            int rows_per_chunk, int c, int relu) {
     Incoming<float> in{dy, y, x, relu != 0};
     backward_sums(partial, in, mean, inv_std, gain, shift, rows, rows_per_chunk, c);
 }
-KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y, const bf16* x,
-                                                          const float* mean, const float* inv_std, const float* gain,
-                                                          const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                          int relu) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y,
+                                                             const bf16* x, const float* mean,
+                                                             const float* inv_std, const float* gain,
+                                                             const float* shift, int64_t rows,
+                                                             int rows_per_chunk, int c, int relu) {
     Incoming<bf16> in{dy, y, x, relu != 0};
     backward_sums(partial, in, mean, inv_std, gain, shift, rows, rows_per_chunk, c);
 }
 
-/// sums [groups, 2, c] over chunks, in blocks as of batch_norm_finish; dshift and dgain [c], where given, are their totals
-/// over groups, added to what they hold if `accumulate` has bit 0 and bit 1.
-KERNEL BOUNDS(FINISH) void batch_norm_backward_finish(float* sums, float* dshift, float* dgain, const float* partial,
-                                                      int groups, int chunks, int c, int accumulate) {
+/// sums [groups, 2, c] over chunks, in blocks as of batch_norm_finish; dshift and dgain [c], where given, are
+/// their totals over groups, added to what they hold if `accumulate` has bit 0 and bit 1.
+KERNEL BOUNDS(FINISH) void batch_norm_backward_finish(float* sums, float* dshift, float* dgain,
+                                                      const float* partial, int groups, int chunks, int c,
+                                                      int accumulate) {
     const int j = blockIdx.x * blockDim.x + threadIdx.x;
     const bool exists = j < c, writes = exists && threadIdx.y == 0;
     double all_sums = 0.0, all_dots = 0.0;
@@ -392,7 +405,8 @@ KERNEL BOUNDS(FINISH) void batch_norm_backward_finish(float* sums, float* dshift
 template <typename T>
 __device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const Incoming<T>& in, const float* mean,
                                                const float* inv_std, const float* gain, const float* shift,
-                                               const float* sums, int64_t rows, int rows_per_chunk, int c, int accumulate) {
+                                               const float* sums, int64_t rows, int rows_per_chunk, int c,
+                                               int accumulate) {
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
     if (at.count <= 0) return;
@@ -435,19 +449,21 @@ __device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const Incomi
     });
 }
 
-KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_f32(float* dx, float* dresidual, const float* dy, const float* y,
-                                                          const float* x, const float* mean, const float* inv_std,
-                                                          const float* gain, const float* shift, const float* sums,
-                                                          int64_t rows, int rows_per_chunk, int c, int relu,
-                                                          int accumulate) {
+KERNEL BOUNDS(THREADS,
+              2) void batch_norm_backward_apply_f32(float* dx, float* dresidual, const float* dy,
+                                                    const float* y, const float* x, const float* mean,
+                                                    const float* inv_std, const float* gain,
+                                                    const float* shift, const float* sums, int64_t rows,
+                                                    int rows_per_chunk, int c, int relu, int accumulate) {
     Incoming<float> in{dy, y, x, relu != 0};
     backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }
-KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy, const bf16* y,
-                                                           const bf16* x, const float* mean, const float* inv_std,
-                                                           const float* gain, const float* shift, const float* sums,
-                                                           int64_t rows, int rows_per_chunk, int c, int relu,
-                                                           int accumulate) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy,
+                                                              const bf16* y, const bf16* x, const float* mean,
+                                                              const float* inv_std, const float* gain,
+                                                              const float* shift, const float* sums,
+                                                              int64_t rows, int rows_per_chunk, int c,
+                                                              int relu, int accumulate) {
     Incoming<bf16> in{dy, y, x, relu != 0};
     backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }

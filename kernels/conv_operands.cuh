@@ -1,6 +1,6 @@
-// The operands of convolutions. First what their kernels share; then those that are gathered element by element (see
-// gather.cuh); last those of gemm_tile.cuh that know how their addresses change from step to step, and so have neither a
-// division nor a product in the loop.
+// The operands of convolutions. First what their kernels share; then those that are gathered element by
+// element (see gather.cuh); last those of gemm_tile.cuh that know how their addresses change from step to
+// step, and so have neither a division nor a product in the loop.
 #pragma once
 
 #include "gather.cuh"
@@ -35,7 +35,13 @@ struct FilterTaps : Rows<T> {
     Divisor per_tap, per_row;
 
     __device__ __forceinline__ FilterTaps(const T* data, const Dims& d, int r0, int s0, int rows, int columns)
-        : Rows<T>(data, rows * columns * d.k, d.c), r(d.r), s(d.s), r0(r0), s0(s0), stride(d.stride), per_tap(d.k),
+        : Rows<T>(data, rows * columns * d.k, d.c),
+          r(d.r),
+          s(d.s),
+          r0(r0),
+          s0(s0),
+          stride(d.stride),
+          per_tap(d.k),
           per_row(columns > 0 ? columns : 1) {}
     __device__ __forceinline__ int64_t line(int i) const {
         if (i >= this->lines) return -1;
@@ -45,9 +51,9 @@ struct FilterTaps : Rows<T> {
     }
 };
 
-/// How patches of images [n, height, width, channels] are read: line (image, i, j) of `lines_i` x `lines_j` to an image
-/// holds, for each tap (a, b) of `taps_i` x `taps_j`, the channels of pixel (i step + from_i + a direction, j step + from_j +
-/// b direction).
+/// How patches of images [n, height, width, channels] are read: line (image, i, j) of `lines_i` x `lines_j`
+/// to an image holds, for each tap (a, b) of `taps_i` x `taps_j`, the channels of pixel (i step + from_i + a
+/// direction, j step + from_j + b direction).
 struct Geometry {
     int n, height, width, channels, lines_i, lines_j, taps_i, taps_j, step, from_i, from_j, direction;
 
@@ -72,8 +78,14 @@ struct Patches {
     Divisor per_image, per_row, per_tap, per_tap_row;
 
     __device__ __forceinline__ Patches(const T* data, const Geometry& g)
-        : data(data), lines(g.lines()), inner(g.depth()), run(run_of(data, g.channels)), g(g),
-          per_image(g.lines_i * g.lines_j), per_row(g.lines_j), per_tap(g.channels),
+        : data(data),
+          lines(g.lines()),
+          inner(g.depth()),
+          run(run_of(data, g.channels)),
+          g(g),
+          per_image(g.lines_i * g.lines_j),
+          per_row(g.lines_j),
+          per_tap(g.channels),
           per_tap_row(g.taps_j > 0 ? g.taps_j : 1) {}
     __device__ __forceinline__ Line line(int at) const {
         if (at >= lines) return {0, NOWHERE, NOWHERE};
@@ -95,10 +107,12 @@ struct Patches {
     }
 };
 
-/// Patches of which a tile has EXTENT lines; depth runs over taps and channels. At most eight taps either way, channels in
-/// multiples of RUN, and at most 2^24 elements to an image, so that those of 128 images are counted in 31 bits.
+/// Patches of which a tile has EXTENT lines; depth runs over taps and channels. At most eight taps either
+/// way, channels in multiples of RUN, and at most 2^24 elements to an image, so that those of 128 images are
+/// counted in 31 bits.
 ///
-/// A line's taps that lie outside of its image are known before the first step, a bit for each row of taps and each column.
+/// A line's taps that lie outside of its image are known before the first step, a bit for each row of taps
+/// and each column.
 template <int EXTENT, int THREADS, int RUN = 8>
 struct PatchLines {
     static constexpr bool INNER = true;
@@ -132,7 +146,8 @@ struct PatchLines {
                         << (16 + t);
             inside[l] = at < g.lines() ? seen : 0;
         }
-        // From behind the last channel of a tap to the first of the next, and from behind a row of taps to the next row.
+        // From behind the last channel of a tap to the first of the next, and from behind a row of taps to
+        // the next row.
         next_tap = (g.direction - 1) * g.channels;
         next_row = (g.width - g.taps_j) * g.direction * g.channels;
         a = b = 0;
@@ -158,8 +173,8 @@ struct PatchLines {
     }
 };
 
-/// The same of which a tile has EXTENT columns, taps and channels; depth runs over lines [begin, end). A thread's column is
-/// one tap, and its pixels move by as many images, rows and columns in every step.
+/// The same of which a tile has EXTENT columns, taps and channels; depth runs over lines [begin, end). A
+/// thread's column is one tap, and its pixels move by as many images, rows and columns in every step.
 template <int EXTENT, int THREADS, int RUN = 8>
 struct PatchesAcross {
     static constexpr bool INNER = false;
@@ -170,18 +185,22 @@ struct PatchesAcross {
     int height, width, step, end_i, end_j, turn_i, turn_j, by_i, by_j, left;
     int64_t by, wrap_i, wrap_j;
 
-    __device__ __forceinline__ PatchesAcross(const bf16* data, const Geometry& g, int first, int begin, int end)
+    __device__ __forceinline__ PatchesAcross(const bf16* data, const Geometry& g, int first, int begin,
+                                             int end)
         : height(g.height), width(g.width), step(g.step) {
-        int column = first + Of::column(), tap = column / g.channels, a = tap / g.taps_j, b = tap - a * g.taps_j;
+        int column = first + Of::column(), tap = column / g.channels, a = tap / g.taps_j,
+            b = tap - a * g.taps_j;
         int from_i = g.from_i + a * g.direction, from_j = g.from_j + b * g.direction;
         left = column < g.depth() ? end - begin - Of::line(0) : 0;
         const int per_image = g.lines_i * g.lines_j;
 #pragma unroll
         for (int l = 0; l < Of::COUNT; l++) {
-            int at = begin + Of::line(l), image = at / per_image, o = at - image * per_image, row = o / g.lines_j;
+            int at = begin + Of::line(l), image = at / per_image, o = at - image * per_image,
+                row = o / g.lines_j;
             is[l] = row * g.step + from_i;
             js[l] = (o - row * g.lines_j) * g.step + from_j;
-            lines[l] = data + ((int64_t{image} * g.height + is[l]) * g.width + js[l]) * g.channels + column - tap * g.channels;
+            lines[l] = data + ((int64_t{image} * g.height + is[l]) * g.width + js[l]) * g.channels + column -
+                       tap * g.channels;
         }
         int images = DEPTH / per_image, o = DEPTH - images * per_image, rows = o / g.lines_j;
         by_i = rows * g.step;
@@ -210,8 +229,8 @@ struct PatchesAcross {
     }
 };
 
-/// Filters [k, r, s, c] as [taps k, c], of which a tile has EXTENT columns; depth runs over the taps (r0 + a stride, s0 + b
-/// stride) and k. k is a multiple of 32, so that a step has one tap.
+/// Filters [k, r, s, c] as [taps k, c], of which a tile has EXTENT columns; depth runs over the taps (r0 + a
+/// stride, s0 + b stride) and k. k is a multiple of 32, so that a step has one tap.
 template <int EXTENT, int THREADS>
 struct TapsAcross {
     static constexpr bool INNER = false;
@@ -219,10 +238,12 @@ struct TapsAcross {
 
     const bf16* at;
     int k, taps_j, channel = 0, b = 0;
-    int line, next_tap, next_row;  // elements from one k to the next, and what is added behind the last of a tap
+    int line, next_tap,
+        next_row;  // elements from one k to the next, and what is added behind the last of a tap
     bool exists;
 
-    __device__ __forceinline__ TapsAcross(const bf16* data, const Dims& d, int r0, int s0, int taps_j, int first)
+    __device__ __forceinline__ TapsAcross(const bf16* data, const Dims& d, int r0, int s0, int taps_j,
+                                          int first)
         : k(d.k), taps_j(taps_j) {
         line = d.r * d.s * d.c;
         at = data + Of::line(0) * line + (r0 * d.s + s0) * d.c + first + Of::column();

@@ -1,18 +1,20 @@
-// Operands of products that say where an element is and are asked for each, whatever their sizes and alignment; and the
-// product of such in f32.
+// Operands of products that say where an element is and are asked for each, whatever their sizes and
+// alignment; and the product of such in f32.
 #pragma once
 
 #include "gemm_tile.cuh"
 
-/// Elements that stand next to each other in memory from each multiple of so many on: 16 bytes of them, 8, or one.
+/// Elements that stand next to each other in memory from each multiple of so many on: 16 bytes of them, 8, or
+/// one.
 template <typename T>
 __device__ __forceinline__ int run_of(const T* data, int channels) {
     constexpr int W = PER_VECTOR<T>;
     return !is_aligned_16(data) ? 1 : channels % W == 0 ? W : channels % (W / 2) == 0 ? W / 2 : 1;
 }
 
-// Operands: matrices [lines, inner] that say where an element is, in two parts so that each can be kept: `at(line, column)`
-// is null where the element is a zero. What has no pixel, and what lies outside of the matrix, is zero.
+// Operands: matrices [lines, inner] that say where an element is, in two parts so that each can be kept:
+// `at(line, column)` is null where the element is a zero. What has no pixel, and what lies outside of the
+// matrix, is zero.
 
 /// A matrix in memory.
 template <typename T>
@@ -44,7 +46,8 @@ __device__ __forceinline__ uint4 fetch(const Source& source, const typename Sour
         return at ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
     }
     if (source.run == W / 2) {
-        const T *low = source.at(line, source.column(from)), *high = source.at(line, source.column(from + W / 2));
+        const T *low = source.at(line, source.column(from)),
+                *high = source.at(line, source.column(from + W / 2));
         uint2 a = low ? *reinterpret_cast<const uint2*>(low) : make_uint2(0, 0);
         uint2 b = high ? *reinterpret_cast<const uint2*>(high) : make_uint2(0, 0);
         return make_uint4(a.x, a.y, b.x, b.y);
@@ -59,9 +62,9 @@ __device__ __forceinline__ uint4 fetch(const Source& source, const typename Sour
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/// Which pieces of 16 bytes of a panel [LINES, INNER] of an operand a thread brings: one column, and each STEP-th line.
-/// The part that does not change from step to step is found once: the lines where depth runs along them, else the
-/// column.
+/// Which pieces of 16 bytes of a panel [LINES, INNER] of an operand a thread brings: one column, and each
+/// STEP-th line. The part that does not change from step to step is found once: the lines where depth runs
+/// along them, else the column.
 template <typename Source, int LINES, int INNER, int THREADS, bool DEPTH_INNER>
 struct Share {
     static constexpr int W = PER_VECTOR<typename Source::Element>;
@@ -70,7 +73,8 @@ struct Share {
     using Line = typename Source::Line;
     using Column = typename Source::Column;
 
-    int line, column, fixed;  // in the panel; first line or column of the panel in the operand, along what does not change
+    int line, column,
+        fixed;  // in the panel; first line or column of the panel in the operand, along what does not change
     Line lines[DEPTH_INNER ? PASSES : 1];
     Column columns;
 
@@ -100,8 +104,8 @@ struct Share {
     }
 };
 
-/// An operand of gemm_tile.cuh from anything that says where its elements are. Holds nothing between steps but what does
-/// not change, and divides to find the rest: for problems that are small or ragged.
+/// An operand of gemm_tile.cuh from anything that says where its elements are. Holds nothing between steps
+/// but what does not change, and divides to find the rest: for problems that are small or ragged.
 template <typename Source, int EXTENT, int THREADS, bool DEPTH_INNER>
 struct Gathered {
     static constexpr bool INNER = DEPTH_INNER;
@@ -125,10 +129,12 @@ struct Gathered {
     }
 };
 
-/// C [m, n] = A B over depths [begin, end), by one block for one tile; row(i) is where row i of C starts. A_INNER and
-/// B_INNER say that depth runs along the operand's lines (A [m, depth], B [n, depth]) and not across them.
+/// C [m, n] = A B over depths [begin, end), by one block for one tile; row(i) is where row i of C starts.
+/// A_INNER and B_INNER say that depth runs along the operand's lines (A [m, depth], B [n, depth]) and not
+/// across them.
 ///
-/// f32 throughout: a thread makes EACH_M x EACH_N sums; the next step's operands come into registers meanwhile.
+/// f32 throughout: a thread makes EACH_M x EACH_N sums; the next step's operands come into registers
+/// meanwhile.
 template <int M, int N, int STEP, int EACH_M, int EACH_N>
 struct FloatTile {
     static constexpr int THREADS = M / EACH_M * (N / EACH_N);

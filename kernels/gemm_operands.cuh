@@ -1,9 +1,11 @@
-// Operands of gemm_tile.cuh that are matrices in memory, of which every line and every start is a multiple of RUN elements.
+// Operands of gemm_tile.cuh that are matrices in memory, of which every line and every start is a multiple of
+// RUN elements.
 #pragma once
 
 #include "gemm_tile.cuh"
 
-/// A matrix [extent, pitch] of which a tile has EXTENT lines; depth runs along them, over columns [begin, end).
+/// A matrix [extent, pitch] of which a tile has EXTENT lines; depth runs along them, over columns [begin,
+/// end).
 template <int EXTENT, int THREADS, int RUN = 8>
 struct Lines {
     static constexpr bool INNER = true;

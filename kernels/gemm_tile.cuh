@@ -1,15 +1,21 @@
-// A tile of C [m, n] = A B on tensor cores, bf16 to f32 sums, by one block: the one core of matmul.cu and conv2d.cu.
+// A tile of C [m, n] = A B on tensor cores, bf16 to f32 sums, by one block: the one core of matmul.cu and
+// conv2d.cu.
 //
-// Depth is walked in steps of 32. Each step has a panel of either operand in shared memory; cp.async brings those of the
-// next STAGES - 1 steps meanwhile. What differs between products is how a panel is brought: an operand is a class with
-//     INNER            depth runs along the panel's lines, [EXTENT][DEPTH], and not across them, [DEPTH][EXTENT]
-//     issue(panel)     starts this thread's share of the copies of the next step
-// (gemm_operands.cuh, conv_operands.cuh, gather.cuh).
+// Depth is walked in steps of 32. Each step has a panel of either operand in shared memory; cp.async brings
+// those of the next STAGES - 1 steps meanwhile. What differs between products is how a panel is brought: an
+// operand is a class (gemm_operands.cuh, conv_operands.cuh, gather.cuh) with
 //
-// Of 4 warps of 64 x 64 each, a step reads 128 bytes of shared memory a product and writes 64: at 128 bytes a cycle 1.5
-// cycles a product, near what a tensor core of sm_80 (2) or sm_90 (about 1.6 by mma.sync) takes for it. Warps of 64 x 32
-// move 288 bytes a product and those of 32 x 32 384, so small tiles are for problems that would not fill a chip otherwise.
-// 48 KB and at most 255 registers of 128 threads: two blocks a multiprocessor from sm_80 on.
+//     INNER           depth runs along the panel's lines, [EXTENT][DEPTH], not across them, [DEPTH][EXTENT]
+//     issue(panel)    starts this thread's share of the copies of the next step
+//
+// Of 4 warps of 64 x 64 each, a step reads 128 bytes of shared memory a product and writes 64: at 128 bytes a
+// cycle 1.5 cycles a product, near what a tensor core of sm_80 (2) or sm_90 (about 1.6 by mma.sync) takes for
+// it. Warps of 64 x 32 move 288 bytes a product and those of 32 x 32 384, so small tiles are for problems
+// that would not fill a chip otherwise. 48 KB and at most 255 registers of 128 threads: two blocks a
+// multiprocessor from sm_80 on, where 64 products keep each of four schedulers busy for 410 to 512 cycles.
+//
+// A step of 128 x 128 on sm_80 is MIX_LARGE; none has local memory.
+// Foretold, of what mma.sync can do: 0.80 with long sums on sm_80, 0.70 on sm_90; never measured.
 #pragma once
 
 #include "moments.cuh"
@@ -24,15 +30,17 @@ template <int EXTENT, bool INNER>
 struct Panel {
     static constexpr int LINES = INNER ? EXTENT : DEPTH, WIDTH = INNER ? DEPTH : EXTENT, SIZE = LINES * WIDTH;
 
-    /// Where an element lies. Pieces of 16 bytes change places within their line, so that the eight that ldmatrix takes
-    /// at once from eight lines are in different banks, without padding.
+    /// Where an element lies. Pieces of 16 bytes change places within their line, so that the eight that
+    /// ldmatrix takes at once from eight lines are in different banks, without padding.
     __device__ __forceinline__ static int place(int line, int column) {
         return line * WIDTH + (column ^ (INNER ? line / 2 % 4 : line % 8) * 8);
     }
 
-    /// Rows [row, row + 16) of A at depths [depth, depth + 16): matrices 0 to 3 are rows 0-7 and 8-15 of depths 0-7, then of
-    /// depths 8-15. `row` is a multiple of 16, so that it does not change who swaps places.
-    __device__ __forceinline__ static void fragment_a(unsigned (&r)[4], const bf16* panel, int row, int depth) {
+    /// Rows [row, row + 16) of A at depths [depth, depth + 16): matrices 0 to 3 are rows 0-7 and 8-15 of
+    /// depths 0-7, then of depths 8-15. `row` is a multiple of 16, so that it does not change who swaps
+    /// places.
+    __device__ __forceinline__ static void fragment_a(unsigned (&r)[4], const bf16* panel, int row,
+                                                      int depth) {
         int lane = threadIdx.x % 32;
         if (INNER) ldmatrix_x4(r, panel + row * WIDTH + place(lane % 16, depth + lane / 16 * 8));
         else
@@ -40,12 +48,14 @@ struct Panel {
                 r, panel + depth * WIDTH + place(lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
     }
 
-    /// Columns [column, column + 16) of B: matrices 0 to 3 are depths 0-7 and 8-15 of columns 0-7, then of columns 8-15.
-    __device__ __forceinline__ static void fragment_b(unsigned (&r)[4], const bf16* panel, int column, int depth) {
+    /// Columns [column, column + 16) of B: matrices 0 to 3 are depths 0-7 and 8-15 of columns 0-7, then of
+    /// columns 8-15.
+    __device__ __forceinline__ static void fragment_b(unsigned (&r)[4], const bf16* panel, int column,
+                                                      int depth) {
         int lane = threadIdx.x % 32;
         if (INNER)
-            ldmatrix_x4(
-                r, panel + column * WIDTH + place(lane / 16 * 8 + lane % 8, depth + lane / 8 % 2 * 8));
+            ldmatrix_x4(r,
+                        panel + column * WIDTH + place(lane / 16 * 8 + lane % 8, depth + lane / 8 % 2 * 8));
         else ldmatrix_x4_trans(r, panel + depth * WIDTH + place(lane % 16, column + lane / 16 * 8));
     }
 };
@@ -66,6 +76,13 @@ struct Pieces {
     }
 };
 
+/// The block's shared memory: one place, however many products a kernel chooses from.
+template <int BYTES>
+__device__ __forceinline__ unsigned char* panel_memory() {
+    __shared__ __align__(128) unsigned char memory[BYTES];
+    return memory;
+}
+
 /// Where the sums go.
 struct Output {
     bf16* narrow;       // the one of these
@@ -82,8 +99,8 @@ struct TensorTile {
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "whole fragments");
     static constexpr int STAGE = (M + N) * DEPTH, BYTES = STAGES * STAGE * 2;
     static_assert(BYTES <= 48 << 10, "static shared memory");
-    // Sums leave in slabs of so many fragments of each warp's rows, as many as fit where the panels were. Lines are 8
-    // floats longer than they need be: four rows of a fragment are in different banks.
+    // Sums leave in slabs of so many fragments of each warp's rows, as many as fit where the panels were.
+    // Lines are 8 floats longer than they need be: four rows of a fragment are in different banks.
     static constexpr int PITCH = N + 8;
     static constexpr int fragments(int count) {
         return WARPS_M * 16 * count * PITCH * 4 <= BYTES ? count : fragments(count / 2);
@@ -95,7 +112,8 @@ struct TensorTile {
 
     using Sums = float[ROWS][2 * PAIRS][4];
 
-    /// First row and column of this block's tile. Tiles with the same rows follow one another: they share A in the cache.
+    /// First row and column of this block's tile. Tiles with the same rows follow one another: they share A
+    /// in the cache.
     struct Corner {
         int row, column;
         __device__ __forceinline__ Corner(int n) {
@@ -107,8 +125,9 @@ struct TensorTile {
 
     /// The sums over `steps` steps into `to`; `row(i)` is how far before C's row i lies.
     template <bool MOMENTS, typename A, typename B, typename Row>
-    __device__ __forceinline__ static void product(A a, B b, int steps, Corner at, int m, int n, const Output& to, Row row) {
-        __shared__ __align__(128) unsigned char memory[BYTES];
+    __device__ __forceinline__ static void product(A a, B b, int steps, Corner at, int m, int n,
+                                                   const Output& to, Row row) {
+        unsigned char* memory = panel_memory<BYTES>();
         Sums sums = {};
         walk(sums, a, b, steps, reinterpret_cast<bf16*>(memory));
         write<MOMENTS>(sums, at, m, n, to, row, reinterpret_cast<float*>(memory));
@@ -132,7 +151,8 @@ struct TensorTile {
         auto take = [&](int which, int step) {
             const bf16* stage = panels + step % STAGES * STAGE;
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) PanelA::fragment_a(fa[which][i], stage, warp_m + i * 16, which * 16);
+            for (int i = 0; i < ROWS; i++)
+                PanelA::fragment_a(fa[which][i], stage, warp_m + i * 16, which * 16);
 #pragma unroll
             for (int j = 0; j < PAIRS; j++)
                 PanelB::fragment_b(fb[which][j], stage + PanelA::SIZE, warp_n + j * 16, which * 16);
@@ -154,7 +174,8 @@ struct TensorTile {
 #pragma unroll 1
         for (int step = 0; step < steps; step++) {
             take(1, step);
-            issue(step + STAGES - 1);  // over the panels of step - 1, which all have read before the last barrier
+            issue(step + STAGES -
+                  1);  // over the panels of step - 1, which all have read before the last barrier
             multiply(0);
             cp_async_wait<STAGES - 2>();
             __syncthreads();  // the next step's panels are whole
@@ -164,7 +185,8 @@ struct TensorTile {
         cp_async_wait<0>();
     }
 
-    /// What a thread knows of the rows that it has seen of its eight columns: sums of what lies above the first.
+    /// What a thread knows of the rows that it has seen of its eight columns: sums of what lies above the
+    /// first.
     struct Seen {
         float first[8], sum[8] = {}, square[8] = {}, count = 0.0f;
 
@@ -181,8 +203,8 @@ struct TensorTile {
     };
 
     template <bool MOMENTS, typename Row>
-    __device__ __forceinline__ static void write(const Sums& sums, Corner at, int m, int n, const Output& to, Row row,
-                                                 float* slab) {
+    __device__ __forceinline__ static void write(const Sums& sums, Corner at, int m, int n, const Output& to,
+                                                 Row row, float* slab) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / WARPS_N,
                   warp_n = warp % WARPS_N * WARP_N;
         const int j = threadIdx.x * 8 % N, down = threadIdx.x * 8 / N, count = n - at.column - j;
@@ -198,7 +220,8 @@ struct TensorTile {
             for (int i = 0; i < FRAGMENTS; i++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float* line = slab + ((warp_m * FRAGMENTS + i) * 16 + half * 8 + lane / 4) * PITCH + warp_n;
+                    float* line =
+                        slab + ((warp_m * FRAGMENTS + i) * 16 + half * 8 + lane / 4) * PITCH + warp_n;
 #pragma unroll
                     for (int p = 0; p < 2 * PAIRS; p++)
                         *reinterpret_cast<float2*>(line + p * 8 + lane % 4 * 2) =
@@ -209,21 +232,24 @@ struct TensorTile {
             for (int s = down; s < SLAB; s += DOWN) {
                 int i = at.row + s / (16 * FRAGMENTS) * WARP_M + first * 16 + s % (16 * FRAGMENTS);
                 if (i >= m || count <= 0) continue;
-                Vector<float> low = load_vector(slab + s * PITCH + j), high = load_vector(slab + s * PITCH + j + 4);
+                Vector<float> low = load_vector(slab + s * PITCH + j),
+                              high = load_vector(slab + s * PITCH + j + 4);
                 Vector<bf16> v;
 #pragma unroll
                 for (int k = 0; k < 4; k++) v.v[k] = low.v[k] + bias[k], v.v[k + 4] = high.v[k] + bias[k + 4];
                 int64_t place = row(i) + at.column + j;
                 if (to.wide) {
                     put<float>(to.wide + place, {v.v[0], v.v[1], v.v[2], v.v[3]}, count, to.accumulate);
-                    put<float>(to.wide + place + 4, {v.v[4], v.v[5], v.v[6], v.v[7]}, count - 4, to.accumulate);
+                    put<float>(to.wide + place + 4, {v.v[4], v.v[5], v.v[6], v.v[7]}, count - 4,
+                               to.accumulate);
                 } else {
                     put<bf16>(to.narrow + place, v, count, to.accumulate);
                 }
                 if (MOMENTS && to.moments) {
                     // Of what is stored: as if it had been read back.
 #pragma unroll
-                    for (int k = 0; k < 8; k++) v.v[k] = to.wide ? v.v[k] : to_float(from_float<bf16>(v.v[k]));
+                    for (int k = 0; k < 8; k++)
+                        v.v[k] = to.wide ? v.v[k] : to_float(from_float<bf16>(v.v[k]));
                     seen.add(v.v);
                 }
             }
@@ -243,7 +269,8 @@ struct TensorTile {
     }
 
     /// A column's DOWN parts, in order.
-    __device__ __forceinline__ static void merge_columns(const Seen& seen, Corner at, int n, float* moments, float* slab) {
+    __device__ __forceinline__ static void merge_columns(const Seen& seen, Corner at, int n, float* moments,
+                                                         float* slab) {
         static_assert((2 * N + 1) * DOWN * 4 <= BYTES, "the parts fit where the panels were");
         float *means = slab, *squares = slab + DOWN * N, *counts = slab + 2 * DOWN * N;
         int j = threadIdx.x * 8 % N, down = threadIdx.x * 8 / N;
@@ -272,8 +299,8 @@ struct TensorTile {
     }
 };
 
-// The tiles that kernels are made for, as src/ops/tiles.rs has them. Three stages of the large one are all the static shared
-// memory there is.
+// The tiles that kernels are made for, as src/ops/tiles.rs has them. Three stages of the large one are all
+// the static shared memory there is.
 using Tile128x128 = TensorTile<128, 128, 2, 2, 3>;
 using Tile128x64 = TensorTile<128, 64, 2, 2, 4>;
 using Tile64x128 = TensorTile<64, 128, 2, 2, 4>;
