@@ -13,8 +13,8 @@
 // Which tile, and into how many slices a weight gradient is cut, is src/ops/tiles.rs's to say. What a kernel
 // asks for, beside pointers that are multiples of 16:
 //
-//     bf16_128x128, 128x64, 64x128   c (and k of the weight gradient) multiples of 8, k of the data gradient a
-//                                    multiple of 32, r and s at most 8, an image at most 2^24 elements
+//     bf16_128x128, 128x64, 64x128   r and s at most 8, an image at most 2^24 elements, c a multiple of 8;
+//                                    k of the weight gradient, too, and of the data gradient one of 32
 //     bf16_stem (128x64, 64x128)     the same, and of c a multiple of 4: images of four channels
 //     bf16_64x64, f32 (64x64)        nothing, nor pointers
 //

@@ -87,7 +87,7 @@ const BLOCKS: usize = 2;
 const DEPTH: usize = 32;
 /// A slice has at least so many terms, and there are no more slices than this.
 const LEAST: usize = 512;
-const MOST: usize = 64;
+const MOST: usize = 128;
 /// Elements of an image that the offsets of large tiles can count: 128 images' in 31 bits.
 const IMAGE: usize = 1 << 24;
 
