@@ -233,7 +233,7 @@ mod tests {
         let image = |h: usize, c: usize, k: usize, r: usize| {
             Conv2dDims::new([4096, h, 64, c], [k, r, 3, c], 1, 4)
         };
-        for dims in [image(64, 12, 64, 9), image(64, 9, 64, 3), image(1 << 15, 8, 64, 3)] {
+        for dims in [image(64, 12, 64, 9), image(64, 9, 64, 3), image(1 << 15, 16, 64, 3)] {
             assert_eq!(Product::convolution(&dims).tile().form, TileForm::Small, "{dims:?}");
         }
         let odd = image(64, 64, 40, 3);
