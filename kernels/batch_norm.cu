@@ -2,11 +2,19 @@
 //
 // Every kernel but the `finish` ones has the same layout: threadIdx.x is a vector of channels, threadIdx.y a
 // row; the block (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y rows_per_chunk,
-// ...) of group g. Sums over rows have two levels, both in an order fixed by the shape: within a chunk, then
-// over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256 threads.
+// ...) of group g, four rows of a thread at once, two in the backward pass: 16 bytes each of one, two or
+// three tensors under way. Sums over rows have two levels, both in an order fixed by the shape: within a
+// chunk, then over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256
+// threads.
+//
+// All are bound by memory. Bytes of an element in bf16: moments reads 2, apply reads 2 (4 with a residual)
+// and writes 2; after a convolution that has brought the moments along, apply is all. The backward pass reads
+// x and dy twice and writes dx, 10; a ReLU's mask is found again from x, or with a residual from y, which is
+// 4 more, and dresidual another 2.
+#include "moments.cuh"
 #include "vector.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, FORWARD = 4, BACKWARD = 2;
 
 /// Where a thread stands.
 template <typename T>
@@ -14,6 +22,7 @@ struct Rows {
     int channel, count;  // first channel, and how many of the vector exist; may be <= 0
     int64_t begin, end;  // rows of the chunk, in the whole tensor
     int64_t partial;     // of this chunk, in [groups, chunks, 2, c]
+    bool whole;  // all rows of this vector are 16 bytes at a multiple of 16, if their tensor starts at one
 
     __device__ Rows(int64_t rows, int rows_per_chunk, int c) {
         channel = (blockIdx.x * blockDim.x + threadIdx.x) * PER_VECTOR<T>;
@@ -23,8 +32,43 @@ struct Rows {
         begin = blockIdx.z * rows + from;
         end = blockIdx.z * rows + to;
         partial = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * 2 * c + channel;
+        whole = c % PER_VECTOR<T> == 0;
+    }
+
+    /// Calls f(WHOLE, AT_ONCE or 1, element of the first row, elements from row to row) for all rows of the
+    /// thread, in order. WHOLE, true or false as a type: vectors need not be looked at.
+    template <int AT_ONCE, typename F>
+    __device__ __forceinline__ void each(bool aligned, int c, F f) const {
+        if (aligned && whole) walk<true, AT_ONCE>(c, f);
+        else walk<false, 1>(c, f);
+    }
+
+  private:
+    template <bool WHOLE, int AT_ONCE, typename F>
+    __device__ __forceinline__ void walk(int c, F& f) const {
+        if (count <= 0) return;
+        using Whole = std::bool_constant<WHOLE>;
+        const int64_t step = blockDim.y;
+        int64_t row = begin + threadIdx.y;
+        for (; row + (AT_ONCE - 1) * step < end; row += AT_ONCE * step)
+            f(Whole{}, std::integral_constant<int, AT_ONCE>{}, row * c + channel, step * c);
+        for (; row < end; row += step)
+            f(Whole{}, std::integral_constant<int, 1>{}, row * c + channel, step * c);
     }
 };
+
+/// N vectors `step` elements apart.
+template <bool WHOLE, int N, typename T>
+__device__ __forceinline__ void load_rows(Vector<T> (&v)[N], const T* at, int64_t step, int count) {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = WHOLE ? load_vector(at + i * step) : load_some(at + i * step, count);
+}
+
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void store_row(T* at, const Vector<T>& v, int count) {
+    if (WHOLE) store_vector(at, v);
+    else store_some(at, v, count);
+}
 
 /// Per-channel numbers of this thread's vector; `otherwise` where there are none.
 template <typename T>
@@ -34,19 +78,6 @@ __device__ __forceinline__ void load_channels(float (&v)[PER_VECTOR<T>], const f
     for (int k = 0; k < PER_VECTOR<T>; k++) v[k] = at && k < count ? at[k] : otherwise;
 }
 
-/// Mean and sum of squared deviations of so many numbers.
-struct Moments {
-    float mean, m2;
-};
-
-/// Chan, Golub and LeVeque (1979).
-__device__ __forceinline__ Moments merge(Moments a, float na, Moments b, float nb) {
-    float n = na + nb;
-    if (n == 0.0f) return a;
-    float delta = b.mean - a.mean;
-    return {a.mean + delta * (nb / n), a.m2 + b.m2 + delta * delta * (na * nb / n)};
-}
-
 /// Rows of a chunk of `total` that the thread rows [from, from + span) of a block take, each every
 /// blockDim.y-th.
 __device__ __forceinline__ float rows_of(int64_t total, int from, int span) {
@@ -54,47 +85,73 @@ __device__ __forceinline__ float rows_of(int64_t total, int from, int span) {
     return static_cast<float>(whole + (rest < 0 ? 0 : rest > span ? span : rest));
 }
 
+/// Two numbers of each channel from all thread rows of the block to the first of them, in the order of a
+/// tree: merge(k, first of k, second of k, those of the other, thread row of the other, how many thread rows
+/// it stands for).
+template <int W, typename Merge>
+__device__ __forceinline__ void over_rows(float (&first)[W], float (&second)[W], Merge merge_two) {
+    __shared__ float firsts[THREADS * W], seconds[THREADS * W];
+    // Neighbours in memory are neighbours among threads.
+    const int threads = blockDim.x * blockDim.y, slot = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < W; k++)
+        firsts[k * threads + slot] = first[k], seconds[k * threads + slot] = second[k];
+    for (int span = 1; span < static_cast<int>(blockDim.y); span *= 2) {
+        __syncthreads();
+        if (threadIdx.y % (2 * span) == 0) {
+            int other = slot + span * blockDim.x;
+#pragma unroll
+            for (int k = 0; k < W; k++) {
+                merge_two(first[k], second[k], firsts[k * threads + other], seconds[k * threads + other],
+                          span);
+                firsts[k * threads + slot] = first[k], seconds[k * threads + slot] = second[k];
+            }
+        }
+    }
+}
+
 /// partial [groups, chunks, 2, c]: mean and sum of squared deviations of each chunk.
 template <typename T>
 __device__ __forceinline__ void moments(float* partial, const T* x, int64_t rows, int rows_per_chunk, int c) {
     constexpr int W = PER_VECTOR<T>;
-    __shared__ float means[THREADS * W], squares[THREADS * W];
     Rows<T> at(rows, rows_per_chunk, c);
-    Moments m[W] = {};
-    float seen = 0.0f;
-    if (at.count > 0) {
-        // Welford: one pass, and no digits lost where the mean is far from zero.
-        for (int64_t row = at.begin + threadIdx.y; row < at.end; row += blockDim.y) {
-            Vector<T> v = load_some(x + row * c + at.channel, at.count);
-            seen += 1.0f;
-            float weight = 1.0f / seen;
+    // Sums of what lies above the thread's first row: one pass without a division, and no digits lost where
+    // the mean is far from zero.
+    float start[W] = {}, mean[W] = {}, m2[W] = {};
+    const int64_t first = at.begin + threadIdx.y;
+    if (at.count > 0 && first < at.end) {
+        Vector<T> v = load_some(x + first * c + at.channel, at.count);
+#pragma unroll
+        for (int k = 0; k < W; k++) start[k] = v.v[k];
+    }
+    at.template each<FORWARD>(is_aligned_16(x), c, [&](auto whole, auto n, int64_t i, int64_t step) {
+        Vector<T> v[n.value];
+        load_rows<whole.value>(v, x + i, step, at.count);
+#pragma unroll
+        for (int r = 0; r < n.value; r++)
 #pragma unroll
             for (int k = 0; k < W; k++) {
-                float delta = v.v[k] - m[k].mean;
-                m[k].mean += delta * weight;
-                m[k].m2 += delta * (v.v[k] - m[k].mean);
+                float d = v[r].v[k] - start[k];
+                mean[k] += d;
+                m2[k] += d * d;
             }
-        }
-    }
-    int slot = (threadIdx.y * blockDim.x + threadIdx.x) * W;
+    });
+    const float seen = rows_of(at.end - at.begin, threadIdx.y, 1), inverse = seen > 0.0f ? 1.0f / seen : 0.0f;
 #pragma unroll
-    for (int k = 0; k < W; k++) means[slot + k] = m[k].mean, squares[slot + k] = m[k].m2;
-    for (int span = 1; span < static_cast<int>(blockDim.y); span *= 2) {
-        __syncthreads();
-        if (threadIdx.y % (2 * span) == 0) {
-            int other = slot + span * blockDim.x * W, y = threadIdx.y;
-            float na = rows_of(at.end - at.begin, y, span), nb = rows_of(at.end - at.begin, y + span, span);
-#pragma unroll
-            for (int k = 0; k < W; k++) {
-                m[k] = merge(m[k], na, {means[other + k], squares[other + k]}, nb);
-                means[slot + k] = m[k].mean, squares[slot + k] = m[k].m2;
-            }
-        }
+    for (int k = 0; k < W; k++) {
+        m2[k] = fmaxf(m2[k] - mean[k] * mean[k] * inverse, 0.0f);
+        mean[k] = start[k] + mean[k] * inverse;
     }
+    over_rows<W>(mean, m2, [&](float& mean, float& m2, float other_mean, float other_m2, int span) {
+        const int y = threadIdx.y;
+        Moments both = merge({mean, m2}, rows_of(at.end - at.begin, y, span), {other_mean, other_m2},
+                             rows_of(at.end - at.begin, y + span, span));
+        mean = both.mean, m2 = both.m2;
+    });
     if (threadIdx.y > 0) return;
 #pragma unroll
     for (int k = 0; k < W; k++)
-        if (k < at.count) partial[at.partial + k] = m[k].mean, partial[at.partial + c + k] = m[k].m2;
+        if (k < at.count) partial[at.partial + k] = mean[k], partial[at.partial + c + k] = m2[k];
 }
 
 KERNEL BOUNDS(THREADS) void batch_norm_moments_f32(float* partial, const float* x, int64_t rows,
@@ -106,32 +163,60 @@ KERNEL BOUNDS(THREADS) void batch_norm_moments_bf16(float* partial, const bf16* 
     moments(partial, x, rows, rows_per_chunk, c);
 }
 
-/// mean, inv_std [groups, c] from the chunks' moments, a thread per channel. Where running statistics are
-/// given, they move by `weight` towards the groups' mean of means and of unbiased variances.
-KERNEL void batch_norm_finish(float* mean, float* inv_std, float* running_mean, float* running_variance,
-                              const float* partial, int groups, int chunks, int64_t rows, int rows_per_chunk,
-                              int c, float weight, float eps) {
-    int j = blockIdx.x * blockDim.x + threadIdx.x;
-    if (j >= c) return;
+constexpr int FINISH = 1024;
+
+/// Two f64 sums that start at 0 over chunks, for the finish kernels: threadIdx.x is a channel, threadIdx.y
+/// every blockDim.y-th chunk; those of one channel are added in the order of a tree, and thread row 0 has
+/// them. All threads call it, as often as one another.
+template <typename F>
+__device__ __forceinline__ void over_chunks(double& first, double& second, int chunks, F f) {
+    __shared__ double firsts[FINISH], seconds[FINISH];
+    const int slot = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll 4
+    for (int i = threadIdx.y; i < chunks; i += blockDim.y) f(i);
+    __syncthreads();  // the last call's sums have been read
+    firsts[slot] = first, seconds[slot] = second;
+    for (int span = blockDim.y / 2; span > 0; span /= 2) {
+        __syncthreads();
+        if (static_cast<int>(threadIdx.y) < span) {
+            firsts[slot] = first += firsts[slot + span * blockDim.x];
+            seconds[slot] = second += seconds[slot + span * blockDim.x];
+        }
+    }
+}
+
+/// mean, inv_std [groups, c] from the chunks' moments, partial [groups, chunks, 2, c]; blocks of 8 channels
+/// and a power of two of thread rows. Where running statistics are given, they move by `weight` towards the
+/// groups' mean of means and of unbiased variances.
+KERNEL BOUNDS(FINISH) void batch_norm_finish(float* mean, float* inv_std, float* running_mean,
+                                             float* running_variance, const float* partial, int groups,
+                                             int chunks, int64_t rows, int rows_per_chunk, int c,
+                                             float weight, float eps) {
+    const int j = blockIdx.x * blockDim.x + threadIdx.x;
+    const bool exists = j < c, writes = exists && threadIdx.y == 0;
     double sum_means = 0.0, sum_variances = 0.0;
     for (int g = 0; g < groups; g++) {
-        double seen = 0.0, mu = 0.0, m2 = 0.0;
-        for (int i = 0; i < chunks; i++) {
-            const float* chunk = partial + (int64_t{g} * chunks + i) * 2 * c + j;
+        const float* of_group = partial + int64_t{g} * chunks * 2 * c + j;
+        // All relative to the first chunk's mean, so that what is subtracted at the end is small.
+        const double start = exists && chunks > 0 ? of_group[0] : 0.0;
+        double sum = 0.0, square = 0.0;
+        over_chunks(sum, square, exists ? chunks : 0, [&](int i) {
+            const float* chunk = of_group + int64_t{i} * 2 * c;
             int64_t left = rows - int64_t{i} * rows_per_chunk;
             double n = static_cast<double>(left < rows_per_chunk ? left : rows_per_chunk),
-                   delta = chunk[0] - mu;
-            m2 += chunk[c] + delta * delta * seen * n / (seen + n);
-            mu += delta * n / (seen + n);
-            seen += n;
-        }
-        double variance = seen > 0.0 ? m2 / seen : 0.0;
+                   delta = chunk[0] - start;
+            sum += n * delta;
+            square += chunk[c] + n * delta * delta;
+        });
+        if (!writes) continue;
+        const double n = static_cast<double>(rows), above = rows > 0 ? sum / n : 0.0, mu = start + above;
+        const double m2 = fmax(square - above * sum, 0.0), variance = rows > 0 ? m2 / n : 0.0;
         mean[int64_t{g} * c + j] = static_cast<float>(mu);
         inv_std[int64_t{g} * c + j] = static_cast<float>(1.0 / sqrt(variance + eps));
         sum_means += mu;
-        sum_variances += seen > 1.0 ? m2 / (seen - 1.0) : variance;
+        sum_variances += rows > 1 ? m2 / (n - 1.0) : variance;
     }
-    if (running_mean) {
+    if (writes && running_mean) {
         running_mean[j] = static_cast<float>((1.0 - weight) * running_mean[j] + weight * sum_means / groups);
         running_variance[j] =
             static_cast<float>((1.0 - weight) * running_variance[j] + weight * sum_variances / groups);
@@ -144,6 +229,31 @@ KERNEL void batch_norm_inv_std(float* inv_std, const float* variance, int c, flo
     if (j < c) inv_std[j] = static_cast<float>(1.0 / sqrt(static_cast<double>(variance[j]) + eps));
 }
 
+/// y before the residual and the ReLU, as a function of x: the backward pass finds the same again.
+template <int W>
+struct Affine {
+    float mu[W], a[W], b[W];
+
+    template <typename T>
+    __device__ __forceinline__ static Affine load(const Rows<T>& at, const float* mean, const float* inv_std,
+                                                  const float* gain, const float* shift, int c) {
+        Affine f;
+        const int64_t statistics = int64_t{blockIdx.z} * c + at.channel;
+        float g[W];
+        load_channels<T>(f.mu, mean + statistics, at.count, 0.0f);
+        load_channels<T>(f.a, inv_std + statistics, at.count, 0.0f);
+        load_channels<T>(g, gain ? gain + at.channel : nullptr, at.count, 1.0f);
+        load_channels<T>(f.b, shift ? shift + at.channel : nullptr, at.count, 0.0f);
+#pragma unroll
+        for (int k = 0; k < W; k++) f.a[k] *= g[k];
+        return f;
+    }
+    /// The mean comes off first: a x + (b - a mean) would lose digits where it is far from zero.
+    __device__ __forceinline__ float operator()(int k, float x) const {
+        return __fmaf_rn(x - mu[k], a[k], b[k]);
+    }
+};
+
 /// y = relu((x - mean) inv_std gain + shift + residual); gain, shift and residual may be null. Evaluation is
 /// one group with running statistics.
 template <typename T>
@@ -153,187 +263,203 @@ __device__ __forceinline__ void apply(T* y, const T* x, const T* residual, const
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
     if (at.count <= 0) return;
-    int64_t statistics = int64_t{blockIdx.z} * c + at.channel;
-    float mu[W], a[W], b[W], g[W];
-    load_channels<T>(mu, mean + statistics, at.count, 0.0f);
-    load_channels<T>(a, inv_std + statistics, at.count, 0.0f);
-    load_channels<T>(g, gain ? gain + at.channel : nullptr, at.count, 1.0f);
-    load_channels<T>(b, shift ? shift + at.channel : nullptr, at.count, 0.0f);
+    const auto affine = Affine<W>::load(at, mean, inv_std, gain, shift, c);
+    bool aligned = is_aligned_16(x) && is_aligned_16(y) && is_aligned_16(residual);
+    at.template each<FORWARD>(aligned, c, [&](auto whole, auto n, int64_t i, int64_t step) {
+        Vector<T> v[n.value], z[n.value] = {};
+        load_rows<whole.value>(v, x + i, step, at.count);
+        if (residual) load_rows<whole.value>(z, residual + i, step, at.count);
 #pragma unroll
-    for (int k = 0; k < W; k++) a[k] *= g[k];
-    for (int64_t row = at.begin + threadIdx.y; row < at.end; row += blockDim.y) {
-        int64_t i = row * c + at.channel;
-        Vector<T> v = load_some(x + i, at.count), r{};
-        if (residual) r = load_some(residual + i, at.count);
+        for (int r = 0; r < n.value; r++) {
 #pragma unroll
-        for (int k = 0; k < W; k++) {
-            // The mean comes off first: a x + (b - a mean) would lose digits where it is far from zero.
-            float z = (v.v[k] - mu[k]) * a[k] + b[k] + r.v[k];
-            v.v[k] = relu && z < 0.0f ? 0.0f : z;
+            for (int k = 0; k < W; k++) {
+                float sum = affine(k, v[r].v[k]) + z[r].v[k];
+                v[r].v[k] = relu && sum < 0.0f ? 0.0f : sum;
+            }
+            store_row<whole.value>(y + i + r * step, v[r], at.count);
         }
-        store_some(y + i, v, at.count);
-    }
+    });
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_apply_f32(float* y, const float* x, const float* residual,
-                                                 const float* mean, const float* inv_std, const float* gain,
-                                                 const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                 int relu) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_apply_f32(float* y, const float* x, const float* residual,
+                                                    const float* mean, const float* inv_std,
+                                                    const float* gain, const float* shift, int64_t rows,
+                                                    int rows_per_chunk, int c, int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_apply_bf16(bf16* y, const bf16* x, const bf16* residual,
-                                                  const float* mean, const float* inv_std, const float* gain,
-                                                  const float* shift, int64_t rows, int rows_per_chunk, int c,
-                                                  int relu) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_apply_bf16(bf16* y, const bf16* x, const bf16* residual,
+                                                     const float* mean, const float* inv_std,
+                                                     const float* gain, const float* shift, int64_t rows,
+                                                     int rows_per_chunk, int c, int relu) {
     apply(y, x, residual, mean, inv_std, gain, shift, rows, rows_per_chunk, c, relu);
 }
 
-/// dz = dy where y > 0, else 0; all of dy without y.
+/// What the backward pass reads. dz = dy where the forward's output was above 0: by that output, y, where it
+/// is given; else with `relu` by what x makes it again; else everywhere.
 template <typename T>
-__device__ __forceinline__ Vector<T> masked(const T* dy, const T* y, int64_t i, int count) {
-    Vector<T> d = load_some(dy + i, count);
-    if (y) {
-        Vector<T> out = load_some(y + i, count);
+struct Incoming {
+    const T *dy, *y, *x;
+    bool relu;
+
+    __device__ __forceinline__ bool is_aligned() const {
+        return is_aligned_16(dy) && is_aligned_16(y) && is_aligned_16(x);
+    }
+
+    template <bool WHOLE, int N>
+    __device__ __forceinline__ void load(Vector<T> (&dz)[N], Vector<T> (&v)[N], int64_t i, int64_t step,
+                                         int count, const Affine<PER_VECTOR<T>>& affine) const {
+        Vector<T> out[N];
+        load_rows<WHOLE>(dz, dy + i, step, count);
+        load_rows<WHOLE>(v, x + i, step, count);
+        if (y) load_rows<WHOLE>(out, y + i, step, count);
 #pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = out.v[k] > 0.0f ? d.v[k] : 0.0f;
+        for (int r = 0; r < N; r++)
+#pragma unroll
+            for (int k = 0; k < PER_VECTOR<T>; k++) {
+                float z = y ? out[r].v[k] : relu ? affine(k, v[r].v[k]) : 1.0f;
+                dz[r].v[k] = z > 0.0f ? dz[r].v[k] : 0.0f;
+            }
     }
-    return d;
-}
+};
 
-/// partial [groups, chunks, 2, c]: sums of dz and of dz x̂ over each chunk. y is the forward's output if it
-/// had a ReLU, else null.
+/// partial [groups, chunks, 2, c]: sums of dz and of dz x̂ over each chunk.
 template <typename T>
-__device__ __forceinline__ void backward_sums(float* partial, const T* dy, const T* y, const T* x,
-                                              const float* mean, const float* inv_std, int64_t rows,
-                                              int rows_per_chunk, int c) {
+__device__ __forceinline__ void backward_sums(float* partial, const Incoming<T>& in, const float* mean,
+                                              const float* inv_std, const float* gain, const float* shift,
+                                              int64_t rows, int rows_per_chunk, int c) {
     constexpr int W = PER_VECTOR<T>;
-    __shared__ float sums[THREADS * W], dots[THREADS * W];
     Rows<T> at(rows, rows_per_chunk, c);
-    float sum[W] = {}, dot[W] = {}, mu[W], s[W];
+    float sum[W] = {}, dot[W] = {};
     if (at.count > 0) {
-        int64_t statistics = int64_t{blockIdx.z} * c + at.channel;
-        load_channels<T>(mu, mean + statistics, at.count, 0.0f);
-        load_channels<T>(s, inv_std + statistics, at.count, 0.0f);
-        for (int64_t row = at.begin + threadIdx.y; row < at.end; row += blockDim.y) {
-            int64_t i = row * c + at.channel;
-            Vector<T> d = masked(dy, y, i, at.count), v = load_some(x + i, at.count);
+        const auto affine = Affine<W>::load(at, mean, inv_std, gain, shift, c);
+        at.template each<BACKWARD>(in.is_aligned(), c, [&](auto whole, auto n, int64_t i, int64_t step) {
+            Vector<T> dz[n.value], v[n.value];
+            in.template load<whole.value>(dz, v, i, step, at.count, affine);
 #pragma unroll
-            for (int k = 0; k < W; k++) {
-                sum[k] += d.v[k];
-                dot[k] += d.v[k] * ((v.v[k] - mu[k]) * s[k]);
-            }
-        }
+            for (int r = 0; r < n.value; r++)
+#pragma unroll
+                for (int k = 0; k < W; k++) {
+                    sum[k] += dz[r].v[k];
+                    dot[k] += dz[r].v[k] * (v[r].v[k] - affine.mu[k]);
+                }
+        });
+        float s[W];
+        load_channels<T>(s, inv_std + int64_t{blockIdx.z} * c + at.channel, at.count, 0.0f);
+#pragma unroll
+        for (int k = 0; k < W; k++) dot[k] *= s[k];
     }
-    int slot = (threadIdx.y * blockDim.x + threadIdx.x) * W;
-#pragma unroll
-    for (int k = 0; k < W; k++) sums[slot + k] = sum[k], dots[slot + k] = dot[k];
-    for (int span = 1; span < static_cast<int>(blockDim.y); span *= 2) {
-        __syncthreads();
-        if (threadIdx.y % (2 * span) == 0) {
-            int other = slot + span * blockDim.x * W;
-#pragma unroll
-            for (int k = 0; k < W; k++) {
-                sums[slot + k] = sum[k] += sums[other + k];
-                dots[slot + k] = dot[k] += dots[other + k];
-            }
-        }
-    }
+    over_rows<W>(sum, dot, [](float& sum, float& dot, float other_sum, float other_dot, int) {
+        sum += other_sum;
+        dot += other_dot;
+    });
     if (threadIdx.y > 0) return;
 #pragma unroll
     for (int k = 0; k < W; k++)
         if (k < at.count) partial[at.partial + k] = sum[k], partial[at.partial + c + k] = dot[k];
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_backward_sums_f32(float* partial, const float* dy, const float* y,
-                                                         const float* x, const float* mean,
-                                                         const float* inv_std, int64_t rows,
-                                                         int rows_per_chunk, int c) {
-    backward_sums(partial, dy, y, x, mean, inv_std, rows, rows_per_chunk, c);
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_f32(float* partial, const float* dy, const float* y,
+                                                            const float* x, const float* mean,
+                                                            const float* inv_std, const float* gain,
+                                                            const float* shift, int64_t rows,
+                                                            int rows_per_chunk, int c, int relu) {
+    Incoming<float> in{dy, y, x, relu != 0};
+    backward_sums(partial, in, mean, inv_std, gain, shift, rows, rows_per_chunk, c);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y,
-                                                          const bf16* x, const float* mean,
-                                                          const float* inv_std, int64_t rows,
-                                                          int rows_per_chunk, int c) {
-    backward_sums(partial, dy, y, x, mean, inv_std, rows, rows_per_chunk, c);
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_sums_bf16(float* partial, const bf16* dy, const bf16* y,
+                                                             const bf16* x, const float* mean,
+                                                             const float* inv_std, const float* gain,
+                                                             const float* shift, int64_t rows,
+                                                             int rows_per_chunk, int c, int relu) {
+    Incoming<bf16> in{dy, y, x, relu != 0};
+    backward_sums(partial, in, mean, inv_std, gain, shift, rows, rows_per_chunk, c);
 }
 
-/// sums [groups, 2, c] over chunks, a thread per channel; dshift and dgain [c], where given, are their totals
-/// over groups, added to what they hold if `accumulate` has bit 0 and bit 1.
-KERNEL void batch_norm_backward_finish(float* sums, float* dshift, float* dgain, const float* partial,
-                                       int groups, int chunks, int c, int accumulate) {
-    int j = blockIdx.x * blockDim.x + threadIdx.x;
-    if (j >= c) return;
+/// sums [groups, 2, c] over chunks, in blocks as of batch_norm_finish; dshift and dgain [c], where given, are
+/// their totals over groups, added to what they hold if `accumulate` has bit 0 and bit 1.
+KERNEL BOUNDS(FINISH) void batch_norm_backward_finish(float* sums, float* dshift, float* dgain,
+                                                      const float* partial, int groups, int chunks, int c,
+                                                      int accumulate) {
+    const int j = blockIdx.x * blockDim.x + threadIdx.x;
+    const bool exists = j < c, writes = exists && threadIdx.y == 0;
     double all_sums = 0.0, all_dots = 0.0;
     for (int g = 0; g < groups; g++) {
         double sum = 0.0, dot = 0.0;
-        for (int i = 0; i < chunks; i++) {
+        over_chunks(sum, dot, exists ? chunks : 0, [&](int i) {
             const float* chunk = partial + (int64_t{g} * chunks + i) * 2 * c + j;
             sum += chunk[0];
             dot += chunk[c];
-        }
+        });
+        if (!writes) continue;
         sums[int64_t{g} * 2 * c + j] = static_cast<float>(sum);
         sums[(int64_t{g} * 2 + 1) * c + j] = static_cast<float>(dot);
         all_sums += sum;
         all_dots += dot;
     }
-    if (dshift) dshift[j] = static_cast<float>(all_sums) + (accumulate & 1 ? dshift[j] : 0.0f);
-    if (dgain) dgain[j] = static_cast<float>(all_dots) + (accumulate & 2 ? dgain[j] : 0.0f);
+    if (writes && dshift) dshift[j] = static_cast<float>(all_sums) + (accumulate & 1 ? dshift[j] : 0.0f);
+    if (writes && dgain) dgain[j] = static_cast<float>(all_dots) + (accumulate & 2 ? dgain[j] : 0.0f);
 }
 
 /// dx = gain inv_std (dz - sum / m - x̂ dot / m) and dresidual = dz, each where given; bit 0 of `accumulate`
 /// adds to dx, bit 1 to dresidual.
 template <typename T>
-__device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const T* dy, const T* y, const T* x,
-                                               const float* mean, const float* inv_std, const float* gain,
+__device__ __forceinline__ void backward_apply(T* dx, T* dresidual, const Incoming<T>& in, const float* mean,
+                                               const float* inv_std, const float* gain, const float* shift,
                                                const float* sums, int64_t rows, int rows_per_chunk, int c,
                                                int accumulate) {
     constexpr int W = PER_VECTOR<T>;
     Rows<T> at(rows, rows_per_chunk, c);
     if (at.count <= 0) return;
-    int64_t statistics = int64_t{blockIdx.z} * c + at.channel;
+    const auto affine = Affine<W>::load(at, mean, inv_std, gain, shift, c);
     const float* of_group = sums + int64_t{blockIdx.z} * 2 * c + at.channel;
     // dx = a dz + b (x - mean) + e, the means subtracted first for the same reason as in the forward.
-    float mu[W], a[W], b[W], e[W], inv_m = 1.0f / static_cast<float>(rows);
+    float s[W], b[W], e[W], inv_m = 1.0f / static_cast<float>(rows);
+    load_channels<T>(s, inv_std + int64_t{blockIdx.z} * c + at.channel, at.count, 0.0f);
 #pragma unroll
     for (int k = 0; k < W; k++) {
         bool exists = k < at.count;
-        float s = exists ? inv_std[statistics + k] : 0.0f;
-        mu[k] = exists ? mean[statistics + k] : 0.0f;
-        a[k] = exists && gain ? gain[at.channel + k] * s : s;
-        b[k] = exists ? -a[k] * s * (of_group[c + k] * inv_m) : 0.0f;
-        e[k] = exists ? -a[k] * (of_group[k] * inv_m) : 0.0f;
+        b[k] = exists ? -affine.a[k] * s[k] * (of_group[c + k] * inv_m) : 0.0f;
+        e[k] = exists ? -affine.a[k] * (of_group[k] * inv_m) : 0.0f;
     }
-    for (int64_t row = at.begin + threadIdx.y; row < at.end; row += blockDim.y) {
-        int64_t i = row * c + at.channel;
-        Vector<T> d = masked(dy, y, i, at.count);
+    const bool aligned = in.is_aligned() && is_aligned_16(dx) && is_aligned_16(dresidual);
+    at.template each<BACKWARD>(aligned, c, [&](auto whole, auto n, int64_t i, int64_t step) {
+        Vector<T> dz[n.value], v[n.value], old[n.value] = {};
+        in.template load<whole.value>(dz, v, i, step, at.count, affine);
+        // The residual comes first: it may be x itself, and dx then adds to it.
         if (dresidual) {
-            Vector<T> r = d, old{};
-            if (accumulate & 2) old = load_some(dresidual + i, at.count);
+            if (accumulate & 2) load_rows<whole.value>(old, dresidual + i, step, at.count);
 #pragma unroll
-            for (int k = 0; k < W; k++) r.v[k] += old.v[k];
-            store_some(dresidual + i, r, at.count);
-        }
-        if (dx) {
-            Vector<T> v = load_some(x + i, at.count), old{};
-            if (accumulate & 1) old = load_some(dx + i, at.count);
+            for (int r = 0; r < n.value; r++) {
 #pragma unroll
-            for (int k = 0; k < W; k++) v.v[k] = a[k] * d.v[k] + b[k] * (v.v[k] - mu[k]) + e[k] + old.v[k];
-            store_some(dx + i, v, at.count);
+                for (int k = 0; k < W; k++) old[r].v[k] += dz[r].v[k];
+                store_row<whole.value>(dresidual + i + r * step, old[r], at.count);
+            }
         }
-    }
+        if (!dx) return;
+#pragma unroll
+        for (int r = 0; r < n.value; r++) old[r] = {};
+        if (accumulate & 1) load_rows<whole.value>(old, dx + i, step, at.count);
+#pragma unroll
+        for (int r = 0; r < n.value; r++) {
+#pragma unroll
+            for (int k = 0; k < W; k++)
+                v[r].v[k] = affine.a[k] * dz[r].v[k] + b[k] * (v[r].v[k] - affine.mu[k]) + e[k] + old[r].v[k];
+            store_row<whole.value>(dx + i + r * step, v[r], at.count);
+        }
+    });
 }
 
-KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_f32(float* dx, float* dresidual, const float* dy,
-                                                          const float* y, const float* x, const float* mean,
-                                                          const float* inv_std, const float* gain,
-                                                          const float* sums, int64_t rows, int rows_per_chunk,
-                                                          int c, int accumulate) {
-    backward_apply(dx, dresidual, dy, y, x, mean, inv_std, gain, sums, rows, rows_per_chunk, c, accumulate);
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_f32(
+    float* dx, float* dresidual, const float* dy, const float* y, const float* x, const float* mean,
+    const float* inv_std, const float* gain, const float* shift, const float* sums, int64_t rows,
+    int rows_per_chunk, int c, int relu, int accumulate) {
+    Incoming<float> in{dy, y, x, relu != 0};
+    backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }
-KERNEL BOUNDS(THREADS) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy,
-                                                           const bf16* y, const bf16* x, const float* mean,
-                                                           const float* inv_std, const float* gain,
-                                                           const float* sums, int64_t rows,
-                                                           int rows_per_chunk, int c, int accumulate) {
-    backward_apply(dx, dresidual, dy, y, x, mean, inv_std, gain, sums, rows, rows_per_chunk, c, accumulate);
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_bf16(
+    bf16* dx, bf16* dresidual, const bf16* dy, const bf16* y, const bf16* x, const float* mean,
+    const float* inv_std, const float* gain, const float* shift, const float* sums, int64_t rows,
+    int rows_per_chunk, int c, int relu, int accumulate) {
+    Incoming<bf16> in{dy, y, x, relu != 0};
+    backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }

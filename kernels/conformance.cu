@@ -41,13 +41,18 @@ KERNEL void conform_ldmatrix(unsigned* r, const unsigned* m) {
 }
 
 /// y [2, 32, 4]: two groups of copies of x [2, 32, 4], odd lanes' not valid; each lane reads its neighbour's,
-/// the first group while the second is under way.
+/// the first group, of 16 bytes, while the second, of 8 and 8, is under way.
 KERNEL void conform_cp_async(unsigned* y, const unsigned* x) {
     __shared__ __align__(16) unsigned landed[2 * 32 * 4];
     int i = threadIdx.x;
     for (int group = 0; group < 2; group++) {
         int at = (group * 32 + i) * 4;
-        cp_async_16(landed + at, x + at, i % 2 == 0);
+        if (group == 0) {
+            cp_async_16(landed + at, x + at, i % 2 == 0);
+        } else {
+            cp_async_8(landed + at, x + at, i % 2 == 0);
+            cp_async_8(landed + at + 2, x + at + 2, i % 2 == 0);
+        }
         cp_async_commit();
     }
     cp_async_wait<1>();

@@ -29,6 +29,8 @@ mod examples;
 mod floors;
 #[path = "suite/forced.rs"]
 mod forced;
+#[path = "suite/fused.rs"]
+mod fused;
 #[path = "suite/golden.rs"]
 mod golden;
 #[path = "suite/interchange.rs"]

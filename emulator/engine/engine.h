@@ -16,7 +16,7 @@ struct Warp;
 struct Copy {
     void* shared;
     const void* source;
-    unsigned group;
+    unsigned group, bytes;
 };
 
 struct Thread : Place {

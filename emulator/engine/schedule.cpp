@@ -238,18 +238,18 @@ static void collective(unsigned mask, int line, Complete complete, void* argumen
         if (mask >> lane & 1 && lane != t.lane) t.of->ready.push_back(w.lanes[lane]);
 }
 
-static void copy_issue(void* shared, const void* source) {
+static void copy_issue(void* shared, const void* source, unsigned bytes) {
     Thread& t = *engine.current;
     if (engine.launch->checked) {
         // The hardware may write at once: whoever still reads the place races with it.
-        shadow_access(shared, 16, WRITE, 16, nullptr);
-        shadow_unwritten(shared, 16);
-        if (source) shadow_access(source, 16, READ, 16, nullptr);
-    } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % 16) {
-        fail("cp_async_16 from or to an address that is no multiple of 16");
+        shadow_access(shared, bytes, WRITE, bytes, nullptr);
+        shadow_unwritten(shared, bytes);
+        if (source) shadow_access(source, bytes, READ, bytes, nullptr);
+    } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % bytes) {
+        fail("an asynchronous copy from or to an address that is no multiple of its size");
     }
-    std::memset(shared, 0xff, 16);  // until it lands, whoever reads the place finds NaN
-    t.copies.push_back({shared, source, t.group});
+    std::memset(shared, 0xff, bytes);  // until it lands, whoever reads the place finds NaN
+    t.copies.push_back({shared, source, t.group, bytes});
 }
 
 static void copy_commit() { engine.current->group++; }
@@ -260,9 +260,9 @@ static void copy_wait(unsigned groups_left) {
     for (; landed < t.copies.size(); landed++) {
         const Copy& c = t.copies[landed];
         if (c.group + groups_left >= t.group) break;
-        if (engine.launch->checked) shadow_access(c.shared, 16, WRITE, 16, nullptr);
-        if (c.source) std::memcpy(c.shared, c.source, 16);
-        else std::memset(c.shared, 0, 16);
+        if (engine.launch->checked) shadow_access(c.shared, c.bytes, WRITE, c.bytes, nullptr);
+        if (c.source) std::memcpy(c.shared, c.source, c.bytes);
+        else std::memset(c.shared, 0, c.bytes);
     }
     t.copies.erase(t.copies.begin(), t.copies.begin() + static_cast<ptrdiff_t>(landed));
 }

@@ -129,7 +129,11 @@ inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, int line = __bu
     standin::ldmatrix<2, true>(r, row, line);
 }
 STANDIN_PLUMBING inline void cp_async_16(void* shared, const void* global, bool valid) {
-    standin::runtime->copy_issue(shared, valid ? global : nullptr);
+    standin::runtime->copy_issue(shared, valid ? global : nullptr, 16);
+    standin::memory_clobber();
+}
+STANDIN_PLUMBING inline void cp_async_8(void* shared, const void* global, bool valid) {
+    standin::runtime->copy_issue(shared, valid ? global : nullptr, 8);
     standin::memory_clobber();
 }
 STANDIN_PLUMBING inline void cp_async_commit() { standin::runtime->copy_commit(); }

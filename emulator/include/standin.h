@@ -32,8 +32,8 @@ struct Runtime {
     /// Parks until every lane of `mask` is here with the same `complete` and line, which then runs once for
     /// all. `orders_memory` is what __syncwarp promises and shuffles do not.
     void (*collective)(unsigned mask, int line, Complete complete, void* argument, bool orders_memory);
-    /// Asynchronous 16-byte copy to shared memory (zeros without `source`); lands in `copy_wait`.
-    void (*copy_issue)(void* shared, const void* source);
+    /// Asynchronous copy of 8 or 16 bytes to shared memory (zeros without `source`); lands in `copy_wait`.
+    void (*copy_issue)(void* shared, const void* source, unsigned bytes);
     void (*copy_commit)();
     void (*copy_wait)(unsigned groups_left);
     /// Ends the launch with a message.

@@ -23,6 +23,8 @@ mod losses;
 mod moves;
 #[path = "suite/pool.rs"]
 mod pool;
+#[path = "suite/products.rs"]
+mod products;
 #[path = "suite/selective.rs"]
 mod selective;
 #[path = "suite/speed.rs"]

@@ -95,9 +95,10 @@ fn tape(graph: &Measured) -> Result<()> {
 
 fn told(need: &Need, recipe: &Recipe) -> Result<()> {
     say(&format!(
-        "memory in f32: {} for weights, gradients, momentum and state, {} an image, {} at batch {}",
+        "memory in f32: {} for weights, gradients, momentum and state, {} an image ({} of it kept for the backward pass, in bf16 half as much), {} at batch {}",
         size(need.fixed),
         size(need.per_image),
+        size(need.saved_per_image),
         size(need.in_all),
         recipe.train.batch,
     ))

@@ -1,7 +1,7 @@
 //! Batch norm as a layer, and convolution, batch norm, residual and ReLU as one unit.
 
 use crate::arena::{Init, Layout, Param, SlotKind};
-use crate::ops::{self, BatchNorm, Running};
+use crate::ops::{self, BatchNorm, Moments, Running};
 use crate::tape::Var;
 
 /// A batch norm's slots, named as torchvision names them.
@@ -41,9 +41,21 @@ impl Norm {
     /// Normalises `x`, then adds `residual`, then applies a ReLU if asked to.
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
+        self.by(None, x, residual, relu)
+    }
+
+    /// The same, by moments of `x` that came along with it.
+    #[track_caller]
+    fn by<'t>(
+        &self,
+        moments: Option<Moments>,
+        x: &Var<'t>,
+        residual: Option<&Var<'t>>,
+        relu: bool,
+    ) -> Var<'t> {
         let tape = x.tape();
         let (gain, shift) = (self.gain.map(|p| tape.param(p)), self.shift.map(|p| tape.param(p)));
-        ops::batch_norm(
+        ops::batch_norm_by(
             x,
             BatchNorm {
                 gain: gain.as_ref(),
@@ -53,12 +65,14 @@ impl Norm {
                 groups: self.groups,
                 running: Some(self.running),
             },
+            moments,
         )
     }
 }
 
-/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the unit that ResNets are made of and
-/// that faster kernels fuse.
+/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the unit that ResNets are made of. On a GPU
+/// the convolution brings the batch's statistics along, so that its output is read once less; [`ops::conv2d`] and
+/// [`Norm::forward`] one after the other give the same.
 #[derive(Clone, Copy, Debug)]
 pub struct ConvBn {
     filters: Param,
@@ -96,7 +110,10 @@ impl ConvBn {
     /// `relu(norm(conv(x)) + residual)`, residual and ReLU as asked for.
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
-        let y = ops::conv2d(x, &x.tape().param(self.filters), self.stride, self.pad);
-        self.norm.forward(&y, residual, relu)
+        let tape = x.tape();
+        let groups = tape.batch_statistics().then_some(self.norm.groups);
+        let (y, moments) =
+            ops::conv2d_with_moments(x, &tape.param(self.filters), self.stride, self.pad, groups);
+        self.norm.by(moments, &y, residual, relu)
     }
 }

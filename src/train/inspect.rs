@@ -19,6 +19,8 @@ pub struct Measured {
     pub nodes: Vec<NodeInfo>,
     /// Bytes of weights, gradients, momentum and the method's state.
     pub fixed: usize,
+    /// Bytes that the forward pass kept for the backward pass.
+    pub saved: usize,
     /// The most bytes that were in use.
     pub peak: usize,
 }
@@ -30,6 +32,8 @@ pub struct Need {
     pub fixed: usize,
     /// Bytes for each image of a batch, all its views together.
     pub per_image: usize,
+    /// Those of them that the forward pass keeps for the backward pass; on a GPU, in bf16, half as many.
+    pub saved_per_image: usize,
     /// Bytes at the recipe's batch.
     pub in_all: usize,
 }
@@ -55,15 +59,17 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     method.labels(&vec![0; images])?;
     method.prepare(0);
     method.before_step(&mut online);
-    let mut nodes = Vec::new();
+    let (mut nodes, mut saved) = (Vec::new(), 0);
+    let before = device.memory_use().live;
     step(&mut online, |tape| {
         let loss = method.loss(tape, &crops);
         nodes = tape.nodes();
+        saved = device.memory_use().live.saturating_sub(before);
         loss
     })?;
     optimizer.step(&mut online, 0.0);
     method.after_update(&mut online, 1.0);
-    Ok(Measured { images, nodes, fixed, peak: device.memory_use().peak })
+    Ok(Measured { images, nodes, fixed, saved, peak: device.memory_use().peak })
 }
 
 /// Black views, by size as the loader gives them.
@@ -91,7 +97,10 @@ fn crops(
 pub fn memory(recipe: &Recipe) -> Result<Need> {
     let few = measure(recipe, fewest(recipe))?;
     let more = measure(recipe, 2 * fewest(recipe))?;
-    let per_image = more.peak.saturating_sub(few.peak) / (more.images - few.images);
+    let each = |few: usize, more: usize, images: usize| more.saturating_sub(few) / images;
+    let images = more.images - few.images;
+    let per_image = each(few.peak, more.peak, images);
+    let saved_per_image = each(few.saved, more.saved, images);
     let beyond = recipe.train.batch.saturating_sub(few.images);
-    Ok(Need { fixed: few.fixed, per_image, in_all: few.peak + per_image * beyond })
+    Ok(Need { fixed: few.fixed, per_image, saved_per_image, in_all: few.peak + per_image * beyond })
 }

@@ -93,6 +93,35 @@ fn long_sums_agree_with_the_f64_reference() {
     agree("long sums in bf16", &gpu(Precision::Bf16), rounded, |_, _| 1e-2);
 }
 
+/// Problems that fill a GPU with the large tiles' blocks, at few terms each; whole, and unchecked for speed.
+#[test]
+fn large_tiles_agree_with_the_f64_reference() {
+    alone("cuda::large_tiles_agree_with_the_f64_reference", |driver| {
+        driver.check(false);
+        let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+        for (line, kernels) in [
+            (
+                "linear n=16896 d=8 k=128 bias=1",
+                &["matmul_nt_bf16_128x128", "matmul_nn_bf16_128x64"][..],
+            ),
+            (
+                "conv2d n=4 h=64 w=66 c=128 k=32 r=1 s=1 stride=2 pad=0",
+                &["conv2d_data_gradient_bf16_128x128"],
+            ),
+            ("conv2d n=16 h=33 w=32 c=4 k=64 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_stem"]),
+        ] {
+            let case = case(line).rounded();
+            let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
+            let parts = got.parts(&case).zip(want.parts(&case));
+            let results = parts.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
+            report(line, results.collect());
+            for kernel in kernels {
+                assert_eq!(driver.count(&format!("kernel:{kernel}")), 1, "{line}: {kernel}");
+            }
+        }
+    });
+}
+
 /// Two steps that move running statistics, then an evaluation by them; the residual is the input itself.
 #[test]
 fn running_statistics_agree_with_the_f64_reference() {

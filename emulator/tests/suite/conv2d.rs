@@ -56,10 +56,38 @@ impl Dims {
     }
 }
 
-const TILE: usize = 64;
+/// A kernel's name behind its dtype, and the rows and columns of its tile.
+type Form = (&'static str, [usize; 2]);
+const SMALL: Form = ("_64x64", [64, 64]);
+const F32: Form = ("", [64, 64]);
 
-fn tiles(m: usize, n: usize) -> u32 {
-    (m.div_ceil(TILE) * n.div_ceil(TILE)) as u32
+fn tiles(m: usize, n: usize, form: Form) -> u32 {
+    (m.div_ceil(form.1[0]) * n.div_ceil(form.1[1])) as u32
+}
+
+/// The kernels of a dtype that take a convolution, of the three directions, as the head of conv2d.cu says.
+fn forms<T: Float>(d: &Dims) -> [Vec<Form>; 3] {
+    if T::NAME == "f32" {
+        return [vec![F32], vec![F32], vec![F32]];
+    }
+    let mut all = [vec![SMALL], vec![SMALL], vec![SMALL]];
+    let by = |channels: usize, run: usize| channels.is_multiple_of(run);
+    if by(d.c, 8) {
+        all[0].extend([("_128x128", [128, 128]), ("_128x64", [128, 64])]);
+        if by(d.k, 32) {
+            all[1].extend([("_128x128", [128, 128]), ("_128x64", [128, 64])]);
+        }
+        if by(d.k, 8) {
+            all[2].extend([("_128x128", [128, 128]), ("_64x128", [64, 128])]);
+        }
+    }
+    if by(d.c, 4) && !by(d.c, 8) {
+        all[0].push(("_stem", [128, 64]));
+        if by(d.k, 8) {
+            all[2].push(("_stem", [64, 128]));
+        }
+    }
+    all
 }
 
 /// The launches that the head of conv2d.cu describes.
@@ -69,22 +97,41 @@ struct Launcher<'a> {
 }
 
 impl Launcher<'_> {
-    fn run<T: Float>(&self, name: &str, grid: [u32; 3], pointers: [Value; 3], more: &[i32]) {
-        let mut arguments: Vec<Value> = pointers.into();
+    fn run<T: Float>(
+        &self,
+        name: &str,
+        form: Form,
+        grid: [u32; 3],
+        pointers: Vec<Value>,
+        more: &[i32],
+    ) {
+        let mut arguments = pointers;
         arguments.extend(self.d.values());
         arguments.extend(more.iter().map(|x| Value::from(*x)));
         let threads = if T::NAME == "bf16" { 128 } else { 256 };
-        let name = format!("{name}_{}", T::NAME);
+        let name = format!("{name}_{}{}", T::NAME, form.0);
         self.stage.launch(&name, grid, [threads, 1, 1], 0, &arguments);
     }
 
-    fn forward<T: Float>(&self, y: &Memory<T>, x: &Memory<T>, filters: &Memory<T>) {
-        let grid = [tiles(self.d.n * self.d.p * self.d.q, self.d.k), 1, 1];
-        self.run::<T>("conv2d", grid, [y.into(), x.into(), filters.into()], &[]);
+    fn forward<T: Float>(
+        &self,
+        form: Form,
+        y: &Memory<T>,
+        moments: &Memory<f32>,
+        x: &Memory<T>,
+        filters: &Memory<T>,
+    ) {
+        let grid = [tiles(self.d.n * self.d.p * self.d.q, self.d.k, form), 1, 1];
+        let mut pointers = vec![y.into(), x.into(), filters.into()];
+        if T::NAME == "bf16" {
+            pointers.insert(1, moments.into());
+        }
+        self.run::<T>("conv2d", form, grid, pointers, &[]);
     }
 
     fn data_gradient<T: Float>(
         &self,
+        form: Form,
         dx: &Memory<T>,
         dy: &Memory<T>,
         filters: &Memory<T>,
@@ -92,14 +139,15 @@ impl Launcher<'_> {
     ) {
         let d = &self.d;
         let pixels = d.n * d.h.div_ceil(d.stride) * d.w.div_ceil(d.stride);
-        let grid = [tiles(pixels, d.c), 1, (d.stride * d.stride) as u32];
-        let pointers = [dx.into(), dy.into(), filters.into()];
-        self.run::<T>("conv2d_data_gradient", grid, pointers, &[accumulate.into()]);
+        let grid = [tiles(pixels, d.c, form), 1, (d.stride * d.stride) as u32];
+        let pointers = vec![dx.into(), dy.into(), filters.into()];
+        self.run::<T>("conv2d_data_gradient", form, grid, pointers, &[accumulate.into()]);
     }
 
     /// In slices of so many pixels.
     fn weight_gradient<T: Float>(
         &self,
+        form: Form,
         dw: &Memory<f32>,
         x: &Memory<T>,
         dy: &Memory<T>,
@@ -109,11 +157,11 @@ impl Launcher<'_> {
         let d = &self.d;
         let size = d.k * d.r * d.s * d.c;
         let slices = (d.n * d.p * d.q).div_ceil(pixels_per_slice);
-        let grid = [tiles(d.k, d.r * d.s * d.c), 1, slices as u32];
+        let grid = [tiles(d.k, d.r * d.s * d.c, form), 1, slices as u32];
         let run = |out: &Memory<f32>, accumulate: bool| {
             let more = [pixels_per_slice as i32, accumulate.into()];
-            let pointers = [out.into(), x.into(), dy.into()];
-            self.run::<T>("conv2d_weight_gradient", grid, pointers, &more);
+            let pointers = vec![out.into(), x.into(), dy.into()];
+            self.run::<T>("conv2d_weight_gradient", form, grid, pointers, &more);
         };
         if slices == 1 {
             return run(dw, accumulate);
@@ -130,14 +178,20 @@ impl Launcher<'_> {
         self.stage.launch("sum_slices_f32", [3, 1, 1], [64, 1, 1], 0, &arguments);
         self.stage.wait().expect("the workspace outlives the launch");
     }
+}
 
-    /// The rule of the head of conv2d.cu.
-    fn pixels_per_slice(&self) -> usize {
-        let d = &self.d;
-        let (pixels, tiles) = (d.n * d.p * d.q, tiles(d.k, d.r * d.s * d.c) as usize);
-        let most = (512 / tiles).min(pixels / 256).max(1);
-        pixels.div_ceil(most).next_multiple_of(32)
+/// Mean and squared deviations of each column of `y [rows, columns]` for each `step` rows.
+pub fn moments_of<T: Float>(y: &[T], columns: usize, step: usize) -> Vec<f64> {
+    let mut moments = Vec::new();
+    for rows in y.chunks(step * columns) {
+        let n = (rows.len() / columns) as f64;
+        let column = |j: usize| rows.iter().skip(j).step_by(columns).map(|v| v.to_f64());
+        let means: Vec<f64> = (0..columns).map(|j| column(j).sum::<f64>() / n).collect();
+        let m2 = (0..columns).map(|j| column(j).map(|v| (v - means[j]).powi(2)).sum::<f64>());
+        let m2: Vec<f64> = m2.collect();
+        moments.extend(means.iter().chain(&m2));
     }
+    moments
 }
 
 fn convolution<T: Float>(stage: &Stage, d: Dims) {
@@ -157,50 +211,71 @@ fn convolution<T: Float>(stage: &Stage, d: Dims) {
 
     let launcher = Launcher { stage, d };
     let (x_, dy_, w_) = (stage.upload(&x), stage.upload(&dy), stage.upload(&w));
-    let y_ = stage.room::<T>(outputs);
-    launcher.forward(&y_, &x_, &w_);
-    close(&what, &y_.read(stage), &y, T::TOLERANCE);
-
-    let dx_ = stage.room::<T>(inputs);
-    launcher.data_gradient(&dx_, &dy_, &w_, false);
-    let first = dx_.read(stage);
-    close(&format!("{what}: dx"), &first, &dx, T::TOLERANCE);
-    launcher.data_gradient(&dx_, &dy_, &w_, true);
-    let first: Vec<f64> = first.iter().map(|x| x.to_f64()).collect();
-    let twice = plus(&first, &dx);
-    close(&format!("{what}: dx, accumulated"), &dx_.read(stage), &twice, T::TOLERANCE);
-
-    // All pixels in one slice, in the smallest slices, and as the rule has it.
+    let [forward, data, weight] = forms::<T>(&d);
+    for form in forward {
+        let what = format!("{what}{}", form.0);
+        let y_ = stage.room::<T>(outputs);
+        let moments_ = stage.room::<f32>((d.n * d.p * d.q).div_ceil(form.1[0]) * 2 * d.k);
+        launcher.forward(form, &y_, &moments_, &x_, &w_);
+        let got = y_.read(stage);
+        close(&what, &got, &y, T::TOLERANCE);
+        if T::NAME == "bf16" {
+            let want = moments_of(&got, d.k, form.1[0]);
+            close(&format!("{what}: moments"), &moments_.read(stage), &want, 1e-5);
+        }
+    }
+    for form in data {
+        let what = format!("{what}{}: dx", form.0);
+        let dx_ = stage.room::<T>(inputs);
+        launcher.data_gradient(form, &dx_, &dy_, &w_, false);
+        let first = dx_.read(stage);
+        close(&what, &first, &dx, T::TOLERANCE);
+        launcher.data_gradient(form, &dx_, &dy_, &w_, true);
+        let first: Vec<f64> = first.iter().map(|x| x.to_f64()).collect();
+        close(&format!("{what}, accumulated"), &dx_.read(stage), &plus(&first, &dx), T::TOLERANCE);
+    }
+    // All pixels in one slice, and in slices of two steps.
     let whole = (d.n * d.p * d.q).next_multiple_of(32);
-    for slice in [whole, 32, launcher.pixels_per_slice()] {
-        let what = format!("{what}: dw in slices of {slice}");
+    for (form, slice) in weight.into_iter().flat_map(|form| [(form, whole), (form, 64)]) {
+        let what = format!("{what}{}: dw in slices of {slice}", form.0);
         let dw_ = stage.room::<f32>(w.len());
-        launcher.weight_gradient(&dw_, &x_, &dy_, slice, false);
+        launcher.weight_gradient(form, &dw_, &x_, &dy_, slice, false);
         let first = dw_.read(stage);
         close(&what, &first, &dw, 1e-5);
-        launcher.weight_gradient(&dw_, &x_, &dy_, slice, true);
+        launcher.weight_gradient(form, &dw_, &x_, &dy_, slice, true);
         let first: Vec<f64> = first.iter().map(|x| f64::from(*x)).collect();
         close(&format!("{what}, accumulated"), &dw_.read(stage), &plus(&first, &dw), 1e-5);
     }
 }
 
+/// Sizes that no tile likes; then one off the edges of large tiles in pixels, channels and depth; then few steps.
+const SHAPES: [([usize; 4], [usize; 3], usize, usize); 20] = [
+    ([1, 1, 1, 1], [1, 1, 1], 1, 0),
+    ([2, 7, 5, 3], [5, 3, 3], 1, 1),
+    ([2, 19, 17, 4], [8, 7, 7], 2, 3),
+    ([1, 9, 9, 2], [6, 3, 3], 2, 1),
+    ([1, 5, 13, 16], [65, 1, 1], 1, 0),
+    ([3, 7, 5, 24], [32, 1, 1], 2, 0),
+    ([1, 8, 8, 64], [72, 3, 3], 1, 1),
+    ([2, 9, 6, 31], [33, 3, 3], 2, 1),
+    ([1, 11, 8, 12], [20, 3, 5], 3, 2),
+    ([1, 8, 7, 8], [8, 1, 1], 3, 0),
+    ([1, 6, 6, 130], [7, 2, 2], 2, 0),
+    ([2, 2, 3, 8], [16, 3, 3], 2, 1),
+    ([1, 1, 127, 24], [129, 1, 1], 1, 0),
+    ([1, 2, 64, 32], [64, 1, 1], 1, 0),
+    ([1, 3, 43, 40], [128, 1, 1], 1, 0),
+    ([4, 6, 7, 64], [64, 3, 3], 2, 1),
+    ([40, 1, 1, 16], [32, 3, 3], 1, 1),
+    ([1, 11, 8, 8], [32, 3, 5], 3, 2),
+    ([3, 5, 9, 8], [160, 8, 2], 1, 4),
+    ([1, 10, 9, 136], [32, 1, 1], 2, 0),
+];
+
 fn convolutions<T: Float>() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
-        for (image, filters, stride, pad) in [
-            ([1, 1, 1, 1], [1, 1, 1], 1, 0),
-            ([2, 7, 5, 3], [5, 3, 3], 1, 1),
-            ([2, 19, 17, 4], [8, 7, 7], 2, 3),
-            ([1, 9, 9, 2], [6, 3, 3], 2, 1),
-            ([1, 5, 13, 16], [65, 1, 1], 1, 0),
-            ([3, 7, 5, 24], [32, 1, 1], 2, 0),
-            ([1, 8, 8, 64], [72, 3, 3], 1, 1),
-            ([2, 9, 6, 31], [33, 3, 3], 2, 1),
-            ([1, 11, 8, 12], [20, 3, 5], 3, 2),
-            ([1, 8, 7, 8], [8, 1, 1], 3, 0),
-            ([1, 6, 6, 130], [7, 2, 2], 2, 0),
-            ([2, 2, 3, 8], [16, 3, 3], 2, 1),
-        ] {
+        for (image, filters, stride, pad) in SHAPES {
             convolution::<T>(&stage, Dims::new(image, filters, stride, pad));
         }
     }
@@ -216,24 +291,24 @@ fn conv2d_bf16() {
     convolutions::<bf16>();
 }
 
-/// More pixels than one slice has by the rule, and the same bits in every order of threads.
+/// In slices, the same bits in every order of threads.
 #[test]
 fn weight_gradient_is_the_same_in_any_order() {
     let d = Dims::new([2, 24, 24, 8], [8, 3, 3], 1, 1);
     let stage = Stage::take(false);
     let launcher = Launcher { stage: &stage, d };
-    let slice = launcher.pixels_per_slice();
-    assert!(slice < d.n * d.p * d.q, "the rule cuts {d:?}");
     let (x, dy): (Vec<bf16>, Vec<bf16>) =
         (noise(d.n * d.h * d.w * d.c, 1), noise(d.n * d.p * d.q * d.k, 2));
     let (x, dy) = (stage.upload(&x), stage.upload(&dy));
-    let dw: Vec<Vec<u32>> = (0..3)
-        .map(|seed| {
-            stage.seed(seed);
-            let dw = stage.room::<f32>(d.k * d.r * d.s * d.c);
-            launcher.weight_gradient(&dw, &x, &dy, slice, false);
-            dw.read(&stage).iter().map(|x| x.to_bits()).collect()
-        })
-        .collect();
-    assert!(dw.windows(2).all(|pair| pair[0] == pair[1]));
+    for form in forms::<bf16>(&d)[2].clone() {
+        let dw: Vec<Vec<u32>> = (0..3)
+            .map(|seed| {
+                stage.seed(seed);
+                let dw = stage.room::<f32>(d.k * d.r * d.s * d.c);
+                launcher.weight_gradient(form, &dw, &x, &dy, 256, false);
+                dw.read(&stage).iter().map(|x| x.to_bits()).collect()
+            })
+            .collect();
+        assert!(dw.windows(2).all(|pair| pair[0] == pair[1]), "{form:?}");
+    }
 }

@@ -45,25 +45,21 @@ fn speed() {
         });
         println!("checked {checked}: moments: {:.1} M elements/s", 65536.0 / s / 1e6);
         let m = 128;
-        for (kernel, threads) in [("matmul_nt_bf16", 128), ("matmul_nt_f32", 256)] {
+        let int = |n: i32| Value::from(n);
+        let (zero, sizes) = (0_u64, [m, m, m, m, 0].map(int));
+        let [c, a, b] = [&y, &x, &x].map(Value::from);
+        for (kernel, threads, pointers) in [
+            ("matmul_nn_bf16_64x64", 128, vec![zero.into(), c.clone(), a.clone(), b.clone()]),
+            ("matmul_nn_bf16_128x128", 128, vec![zero.into(), c.clone(), a.clone(), b.clone()]),
+            ("matmul_nn_f32", 256, vec![c, a, b]),
+        ] {
             let s = timed(&stage, || {
-                let arguments = [
-                    (&y).into(),
-                    (&x).into(),
-                    (&x).into(),
-                    0_u64.into(),
-                    size(m),
-                    size(m),
-                    size(m),
-                    size(m),
-                    0.into(),
-                ];
-                stage.launch(kernel, [2, 2, 1], [threads, 1, 1], 0, &arguments);
+                let arguments = [pointers.clone(), vec![zero.into()], sizes.to_vec()].concat();
+                let tiles = if kernel.ends_with("128") { 1 } else { 4 };
+                stage.launch(kernel, [tiles, 1, 1], [threads, 1, 1], 0, &arguments);
             });
-            println!(
-                "checked {checked}: {kernel}: {:.3} GFLOP/s",
-                2.0 * (m * m * m) as f64 / s / 1e9
-            );
+            let flops = 2.0 * f64::from(m).powi(3);
+            println!("checked {checked}: {kernel}: {:.3} GFLOP/s", flops / s / 1e9);
         }
     }
 }

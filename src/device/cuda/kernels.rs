@@ -80,6 +80,11 @@ impl<T> In<'_, T> {
     pub(super) fn address(self) -> u64 {
         self.0
     }
+
+    /// Whether pieces of 16 bytes start here.
+    pub(crate) fn is_aligned_16(self) -> bool {
+        self.0.is_multiple_of(16)
+    }
 }
 
 impl<'a> In<'a, i32> {

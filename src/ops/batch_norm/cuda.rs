@@ -4,13 +4,14 @@
 
 use super::{Dims, EPS, RUNNING_WEIGHT, Running, Saved};
 use crate::device::cuda::{self, In, Launch, Out};
+use crate::ops::product::Moments;
 use crate::tape::{Gradients, Tape, VarId};
 use crate::tensor::{DType, Element, Tensor};
 
 /// Threads of a block; the kernels' shared memory is laid out for them.
 const THREADS: usize = 256;
-/// The last sum over chunks is a thread's loop: no more of them than this.
-const CHUNKS: usize = 256;
+/// Enough blocks to fill a GPU whatever the channels, and not more, for their sums are added after.
+const CHUNKS: usize = 512;
 
 /// How rows and channels fall to blocks and threads.
 struct Shape {
@@ -38,29 +39,20 @@ fn per_channel(x: &Tensor, c: usize) -> Launch<'_> {
     Launch::new(x.device().gpu(), [c.div_ceil(128), 1, 1], [128, 1, 1])
 }
 
-/// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way.
-pub(super) fn moments(
-    tape: &Tape<'_>,
-    x: &Tensor,
-    running: Option<Running>,
-    dims: Dims,
-) -> (Tensor, Tensor) {
-    let Dims { groups, rows, c } = dims;
-    let device = x.device();
+/// A launch of a `finish` kernel: blocks of 8 channels, 32 bytes of a line, and as many threads for the chunks as help.
+fn over_chunks(x: &Tensor, c: usize, chunks: usize) -> Launch<'_> {
+    let down = chunks.next_power_of_two().min(128);
+    Launch::new(x.device().gpu(), [c.div_ceil(8), 1, 1], [8, down, 1])
+}
+
+/// Mean and squared deviations of each chunk of rows.
+fn partial_moments(x: &Tensor, dims: Dims) -> Moments {
     let shape = Shape::new(dims, x.dtype());
-    let (mut mean, mut inv_std) =
-        (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));
-    let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);
-    let (mut running_mean, mut running_variance) = (Out::null(), Out::null());
-    if let Some(running) = running {
-        // Null still where the tape leaves running statistics alone.
-        tape.update_stat(running.mean, |mut old| running_mean = old.device_out().unbound());
-        tape.update_stat(running.variance, |mut old| running_variance = old.device_out().unbound());
-    }
-    let launch = Launch::new(device.gpu(), shape.grid, shape.block);
-    let (per_chunk, channels) = (shape.rows_per_chunk as i32, c as i32);
-    // SAFETY: `partial` has two rows of `c` for each group and chunk; running statistics have `c` channels, and lie in the
-    // arena, which outlives the tape and is written by nothing else before this launch.
+    let mut partial = Tensor::floats(x.device(), [dims.groups * shape.chunks, 2, dims.c]);
+    let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
+    let (rows, per_chunk, channels) =
+        (dims.rows as i64, shape.rows_per_chunk as i32, dims.c as i32);
+    // SAFETY: `partial` has two rows of `c` for each group and chunk.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -69,23 +61,51 @@ pub(super) fn moments(
                     launch,
                     partial.device_out(),
                     x.device_in(),
-                    rows as i64,
+                    rows,
                     per_chunk,
                     channels
                 )
         );
+    }
+    Moments { partial, rows: shape.rows_per_chunk }
+}
+
+/// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way. Reads `x` where nobody
+/// has brought its moments along.
+pub(super) fn moments(
+    tape: &Tape<'_>,
+    x: &Tensor,
+    running: Option<Running>,
+    dims: Dims,
+    given: Option<Moments>,
+) -> (Tensor, Tensor) {
+    let Dims { groups, rows, c } = dims;
+    let device = x.device();
+    let Moments { partial, rows: per_chunk } = given.unwrap_or_else(|| partial_moments(x, dims));
+    let chunks = rows.div_ceil(per_chunk);
+    let (mut mean, mut inv_std) =
+        (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));
+    let (mut running_mean, mut running_variance) = (Out::null(), Out::null());
+    if let Some(running) = running {
+        // Null still where the tape leaves running statistics alone.
+        tape.update_stat(running.mean, |mut old| running_mean = old.device_out().unbound());
+        tape.update_stat(running.variance, |mut old| running_variance = old.device_out().unbound());
+    }
+    // SAFETY: `partial` has two rows of `c` for each group and chunk; running statistics have `c` channels, and lie in the
+    // arena, which outlives the tape and is written by nothing else before this launch.
+    unsafe {
         cuda::batch_norm_finish(
-            per_channel(x, c),
+            over_chunks(x, c, chunks),
             mean.device_out(),
             inv_std.device_out(),
             running_mean,
             running_variance,
             partial.device_in(),
             groups as i32,
-            shape.chunks as i32,
+            chunks as i32,
             rows as i64,
-            per_chunk,
-            channels,
+            per_chunk as i32,
+            c as i32,
             RUNNING_WEIGHT as f32,
             EPS as f32,
         );
@@ -151,12 +171,13 @@ pub(super) struct Ids {
     pub(super) residual: Option<VarId>,
 }
 
-/// All gradients; `mask` is the forward's output where it had a ReLU.
+/// All gradients; `mask` is the forward's output where it had a ReLU and a residual, `relu` that it had a ReLU without one.
 pub(super) fn backward(
     gradients: &mut Gradients<'_>,
     dy: Tensor,
     saved: &Saved,
     mask: Option<&Tensor>,
+    relu: bool,
     ids: Ids,
 ) {
     let (x, Dims { groups, rows, c }) = (&saved.x, saved.dims);
@@ -189,13 +210,16 @@ pub(super) fn backward(
                     x.device_in(),
                     saved.mean.device_in(),
                     saved.inv_std.device_in(),
+                    saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
+                    saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                     rows as i64,
                     per_chunk,
-                    channels
+                    channels,
+                    i32::from(relu)
                 )
         );
         cuda::batch_norm_backward_finish(
-            per_channel(x, c),
+            over_chunks(x, c, shape.chunks),
             sums.device_out(),
             dshift,
             dgain,
@@ -218,10 +242,12 @@ pub(super) fn backward(
                 saved.mean.device_in(),
                 saved.inv_std.device_in(),
                 saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
+                saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                 sums.device_in(),
                 rows as i64,
                 per_chunk,
                 channels,
+                i32::from(relu),
                 $to.accumulate,
             )
         };
@@ -229,12 +255,12 @@ pub(super) fn backward(
     let mut own = [None, None];
     match x.dtype() {
         DType::Bf16 => {
-            let to = Targets::new(gradients, &dy, mask, &ids, &mut own);
+            let to = Targets::new(gradients, &dy, mask.is_some(), &ids, &mut own);
             // SAFETY: as above.
             unsafe { input_gradient!(batch_norm_backward_apply_bf16, to) }
         }
         _ => {
-            let to = Targets::new(gradients, &dy, mask, &ids, &mut own);
+            let to = Targets::new(gradients, &dy, mask.is_some(), &ids, &mut own);
             // SAFETY: as above.
             unsafe { input_gradient!(batch_norm_backward_apply_f32, to) }
         }
@@ -258,7 +284,7 @@ impl<T: Element> Targets<'_, T> {
     fn new(
         gradients: &mut Gradients<'_>,
         dy: &Tensor,
-        mask: Option<&Tensor>,
+        masked: bool,
         ids: &Ids,
         own: &mut [Option<Tensor>; 2],
     ) -> Self {
@@ -266,7 +292,7 @@ impl<T: Element> Targets<'_, T> {
         let (mut dx, mut dresidual, mut accumulate) = (Out::null(), Out::null(), 0);
         match ids.residual {
             // What flows to the residual is `dy` as it stands.
-            Some(id) if mask.is_none() => gradients.add(id, dy.clone()),
+            Some(id) if !masked => gradients.add(id, dy.clone()),
             Some(id) => {
                 if let Some((mut to, old)) = gradients.target_like(id, dy, own_residual) {
                     (dresidual, accumulate) = (to.device_out().unbound(), i32::from(old) << 1);

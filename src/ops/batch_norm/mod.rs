@@ -7,12 +7,13 @@
 //!
 //! Backward, with `dz = dy` where `y > 0` and `x̂ = (x - mean) / sqrt(var + eps)`:
 //! `dshift = Σ dz`, `dgain = Σ dz x̂`, `dx = gain / sqrt(var + eps) (dz - Σdz / m - x̂ Σ(dz x̂) / m)`, `dresidual = dz`.
-//! Masks and `x̂` are recomputed from `y` and `x`, which are kept anyway.
+//! Masks and `x̂` are recomputed from `x`, and masks after a residual from `y`: both are kept anyway.
 
 mod cpu;
 mod cuda;
 mod reference;
 
+use super::product::Moments;
 use crate::arena::Stat;
 use crate::device::DeviceKind;
 use crate::tape::Var;
@@ -81,6 +82,16 @@ impl Dims {
 /// When shapes do not fit, the rows are no multiple of `groups`, or evaluation finds no running statistics.
 #[track_caller]
 pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
+    batch_norm_by(x, with, None)
+}
+
+/// [`batch_norm`], by moments that the convolution before it has brought along, made for as many groups.
+#[track_caller]
+pub(crate) fn batch_norm_by<'t>(
+    x: &Var<'t>,
+    with: BatchNorm<'_, 't>,
+    moments: Option<Moments>,
+) -> Var<'t> {
     let c = *x.shape().last().expect("batch_norm: the input has no channels");
     let all_rows = x.value().len() / c.max(1);
     let groups = if x.tape().batch_statistics() { with.groups } else { 1 };
@@ -101,7 +112,7 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
 
     let (mean, inv_std) = if x.tape().batch_statistics() {
         match device.kind() {
-            DeviceKind::Cuda => cuda::moments(x.tape(), x.value(), with.running, dims),
+            DeviceKind::Cuda => cuda::moments(x.tape(), x.value(), with.running, dims, moments),
             _ => batch_moments(x, with.running, dims),
         }
     } else {
@@ -143,15 +154,16 @@ pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     let residual_id = with.residual.map(Var::id);
     let inputs: Vec<&Var<'t>> =
         [Some(x), with.gain, with.shift, with.residual].into_iter().flatten().collect();
-    // Without a residual the CPU takes the mask from the input, which it reads anyway, and turns dy into dx in place: the
+    // Without a residual the mask comes from the input, which is read anyway, and the CPU turns dy into dx in place: the
     // passes are bound by memory.
-    let rectified = device.kind() == DeviceKind::Cpu && with.relu && with.residual.is_none();
+    let fast = device.kind() != DeviceKind::Reference;
+    let rectified = fast && with.relu && with.residual.is_none();
     let mask = (with.relu && !rectified).then(|| y.clone());
     x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
         let device = dy.device().clone();
         if device.kind() == DeviceKind::Cuda {
             let ids = cuda::Ids { x: x_id, gain: gain_id, shift: shift_id, residual: residual_id };
-            return cuda::backward(gradients, dy, &saved, mask.as_ref(), ids);
+            return cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
         }
         let Dims { c, groups, .. } = saved.dims;
         // [groups, 2, c]: Σ dz and Σ dz x̂

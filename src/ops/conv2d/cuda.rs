@@ -1,25 +1,19 @@
-//! `kernels/conv2d.cu`: implicit matrix products in tiles of 64 x 64, bf16 on tensor cores with f32 sums, or f32
-//! throughout.
+//! `kernels/conv2d.cu`: implicit matrix products, bf16 on tensor cores with f32 sums, or f32 throughout. 1x1 of stride 1 is
+//! a plain product, of `kernels/matmul.cu`.
 
 use super::Conv2dDims;
-use crate::device::cuda::Launch;
+use crate::device::cuda::{self, Launch, Out};
+use crate::ops::product::{Moments, Sizes, is_aligned, product, product_with_moments, sum_slices};
+use crate::ops::tiles::{Product, ProductKind, TileForm};
 use crate::tensor::{DType, Tensor, TensorMut};
 
-const TILE: usize = 64;
-
-/// Calls the kernel for the dtype of `x` with the sizes where all directions have them: after the pointers.
-macro_rules! launch {
-    ($f32:ident | $bf16:ident, $x:ident, $d:ident, $grid:expr,
-     ($($pointer:expr),*) $(, $rest:expr)*) => {{
+/// Calls a kernel with the sizes where all directions have them: after the pointers.
+macro_rules! call {
+    ($kernel:ident, $launch:expr, $d:ident, ($($pointer:expr),*) $(, $rest:expr)*) => {{
         let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *$d;
         let [n, h, w, c, k, r, s, p, q, stride, pad] =
             [n, h, w, c, k, r, s, p, q, stride, pad].map(|size| size as i32);
-        let threads = if $x.dtype() == DType::Bf16 { 128 } else { 256 };
-        let launch = Launch::new($x.device().gpu(), $grid, [threads, 1, 1]);
-        by_dtype!(
-            $x.dtype(),
-            $f32 | $bf16(launch, $($pointer),*, n, h, w, c, k, r, s, p, q, stride, pad $(, $rest)*)
-        );
+        cuda::$kernel($launch, $($pointer),*, n, h, w, c, k, r, s, p, q, stride, pad $(, $rest)*)
     }};
 }
 
@@ -40,18 +34,61 @@ pub(super) fn check(d: &Conv2dDims) {
     }
 }
 
-pub(super) fn forward(y: &mut Tensor, x: &Tensor, filters: &Tensor, d: &Conv2dDims) {
-    let grid = [(d.n * d.p * d.q).div_ceil(TILE) * d.k.div_ceil(TILE), 1, 1];
-    // SAFETY: the tensors have these sizes, and `check` has seen them.
-    unsafe {
-        launch!(
-            conv2d_f32 | conv2d_bf16,
-            x,
-            d,
-            grid,
-            (y.device_out(), x.device_in(), filters.device_in())
-        );
+/// Whether pixels are rows of one matrix and the filters another.
+fn is_plain(d: &Conv2dDims) -> bool {
+    d.r == 1 && d.s == 1 && d.stride == 1 && d.pad == 0
+}
+
+/// What the table has for operands at these places.
+fn table(product: Product, operands: [&Tensor; 2]) -> Product {
+    let run = if operands.into_iter().all(is_aligned) { product.run } else { 1 };
+    Product { run, ..product }
+}
+
+/// Threads of a block.
+fn threads(dtype: DType) -> [usize; 3] {
+    [if dtype == DType::Bf16 { 128 } else { 256 }, 1, 1]
+}
+
+/// With `groups`, also the moments of `y` for a batch norm of so many, where the kernel can bring them along.
+pub(super) fn forward(
+    y: &mut Tensor,
+    x: &Tensor,
+    filters: &Tensor,
+    d: &Conv2dDims,
+    groups: Option<usize>,
+) -> Option<Moments> {
+    let rows = d.n * d.p * d.q;
+    if is_plain(d) {
+        let sizes = Sizes { m: rows, n: d.k, k: d.c };
+        if let Some(groups) = groups {
+            return product_with_moments(y, x, filters, sizes, groups);
+        }
+        product(ProductKind::Nt, &mut y.view_mut(), x, filters, None, sizes, false);
+        return None;
     }
+    let tile = table(Product::convolution(d), [x, filters]).tile();
+    let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
+    let mut moments = groups.and_then(|groups| Moments::new(y, rows, groups, &tile));
+    let to = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
+    macro_rules! of_bf16 {
+        ($kernel:ident) => {
+            call!($kernel, launch, d, (y.device_out(), to, x.device_in(), filters.device_in()))
+        };
+    }
+    // SAFETY: the tensors have these sizes, and `check` has seen them; large tiles get what the table says that they take.
+    unsafe {
+        match (x.dtype(), tile.form) {
+            (DType::F32, _) => {
+                call!(conv2d_f32, launch, d, (y.device_out(), x.device_in(), filters.device_in()));
+            }
+            (_, TileForm::Large) => of_bf16!(conv2d_bf16_128x128),
+            (_, TileForm::Half) => of_bf16!(conv2d_bf16_128x64),
+            (_, TileForm::Stem) => of_bf16!(conv2d_bf16_stem),
+            (_, TileForm::Small) => of_bf16!(conv2d_bf16_64x64),
+        }
+    }
+    moments
 }
 
 pub(super) fn data_gradient(
@@ -61,24 +98,38 @@ pub(super) fn data_gradient(
     d: &Conv2dDims,
     accumulate: bool,
 ) {
+    if is_plain(d) {
+        let sizes = Sizes { m: d.n * d.h * d.w, n: d.c, k: d.k };
+        return product(ProductKind::Nn, dx, dy, filters, None, sizes, accumulate);
+    }
     // A phase of the stride has its own taps; the first has the most pixels.
-    let pixels = d.n * d.h.div_ceil(d.stride) * d.w.div_ceil(d.stride);
-    let grid = [pixels.div_ceil(TILE) * d.c.div_ceil(TILE), 1, d.stride * d.stride];
+    let phases = table(Product::data_gradient(d), [dy, filters]);
+    let tile = phases.tile();
+    let grid = [tile.tiles / phases.count, 1, phases.count];
+    let launch = Launch::new(dy.device().gpu(), grid, threads(dy.dtype()));
+    macro_rules! run {
+        ($kernel:ident) => {
+            call!(
+                $kernel,
+                launch,
+                d,
+                (dx.device_out(), dy.device_in(), filters.device_in()),
+                i32::from(accumulate)
+            )
+        };
+    }
     // SAFETY: as in `forward`.
     unsafe {
-        launch!(
-            conv2d_data_gradient_f32 | conv2d_data_gradient_bf16,
-            dy,
-            d,
-            grid,
-            (dx.device_out(), dy.device_in(), filters.device_in()),
-            i32::from(accumulate)
-        );
+        match (dy.dtype(), tile.form) {
+            (DType::F32, _) => run!(conv2d_data_gradient_f32),
+            (_, TileForm::Large) => run!(conv2d_data_gradient_bf16_128x128),
+            (_, TileForm::Half) => run!(conv2d_data_gradient_bf16_128x64),
+            _ => run!(conv2d_data_gradient_bf16_64x64),
+        }
     }
 }
 
-/// The sum runs over all output pixels, in slices where there are many of them and few tiles to keep a GPU busy. How
-/// many is the shape's to say, so the sum has one order on every chip.
+/// The sum runs over all output pixels, in slices where there are many of them and few tiles to keep a GPU busy.
 pub(super) fn weight_gradient(
     dw: &mut TensorMut<'_>,
     x: &Tensor,
@@ -86,52 +137,43 @@ pub(super) fn weight_gradient(
     d: &Conv2dDims,
     accumulate: bool,
 ) {
-    /// Blocks that a large GPU has work for.
-    const BLOCKS: usize = 512;
-    /// A slice has about this many pixels at least.
-    const LEAST: usize = 256;
-    /// The kernels' steps of pixels.
-    const STEP: usize = 32;
-    let (pixels, weights) = (d.n * d.p * d.q, d.k * d.r * d.s * d.c);
-    let tiles = d.k.div_ceil(TILE) * (d.r * d.s * d.c).div_ceil(TILE);
-    let most = (BLOCKS / tiles.max(1)).min(pixels / LEAST).max(1);
-    let per_slice = pixels.div_ceil(most).next_multiple_of(STEP).max(STEP);
-    let slices = pixels.div_ceil(per_slice).max(1);
-    let run = |out: &mut TensorMut<'_>, accumulate: bool| {
-        // SAFETY: as in `forward`; `out` has the filters' size for each slice.
-        unsafe {
-            launch!(
-                conv2d_weight_gradient_f32 | conv2d_weight_gradient_bf16,
-                x,
-                d,
-                [tiles, 1, slices],
-                (out.device_out(), x.device_in(), dy.device_in()),
-                per_slice as i32,
-                i32::from(accumulate)
-            );
-        }
-    };
-    if slices == 1 && dw.dtype() == DType::F32 {
-        return run(dw, accumulate);
+    if is_plain(d) {
+        let sizes = Sizes { m: d.k, n: d.c, k: d.n * d.h * d.w };
+        return product(ProductKind::Tn, dw, dy, x, None, sizes, accumulate);
     }
-    let mut partial = Tensor::empty(x.device(), DType::F32, [slices, weights]);
-    run(&mut partial.view_mut(), false);
-    let sum = Launch::over(x.device().gpu(), weights, 1);
-    // SAFETY: `partial` has `slices` times the elements of `dw`.
-    unsafe {
-        by_dtype!(
-            dw.dtype(),
-            sum_slices_f32
-                | sum_slices_bf16(
-                    sum,
-                    dw.device_out(),
-                    partial.device_in(),
-                    slices as i32,
-                    weights as i64,
+    let tile = table(Product::weight_gradient(d), [x, dy]).tile();
+    let grid = [tile.tiles, 1, tile.slices];
+    let launch = Launch::new(x.device().gpu(), grid, threads(x.dtype()));
+    let run = |out: &mut TensorMut<'_>, accumulate: bool| {
+        macro_rules! run {
+            ($kernel:ident) => {
+                call!(
+                    $kernel,
+                    launch,
+                    d,
+                    (out.device_out(), x.device_in(), dy.device_in()),
+                    tile.k_per_slice as i32,
                     i32::from(accumulate)
                 )
-        );
+            };
+        }
+        // SAFETY: as in `forward`; `out` has the filters' size for each slice.
+        unsafe {
+            match (x.dtype(), tile.form) {
+                (DType::F32, _) => run!(conv2d_weight_gradient_f32),
+                (_, TileForm::Large) => run!(conv2d_weight_gradient_bf16_128x128),
+                (_, TileForm::Half) => run!(conv2d_weight_gradient_bf16_64x128),
+                (_, TileForm::Stem) => run!(conv2d_weight_gradient_bf16_stem),
+                (_, TileForm::Small) => run!(conv2d_weight_gradient_bf16_64x64),
+            }
+        }
+    };
+    if tile.slices == 1 && dw.dtype() == DType::F32 {
+        return run(dw, accumulate);
     }
+    let mut partial = Tensor::empty(x.device(), DType::F32, [tile.slices, d.k * d.r * d.s * d.c]);
+    run(&mut partial.view_mut(), false);
+    sum_slices(dw, &partial, tile.slices, accumulate);
 }
 
 #[cfg(test)]

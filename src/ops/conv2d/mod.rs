@@ -7,6 +7,7 @@ mod cpu;
 mod cuda;
 mod reference;
 
+use super::product::Moments;
 use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -71,6 +72,18 @@ impl Conv2dDims {
 /// As [`Conv2dDims::new`]; on a GPU also where its kernels cannot count so far, with what they can.
 #[track_caller]
 pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t> {
+    conv2d_with_moments(x, w, stride, pad, None).0
+}
+
+/// [`conv2d`], and where a GPU's kernel can bring them along, the moments of its output for a batch norm of so many groups.
+#[track_caller]
+pub(crate) fn conv2d_with_moments<'t>(
+    x: &Var<'t>,
+    w: &Var<'t>,
+    stride: usize,
+    pad: usize,
+    groups: Option<usize>,
+) -> (Var<'t>, Option<Moments>) {
     let d = Conv2dDims::new(
         x.value().dims("conv2d: the input"),
         w.value().dims("conv2d: the filters"),
@@ -81,6 +94,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
     let x = &super::cast(x, w.value().dtype());
     let (x_value, w_value) = (x.value().clone(), w.value().clone());
     let mut y = Tensor::empty(&device, x_value.dtype(), [d.n, d.p, d.q, d.k]);
+    let mut moments = None;
     match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(&x_value, &d, Direction::Forward);
@@ -89,14 +103,14 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
         }
         DeviceKind::Cuda => {
             cuda::check(&d);
-            cuda::forward(&mut y, &x_value, &w_value, &d);
+            moments = cuda::forward(&mut y, &x_value, &w_value, &d, groups);
         }
         DeviceKind::Reference => {
             reference::forward(y.data_mut(), x_value.data(), w_value.data(), &d);
         }
     }
     let (x_id, w_id) = (x.id(), w.id());
-    x.tape().record("conv2d", y, &[x, w], move |dy, gradients| {
+    let y = x.tape().record("conv2d", y, &[x, w], move |dy, gradients| {
         if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
             match device.kind() {
                 DeviceKind::Cpu => {
@@ -139,7 +153,8 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
         if let Some(dx) = own {
             gradients.add(x_id, dx);
         }
-    })
+    });
+    (y, moments)
 }
 
 fn workspace(x: &Tensor, d: &Conv2dDims, direction: Direction) -> Tensor {

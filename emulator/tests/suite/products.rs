@@ -1,0 +1,128 @@
+//! Matrix products against plain f64 host code: every tile, at and around its edges, plain and instrumented.
+
+use half::bf16;
+
+use crate::conv2d::moments_of;
+use crate::numbers::{Float, close, noise};
+use crate::stage::{Memory, Stage, Value};
+
+/// How the operands of a product lie.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Nt,
+    Nn,
+    Tn,
+}
+
+/// A kernel and its tile.
+type Form = (&'static str, [usize; 2]);
+
+/// The kernels that take a product, as the head of matmul.cu says.
+fn forms<In: Float>(lie: Lie, [m, n, k]: [usize; 3]) -> Vec<Form> {
+    if In::NAME == "f32" {
+        return vec![("f32", [64, 64])];
+    }
+    let small = ("bf16_64x64", [64, 64]);
+    let large = ("bf16_128x128", [128, 128]);
+    let (lines, half) = match lie {
+        Lie::Nt => ([k, k], ("bf16_128x64", [128, 64])),
+        Lie::Nn => ([k, n], ("bf16_128x64", [128, 64])),
+        Lie::Tn => ([m, n], ("bf16_64x128", [64, 128])),
+    };
+    let whole = lines.iter().all(|length| length.is_multiple_of(8));
+    if whole { vec![small, large, half] } else { vec![small] }
+}
+
+/// `[m, n]`, with bias, then once more on top; in slices where the result is f32.
+fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]) {
+    let (a, b): (Vec<In>, Vec<In>) = (noise(m * k, 1), noise(k * n, 2));
+    let bias: Vec<f32> = noise(n, 3);
+    let (da, db, dbias) = (stage.upload(&a), stage.upload(&b), stage.upload(&bias));
+    let mut want = vec![0.0; m * n];
+    for i in 0..m {
+        for j in 0..n {
+            let term = |l: usize| {
+                let x = if matches!(lie, Lie::Tn) { a[l * m + i] } else { a[i * k + l] };
+                let y = if matches!(lie, Lie::Nt) { b[j * k + l] } else { b[l * n + j] };
+                x.to_f64() * y.to_f64()
+            };
+            want[i * n + j] = (0..k).map(term).sum::<f64>();
+        }
+    }
+    let with_bias = |e: usize| want[e] + f64::from(bias[e % n]);
+    let once: Vec<f64> = (0..m * n).map(with_bias).collect();
+    for (kernel, tile) in forms::<In>(lie, [m, n, k]) {
+        let name = format!("matmul_{}_{kernel}", format!("{lie:?}").to_lowercase());
+        let what = format!("{name} {m} x {n} x {k} to {}", Out::NAME);
+        let tiles = (m.div_ceil(tile[0]) * n.div_ceil(tile[1])) as u32;
+        let moments = stage.room::<f32>(m.div_ceil(tile[0]) * 2 * n);
+        let launch = |c: Value, bias: Value, slices: usize, slice: usize, accumulate: i32| {
+            let mut arguments = vec![c, (&da).into(), (&db).into(), bias];
+            if In::NAME == "bf16" {
+                // Narrow and wide, one of which is null.
+                arguments.insert(if Out::NAME == "f32" { 0 } else { 1 }, 0_u64.into());
+                if matches!(lie, Lie::Nt) {
+                    let to = if slices == 1 { (&moments).into() } else { 0_u64.into() };
+                    arguments.push(to);
+                }
+            }
+            arguments.extend([m, n, k, slice].map(|size| Value::from(size as i32)));
+            arguments.push(accumulate.into());
+            let threads = if In::NAME == "bf16" { 128 } else { 256 };
+            let grid = [tiles, 1, slices as u32];
+            stage.launch(&name, grid, [threads, 1, 1], 0, &arguments);
+        };
+        let c: Memory<Out> = stage.room(m * n);
+        launch((&c).into(), (&dbias).into(), 1, k, 0);
+        let first = c.read(stage);
+        close(&what, &first, &once, Out::TOLERANCE);
+        if In::NAME == "bf16" && matches!(lie, Lie::Nt) {
+            let want = moments_of(&first, n, tile[0]);
+            close(&format!("{what}: moments"), &moments.read(stage), &want, 1e-5);
+        }
+        launch((&c).into(), 0_u64.into(), 1, k, 1);
+        let twice: Vec<f64> = (0..m * n).map(|e| first[e].to_f64() + want[e]).collect();
+        close(&format!("{what}, accumulated"), &c.read(stage), &twice, Out::TOLERANCE);
+        if Out::NAME == "bf16" {
+            continue;
+        }
+        let slices = k.div_ceil(32);
+        let partial: Memory<f32> = stage.room(slices * m * n);
+        launch((&partial).into(), 0_u64.into(), slices, 32, 0);
+        let (sum, narrow) = (stage.room::<f32>(m * n), stage.room::<bf16>(m * n));
+        for (y, dtype) in [(Value::from(&sum), "f32"), ((&narrow).into(), "bf16")] {
+            let count = Value::from((m * n) as i64);
+            let arguments = [y, (&partial).into(), (slices as i32).into(), count, 0.into()];
+            stage.launch(&format!("sum_slices_{dtype}"), [3, 1, 1], [64, 1, 1], 0, &arguments);
+        }
+        close(&format!("{what}, in slices"), &sum.read(stage), &want, 1e-5);
+        close(&format!("{what}, in slices"), &narrow.read(stage), &want, bf16::TOLERANCE);
+    }
+}
+
+#[test]
+fn products_of_any_size() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for lie in [Lie::Nt, Lie::Nn, Lie::Tn] {
+            // The last five: one off a tile in rows, columns and depth, and few and many steps.
+            for size in [
+                [1, 1, 1],
+                [7, 5, 3],
+                [64, 64, 32],
+                [65, 72, 40],
+                [8, 136, 97],
+                [131, 16, 64],
+                [128, 128, 8],
+                [127, 65, 104],
+                [129, 64, 24],
+                [72, 129, 160],
+                [136, 120, 33],
+            ] {
+                product::<bf16, bf16>(&stage, lie, size);
+                product::<bf16, f32>(&stage, lie, size);
+                product::<f32, f32>(&stage, lie, size);
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `nn::ConvBn` beside the composition that it stands for, and what a ResNet-50 keeps for its backward pass on a GPU.
+
+use std::sync::Arc;
+
+use selfsup::arena::{Arena, Init, Layout, SlotKind};
+use selfsup::device::{Device, Precision};
+use selfsup::nn::{ConvBn, Norm, ResNet, ResNetConfig};
+use selfsup::ops;
+use selfsup::tape;
+use selfsup::tensor::{DType, Tensor};
+
+use crate::compare::{close, report};
+use crate::driver::{alone, gpu};
+use crate::network::images;
+use crate::seeded;
+
+/// Output and running statistics of `conv`, batch norm and ReLU on images `[n, size, size, 8]`.
+fn unit(
+    gpu: &Device,
+    [n, size, filter, stride, groups]: [usize; 5],
+    fused: bool,
+) -> (Vec<f64>, Vec<f64>) {
+    const K: usize = 24;
+    let mut layout = Layout::new();
+    let forward: Box<dyn for<'t> Fn(&tape::Var<'t>) -> tape::Var<'t>> = if fused {
+        let unit = ConvBn::new(&mut layout, ("conv", "bn"), 8, K, filter, stride, 1.0, groups);
+        Box::new(move |x| unit.forward(x, None, true))
+    } else {
+        let init = Init::Normal((2.0 / (K * filter * filter) as f64).sqrt());
+        let shape = [K, filter, filter, 8];
+        let filters = layout.param("conv.weight", shape, SlotKind::Filter, init);
+        let norm = Norm::new(&mut layout, "bn", K, Some(1.0), true, groups);
+        Box::new(move |x| {
+            let y = ops::conv2d(x, &x.tape().param(filters), stride, filter / 2);
+            norm.forward(&y, None, true)
+        })
+    };
+    let mut arena = Arena::new(&Arc::new(layout), gpu, 3);
+    let values = seeded::around(seeded::seed("fused"), n * size * size * 8, 0.5, 2.0);
+    let x = Tensor::from_f64(gpu, [n, size, size, 8], &values).cast(DType::Bf16);
+    let y = tape::forward(&mut arena, |tape| forward(&tape.input(&x))).unwrap();
+    (y.to_f64(), arena.statistics().to_f64())
+}
+
+/// Groups of whole tiles, also in the middle of an image, take the convolution's statistics; others read its output.
+#[test]
+fn a_fused_batch_norm_is_the_composition() {
+    alone("fused::a_fused_batch_norm_is_the_composition", |driver| {
+        let gpu = gpu(Precision::Bf16);
+        let passes = || driver.count("kernel:batch_norm_moments_bf16");
+        let mut results = Vec::new();
+        for (sizes, saves) in [
+            ([2, 8, 3, 1, 1], true),
+            ([2, 8, 3, 1, 2], true),
+            ([1, 16, 1, 1, 4], true),
+            ([3, 5, 1, 1, 1], true),
+            ([3, 5, 3, 2, 1], true),
+            ([2, 5, 3, 1, 2], false),
+            ([2, 5, 1, 1, 2], false),
+        ] {
+            let before = passes();
+            let got = unit(&gpu, sizes, true);
+            assert_eq!(passes() - before, u64::from(!saves), "{sizes:?}");
+            let want = unit(&gpu, sizes, false);
+            assert_eq!(passes() - before, 1 + u64::from(!saves), "{sizes:?}");
+            // A rounding to bf16 may fall to the other side.
+            results.push(close(&format!("{sizes:?}: y"), &got.0, &want.0, 1e-3));
+            results.push(close(&format!("{sizes:?}: statistics"), &got.1, &want.1, 1e-6));
+        }
+        report("fused batch norm", results);
+    });
+}
+
+/// At a quarter of 256 pixels and an eighth of the channels, of which all that is kept is a multiple, but the images
+/// themselves.
+#[test]
+fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
+    alone("fused::a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu", |driver| {
+        driver.check(false);
+        let gpu = gpu(Precision::Bf16);
+        let config = ResNetConfig { width: 8, ..ResNetConfig::named("resnet50").unwrap() };
+        let mut layout = Layout::new();
+        let trunk = ResNet::new(&mut layout, "", &config);
+        let mut arena = Arena::new(&Arc::new(layout), &gpu, 1);
+        let mut kept = |n: usize| {
+            let x = images(&gpu, "kept", [n, 64, 64]).cast(DType::Bf16);
+            let (before, mut after) = (gpu.memory_use().live, 0);
+            tape::step(&mut arena, |tape| {
+                let y = trunk.forward(&tape.input(&x));
+                after = gpu.memory_use().live;
+                ops::nt_xent(&y, 0.5)
+            })
+            .unwrap();
+            after - before
+        };
+        let _ = kept(4); // what is made once
+        let a_view = (kept(8) - kept(4)) / 4;
+        let megabytes =
+            (a_view as f64 * 8.0 * (224.0_f64 / 64.0).powi(2) + 224.0 * 224.0 * 8.0) / 1e6;
+        println!("ResNet-50 at 224 pixels in bf16 keeps {megabytes:.1} MB a view");
+        assert!((35.0..=42.0).contains(&megabytes), "{megabytes} MB");
+    });
+}
