@@ -10,7 +10,7 @@
 //   slots [n, 3]   first element (a multiple of 16), number of elements, first chunk
 //   chunks [n]     the slot of each chunk, slot after slot
 //   care [slots]   0: as usual; 1: spared, without weight decay and trust ratio; 2: frozen
-//   rates [slots]  a learning rate of the slot's own, or a negative number for `*lr`
+//   rates [slots]  a learning rate of the slot's own, or -f for f times `*lr`
 // Workspace of LARS: partial [chunks, 3]. Grid: one block of 256 for each chunk, or fewer. No dynamic shared
 // memory.
 #include "rows.cuh"
@@ -76,7 +76,7 @@ KERNEL BOUNDS(THREADS) void sgd_step(float* w, float* m, bf16* copy, const float
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         Chunk at(chunk, slots, chunks, care);
         if (at.care == FROZEN) continue;
-        double rate = rates[at.slot] < 0.0 ? *lr : rates[at.slot];
+        double rate = rates[at.slot] < 0.0 ? -rates[at.slot] * *lr : rates[at.slot];
         double decay = at.care == SPARED ? 0.0 : weight_decay;
         move(w, m, copy, g, at, {1.0, decay, momentum, 1.0, rate, nesterov != 0});
     }
@@ -120,7 +120,7 @@ KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const floa
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         Chunk at(chunk, slots, chunks, care);
         if (at.care == FROZEN) continue;
-        double rate = rates[at.slot] < 0.0 ? *lr : rates[at.slot], scale = 1.0, decay = 0.0;
+        double rate = rates[at.slot] < 0.0 ? -rates[at.slot] * *lr : rates[at.slot], scale = 1.0, decay = 0.0;
         if (at.care != SPARED) {
             // Each block adds up the slot's chunks again, in one order: cheaper than a launch between.
             int64_t first = static_cast<int64_t>(slots[at.slot * 3 + 2]);

@@ -250,7 +250,8 @@ pub(super) struct EvalLinear {
 pub(super) struct EvalFinetune {
     #[command(flatten)]
     pub(super) of: Evaluated,
-    /// Settings to start from: lightly (SGD, 30 epochs) or simclr-v2 (LARS, 60 epochs); --set goes on top
+    /// Settings to start from: lightly (SGD, 30 epochs), simclr-v2 (LARS, 60 epochs), swav-1% or swav-10% (SGD, 20 epochs, the
+    /// classifier at a rate of its own); --set goes on top
     #[arg(long, value_name = "NAME", default_value = train::FINETUNES[0])]
     pub(super) protocol: String,
     /// Learn from these training images only: 10% of each class, or a file that names them

@@ -17,7 +17,7 @@ use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::simclr_v2::{HEAD_LAYERS, head};
-use crate::methods::{Course, Method, widths};
+use crate::methods::{Course, Method, above_zero, widths};
 use crate::nn::{Mlp, ResNet, ResNetConfig};
 use crate::ops::{cross_entropy, gather_rows, linear, soft_cross_entropy};
 use crate::optim::Care;
@@ -25,7 +25,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::{Numbers, Tensor};
 
 /// The method's own settings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Classes of the set.
@@ -42,6 +42,27 @@ pub struct Settings {
     /// Whether the classifier starts at zero and is spared weight decay and LARS: fine-tuning.
     #[serde(default)]
     pub new_classifier: bool,
+    /// How many times the learning rate of the rest the classifier has, > 0; one that is not 1 goes before `new_classifier`.
+    #[serde(default = "once")]
+    pub classifier_rate: f64,
+}
+
+fn once() -> f64 {
+    1.0
+}
+
+impl Default for Settings {
+    /// No classes yet, and nothing out of the ordinary.
+    fn default() -> Self {
+        Self {
+            classes: 0,
+            label_smoothing: 0.0,
+            head_layers: 0,
+            hidden: 0,
+            new_classifier: false,
+            classifier_rate: once(),
+        }
+    }
 }
 
 impl Settings {
@@ -51,6 +72,7 @@ impl Settings {
     /// Names the setting that is out of range.
     pub fn check(&self) -> Result<()> {
         widths(&[(self.classes, "classes")])?;
+        above_zero(self.classifier_rate, "classifier_rate")?;
         if !(0.0..1.0).contains(&self.label_smoothing) {
             return Err(Error::config("method.label_smoothing must be in 0..1"));
         }
@@ -173,8 +195,12 @@ impl Method for Supervised {
     }
 
     fn care(&self, slot: &Slot, _: f64) -> Care {
-        let spared = self.settings.new_classifier && slot.name.starts_with("fc.");
-        if spared { Care::Spared } else { Care::Usual }
+        let Settings { new_classifier, classifier_rate, .. } = self.settings;
+        match slot.name.starts_with("fc.") {
+            true if classifier_rate != 1.0 => Care::Times(classifier_rate),
+            true if new_classifier => Care::Spared,
+            _ => Care::Usual,
+        }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

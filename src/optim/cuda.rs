@@ -18,7 +18,7 @@ const USUAL: i32 = 0;
 const SPARED: i32 = 1;
 const FROZEN: i32 = 2;
 
-/// In the place of a slot's own learning rate: it has none.
+/// In the place of a slot's own learning rate: once the rate of all.
 const NO_RATE: f64 = -1.0;
 
 /// What the kernels know of an arena's slots, on its GPU.
@@ -145,6 +145,7 @@ fn care(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
         match segment.care {
             Care::Usual => (usual, NO_RATE),
             Care::FixedRate(rate) => (usual, rate),
+            Care::Times(factor) => (usual, -factor),
             Care::Frozen => (FROZEN, NO_RATE),
             Care::Spared => (SPARED, NO_RATE),
         }

@@ -151,6 +151,8 @@ pub enum Care {
     Usual,
     /// Always with this learning rate (SimSiam's predictor).
     FixedRate(f64),
+    /// With so many times the learning rate of the others, > 0 (the new classifier where SwAV fine-tunes).
+    Times(f64),
     /// Not moved at all, nor its momentum (SwAV's prototypes at first).
     Frozen,
     /// Without weight decay and trust ratio, whatever its kind (SimCLR's supervised head).
@@ -291,6 +293,7 @@ impl Optimizer {
                 let (spared, lr) = match segment.care {
                     Care::Usual => (segment.spared, lr),
                     Care::FixedRate(lr) => (segment.spared, lr),
+                    Care::Times(factor) => (segment.spared, factor * lr),
                     Care::Spared => (true, lr),
                     Care::Frozen => return,
                 };

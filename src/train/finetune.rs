@@ -10,7 +10,7 @@ use crate::optim::{Decay, Exclude, Lars, LrRule, Rule, Sgd};
 use crate::train::weights::WeightFile;
 
 /// Names of fine-tuning protocols.
-pub const FINETUNES: [&str; 2] = ["lightly", "simclr-v2"];
+pub const FINETUNES: [&str; 4] = ["lightly", "simclr-v2", "swav-1%", "swav-10%"];
 
 /// The supervised method's table of a recipe.
 #[derive(Serialize)]
@@ -19,6 +19,7 @@ struct Settings {
     head_layers: usize,
     hidden: usize,
     new_classifier: bool,
+    classifier_rate: f64,
 }
 
 /// The recipe that fine-tunes the weights in `checkpoint`, a run's of `recipe`, on the same images' `classes`, by a protocol
@@ -34,26 +35,29 @@ pub fn finetuning(
     classes: usize,
 ) -> Result<Recipe> {
     let hidden = if head_layers > 0 { width_of_head(checkpoint, head_layers)? } else { 0 };
-    let settings = Settings { classes, head_layers, hidden, new_classifier: true };
-    let settings = toml::Table::try_from(settings).expect("numbers are TOML");
+    let mut settings =
+        Settings { classes, head_layers, hidden, new_classifier: true, classifier_rate: 1.0 };
     let mut tuned = recipe.clone();
-    tuned.method = MethodSettings { name: "supervised".into(), settings };
     tuned.augment = vec![recipe.augment[0].crop_and_flip()];
     tuned.network.norm_groups = 1;
     let (optim, train) = (&mut tuned.optim, &mut tuned.train);
     (optim.warmup_epochs, optim.warmup_from, optim.end_lr) = (0.0, None, 0.0);
     optim.decay = Decay::Cosine;
+    let plain =
+        Sgd { momentum: 0.9, nesterov: false, weight_decay: 0.0, exclude: Exclude::Nothing };
     match protocol {
         // lightly:benchmarks/imagenet, finetune_eval.py
         "lightly" => {
-            (optim.lr, optim.lr_rule) = (0.05, LrRule::Linear);
+            (optim.lr, optim.lr_rule, optim.rule) = (0.05, LrRule::Linear, Rule::Sgd(plain));
             (train.epochs, train.batch) = (30, 256);
-            optim.rule = Rule::Sgd(Sgd {
-                momentum: 0.9,
-                nesterov: false,
-                weight_decay: 0.0,
-                exclude: Exclude::Nothing,
-            });
+        }
+        // swav:eval_semisup.py and README: the classifier, which starts as any linear layer, at 5 and 0.2
+        "swav-1%" | "swav-10%" => {
+            let [lr, of_classifier] = if protocol == "swav-1%" { [0.02, 5.0] } else { [0.01, 0.2] };
+            (optim.lr, optim.lr_rule, optim.rule) = (lr, LrRule::Fixed, Rule::Sgd(plain));
+            optim.decay = Decay::Steps { epochs: vec![12, 16], factor: 0.2 };
+            (train.epochs, train.batch) = (20, 256);
+            (settings.new_classifier, settings.classifier_rate) = (false, of_classifier / lr);
         }
         // simclr:README.md, 1% of the labels
         "simclr-v2" => {
@@ -67,6 +71,8 @@ pub fn finetuning(
             return Err(Error::Config(reason));
         }
     }
+    let settings = toml::Table::try_from(settings).expect("numbers are TOML");
+    tuned.method = MethodSettings { name: "supervised".into(), settings };
     (train.knn_every, train.checkpoint_every) = (0, 0);
     train.init = Some(checkpoint.display().to_string());
     Ok(tuned)

@@ -107,6 +107,7 @@ const CLASSIFIER: supervised::Settings = supervised::Settings {
     head_layers: 0,
     hidden: 0,
     new_classifier: false,
+    classifier_rate: 1.0,
 };
 
 fn simclr_v2(network: &ResNetConfig, temperature: f64, memory: usize) -> Box<dyn Method> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
 use selfsup::device::{Device, Precision};
 use selfsup::ops;
-use selfsup::optim::{Exclude, Lars, Optimizer, Rule, Schedule, Sgd, TrustNorm, ema};
+use selfsup::optim::{Care, Exclude, Lars, Optimizer, Rule, Schedule, Sgd, TrustNorm, ema};
 use selfsup::tape;
 use selfsup::tensor::Numbers;
 
@@ -185,25 +185,28 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
     });
 }
 
-/// More chunks than one, the last one short.
+/// More chunks than one, the last one short; and four times a quarter of the rate, which is the rate.
 #[test]
 fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
     for (name, rule) in rules() {
-        let moved = |device: &Device| {
+        let moved = |device: &Device, times: f64| {
             let mut layout = Layout::new();
             let shape = [3, 2 * 8192 / 3 + 5];
             let w = layout.param("w", shape, SlotKind::Matrix, Init::Normal(1.0));
             layout.param("b", [5], SlotKind::Bias, Init::Normal(1.0));
             let mut arena = Arena::new(&Arc::new(layout), device, 3);
             let mut optimizer = Optimizer::new(rule, &arena);
-            for lr in [0.1, 0.2] {
+            optimizer.treat(arena.layout(), |_| Care::Times(times));
+            for lr in [0.1, 0.2].map(|lr| lr / times) {
                 let g = numbers("large", shape.iter().product(), 0.125);
                 tape::step(&mut arena, |tape| dot(&tape.param(w), &g)).unwrap();
                 optimizer.step(&mut arena, lr);
             }
             arena.values().to_f64()
         };
-        close(name, &moved(&gpu(Precision::F32)), &moved(&Device::reference()), 1e-6).unwrap();
+        let expected = moved(&Device::reference(), 1.0);
+        assert_eq!(moved(&Device::reference(), 4.0), expected, "{name}");
+        close(name, &moved(&gpu(Precision::F32), 4.0), &expected, 1e-6).unwrap();
     }
 }
 

@@ -15,6 +15,7 @@ enum Care {
     Spared,
     Frozen,
     Rate(f64),
+    Times(f64),
 }
 
 const USUAL_LR: f64 = 0.3;
@@ -26,9 +27,9 @@ const SLOTS: [(usize, Care); 8] = [
     (CHUNK, Care::Usual),
     (CHUNK + 1, Care::Rate(0.05)),
     (31, Care::Frozen),
-    (2 * CHUNK + 777, Care::Usual),
-    (40, Care::Usual), // no weights
-    (48, Care::Usual), // no gradients
+    (2 * CHUNK + 777, Care::Times(0.25)),
+    (40, Care::Times(20.0)), // no weights
+    (48, Care::Usual),       // no gradients
 ];
 
 struct Arena {
@@ -76,9 +77,13 @@ impl OnDevice {
             care.push(match how {
                 Care::Spared => 1,
                 Care::Frozen => 2,
-                Care::Usual | Care::Rate(_) => 0,
+                Care::Usual | Care::Rate(_) | Care::Times(_) => 0,
             });
-            rates.push(if let Care::Rate(lr) = how { lr } else { -1.0 });
+            rates.push(match how {
+                Care::Rate(lr) => lr,
+                Care::Times(factor) => -factor,
+                _ => -1.0,
+            });
         }
         let copy: Vec<bf16> = arena.w.iter().map(|w| bf16::from_f32(*w)).collect();
         Self {
@@ -122,14 +127,18 @@ fn expected(
     let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
     let (mut w, mut m, g) = (wide(&arena.w), wide(&arena.m), wide(&arena.g));
     for &(offset, length, care) in &arena.slots {
-        let lr = if let Care::Rate(lr) = care { lr } else { USUAL_LR };
+        let lr = match care {
+            Care::Rate(lr) => lr,
+            Care::Times(factor) => factor * USUAL_LR,
+            _ => USUAL_LR,
+        };
         let slot = offset..offset + length;
         let norm =
             |f: &dyn Fn(usize) -> f64| slot.clone().map(|i| f(i).powi(2)).sum::<f64>().sqrt();
         let (scale, decay) = match care {
             Care::Frozen => continue,
             Care::Spared => (1.0, 0.0),
-            Care::Usual | Care::Rate(_) => {
+            Care::Usual | Care::Rate(_) | Care::Times(_) => {
                 scaling(norm(&|i| w[i]), norm(&|i| g[i]), norm(&|i| g[i] + weight_decay * w[i]), lr)
             }
         };
