@@ -70,6 +70,20 @@ and `labels`, names and classes as JSON lists in its header.")]
         /// Print this one
         name: Option<String>,
     },
+    /// Make a page of curves, final figures and settings, of one run or of several over each other
+    ///
+    /// A run writes its own report.html whenever kNN is measured, and at its end.
+    #[command(after_help = "Examples:
+  selfsup report runs/first
+  selfsup report runs/first runs/second --out compared.html")]
+    Report {
+        /// Folders of runs, which may be under way
+        #[arg(required = true, value_name = "DIR")]
+        runs: Vec<PathBuf>,
+        /// The page; report.html, in the run's folder where it is one, if not given
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
     /// Ask a question: run a small grid of recipes and print a table
     ///
     /// Runs on the images that come with the program unless data.path is set.

@@ -100,6 +100,16 @@ pub(super) fn recipes(name: Option<&str>) -> Result<()> {
     say(text.trim_end())
 }
 
+pub(super) fn report(runs: &[PathBuf], out: Option<PathBuf>) -> Result<()> {
+    let out = match (out, runs) {
+        (Some(out), _) => out,
+        (None, [run]) => run.join(train::REPORT),
+        (None, _) => train::REPORT.into(),
+    };
+    train::write_report(runs, &out)?;
+    say(&out.display().to_string())
+}
+
 pub(super) fn devices(json: bool) -> Result<()> {
     let device = Device::cpu(0)?;
     let isa = crate::ops::instruction_set();

@@ -34,6 +34,7 @@ pub fn main() -> ExitCode {
         Command::Embed(embed) => interchange::embed(&embed),
         Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => commands::recipes(name.as_deref()),
+        Command::Report { runs, out } => commands::report(&runs, out),
         Command::Study(study) => study::study(&study),
         Command::Devices { json } => commands::devices(json),
     };

@@ -18,7 +18,7 @@ use crate::optim::{Optimizer, Schedule};
 use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
 use crate::train::wrong::{collapse, diverged};
-use crate::train::{Done, Images, Steps, Training, checkpoint, replay};
+use crate::train::{Done, Images, Steps, Training, checkpoint, replay, report};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -242,6 +242,12 @@ impl Run {
                 && let Some(file) = self.checkpoint()?.filter(|_| best)
             {
                 checkpoint::keep_as_best(&file)?;
+            }
+            if (report.knn.is_some() || last)
+                && let Some(Folder { path, .. }) = &self.folder
+                && let Err(error) = report::write_report(&[path], &path.join(report::REPORT))
+            {
+                watch.note(&format!("no report this time: {error}"));
             }
         }
         for skipped in self.loader.skipped() {
