@@ -140,7 +140,7 @@ mod tests {
     fn a_page_holds_settings_means_of_steps_and_epochs_and_loads_nothing() {
         let root = tempfile::tempdir().unwrap();
         let mut lines: String = (1..=2500)
-            .map(|step| format!("{{\"step\":{step},\"loss\":{},\"lr\":0.1}}\n", 2 * step))
+            .map(|step| format!("{{\"step\":{step},\"loss\":{},\"lr\":0.125}}\n", 2 * step))
             .collect();
         lines += "{\"epoch\":1,\"step\":2500,\"loss\":1.5,\"knn\":null,\"monitors\":{\"queue_age\":3.0}}\n{\"step\":2501,\"lo";
         let one = folder(root.path(), "one", 0.1, &lines);
@@ -148,7 +148,7 @@ mod tests {
         let page = std::fs::read_to_string(one.join(REPORT)).unwrap();
         let run = &data(&page)["runs"][0];
         let steps = run["steps"].as_array().unwrap();
-        assert_eq!((steps.len(), &steps[0]), (834, &json!([2.0, 4.0, 0.1])));
+        assert_eq!((steps.len(), &steps[0]), (834, &json!([2.0, 4.0, 0.125])));
         assert_eq!(run["epochs"][0]["monitors"]["queue_age"], 3.0);
         let settings = run["settings"].as_array().unwrap();
         for pair in [["method.name", "</script><b>"], ["optim.lr", "0.1"], ["augment.0.size", "32"]]
