@@ -51,6 +51,8 @@ mod network;
 mod networks;
 #[path = "suite/optimizers.rs"]
 mod optimizers;
+#[path = "suite/outside.rs"]
+mod outside;
 #[path = "suite/program.rs"]
 mod program;
 #[path = "suite/provoked.rs"]

@@ -1,5 +1,7 @@
 //! Features of images under the evaluation's transform: a trunk's, or the pixels themselves.
 
+use std::collections::HashSet;
+
 use crate::arena::Arena;
 use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, center_batch};
@@ -30,6 +32,13 @@ impl Features {
     /// No rows yet, of size `d`.
     pub fn none(d: usize) -> Self {
         Self { values: Vec::new(), d, labels: Vec::new(), skipped: Vec::new() }
+    }
+
+    /// Which image of the source each row is of.
+    pub fn images(&self) -> Vec<u32> {
+        let skipped: HashSet<u32> = self.skipped.iter().map(|skipped| skipped.index).collect();
+        let all = 0..(self.labels.len() + self.skipped.len()) as u32;
+        all.filter(|index| !skipped.contains(index)).collect()
     }
 
     /// Adds the rows of more images, in order.

@@ -1,19 +1,23 @@
-//! Evaluation of frozen features (floor 6): weighted kNN, linear probes by published protocols and on few labels, and the
-//! collapse monitor.
+//! Evaluation of frozen features (floor 6): weighted kNN, linear probes by published protocols and on few labels, the collapse
+//! monitor, and a map for the eye.
 
 mod embed;
 mod features;
 mod head;
 mod knn;
 mod linear;
+mod map;
 mod monitor;
 mod probe;
 mod protocol;
 
 pub use embed::{Embedded, embed};
 pub use features::{Features, classifier_accuracy, pixel_features, trunk_features};
-pub use knn::{Knn, accuracies as knn_accuracies, accuracy as knn_accuracy};
+pub use knn::{
+    Answer, Knn, accuracies as knn_accuracies, accuracy as knn_accuracy, answers as knn_answers,
+};
 pub use linear::few_label_accuracy;
+pub use map::map;
 pub use monitor::{Spread, spread};
 pub use probe::{Frozen, Probed, RATES, linear_accuracy};
 pub use protocol::{PROTOCOLS, Protocol};

@@ -13,6 +13,10 @@ pub struct Spread {
     /// `exp` of the entropy of the normalised singular values of the centred embeddings (Roy and Vetterli 2007): how many
     /// directions they use, at most `min(n - 1, d)`.
     pub effective_rank: f64,
+    /// `ln` of the mean of `exp(-2 |x - y|^2)` over pairs (Wang and Isola 2020, arXiv:2005.10242, equation 6, t = 2): -4 is about
+    /// the least that many channels allow, 0 a point. Absent in checkpoints of versions that did not measure it.
+    #[serde(default)]
+    pub uniformity: f64,
 }
 
 /// Rows that are looked at: the Gram matrix of more would cost more than it tells.
@@ -29,6 +33,7 @@ pub fn spread(z: &Tensor) -> Spread {
     let values = z.to_f64();
     let mut rows: Vec<Vec<f64>> =
         (0..n).map(|i| values[i * all / n.max(1) * d..][..d].to_vec()).collect();
+    let uniformity = uniformity(&rows);
     for j in 0..d {
         let mean = rows.iter().map(|row| row[j]).sum::<f64>() / n as f64;
         rows.iter_mut().for_each(|row| row[j] -= mean);
@@ -47,7 +52,15 @@ pub fn spread(z: &Tensor) -> Spread {
         .filter(|&p| p > 1e-12)
         .map(|p| -p * p.ln())
         .sum();
-    Spread { std, effective_rank: entropy.exp() }
+    Spread { std, effective_rank: entropy.exp(), uniformity }
+}
+
+fn uniformity(rows: &[Vec<f64>]) -> f64 {
+    let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+    let pairs = (0..rows.len()).flat_map(|i| (0..i).map(move |j| (i, j)));
+    let sum: f64 = pairs.map(|(i, j)| (-2.0 * apart(&rows[i], &rows[j])).exp()).sum();
+    let count = rows.len() * rows.len().saturating_sub(1) / 2;
+    (sum / count.max(1) as f64).ln()
 }
 
 /// Eigenvalues by Jacobi's rotations.
@@ -103,9 +116,13 @@ mod tests {
         let healthy = spread(&unit_rows(128, 16, 16));
         assert!((healthy.std - 1.0).abs() < 0.05, "{healthy:?}");
         assert!(healthy.effective_rank > 15.0, "{healthy:?}");
+        assert!((-4.0..-3.0).contains(&healthy.uniformity), "{healthy:?}");
         let flat = spread(&unit_rows(128, 16, 3));
         assert!((2.5..3.01).contains(&flat.effective_rank), "{flat:?}");
         let point = Tensor::from_f64(&Device::reference(), [8, 2], &[0.6, 0.8].repeat(8));
         assert!(spread(&point).std < 1e-9);
+        assert!(spread(&point).uniformity.abs() < 1e-9);
+        let across = Tensor::from_f64(&Device::reference(), [2, 2], &[1.0, 0.0, -1.0, 0.0]);
+        assert!((spread(&across).uniformity + 8.0).abs() < 1e-9);
     }
 }

@@ -74,6 +74,8 @@ pub(super) fn similarities(a: &Tensor, b: &Tensor, negatives: Option<&Tensor>) -
         }
     }
     vec![
+        // The mean squared distance of the two (Wang and Isola 2020, arXiv:2005.10242, equation 5, alpha = 2).
+        ("alignment", Reading::Number(2.0 - 2.0 * mean(&positive))),
         ("positive_similarity", Reading::Number(mean(&positive))),
         ("negative_similarity", Reading::Number(mean(&negative))),
         ("positive_histogram", histogram(&positive)),
@@ -120,11 +122,12 @@ mod tests {
         let b = Tensor::from_f64(&device, [2, 2], &[1.0, 0.0, 0.6, 0.8]);
         let seen = similarities(&a, &b, None);
         assert!((number(&seen, "positive_similarity") - 0.9).abs() < 1e-12);
+        assert!((number(&seen, "alignment") - 0.2).abs() < 1e-12);
         assert!((number(&seen, "negative_similarity") - 0.3).abs() < 1e-12);
         let queue = Tensor::from_f64(&device, [1, 2], &[-1.0, 0.0]);
         let seen = similarities(&a, &b, Some(&queue));
         assert!((number(&seen, "negative_similarity") + 0.5).abs() < 1e-12);
-        let Reading::Histogram(bins) = &seen[3].1 else { panic!("{seen:?}") };
+        let Reading::Histogram(bins) = &seen[4].1 else { panic!("{seen:?}") };
         assert_eq!((bins[0], bins[10], bins.iter().sum::<u32>()), (1, 1, 2));
     }
 

@@ -144,6 +144,8 @@ pub struct WatchSettings {
     pub diverged: f64,
     /// Say what is wrong and go on all the same.
     pub carry_on: bool,
+    /// Write `report.html` after every epoch and at the end, with new pictures whenever kNN is measured.
+    pub report: bool,
 }
 
 impl Default for WatchSettings {
@@ -154,6 +156,7 @@ impl Default for WatchSettings {
             collapsed_prototypes: 1.5,
             diverged: 10.0,
             carry_on: false,
+            report: true,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod finetune;
 mod folder;
+mod gallery;
 mod images;
 mod inspect;
 mod metrics;

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::folder::RECIPE;
+use super::gallery;
 use super::weights::write_whole;
 use crate::error::{Error, Result};
 
@@ -20,6 +21,9 @@ const DATA: &str = "@DATA@";
 /// Points of a curve over steps; more are averaged.
 const POINTS: usize = 1000;
 
+/// Runs whose pictures are on a page, the first ones: each takes up to a megabyte.
+const PICTURED: usize = 4;
+
 /// Writes a [`report`] to a file, whole or not at all.
 ///
 /// # Errors
@@ -29,19 +33,19 @@ pub fn write_report(folders: &[impl AsRef<Path>], file: &Path) -> Result<()> {
 }
 
 /// The page on one run, or on several compared: curves, final figures and settings, from the recipe and `metrics.jsonl` in each
-/// folder. A run under way may be read.
+/// folder, and the pictures that lie there. A run under way may be read.
 ///
 /// # Errors
 /// When a folder holds no run, or a line of its metrics, other than an unfinished last one, is no JSON.
 pub fn report(folders: &[impl AsRef<Path>]) -> Result<String> {
-    let runs: Vec<Value> =
-        folders.iter().map(|folder| run(folder.as_ref())).collect::<Result<_>>()?;
+    let of = |(i, folder): (usize, &_)| run(AsRef::as_ref(folder), i < PICTURED);
+    let runs: Vec<Value> = folders.iter().enumerate().map(of).collect::<Result<_>>()?;
     // Names of classes and files come from outside: none of them may end the script.
     let data = json!({ "runs": runs }).to_string().replace('<', "\\u003c");
     Ok(PAGE.replacen(DATA, &data, 1))
 }
 
-fn run(folder: &Path) -> Result<Value> {
+fn run(folder: &Path, pictured: bool) -> Result<Value> {
     let file = folder.join(RECIPE);
     let recipe = std::fs::read_to_string(&file).map_err(|error| match error.kind() {
         ErrorKind::NotFound => {
@@ -53,12 +57,14 @@ fn run(folder: &Path) -> Result<Value> {
         toml::from_str(&recipe).map_err(|error| Error::format(&file, error.message()))?;
     let mut settings = Vec::new();
     flatten("", &recipe, &mut settings);
-    let (steps, epochs) = metrics(&folder.join("metrics.jsonl"))?;
+    let (steps, epochs, stopped) = metrics(&folder.join("metrics.jsonl"))?;
     Ok(json!({
         "name": folder.display().to_string(),
         "settings": settings,
         "steps": averaged(&steps),
         "epochs": epochs,
+        "stopped": stopped,
+        "gallery": if pictured { gallery::read(folder)? } else { Value::Null },
     }))
 }
 
@@ -79,9 +85,9 @@ fn flatten(key: &str, value: &toml::Value, into: &mut Vec<(String, String)>) {
     }
 }
 
-/// Step, loss and learning rate of each step, and the records of epochs as they are.
-fn metrics(file: &Path) -> Result<(Vec<[f64; 3]>, Vec<Value>)> {
-    let (mut steps, mut epochs) = (Vec::new(), Vec::new());
+/// Step, loss and learning rate of each step, the records of epochs as they are, and why the run stopped, if it did.
+fn metrics(file: &Path) -> Result<(Vec<[f64; 3]>, Vec<Value>, Value)> {
+    let (mut steps, mut epochs, mut stopped) = (Vec::new(), Vec::new(), Value::Null);
     let mut lines = BufReader::new(File::open(file).map_err(Error::io(file))?).lines().peekable();
     let mut at = 0;
     while let Some(line) = lines.next() {
@@ -94,20 +100,25 @@ fn metrics(file: &Path) -> Result<(Vec<[f64; 3]>, Vec<Value>)> {
         };
         if record.get("epoch").is_some() {
             epochs.push(record);
+        } else if let Some(sentence) = record.get("stopped") {
+            stopped = sentence.clone();
         } else {
             // A loss that is not a number is null.
             steps.push(["step", "loss", "lr"].map(|key| record[key].as_f64().unwrap_or(f64::NAN)));
         }
     }
-    Ok((steps, epochs))
+    Ok((steps, epochs, stopped))
 }
 
 /// Means of neighbours, [`POINTS`] at most.
 fn averaged(steps: &[[f64; 3]]) -> Vec<[f64; 3]> {
     let together = steps.len().div_ceil(POINTS).max(1);
     let mean = |part: &[[f64; 3]]| {
-        let sum = part.iter().fold([0.0; 3], |sum, row| [0, 1, 2].map(|i| sum[i] + row[i]));
-        sum.map(|v| v / part.len() as f64)
+        [0, 1, 2].map(|i| {
+            // One loss that is not a number must not hide its neighbours.
+            let numbers = part.iter().map(|row| row[i]).filter(|v| !v.is_nan());
+            numbers.clone().sum::<f64>() / numbers.count() as f64
+        })
     };
     steps.chunks(together).map(mean).collect()
 }
@@ -142,20 +153,23 @@ mod tests {
         let mut lines: String = (1..=2500)
             .map(|step| format!("{{\"step\":{step},\"loss\":{},\"lr\":0.125}}\n", 2 * step))
             .collect();
-        lines += "{\"epoch\":1,\"step\":2500,\"loss\":1.5,\"knn\":null,\"monitors\":{\"queue_age\":3.0}}\n{\"step\":2501,\"lo";
+        lines = lines.replace("\"loss\":10,", "\"loss\":null,");
+        lines += "{\"epoch\":1,\"step\":2500,\"loss\":1.5,\"knn\":null,\"monitors\":{\"queue_age\":3.0}}\n{\"stopped\":\"Ctrl-C\"}\n{\"step\":2501,\"lo";
         let one = folder(root.path(), "one", 0.1, &lines);
         write_report(&[&one], &one.join(REPORT)).unwrap();
         let page = std::fs::read_to_string(one.join(REPORT)).unwrap();
         let run = &data(&page)["runs"][0];
         let steps = run["steps"].as_array().unwrap();
         assert_eq!((steps.len(), &steps[0]), (834, &json!([2.0, 4.0, 0.125])));
+        assert_eq!(steps[1], json!([5.0, 10.0, 0.125])); // of 8, none and 12
         assert_eq!(run["epochs"][0]["monitors"]["queue_age"], 3.0);
+        assert_eq!((&run["stopped"], &run["gallery"]), (&json!("Ctrl-C"), &Value::Null));
         let settings = run["settings"].as_array().unwrap();
         for pair in [["method.name", "</script><b>"], ["optim.lr", "0.1"], ["augment.0.size", "32"]]
         {
             assert!(settings.contains(&json!(pair)), "{settings:?}");
         }
-        for load in ["src=", "href=", "@import", "url(", "fetch("] {
+        for load in ["src=", "href=", "@import", "url(h", "fetch("] {
             assert!(!page.contains(load), "{load}");
         }
         assert!(page.len() < 200_000);

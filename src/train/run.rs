@@ -16,6 +16,7 @@ use crate::eval::{self, Features, Knn, Spread};
 use crate::methods::{self, Course, Method, Reading, Recipe};
 use crate::optim::{Optimizer, Schedule};
 use crate::train::folder::{self, Folder};
+use crate::train::gallery::{self, Found};
 use crate::train::resume::Progress;
 use crate::train::wrong::{collapse, diverged};
 use crate::train::{Done, Images, Steps, Training, checkpoint, replay, report};
@@ -215,7 +216,21 @@ impl Run {
         if trained.is_err() && self.progress.step == 0 {
             self.folder.take().into_iter().for_each(folder::discard);
         }
+        if let (Err(error), Some(Folder { metrics, .. })) = (&trained, &mut self.folder) {
+            // Its own error is what is told; a run that goes on drops the line.
+            let _ = metrics.write(&json!({ "stopped": error.to_string() }));
+        }
+        self.report(watch);
         trained
+    }
+
+    /// Writes the run's page; a run does not end because it cannot be written.
+    fn report(&self, watch: &mut dyn Watch) {
+        if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
+            && let Err(error) = report::write_report(&[path], &path.join(report::REPORT))
+        {
+            watch.note(&format!("no report this time: {error}"));
+        }
     }
 
     fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
@@ -243,11 +258,8 @@ impl Run {
             {
                 checkpoint::keep_as_best(&file)?;
             }
-            if (report.knn.is_some() || last)
-                && let Some(Folder { path, .. }) = &self.folder
-                && let Err(error) = report::write_report(&[path], &path.join(report::REPORT))
-            {
-                watch.note(&format!("no report this time: {error}"));
+            if !last {
+                self.report(watch);
             }
         }
         for skipped in self.loader.skipped() {
@@ -293,7 +305,7 @@ impl Run {
         let seen = self.went_wrong(epoch, loss);
         let last = epoch + 1 == self.recipe.train.epochs || seen.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
-        let knn = if measure { self.knn()? } else { None };
+        let knn = if measure { self.knn(epoch, watch)? } else { None };
         let accuracy = if measure { self.accuracy()? } else { None };
         let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
         let report = EpochReport {
@@ -314,6 +326,7 @@ impl Run {
                 "loss": report.loss,
                 "embedding_std": spread.map(|s| s.std),
                 "effective_rank": spread.map(|s| s.effective_rank),
+                "uniformity": spread.map(|s| s.uniformity),
                 "prototypes_used": prototypes_used,
                 "knn": knn,
                 "accuracy": accuracy,
@@ -410,12 +423,27 @@ impl Run {
         Ok(())
     }
 
-    /// kNN accuracy on the held-out images; `None` without any.
-    fn knn(&mut self) -> Result<Option<f64>> {
+    /// kNN accuracy on the held-out images, and the report's pictures; `None` without any.
+    fn knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
         let Some(test) = self.images.test.clone() else { return Ok(None) };
-        let bank = self.features(&self.images.train.clone())?;
-        let queries = self.features(&test)?;
-        eval::knn_accuracy(&bank, &queries, Knn::default(), self.online.device()).map(Some)
+        let train = self.images.train.clone();
+        let (bank, queries) = (self.features(&train)?, self.features(&test)?);
+        let device = self.online.device();
+        let answers =
+            eval::knn_answers(&bank, &queries, Knn::default(), gallery::NEIGHBOURS, device)?;
+        let right = answers.iter().zip(&queries.labels).filter(|(a, label)| a.class == **label);
+        let accuracy = right.count() as f64 / answers.len() as f64;
+        if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
+        {
+            let found =
+                Found { bank: (&*train, &bank), queries: (&*test, &queries), answers: &answers };
+            let views = self.method.views();
+            let written = gallery::write(path, &self.recipe, views, epoch + 1, &found, device);
+            if let Err(error) = written {
+                watch.note(&format!("no pictures this time: {error}"));
+            }
+        }
+        Ok(Some(accuracy))
     }
 
     /// Features of a whole set, some at a time, so that a run can be stopped between.

@@ -40,7 +40,7 @@ mod tests {
     #[test]
     fn thresholds_are_the_recipes() {
         let watch = WatchSettings::default();
-        let spread = |std, effective_rank| Some(Spread { std, effective_rank });
+        let spread = |std, effective_rank| Some(Spread { std, effective_rank, uniformity: 0.0 });
         assert_eq!(collapse(&watch, spread(0.3, 2.0), Some(9.0)), None);
         assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
         assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));

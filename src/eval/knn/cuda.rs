@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Knn, classes_of, count, inverse_norms, to_unit};
+use super::{inverse_norms, to_unit};
 use crate::device::Device;
 use crate::device::cuda::{self, Launch};
 use crate::error::Result;
@@ -19,35 +19,29 @@ const COLUMNS: usize = 16384;
 const TILE: usize = 64;
 const THREADS: [usize; 3] = [256, 1, 1];
 
-/// Queries that are right under each setting. Waits for the GPU.
-pub(super) fn hits(
+/// What `each` makes of every query's `k` nearest. Waits for the GPU.
+pub(super) fn search<R: Send>(
     bank: &Features,
     queries: &Features,
     k: usize,
-    settings: &[Knn],
     device: &Device,
-) -> Result<Vec<usize>> {
-    let (bank_rows, classes) = (unit_rows(&bank.values, bank.d, device), classes_of(bank));
-    let mut hits = vec![0; settings.len()];
-    let chunks = queries.values.chunks(QUERIES * bank.d);
-    for (rows, truth) in chunks.zip(queries.labels.chunks(QUERIES)) {
+    each: impl Fn(&[(f32, u32)], usize) -> R + Sync,
+) -> Result<Vec<R>> {
+    let bank_rows = unit_rows(&bank.values, bank.d, device);
+    let mut all = Vec::with_capacity(queries.labels.len());
+    for (chunk, rows) in queries.values.chunks(QUERIES * bank.d).enumerate() {
         let (values, indices) = nearest(&bank_rows, &unit_rows(rows, bank.d, device), k);
         let (values, indices) = (values.to_vec::<f32>(), indices.to_vec::<i32>());
         device.check()?; // after a failure they are no neighbours
-        let of_row = |((values, indices), &truth): ((&[f32], &[i32]), &u32)| {
-            let label = |(&similar, &index): (&f32, &i32)| (similar, bank.labels[index as usize]);
-            let neighbours: Vec<(f32, u32)> = values.iter().zip(indices).map(label).collect();
-            let mut hits = vec![0; settings.len()];
-            count(&mut hits, &neighbours, truth, settings, classes);
-            hits
+        let of_row = |(row, (values, indices)): (usize, (&[f32], &[i32]))| {
+            let both = values.iter().zip(indices);
+            let neighbours: Vec<(f32, u32)> = both.map(|(&s, &index)| (s, index as u32)).collect();
+            each(&neighbours, chunk * QUERIES + row)
         };
-        let rows = values.par_chunks(k).zip(indices.par_chunks(k)).zip(truth);
-        let found: Vec<Vec<usize>> = device.run(|| rows.map(of_row).collect());
-        for row in found {
-            hits.iter_mut().zip(row).for_each(|(hits, hit)| *hits += hit);
-        }
+        let rows = values.par_chunks(k).zip(indices.par_chunks(k)).enumerate();
+        all.extend(device.run(|| rows.map(of_row).collect::<Vec<R>>()));
     }
-    Ok(hits)
+    Ok(all)
 }
 
 /// Rows `[n, d]` on the GPU, each of unit length; on the host they are scaled in chunks.

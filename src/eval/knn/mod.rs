@@ -34,6 +34,15 @@ impl Default for Knn {
 const QUERIES: usize = 64;
 const BANK: usize = 1024;
 
+/// What a vote answers for one query.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The class.
+    pub class: u32,
+    /// Its nearest bank images, best first: the cosine, and the row in the bank.
+    pub nearest: Vec<(f32, u32)>,
+}
+
 /// The share, in `0..=1`, of `queries` whose weighted vote among `bank` is their own class. Ties go to the lower class, equal
 /// similarities to the earlier bank image.
 ///
@@ -59,73 +68,100 @@ pub fn accuracies(
     settings: &[Knn],
     device: &Device,
 ) -> Result<Vec<f64>> {
+    assert!(settings.iter().all(|s| s.k > 0 && s.temperature > 0.0), "knn: {settings:?}");
+    let k = settings.iter().map(|s| s.k).max().expect("knn: no settings");
+    let classes = classes_of(bank);
+    let right = search(bank, queries, k, device, |neighbours, query| {
+        let vote = |setting| vote(neighbours, bank, classes, setting) == queries.labels[query];
+        settings.iter().map(vote).collect::<Vec<bool>>()
+    })?;
+    let share = |i: usize| right.iter().filter(|right| right[i]).count() as f64;
+    Ok((0..settings.len()).map(|i| share(i) / right.len() as f64).collect())
+}
+
+/// The vote's answer for each query, with the `keep` nearest images (at most `knn.k`).
+///
+/// # Errors
+/// When the device fails.
+///
+/// # Panics
+/// As [`accuracy`].
+pub fn answers(
+    bank: &Features,
+    queries: &Features,
+    knn: Knn,
+    keep: usize,
+    device: &Device,
+) -> Result<Vec<Answer>> {
+    assert!(knn.k > 0 && knn.temperature > 0.0, "knn: {knn:?}");
+    let classes = classes_of(bank);
+    search(bank, queries, knn.k, device, |neighbours, _| Answer {
+        class: vote(neighbours, bank, classes, &knn),
+        nearest: neighbours.iter().take(keep).copied().collect(),
+    })
+}
+
+/// What `each` makes of every query's `k` nearest, best first, and the query's place.
+fn search<R: Send>(
+    bank: &Features,
+    queries: &Features,
+    k: usize,
+    device: &Device,
+    each: impl Fn(&[(f32, u32)], usize) -> R + Sync,
+) -> Result<Vec<R>> {
     assert_eq!(bank.d, queries.d, "knn: features of different sizes");
     assert!(!bank.labels.is_empty() && !queries.labels.is_empty(), "knn: an empty set");
     assert!(bank.d > 0, "knn: no features");
-    assert!(settings.iter().all(|s| s.k > 0 && s.temperature > 0.0), "knn: {settings:?}");
-    let k = settings.iter().map(|s| s.k).max().expect("knn: no settings").min(bank.labels.len());
-    let hits = match device.kind() {
+    let k = k.min(bank.labels.len());
+    match device.kind() {
         // More neighbours than the kernels sort: rare enough for the host.
-        DeviceKind::Cuda if k <= cuda::K_MAX => cuda::hits(bank, queries, k, settings, device)?,
-        _ => device.run(|| hits(bank, queries, k, settings)),
-    };
-    Ok(hits.into_iter().map(|hits| hits as f64 / queries.labels.len() as f64).collect())
+        DeviceKind::Cuda if k <= cuda::K_MAX => cuda::search(bank, queries, k, device, &each),
+        _ => Ok(device.run(|| search_on_host(bank, queries, k, &each))),
+    }
 }
 
-/// Queries that are right under each setting.
-fn hits(bank: &Features, queries: &Features, k: usize, settings: &[Knn]) -> Vec<usize> {
+fn search_on_host<R: Send>(
+    bank: &Features,
+    queries: &Features,
+    k: usize,
+    each: impl Fn(&[(f32, u32)], usize) -> R + Sync,
+) -> Vec<R> {
     let (n, d, scales) = (bank.labels.len(), bank.d, inverse_norms(&bank.values, bank.d));
-    let classes = classes_of(bank);
-    let of_chunk = |(rows, truth): (&[f32], &[u32])| {
+    let of_chunk = |(chunk, rows): (usize, &[f32])| {
         let (mut rows, mut block) = (rows.to_vec(), Vec::new());
         let own_scales = inverse_norms(&rows, d);
         to_unit(&mut rows, d, &own_scales);
-        let mut best: Vec<Best> = truth.iter().map(|_| Best::new(k)).collect();
-        let mut similar = vec![0.0; truth.len() * BANK];
+        let count = rows.len() / d;
+        let mut best: Vec<Best> = (0..count).map(|_| Best::new(k)).collect();
+        let mut similar = vec![0.0; count * BANK];
         for first in (0..n).step_by(BANK) {
             let columns = BANK.min(n - first);
             block.clear();
             block.extend_from_slice(&bank.values[first * d..][..columns * d]);
             to_unit(&mut block, d, &scales[first..]);
-            let similar = &mut similar[..truth.len() * columns];
+            let similar = &mut similar[..count * columns];
             let all = Matrix::new(&block, columns, d).transposed();
-            product_alone(similar, Matrix::new(&rows, truth.len(), d), all, false);
+            product_alone(similar, Matrix::new(&rows, count, d), all, false);
             for (best, similar) in best.iter_mut().zip(similar.chunks_exact(columns)) {
                 similar.iter().zip(first as u32..).for_each(|(&s, index)| best.show(s, index));
             }
         }
-        let neighbours = best.into_iter().map(Best::sorted);
-        let mut hits = vec![0; settings.len()];
-        for (neighbours, &truth) in neighbours.zip(truth) {
-            let of = |&(similar, index): &(f32, u32)| (similar, bank.labels[index as usize]);
-            let neighbours: Vec<(f32, u32)> = neighbours.iter().map(of).collect();
-            count(&mut hits, &neighbours, truth, settings, classes);
-        }
-        hits
+        let queries = best.into_iter().zip(chunk * QUERIES..);
+        queries.map(|(best, query)| each(&best.sorted(), query)).collect::<Vec<R>>()
     };
-    let sum = |a: Vec<usize>, b: Vec<usize>| a.iter().zip(b).map(|(a, b)| a + b).collect();
-    let rows = queries.values.par_chunks(QUERIES * d);
-    let chunks = rows.zip(queries.labels.par_chunks(QUERIES));
-    chunks.map(of_chunk).reduce(|| vec![0; settings.len()], sum)
+    let chunks: Vec<Vec<R>> =
+        queries.values.par_chunks(QUERIES * d).enumerate().map(of_chunk).collect();
+    chunks.into_iter().flatten().collect()
 }
 
-/// Adds a query to the hits of the settings under which its neighbours `(similarity, class)`, best first, vote for `truth`.
-fn count(
-    hits: &mut [usize],
-    neighbours: &[(f32, u32)],
-    truth: u32,
-    settings: &[Knn],
-    classes: usize,
-) {
+/// The class for which the nearest `setting.k` of `neighbours`, best first, vote.
+fn vote(neighbours: &[(f32, u32)], bank: &Features, classes: usize, setting: &Knn) -> u32 {
     let mut votes = vec![0.0; classes];
-    for (hits, setting) in hits.iter_mut().zip(settings) {
-        votes.fill(0.0);
-        for &(similar, class) in neighbours.iter().take(setting.k) {
-            votes[class as usize] += (f64::from(similar) / setting.temperature).exp();
-        }
-        let best = (0..classes).fold(0, |best, c| if votes[c] > votes[best] { c } else { best });
-        *hits += usize::from(best as u32 == truth);
+    for &(similar, row) in neighbours.iter().take(setting.k) {
+        votes[bank.labels[row as usize] as usize] +=
+            (f64::from(similar) / setting.temperature).exp();
     }
+    (0..classes).fold(0, |best, c| if votes[c] > votes[best] { c } else { best }) as u32
 }
 
 fn classes_of(bank: &Features) -> usize {
@@ -208,6 +244,10 @@ mod tests {
         let grid = [knn(4, 0.1), knn(4, 1e6), knn(1, 1e6), knn(9, 0.1)];
         assert_eq!(accuracies(&bank, &queries, &grid, &device).unwrap(), [1.0, 0.5, 1.0, 1.0]);
         assert_eq!(accuracy(&bank, &queries, grid[1], &device).unwrap(), 0.5);
+        let told = answers(&bank, &queries, grid[1], 2, &device).unwrap();
+        let rows = |answer: &Answer| answer.nearest.iter().map(|&(_, row)| row).collect::<Vec<_>>();
+        assert_eq!((told[0].class, rows(&told[0])), (1, vec![0, 2]));
+        assert_eq!((told[1].class, rows(&told[1])), (1, vec![1, 2]));
     }
 
     #[test]

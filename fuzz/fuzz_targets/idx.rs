@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "../../tests/suite/outside.rs"]
+mod outside;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| outside::idx(bytes));

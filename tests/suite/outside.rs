@@ -1,0 +1,157 @@
+//! Bytes from outside: each parser takes any, and answers with a value or an error. `fuzz/` feeds these functions; the
+//! suite replays the small corpus in `tests/corpus/`, in which every input that once did harm stays.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, OnceLock};
+
+use selfsup::arena::Arena;
+use selfsup::data::{self, Cifar, Folder, Idx, Image, Source, Split, fashion_scattered};
+use selfsup::device::Device;
+use selfsup::methods::{self, Recipe};
+use selfsup::train::{self, Paused};
+use tempfile::TempDir;
+
+/// The parsers by name, which is their folder's in `tests/corpus/`.
+pub const PARSERS: [(&str, fn(&[u8])); 8] = [
+    ("checkpoint", checkpoint),
+    ("cifar", cifar),
+    ("idx", idx),
+    ("image", image),
+    ("labels", labels),
+    ("metrics", metrics),
+    ("recipe", recipe),
+    ("weights", weights),
+];
+
+/// A folder with files of these names and contents.
+fn holding(files: &[(&str, &[u8])]) -> TempDir {
+    let folder = tempfile::tempdir().expect("a place for files");
+    for (name, bytes) in files {
+        fs::write(folder.path().join(name), bytes).expect("a temporary file");
+    }
+    folder
+}
+
+/// The settings of a network that costs little.
+fn small() -> Recipe {
+    let settings = ["network.width=2", "method.hidden=4", "method.embedding=4"];
+    Recipe::load("demo", &settings.map(str::to_owned)).expect("a built-in recipe")
+}
+
+fn arena() -> &'static Mutex<Arena> {
+    static ARENA: OnceLock<Mutex<Arena>> = OnceLock::new();
+    ARENA.get_or_init(|| {
+        let method = methods::build(&small()).expect("a built-in recipe");
+        Mutex::new(Arena::new(method.layout(), &Device::cpu(1).expect("a processor"), 1))
+    })
+}
+
+/// Every image of a set that is one, and its size.
+fn read_all(source: &dyn Source) {
+    let mut image = Image::default();
+    for index in 0..source.len().min(4) {
+        let told = source.size(index);
+        if source.read(index, &mut image).is_ok() {
+            assert_eq!(image.pixels.len(), image.width * image.height * 3);
+            assert_eq!(told.expect("the size of what can be read"), [image.width, image.height]);
+        }
+    }
+}
+
+/// A JPEG or PNG file.
+pub fn image(bytes: &[u8]) {
+    let folder = holding(&[("a.jpg", bytes)]);
+    read_all(&Folder::open(folder.path()).expect("a folder with a file"));
+}
+
+/// A set of idx files: images, and labels after them; the first byte says how long those are.
+pub fn idx(bytes: &[u8]) {
+    let Some((&labels, bytes)) = bytes.split_first() else { return };
+    let (images, labels) = bytes.split_at(bytes.len().saturating_sub(labels.into()));
+    let named = |name| Path::new(name);
+    for labels in [None, Some((named("labels"), labels))] {
+        if let Ok(set) = Idx::from_bytes((named("images"), images), labels) {
+            read_all(&set);
+        }
+    }
+}
+
+/// A CIFAR-10 batch, or a CIFAR-100 one, and the names of its classes.
+pub fn cifar(bytes: &[u8]) {
+    for files in [["test_batch.bin", "batches.meta.txt"], ["test.bin", "fine_label_names.txt"]] {
+        let folder = holding(&files.map(|name| (name, bytes)));
+        if let Ok(set) = Cifar::open(folder.path(), Split::Test) {
+            read_all(&set);
+        }
+    }
+}
+
+/// A list of labelled images.
+pub fn labels(bytes: &[u8]) {
+    static SET: OnceLock<Idx> = OnceLock::new();
+    let set = SET.get_or_init(|| fashion_scattered(Split::Test));
+    let folder = holding(&[("list.txt", bytes)]);
+    if let Ok(chosen) = data::labelled(set, &folder.path().join("list.txt").to_string_lossy()) {
+        assert!(chosen.is_sorted() && chosen.iter().all(|&i| (i as usize) < set.len()));
+    }
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && text.trim().ends_with('%')
+    {
+        let _ = data::labelled(set, text);
+    }
+}
+
+/// A recipe, and a setting on top of one.
+pub fn recipe(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    for recipe in [Recipe::parse(text, "recipe.toml", &[]), small().with(&[text.to_owned()])] {
+        let Ok(recipe) = recipe else { continue };
+        let again = Recipe::parse(&recipe.to_toml(), "again", &[]);
+        assert_eq!(again.expect("what a recipe writes").to_toml(), recipe.to_toml());
+        let _ = methods::build(&recipe).map(|method| recipe.policies(method.views()));
+    }
+}
+
+/// Weights: to start from, to load, and as what they were exported from.
+pub fn weights(bytes: &[u8]) {
+    let folder = holding(&[("w.safetensors", bytes)]);
+    let file = folder.path().join("w.safetensors");
+    let mut arena = arena().lock().expect("no panic before");
+    let _ = train::init_weights(&file, &mut arena);
+    let _ = train::load_weights(&file, &mut arena);
+    let _ = train::recipe_in(&file, &[]);
+}
+
+/// The newest checkpoint of a run that is to go on.
+pub fn checkpoint(bytes: &[u8]) {
+    let recipe = small().to_toml();
+    let files = [("recipe.toml", recipe.as_bytes()), ("step-00000001.safetensors", bytes)];
+    let folder = holding(&files);
+    let _ = Paused::open(folder.path(), &[]).map(|paused| paused.recipe().to_toml());
+}
+
+/// What a run wrote for its report.
+pub fn metrics(bytes: &[u8]) {
+    for name in ["metrics.jsonl", "gallery.json"] {
+        let recipe = small().to_toml();
+        let mut files = vec![("recipe.toml", recipe.as_bytes()), (name, bytes)];
+        if name != "metrics.jsonl" {
+            files.push(("metrics.jsonl", b""));
+        }
+        let _ = train::report(&[holding(&files).path()]);
+    }
+}
+
+#[test]
+fn what_once_did_harm_is_answered() {
+    for (name, parser) in PARSERS {
+        let folder = Path::new("tests/corpus").join(name);
+        let mut inputs = 0;
+        for entry in fs::read_dir(&folder).expect("a folder for each parser") {
+            parser(&fs::read(entry.unwrap().path()).unwrap());
+            inputs += 1;
+        }
+        assert!(inputs >= 3, "{}: {inputs} inputs", folder.display());
+    }
+}
