@@ -1,5 +1,6 @@
 #![no_main]
 
+#[allow(dead_code)]
 #[path = "../../tests/suite/outside.rs"]
 mod outside;
 

@@ -115,7 +115,7 @@ pub struct Byol {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     momentum_in_range(settings.momentum, "momentum")?;
     above_zero(settings.hidden as f64, "hidden")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;

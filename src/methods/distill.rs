@@ -60,7 +60,7 @@ pub struct Distill {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     settings.student.check()?;
     settings.teacher.network.check()?;

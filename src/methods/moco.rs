@@ -139,7 +139,7 @@ struct Own {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     momentum_in_range(settings.momentum, "momentum")?;
     momentum_in_range(settings.bank_momentum, "bank_momentum")?;

@@ -42,6 +42,7 @@ pub mod simclr_v2;
 pub mod simsiam;
 pub mod supervised;
 pub mod swav;
+mod table;
 
 use std::path::PathBuf;
 use std::sync::Arc;

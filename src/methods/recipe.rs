@@ -1,10 +1,8 @@
 //! Recipes: everything that decides a run, as one TOML file.
 
-use std::path::Path;
+use serde::{Deserialize, Serialize};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-
-use super::builtin::{builtin, builtin_names};
+use super::table::{self, parsed, set, table_of};
 use crate::data::Policy;
 use crate::device::Precision;
 use crate::error::{Error, Result};
@@ -211,7 +209,8 @@ impl Recipe {
         for setting in settings {
             set(&mut table, setting)?;
         }
-        let recipe: Self = self::table(&table, "")?;
+        table::check_sizes(&table)?;
+        let recipe: Self = table::read(&table, "")?;
         recipe.check()?;
         Ok(recipe)
     }
@@ -292,155 +291,10 @@ impl Recipe {
     }
 }
 
-fn read(name: &str) -> Result<String> {
-    if !Path::new(name).exists() {
-        let known = builtin_names().collect::<Vec<_>>().join(", ");
-        return Err(Error::Config(format!(
-            "there is no recipe file {name}, nor a built-in recipe of that name; built in are: {known}"
-        )));
-    }
-    std::fs::read_to_string(name).map_err(Error::io(name))
-}
-
-/// Bases of bases: more are a circle.
-const DEEPEST: usize = 4;
-
-/// The table of a recipe file or a built-in recipe, on top of its base's.
-fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
-    let text = match builtin(name) {
-        Some(text) => text.to_owned(),
-        None => read(name)?,
-    };
-    let mut table = parsed(&text, name)?;
-    let Some(base) = table.remove("base") else { return Ok(table) };
-    let Some(base) = base.as_str().filter(|_| depth < DEEPEST) else {
-        return Err(Error::Config(format!(
-            "recipe {name}: base must be another recipe's name or file, not {base}"
-        )));
-    };
-    let mut whole = table_of(base, depth + 1)?;
-    merge(&mut whole, table);
-    Ok(whole)
-}
-
-fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
-    text.parse().map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))
-}
-
-/// Tables of which one key is chosen: another choice replaces it.
-const CHOICES: [&str; 2] = ["rule", "decay"];
-
-/// Puts what differs on top of a base. A table on top of an array of tables goes on top of each.
-fn merge(base: &mut toml::Table, over: toml::Table) {
-    use toml::Value::{Array, Table};
-    for (key, value) in over {
-        match (base.get_mut(&key), value) {
-            (Some(Table(inner)), Table(over)) => {
-                if CHOICES.contains(&&*key) && !over.keys().all(|k| inner.contains_key(k)) {
-                    inner.clear();
-                }
-                merge(inner, over);
-            }
-            (Some(Array(items)), Table(over)) => {
-                for item in items.iter_mut().filter_map(toml::Value::as_table_mut) {
-                    merge(item, over.clone());
-                }
-            }
-            (_, value) => drop(base.insert(key, value)),
-        }
-    }
-}
-
-/// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
-fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
-    let malformed = || {
-        Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
-    };
-    let (path, value) = setting.split_once('=').ok_or_else(malformed)?;
-    let value = format!("v = {value}").parse::<toml::Table>().map_or_else(
-        |_| toml::Value::String(value.into()),
-        |mut t| t.remove("v").expect("set above"),
-    );
-    let keys: Vec<&str> = path.trim().split('.').collect();
-    let (last, parents) = keys.split_last().expect("split gives at least one");
-    // `augment.flip=0` reaches every table of an array, `augment.1.flip=0` one.
-    fn walk(at: &mut toml::Value, path: &[&str], last: &str, value: &toml::Value) -> Option<()> {
-        match (at, path) {
-            (toml::Value::Array(items), [index, rest @ ..]) if index.parse::<usize>().is_ok() => {
-                walk(items.get_mut(index.parse::<usize>().ok()?)?, rest, last, value)
-            }
-            (toml::Value::Array(items), path) => {
-                items.iter_mut().try_for_each(|item| walk(item, path, last, value))
-            }
-            (toml::Value::Table(table), [key, rest @ ..]) => {
-                let inner = table.entry(*key).or_insert(toml::Value::Table(toml::Table::new()));
-                walk(inner, rest, last, value)
-            }
-            (toml::Value::Table(table), []) => {
-                table.insert(last.into(), value.clone());
-                Some(())
-            }
-            _ => None,
-        }
-    }
-    let mut root = toml::Value::Table(std::mem::take(table));
-    let done = walk(&mut root, parents, last, &value);
-    if let toml::Value::Table(root) = root {
-        *table = root;
-    }
-    done.ok_or_else(|| Error::config(format!("--set {setting}: the recipe has no table there")))
-}
-
-/// Reads a table, answering an unknown key with the nearest known one. `place` is the table's own name.
-pub(super) fn table<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Result<T> {
-    T::deserialize(table.clone()).map_err(|error| {
-        let message = one_line(&error);
-        let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
-        Error::Config(format!("recipe: {place}{message}{}", nearest(&message)))
-    })
-}
-
-/// What an error of `toml` says in one line, without its drawing of the place: `|`, `1 | seed =`, `  |   ^`.
-fn one_line(error: &toml::de::Error) -> String {
-    let text = error.to_string();
-    let drawn = |line: &str| {
-        line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start().starts_with('|')
-    };
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !drawn(line));
-    lines.collect::<Vec<_>>().join("; ")
-}
-
-/// ` (did you mean …?)` for serde's "unknown field `x`, expected one of `a`, `b`".
-fn nearest(message: &str) -> String {
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    if !message.starts_with("unknown ") {
-        return String::new();
-    }
-    let Some(given) = quoted.next() else { return String::new() };
-    let closest = quoted.min_by_key(|known| distance(given, known));
-    closest
-        .filter(|known| distance(given, known) <= given.len().max(3) / 2 + 1)
-        .map_or(String::new(), |known| format!(" (did you mean `{known}`?)"))
-}
-
-/// Levenshtein's distance.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut corner = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replace = corner + usize::from(x != *y);
-            corner = row[j + 1];
-            row[j + 1] = replace.min(corner + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::methods::builtin_names;
 
     fn message(settings: &[&str]) -> String {
         let settings: Vec<String> = settings.iter().map(|s| s.to_string()).collect();
@@ -452,7 +306,7 @@ mod tests {
         for name in builtin_names() {
             let recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
             super::super::build(&recipe).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let again = table(&recipe.to_toml().parse().unwrap(), "").unwrap();
+            let again = table::read(&recipe.to_toml().parse().unwrap(), "").unwrap();
             assert_eq!(recipe, again, "{name}");
         }
     }

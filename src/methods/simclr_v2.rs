@@ -131,7 +131,7 @@ struct Memory {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     momentum_in_range(settings.momentum, "momentum")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;

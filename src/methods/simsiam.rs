@@ -104,7 +104,7 @@ pub struct SimSiam {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     widths(&[(settings.embedding, "embedding"), (settings.hidden, "hidden")])?;
     if settings.projector_layers == 0 {
         return Err(Error::config("method.projector_layers starts at 1"));

@@ -139,7 +139,7 @@ pub struct Supervised {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     settings.check()?;
     Ok(Box::new(Supervised::new(network, &settings)))
 }

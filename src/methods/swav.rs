@@ -127,7 +127,7 @@ pub struct Swav {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::recipe::table(table, "method")?;
+    let settings: Settings = super::table::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     above_zero(settings.epsilon, "epsilon")?;
     widths(&[

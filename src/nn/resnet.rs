@@ -134,6 +134,12 @@ impl ResNetConfig {
                 "network.width, network.norm_groups and network.bottleneck start at 1",
             ));
         }
+        // 192 is the widest that was published; sizes of what is wider than this would overflow.
+        if self.width > 4096 || self.bottleneck > 64 {
+            return Err(crate::Error::config(
+                "network.width is at most 4096 and network.bottleneck at most 64",
+            ));
+        }
         if self.bottleneck > 1 && (self.depth < 50 || self.selective()) {
             return Err(crate::Error::config(
                 "network.bottleneck needs bottlenecks (network.depth of 50 or more) without selective kernels",

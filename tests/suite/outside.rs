@@ -12,8 +12,10 @@ use selfsup::methods::{self, Recipe};
 use selfsup::train::{self, Paused};
 use tempfile::TempDir;
 
-/// The parsers by name, which is their folder's in `tests/corpus/`.
-pub const PARSERS: [(&str, fn(&[u8])); 8] = [
+/// A parser's name, which is its folder's in `tests/corpus/`, and what is fed.
+type Parser = (&'static str, fn(&[u8]));
+
+const PARSERS: [Parser; 8] = [
     ("checkpoint", checkpoint),
     ("cifar", cifar),
     ("idx", idx),
