@@ -2,6 +2,9 @@
 //!
 //! One request a line on stdin, `32 FOLDER SECONDS THREADS` or `112 FOLDER SECONDS THREADS`, one answer a line on stdout: views
 //! made, seconds, and seconds of CPU of all threads. A pipeline stays open between requests, as the peer's does.
+//!
+//! `read PATH THREADS` opens the training part of a set afresh and reads every image of it once: images, seconds to open it, and
+//! seconds to read and decode them.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -9,8 +12,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use selfsup::data::augment::{Blur, BlurKind, Jitter, Normalise};
-use selfsup::data::{Folder, Image, Loader, Policy, Source};
+use selfsup::data::{self, Folder, Image, Loader, Policy, Source, Split};
 use selfsup::device::Device;
 
 const BATCH: usize = 256;
@@ -76,11 +80,27 @@ fn measure(loader: &mut Loader, seconds: f64) -> (usize, f64, f64) {
     (views, start.elapsed().as_secs_f64(), cpu_seconds() - cpu)
 }
 
+/// Opens and reads a set once.
+fn read(path: &str, threads: usize) -> (usize, f64, f64) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+    let start = Instant::now();
+    let set = data::open(Path::new(path), Split::Train).expect("a set of images");
+    let opened = start.elapsed().as_secs_f64();
+    let read = |image: &mut Image, i| set.read(i, image).expect("a whole image");
+    pool.install(|| (0..set.len()).into_par_iter().for_each_init(Image::default, read));
+    (set.len(), opened, start.elapsed().as_secs_f64() - opened)
+}
+
 fn main() {
     let mut loaders: HashMap<String, Loader> = HashMap::new();
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("stdin");
         let words: Vec<&str> = line.split_whitespace().collect();
+        if let ["read", path, threads] = words[..] {
+            let (images, opened, reading) = read(path, threads.parse().expect("threads"));
+            println!("{images} {opened} {reading}");
+            std::io::stdout().flush().expect("stdout");
+        }
         let [size, folder, seconds, threads] = words[..] else { continue };
         let size = size.parse().expect("32 or 112");
         let threads = threads.parse().expect("a number of threads");

@@ -16,7 +16,7 @@
 //! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
 //! | 2 | [`tensor`] | shape, dtype, memory |
 //! | 1 | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
-//! | 0 | [`error`] | what can go wrong in the world |
+//! | 0 | [`error`], `files` | what can go wrong in the world; files that are written whole or not at all |
 //!
 //! # How the parts meet
 //!
@@ -66,6 +66,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod eval;
+mod files;
 pub mod methods;
 pub mod nn;
 pub mod ops;

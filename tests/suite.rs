@@ -53,6 +53,8 @@ mod networks;
 mod optimizers;
 #[path = "suite/outside.rs"]
 mod outside;
+#[path = "suite/packs.rs"]
+mod packs;
 #[path = "suite/program.rs"]
 mod program;
 #[path = "suite/provoked.rs"]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::device::Name;
+use super::pack::PackArgs;
 use super::study::StudyArgs;
 use crate::data::Split;
 use crate::{eval, train};
@@ -59,6 +60,17 @@ In PyTorch:
 A .npy file has a table of file, label and class beside it (.tsv), in the order of rows; a .safetensors file has `features`
 and `labels`, names and classes as JSON lists in its header.")]
     Embed(Embed),
+    /// Pack a folder of many images into few large files, which list and read faster
+    ///
+    /// The parts train, test and val are packed if there are any, else the folder as one; data.path=DIR then takes the place of
+    /// data.path=FOLDER. Without --size files are copied as they are, or decoded with --raw, and training is the same to
+    /// the bit if no image is broken. Broken images are left out and named at the end.
+    #[command(after_help = "Examples:
+  selfsup pack photos --out photos-packed
+  selfsup pack data/imagenet --size 256 --out data/imagenet-256
+  selfsup pack data/cifar10 --raw --out data/cifar10-raw
+  selfsup train simclr-imagenet --set data.path=data/imagenet-256")]
+    Pack(PackArgs),
     /// Say what a recipe or a run comes to: settings, slots, the graph of a step, memory
     #[command(after_help = "Examples:
   selfsup inspect simclr-cifar10 --set train.batch=1024

@@ -6,6 +6,7 @@ mod device;
 mod eval;
 mod inspect;
 mod interchange;
+mod pack;
 mod progress;
 mod signals;
 mod study;
@@ -32,6 +33,7 @@ pub fn main() -> ExitCode {
         },
         Command::Export(export) => interchange::export(&export),
         Command::Embed(embed) => interchange::embed(&embed),
+        Command::Pack(args) => pack::pack(&args),
         Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => commands::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),

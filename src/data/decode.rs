@@ -17,7 +17,7 @@ use super::source::Image;
 use crate::error::{Error, Result};
 
 /// The most pixels an image may have: Pillow's limit against decompression bombs.
-const PIXEL_LIMIT: usize = 178_956_970;
+pub const PIXEL_LIMIT: usize = 178_956_970;
 
 /// File extensions that are read, in lower case.
 pub const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "jpe", "png"];

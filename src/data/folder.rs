@@ -2,27 +2,20 @@
 //!
 //! Classes are the sub-folders that are not hidden, files the JPEG and PNG files directly in them, both in byte
 //! order of their names, so that indices mean the same everywhere (torchvision's `ImageFolder` sorts alike).
-//! Decoded images are kept in memory up to a budget: a small set of JPEG files is decoded once, not once an
-//! epoch. Floor 5.
+//! Decoded images are kept in memory up to a budget. Floor 5.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::cache::Cache;
 use super::decode::{EXTENSIONS, decode, size};
 use super::source::{Image, Source};
 use crate::error::{Error, Result};
-
-/// Bytes of decoded images kept in memory per folder: CIFAR-10 takes 184 MB of it, Imagenette at 128 pixels 465 MB.
-const CACHE_BUDGET: usize = 1 << 30;
 
 /// Images in files.
 pub struct Folder {
     files: Vec<(PathBuf, u32)>,
     classes: Vec<String>,
-    /// One per file; set once, on the first read, while the budget lasts.
-    cache: Vec<OnceLock<Image>>,
-    budget_left: AtomicUsize,
+    cache: Cache,
 }
 
 impl Folder {
@@ -62,30 +55,24 @@ impl Folder {
                 classes.push(file_name(&folder));
             }
         }
-        let cache = files.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { files, classes, cache, budget_left: AtomicUsize::new(CACHE_BUDGET) })
+        let cache = Cache::new(files.len());
+        Ok(Self { files, classes, cache })
     }
 
     /// Sets how many bytes of decoded images are kept in memory (1 GiB unless said otherwise); 0 keeps none.
     pub fn with_cache(mut self, bytes: usize) -> Self {
-        self.budget_left = AtomicUsize::new(bytes);
+        self.cache.limit(bytes);
         self
     }
 
-    /// Keeps a copy of a decoded image if there is room for it.
-    fn keep(&self, index: usize, image: &Image) {
-        let size = image.pixels.len();
-        let taken = self
-            .budget_left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(size));
-        // Two threads may have decoded the same image: the second gives its share of the budget back.
-        if taken.is_ok() && self.cache[index].set(image.clone()).is_err() {
-            self.budget_left.fetch_add(size, Ordering::Relaxed);
-        }
+    /// The file of image `index`.
+    pub(super) fn file(&self, index: usize) -> &Path {
+        &self.files[index].0
     }
 }
 
-fn file_name(path: &Path) -> String {
+/// The last part of a path.
+pub(super) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
@@ -121,19 +108,19 @@ impl Source for Folder {
     }
 
     fn read(&self, index: usize, into: &mut Image) -> Result<()> {
-        if let Some(kept) = self.cache[index].get() {
+        if let Some(kept) = self.cache.get(index) {
             into.clone_from(kept);
             return Ok(());
         }
         let path = &self.files[index].0;
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         decode(path, &bytes, into)?;
-        self.keep(index, into);
+        self.cache.keep(index, into);
         Ok(())
     }
 
     fn size(&self, index: usize) -> Result<[usize; 2]> {
-        if let Some(kept) = self.cache[index].get() {
+        if let Some(kept) = self.cache.get(index) {
             return Ok([kept.width, kept.height]);
         }
         let path = &self.files[index].0;

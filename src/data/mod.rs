@@ -7,6 +7,7 @@
 //! Nothing here knows of networks or methods. Floor 5.
 
 pub mod augment;
+mod cache;
 mod cifar;
 mod decode;
 mod evaluation;
@@ -17,6 +18,7 @@ mod loader;
 mod on_gpu;
 mod open;
 mod order;
+mod pack;
 mod plan;
 mod rows;
 mod source;
@@ -29,4 +31,5 @@ pub use idx::{Idx, fashion_scattered};
 pub use labels::{labelled, labels_of, of_each_class};
 pub use loader::{Batch, Loader, Skipped};
 pub use open::open;
+pub use pack::{Pack, PackSettings, Packed, Stored, pack};
 pub use source::{Image, Source, Split, Subset};

@@ -5,19 +5,20 @@ use std::path::Path;
 use super::cifar::Cifar;
 use super::folder::Folder;
 use super::idx::Idx;
+use super::pack::Pack;
 use super::source::{Source, Split};
 use crate::error::{Error, Result};
 
 /// Names of the folders that hold a split.
-fn folders(split: Split) -> &'static [&'static str] {
+pub(super) fn folders(split: Split) -> &'static [&'static str] {
     match split {
         Split::Train => &["train"],
         Split::Test => &["test", "val"],
     }
 }
 
-/// The images of a split at `path`: CIFAR-10 or CIFAR-100 binary files, idx files, a folder with `train/` and
-/// `test/` (or `val/`) in it, or a folder of images without labels, which is its own training set.
+/// The images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder with
+/// `train/` and `test/` (or `val/`) in it, or a folder of images without labels, which is its own training set.
 ///
 /// # Errors
 /// When nothing is there, nothing is recognised, the split is missing, or what is recognised is damaged.
@@ -27,6 +28,9 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     }
     if !path.is_dir() {
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
+    }
+    if Pack::is_at(path) {
+        return Ok(Box::new(Pack::open(path, split)?));
     }
     if Cifar::is_at(path) {
         return Ok(Box::new(Cifar::open(path, split)?));
@@ -64,7 +68,7 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
 fn not_recognised(path: &Path, what: &str) -> Error {
     let reason = format!(
         "{what}; recognised are: a folder with train/ and test/ (or val/), each with a folder of JPEG or PNG files per class; \
-         the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
+         what `selfsup pack` wrote; the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
          a folder of class folders, or of images without labels (train part only)"
     );
     Error::format(path, reason)

@@ -40,7 +40,8 @@ impl Images {
         }
         let test = match open(Split::Test, settings.test_limit) {
             Ok(test) => Some(test),
-            Err(Error::Format { .. }) => None, // a set without a held-out part trains all the same
+            // A set without a held-out part trains all the same; one of which a file is damaged does not.
+            Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => None,
             Err(error) => return Err(error),
         };
         Ok(Self { train, test })

@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use selfsup::data::{PackSettings, Stored, pack};
 use selfsup::device::Device;
 use selfsup::methods::{Recipe, builtin_names};
 use selfsup::train::{EpochReport, Run, StepReport, Watch};
@@ -113,6 +114,14 @@ fn prepare(root: &Path) {
     }
     (0..16).for_each(|i| write(&format!("mixed/good-{i}.jpg"), &colour));
     (0..9).for_each(|i| write(&format!("nine/{i}.jpg"), &colour));
+    let stored = Stored::Files { quality: 95 };
+    let settings = PackSettings { size: None, stored, file_bytes: 1 << 20 };
+    pack(&root.join("nine"), &root.join("packed"), &settings, |_, _| ()).unwrap();
+    let packed = std::fs::read(root.join("packed/train-00000.pack")).unwrap();
+    write("cut/train-00000.pack", &packed[..packed.len() - 5]);
+    write("alien/train-00000.pack", &[b' '; 99]);
+    write("gap/train-00001.pack", &packed);
+    write("future/train-00000.pack", &[&packed[..8], &[2], &packed[9..]].concat());
 }
 
 fn with_tiny<'a>(words: &[&'a str]) -> Vec<&'a str> {
@@ -145,6 +154,13 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
     let less = format!(
         "less/metrics.jsonl: has 0 bytes; the checkpoint was written after {}",
         metrics.find("{\"stopped\"").expect("why it stopped")
+    );
+    let packed = std::fs::read(root.join("packed/train-00000.pack")).unwrap();
+    let index_at = u64::from_le_bytes(packed[40..48].try_into().unwrap()) as usize;
+    let cut = format!(
+        "cut/train-00000.pack: is no whole file of packed images: its header announces an index of {} bytes at {index_at}, and it has {} bytes: copy the set again, or pack the images again",
+        packed.len() - index_at,
+        packed.len() - 5
     );
     let init = |file: &'static str| ["train", "demo", "--out", "new", "--set", file];
     let cases: &[(&[&str], i32, &str)] = &[
@@ -198,6 +214,42 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
             ],
             2,
             "an image has class 9, and method.classes is 3: supervised training needs a labelled set",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=alien"],
+            1,
+            "alien/train-00000.pack: is no whole file of packed images: it does not begin as one: copy the set again, or pack the images again",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=future"],
+            1,
+            "future/train-00000.pack: has format 2, and this program reads 1: read it with the one that wrote it, or pack the images again",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=gap"],
+            1,
+            "gap/train-00000.pack: is missing: copy the set again, or pack the images again",
+        ),
+        (&["train", "demo", "--set", "data.path=cut"], 1, &cut),
+        (
+            &["pack", "nine", "--out", "packed"],
+            1,
+            "packed: is not empty: choose another folder to pack into, or empty it",
+        ),
+        (
+            &["pack", "nine", "--out", "bad.toml"],
+            1,
+            "bad.toml: is a file: choose another folder to pack into",
+        ),
+        (
+            &["pack", "nowhere", "--out", "new"],
+            1,
+            "nowhere: no such folder: check the path of the images",
+        ),
+        (
+            &["pack", "broken", "--out", "new"],
+            1,
+            "broken: none of its 5 images can be read; the first: broken/bomb.jpg: has 65535 x 65535 pixels; the limit is 178956970 in all",
         ),
         (
             &["train", "demo", "--set", "method.name=simcrl"],
@@ -358,6 +410,8 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (&["train", "demo", "--device", "gpu"][..], "a device is cpu, cuda or cuda:N, from 0"),
         (&["train", "demo", "--set", "train.precision=fp8"], "unknown variant `fp8`"),
         (&["eval", "knn", "run", "--k", "0"], "0 is not in 1.."),
+        (&["pack", "nine", "--out", "x", "--quality", "80"], "not provided"),
+        (&["pack", "nine", "--out", "x", "--raw", "--quality", "80"], "cannot be used with"),
         (&["train"], "the following required arguments were not provided"),
         (&["train", "demo", "--resume", "run"], "cannot be used with"),
         (&["fly"], "unrecognized subcommand 'fly'"),

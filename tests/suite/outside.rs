@@ -15,13 +15,14 @@ use tempfile::TempDir;
 /// A parser's name, which is its folder's in `tests/corpus/`, and what is fed.
 type Parser = (&'static str, fn(&[u8]));
 
-const PARSERS: [Parser; 8] = [
+const PARSERS: [Parser; 9] = [
     ("checkpoint", checkpoint),
     ("cifar", cifar),
     ("idx", idx),
     ("image", image),
     ("labels", labels),
     ("metrics", metrics),
+    ("pack", pack),
     ("recipe", recipe),
     ("weights", weights),
 ];
@@ -101,6 +102,24 @@ pub fn labels(bytes: &[u8]) {
         && text.trim().ends_with('%')
     {
         let _ = data::labelled(set, text);
+    }
+}
+
+/// A file of packed images: as it is, and with the checksums that it should have, so that what is behind them is reached.
+pub fn pack(bytes: &[u8]) {
+    let mut fits = bytes.to_vec();
+    if let Some((header, rest)) = fits.split_at_mut_checked(64) {
+        let at = u64::from_le_bytes(header[40..48].try_into().expect("8 bytes")).wrapping_sub(64);
+        let index = rest.get(at.try_into().unwrap_or(usize::MAX)..).unwrap_or_default();
+        header[20..24].copy_from_slice(&crc32fast::hash(index).to_le_bytes());
+        let crc = crc32fast::hash(&header[..60]);
+        header[60..].copy_from_slice(&crc.to_le_bytes());
+    }
+    for bytes in [bytes, &fits] {
+        let folder = holding(&[("train-00000.pack", bytes)]);
+        if let Ok(set) = data::open(folder.path(), Split::Train) {
+            read_all(&*set);
+        }
     }
 }
 

@@ -22,4 +22,5 @@ pub use cuda::apply_on_gpu;
 pub(super) use cuda::{MOST_SHRINKING, Maker};
 pub use params::{ColourOp, CropBox, JitterParams, Params};
 pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Solarise};
+pub(super) use resize::{Buffers, Resize};
 pub(super) use view::{View, taps};

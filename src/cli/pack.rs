@@ -1,0 +1,60 @@
+//! `selfsup pack`: a folder of images into few large files.
+
+use std::path::PathBuf;
+
+use clap::Args as Arguments;
+use indicatif::ProgressBar;
+
+use super::{on_terminal, say, talk};
+use crate::data::{self, PackSettings, Stored};
+use crate::error::Result;
+
+#[derive(Debug, Arguments)]
+pub(super) struct PackArgs {
+    /// A folder of JPEG and PNG files, as data.path takes it
+    folder: PathBuf,
+    /// Where to: a folder that is empty, or is made
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Make larger images smaller, so that the shorter side has this many pixels
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=65_535))]
+    size: Option<u32>,
+    /// Store pixels, not JPEG: larger files, and nothing to decode while training
+    #[arg(long)]
+    raw: bool,
+    /// JPEG quality of images that were made smaller, 1 to 100
+    #[arg(long, value_name = "Q", default_value_t = 95, conflicts_with = "raw", requires = "size",
+        value_parser = clap::value_parser!(u8).range(1..=100))]
+    quality: u8,
+    /// Begin another file after this many MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    shard_mib: u32,
+}
+
+pub(super) fn pack(args: &PackArgs) -> Result<()> {
+    let stored = if args.raw { Stored::Raw } else { Stored::Files { quality: args.quality } };
+    let settings = PackSettings {
+        size: args.size.map(|size| size as usize),
+        stored,
+        file_bytes: u64::from(args.shard_mib) << 20,
+    };
+    let bar = on_terminal().then(|| ProgressBar::new(0));
+    let packed = data::pack(&args.folder, &args.out, &settings, |done, total| {
+        if let Some(bar) = &bar {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        }
+    });
+    bar.iter().for_each(ProgressBar::finish_and_clear);
+    let packed = packed?;
+    talk(&format!(
+        "{} images in {} files, {:.1} MiB",
+        packed.images,
+        packed.files.len(),
+        packed.bytes as f64 / f64::from(1 << 20)
+    ));
+    for skipped in &packed.skipped {
+        talk(&format!("left out: {}", skipped.reason));
+    }
+    say(&args.out.display().to_string())
+}

@@ -1,0 +1,368 @@
+//! What a file of packed images looks like.
+//!
+//! A set is `PART-00000.pack`, `PART-00001.pack` and so on, where PART is `train`, `test` or `val`. Each file is a header, the
+//! images' bytes one after another, and an index; all numbers are little-endian.
+//!
+//! | header | bytes |
+//! |---|---|
+//! | magic | 8 |
+//! | format | u32 |
+//! | whether it is the set's last file | u32 |
+//! | its number in the set, from 0 | u32 |
+//! | crc32 of the index | u32 |
+//! | images in the files before it | u64 |
+//! | images in it | u64 |
+//! | where its index begins, and how long it is | 2 u64 |
+//! | zero | u32 |
+//! | crc32 of the header so far | u32 |
+//!
+//! The index has an entry for each image (where its bytes begin, how many they are: u64; width, height, class, crc32 of the
+//! bytes, kind: u32), then the number of classes (u32) and their names, then the images' names; a name is its length (u32) and
+//! UTF-8. Nothing may follow. Floor 5.
+
+/// How a file begins; no text does.
+pub const MAGIC: [u8; 8] = *b"\x89selfpk\n";
+/// The format that is written and read.
+pub const FORMAT: u32 = 1;
+/// Bytes of a header.
+pub const HEADER: usize = 64;
+/// Bytes of an image's entry in the index.
+const ENTRY: usize = 36;
+
+/// The name of a file of a set.
+pub fn file_name(part: &str, number: u32) -> String {
+    format!("{part}-{number:05}.pack")
+}
+
+/// The number of a file of a set, if it has the name of one.
+pub fn number_of(name: &str, part: &str) -> Option<u32> {
+    let digits = name.strip_prefix(part)?.strip_prefix('-')?.strip_suffix(".pack")?;
+    digits.parse().ok().filter(|&number| file_name(part, number) == name)
+}
+
+/// What a file's beginning says of the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    pub last: bool,
+    pub number: u32,
+    pub index_crc: u32,
+    /// Images in the files before it.
+    pub first: u64,
+    /// Images in it.
+    pub count: u64,
+    pub index_at: u64,
+    pub index_length: u64,
+}
+
+impl Header {
+    pub fn to_bytes(self) -> [u8; HEADER] {
+        let mut bytes = MAGIC.to_vec();
+        for number in [FORMAT, u32::from(self.last), self.number, self.index_crc] {
+            bytes.extend(number.to_le_bytes());
+        }
+        for number in [self.first, self.count, self.index_at, self.index_length] {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes.extend([0; 4]);
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        bytes.try_into().expect("the fields are this long")
+    }
+
+    /// Reads a header of a file of `length` bytes; what is wrong with it otherwise, as the end of a sentence.
+    pub fn from_bytes(bytes: &[u8; HEADER], length: u64) -> Result<Self, String> {
+        let (rest, crc) = bytes.split_at(HEADER - 4);
+        let mut fields = Fields(rest);
+        let mut read = || {
+            fields.take(MAGIC.len())?;
+            let [_, last, number, index_crc] = [(); 4].map(|()| fields.u32());
+            let [first, count, index_at, index_length] = [(); 4].map(|()| fields.u64());
+            Some(Self {
+                last: last? != 0,
+                number: number?,
+                index_crc: index_crc?,
+                first: first?,
+                count: count?,
+                index_at: index_at?,
+                index_length: index_length?,
+            })
+        };
+        let header = read().expect("the fields are this long");
+        if crc32fast::hash(rest).to_le_bytes() != crc {
+            return Err("its header does not have the checksum that it names".into());
+        }
+        let announced = header.index_at.checked_add(header.index_length);
+        if announced != Some(length) || header.index_at < HEADER as u64 {
+            return Err(format!(
+                "its header announces an index of {} bytes at {}, and it has {length} bytes",
+                header.index_length, header.index_at
+            ));
+        }
+        Ok(header)
+    }
+}
+
+/// How an image is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `[height, width, 3]` bytes.
+    Raw = 0,
+    /// A JPEG or PNG file.
+    File = 1,
+}
+
+/// Where an image lies, and what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Of its first byte in the file.
+    pub at: u64,
+    /// In bytes.
+    pub length: u64,
+    pub width: u32,
+    pub height: u32,
+    /// A place among the classes; 0 where there are none.
+    pub label: u32,
+    pub crc: u32,
+    pub kind: Kind,
+}
+
+impl Entry {
+    fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = [self.at, self.length].map(u64::to_le_bytes).concat();
+        for number in [self.width, self.height, self.label, self.crc, self.kind as u32] {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// An entry whose numbers have been held against the file's and the number of classes.
+    fn read(fields: &mut Fields<'_>, header: &Header, classes: usize) -> Result<Self, String> {
+        let [at, length] = [(); 2].map(|()| fields.u64().expect("the index is this long"));
+        let [width, height, label, crc, kind] =
+            [(); 5].map(|()| fields.u32().expect("the index is this long"));
+        let kind = match kind {
+            0 => Kind::Raw,
+            1 => Kind::File,
+            other => return Err(format!("is of kind {other}, which there is not")),
+        };
+        if at < HEADER as u64 || at.checked_add(length).is_none_or(|end| end > header.index_at) {
+            let end = header.index_at;
+            return Err(format!(
+                "has {length} bytes at {at}; images lie from byte {HEADER} to {end}"
+            ));
+        }
+        let pixels = u64::from(width) * u64::from(height);
+        if pixels == 0 || pixels > super::PIXEL_LIMIT as u64 {
+            return Err(format!("has {width} x {height} pixels"));
+        }
+        if kind == Kind::Raw && length != 3 * pixels {
+            return Err(format!("has {width} x {height} pixels in {length} bytes"));
+        }
+        if label as usize >= classes.max(1) {
+            return Err(format!("is of class {label} of {classes}"));
+        }
+        Ok(Self { at, length, width, height, label, crc, kind })
+    }
+}
+
+/// Many names in one string, for sets of millions of images.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Names {
+    pub fn push(&mut self, name: &str) {
+        self.text.push_str(name);
+        self.ends.push(self.text.len());
+    }
+
+    pub fn get(&self, index: usize) -> &str {
+        let from = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[from..self.ends[index]]
+    }
+}
+
+/// What a file holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    pub entries: Vec<Entry>,
+    pub classes: Vec<String>,
+    pub names: Names,
+}
+
+impl Index {
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.entries.iter().flat_map(|entry| entry.to_bytes()).collect();
+        bytes.extend((self.classes.len() as u32).to_le_bytes());
+        let names = (0..self.entries.len()).map(|i| self.names.get(i));
+        for name in self.classes.iter().map(String::as_str).chain(names) {
+            bytes.extend((name.len() as u32).to_le_bytes());
+            bytes.extend(name.as_bytes());
+        }
+        bytes
+    }
+
+    /// Reads the index of a file with this header; what is wrong with it otherwise, as the end of a sentence.
+    pub fn from_bytes(bytes: &[u8], header: &Header) -> Result<Self, String> {
+        let short = || "its index ends early".to_string();
+        if crc32fast::hash(bytes) != header.index_crc {
+            return Err("its index does not have the checksum that its header names".into());
+        }
+        let count = usize::try_from(header.count).map_err(|_| short())?;
+        let entries = count.checked_mul(ENTRY).and_then(|size| bytes.split_at_checked(size));
+        let (entries, names) = entries.ok_or_else(short)?;
+        let mut fields = Fields(names);
+        let mut index = Self::default();
+        let classes = fields.u32().ok_or_else(short)?;
+        for _ in 0..classes {
+            index.classes.push(fields.text().ok_or_else(short)?.to_owned());
+        }
+        let mut of_entries = Fields(entries);
+        index.entries.reserve(count);
+        for i in 0..count {
+            let name = fields.text().ok_or_else(short)?;
+            index.names.push(name);
+            let entry = Entry::read(&mut of_entries, header, index.classes.len());
+            index.entries.push(entry.map_err(|what| format!("image {i} ({name}) {what}"))?);
+        }
+        if !fields.0.is_empty() {
+            return Err(format!("its index has {} bytes too many", fields.0.len()));
+        }
+        if count == 0 {
+            return Err("it holds no images".into());
+        }
+        Ok(index)
+    }
+}
+
+/// Reads numbers and names one after another; `None` at the end.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(count)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.take(4).map(|b| u32::from_le_bytes(b.try_into().expect("4 were taken")))
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.take(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 were taken")))
+    }
+
+    /// A name; `None` also where it is not UTF-8.
+    fn text(&mut self) -> Option<&'a str> {
+        let length = self.u32()?;
+        std::str::from_utf8(self.take(length as usize)?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index() -> (Index, Header) {
+        let entry =
+            Entry { at: 64, length: 12, width: 2, height: 2, label: 1, crc: 7, kind: Kind::Raw };
+        let mut index = Index { classes: vec!["cat".into(), "dög".into()], ..Index::default() };
+        for (i, name) in ["cat/a.png", "dög/b.png"].into_iter().enumerate() {
+            index.entries.push(Entry { at: 64 + 12 * i as u64, ..entry });
+            index.names.push(name);
+        }
+        let header = Header {
+            last: true,
+            number: 3,
+            index_crc: 0,
+            first: 90,
+            count: 2,
+            index_at: 88,
+            index_length: 0,
+        };
+        (index, header)
+    }
+
+    /// Reads an index with the checksum that it has.
+    fn read(bytes: &[u8], header: &Header) -> Result<Index, String> {
+        let header = Header { index_crc: crc32fast::hash(bytes), ..*header };
+        Index::from_bytes(bytes, &header)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let (index, header) = index();
+        let bytes = index.to_bytes();
+        let header = Header { index_length: bytes.len() as u64, ..header };
+        let length = 88 + bytes.len() as u64;
+        assert_eq!(Header::from_bytes(&header.to_bytes(), length), Ok(header));
+        let read = read(&bytes, &header).unwrap();
+        assert_eq!(read, index);
+        assert_eq!((read.names.get(0), read.names.get(1)), ("cat/a.png", "dög/b.png"));
+        for (name, number) in [
+            ("train-00012.pack", Some(12)),
+            ("train-123456.pack", Some(123_456)),
+            ("train-000012.pack", None),
+            ("train-+0012.pack", None),
+            ("train-.pack", None),
+            ("test-00012.pack", None),
+        ] {
+            assert_eq!(number_of(name, "train"), number, "{name}");
+        }
+    }
+
+    /// Sums of bytes that fit prove nothing about the numbers.
+    #[test]
+    fn an_index_whose_checksum_fits_is_not_trusted_either() {
+        let (good, header) = index();
+        let with = |change: &dyn Fn(&mut Entry)| {
+            let (mut index, _) = index();
+            change(&mut index.entries[1]);
+            read(&index.to_bytes(), &header).unwrap_err()
+        };
+        type Change<'a> = &'a dyn Fn(&mut Entry);
+        let cases: [(Change, &str); 7] = [
+            (&|e| e.at = 77, "has 12 bytes at 77; images lie from byte 64 to 88"),
+            (&|e| e.at = 63, "has 12 bytes at 63; images lie from byte 64 to 88"),
+            (
+                &|e| e.at = u64::MAX,
+                "has 12 bytes at 18446744073709551615; images lie from byte 64 to 88",
+            ),
+            (&|e| e.width = 3, "has 3 x 2 pixels in 12 bytes"),
+            (&|e| e.height = 0, "has 2 x 0 pixels"),
+            (&|e| (e.width, e.height) = (u32::MAX, u32::MAX), "has 4294967295 x 4294967295 pixels"),
+            (&|e| e.label = 2, "is of class 2 of 2"),
+        ];
+        for (change, expected) in cases {
+            assert_eq!(with(change), format!("image 1 (dög/b.png) {expected}"));
+        }
+        let bytes = good.to_bytes();
+        let mut kind = bytes.clone();
+        kind[2 * ENTRY - 4] = 9;
+        assert_eq!(
+            read(&kind, &header).unwrap_err(),
+            "image 1 (dög/b.png) is of kind 9, which there is not"
+        );
+        for length in 0..bytes.len() {
+            assert_eq!(read(&bytes[..length], &header).unwrap_err(), "its index ends early");
+        }
+        let more = [&bytes[..], &[0]].concat();
+        assert_eq!(read(&more, &header).unwrap_err(), "its index has 1 bytes too many");
+        for count in [3, 1 << 40, u64::MAX] {
+            let header = Header { count, ..header };
+            assert_eq!(read(&bytes, &header).unwrap_err(), "its index ends early");
+        }
+        let none = Header { count: 0, ..header };
+        assert_eq!(read(&[0; 4], &none).unwrap_err(), "it holds no images");
+        for (index_at, index_length) in [(88, 1), (0, 100), (u64::MAX, 101), (60, 40)] {
+            let bytes = Header { index_at, index_length, ..header }.to_bytes();
+            let said = Header::from_bytes(&bytes, 100).unwrap_err();
+            let expected = format!(
+                "its header announces an index of {index_length} bytes at {index_at}, and it has 100 bytes"
+            );
+            assert_eq!(said, expected);
+        }
+    }
+}
