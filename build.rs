@@ -4,10 +4,12 @@
 //! Without it the program builds all the same, with a warning, and has no kernels to run. Launch functions come from
 //! the sources alone, so the rest of the program is one program either way.
 
+#[path = "build/sass.rs"]
+mod sass;
 #[path = "build/signatures.rs"]
 mod signatures;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -105,8 +107,17 @@ fn find_nvcc() -> Option<PathBuf> {
 struct Compiled {
     /// The compiler, in its own words.
     version: String,
-    /// One for each file, in order: where the fatbin lies and what was printed about its kernels.
-    files: Vec<(PathBuf, String)>,
+    /// One for each file, in order.
+    files: Vec<One>,
+}
+
+/// A compiled file.
+struct One {
+    fatbin: PathBuf,
+    /// What was printed about its kernels.
+    printed: String,
+    /// Its disassembly, counted, as Rust; none without a disassembler.
+    mixes: BTreeMap<(String, String), String>,
 }
 
 fn compile(nvcc: &Path, files: &[File], out: &Path) -> Compiled {
@@ -135,7 +146,7 @@ fn compile(nvcc: &Path, files: &[File], out: &Path) -> Compiled {
     Compiled { version, files: done.into_iter().map(|(_, file)| file).collect() }
 }
 
-fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> (PathBuf, String) {
+fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> One {
     let mut command = Command::new(nvcc);
     command.args(["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-Ikernels"]);
     command.args(file.targets()).arg(&file.path);
@@ -145,7 +156,8 @@ fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> (PathBu
     let stem = cache.join(format!("{}-{:032x}", file.name, hash(content.as_bytes())));
     let (fatbin, log) = (stem.with_extension("fatbin"), stem.with_extension("log"));
     if let (true, Ok(printed)) = (fatbin.is_file(), fs::read_to_string(&log)) {
-        return (fatbin, printed);
+        let mixes = disassemble(nvcc, &fatbin);
+        return One { fatbin, printed, mixes };
     }
     // Written under a name of its own first: another build may be at the same file.
     let unfinished = stem.with_extension(format!("{}.new", std::process::id()));
@@ -155,7 +167,39 @@ fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> (PathBu
     }
     fs::write(&log, &printed).expect("the target folder is writable");
     fs::rename(&unfinished, &fatbin).expect("the target folder is writable");
-    (fatbin, printed)
+    let mixes = disassemble(nvcc, &fatbin);
+    One { fatbin, printed, mixes }
+}
+
+/// The kernels of a fatbin by name and chip, with what their code is made of; none if `cuobjdump` does not lie beside nvcc. Kept
+/// beside the fatbin: a disassembly takes seconds.
+fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String> {
+    let folder = nvcc.parent().unwrap_or(nvcc);
+    let tool = folder.join("cuobjdump");
+    if !tool.is_file() {
+        return BTreeMap::new();
+    }
+    let kept = fatbin.with_extension(format!("{:x}.mix", hash(include_bytes!("build/sass.rs"))));
+    let text = fs::read_to_string(&kept).unwrap_or_else(|_| {
+        // It looks for nvdisasm there.
+        let path = env::var_os("PATH").unwrap_or_default();
+        let folders = [folder.to_owned()].into_iter().chain(env::split_paths(&path));
+        let path = env::join_paths(folders).expect("folders of PATH");
+        let listing = run(Command::new(&tool).arg("-sass").arg(fatbin).env("PATH", path)).0;
+        let line = |code: &sass::Code| {
+            let (whole, hot) = (code.whole, code.hot);
+            format!("{} {} Mix {{ whole: {whole:?}, hot: {hot:?} }}\n", code.kernel, code.chip)
+        };
+        let text: String = sass::parse(&listing).iter().map(line).collect();
+        fs::write(&kept, &text).expect("the target folder is writable");
+        text
+    });
+    let parts = |line: &str| {
+        let (kernel, rest) = line.split_once(' ')?;
+        let (chip, mix) = rest.split_once(' ')?;
+        Some(((kernel.to_owned(), chip.to_owned()), mix.to_owned()))
+    };
+    text.lines().filter_map(parts).collect()
 }
 
 /// Adds a source and the project's headers that it includes, each once.
@@ -201,7 +245,7 @@ fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
     let _ = writeln!(code, "pub(crate) static FILES: &[File] = &[");
     for (i, file) in files.iter().enumerate() {
         let image = compiled.map_or("&[]".to_owned(), |c| {
-            format!("&Aligned(*include_bytes!({:?})).0", c.files[i].0.display().to_string())
+            format!("&Aligned(*include_bytes!({:?})).0", c.files[i].fatbin.display().to_string())
         });
         let (name, hopper) = (&file.name, file.is_hopper_only());
         let _ =
@@ -220,15 +264,15 @@ fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
         }
     }
     let _ = writeln!(code, "];\npub(crate) static RESOURCES: &[Resources] = &[");
-    for (_, printed) in compiled.iter().flat_map(|c| &c.files) {
-        code.push_str(&resources(printed));
+    for file in compiled.iter().flat_map(|c| &c.files) {
+        code.push_str(&resources(file));
     }
     let _ = writeln!(code, "];\n");
     code + &functions
 }
 
 /// What `ptxas -v` printed about each kernel on each chip, as Rust.
-fn resources(printed: &str) -> String {
+fn resources(One { printed, mixes, .. }: &One) -> String {
     let mut code = String::new();
     // "Compiling entry function 'name' for 'sm_80'", "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
     // "Used 10 registers, used 1 barriers, 1024 bytes smem"
@@ -250,9 +294,11 @@ fn resources(printed: &str) -> String {
             && let Some((kernel, chip)) = entry.take()
         {
             let [registers, shared] = ["registers", "bytes smem"].map(|what| before(line, what));
+            let mix = mixes.get(&(kernel.to_owned(), chip.to_owned()));
+            let mix = mix.map_or("None".to_owned(), |mix| format!("Some({mix})"));
             let _ = writeln!(
                 code,
-                "    Resources {{ kernel: {kernel:?}, chip: {chip:?}, registers: {registers}, shared: {shared}, {memory} }},"
+                "    Resources {{ kernel: {kernel:?}, chip: {chip:?}, registers: {registers}, shared: {shared}, {memory}, mix: {mix} }},"
             );
         }
     }

@@ -1,11 +1,13 @@
 //! A primitive of one's own: softplus, `y = log(1 + exp(x))`, `dx = dy / (1 + exp(-x))`.
 //!
 //! It computes its value, then records what backward does. The same code, on the reference device, is checked against finite
-//! differences below.
+//! differences below, and benched.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use selfsup::arena::{Arena, Init, Layout, SlotKind};
+use selfsup::bench::{Bench, Unit, Work};
 use selfsup::device::{Device, DeviceKind};
 use selfsup::ops::linear;
 use selfsup::tape::{Var, evaluate, step};
@@ -35,7 +37,7 @@ fn map<T: Element>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T) -> Tensor {
     out
 }
 
-/// Checks the gradient of a small layer.
+/// Checks the gradient of a small layer, then measures the operation.
 pub fn main() {
     let device = Device::reference();
     let mut layout = Layout::new();
@@ -57,4 +59,23 @@ pub fn main() {
         println!("dw[{i}]: recorded {gradient:.9}, finite difference {difference:.9}");
         assert!((gradient - difference).abs() < 1e-8);
     }
+    how_fast().expect("the processor does not fail");
+}
+
+/// Holds it against its floor, as `selfsup bench` holds the primitives: eight bytes an element, read and written.
+fn how_fast() -> selfsup::Result<()> {
+    let device = Device::cpu(0)?;
+    let x = Tensor::zeros(&device, [1 << 20]);
+    let arena = Arena::new(&Arc::new(Layout::new()), &device, 7);
+    let mut bench = Bench::new(&device, Duration::from_millis(50))?;
+    let timing = bench.measure(|| {
+        evaluate(&arena, |tape| softplus(&tape.input(&x))).expect("the processor does not fail");
+    })?;
+    let work = Work { operations: 0.0, bytes: 8.0 * x.len() as f64 };
+    let share = bench.share(&work, Unit::Vector, timing.hot.median);
+    let (us, chip) = (timing.hot.median * 1e6, &bench.chip().name);
+    println!(
+        "softplus of 2^20: {us:.0} us, {share:.3} of the floor of {chip}: `map` is no parallel loop"
+    );
+    Ok(())
 }

@@ -9,7 +9,7 @@
 //!
 //! | floor | module | what it is |
 //! |---|---|---|
-//! | 7 | [`cli`], `main.rs` | the `selfsup` program |
+//! | 7 | [`cli`], `main.rs`, [`bench`] | the `selfsup` program; how fast primitives are, and their floors |
 //! | 6 | [`train`], [`eval`] | the loop, checkpoints, resuming, metrics; kNN, linear probes, fine-tuning, collapse monitor |
 //! | 5 | [`methods`], [`data`] | each method one file, and its recipes; sources, augmentation, loading |
 //! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
@@ -61,6 +61,7 @@
 //! [`cli`] nothing prints and nothing exits.
 
 pub mod arena;
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod device;

@@ -13,10 +13,11 @@
 //! }
 //! ```
 
+use std::borrow::Cow;
 use std::cell::{RefCell, RefMut};
 
 use crate::arena::{Arena, Param, Stat};
-use crate::device::{Device, Group};
+use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
 use crate::error::Result;
 use crate::tensor::{DType, Shape, Tensor, TensorMut};
 
@@ -185,6 +186,7 @@ impl<'a> Tape<'a> {
         inputs: &[&Var<'t>],
         backward: impl FnOnce(Tensor, &mut Gradients<'_>) + 'static,
     ) -> Var<'t> {
+        trace_operation(name);
         if inputs.iter().any(|input| input.wants_gradient()) {
             self.push(name, value, Some(Box::new(backward)))
         } else {
@@ -226,7 +228,8 @@ impl<'a> Tape<'a> {
             if let Some(backward) = node.backward
                 && let Some(dy) = gradients.nodes[index].take()
             {
-                backward(dy, &mut gradients);
+                let name = || Cow::Owned(format!("{} backward", node.name));
+                trace_span(Row::Operations, name, || backward(dy, &mut gradients));
             }
         }
         gradients.nodes
@@ -336,9 +339,9 @@ pub fn backward_pass(
     loss: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
 ) -> Result<Tensor> {
     let tape = Tape::new(arena, TRAIN);
-    let loss = loss(&tape);
+    let loss = trace_phase("forward", || loss(&tape));
     assert_eq!(loss.value().len(), 1, "a loss must be a scalar, not {:?}", loss.shape());
-    tape.backward(loss.id, one(&loss));
+    trace_phase("backward", || tape.backward(loss.id, one(&loss)));
     tape.device().check()?;
     Ok(loss.value.clone())
 }

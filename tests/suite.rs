@@ -7,6 +7,8 @@ mod accumulation;
 mod audit;
 #[path = "suite/augmentation.rs"]
 mod augmentation;
+#[path = "suite/benches.rs"]
+mod benches;
 #[path = "suite/captured.rs"]
 mod captured;
 #[path = "suite/case.rs"]
@@ -79,3 +81,5 @@ mod studies;
 mod surface;
 #[path = "suite/truth.rs"]
 mod truth;
+#[path = "suite/watched.rs"]
+mod watched;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Arguments, Parser, Subcommand};
 
+use super::bench::BenchArgs;
 use super::device::Name;
 use super::pack::PackArgs;
 use super::study::StudyArgs;
@@ -103,6 +104,16 @@ and `labels`, names and classes as JSON lists in its header.")]
   selfsup study                                   # the questions
   selfsup study simclr-head --set data.path=data/cifar10 --seeds 3")]
     Study(StudyArgs),
+    /// Measure the primitives beside the floor that bandwidth and arithmetic set, or print floors and plans
+    ///
+    /// Each case is a layer of ResNet-50 or another primitive at one size; times are medians. Shares are of ceilings that are
+    /// measured first, in the same run.
+    #[command(after_help = "Examples:
+  selfsup bench                                   # everything; minutes
+  selfsup bench conv2d forward --device cpu --threads 1
+  selfsup bench sinkhorn --json
+  selfsup bench --paper --chip A100               # no GPU is needed")]
+    Bench(BenchArgs),
     /// Say what this machine has to compute with
     Devices {
         /// As one JSON object
@@ -141,6 +152,12 @@ pub(super) struct Train {
     /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
+    /// Write a few steps as a Chrome trace: phases, operations, a GPU's kernels
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
+    /// Steps of the trace
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "trace")]
+    pub(super) trace_steps: u64,
 }
 
 #[derive(Debug, Arguments)]

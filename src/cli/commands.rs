@@ -63,6 +63,9 @@ pub(super) fn train(train: &Train) -> Result<()> {
             (Run::new(&recipe, &device, Some(&out))?, recipe, out)
         }
     };
+    if let Some(file) = &train.trace {
+        run.trace(file, train.trace_steps);
+    }
     go(&mut run, &recipe)?;
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())

@@ -1,6 +1,7 @@
 //! The command line (floor 7): results on stdout, talk on stderr, exit codes 0 (done), 1 (failed), 2 (asked wrongly).
 
 mod args;
+mod bench;
 mod commands;
 mod device;
 mod eval;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Recipes { name } => commands::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),
         Command::Study(study) => study::study(&study),
+        Command::Bench(args) => bench::bench(&args),
         Command::Devices { json } => commands::devices(json),
     };
     match done {

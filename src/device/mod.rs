@@ -10,17 +10,22 @@ mod memory;
 mod philox;
 mod product;
 mod threads;
+mod trace;
 
 use std::fmt;
 use std::sync::Arc;
 
 use cuda::Gpu;
-pub use cuda::Precision;
+pub use cuda::{Counts, Mix, Precision, Resources};
 pub use group::Group;
 pub(crate) use memory::Memory;
 pub use memory::MemoryUse;
 pub use philox::{Philox, Purpose, philox4x32};
 pub(crate) use product::{Matrix, product, product_alone};
+pub(crate) use trace::{
+    Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
+    phase as trace_phase, span as trace_span,
+};
 
 use crate::error::{Error, Result};
 use memory::Pool;

@@ -144,6 +144,8 @@ pub struct WatchSettings {
     pub carry_on: bool,
     /// Write `report.html` after every epoch and at the end, with new pictures whenever kNN is measured.
     pub report: bool,
+    /// Write the numbers of `metrics.jsonl` also as TensorBoard's event files.
+    pub tensorboard: bool,
 }
 
 impl Default for WatchSettings {
@@ -155,6 +157,7 @@ impl Default for WatchSettings {
             diverged: 10.0,
             carry_on: false,
             report: true,
+            tensorboard: false,
         }
     }
 }

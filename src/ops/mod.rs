@@ -23,7 +23,7 @@ macro_rules! by_dtype {
 mod add;
 mod batch_norm;
 mod cast;
-mod conv2d;
+pub(crate) mod conv2d;
 mod cross_entropy;
 mod info_nce;
 pub mod kernels;

@@ -154,8 +154,8 @@ impl Product {
         }
     }
 
-    /// The estimate.
-    fn cycles(&self, tile: &Tile) -> f64 {
+    /// The estimate of a tile's cycles on a chip of 132 multiprocessors, by which the table chooses.
+    pub fn cycles(&self, tile: &Tile) -> f64 {
         let blocks = tile.tiles * tile.slices;
         let (full, left) = (blocks / (PROCESSORS * BLOCKS), blocks % (PROCESSORS * BLOCKS));
         // In blocks that a multiprocessor has one after another; 1.3 is a guess of what being alone costs.

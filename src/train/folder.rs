@@ -40,21 +40,26 @@ impl Folder {
         write_whole(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
-            metrics: Metrics::create(path)?,
+            metrics: metrics(path, 0, recipe)?,
             _lock: lock,
             new: true,
         })
     }
 
-    /// Opens the folder of a run that ended or was ended; its numbers from `metrics` bytes on are dropped.
-    pub(super) fn open(path: &Path, lock: File, metrics: u64) -> Result<Self> {
+    /// Opens the folder of a run that ended or was ended; its numbers from `length` bytes on are dropped.
+    pub(super) fn open(path: &Path, lock: File, length: u64, recipe: &Recipe) -> Result<Self> {
         Ok(Self {
             path: path.to_path_buf(),
-            metrics: Metrics::open(path, metrics)?,
+            metrics: metrics(path, length, recipe)?,
             _lock: lock,
             new: false,
         })
     }
+}
+
+fn metrics(path: &Path, length: u64, recipe: &Recipe) -> Result<Metrics> {
+    let metrics = Metrics::open(path, length)?;
+    Ok(if recipe.watch.tensorboard { metrics.with_events() } else { metrics })
 }
 
 /// Removes the folder of a new run that came to nothing.

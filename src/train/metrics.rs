@@ -5,7 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::json;
 
+use super::tensorboard::Events;
 use crate::error::{Error, Result};
 
 /// The file of a run's numbers.
@@ -14,6 +16,7 @@ pub struct Metrics {
     path: PathBuf,
     file: File,
     length: u64,
+    events: Option<Events>,
 }
 
 impl Metrics {
@@ -39,7 +42,13 @@ impl Metrics {
             return Err(Error::format(&path, reason));
         }
         file.set_len(length).map_err(Error::io(&path))?;
-        Ok(Self { path, file, length })
+        Ok(Self { path, file, length, events: None })
+    }
+
+    /// The same numbers also in an event file of TensorBoard's, beside this one.
+    pub fn with_events(mut self) -> Self {
+        self.events = self.path.parent().map(Events::new);
+        self
     }
 
     /// Writes one line, in one call, so that a reader never sees half of one.
@@ -51,7 +60,10 @@ impl Metrics {
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
         self.length += line.len() as u64;
-        Ok(())
+        match &mut self.events {
+            Some(events) => events.write(&json!(record)),
+            None => Ok(()),
+        }
     }
 
     /// Bytes written so far, which are on disk when this returns.

@@ -1,6 +1,7 @@
 //! Training runs (floor 6): the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
 
 mod checkpoint;
+mod evaluation;
 mod finetune;
 mod folder;
 mod gallery;
@@ -13,6 +14,8 @@ mod resume;
 mod run;
 mod step;
 mod study;
+mod tensorboard;
+mod trace;
 pub(crate) mod weights;
 mod wrong;
 

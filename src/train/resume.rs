@@ -188,7 +188,7 @@ impl Run {
         if changed {
             write_whole(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         }
-        run.folder = Some(Folder::open(&path, lock, run.progress.metrics)?);
+        run.folder = Some(Folder::open(&path, lock, run.progress.metrics, &run.recipe)?);
         Ok(run)
     }
 

@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::arena::Arena;
-use crate::data::{Batch, Loader, Source, Subset};
-use crate::device::{Device, DeviceKind};
+use crate::data::{Batch, Loader};
+use crate::device::{Device, DeviceKind, trace_phase};
 use crate::error::{Error, Result};
-use crate::eval::{self, Features, Knn, Spread};
+use crate::eval::{self, Spread};
 use crate::methods::{self, Course, Method, Reading, Recipe};
 use crate::optim::{Optimizer, Schedule};
 use crate::train::folder::{self, Folder};
-use crate::train::gallery::{self, Found};
 use crate::train::resume::Progress;
+use crate::train::trace::Trace;
 use crate::train::wrong::{collapse, diverged};
 use crate::train::{Done, Images, Steps, Training, checkpoint, replay, report};
 
@@ -72,9 +72,6 @@ pub trait Watch {
 /// Above this share of an epoch the wait for data is worth a sentence.
 const WAITING: f64 = 0.1;
 
-/// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
-const EVALUATED: usize = 1024;
-
 /// A run under way.
 pub struct Run {
     pub(super) recipe: Recipe,
@@ -83,13 +80,14 @@ pub struct Run {
     pub(super) optimizer: Optimizer,
     pub(super) schedule: Schedule,
     pub(super) loader: Loader,
-    images: Images,
+    pub(super) images: Images,
     pub(super) folder: Option<Folder>,
-    steps: Steps,
+    pub(super) steps: Steps,
     /// Steps begun. [`Progress`] counts those whose losses are known, which on a GPU are fewer while an epoch lasts.
     pub(super) begun: u64,
     pub(super) progress: Progress,
     pub(super) stop: Arc<AtomicBool>,
+    trace: Option<Trace>,
     /// When the last checkpoint was written, or the run began.
     pub(super) saved: Instant,
 }
@@ -172,6 +170,7 @@ impl Run {
             steps: Steps::new(device).in_parts(recipe.train.micro_batches),
             begun: 0,
             stop: Arc::default(),
+            trace: None,
             saved: Instant::now(),
         };
         run.treat();
@@ -202,6 +201,18 @@ impl Run {
     /// The learning rate, step by step.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
+    }
+
+    /// Writes some of the first steps of this process, after two that ask for memory, to a file as a Chrome trace: phases,
+    /// operations forward and backward by the host's clock, and a GPU's kernels by its own. Until then a GPU's steps are launched,
+    /// not replayed.
+    pub fn trace(&mut self, file: &Path, steps: u64) {
+        self.trace = Some(Trace::new(file, steps));
+        self.steps = self.fresh_steps().launched();
+    }
+
+    fn fresh_steps(&self) -> Steps {
+        Steps::new(self.online.device()).in_parts(self.recipe.train.micro_batches)
     }
 
     /// Trains to the end.
@@ -274,7 +285,10 @@ impl Run {
         let views = (steps - first) * self.recipe.train.batch * self.method.views();
         let so_far = SoFar { start: Instant::now(), first, steps, views };
         for i in first..steps {
-            let batch = self.loader.next_batch()?;
+            if let Some(trace) = &self.trace {
+                trace.before_step(self.online.device());
+            }
+            let batch = trace_phase("wait for images", || self.loader.next_batch())?;
             self.record_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,
@@ -285,6 +299,7 @@ impl Run {
             let known = self.steps.run(training, &batch, self.begun)?;
             self.begun += 1;
             known.into_iter().try_for_each(|done| self.tell(done, &so_far, watch))?;
+            self.traced(&so_far, watch)?;
             // After the last one its embeddings are looked at first: a checkpoint does not hold them.
             if i + 1 < steps && self.pauses() {
                 self.catch_up(&so_far, watch)?;
@@ -345,6 +360,18 @@ impl Run {
         Ok(report)
     }
 
+    /// Ends the trace, if there is one and this was its last step.
+    fn traced(&mut self, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
+        let Some(trace) = &mut self.trace else { return Ok(()) };
+        if trace.after_step()? {
+            watch.note(&trace.told());
+            self.trace = None;
+            self.catch_up(so_far, watch)?;
+            self.steps = self.fresh_steps();
+        }
+        Ok(())
+    }
+
     /// What the numbers of an epoch say against it, if they do.
     fn went_wrong(&self, epoch: u32, loss: f64) -> Option<String> {
         let (watch, Progress { spread, prototypes_used, first_loss, .. }) =
@@ -360,14 +387,6 @@ impl Run {
             "the embeddings collapsed in epoch {epoch}: {seen}; \
              lower optim.lr, lengthen optim.warmup_epochs or check the augmentation"
         ))
-    }
-
-    /// The method's monitors, and the norm of the last step's gradient.
-    fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
-        let mut readings = self.method.monitors(&self.online, self.steps.embeddings(), loss);
-        let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
-        readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
-        readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
     }
 
     /// Waits for the losses of all steps begun: before weights are looked at, or written.
@@ -421,52 +440,6 @@ impl Run {
         }
         watch.note(&sentence());
         Ok(())
-    }
-
-    /// kNN accuracy on the held-out images, and the report's pictures; `None` without any.
-    fn knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
-        let Some(test) = self.images.test.clone() else { return Ok(None) };
-        let train = self.images.train.clone();
-        let (bank, queries) = (self.features(&train)?, self.features(&test)?);
-        let device = self.online.device();
-        let answers =
-            eval::knn_answers(&bank, &queries, Knn::default(), gallery::NEIGHBOURS, device)?;
-        let right = answers.iter().zip(&queries.labels).filter(|(a, label)| a.class == **label);
-        let accuracy = right.count() as f64 / answers.len() as f64;
-        if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
-        {
-            let found =
-                Found { bank: (&*train, &bank), queries: (&*test, &queries), answers: &answers };
-            let views = self.method.views();
-            let written = gallery::write(path, &self.recipe, views, epoch + 1, &found, device);
-            if let Err(error) = written {
-                watch.note(&format!("no pictures this time: {error}"));
-            }
-        }
-        Ok(Some(accuracy))
-    }
-
-    /// Features of a whole set, some at a time, so that a run can be stopped between.
-    fn features(&mut self, source: &Arc<dyn Source>) -> Result<Features> {
-        let mut all = Features::none(self.method.backbone().features());
-        for from in (0..source.len()).step_by(EVALUATED) {
-            self.stop_if_asked()?;
-            let to = (from + EVALUATED).min(source.len());
-            let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
-            let policy = &self.recipe.augment[0];
-            let backbone = self.method.backbone();
-            all.append(eval::trunk_features(&self.online, backbone, &part, policy)?);
-        }
-        Ok(all)
-    }
-
-    /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.
-    fn accuracy(&self) -> Result<Option<f64>> {
-        let (Some(test), Some(classifier)) = (&self.images.test, self.method.classifier()) else {
-            return Ok(None);
-        };
-        let policy = &self.recipe.augment[0];
-        eval::classifier_accuracy(&self.online, classifier, &**test, policy).map(Some)
     }
 
     /// The folder of a record of this run's first steps, if one is asked for and this is one of them.

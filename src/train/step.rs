@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::arena::Arena;
 use crate::data::Batch;
 use crate::device::cuda::{Graph, Ring};
-use crate::device::{Device, DeviceKind};
+use crate::device::{Device, DeviceKind, trace_phase};
 use crate::error::{Error, Result};
 use crate::methods::{self, Method};
 use crate::optim::{Optimizer, Schedule};
@@ -258,7 +258,7 @@ fn step(
 ) -> Result<Tensor> {
     method.before_step(online);
     let loss = methods::step(method, online, views, images, parts)?;
-    optimizer.update(online);
-    method.after_update(online, progress);
+    trace_phase("optimizer", || optimizer.update(online));
+    trace_phase("after the update", || method.after_update(online, progress));
     Ok(loss.cast(DType::of(online.device())))
 }

@@ -11,7 +11,7 @@ const FLOORS: &[&[&str]] = &[
     &["nn", "optim"],
     &["methods", "data"],
     &["train", "eval"],
-    &["cli"],
+    &["cli", "bench"],
 ];
 
 fn floor(module: &str) -> Option<usize> {

@@ -19,7 +19,7 @@ const SMALL: &[&str] = &[
 ];
 
 /// The program: beside the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it.
-fn program() -> Command {
+pub fn program() -> Command {
     let beside = std::env::current_exe().unwrap().with_file_name("selfsup");
     let built = Path::new(env!("CARGO_BIN_EXE_selfsup"));
     Command::new(if beside.is_file() { &beside } else { built })

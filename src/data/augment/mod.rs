@@ -18,9 +18,11 @@ mod view;
 
 pub(super) use apply::transform;
 pub use apply::{Scratch, Transform, center};
+pub(super) use cuda::MOST_SHRINKING;
+pub(crate) use cuda::Maker;
 pub use cuda::apply_on_gpu;
-pub(super) use cuda::{MOST_SHRINKING, Maker};
 pub use params::{ColourOp, CropBox, JitterParams, Params};
 pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Solarise};
 pub(super) use resize::{Buffers, Resize};
-pub(super) use view::{View, taps};
+pub(crate) use view::View;
+pub(super) use view::taps;

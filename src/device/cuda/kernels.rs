@@ -12,6 +12,12 @@ use cudarc::driver::sys::{self, CUfunction, CUmodule, CUresult};
 use super::Gpu;
 use super::driver::words;
 use crate::error::{Error, Result};
+pub use sass::Counts;
+
+/// What the build counts (`build/sass.rs`).
+#[path = "../../../build/sass.rs"]
+#[allow(dead_code)] // the build parses, the program reads
+mod sass;
 
 /// A kernel file.
 pub(crate) struct File {
@@ -48,6 +54,18 @@ pub struct Resources {
     pub spill_stores: usize,
     /// Bytes of registers read back.
     pub spill_loads: usize,
+    /// What its code is made of; none where the build had no disassembler.
+    pub mix: Option<Mix>,
+}
+
+/// What a kernel's machine code is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mix {
+    /// All of it.
+    pub whole: Counts,
+    /// The innermost loop with products, or else with accesses to global memory, that has most of them; all of it where there
+    /// is none.
+    pub hot: Counts,
 }
 
 /// A device pointer that a kernel reads `T` from; may be null where the kernel says so.
@@ -177,17 +195,19 @@ impl<'d> Launch<'d> {
                 let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
                 let mut arguments = arguments.to_vec();
                 let stream = gpu.stream();
-                // SAFETY: as this function's; the function belongs to the current context.
-                unsafe {
-                    result::launch_kernel(
-                        function,
-                        (x, y, z),
-                        (bx, by, bz),
-                        self.shared,
-                        stream,
-                        &mut arguments,
-                    )?;
-                }
+                crate::device::trace::kernel(kernel.name, || {
+                    // SAFETY: as this function's; the function belongs to the current context.
+                    unsafe {
+                        result::launch_kernel(
+                            function,
+                            (x, y, z),
+                            (bx, by, bz),
+                            self.shared,
+                            stream,
+                            &mut arguments,
+                        )
+                    }
+                })?;
                 gpu.settle()
             },
         );
@@ -206,7 +226,7 @@ struct Aligned<T>(T);
 #[allow(clippy::too_many_arguments, dead_code)] // kernels have as many as they have
 mod generated {
     #[allow(unused_imports)] // without nvcc there are no images
-    use super::{Aligned, File, In, Kernel, Launch, Out, Resources, argument};
+    use super::{Aligned, Counts, File, In, Kernel, Launch, Mix, Out, Resources, argument};
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 pub(crate) use generated::*;
@@ -284,42 +304,4 @@ fn check_arguments(kernel: &Kernel, function: CUfunction) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Kernels that may use local memory, each with its reason.
-    const LOCAL_MEMORY: [(&str, &str); 0] = [];
-
-    #[test]
-    fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
-        if COMPILER.is_none() {
-            println!("skipped: built without nvcc, there are no kernels to look at");
-            return;
-        }
-        println!(
-            "{:32} {:7} {:>9} {:>7} {:>6} {:>7}",
-            "kernel", "chip", "registers", "shared", "stack", "spills"
-        );
-        let mut wrong = Vec::new();
-        for r in RESOURCES {
-            let spills = r.spill_stores + r.spill_loads;
-            println!(
-                "{:32} {:7} {:9} {:7} {:6} {spills:7}",
-                r.kernel, r.chip, r.registers, r.shared, r.stack
-            );
-            let excused = LOCAL_MEMORY.iter().any(|(kernel, _)| *kernel == r.kernel);
-            if spills > 0 || (r.stack > 0 && !excused) {
-                wrong.push(r);
-            }
-        }
-        assert!(wrong.is_empty(), "spills or local memory: {wrong:#?}");
-        for (kernel, file) in KERNELS.iter().map(|kernel| (kernel.name, &FILES[kernel.file])) {
-            let chips = RESOURCES.iter().filter(|r| r.kernel == kernel).count();
-            assert_eq!(
-                chips,
-                if file.hopper_only { 1 } else { 2 },
-                "{kernel}: a chip has no resources"
-            );
-        }
-    }
-}
+mod tests;

@@ -11,19 +11,24 @@ mod driver;
 mod gpu;
 mod graph;
 mod kernels;
+mod marks;
 mod numbers;
 mod ring;
 mod staging;
 mod table;
+mod timer;
 
 pub(crate) use conformance::check as conformance;
 pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;
-#[allow(unused_imports)] // which kernels have a launch line yet is a test's business
 pub(crate) use kernels::*;
+#[allow(unused_imports)] // which kernels have a launch line yet is a test's business
+pub use kernels::{Counts, Mix, Resources};
+pub(crate) use marks::Marks;
 pub(crate) use ring::Ring;
 pub(crate) use table::Table;
+pub(crate) use timer::Timer;
 
 use serde::{Deserialize, Serialize};
 

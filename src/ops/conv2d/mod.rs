@@ -10,7 +10,7 @@ mod reference;
 use super::product::Moments;
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorMut};
 use cpu::Direction;
 pub(super) use cpu::Isa;
 
@@ -94,67 +94,89 @@ pub(crate) fn conv2d_with_moments<'t>(
     let x = &super::cast(x, w.value().dtype());
     let (x_value, w_value) = (x.value().clone(), w.value().clone());
     let mut y = Tensor::empty(&device, x_value.dtype(), [d.n, d.p, d.q, d.k]);
-    let mut moments = None;
-    match device.kind() {
-        DeviceKind::Cpu => {
-            let mut workspace = workspace(&x_value, &d, Direction::Forward);
-            let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
-            device.run(|| cpu::forward(y, x, w, workspace.data_mut(), &d));
-        }
-        DeviceKind::Cuda => {
-            cuda::check(&d);
-            moments = cuda::forward(&mut y, &x_value, &w_value, &d, groups);
-        }
-        DeviceKind::Reference => {
-            reference::forward(y.data_mut(), x_value.data(), w_value.data(), &d);
-        }
-    }
+    let moments = forward(&mut y, &x_value, &w_value, &d, groups);
     let (x_id, w_id) = (x.id(), w.id());
     let y = x.tape().record("conv2d", y, &[x, w], move |dy, gradients| {
         if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
-            match device.kind() {
-                DeviceKind::Cpu => {
-                    let mut workspace = workspace(&x_value, &d, Direction::WeightGradient);
-                    let (dw, x, dy) = (dw.data_mut(), x_value.data(), dy.data());
-                    device.run(|| {
-                        cpu::weight_gradient(dw, x, dy, workspace.data_mut(), &d, accumulate);
-                    });
-                }
-                DeviceKind::Cuda => cuda::weight_gradient(&mut dw, &x_value, &dy, &d, accumulate),
-                DeviceKind::Reference => reference::weight_gradient(
-                    dw.data_mut(),
-                    x_value.data(),
-                    dy.data(),
-                    &d,
-                    accumulate,
-                ),
-            }
+            weight_gradient(&mut dw, &x_value, &dy, &d, accumulate);
         }
         let mut own = None;
         if let Some((mut dx, accumulate)) = gradients.target_like(x_id, &x_value, &mut own) {
-            match device.kind() {
-                DeviceKind::Cpu => {
-                    let mut workspace = workspace(&x_value, &d, Direction::DataGradient);
-                    let (dx, dy, w) = (dx.data_mut(), dy.data(), w_value.data());
-                    device.run(|| {
-                        cpu::data_gradient(dx, dy, w, workspace.data_mut(), &d, accumulate);
-                    });
-                }
-                DeviceKind::Cuda => cuda::data_gradient(&mut dx, &dy, &w_value, &d, accumulate),
-                DeviceKind::Reference => reference::data_gradient(
-                    dx.data_mut(),
-                    dy.data(),
-                    w_value.data(),
-                    &d,
-                    accumulate,
-                ),
-            }
+            data_gradient(&mut dx, &dy, &w_value, &d, accumulate);
         }
         if let Some(dx) = own {
             gradients.add(x_id, dx);
         }
     });
     (y, moments)
+}
+
+/// `y` of `x` and `w`, and its moments as [`conv2d_with_moments`].
+#[track_caller]
+pub(crate) fn forward(
+    y: &mut Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    d: &Conv2dDims,
+    groups: Option<usize>,
+) -> Option<Moments> {
+    match x.device().kind() {
+        DeviceKind::Cpu => {
+            let mut workspace = workspace(x, d, Direction::Forward);
+            let (y, x_data, w) = (y.data_mut(), x.data(), w.data());
+            x.device().run(|| cpu::forward(y, x_data, w, workspace.data_mut(), d));
+        }
+        DeviceKind::Cuda => {
+            cuda::check(d);
+            return cuda::forward(y, x, w, d, groups);
+        }
+        DeviceKind::Reference => reference::forward(y.data_mut(), x.data(), w.data(), d),
+    }
+    None
+}
+
+/// `dw` of `x` and `dy`, or what it holds and more.
+pub(crate) fn weight_gradient(
+    dw: &mut TensorMut<'_>,
+    x: &Tensor,
+    dy: &Tensor,
+    d: &Conv2dDims,
+    accumulate: bool,
+) {
+    match x.device().kind() {
+        DeviceKind::Cpu => {
+            let mut workspace = workspace(x, d, Direction::WeightGradient);
+            let (dw, x_data, dy) = (dw.data_mut(), x.data(), dy.data());
+            let workspace = workspace.data_mut();
+            x.device().run(|| cpu::weight_gradient(dw, x_data, dy, workspace, d, accumulate));
+        }
+        DeviceKind::Cuda => cuda::weight_gradient(dw, x, dy, d, accumulate),
+        DeviceKind::Reference => {
+            reference::weight_gradient(dw.data_mut(), x.data(), dy.data(), d, accumulate);
+        }
+    }
+}
+
+/// `dx` of `dy` and `w`, or what it holds and more.
+pub(crate) fn data_gradient(
+    dx: &mut TensorMut<'_>,
+    dy: &Tensor,
+    w: &Tensor,
+    d: &Conv2dDims,
+    accumulate: bool,
+) {
+    match dy.device().kind() {
+        DeviceKind::Cpu => {
+            let mut workspace = workspace(dy, d, Direction::DataGradient);
+            let (dx, dy_data, w) = (dx.data_mut(), dy.data(), w.data());
+            let workspace = workspace.data_mut();
+            dy.device().run(|| cpu::data_gradient(dx, dy_data, w, workspace, d, accumulate));
+        }
+        DeviceKind::Cuda => cuda::data_gradient(dx, dy, w, d, accumulate),
+        DeviceKind::Reference => {
+            reference::data_gradient(dx.data_mut(), dy.data(), w.data(), d, accumulate);
+        }
+    }
 }
 
 fn workspace(x: &Tensor, d: &Conv2dDims, direction: Direction) -> Tensor {

@@ -1,0 +1,130 @@
+//! What a kernel's machine code is made of, from `cuobjdump -sass`.
+//!
+//! Counted are the whole kernel and its hot loop: of the loops with products, or where there are none with accesses to global
+//! memory, that have no such loop inside, the one with most of them. A loop is a branch back to an earlier address.
+
+/// Instructions of each kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All of them.
+    pub all: usize,
+    /// Products on tensor cores: HMMA, IMMA, HGMMA.
+    pub products: usize,
+    /// LDSM: `ldmatrix`.
+    pub ldmatrix: usize,
+    /// Global memory in pieces of 16 bytes: LDG, STG, and LDGSTS (`cp.async`).
+    pub global_16: usize,
+    /// Global memory in smaller pieces.
+    pub global: usize,
+    /// Shared memory: LDS, STS.
+    pub shared: usize,
+    /// Local memory: LDL, STL.
+    pub local: usize,
+    /// Multiply-adds, additions and products in f32 lanes.
+    pub lanes: usize,
+    /// MUFU: exponentials, roots, reciprocals.
+    pub special: usize,
+}
+
+impl Counts {
+    fn add(&mut self, opcode: &str) {
+        let mut parts = opcode.split('.');
+        let name = parts.next().unwrap_or_default();
+        let wide = opcode.split('.').any(|part| part == "128");
+        self.all += 1;
+        let one = match name {
+            "HMMA" | "IMMA" | "HGMMA" | "BMMA" => &mut self.products,
+            "LDSM" => &mut self.ldmatrix,
+            "LDG" | "STG" | "LDGSTS" if wide => &mut self.global_16,
+            "LDG" | "STG" | "LDGSTS" | "ATOMG" | "RED" => &mut self.global,
+            "LDS" | "STS" | "ATOMS" => &mut self.shared,
+            "LDL" | "STL" => &mut self.local,
+            "FFMA" | "FADD" | "FMUL" | "DFMA" | "DADD" | "DMUL" | "HFMA2" => &mut self.lanes,
+            "MUFU" => &mut self.special,
+            _ => return,
+        };
+        *one += 1;
+    }
+
+    /// 2 with products, 1 with accesses to global memory, else 0.
+    fn kind(&self) -> u8 {
+        match self {
+            Self { products: 1.., .. } => 2,
+            Self { global_16: 1.., .. } | Self { global: 1.., .. } => 1,
+            _ => 0,
+        }
+    }
+}
+
+/// A kernel on a chip.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Code {
+    pub kernel: String,
+    /// `sm_90a`
+    pub chip: String,
+    pub whole: Counts,
+    /// The same as `whole` where there is no loop.
+    pub hot: Counts,
+}
+
+/// All kernels of a disassembly.
+pub fn parse(text: &str) -> Vec<Code> {
+    let (mut found, mut chip, mut kernel) = (Vec::new(), String::new(), None);
+    let mut lines: Vec<(u64, &str, Option<u64>)> = Vec::new();
+    let mut finish = |kernel: Option<String>, chip: &str, lines: &mut Vec<_>| {
+        if let Some(kernel) = kernel {
+            found.push(code(kernel, chip, lines));
+        }
+        lines.clear();
+    };
+    for line in text.lines() {
+        let line = line.trim();
+        if let Some(name) = line.strip_prefix("Function : ") {
+            finish(kernel.replace(name.to_owned()), &chip, &mut lines);
+        } else if let Some(name) = line.strip_prefix("arch = ") {
+            finish(kernel.take(), &chip, &mut lines);
+            name.clone_into(&mut chip);
+        } else {
+            lines.extend(instruction(line));
+        }
+    }
+    finish(kernel, &chip, &mut lines);
+    found
+}
+
+/// Address, opcode and, of a branch, where it goes: `/*0a10*/  @!P0 BRA 0x9f0 ;  /* … */`.
+fn instruction(line: &str) -> Option<(u64, &str, Option<u64>)> {
+    let (address, rest) = line.strip_prefix("/*")?.split_once("*/")?;
+    let address = u64::from_str_radix(address, 16).ok()?;
+    let mut words = rest.split_whitespace().filter(|word| !word.starts_with('@'));
+    let opcode = words.next().filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))?;
+    let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    let to = if opcode.starts_with("BRA") { words.find_map(hex) } else { None };
+    Some((address, opcode.trim_end_matches(';'), to))
+}
+
+fn code(kernel: String, chip: &str, lines: &[(u64, &str, Option<u64>)]) -> Code {
+    let count = |from: u64, to: u64| {
+        let mut counts = Counts::default();
+        let those = lines.iter().filter(|(at, ..)| (from..=to).contains(at));
+        those.for_each(|(_, opcode, _)| counts.add(opcode));
+        counts
+    };
+    // The endless loop behind a kernel's end is none.
+    let back =
+        |&(at, _, to): &(u64, &str, Option<u64>)| to.filter(|&to| to < at).map(|to| (to, at));
+    let loops: Vec<(u64, u64)> = lines.iter().filter_map(back).collect();
+    let inside = |a: &(u64, u64), b: &(u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
+    let loops: Vec<((u64, u64), Counts)> =
+        loops.into_iter().map(|(from, to)| ((from, to), count(from, to))).collect();
+    let most = loops.iter().map(|(_, counts)| counts.kind()).max().unwrap_or(0);
+    // A loop that searches for the next tap in one that multiplies does not make that the outer one.
+    let alike: Vec<_> = loops.iter().filter(|(_, counts)| counts.kind() == most).collect();
+    let innermost =
+        alike.iter().filter(|(outer, _)| !alike.iter().any(|(inner, _)| inside(inner, outer)));
+    let hot = innermost.map(|(_, counts)| *counts).max_by_key(|counts| {
+        (counts.products, 4 * counts.global_16 + counts.global, counts.shared, counts.all)
+    });
+    let whole = count(0, u64::MAX);
+    Code { kernel, chip: chip.to_owned(), whole, hot: hot.unwrap_or(whole) }
+}

@@ -1,0 +1,181 @@
+//! The other layers of ResNet-50 and its head: batch norm, pooling, additions, linear layers.
+
+use super::case::{Case, Extent, Launched, both, filled, forward, suffix};
+use super::convolutions::of_product;
+use super::{Unit, Work};
+use crate::ops::kernels::{Product, ProductKind};
+use crate::ops::{BatchNorm, add, batch_norm, linear, max_pool, mean_pool};
+use crate::tensor::DType;
+
+pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
+    let mut all = Vec::new();
+    // Side, channels, how many, and whether a shortcut is added before the ReLU.
+    for (side, c, count, residual) in [
+        (112, 64, 1, false),
+        (56, 64, 6, false),
+        (56, 256, 3, true),
+        (28, 128, 7, false),
+        (28, 512, 4, true),
+        (14, 256, 11, false),
+        (14, 1024, 6, true),
+        (7, 512, 5, false),
+        (7, 2048, 3, true),
+    ] {
+        let shape = [extent.views, extent.of(side), extent.of(side), extent.of(c)];
+        all.extend([false, true].map(|both| norm(shape, count, residual, both, dtype)));
+    }
+    let n = extent.views;
+    all.extend([false, true].map(|both| max([n, extent.of(112), extent.of(112), 64], both, dtype)));
+    all.push(mean([n, extent.of(7), extent.of(7), extent.of(2048)], dtype));
+    all.push(sum([n, extent.of(56), extent.of(56), extent.of(256)], dtype));
+    all.push(head([2 * n, extent.of(2048), extent.of(2048)], dtype));
+    all.push(head([2 * n, extent.of(2048), 128], dtype));
+    all
+}
+
+fn len(shape: &[usize]) -> f64 {
+    shape.iter().product::<usize>() as f64
+}
+
+fn words(shape: [usize; 4]) -> String {
+    shape.map(|size| size.to_string()).join("x")
+}
+
+/// Statistics need one pass over `x` and their use another; so do the sums of the backward pass and theirs. No on-chip memory
+/// holds a layer of the larger ones.
+fn norm(shape: [usize; 4], count: usize, residual: bool, backward: bool, dtype: DType) -> Case {
+    let (size, name) = (dtype.size() as f64 * len(&shape), suffix(dtype));
+    let more = if residual { size } else { 0.0 };
+    let mut launched = vec![
+        Launched::over(format!("batch_norm_moments_{name}"), size, 3.0 * len(&shape)),
+        Launched::over("batch_norm_finish", 0.0, 0.0),
+        Launched::over(format!("batch_norm_apply_{name}"), 2.0 * size + more, 4.0 * len(&shape)),
+    ];
+    if backward {
+        // The ReLU's mask is `y`.
+        launched.extend([
+            Launched::over(
+                format!("batch_norm_backward_sums_{name}"),
+                3.0 * size,
+                4.0 * len(&shape),
+            ),
+            Launched::over("batch_norm_backward_finish", 0.0, 0.0),
+            Launched::over(
+                format!("batch_norm_backward_apply_{name}"),
+                4.0 * size + more,
+                6.0 * len(&shape),
+            ),
+        ]);
+    }
+    let bytes = launched.iter().map(|l| l.bytes).sum();
+    let operations = launched.iter().map(|l| l.operations).sum();
+    let way = if backward { "forward+backward" } else { "forward" };
+    let with = if residual { "+add+relu" } else { "+relu" };
+    Case {
+        name: format!("batch_norm{with} {way} {}", words(shape)),
+        count: if backward { count } else { 0 },
+        work: Work { operations, bytes },
+        unit: Unit::Vector,
+        launched,
+        prepare: Box::new(move |device| {
+            let (x, other) = (filled(device, &shape), filled(device, &shape));
+            if !backward {
+                return forward(device, move |tape| {
+                    let other = residual.then(|| tape.input(&other));
+                    let with =
+                        BatchNorm { relu: true, residual: other.as_ref(), ..BatchNorm::default() };
+                    batch_norm(&tape.input(&x), with);
+                });
+            }
+            both(device, x, other.clone(), move |x| {
+                let leaf = || x.tape().record("leaf", other.clone(), &[x], |_, _| {});
+                let other = residual.then(leaf);
+                let with =
+                    BatchNorm { relu: true, residual: other.as_ref(), ..BatchNorm::default() };
+                batch_norm(x, with)
+            })
+        }),
+    }
+}
+
+fn max(shape: [usize; 4], backward: bool, dtype: DType) -> Case {
+    let [n, h, w, c] = shape;
+    let out = [n, h.div_ceil(2), w.div_ceil(2), c];
+    let (e, name) = (dtype.size() as f64, suffix(dtype));
+    let (x, y) = (len(&shape), len(&out));
+    // A GPU saves a byte for each output.
+    let mut launched = vec![Launched::over(format!("max_pool_{name}"), e * (x + y) + y, 9.0 * y)];
+    if backward {
+        let bytes = e * (x + y) + y;
+        launched.push(Launched::over(format!("max_pool_backward_{name}"), bytes, 4.0 * x));
+    }
+    let (way, count) = if backward { ("forward+backward", 1) } else { ("forward", 0) };
+    let passes = if backward { 2.0 } else { 1.0 };
+    Case {
+        name: format!("max_pool {way} {} 3x3/2", words(shape)),
+        count,
+        work: Work { operations: 9.0 * y, bytes: passes * e * (x + y) },
+        unit: Unit::Vector,
+        launched,
+        prepare: Box::new(move |device| {
+            let (x, dy) = (filled(device, &shape), filled(device, &out));
+            if backward {
+                both(device, x, dy, |x| max_pool(x, 3, 2, 1))
+            } else {
+                forward(device, move |tape| drop(max_pool(&tape.input(&x), 3, 2, 1)))
+            }
+        }),
+    }
+}
+
+fn mean(shape: [usize; 4], dtype: DType) -> Case {
+    let (bytes, name) = (dtype.size() as f64 * len(&shape), suffix(dtype));
+    Case {
+        name: format!("mean_pool forward+backward {}", words(shape)),
+        count: 1,
+        work: Work { operations: 2.0 * len(&shape), bytes: 2.0 * bytes },
+        unit: Unit::Vector,
+        launched: vec![
+            Launched::over(format!("mean_pool_{name}"), bytes, len(&shape)),
+            Launched::over(format!("mean_pool_backward_{name}"), bytes, len(&shape)),
+        ],
+        prepare: Box::new(move |device| {
+            let dy = filled(device, &[shape[0], shape[3]]);
+            both(device, filled(device, &shape), dy, mean_pool)
+        }),
+    }
+}
+
+fn sum(shape: [usize; 4], dtype: DType) -> Case {
+    let bytes = 3.0 * dtype.size() as f64 * len(&shape);
+    Case {
+        name: format!("add forward {}", words(shape)),
+        count: 0,
+        work: Work { operations: len(&shape), bytes },
+        unit: Unit::Vector,
+        launched: vec![Launched::over(format!("add_{}", suffix(dtype)), bytes, len(&shape))],
+        prepare: Box::new(move |device| {
+            let (a, b) = (filled(device, &shape), filled(device, &shape));
+            forward(device, move |tape| drop(add(&tape.input(&a), &tape.input(&b))))
+        }),
+    }
+}
+
+/// `y [m, n] = x Wᵀ` forward.
+fn head([m, k, n]: [usize; 3], dtype: DType) -> Case {
+    let e = dtype.size() as f64;
+    let (operations, bytes) = (2.0 * (m * n * k) as f64, e * (m * k + n * k + m * n) as f64);
+    let run = if dtype == DType::Bf16 && k.is_multiple_of(8) { 8 } else { 1 };
+    let product = Product { kind: ProductKind::Nt, m, n, k, count: 1, run, splits: false };
+    Case {
+        name: format!("linear forward {m}x{k}->{n}"),
+        count: 0,
+        work: Work { operations, bytes },
+        unit: Unit::Product,
+        launched: of_product(product, dtype, bytes, operations),
+        prepare: Box::new(move |device| {
+            let (x, w) = (filled(device, &[m, k]), filled(device, &[n, k]));
+            forward(device, move |tape| drop(linear(&tape.input(&x), &tape.input(&w), None)))
+        }),
+    }
+}

@@ -1,0 +1,278 @@
+//! Losses, assignments and nearest neighbours. On a GPU their products run in f32 lanes.
+
+use super::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
+use super::{Unit, Work};
+use crate::device::{Device, Group};
+use crate::eval::{Features, Knn, knn_accuracy};
+use crate::ops::{
+    Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, sinkhorn, soft_cross_entropy,
+};
+use crate::tensor::{DType, Tensor};
+
+/// Size of an embedding, of SwAV's prototypes and of a ResNet-18's features.
+const D: usize = 128;
+const PROTOTYPES: usize = 3000;
+const FEATURES: usize = 512;
+/// SwAV's iterations.
+const ITERATIONS: usize = 3;
+/// Queries of MoCo and of kNN, against the extent's queue.
+const QUERIES: usize = 256;
+
+pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
+    let mut all = Vec::new();
+    all.extend([false, true].map(|both| contrast(extent.rows, both)));
+    all.extend([false, true].map(|both| queue(extent.queue, both)));
+    all.push(normalise(extent.rows, dtype));
+    all.push(cosine(extent.rows, dtype));
+    all.push(assign(extent.assigned, dtype));
+    all.push(soft(extent.assigned, dtype));
+    all.push(neighbours(extent.queue));
+    all
+}
+
+fn way(backward: bool) -> &'static str {
+    if backward { "forward+backward" } else { "forward" }
+}
+
+/// A launch of blocks of 256 threads.
+fn tiled(kernel: &str, blocks: usize, bytes: f64, operations: f64) -> Launched {
+    Launched { blocks, ..Launched::over(kernel, bytes, operations) }
+}
+
+/// `z [n, d]`: every pair once where similarities are symmetric; backward a pair's similarity again, and both of its rows.
+fn contrast(n: usize, backward: bool) -> Case {
+    let (pairs, z) = ((n * n) as f64, 4.0 * (n * D) as f64);
+    let d = D as f64;
+    // Columns of a block, as `nt_xent/cuda.rs` cuts them; each block reads its rows and columns of z, mostly from the cache.
+    let tiles = n.div_ceil(64);
+    let slices = (256 / tiles).clamp(1, tiles);
+    let partial = slices as f64 * z;
+    let mut launched = vec![
+        tiled("nt_xent_sums", tiles * slices, 2.0 * z, pairs * (2.0 * d + 4.0)),
+        tiled("nt_xent_finish", n.div_ceil(8), 2.0 * z, 4.0 * z),
+    ];
+    if backward {
+        launched.push(tiled(
+            "nt_xent_gradient",
+            tiles * slices,
+            2.0 * z + partial,
+            pairs * (4.0 * d + 6.0),
+        ));
+        launched.push(Launched::over("sum_slices_f32", partial + z, partial / 4.0));
+    }
+    let asked = if backward { 4.0 } else { 1.0 };
+    Case {
+        name: format!("nt_xent {} {n}x{D}", way(backward)),
+        count: 0,
+        work: Work { operations: asked * pairs * d, bytes: if backward { 2.0 } else { 1.0 } * z },
+        // A product of this size belongs on tensor cores: that is its floor.
+        unit: Unit::Product,
+        launched,
+        prepare: Box::new(move |device| {
+            let z = unit(device, n, D);
+            if backward {
+                let dy = Tensor::from_f64(device, [], &[1.0]);
+                both(device, z, dy, |z| nt_xent(z, 0.5))
+            } else {
+                forward(device, move |tape| drop(nt_xent(&tape.input(&z), 0.5)))
+            }
+        }),
+    }
+}
+
+/// Queries against the queue, forward; backward the products again and the queries' gradient.
+fn queue(m: usize, backward: bool) -> Case {
+    let n = QUERIES.min(m);
+    let (pairs, d) = ((n * m) as f64, D as f64);
+    let bytes = 4.0 * (n * D * 2 + m * D) as f64;
+    let mut launched = vec![
+        tiled("info_nce_sums", n.div_ceil(64) * 64, bytes, pairs * (2.0 * d + 4.0)),
+        tiled("info_nce_finish", n.div_ceil(8), 0.0, 0.0),
+    ];
+    if backward {
+        launched.extend([
+            tiled("info_nce_gradient", n.div_ceil(64) * 64, bytes, pairs * (4.0 * d + 6.0)),
+            tiled("info_nce_query_finish", n, 0.0, 0.0),
+            tiled("info_nce_key_gradient", n, 0.0, 0.0),
+        ]);
+    }
+    let passes = if backward { 3.0 } else { 1.0 };
+    Case {
+        name: format!("info_nce {} {n}x{m}x{D}", way(backward)),
+        count: 0,
+        work: Work {
+            operations: passes * 2.0 * pairs * d,
+            bytes: if backward { 2.0 } else { 1.0 } * bytes,
+        },
+        unit: Unit::Product,
+        launched,
+        prepare: Box::new(move |device| {
+            let (q, k, queue) = (unit(device, n, D), unit(device, n, D), unit(device, m, D));
+            if backward {
+                let dy = Tensor::from_f64(device, [], &[1.0]);
+                both(device, q, dy, move |q| {
+                    let negatives = Negatives { queue: &queue, own: None };
+                    info_nce(q, &q.tape().input(&k), &negatives, 0.2)
+                })
+            } else {
+                forward(device, move |tape| {
+                    let negatives = Negatives { queue: &queue, own: None };
+                    drop(info_nce(&tape.input(&q), &tape.input(&k), &negatives, 0.2));
+                })
+            }
+        }),
+    }
+}
+
+/// Rows of unit length, in f32 on every device but the reference.
+fn unit(device: &Device, n: usize, d: usize) -> Tensor {
+    let mut rows: Vec<f32> =
+        (0..n * d).map(|i| ((i.wrapping_mul(2_654_435_761) >> 9) & 1023) as f32 - 511.5).collect();
+    for row in rows.chunks_exact_mut(d) {
+        let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+        row.iter_mut().for_each(|v| *v /= length);
+    }
+    Tensor::from_slice(device, [n, d], &rows).cast(DType::of(device))
+}
+
+fn normalise(n: usize, dtype: DType) -> Case {
+    let (len, name) = ((n * D) as f64, suffix(dtype));
+    let e = dtype.size() as f64;
+    Case {
+        name: format!("l2_normalize forward+backward {n}x{D}"),
+        count: 0,
+        work: Work { operations: 9.0 * len, bytes: 5.0 * e * len },
+        unit: Unit::Vector,
+        launched: vec![
+            tiled(&format!("l2_normalize_{name}"), n.div_ceil(8), 2.0 * e * len, 3.0 * len),
+            tiled(
+                &format!("l2_normalize_backward_{name}"),
+                n.div_ceil(8),
+                3.0 * e * len,
+                6.0 * len,
+            ),
+        ],
+        prepare: Box::new(move |device| {
+            let (x, dy) = (filled(device, &[n, D]), filled(device, &[n, D]));
+            both(device, x, dy.cast(DType::of(device)), l2_normalize)
+        }),
+    }
+}
+
+fn cosine(n: usize, dtype: DType) -> Case {
+    let (len, name) = ((n * D) as f64, suffix(dtype));
+    let e = dtype.size() as f64;
+    Case {
+        name: format!("neg_cosine forward+backward {n}x{D}"),
+        count: 0,
+        work: Work { operations: 14.0 * len, bytes: 5.0 * e * len },
+        unit: Unit::Vector,
+        launched: vec![
+            tiled(&format!("neg_cosine_{name}"), n.div_ceil(8), 2.0 * e * len, 6.0 * len),
+            tiled("row_losses_mean", 1, 4.0 * n as f64, n as f64),
+            tiled(&format!("neg_cosine_backward_{name}"), n.div_ceil(8), 3.0 * e * len, 8.0 * len),
+        ],
+        prepare: Box::new(move |device| {
+            let (p, z) = (filled(device, &[n, D]), filled(device, &[n, D]));
+            let dy = Tensor::from_f64(device, [], &[1.0]);
+            both(device, p, dy, move |p| neg_cosine(p, &p.tape().input(&z)))
+        }),
+    }
+}
+
+/// The matrix once for its exponentials, and two passes an iteration.
+fn assign(b: usize, dtype: DType) -> Case {
+    let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
+    let mut launched = vec![
+        tiled(&format!("sinkhorn_max_{name}"), 256, e * len, len),
+        Launched::over(format!("sinkhorn_exp_{name}"), (e + 4.0) * len, 3.0 * len),
+    ];
+    for _ in 0..ITERATIONS {
+        launched.extend([
+            tiled("sinkhorn_columns", PROTOTYPES.div_ceil(256) * 64, 4.0 * len, 2.0 * len),
+            Launched::over("sinkhorn_share", 0.0, 0.0),
+            tiled("sinkhorn_rows", b.div_ceil(8), 4.0 * len, 2.0 * len),
+        ]);
+    }
+    launched.push(Launched::over("sinkhorn_assign", 8.0 * len, 2.0 * len));
+    Case {
+        name: format!("sinkhorn {b}x{PROTOTYPES}"),
+        count: 0,
+        // Scores read, assignments written: what is between could stay on chip.
+        work: Work { operations: (5.0 + 4.0 * ITERATIONS as f64) * len, bytes: (e + 4.0) * len },
+        unit: Unit::Vector,
+        launched,
+        prepare: Box::new(move |device| {
+            let scores = filled(device, &[b, PROTOTYPES]);
+            let run: Run =
+                Box::new(move || drop(sinkhorn(&scores, 0.05, ITERATIONS, &Group::default())));
+            run
+        }),
+    }
+}
+
+fn soft(b: usize, dtype: DType) -> Case {
+    let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
+    Case {
+        name: format!("soft_cross_entropy forward+backward {b}x{PROTOTYPES}"),
+        count: 0,
+        work: Work { operations: 10.0 * len, bytes: (3.0 * e + 8.0) * len },
+        unit: Unit::Vector,
+        launched: vec![
+            tiled(&format!("soft_cross_entropy_{name}"), b.div_ceil(8), (e + 4.0) * len, 5.0 * len),
+            tiled("row_losses_mean", 1, 4.0 * b as f64, b as f64),
+            tiled(
+                &format!("soft_cross_entropy_backward_{name}"),
+                b.div_ceil(8),
+                (2.0 * e + 4.0) * len,
+                5.0 * len,
+            ),
+        ],
+        prepare: Box::new(move |device| {
+            let x = filled(device, &[b, PROTOTYPES]);
+            let q = Tensor::from_slice(
+                device,
+                [b, PROTOTYPES],
+                &vec![1.0 / 3000.0_f32; b * PROTOTYPES],
+            );
+            let q = q.cast(DType::of(device));
+            let dy = Tensor::from_f64(device, [], &[1.0]);
+            both(device, x, dy, move |x| soft_cross_entropy(x, &q, 0.1))
+        }),
+    }
+}
+
+/// Features come from the host and go there: as an evaluation has them.
+fn neighbours(bank: usize) -> Case {
+    let queries = QUERIES.min(bank);
+    let (pairs, d) = ((queries * bank) as f64, FEATURES as f64);
+    let bytes = 4.0 * d * (queries + bank) as f64;
+    Case {
+        name: format!("knn {queries}x{bank}x{FEATURES}"),
+        count: 0,
+        work: Work { operations: 2.0 * pairs * d, bytes },
+        unit: Unit::Product,
+        launched: vec![
+            tiled(
+                "knn_similarities",
+                queries.div_ceil(64) * bank.div_ceil(64),
+                bytes + 4.0 * pairs,
+                2.0 * pairs * d,
+            ),
+            tiled("knn_top_k", queries, 4.0 * pairs, pairs),
+        ],
+        prepare: Box::new(move |device| {
+            let set = |n: usize| Features {
+                values: (0..n * FEATURES).map(|i| ((i * 37) % 251) as f32 - 125.0).collect(),
+                d: FEATURES,
+                labels: (0..n as u32).map(|i| i % 10).collect(),
+                skipped: Vec::new(),
+            };
+            let (bank, queries, device) = (set(bank), set(queries), device.clone());
+            let run: Run = Box::new(move || {
+                knn_accuracy(&bank, &queries, Knn::default(), &device).expect("the device");
+            });
+            run
+        }),
+    }
+}

@@ -1,0 +1,129 @@
+//! What a GPU will do with a case, on paper.
+//!
+//! The prediction is a model, not a fit: a product costs what the tile table estimates (`ops/tiles.rs`: the shared memory that
+//! its tiles move, whole waves, the 0.63 of the peak that `mma.sync` reaches on Hopper); everything else costs its own traffic at
+//! 0.85 of a copy, or its operations at 0.6 of the f32 lanes; a grid smaller than the chip gets its share of both; and each
+//! launch costs 2 microseconds. What a measurement says beside it is what there is to learn.
+
+use super::{Case, Chip, Launched};
+use crate::device::cuda::{RESOURCES, Resources};
+use crate::ops::kernels::Product;
+
+/// Shares of the ceilings that are expected of plain loops, and seconds of a launch.
+const OF_COPY: f64 = 0.85;
+const OF_LANES: f64 = 0.6;
+const LAUNCH: f64 = 2e-6;
+
+/// A kernel of a case on a chip.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// Its name.
+    pub kernel: String,
+    /// `128x128x32, 3 stages`; empty where it is no product.
+    pub tile: String,
+    /// Blocks, and how often the chip is filled with them.
+    pub blocks: usize,
+    /// Waves: blocks over what the chip holds at once.
+    pub waves: f64,
+    /// Registers of a thread, and bytes of shared memory of a block; none in a build without nvcc.
+    pub resources: Option<&'static Resources>,
+    /// Warps on a multiprocessor over the 64 that it can hold.
+    pub occupancy: f64,
+    /// Predicted seconds.
+    pub seconds: f64,
+}
+
+/// A case on a chip.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Seconds at the ceilings.
+    pub floor: f64,
+    /// Whether memory sets the floor.
+    pub memory: bool,
+    /// Predicted seconds of all kernels.
+    pub seconds: f64,
+    /// What is launched, in order.
+    pub kernels: Vec<Planned>,
+}
+
+/// What a chip will do with a case. `sm` is the compiled architecture, `sm_90a` or `sm_80`.
+pub fn plan(case: &Case, chip: &Chip, sm: &str) -> Plan {
+    let kernels: Vec<Planned> = case.launched.iter().map(|l| planned(l, chip, sm)).collect();
+    Plan {
+        floor: case.work.floor(chip, case.unit),
+        memory: case.work.is_bound_by_memory(chip, case.unit),
+        seconds: kernels.iter().map(|kernel| kernel.seconds).sum(),
+        kernels,
+    }
+}
+
+fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
+    let resources = RESOURCES.iter().find(|r| r.kernel == launched.kernel && r.chip == sm);
+    let held = resources.map_or(2, |r| chip.blocks(launched.threads, r.registers, r.shared).max(1));
+    // A loop that fills the chip has 8 blocks a multiprocessor at most.
+    let blocks = match launched.blocks {
+        0 => 8 * chip.processors,
+        blocks => blocks,
+    };
+    let alone = (blocks as f64 / chip.processors as f64).min(1.0);
+    let memory = launched.bytes / (OF_COPY * chip.copy * alone);
+    let arithmetic = match &launched.product {
+        Some(product) => cycles(product) / chip.clock * 132.0 / chip.processors as f64,
+        None => launched.operations / (OF_LANES * chip.vector * alone),
+    };
+    let tile = launched.product.map_or(String::new(), |product| {
+        let tile = product.tile();
+        let slices =
+            if tile.slices > 1 { format!(", {} slices", tile.slices) } else { String::new() };
+        format!("{}x{}x{}, {} stages{slices}", tile.m, tile.n, tile.depth, tile.stages)
+    });
+    Planned {
+        kernel: launched.kernel.clone(),
+        tile,
+        blocks,
+        waves: blocks as f64 / (held * chip.processors) as f64,
+        resources,
+        occupancy: (held.min(blocks.div_ceil(chip.processors)) * launched.threads.div_ceil(32))
+            as f64
+            / 64.0,
+        seconds: memory.max(arithmetic) + LAUNCH,
+    }
+}
+
+/// The table's estimate, for a chip of 132 multiprocessors.
+fn cycles(product: &Product) -> f64 {
+    product.cycles(&product.tile())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::{Extent, cases};
+    use crate::tensor::DType;
+
+    /// A kernel that no case launches is one whose speed nobody sees.
+    const WITHOUT_CASE: [(&str, &str); 0] = [];
+
+    #[test]
+    fn every_kernel_has_a_case_and_every_case_its_kernels() {
+        let mut launched = std::collections::BTreeSet::new();
+        for dtype in [DType::Bf16, DType::F32] {
+            for case in cases(&Extent::GPU, dtype, "") {
+                let chip = Chip::known("H200").unwrap();
+                let plan = plan(&case, &chip, "sm_90a");
+                assert!(plan.floor > 0.0 && plan.seconds > plan.floor, "{}: {plan:?}", case.name);
+                let bytes: f64 = case.launched.iter().map(|l| l.bytes).sum();
+                assert!(bytes >= 0.99 * case.work.bytes, "{}: moves less than it must", case.name);
+                launched.extend(case.launched.into_iter().map(|l| l.kernel));
+            }
+        }
+        if RESOURCES.is_empty() {
+            println!("skipped: built without nvcc, there are no kernels to look for");
+            return;
+        }
+        for kernel in &launched {
+            assert!(RESOURCES.iter().any(|r| r.kernel == *kernel), "there is no kernel {kernel}");
+        }
+        let _ = WITHOUT_CASE;
+    }
+}

@@ -1,0 +1,313 @@
+//! `selfsup bench`: times beside floors, or floors and plans without a device.
+
+use std::time::Duration;
+
+use clap::Args as Arguments;
+use serde_json::json;
+
+use super::{device, say, talk};
+use crate::bench::{Bench, CHIPS, Case, Chip, Extent, Plan, cases, plan};
+use crate::device::{DeviceKind, Precision};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+#[derive(Debug, Arguments)]
+pub(super) struct BenchArgs {
+    /// Only cases whose names hold these words, such as `conv2d forward` or `sinkhorn`
+    filter: Vec<String>,
+    /// Where to measure: cpu, cuda or cuda:N; what is there if not given
+    #[arg(long)]
+    device: Option<device::Name>,
+    /// Threads on the CPU; 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Activations in f32 on a GPU, not in bf16
+    #[arg(long)]
+    f32: bool,
+    /// Seconds for each case hot, and again with cold caches
+    #[arg(long, default_value_t = 0.3, value_name = "S")]
+    seconds: f64,
+    /// Measure nothing: floors, tiles, waves, registers and a prediction for a GPU
+    #[arg(long, conflicts_with_all = ["device", "threads", "seconds"])]
+    paper: bool,
+    /// The GPU that --paper is for: H200, H100 or A100
+    #[arg(long, default_value = "H200", requires = "paper")]
+    chip: String,
+    /// Tiny sizes, which say nothing about speed: to see that everything runs
+    #[arg(long)]
+    tiny: bool,
+    /// One JSON object a case
+    #[arg(long)]
+    json: bool,
+    /// A table for a document
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
+}
+
+pub(super) fn bench(args: &BenchArgs) -> Result<()> {
+    let filter = args.filter.join(" ");
+    let some = |all: Vec<Case>| match all.is_empty() {
+        true => Err(Error::Config(format!(
+            "no case has all of the words `{filter}`; `selfsup bench --paper` lists the cases"
+        ))),
+        false => Ok(all),
+    };
+    let dtype = if args.f32 { DType::F32 } else { DType::Bf16 };
+    if args.paper {
+        let extent = if args.tiny { Extent::TINY } else { Extent::GPU };
+        let known = || CHIPS.map(|(name, ..)| name).join(", ");
+        let chip = Chip::known(&args.chip).ok_or_else(|| {
+            Error::Config(format!(
+                "nothing is known of a chip {}; known are {}",
+                args.chip,
+                known()
+            ))
+        })?;
+        return paper(args, &some(cases(&extent, dtype, &filter))?, &chip, &extent);
+    }
+    if !(args.seconds > 0.0 && args.seconds <= 60.0) {
+        return Err(Error::Config(format!("--seconds {}: above 0, at most 60", args.seconds)));
+    }
+    let precision = if args.f32 { Precision::F32 } else { Precision::Bf16 };
+    let device = device::choose(args.device, precision, args.threads)?;
+    let extent = match device.kind() {
+        _ if args.tiny => Extent::TINY,
+        DeviceKind::Cuda => Extent::GPU,
+        _ => Extent::CPU,
+    };
+    let cases = some(cases(&extent, DType::of_activations(&device), &filter))?;
+    let mut bench = Bench::new(&device, Duration::from_secs_f64(args.seconds))?;
+    let chip = bench.chip().clone();
+    talk(&about(&chip));
+    let mut table = Table::new(
+        args.markdown,
+        &[
+            "case",
+            "in a step",
+            "hot us",
+            "20% to 80%",
+            "cold us",
+            "GFLOP/s",
+            "GB/s",
+            "floor us",
+            "share",
+            "bound by",
+        ],
+    );
+    for case in &cases {
+        let timing = bench.measure(case.prepare(&device))?;
+        let (hot, cold) = (timing.hot, timing.cold);
+        let floor = case.work.floor(&chip, case.unit);
+        // What does not fit a cache anyway is as fast hot as cold.
+        let share = bench.share(&case.work, case.unit, hot.median);
+        let memory = case.work.is_bound_by_memory(&chip, case.unit);
+        if args.json {
+            say(&json!({
+                "case": case.name, "count": case.count, "device": chip.name,
+                "dtype": if DType::of_activations(&device) == DType::Bf16 { "bf16" } else { "f32" },
+                "hot": [hot.low, hot.median, hot.high], "cold": [cold.low, cold.median, cold.high],
+                "runs": timing.runs, "operations": case.work.operations, "bytes": case.work.bytes,
+                "floor": floor, "share": share, "copy": chip.copy, "product": chip.product,
+            })
+            .to_string())?;
+            continue;
+        }
+        table.row([
+            case.name.clone(),
+            times(case),
+            microseconds(hot.median),
+            format!("{} to {}", microseconds(hot.low), microseconds(hot.high)),
+            microseconds(cold.median),
+            format!("{:.1}", case.work.operations / hot.median / 1e9),
+            format!("{:.1}", case.work.bytes / hot.median / 1e9),
+            microseconds(floor),
+            format!("{:.2}", share),
+            bound(memory),
+        ])?;
+    }
+    table.end()
+}
+
+fn about(chip: &Chip) -> String {
+    format!(
+        "{}: copy {:.1} GB/s, product {:.1} GFLOP/s ({})",
+        chip.name,
+        chip.copy / 1e9,
+        chip.product / 1e9,
+        chip.source
+    )
+}
+
+fn times(case: &Case) -> String {
+    if case.count == 0 { String::new() } else { case.count.to_string() }
+}
+
+fn microseconds(seconds: f64) -> String {
+    let us = seconds * 1e6;
+    if us < 100.0 { format!("{us:.1}") } else { format!("{us:.0}") }
+}
+
+fn bound(memory: bool) -> String {
+    if memory { "memory" } else { "products" }.into()
+}
+
+/// How a table on paper is to be read.
+const PAPER: &str = "\
+The floor of a case is the longer of the bytes that it must move at the chip's copy rate and its operations at the product's rate
+(`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): products cost what the tile table estimates,
+with whole waves and the share of the peak that `mma.sync` reaches; loops run at 0.85 of a copy and 0.6 of the f32 lanes; a launch
+costs 2 us. Waves are blocks over what the chip holds at once; occupancy is of 64 warps. Of the hot loop, from the disassembly: all
+instructions, products on tensor cores, ldmatrix, accesses to global memory of 16 bytes, and narrower ones. A step's sums count a layer
+as often as ResNet-50 has it.
+";
+
+fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Result<()> {
+    let sm = if chip.name.contains("A100") { "sm_80" } else { "sm_90a" };
+    let dtype = if args.f32 { "f32" } else { "bf16" };
+    if args.markdown {
+        let command = format!("selfsup bench --paper --chip {} --markdown", chip.name);
+        say(&format!(
+            "# Floors and plans: {}, {dtype}\n\nMade by `{command}`; {}.\n",
+            chip.name,
+            about(chip)
+        ))?;
+        say(PAPER)?;
+    } else if !args.json {
+        talk(&about(chip));
+    }
+    let mut table = Table::new(
+        args.markdown,
+        &[
+            "case",
+            "in a step",
+            "floor us",
+            "bound by",
+            "predicted us",
+            "predicted share",
+            "kernel",
+            "tile",
+            "blocks",
+            "waves",
+            "registers",
+            "shared",
+            "occupancy",
+            "hot loop",
+        ],
+    );
+    let plans: Vec<Plan> = cases.iter().map(|case| plan(case, chip, sm)).collect();
+    for (case, plan) in cases.iter().zip(&plans) {
+        if args.json {
+            let kernels: Vec<_> = plan.kernels.iter().map(|k| json!({
+                "kernel": k.kernel, "tile": k.tile, "blocks": k.blocks, "waves": k.waves, "occupancy": k.occupancy,
+                "registers": k.resources.map(|r| r.registers), "shared": k.resources.map(|r| r.shared), "seconds": k.seconds,
+            })).collect();
+            say(&json!({
+                "case": case.name, "count": case.count, "chip": chip.name, "dtype": dtype, "floor": plan.floor,
+                "predicted": plan.seconds, "share": plan.floor / plan.seconds, "operations": case.work.operations,
+                "bytes": case.work.bytes, "kernels": kernels,
+            }).to_string())?;
+            continue;
+        }
+        for (i, kernel) in plan.kernels.iter().enumerate() {
+            let first = |text: String| if i == 0 { text } else { String::new() };
+            let resource = |of: fn(&crate::device::Resources) -> usize| {
+                kernel.resources.map_or("?".into(), |r| of(r).to_string())
+            };
+            table.row([
+                first(case.name.clone()),
+                first(times(case)),
+                first(microseconds(plan.floor)),
+                first(bound(plan.memory)),
+                first(microseconds(plan.seconds)),
+                first(format!("{:.2}", plan.floor / plan.seconds)),
+                kernel.kernel.clone(),
+                kernel.tile.clone(),
+                kernel.blocks.to_string(),
+                format!("{:.2}", kernel.waves),
+                resource(|r| r.registers),
+                resource(|r| r.shared),
+                format!("{:.2}", kernel.occupancy),
+                kernel.resources.and_then(|r| r.mix).map_or("?".into(), |mix| {
+                    let hot = mix.hot;
+                    let kinds = [hot.all, hot.products, hot.ldmatrix, hot.global_16, hot.global];
+                    kinds.map(|count| count.to_string()).join(" ")
+                }),
+            ])?;
+        }
+    }
+    table.end()?;
+    if args.json {
+        return Ok(());
+    }
+    let mut sums = Table::new(
+        args.markdown,
+        &["of a step of ResNet-50", "floor us a view", "predicted us a view", "share"],
+    );
+    let parts = [
+        "conv2d forward",
+        "conv2d data gradient",
+        "conv2d weight gradient",
+        "batch_norm",
+        "pool",
+        "",
+    ];
+    for part in parts {
+        let of = |value: fn(&Plan) -> f64| -> f64 {
+            let all = cases.iter().zip(&plans).filter(|(case, _)| case.name.contains(part));
+            all.map(|(case, plan)| case.count as f64 * value(plan)).sum::<f64>()
+                / extent.views as f64
+        };
+        let (floor, predicted) = (of(|plan| plan.floor), of(|plan| plan.seconds));
+        if predicted > 0.0 {
+            let name = if part.is_empty() { "all of these" } else { part };
+            let share = format!("{:.2}", floor / predicted);
+            sums.row([name.into(), microseconds(floor), microseconds(predicted), share])?;
+        }
+    }
+    say("")?;
+    sums.end()
+}
+
+/// Lines of cells, printed aligned at the end, or at once for a document.
+struct Table {
+    markdown: bool,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(markdown: bool, head: &[&str]) -> Self {
+        Self { markdown, rows: vec![head.iter().map(|&cell| cell.to_owned()).collect()] }
+    }
+
+    fn row<const N: usize>(&mut self, cells: [String; N]) -> Result<()> {
+        self.rows.push(cells.into());
+        Ok(())
+    }
+
+    fn end(self) -> Result<()> {
+        if self.rows.len() == 1 {
+            return Ok(());
+        }
+        let columns = self.rows[0].len();
+        let widest =
+            |j: usize| self.rows.iter().map(|row| row[j].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(widest).collect();
+        for (i, row) in self.rows.iter().enumerate() {
+            if self.markdown {
+                say(&format!("| {} |", row.join(" | ")))?;
+                if i == 0 {
+                    let rule = |j: usize| if j == 0 { "---|" } else { "---:|" };
+                    say(&format!("|{}", (0..columns).map(rule).collect::<String>()))?;
+                }
+                continue;
+            }
+            let cells = row.iter().zip(&widths).enumerate();
+            let padded = cells.map(|(j, (cell, &width))| match j {
+                0 => format!("{cell:<width$}"),
+                _ => format!("{cell:>width$}"),
+            });
+            say(padded.collect::<Vec<_>>().join("  ").trim_end())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! What the compiled kernels are: registers, local memory, and the instructions of their hot loops.
+
+use super::*;
+
+/// Kernels that may use local memory, each with its reason.
+const LOCAL_MEMORY: [(&str, &str); 0] = [];
+
+#[test]
+fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
+    if COMPILER.is_none() {
+        println!("skipped: built without nvcc, there are no kernels to look at");
+        return;
+    }
+    println!(
+        "{:32} {:7} {:>9} {:>7} {:>6} {:>7}",
+        "kernel", "chip", "registers", "shared", "stack", "spills"
+    );
+    let mut wrong = Vec::new();
+    for r in RESOURCES {
+        let spills = r.spill_stores + r.spill_loads;
+        println!(
+            "{:32} {:7} {:9} {:7} {:6} {spills:7}",
+            r.kernel, r.chip, r.registers, r.shared, r.stack
+        );
+        let excused = LOCAL_MEMORY.iter().any(|(kernel, _)| *kernel == r.kernel);
+        if spills > 0 || (r.stack > 0 && !excused) {
+            wrong.push(r);
+        }
+    }
+    assert!(wrong.is_empty(), "spills or local memory: {wrong:#?}");
+    for (kernel, file) in KERNELS.iter().map(|kernel| (kernel.name, &FILES[kernel.file])) {
+        let chips = RESOURCES.iter().filter(|r| r.kernel == kernel).count();
+        assert_eq!(
+            chips,
+            if file.hopper_only { 1 } else { 2 },
+            "{kernel}: a chip has no resources"
+        );
+    }
+}
+
+/// Kernels whose hot loop has no accesses of 16 bytes to global memory, each with its reason.
+const NARROW: [(&str, &str); 1] =
+    [("conv2d_bf16_stem", "images have four channels: a tap's row comes in pieces of 8 bytes")];
+
+fn is_product(kernel: &str) -> bool {
+    kernel.contains("_bf16_") && (kernel.starts_with("conv2d") || kernel.starts_with("matmul"))
+}
+
+/// Loops over contiguous elements, in bf16 where there is a choice: what sets their time is how wide they read and write.
+const STREAMS: [&str; 24] = [
+    "add_bf16",
+    "avg_pool_bf16",
+    "batch_norm_apply_bf16",
+    "batch_norm_backward_apply_bf16",
+    "batch_norm_backward_sums_bf16",
+    "batch_norm_moments_bf16",
+    "cast_bf16_to_f32",
+    "cast_f32_to_bf16",
+    "ema",
+    "fill_f32",
+    "l2_normalize_bf16",
+    "lars_norms",
+    "lars_step",
+    "max_pool_bf16",
+    "mean_pool_bf16",
+    "mean_pool_backward_bf16",
+    "neg_cosine_bf16",
+    "relu_bf16",
+    "relu_backward_bf16",
+    "sgd_step",
+    "sinkhorn_exp_bf16",
+    "soft_cross_entropy_bf16",
+    "softmax_bf16",
+    "stream_select_bf16",
+];
+
+#[test]
+fn hot_loops_use_tensor_cores_and_wide_accesses() {
+    if COMPILER.is_none() {
+        println!("skipped: built without nvcc, there is no code to look at");
+        return;
+    }
+    println!(
+        "{:34} {:7} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>6} {:>6}",
+        "kernel",
+        "chip",
+        "code",
+        "hot loop",
+        "products",
+        "ldmatrix",
+        "16 bytes",
+        "narrower",
+        "shared",
+        "lanes",
+        "MUFU"
+    );
+    let mut wrong = Vec::new();
+    for r in RESOURCES {
+        let Mix { whole, hot } = r
+            .mix
+            .expect("the build had no disassembler beside nvcc: scripts/fetch-nvcc gets one, then build again");
+        println!(
+            "{:34} {:7} {:6} {:9} {:9} {:9} {:9} {:9} {:7} {:6} {:6}",
+            r.kernel,
+            r.chip,
+            whole.all,
+            hot.all,
+            hot.products,
+            hot.ldmatrix,
+            hot.global_16,
+            hot.global,
+            hot.shared,
+            hot.lanes,
+            hot.special
+        );
+        let excused = NARROW.iter().any(|(kernel, _)| *kernel == r.kernel);
+        let mut demand = |holds: bool, what: &str| {
+            if !holds {
+                wrong.push(format!("{} on {}: {what}: {hot:?}", r.kernel, r.chip));
+            }
+        };
+        demand(whole.local == 0, "uses local memory");
+        if is_product(r.kernel) {
+            demand(hot.products > 0, "no products on tensor cores in the hot loop");
+            demand(hot.ldmatrix > 0, "no ldmatrix in the hot loop");
+            demand(excused || hot.global_16 > 0, "no copies of 16 bytes in the hot loop");
+        } else if STREAMS.contains(&r.kernel) {
+            demand(excused || hot.global_16 > 0, "no accesses of 16 bytes in the hot loop");
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    for stream in STREAMS {
+        assert!(RESOURCES.iter().any(|r| r.kernel == stream), "there is no kernel {stream}");
+    }
+}
+
+/// A loop in a loop, as `cuobjdump` prints it.
+const LISTING: &str = "
+arch = sm_90a
+\t\tFunction : twice
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                      /* 0x00000a00ff017b82 */
+                                                                               /* 0x000fe20000000800 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x1 */
+        /*0020*/               @P0 LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ; /* 0x1 */
+        /*0030*/                   LDSM.16.M88.4 R8, [R7] ;                    /* 0x1 */
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
+        /*0050*/              @!P1 BRA 0x20 ;                                  /* 0x1 */
+        /*0060*/                   STL [R1], R4 ;                              /* 0x1 */
+        /*0070*/               @P2 BRA 0x10 ;                                  /* 0x1 */
+        /*0080*/                   EXIT ;                                      /* 0x1 */
+        /*0090*/                   BRA 0x90;                                   /* 0x1 */
+\t\tFunction : none
+        /*0000*/                   STG.E desc[UR4][R2.64], R0 ;                /* 0x1 */
+";
+
+#[test]
+fn a_hot_loop_is_the_innermost_with_most_products() {
+    let found = sass::parse(LISTING);
+    assert_eq!(found.len(), 2);
+    let (twice, none) = (&found[0], &found[1]);
+    assert_eq!((&*twice.kernel, &*twice.chip), ("twice", "sm_90a"));
+    let hot = Counts { all: 4, products: 1, ldmatrix: 1, global_16: 1, ..Counts::default() };
+    assert_eq!(twice.hot, hot);
+    assert_eq!((twice.whole.all, twice.whole.global_16, twice.whole.local), (10, 2, 1));
+    assert_eq!((none.whole.global, none.whole.global_16, none.hot), (1, 0, none.whole));
+}

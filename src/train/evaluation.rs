@@ -1,0 +1,72 @@
+//! What a run measures of itself after an epoch: monitors, kNN, its classifier; and the report's pictures.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::data::{Source, Subset};
+use crate::error::Result;
+use crate::eval::{self, Features, Knn};
+use crate::methods::Reading;
+use crate::train::Run;
+use crate::train::folder::Folder;
+use crate::train::gallery::{self, Found};
+use crate::train::run::Watch;
+
+/// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
+const EVALUATED: usize = 1024;
+
+impl Run {
+    /// The method's monitors, and the norm of the last step's gradient.
+    pub(super) fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
+        let mut readings = self.method.monitors(&self.online, self.steps.embeddings(), loss);
+        let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
+        readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
+        readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
+    }
+
+    /// kNN accuracy on the held-out images, and the report's pictures; `None` without any.
+    pub(super) fn knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
+        let Some(test) = self.images.test.clone() else { return Ok(None) };
+        let train = self.images.train.clone();
+        let (bank, queries) = (self.features(&train)?, self.features(&test)?);
+        let device = self.online.device();
+        let answers =
+            eval::knn_answers(&bank, &queries, Knn::default(), gallery::NEIGHBOURS, device)?;
+        let right = answers.iter().zip(&queries.labels).filter(|(a, label)| a.class == **label);
+        let accuracy = right.count() as f64 / answers.len() as f64;
+        if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
+        {
+            let found =
+                Found { bank: (&*train, &bank), queries: (&*test, &queries), answers: &answers };
+            let views = self.method.views();
+            let written = gallery::write(path, &self.recipe, views, epoch + 1, &found, device);
+            if let Err(error) = written {
+                watch.note(&format!("no pictures this time: {error}"));
+            }
+        }
+        Ok(Some(accuracy))
+    }
+
+    /// Features of a whole set, some at a time, so that a run can be stopped between.
+    fn features(&mut self, source: &Arc<dyn Source>) -> Result<Features> {
+        let mut all = Features::none(self.method.backbone().features());
+        for from in (0..source.len()).step_by(EVALUATED) {
+            self.stop_if_asked()?;
+            let to = (from + EVALUATED).min(source.len());
+            let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
+            let policy = &self.recipe.augment[0];
+            let backbone = self.method.backbone();
+            all.append(eval::trunk_features(&self.online, backbone, &part, policy)?);
+        }
+        Ok(all)
+    }
+
+    /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.
+    pub(super) fn accuracy(&self) -> Result<Option<f64>> {
+        let (Some(test), Some(classifier)) = (&self.images.test, self.method.classifier()) else {
+            return Ok(None);
+        };
+        let policy = &self.recipe.augment[0];
+        eval::classifier_accuracy(&self.online, classifier, &**test, policy).map(Some)
+    }
+}

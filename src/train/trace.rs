@@ -1,0 +1,67 @@
+//! `train --trace`: a few steps as a Chrome trace, which Perfetto and chrome://tracing show.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::weights::write_whole;
+use crate::device::{Device, Row, Span, begin_trace, end_trace};
+use crate::error::Result;
+
+/// Steps that are let go by first: they ask for memory, which later ones do not.
+const WARM_UP: u64 = 2;
+
+/// Some steps that are to be recorded.
+pub(super) struct Trace {
+    file: PathBuf,
+    /// Steps of this process before the first, and behind the last.
+    steps: std::ops::Range<u64>,
+    done: u64,
+}
+
+impl Trace {
+    pub(super) fn new(file: &Path, steps: u64) -> Self {
+        let file = file.to_path_buf();
+        Self { file, steps: WARM_UP..WARM_UP + steps.max(1), done: 0 }
+    }
+
+    /// Before each step.
+    pub(super) fn before_step(&self, device: &Device) {
+        if self.done == self.steps.start {
+            begin_trace(device);
+        }
+    }
+
+    /// After each; whether the trace has been written.
+    pub(super) fn after_step(&mut self) -> Result<bool> {
+        self.done += 1;
+        if self.done < self.steps.end {
+            return Ok(false);
+        }
+        write_whole(&self.file, chrome(&end_trace()).to_string().as_bytes())?;
+        Ok(true)
+    }
+
+    /// What has been written, in a sentence.
+    pub(super) fn told(&self) -> String {
+        let steps = self.steps.end - self.steps.start;
+        format!("{}: {steps} steps; open it in Perfetto or chrome://tracing", self.file.display())
+    }
+}
+
+/// Google's Trace Event Format, times in microseconds.
+fn chrome(spans: &[Span]) -> Value {
+    let rows =
+        [(Row::Phases, "phases"), (Row::Operations, "operations"), (Row::Kernels, "GPU kernels")];
+    let place = |row: Row| rows.iter().position(|(known, _)| *known == row).unwrap_or(0);
+    let names = rows.iter().map(|&(row, name)| {
+        json!({ "ph": "M", "name": "thread_name", "pid": 1, "tid": place(row), "args": { "name": name } })
+    });
+    let spans = spans.iter().map(|span| {
+        json!({
+            "ph": "X", "name": span.name, "cat": rows[place(span.row)].1, "pid": 1, "tid": place(span.row),
+            "ts": span.begin * 1e6, "dur": (span.end - span.begin) * 1e6,
+        })
+    });
+    json!({ "traceEvents": names.chain(spans).collect::<Vec<_>>(), "displayTimeUnit": "ms" })
+}

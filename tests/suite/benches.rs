@@ -1,0 +1,89 @@
+//! `selfsup bench`: every case runs, on the CPU and on a GPU, and floors are on paper. Speed is no test's business.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use selfsup::bench::{Bench, Chip, Extent, Unit, Work, cases};
+use selfsup::device::{Device, Precision};
+use selfsup::tensor::DType;
+use serde_json::Value;
+
+use crate::driver::gpu;
+use crate::program::{selfsup, text};
+
+/// One line of JSON for each case.
+fn rows(words: &[&str]) -> Vec<Value> {
+    let output = selfsup(Path::new("."), words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn every_case_runs_on_the_cpu() {
+    let device = Device::cpu(2).unwrap();
+    for case in cases(&Extent::TINY, DType::F32, "") {
+        case.prepare(&device)();
+    }
+    let words = ["bench", "sinkhorn", "--tiny", "--json", "--device", "cpu", "--seconds", "0.001"];
+    let rows = rows(&words);
+    assert_eq!(rows.len(), 1);
+    let row = &rows[0];
+    let number = |key: &str| row[key].as_f64().unwrap();
+    assert!(number("floor") > 0.0 && number("share") > 0.0, "{row}");
+    let [low, median, high] = [0, 1, 2].map(|i| row["hot"][i].as_f64().unwrap());
+    assert!(0.0 < low && low <= median && median <= high, "{row}");
+}
+
+/// Of the cases that launch the same kernels the first is enough.
+#[test]
+fn cases_of_all_kernels_run_on_a_gpu() {
+    let mut seen = BTreeSet::new();
+    for (precision, dtype) in [(Precision::Bf16, DType::Bf16), (Precision::F32, DType::F32)] {
+        let device = gpu(precision);
+        for case in cases(&Extent::TINY, dtype, "") {
+            let before = seen.len();
+            seen.extend(case.launched.iter().map(|launched| launched.kernel.clone()));
+            if seen.len() > before {
+                case.prepare(&device)();
+                device.wait();
+                device.check().unwrap_or_else(|e| panic!("{}: {e}", case.name));
+            }
+        }
+    }
+    // By the driver's clock.
+    let device = gpu(Precision::Bf16);
+    let chip = Chip { cache: 1 << 12, ..Chip::known("H200").unwrap() };
+    let mut bench = Bench::against(&device, chip, Duration::from_nanos(1));
+    let case = &cases(&Extent::TINY, DType::Bf16, "soft_cross_entropy")[0];
+    let timing = bench.measure(case.prepare(&device)).unwrap();
+    assert!(timing.runs == 5 && timing.hot.median >= 0.0, "{timing:?}");
+}
+
+#[test]
+fn paper_needs_no_device_and_a_filter_without_cases_is_told() {
+    let all = rows(&["bench", "--paper", "--json"]);
+    assert_eq!(all.len(), cases(&Extent::GPU, DType::Bf16, "").len());
+    for row in all {
+        let share = row["share"].as_f64().unwrap();
+        assert!(share > 0.0 && share < 1.0, "{row}");
+    }
+    let output = selfsup(Path::new("."), &["bench", "conv2d", "sideways"]);
+    assert_eq!(output.status.code(), Some(2));
+    let said = text(&output.stderr);
+    assert!(said.contains("no case has all of the words `conv2d sideways`"), "{said}");
+}
+
+#[test]
+fn a_kernel_of_ones_own_is_held_against_the_same_floor() {
+    let device = Device::cpu(1).unwrap();
+    let mut bench = Bench::new(&device, Duration::from_millis(1)).unwrap();
+    let work = Work { operations: 1e3, bytes: 0.0 };
+    let mut runs = 0;
+    let timing = bench.measure(|| runs += 1).unwrap();
+    // Once to warm up, once for its time, then hot and cold.
+    assert_eq!(runs, 2 + 2 * timing.runs);
+    let floor = work.floor(bench.chip(), Unit::Product);
+    assert!((floor - 1e3 / bench.chip().product).abs() < 1e-12);
+    assert_eq!(bench.share(&work, Unit::Product, 2.0 * floor), 0.5);
+}
