@@ -30,8 +30,9 @@ impl Events {
     pub(super) fn write(&mut self, record: &Value) -> Result<()> {
         let Some(step) = record["step"].as_i64() else { return Ok(()) };
         let mut values = Vec::new();
-        scalars("", record, &mut values);
+        // An epoch's mean loss is another curve than its last step's.
         let is_epoch = record.get("epoch").is_some();
+        scalars(if is_epoch { "epoch" } else { "" }, record, &mut values);
         let (path, file) = match &mut self.file {
             Some(open) => open,
             none => none.insert(begin(&self.folder, step)?),
@@ -172,7 +173,7 @@ mod tests {
         let loss =
             [&[0x10, 0xac, 0x02, 0x2a, 24, 10, 11, 10, 4], &b"loss"[..], &[0x15, 0, 0, 0x20, 0x40]];
         assert!(records[2][9..].starts_with(&loss.concat()), "{:?}", &records[2][9..]);
-        let name = b"monitors/alignment";
+        let name = b"epoch/monitors/alignment";
         assert!(records[3].windows(name.len()).any(|part| part == name));
         assert!(!records[3].windows(9).any(|part| part == b"histogram"));
     }
