@@ -2,8 +2,10 @@
 
 use rayon::prelude::*;
 
-/// Rows of the result that one task computes: fixed, so that no sum depends on the number of threads.
+/// Rows of the result that one task computes, and columns where there are no more rows than that: fixed, so that no sum depends
+/// on the number of threads.
 const BLOCK: usize = 64;
+const COLUMNS: usize = 128;
 
 /// A matrix inside a slice: element `(i, j)` at `i * row + j * column`.
 #[derive(Clone, Copy, Debug)]
@@ -33,15 +35,32 @@ impl<'a> Matrix<'a> {
     fn rows_from(self, from: usize, count: usize) -> Self {
         Self { data: &self.data[from * self.row..], rows: count, ..self }
     }
+
+    /// `count` columns from `from` on.
+    fn columns_from(self, from: usize, count: usize) -> Self {
+        Self { data: &self.data[from * self.column..], columns: count, ..self }
+    }
 }
 
-/// `c = a b`, or `c += a b`; `c` row-major. In parallel over blocks of rows, each product's terms in one fixed order.
+/// `c = a b`, or `c += a b`; `c` row-major. In parallel over blocks of rows, or of columns where rows are few, each product's terms
+/// in one fixed order.
 ///
 /// # Panics
 /// When the sizes do not fit.
 pub(crate) fn product(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     assert_eq!(c.len(), a.rows * b.columns, "product: the result is {} x {}", a.rows, b.columns);
     if c.is_empty() {
+        return;
+    }
+    let n = b.columns;
+    if a.rows <= BLOCK && a.columns > 0 && n >= 2 * COLUMNS {
+        let place = Place(c.as_mut_ptr());
+        (0..n.div_ceil(COLUMNS)).into_par_iter().for_each(|i| {
+            let first = i * COLUMNS;
+            let b = b.columns_from(first, COLUMNS.min(n - first));
+            // SAFETY: these columns of `c`, which is `a.rows` rows of `n`, are no other task's.
+            unsafe { product_at(place.at(first), n, a, b, accumulate) };
+        });
         return;
     }
     c.par_chunks_mut(BLOCK * b.columns).enumerate().for_each(|(i, c)| {
@@ -52,32 +71,57 @@ pub(crate) fn product(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: b
 
 /// [`product`] on the calling thread.
 pub(crate) fn product_alone(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+    let (m, n) = (a.rows, b.columns);
+    assert_eq!(c.len(), m * n, "product: the result is {m} x {n}");
+    // SAFETY: `c` has `m` rows of `n` and is borrowed uniquely.
+    unsafe { product_at(c.as_mut_ptr(), n, a, b, accumulate) };
+}
+
+/// Where a result begins, for tasks that write other columns of it each.
+#[derive(Clone, Copy)]
+struct Place(*mut f32);
+// SAFETY: a pointer into memory that outlives the tasks, of which each writes its own part.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// [`product_alone`] into rows that are `row` elements apart.
+///
+/// # Safety
+/// `c` points to `a.rows` such rows of `b.columns` elements each, which nothing else reads or writes meanwhile.
+unsafe fn product_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert_eq!(k, b.rows, "product: {m} x {k} times {} x {n}", b.rows);
-    assert_eq!(c.len(), m * n, "product: the result is {m} x {n}");
-    if k == 0 {
-        if !accumulate {
-            c.fill(0.0);
-        }
+    if m == 0 || n == 0 {
         return;
     }
-    if c.is_empty() {
+    if k == 0 {
+        for i in 0..if accumulate { 0 } else { m } {
+            // SAFETY: as this function's.
+            unsafe { std::slice::from_raw_parts_mut(c.add(i * row), n) }.fill(0.0);
+        }
         return;
     }
     for (x, what) in [(a, "left"), (b, "right")] {
         let last = (x.rows - 1) * x.row + (x.columns - 1) * x.column;
         assert!(last < x.data.len(), "product: the {what} matrix ends past its slice");
     }
-    // SAFETY: the assertions above keep every element that `gemm` reads inside the slices and every element that it
-    // writes inside `c`, which is borrowed uniquely.
+    // SAFETY: the assertions above keep every element that `gemm` reads inside the slices; what it writes is this function's
+    // caller's to answer for.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            c.as_mut_ptr(),
+            c,
             1,
-            n as isize,
+            row as isize,
             accumulate,
             a.data.as_ptr(),
             a.column as isize,
@@ -112,5 +156,23 @@ mod tests {
         let mut gram = vec![1.0; 9];
         product(&mut gram, Matrix::new(&a, 2, 3).transposed(), Matrix::new(&a, 2, 3), true);
         assert_eq!(gram, [10.0, 13.0, 16.0, 13.0, 18.0, 23.0, 16.0, 23.0, 30.0]);
+    }
+
+    #[test]
+    fn few_rows_are_cut_along_their_columns() {
+        for (m, n, k) in [(1, 256, 5), (16, 301, 7), (64, 1000, 3), (3, 300, 0)] {
+            let values = |len: usize| (0..len).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>();
+            let (a, b) = (values(m * k), values(n * k));
+            let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k).transposed());
+            for accumulate in [false, true] {
+                let mut c = vec![0.5; m * n];
+                product(&mut c, a, b, accumulate);
+                let mut alone = vec![0.5; m * n];
+                product_alone(&mut alone, a, b, accumulate);
+                for (i, (c, alone)) in c.iter().zip(&alone).enumerate() {
+                    assert!((c - alone).abs() < 1e-5, "{m} x {n} x {k}, {i}: {c} {alone}");
+                }
+            }
+        }
     }
 }

@@ -25,6 +25,7 @@ mod batch_norm;
 mod cast;
 pub(crate) mod conv2d;
 mod cross_entropy;
+mod exponential;
 mod info_nce;
 pub mod kernels;
 mod l2_normalize;

@@ -2,6 +2,7 @@
 //!
 //! Running statistics are not averaged: the target keeps its own (MoCo and BYOL alike, methods.md 1.0).
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::arena::Arena;
@@ -33,9 +34,14 @@ fn average<T: Float>(target: &mut Arena, online: &Arena, momentum: f64) {
     let target = target.values_mut().data_mut::<T>();
     device.run(|| {
         target.par_chunks_mut(CHUNK).zip(online.par_chunks(CHUNK)).for_each(|(target, online)| {
-            for (target, online) in target.iter_mut().zip(online) {
-                *target = T::narrow(momentum * target.widen() + (1.0 - momentum) * online.widen());
-            }
+            blend(target, online, momentum);
         });
     });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn blend<T: Float>(target: &mut [T], online: &[T], momentum: f64) {
+    for (target, online) in target.iter_mut().zip(online) {
+        *target = T::narrow(momentum * target.widen() + (1.0 - momentum) * online.widen());
+    }
 }

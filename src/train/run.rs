@@ -320,8 +320,10 @@ impl Run {
         let seen = self.went_wrong(epoch, loss);
         let last = epoch + 1 == self.recipe.train.epochs || seen.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
+        let evaluation = Instant::now();
         let knn = if measure { self.knn(epoch, watch)? } else { None };
         let accuracy = if measure { self.accuracy()? } else { None };
+        let evaluation = evaluation.elapsed();
         let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
         let report = EpochReport {
             epoch: epoch + 1,
@@ -347,6 +349,11 @@ impl Run {
                 "accuracy": accuracy,
                 "views_per_second": report.views_per_second,
                 "waiting": report.waiting,
+                "seconds": {
+                    "training": (1.0 - report.waiting) * elapsed.as_secs_f64(),
+                    "waiting": report.waiting * elapsed.as_secs_f64(),
+                    "evaluation": evaluation.as_secs_f64(),
+                },
                 "monitors": report.monitors,
             }))?;
         }

@@ -35,6 +35,7 @@ pub fn outcome(folder: &Path) -> [Vec<u8>; 2] {
         let record = record.as_object_mut().unwrap();
         record.remove("views_per_second");
         record.remove("waiting");
+        record.remove("seconds");
         serde_json::to_string(record).unwrap() + "\n"
     });
     [weights[header..].to_vec(), lines.collect::<String>().into_bytes()]

@@ -38,6 +38,9 @@ fn a_run_has_a_page_with_pictures_and_numbers_for_tensorboard() {
     let run = &data(&page)["runs"][0];
     assert_eq!((run["epochs"].as_array().unwrap().len(), &run["stopped"]), (2, &Value::Null));
     assert!(run["epochs"][1]["uniformity"].as_f64().unwrap() <= 0.0);
+    for phase in ["training", "evaluation"] {
+        assert!(run["epochs"][1]["seconds"][phase].as_f64().unwrap() > 0.0, "{phase}");
+    }
     let gallery = &run["gallery"];
     assert_eq!(gallery["epoch"], 2);
     let points = gallery["map"]["points"].as_array().unwrap();

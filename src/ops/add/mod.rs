@@ -19,12 +19,26 @@ use crate::tensor::{Tensor, TensorMut};
 pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
     assert_eq!(a.shape(), b.shape(), "add: {:?} and {:?} differ", a.shape(), b.shape());
     let device = a.tape().device();
-    let y = if device.kind() == DeviceKind::Cuda {
-        cuda::forward(a.value(), b.value())
-    } else {
-        let mut y = a.value().copy();
-        add_into(device, &mut y.view_mut(), b.value());
-        y
+    let y = match device.kind() {
+        DeviceKind::Cpu => {
+            let mut y = a.value().empty_like();
+            let (sum, a, b) = (y.data_mut::<f32>(), a.value().data(), b.value().data());
+            let terms = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+            device.run(|| {
+                sum.par_chunks_mut(CHUNK).zip(terms).for_each(
+                    |(sum, (a, b)): (_, (&[f32], &[f32]))| {
+                        sum.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum = a + b);
+                    },
+                );
+            });
+            y
+        }
+        DeviceKind::Cuda => cuda::forward(a.value(), b.value()),
+        DeviceKind::Reference => {
+            let mut y = a.value().copy();
+            add_into(device, &mut y.view_mut(), b.value());
+            y
+        }
     };
     let (a_id, b_id) = (a.id(), b.id());
     a.tape().record("add", y, &[a, b], move |dy, gradients| {

@@ -1,9 +1,11 @@
 //! Tiles of similarities, queries in parallel; a tile lives in cache from its product to its exponentials.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Dims;
 use crate::device::{Matrix, product_alone};
+use crate::ops::exponential::{exp, sum_of_exp};
 
 /// Queries of a task, and rows of the queue in a tile.
 const BLOCK: usize = 64;
@@ -78,8 +80,7 @@ pub(super) fn forward(
                         maxima[r] = max;
                     }
                 }
-                sums[r] +=
-                    row.iter().map(|s| f64::from((s * inv_t - maxima[r]).exp())).sum::<f64>();
+                sums[r] += sum_of_exp(row, f64::from(inv_t), f64::from(maxima[r]));
             }
         });
         for (r, lse) in lse.iter_mut().enumerate() {
@@ -111,7 +112,7 @@ pub(super) fn query_gradient(
         tiles(tile, [q, queue], b * BLOCK, block, dims, |first, weights, columns| {
             for (r, row) in weights.chunks_exact_mut(columns).enumerate() {
                 let lse = lse[b * BLOCK + r];
-                row.iter_mut().for_each(|w| *w = scale as f32 * (*w * inv_t - lse).exp());
+                weigh(row, lse, inv_t, scale as f32);
             }
             let weights = Matrix::new(weights, block, columns);
             product_alone(dq, weights, Matrix::new(&queue[first * d..], columns, d), true);
@@ -136,4 +137,10 @@ pub(super) fn key_gradient(
         let weight = key_weight(i, pair, lse, dims, scale);
         dk.iter_mut().zip(&pair[0][i * d..]).for_each(|(dk, q)| *dk = weight * q);
     }
+}
+
+/// Similarities of a row become `scale p`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn weigh(row: &mut [f32], lse: f32, inv_t: f32, scale: f32) {
+    row.iter_mut().for_each(|weight| *weight = scale * exp(*weight * inv_t - lse));
 }

@@ -1,9 +1,11 @@
 //! Tiles of similarities, rows in parallel; a tile lives in cache from its product to its exponentials.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::Dims;
 use crate::device::{Matrix, product_alone};
+use crate::ops::exponential::{exp, sum_of_exp};
 
 /// Rows of a task, and columns of a tile.
 const BLOCK: usize = 64;
@@ -57,8 +59,7 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: D
                         maxima[r] = max;
                     }
                 }
-                sums[r] +=
-                    row.iter().map(|s| f64::from((s * inv_t - maxima[r]).exp())).sum::<f64>();
+                sums[r] += sum_of_exp(row, f64::from(inv_t), f64::from(maxima[r]));
             }
         });
         for (r, lse) in lse.iter_mut().enumerate() {
@@ -91,10 +92,7 @@ pub(super) fn backward(
         tiles(tile, z, b * BLOCK, block, dims, |first, weights, columns| {
             for (r, row) in weights.chunks_exact_mut(columns).enumerate() {
                 let own = b * BLOCK + r;
-                for (weight, lse_j) in row.iter_mut().zip(&lse[first..]) {
-                    let logit = *weight * inv_t;
-                    *weight = scale * ((logit - lse[own]).exp() + (logit - lse_j).exp());
-                }
+                both_ways(row, lse[own], &lse[first..], inv_t, scale);
                 let positive = dims.positive(own);
                 if (first..first + columns).contains(&own) {
                     row[own - first] = 0.0;
@@ -107,4 +105,13 @@ pub(super) fn backward(
             product_alone(dz, weights, Matrix::new(&z[first * d..], columns, d), true);
         });
     });
+}
+
+/// Similarities of a row become `scale (p_ij + p_ji)`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn both_ways(row: &mut [f32], own: f32, others: &[f32], inv_t: f32, scale: f32) {
+    for (weight, other) in row.iter_mut().zip(others) {
+        let logit = *weight * inv_t;
+        *weight = scale * (exp(logit - own) + exp(logit - other));
+    }
 }

@@ -1,10 +1,12 @@
 //! `Q_ij = v_i E_ij u_j` with `E` in f32 and the factors `u` of prototypes and `v` of rows in f64: an iteration reads `E` once
 //! and writes nothing of its size.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Dims, share};
 use crate::device::Group;
+use crate::ops::exponential::exp_into;
 
 /// Rows of a task: fixed, so that no sum depends on the number of threads.
 const ROWS: usize = 64;
@@ -14,9 +16,9 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: Dims, group: &Group) {
     let all_rows = (b * group.size()) as f64;
     let mut max = [scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)];
     group.all_reduce_max(&mut max);
-    let inv = (1.0 / epsilon) as f32;
+    let inv = 1.0 / epsilon;
     e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).for_each(|(e, s)| {
-        e.iter_mut().zip(s).for_each(|(e, s)| *e = ((s - max[0]) * inv).exp());
+        exp_into(e, s, inv, f64::from(max[0]) * inv);
     });
     // What `Q` is divided by at first cancels in the first division by column.
     let (mut u, mut v) = (vec![1.0; k], vec![1.0; b]);
@@ -26,14 +28,36 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: Dims, group: &Group) {
         u.iter_mut().zip(&sums).for_each(|(u, sum)| *u = share(*sum, k as f64));
         v.par_chunks_mut(ROWS).zip(e.par_chunks(ROWS * k)).for_each(|(v, e)| {
             for (v, row) in v.iter_mut().zip(e.chunks_exact(k)) {
-                let sum = row.iter().zip(&u).map(|(e, u)| f64::from(*e) * u).sum();
-                *v = share(sum, all_rows);
+                *v = share(dot(row, &u), all_rows);
             }
         });
     }
     e.par_chunks_mut(k).zip(&v).for_each(|(row, v)| {
-        row.iter_mut().zip(&u).for_each(|(e, u)| *e = (f64::from(*e) * u * v * all_rows) as f32);
+        scale(row, &u, v * all_rows);
     });
+}
+
+/// `Σ_j E_ij u_j` of a row, in lanes that are added in order.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn dot(row: &[f32], u: &[f64]) -> f64 {
+    const LANES: usize = 16;
+    let mut sums = [0.0; LANES];
+    for (row, u) in row.chunks(LANES).zip(u.chunks(LANES)) {
+        for (sum, (e, u)) in sums.iter_mut().zip(row.iter().zip(u)) {
+            *sum += f64::from(*e) * u;
+        }
+    }
+    sums.iter().sum()
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_scaled(sums: &mut [f64], row: &[f32], v: f64) {
+    sums.iter_mut().zip(row).for_each(|(sum, e)| *sum += f64::from(*e) * v);
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn scale(row: &mut [f32], u: &[f64], v: f64) {
+    row.iter_mut().zip(u).for_each(|(e, u)| *e = (f64::from(*e) * u * v) as f32);
 }
 
 /// `Σ_i v_i E_ij` for each column, partial sums of blocks added in order.
@@ -44,7 +68,7 @@ fn column_sums(e: &[f32], v: &[f64], k: usize) -> Vec<f64> {
         .map(|(e, v)| {
             let mut sums = vec![0.0; k];
             for (row, v) in e.chunks_exact(k).zip(v) {
-                sums.iter_mut().zip(row).for_each(|(sum, e)| *sum += f64::from(*e) * v);
+                add_scaled(&mut sums, row, *v);
             }
             sums
         })
