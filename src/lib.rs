@@ -9,7 +9,7 @@
 //!
 //! | floor | module | what it is |
 //! |---|---|---|
-//! | 7 | [`cli`], `main.rs`, [`bench`] | the `selfsup` program; how fast primitives are, and their floors |
+//! | 7 | [`cli`], `main.rs`, [`mod@bench`] | the `selfsup` program; how fast primitives are, and their floors |
 //! | 6 | [`train`], [`eval`] | the loop, checkpoints, resuming, metrics; kNN, linear probes, fine-tuning, collapse monitor |
 //! | 5 | [`methods`], [`data`] | each method one file, and its recipes; sources, augmentation, loading |
 //! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |

@@ -34,7 +34,7 @@ pub struct Chip {
 
 /// Names, and what is known of GPUs: copy in TB/s, product in TFLOP/s (bf16, dense), multiprocessors, clock in GHz, KiB of shared
 /// memory, MiB of cache. H200: copy and product as people measured them; H100 SXM and A100: 0.9 and 0.8 of the data sheet.
-pub const CHIPS: [(&str, f64, f64, usize, f64, usize, usize); 3] = [
+const CHIPS: [(&str, f64, f64, usize, f64, usize, usize); 3] = [
     ("H200", 4.3, 790.0, 132, 1.755, 228, 50),
     ("H100", 3.0, 790.0, 132, 1.755, 228, 50),
     ("A100", 1.83, 250.0, 108, 1.41, 164, 40),
@@ -46,6 +46,11 @@ const REGISTERS: usize = 65_536;
 const BLOCKS: usize = 32;
 
 impl Chip {
+    /// The GPUs of which something is known.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        CHIPS.iter().map(|(name, ..)| *name)
+    }
+
     /// The known GPU whose name is part of `name`.
     pub fn known(name: &str) -> Option<Self> {
         let found = CHIPS.iter().find(|(known, ..)| name.contains(known));

@@ -16,7 +16,7 @@ mod measure;
 mod plan;
 
 pub use case::{Case, Extent, Launched, cases};
-pub use chip::{CHIPS, Chip, Unit};
+pub use chip::{Chip, Unit};
 pub use measure::{Bench, Quantiles, Timing};
 pub use plan::{Plan, plan};
 

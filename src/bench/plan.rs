@@ -101,8 +101,26 @@ mod tests {
     use crate::bench::{Extent, cases};
     use crate::tensor::DType;
 
-    /// A kernel that no case launches is one whose speed nobody sees.
-    const WITHOUT_CASE: [(&str, &str); 0] = [];
+    /// Beginnings of the names of kernels that no case launches, each with the reason.
+    const WITHOUT_CASE: [(&str, &str); 15] = [
+        ("avg_pool", "shortcuts of ResNet-D"),
+        ("batch_norm_inv_std", "evaluation"),
+        ("cast", "once a step, a few activations"),
+        ("column_sums", "gradients of biases"),
+        ("conform_", "checks of the driver"),
+        ("conv2d", "tiles of odd sizes"),
+        ("cross_entropy", "a few classes a row"),
+        ("fill", "a scalar, or one memset's worth"),
+        ("matmul", "tiles of odd sizes"),
+        ("normalize_rows", "prototypes, once a step"),
+        ("relu", "batch norm has its own"),
+        ("scale", "scalars"),
+        ("softmax", "a teacher's logits"),
+        ("stream_", "selective kernels"),
+        ("sum_slices", "bf16: none of the cases adds slices in it"),
+    ];
+    /// Moves of rows: a queue's and a shuffled batch's.
+    const ROWS: [&str; 4] = ["gather_rows", "scatter_rows", "push_rows", "write_rows"];
 
     #[test]
     fn every_kernel_has_a_case_and_every_case_its_kernels() {
@@ -124,6 +142,16 @@ mod tests {
         for kernel in &launched {
             assert!(RESOURCES.iter().any(|r| r.kernel == *kernel), "there is no kernel {kernel}");
         }
-        let _ = WITHOUT_CASE;
+        let excused = |kernel: &str| {
+            let begins = |beginning: &str| kernel.starts_with(beginning);
+            WITHOUT_CASE.iter().any(|(beginning, _)| begins(beginning))
+                || ROWS.iter().any(|beginning| begins(beginning))
+        };
+        let unseen: Vec<&str> = RESOURCES
+            .iter()
+            .map(|r| r.kernel)
+            .filter(|kernel| !launched.contains(*kernel) && !excused(kernel))
+            .collect();
+        assert!(unseen.is_empty(), "no case launches {unseen:?}");
     }
 }

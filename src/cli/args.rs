@@ -83,9 +83,9 @@ and `labels`, names and classes as JSON lists in its header.")]
         /// Print this one
         name: Option<String>,
     },
-    /// Make a page of curves, final figures and settings, of one run or of several over each other
+    /// Make a page of curves, pictures, final figures and settings, of one run or of several over each other
     ///
-    /// A run writes its own report.html whenever kNN is measured, and at its end.
+    /// A run writes its own report.html after every epoch and when it stops, with new pictures whenever kNN is measured.
     #[command(after_help = "Examples:
   selfsup report runs/first
   selfsup report runs/first runs/second --out compared.html")]

@@ -6,7 +6,7 @@ use clap::Args as Arguments;
 use serde_json::json;
 
 use super::{device, say, talk};
-use crate::bench::{Bench, CHIPS, Case, Chip, Extent, Plan, cases, plan};
+use crate::bench::{Bench, Case, Chip, Extent, Plan, cases, plan};
 use crate::device::{DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -55,7 +55,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     let dtype = if args.f32 { DType::F32 } else { DType::Bf16 };
     if args.paper {
         let extent = if args.tiny { Extent::TINY } else { Extent::GPU };
-        let known = || CHIPS.map(|(name, ..)| name).join(", ");
+        let known = || Chip::names().collect::<Vec<_>>().join(", ");
         let chip = Chip::known(&args.chip).ok_or_else(|| {
             Error::Config(format!(
                 "nothing is known of a chip {}; known are {}",

@@ -183,7 +183,7 @@ fn bf16() -> Precision {
 }
 
 impl Recipe {
-    /// A recipe from a file, or from a name of [`builtin_names`], with `key.path=value` settings on top. A recipe may start
+    /// A recipe from a file, or from a name of [`builtin_names`](super::builtin_names), with `key.path=value` settings on top. A recipe may start
     /// with `base = "…"`, another one's name or file, and then says only what differs; `[augment]` differs in every view.
     ///
     /// # Errors

@@ -5,13 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::write_whole;
 use crate::methods::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, newest};
 
@@ -147,7 +148,7 @@ impl Study {
                 for (name, text) in
                     [("table.md", self.markdown(&outcomes)), ("table.csv", self.csv(&outcomes))]
                 {
-                    write_whole(&plan.out.join(name), &text)?;
+                    write_whole(&plan.out.join(name), text.as_bytes())?;
                 }
             }
         }
@@ -307,14 +308,7 @@ const RESULT: &str = "result.json";
 
 fn write_outcome(folder: &Path, outcome: &Outcome) -> Result<()> {
     let text = serde_json::to_string_pretty(outcome).expect("an outcome is plain data");
-    write_whole(&folder.join(RESULT), &text)
-}
-
-/// Writes a file whole or not at all.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let partial: PathBuf = path.with_extension("partial");
-    std::fs::write(&partial, text).map_err(Error::io(&partial))?;
-    std::fs::rename(&partial, path).map_err(Error::io(path))
+    write_whole(&folder.join(RESULT), text.as_bytes())
 }
 
 /// The numbers of the last epoch of a run's metrics, monitors among them; none if it did not finish one.
