@@ -52,6 +52,11 @@ fn main() {
     let compiled = match find_nvcc() {
         Some(nvcc) => {
             println!("cargo::rerun-if-changed={}", nvcc.display());
+            if !nvcc.with_file_name("cuobjdump").is_file() {
+                println!(
+                    "cargo::warning=there is no cuobjdump beside nvcc: kernels are not looked at; scripts/fetch-nvcc gets one"
+                );
+            }
             Some(compile(&nvcc, &files, &out))
         }
         None => {

@@ -12,7 +12,7 @@ pub struct Counts {
     pub products: usize,
     /// LDSM: `ldmatrix`.
     pub ldmatrix: usize,
-    /// Global memory in pieces of 16 bytes: LDG, STG, and LDGSTS (`cp.async`).
+    /// Global memory in pieces of 16 bytes: LDG, STG, LDGSTS (`cp.async`), and generic LD, ST.
     pub global_16: usize,
     /// Global memory in smaller pieces.
     pub global: usize,
@@ -35,8 +35,10 @@ impl Counts {
         let one = match name {
             "HMMA" | "IMMA" | "HGMMA" | "BMMA" => &mut self.products,
             "LDSM" => &mut self.ldmatrix,
-            "LDG" | "STG" | "LDGSTS" if wide => &mut self.global_16,
-            "LDG" | "STG" | "LDGSTS" | "ATOMG" | "RED" => &mut self.global,
+            "LDG" | "STG" | "LDGSTS" | "LD" | "ST" if wide => &mut self.global_16,
+            "LDG" | "STG" | "LDGSTS" | "LD" | "ST" | "ATOM" | "ATOMG" | "RED" | "REDG" => {
+                &mut self.global
+            }
             "LDS" | "STS" | "ATOMS" => &mut self.shared,
             "LDL" | "STL" => &mut self.local,
             "FFMA" | "FADD" | "FMUL" | "DFMA" | "DADD" | "DMUL" | "HFMA2" => &mut self.lanes,
@@ -122,8 +124,11 @@ fn code(kernel: String, chip: &str, lines: &[(u64, &str, Option<u64>)]) -> Code 
     let alike: Vec<_> = loops.iter().filter(|(_, counts)| counts.kind() == most).collect();
     let innermost =
         alike.iter().filter(|(outer, _)| !alike.iter().any(|(inner, _)| inside(inner, outer)));
+    // Of two that multiply alike the shorter is the one for aligned shapes: the other's narrow copies are for ragged ones.
     let hot = innermost.map(|(_, counts)| *counts).max_by_key(|counts| {
-        (counts.products, 4 * counts.global_16 + counts.global, counts.shared, counts.all)
+        let shortest = if counts.products > 0 { usize::MAX - counts.all } else { 0 };
+        let memory = 4 * counts.global_16 + counts.global;
+        (counts.products, shortest, memory, counts.shared, counts.all)
     });
     let whole = count(0, u64::MAX);
     Code { kernel, chip: chip.to_owned(), whole, hot: hot.unwrap_or(whole) }

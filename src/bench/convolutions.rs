@@ -92,10 +92,15 @@ fn case(d: &Conv2dDims, count: usize, direction: Direction, dtype: DType) -> Cas
         name: format!("conv2d {way} {n}x{h}x{w} {c}->{k} {r}x{s}/{stride}"),
         count,
         work: Work { operations, bytes },
-        unit: Unit::Product,
+        unit: unit(dtype),
         launched: launched(d, direction, dtype, bytes, operations),
         prepare: Box::new(move |device| prepare(device, dims, direction)),
     }
+}
+
+/// What multiplies numbers of a dtype. (A processor has one rate for both.)
+pub(super) fn unit(dtype: DType) -> Unit {
+    if dtype == DType::Bf16 { Unit::Product } else { Unit::Vector }
 }
 
 impl Direction {

@@ -1,7 +1,7 @@
 //! The other layers of ResNet-50 and its head: batch norm, pooling, additions, linear layers.
 
 use super::case::{Case, Extent, Launched, both, filled, forward, suffix};
-use super::convolutions::of_product;
+use super::convolutions::{of_product, unit};
 use super::{Unit, Work};
 use crate::ops::kernels::{Product, ProductKind};
 use crate::ops::{BatchNorm, add, batch_norm, linear, max_pool, mean_pool};
@@ -171,7 +171,7 @@ fn head([m, k, n]: [usize; 3], dtype: DType) -> Case {
         name: format!("linear forward {m}x{k}->{n}"),
         count: 0,
         work: Work { operations, bytes },
-        unit: Unit::Product,
+        unit: unit(dtype),
         launched: of_product(product, dtype, bytes, operations),
         prepare: Box::new(move |device| {
             let (x, w) = (filled(device, &[m, k]), filled(device, &[n, k]));

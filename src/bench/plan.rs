@@ -68,8 +68,11 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
     let alone = (blocks as f64 / chip.processors as f64).min(1.0);
     let memory = launched.bytes / (OF_COPY * chip.copy * alone);
     let arithmetic = match &launched.product {
-        Some(product) => cycles(product) / chip.clock * 132.0 / chip.processors as f64,
-        None => launched.operations / (OF_LANES * chip.vector * alone),
+        // In f32 nothing runs on tensor cores.
+        Some(product) if !launched.kernel.contains("f32") => {
+            cycles(product) / chip.clock * 132.0 / chip.processors as f64
+        }
+        _ => launched.operations / (OF_LANES * chip.vector * alone),
     };
     let tile = launched.product.map_or(String::new(), |product| {
         let tile = product.tile();
