@@ -82,12 +82,25 @@ pub fn classifier_accuracy(
     source: &dyn Source,
     policy: &Policy,
 ) -> Result<f64> {
+    let [right, all] = classifier_answers(arena, classifier, source, policy)?;
+    Ok(right as f64 / all.max(1) as f64)
+}
+
+/// How many images [`classifier_accuracy`] counts as right, and of how many.
+///
+/// # Errors
+/// As that.
+pub(crate) fn classifier_answers(
+    arena: &Arena,
+    classifier: &Classifier,
+    source: &dyn Source,
+    policy: &Policy,
+) -> Result<[usize; 2]> {
     let d = classifier.classes();
     let logits = collect(source, policy, arena.device(), d, |images| {
         evaluate(arena, |tape| classifier.forward(&tape.input(images)))
     })?;
-    let right = right_answers(&logits.values, &logits.labels);
-    Ok(right as f64 / logits.labels.len().max(1) as f64)
+    Ok([right_answers(&logits.values, &logits.labels), logits.labels.len()])
 }
 
 /// How many rows of logits have their largest at their class: the first largest, so that rows which are all alike are not

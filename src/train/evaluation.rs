@@ -50,23 +50,34 @@ impl Run {
     /// Features of a whole set, some at a time, so that a run can be stopped between.
     fn features(&mut self, source: &Arc<dyn Source>) -> Result<Features> {
         let mut all = Features::none(self.method.backbone().features());
-        for from in (0..source.len()).step_by(EVALUATED) {
+        for part in parts(source) {
             self.stop_if_asked()?;
-            let to = (from + EVALUATED).min(source.len());
-            let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
-            let policy = &self.recipe.augment[0];
-            let backbone = self.method.backbone();
+            let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
             all.append(eval::trunk_features(&self.online, backbone, &part, policy)?);
         }
         Ok(all)
     }
 
-    /// Accuracy of the method's classifier on the held-out images; `None` without a classifier or without images.
-    pub(super) fn accuracy(&self) -> Result<Option<f64>> {
-        let (Some(test), Some(classifier)) = (&self.images.test, self.method.classifier()) else {
-            return Ok(None);
-        };
-        let policy = &self.recipe.augment[0];
-        eval::classifier_accuracy(&self.online, classifier, &**test, policy).map(Some)
+    /// Accuracy of the method's classifier on the held-out images, likewise; `None` without a classifier or without images.
+    pub(super) fn accuracy(&mut self) -> Result<Option<f64>> {
+        let Some(test) = self.images.test.clone() else { return Ok(None) };
+        let (mut right, mut all) = (0, 0);
+        for part in parts(&test) {
+            self.stop_if_asked()?;
+            let Some(classifier) = self.method.classifier() else { return Ok(None) };
+            let policy = &self.recipe.augment[0];
+            let found = eval::classifier_answers(&self.online, classifier, &part, policy)?;
+            (right, all) = (right + found[0], all + found[1]);
+        }
+        Ok(Some(right as f64 / all.max(1) as f64))
     }
+}
+
+/// A set in parts of [`EVALUATED`] images.
+fn parts(source: &Arc<dyn Source>) -> impl Iterator<Item = Subset> + use<> {
+    let (source, len) = (source.clone(), source.len());
+    (0..len).step_by(EVALUATED).map(move |from| {
+        let to = (from + EVALUATED).min(len);
+        Subset::new(source.clone(), (from as u32..to as u32).collect())
+    })
 }
