@@ -137,7 +137,16 @@ struct TensorTile {
         write<MOMENTS>(sums, at, m, n, to, row, reinterpret_cast<float*>(memory));
     }
 
-  private:
+    /// Where in the tile sums[i][.][half * 2 + .] and sums[.][p][. + e] lie.
+    __device__ __forceinline__ static int row_of(int i, int half) {
+        return threadIdx.x / 32 / WARPS_N * WARP_M + i * 16 + half * 8 + threadIdx.x % 32 / 4;
+    }
+    __device__ __forceinline__ static int column_of(int p, int e) {
+        return threadIdx.x / 32 % WARPS_N * WARP_N + p * 8 + threadIdx.x % 4 * 2 + e;
+    }
+
+    /// Adds the products of `steps` steps to `sums`. The panels, BYTES of shared memory, are free after it and a
+    /// barrier.
     template <typename A, typename B>
     __device__ __forceinline__ static void walk(Sums& sums, A& a, B& b, int steps, bf16* panels) {
         using PanelA = Panel<M, A::INNER>;
@@ -189,6 +198,7 @@ struct TensorTile {
         cp_async_wait<0>();
     }
 
+  private:
     /// What a thread knows of the rows that it has seen of its eight columns: sums of what lies above the
     /// first.
     struct Seen {

@@ -1,17 +1,16 @@
-// InfoNCE of unit queries q [n, d] with keys k [n, d] against queue [m, d], all f32; see src/ops/info_nce.
-// Logits are made in tiles and never stored. d > 0; m may be 0.
+// InfoNCE of unit queries q [n, d] with keys k [n, d] against queue [m, d], all f32, and planes of q and the queue
+// [planes, rows, pitch] (similarity.cu); see src/ops/info_nce. Logits are made in tiles and never stored. d > 0; m
+// may be 0.
 //
 // Forward, three launches: info_nce_sums, info_nce_finish, row_losses_mean. Backward of q, two:
 // info_nce_gradient, info_nce_query_finish; of k, one: info_nce_key_gradient. `inv_t` is 1 / T; `dy` points
-// to the gradient of the loss. The queue is cut into slices (m / columns_per_slice, rounded up;
-// columns_per_slice is a multiple of 64): enough that row tiles times slices come to some hundred blocks, and
-// by the shape alone. With m = 0 there are no slices, and the launches over tiles are left out. Workspaces:
-// maxima, sums [slices, n]; partial [slices, n, d]; row_losses [n]. lse [n] is kept for the backward pass. No
-// dynamic shared memory.
+// to the gradient of the loss. The queue is cut into slices (m / columns_per_slice, rounded up), enough that row
+// tiles times slices come to some hundred blocks, and by the shape alone. With m = 0 there are no slices, and the
+// launches over tiles are left out. Workspaces: maxima, sums [slices, n]; partial [slices, n, d]; row_losses [n].
+// lse [n] is kept for the backward pass. No dynamic shared memory.
 //
 // `own` is null, or points to two numbers on the device, begin and end of the queue's rows that hold keys of
 // this batch: a query i leaves out those whose place in the range is i modulo n.
-#include "rows.cuh"
 #include "similarity.cuh"
 
 /// Whether query i leaves row j of the queue out.
@@ -23,14 +22,21 @@ struct Own {
     __device__ __forceinline__ bool operator()(int i, int j) const {
         return j >= begin && j < end && (j - begin) % n == i;
     }
+    /// Whether some query may leave out one of `count` rows from `first` on.
+    __device__ __forceinline__ bool among(int first, int count) const {
+        return first < end && first + count > begin;
+    }
 };
 
-/// maxima, sums [slices, n]. Grid (n / 64 rounded up, slices), block 256.
-KERNEL BOUNDS(TILE_THREADS) void info_nce_sums(float* maxima, float* sums, const float* q, const float* queue,
-                                               const int* own, int n, int m, int d, int columns_per_slice,
-                                               double inv_t) {
-    sum_exponentials(maxima, sums, q, n, queue, m, d, columns_per_slice, static_cast<float>(inv_t),
-                     Own(own, n));
+/// maxima, sums [slices, n]. Grid (n / 128 rounded up, slices), block 128; columns_per_slice is a multiple of 128.
+KERNEL BOUNDS(TILE_THREADS, 2) void info_nce_sums(float* maxima, float* sums, const bf16* q, const bf16* queue,
+                                                  const int* own, int n, int m, int pitch, int planes,
+                                                  int columns_per_slice, double inv_t) {
+    Own skip(own, n);
+    sum_exponentials(
+        maxima, sums, Planes{q, n, pitch, planes}, Planes{queue, m, pitch, planes}, columns_per_slice,
+        static_cast<float>(inv_t),
+        [&](int, int column) { return skip.among(column, TILE); }, skip);
 }
 
 /// lse and row_losses [n], a warp a row: (n / 8 rounded up) blocks of 256.
@@ -38,22 +44,52 @@ KERNEL void info_nce_finish(float* lse, float* row_losses, const float* maxima, 
                             const float* q, const float* k, int n, int d, int slices, double inv_t) {
     for_rows(n, [&](int64_t row) {
         double logit = row_dot(q + row * d, k + row * d, d) * inv_t;
-        double l = log_sum_exp(maxima, sums, row, n, slices, logit);
+        double l = log_sum_exp(maxima, inv_t, sums, row, n, slices, logit);
         if (is_first_lane())
             lse[row] = static_cast<float>(l), row_losses[row] = static_cast<float>(l - logit);
     });
 }
 
-/// partial [slices, n, d]: what the queue adds to dq. Grid (n / 64, d / 128, slices), all rounded up; block
-/// 256.
-KERNEL BOUNDS(TILE_THREADS) void info_nce_gradient(float* partial, const float* q, const float* queue,
-                                                   const int* own, const float* lse, const float* dy, int n,
-                                                   int m, int d, int columns_per_slice, double inv_t) {
-    float scale = static_cast<float>(*dy * inv_t / n), t = static_cast<float>(inv_t);
-    Own skip(own, n);
-    sum_weighted_rows(partial, q, n, queue, m, d, columns_per_slice, [=](int i, int j, float s) {
-        return skip(i, j) ? 0.0f : scale * expf(s * t - lse[i]);
-    });
+/// p_ij, which is dL / ds_ij but for its scale.
+struct QueueWeight {
+    const float* lse;
+    float scale;  // log2(e) / T
+    Own skip;
+
+    using Row = float;  // log Σ exp in powers of 2
+    struct Column {};
+    __device__ __forceinline__ Row row(int i) const { return lse[i] * LOG2_E; }
+    __device__ __forceinline__ Column column(int) const { return {}; }
+    __device__ __forceinline__ float operator()(Row row, Column, float s) const {
+        return exp2_fast(fmaf(s, scale, -row));
+    }
+    __device__ __forceinline__ bool corrects(int, int column) const { return skip.among(column, WEIGHT_TILE); }
+    __device__ __forceinline__ float corrected(float w, int i, int j) const { return skip(i, j) ? 0.0f : w; }
+};
+
+template <int PLANES>
+__device__ __forceinline__ void gradient(float* partial, const bf16* q, const bf16* queue, const int* own,
+                                         const float* lse, const float* dy, int n, int m, int d, int pitch,
+                                         int columns_per_slice, double inv_t) {
+    WeightedSum<PLANES, QueueWeight>(Planes{q, n, pitch, PLANES}, Planes{queue, m, pitch, PLANES},
+                                     columns_per_slice)
+        .run(partial, d, static_cast<float>(*dy * inv_t / n),
+             QueueWeight{lse, static_cast<float>(inv_t) * LOG2_E, Own(own, n)});
+}
+
+/// partial [slices, n, d]: what the queue adds to dq. By two or three planes. columns_per_slice is a multiple of 64.
+/// Grid (n / 64, d / 128, slices), all rounded up; block 128.
+KERNEL BOUNDS(WEIGHT_THREADS, 2) void info_nce_gradient_2(float* partial, const bf16* q, const bf16* queue,
+                                                          const int* own, const float* lse, const float* dy,
+                                                          int n, int m, int d, int pitch,
+                                                          int columns_per_slice, double inv_t) {
+    gradient<2>(partial, q, queue, own, lse, dy, n, m, d, pitch, columns_per_slice, inv_t);
+}
+KERNEL BOUNDS(WEIGHT_THREADS, 2) void info_nce_gradient_3(float* partial, const bf16* q, const bf16* queue,
+                                                          const int* own, const float* lse, const float* dy,
+                                                          int n, int m, int d, int pitch,
+                                                          int columns_per_slice, double inv_t) {
+    gradient<3>(partial, q, queue, own, lse, dy, n, m, d, pitch, columns_per_slice, inv_t);
 }
 
 /// dL / d<q_i, k_i>, in every lane.

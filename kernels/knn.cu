@@ -1,27 +1,24 @@
 // The k nearest neighbours of unit rows by cosine; see src/eval/knn/mod.rs, which lets them vote. Exact: every
 // pair is compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
 //
-// For each chunk, from the first bank row on: knn_similarities, then knn_top_k, which merges the chunk into
+// For each chunk, from the first bank row on: split_rows of similarity.cu, knn_similarities, then knn_top_k, which merges the chunk into
 // what it has. Equal similarities go to the earlier bank row. k <= 256. Any number of queries, chunks of any
 // size. No dynamic shared memory.
 #include "similarity.cuh"
 
 constexpr int K_MAX = 256, THREADS = 256;
 
-/// s [n, columns] = <queries_i, bank_(first + j)>, queries [n, d], bank [m, d], first + columns <= m. Grid (n
-/// / 64, columns / 64), both rounded up; block 256.
-KERNEL BOUNDS(TILE_THREADS) void knn_similarities(float* s, const float* queries, const float* bank, int n,
-                                                  int first, int columns, int d) {
-    int row = blockIdx.x * TILE, column = blockIdx.y * TILE;
-    float tile[4][4];
-    similarity_tile(tile, queries, n, row, bank + int64_t{first} * d, columns, column, d);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int r = row + tile_y() + i, c = column + tile_x();
-        if (r < n)
-            store_some(s + int64_t{r} * columns + c,
-                       Vector<float>{{tile[i][0], tile[i][1], tile[i][2], tile[i][3]}}, columns - c);
-    }
+/// s [n, columns] = <queries_i, bank_j>, of planes [planes, n, pitch] and [planes, columns, pitch] (similarity.cu). A
+/// block of 128 for each tile of 128 x 128.
+KERNEL BOUNDS(TILE_THREADS, 2) void knn_similarities(float* s, const bf16* queries, const bf16* bank, int n,
+                                                     int columns, int pitch, int planes) {
+    using Tile = SimilarityTile;
+    Planes a{queries, n, pitch, planes}, b{bank, columns, pitch, planes};
+    Tile::Corner at(columns);
+    Output to{nullptr, s, nullptr, false, nullptr};
+    Tile::product<false>(Terms<TILE, TILE_THREADS, true>(a, at.row, n),
+                         Terms<TILE, TILE_THREADS, false>(b, at.column, columns), steps_of(a), at, n, columns,
+                         to, [&](int i) { return int64_t{i} * columns; });
 }
 
 /// A similarity and its bank row as one number: the larger is the better neighbour. Floats are mapped to

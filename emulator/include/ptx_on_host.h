@@ -108,6 +108,10 @@ STANDIN_PLUMBING inline void mma(Complete complete, float* d, const unsigned* a,
 
 }  // namespace standin
 
+inline float exp2_fast(float x) {
+    float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
 inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                      int line = __builtin_LINE()) {
     standin::mma(standin::complete_mma_bf16, d, a, b, line);

@@ -52,6 +52,8 @@ pub struct Launched {
     pub bytes: f64,
     /// Operations of it.
     pub operations: f64,
+    /// Operations of tensor cores in a product that is none of the tile table's.
+    pub products: f64,
     /// The product, where it is one of the tile table's.
     pub product: Option<Product>,
 }
@@ -60,7 +62,15 @@ impl Launched {
     /// A loop over rows or elements that fills the chip.
     pub(super) fn over(kernel: impl Into<String>, bytes: f64, operations: f64) -> Self {
         let (threads, blocks) = (256, 0);
-        Self { kernel: kernel.into(), threads, blocks, bytes, operations, product: None }
+        Self {
+            kernel: kernel.into(),
+            threads,
+            blocks,
+            bytes,
+            operations,
+            products: 0.0,
+            product: None,
+        }
     }
 }
 

@@ -190,6 +190,7 @@ pub(super) fn of_product(
         blocks: tile.tiles * slices,
         bytes: if slices > 1 { bytes + 4.0 * c * (slices as f64 - 1.0) } else { bytes },
         operations,
+        products: 0.0,
         product: Some(product),
     }];
     if slices > 1 {

@@ -1,11 +1,14 @@
-//! Losses, assignments and nearest neighbours. On a GPU their products run in f32 lanes.
+//! Losses, assignments and nearest neighbours. On a GPU their products are of bf16 planes of f32 rows: three or six for one
+//! that the definition asks for (`ops/similarity.rs`).
 
 use super::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
 use super::{Unit, Work};
 use crate::device::{Device, Group};
 use crate::eval::{Features, Knn, knn_accuracy};
+use crate::ops::similarity::Slices;
 use crate::ops::{
-    Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, sinkhorn, soft_cross_entropy,
+    Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, nt_xent_groups, sinkhorn,
+    soft_cross_entropy,
 };
 use crate::tensor::{DType, Tensor};
 
@@ -20,8 +23,8 @@ const QUERIES: usize = 256;
 
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
     let mut all = Vec::new();
-    all.extend([false, true].map(|both| contrast(extent.rows, both)));
-    all.extend([false, true].map(|both| queue(extent.queue, both)));
+    all.extend([false, true].map(|both| contrast(extent.rows, both, dtype)));
+    all.extend([false, true].map(|both| queue(extent.queue, both, dtype)));
     all.push(normalise(extent.rows, dtype));
     all.push(cosine(extent.rows, dtype));
     all.push(assign(extent.assigned, dtype));
@@ -39,25 +42,41 @@ fn tiled(kernel: &str, blocks: usize, bytes: f64, operations: f64) -> Launched {
     Launched { blocks, ..Launched::over(kernel, bytes, operations) }
 }
 
+/// Planes that f32 rows are split into where activations are of this type, the gradient's kernel, and products of planes.
+fn planes(dtype: DType) -> (f64, &'static str, f64) {
+    if dtype == DType::Bf16 { (2.0, "gradient_2", 3.0) } else { (3.0, "gradient_3", 6.0) }
+}
+
 /// `z [n, d]`: every pair once where similarities are symmetric; backward a pair's similarity again, and both of its rows.
-fn contrast(n: usize, backward: bool) -> Case {
+fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
     let (pairs, z) = ((n * n) as f64, 4.0 * (n * D) as f64);
     let d = D as f64;
-    // Columns of a block, as `nt_xent/cuda.rs` cuts them; each block reads its rows and columns of z, mostly from the cache.
-    let tiles = n.div_ceil(64);
-    let slices = (256 / tiles).clamp(1, tiles);
-    let partial = slices as f64 * z;
+    let (planes, gradient, terms) = planes(dtype);
+    let split = (4.0 + planes * 2.0) / 4.0 * z;
+    let (tiles, [_, groups]) = (n.div_ceil(64), nt_xent_groups(n));
+    let slices = Slices::new(n, n, 64);
+    let partial = slices.count as f64 * z;
+    let read = planes / 2.0 * z;
     let mut launched = vec![
-        tiled("nt_xent_sums", tiles * slices, 2.0 * z, pairs * (2.0 * d + 4.0)),
+        Launched::over("split_rows", split, 4.0 * z),
+        Launched {
+            threads: 128,
+            products: terms * pairs * d,
+            ..tiled("nt_xent_sums", groups * (groups + 1) / 2, read, pairs / 2.0 * 8.0)
+        },
         tiled("nt_xent_finish", n.div_ceil(8), 2.0 * z, 4.0 * z),
     ];
     if backward {
-        launched.push(tiled(
-            "nt_xent_gradient",
-            tiles * slices,
-            2.0 * z + partial,
-            pairs * (4.0 * d + 6.0),
-        ));
+        launched.push(Launched {
+            threads: 128,
+            products: terms * pairs * 4.0 * d,
+            ..tiled(
+                &format!("nt_xent_{gradient}"),
+                tiles * slices.count,
+                read + partial,
+                pairs * 12.0,
+            )
+        });
         launched.push(Launched::over("sum_slices_f32", partial + z, partial / 4.0));
     }
     let asked = if backward { 4.0 } else { 1.0 };
@@ -81,19 +100,43 @@ fn contrast(n: usize, backward: bool) -> Case {
 }
 
 /// Queries against the queue, forward; backward the products again and the queries' gradient.
-fn queue(m: usize, backward: bool) -> Case {
+fn queue(m: usize, backward: bool, dtype: DType) -> Case {
     let n = QUERIES.min(m);
     let (pairs, d) = ((n * m) as f64, D as f64);
     let bytes = 4.0 * (n * D * 2 + m * D) as f64;
+    let (planes, gradient, terms) = planes(dtype);
+    let split = (4.0 + planes * 2.0) / 4.0;
+    let (sums, weights) = (Slices::new(n, m, 128), Slices::new(n, m, 64));
     let mut launched = vec![
-        tiled("info_nce_sums", n.div_ceil(64) * 64, bytes, pairs * (2.0 * d + 4.0)),
+        Launched::over("split_rows", split * 4.0 * (n * D) as f64, 0.0),
+        Launched::over("split_rows", split * 4.0 * (m * D) as f64, 4.0 * (m * D) as f64),
+        Launched {
+            threads: 128,
+            products: terms * 2.0 * pairs * d,
+            ..tiled(
+                "info_nce_sums",
+                n.div_ceil(128) * sums.count,
+                planes / 2.0 * bytes,
+                pairs * 8.0,
+            )
+        },
         tiled("info_nce_finish", n.div_ceil(8), 0.0, 0.0),
     ];
     if backward {
+        let partial = 4.0 * (weights.count * n * D) as f64;
         launched.extend([
-            tiled("info_nce_gradient", n.div_ceil(64) * 64, bytes, pairs * (4.0 * d + 6.0)),
-            tiled("info_nce_query_finish", n, 0.0, 0.0),
-            tiled("info_nce_key_gradient", n, 0.0, 0.0),
+            Launched {
+                threads: 128,
+                products: terms * 4.0 * pairs * d,
+                ..tiled(
+                    &format!("info_nce_{gradient}"),
+                    n.div_ceil(64) * weights.count,
+                    planes / 2.0 * bytes + partial,
+                    pairs * 8.0,
+                )
+            },
+            tiled("info_nce_query_finish", n.div_ceil(8), partial, partial / 4.0),
+            tiled("info_nce_key_gradient", n.div_ceil(8), 0.0, 0.0),
         ]);
     }
     let passes = if backward { 3.0 } else { 1.0 };
@@ -253,12 +296,17 @@ fn neighbours(bank: usize) -> Case {
         work: Work { operations: 2.0 * pairs * d, bytes },
         unit: Unit::Product,
         launched: vec![
-            tiled(
-                "knn_similarities",
-                queries.div_ceil(64) * bank.div_ceil(64),
-                bytes + 4.0 * pairs,
-                2.0 * pairs * d,
-            ),
+            Launched::over("split_rows", 2.5 * bytes, bytes),
+            Launched {
+                threads: 128,
+                products: 12.0 * pairs * d,
+                ..tiled(
+                    "knn_similarities",
+                    queries.div_ceil(128) * bank.div_ceil(128),
+                    1.5 * bytes + 4.0 * pairs,
+                    0.0,
+                )
+            },
             tiled("knn_top_k", queries, 4.0 * pairs, pairs),
         ],
         prepare: Box::new(move |device| {

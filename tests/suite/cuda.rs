@@ -122,6 +122,22 @@ fn large_tiles_agree_with_the_f64_reference() {
     });
 }
 
+/// More rows than there are groups of tiles: blocks with several tiles each way.
+#[test]
+fn groups_of_similarity_tiles_agree_with_the_f64_reference() {
+    alone("cuda::groups_of_similarity_tiles_agree_with_the_f64_reference", |driver| {
+        driver.check(false);
+        let case = case("nt_xent rows=4226 d=8 t=0.2");
+        let loss = |device: &Device| {
+            let (mut arena, params) = case.arena(device);
+            case.loss(&mut arena, &params)
+        };
+        let (got, want) = (loss(&gpu(Precision::F32)), loss(&Device::reference()));
+        report("34 tiles in 17 groups", vec![close("loss", &[got], &[want], 1e-6)]);
+        assert_eq!(driver.count("kernel:nt_xent_sums"), 1);
+    });
+}
+
 /// Two steps that move running statistics, then an evaluation by them; the residual is the input itself.
 #[test]
 fn running_statistics_agree_with_the_f64_reference() {
@@ -201,6 +217,22 @@ fn a_linear_layer_takes_f32_where_weights_are_bf16() {
     let results = got.parts(&case).zip(want.parts(&case));
     let results = results.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
     report("linear of f32", results.collect());
+}
+
+/// Losses take f32 rows from a network of bf16, and tensor cores multiply them by two bf16 planes: 2^-17 of their errors is
+/// left, where one plane would have 2e-3 in the gradient.
+#[test]
+fn contrastive_losses_of_a_bf16_run_are_f32s_all_but() {
+    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+    for line in ["nt_xent rows=130 d=32 t=0.07", "info_nce n=65 m=257 d=17 t=0.07"] {
+        let mut case = case(line);
+        for input in &mut case.inputs {
+            input.kind = SlotKind::Bias; // f32 everywhere
+        }
+        let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
+        let parts = got.parts(&case).zip(want.parts(&case));
+        report(line, parts.map(|((part, got), (_, want))| close(&part, got, want, 1e-5)).collect());
+    }
 }
 
 #[test]

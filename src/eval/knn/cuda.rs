@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::device::cuda::{self, Launch};
 use crate::error::Result;
 use crate::eval::Features;
+use crate::ops::similarity::{Planes, THREADS, TILE};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// The most neighbours that the kernels sort.
@@ -16,8 +17,8 @@ pub(super) const K_MAX: usize = 256;
 const QUERIES: usize = 1024;
 const COLUMNS: usize = 16384;
 
-const TILE: usize = 64;
-const THREADS: [usize; 3] = [256, 1, 1];
+/// With three planes a similarity is as good as one of f32 lanes.
+const PLANES: usize = 3;
 
 /// What `each` makes of every query's `k` nearest. Waits for the GPU.
 pub(super) fn search<R: Send>(
@@ -58,26 +59,28 @@ fn unit_rows(rows: &[f32], d: usize, device: &Device) -> Tensor {
 
 /// The `k` nearest of each query, best first: similarities and bank rows, `[queries, k]`.
 fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
-    let ([n, d], [rows, _]) = (bank.dims("bank"), queries.dims("queries"));
+    let ([n, _], [rows, _]) = (bank.dims("bank"), queries.dims("queries"));
     let (device, gpu) = (bank.device(), bank.device().gpu());
     let mut values = Tensor::empty(device, DType::F32, [rows, k]);
     let mut indices = Tensor::empty(device, DType::I32, [rows, k]);
-    let each = Launch::new(gpu, [rows, 1, 1], THREADS);
+    let each = Launch::new(gpu, [rows, 1, 1], [256, 1, 1]);
+    let queries = Planes::split(queries, PLANES);
     for first in (0..n).step_by(COLUMNS) {
         let columns = COLUMNS.min(n - first);
+        let chunk = Planes::split(&bank.rows(first, columns), PLANES);
         let mut similar = Tensor::empty(device, DType::F32, [rows, columns]);
-        let tiles = Launch::new(gpu, [rows.div_ceil(TILE), columns.div_ceil(TILE), 1], THREADS);
+        let tiles = Launch::new(gpu, [rows.div_ceil(TILE) * columns.div_ceil(TILE), 1, 1], THREADS);
         // SAFETY: the bank's rows `first..first + columns` exist, and each query has a row of the rest; `k <= K_MAX`.
         unsafe {
             cuda::knn_similarities(
                 tiles,
                 similar.device_out(),
                 queries.device_in(),
-                bank.device_in(),
+                chunk.device_in(),
                 rows as i32,
-                first as i32,
                 columns as i32,
-                d as i32,
+                chunk.pitch(),
+                chunk.count(),
             );
             cuda::knn_top_k(
                 each,

@@ -1,30 +1,11 @@
-//! `kernels/info_nce.cu`: tiles of 64 x 64 similarities in registers, the queue in slices that are put together in order.
+//! `kernels/info_nce.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of queries and
+//! queue; the queue in slices that are put together in order.
 
 use super::Dims;
 use crate::device::cuda::{self, In, Launch};
 use crate::ops::row_losses;
+use crate::ops::similarity::{Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH};
 use crate::tensor::Tensor;
-
-const TILE: usize = 64;
-const THREADS: [usize; 3] = [256, 1, 1];
-
-/// How the queue is cut: by the shape alone, so that sums have one order on every chip. An empty queue has no slices,
-/// and the launches over them are left out.
-#[derive(Clone, Copy, Debug)]
-struct Slices {
-    columns: usize,
-    count: usize,
-}
-
-impl Slices {
-    fn new(dims: &Dims) -> Self {
-        /// Blocks that a large GPU has work for.
-        const BLOCKS: usize = 256;
-        let (rows, tiles) = (dims.n.div_ceil(TILE), dims.m.div_ceil(TILE).max(1));
-        let columns = tiles.div_ceil((BLOCKS / rows).clamp(1, tiles)) * TILE;
-        Self { columns, count: dims.m.div_ceil(columns) }
-    }
-}
 
 /// What a query is compared with.
 #[derive(Clone, Copy, Debug)]
@@ -43,13 +24,22 @@ impl Inputs<'_> {
 
     /// A warp to each query.
     fn warps(&self, dims: &Dims) -> Launch<'_> {
-        Launch::new(self.q.device().gpu(), [dims.n.div_ceil(8), 1, 1], THREADS)
+        Launch::new(self.q.device().gpu(), [dims.n.div_ceil(8), 1, 1], [256, 1, 1])
     }
 }
 
-/// Fills `lse [n]` and returns the loss.
-pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &Dims) -> Tensor {
-    let (device, slices) = (inputs.q.device(), Slices::new(dims));
+/// Planes of the queries and of the queue.
+#[derive(Debug)]
+pub(super) struct Split {
+    q: Planes,
+    queue: Planes,
+}
+
+/// Fills `lse [n]` and returns the loss, and the planes of what was compared. An empty queue has no slices, and the launches
+/// over them are left out.
+pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &Dims) -> (Tensor, Split) {
+    let (device, slices) = (inputs.q.device(), Slices::new(dims.n, dims.m, TILE));
+    let split = Split { q: Planes::of(inputs.q), queue: Planes::of(inputs.queue) };
     let [n, m, d, columns, count] =
         [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
@@ -57,19 +47,20 @@ pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &Dims) -> Tens
     let mut sums = maxima.empty_like();
     let mut row_losses = Tensor::floats(device, [dims.n]);
     let tiles = Launch::new(device.gpu(), [dims.n.div_ceil(TILE), slices.count, 1], THREADS);
-    // SAFETY: `q` and `k` have `n` rows of `d`, the queue `m`, the workspaces a row for each slice, the rest a number for
-    // each query; `own` has two numbers or is null.
+    // SAFETY: `q` and `k` have `n` rows of `d`, the queue `m`, their planes as many, the workspaces a row for each slice,
+    // the rest a number for each query; `own` has two numbers or is null.
     unsafe {
         cuda::info_nce_sums(
             tiles,
             maxima.device_out(),
             sums.device_out(),
-            inputs.q.device_in(),
-            inputs.queue.device_in(),
+            split.q.device_in(),
+            split.queue.device_in(),
             inputs.own(),
             n,
             m,
-            d,
+            split.q.pitch(),
+            split.q.count(),
             columns,
             inv_t,
         );
@@ -87,39 +78,41 @@ pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &Dims) -> Tens
             inv_t,
         );
     }
-    row_losses::mean(&row_losses)
+    (row_losses::mean(&row_losses), split)
 }
 
 /// `dq` from `dy`, the gradient of the loss, which stays where it is.
 pub(super) fn query_gradient(
     dq: &mut Tensor,
     inputs: Inputs<'_>,
+    split: &Split,
     lse: &Tensor,
     dy: &Tensor,
     dims: &Dims,
 ) {
-    /// Columns of the queue that a block sums.
-    const WIDTH: usize = 128;
-    let (device, slices) = (inputs.q.device(), Slices::new(dims));
+    let (device, slices) = (inputs.q.device(), Slices::new(dims.n, dims.m, WEIGHT_TILE));
     let [n, m, d, columns, count] =
         [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
     let mut partial = Tensor::floats(device, [slices.count, dims.n, dims.d]);
-    let grid = [dims.n.div_ceil(TILE), dims.d.div_ceil(WIDTH), slices.count];
+    let grid = [dims.n.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), slices.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
+    let gradient =
+        if split.q.count() == 2 { cuda::info_nce_gradient_2 } else { cuda::info_nce_gradient_3 };
     // SAFETY: sizes as in the forward; `partial` has a plane of `dq`'s size for each slice.
     unsafe {
-        cuda::info_nce_gradient(
+        gradient(
             tiles,
             partial.device_out(),
-            inputs.q.device_in(),
-            inputs.queue.device_in(),
+            split.q.device_in(),
+            split.queue.device_in(),
             inputs.own(),
             lse.device_in(),
             dy.device_in(),
             n,
             m,
             d,
+            split.q.pitch(),
             columns,
             inv_t,
         );

@@ -83,6 +83,7 @@ pub fn info_nce<'t>(
     let queue = negatives.queue.clone();
     let mut lse = Tensor::floats(&device, [n]); // log Σ exp of each query
     let scalar = |loss: f64| Tensor::from_f64(&device, [], &[loss]);
+    let mut split = None; // a GPU's
     let y = match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = Tensor::floats(&device, [cpu::workspace_len(&dims)]);
@@ -93,7 +94,9 @@ pub fn info_nce<'t>(
         DeviceKind::Cuda => {
             let inputs =
                 cuda::Inputs { q: &q_value, k: &k_value, queue: &queue, own: own.as_ref() };
-            cuda::forward(&mut lse, inputs, &dims)
+            let (loss, planes) = cuda::forward(&mut lse, inputs, &dims);
+            split = Some(planes);
+            loss
         }
         DeviceKind::Reference => {
             let inputs = [q_value.data(), k_value.data(), queue.data()];
@@ -116,7 +119,10 @@ pub fn info_nce<'t>(
                         cpu::query_gradient(dq, workspace, [q, k, queue], lse, &dims, scale);
                     });
                 }
-                DeviceKind::Cuda => cuda::query_gradient(&mut dq, inputs, &lse, &dy, &dims),
+                DeviceKind::Cuda => {
+                    let split = split.as_ref().expect("the forward pass made them");
+                    cuda::query_gradient(&mut dq, inputs, split, &lse, &dy, &dims);
+                }
                 DeviceKind::Reference => reference::query_gradient(
                     dq.data_mut(),
                     [q_value.data(), k_value.data(), queue.data()],

@@ -1,90 +1,103 @@
-//! `kernels/nt_xent.cu`: tiles of 64 x 64 similarities in registers, columns in slices that are put together in order.
+//! `kernels/nt_xent.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of the rows.
 
 use super::Dims;
-use crate::device::cuda::{self, Launch};
+use crate::device::cuda::{self, In, Launch};
 use crate::ops::row_losses;
+use crate::ops::similarity::{Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH};
 use crate::tensor::{Tensor, TensorMut};
 
-const TILE: usize = 64;
-const THREADS: [usize; 3] = [256, 1, 1];
+/// Groups of tiles, each pair of which has a block: 528 pairs are two waves of two blocks on 132 multiprocessors, and sums
+/// for each row and group are memory that grows with the rows alone.
+const GROUPS: usize = 32;
 
-/// How columns are cut: by the shape alone, so that sums have one order on every chip.
-#[derive(Clone, Copy, Debug)]
-struct Slices {
-    columns: usize,
-    count: usize,
+/// Down to this temperature 1 / T is taken out of every logit, so that a pair's exponential serves both of its rows.
+const FIXED_MAXIMUM_FROM: f64 = 0.025;
+
+/// Tiles of a group, and how many groups that makes.
+pub(crate) fn groups(rows: usize) -> [usize; 2] {
+    let tiles = rows.div_ceil(TILE);
+    let tiles_per_group = tiles.div_ceil(GROUPS);
+    [tiles_per_group, tiles.div_ceil(tiles_per_group)]
 }
 
-impl Slices {
-    fn new(dims: Dims) -> Self {
-        /// Blocks that a large GPU has work for.
-        const BLOCKS: usize = 256;
-        let tiles = dims.rows.div_ceil(TILE);
-        let columns = tiles.div_ceil((BLOCKS / tiles).clamp(1, tiles)) * TILE;
-        Self { columns, count: dims.rows.div_ceil(columns) }
-    }
-}
-
-/// Fills `lse [rows]` and returns the loss.
-pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: Dims) -> Tensor {
-    let (device, slices) = (z.device(), Slices::new(dims));
-    let [rows, d, columns, count] =
-        [dims.rows, dims.d, slices.columns, slices.count].map(|size| size as i32);
+/// Fills `lse [rows]` and returns the loss, and the planes of `z`.
+pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: Dims) -> (Tensor, Planes) {
+    let (device, planes) = (z.device(), Planes::of(z));
+    let [rows, d] = [dims.rows, dims.d].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
-    let mut maxima = Tensor::floats(device, [slices.count, dims.rows]);
-    let mut sums = maxima.empty_like();
+    let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
+    let [tiles_per_group, groups] = groups(dims.rows);
+    let slices = Slices::new(dims.rows, dims.rows, TILE);
+    let count = if fixed { groups } else { slices.count };
+    let mut sums = Tensor::floats(device, [count, dims.rows]);
+    let mut maxima = (!fixed).then(|| sums.empty_like());
     let mut row_losses = Tensor::floats(device, [dims.rows]);
-    let tiles = Launch::new(device.gpu(), [dims.rows.div_ceil(TILE), slices.count, 1], THREADS);
-    let warps = Launch::new(device.gpu(), [dims.rows.div_ceil(8), 1, 1], THREADS);
-    // SAFETY: `z` has `rows` rows of `d`, the workspaces a row for each slice, the rest a number for each row.
+    let warps = Launch::new(device.gpu(), [dims.rows.div_ceil(8), 1, 1], [256, 1, 1]);
+    // SAFETY: `z` has `rows` rows of `d`, its planes as many, the workspaces a row for each group or slice, the rest a
+    // number for each row.
     unsafe {
-        cuda::nt_xent_sums(
-            tiles,
-            maxima.device_out(),
-            sums.device_out(),
-            z.device_in(),
-            rows,
-            d,
-            columns,
-            inv_t,
-        );
+        if let Some(maxima) = &mut maxima {
+            let grid = [dims.rows.div_ceil(TILE), slices.count, 1];
+            cuda::nt_xent_sums_online(
+                Launch::new(device.gpu(), grid, THREADS),
+                maxima.device_out(),
+                sums.device_out(),
+                planes.device_in(),
+                rows,
+                planes.pitch(),
+                planes.count(),
+                slices.columns as i32,
+                inv_t,
+            );
+        } else {
+            let pairs = [groups * (groups + 1) / 2, 1, 1];
+            cuda::nt_xent_sums(
+                Launch::new(device.gpu(), pairs, THREADS),
+                sums.device_out(),
+                planes.device_in(),
+                rows,
+                planes.pitch(),
+                planes.count(),
+                tiles_per_group as i32,
+                inv_t,
+            );
+        }
         cuda::nt_xent_finish(
             warps,
             lse.device_out(),
             row_losses.device_out(),
-            maxima.device_in(),
+            maxima.as_ref().map_or(In::null(), Tensor::device_in),
             sums.device_in(),
             z.device_in(),
             rows,
             d,
-            count,
+            count as i32,
             inv_t,
         );
     }
-    row_losses::mean(&row_losses)
+    (row_losses::mean(&row_losses), planes)
 }
 
 /// `dz` from `dy`, the gradient of the loss, which stays where it is.
 pub(super) fn backward(
     dz: &mut TensorMut<'_>,
-    z: &Tensor,
+    z: &Planes,
     lse: &Tensor,
     dy: &Tensor,
     dims: Dims,
     accumulate: bool,
 ) {
-    /// Columns of `z` that a block sums.
-    const WIDTH: usize = 128;
-    let (device, slices) = (z.device(), Slices::new(dims));
-    let [rows, d, columns, count] =
-        [dims.rows, dims.d, slices.columns, slices.count].map(|size| size as i32);
+    let device = lse.device();
+    let slices = Slices::new(dims.rows, dims.rows, WEIGHT_TILE);
+    let [rows, d, columns] = [dims.rows, dims.d, slices.columns].map(|size| size as i32);
     let mut partial = Tensor::floats(device, [slices.count, dims.rows, dims.d]);
-    let grid = [dims.rows.div_ceil(TILE), dims.d.div_ceil(WIDTH), slices.count];
-    let (tiles, sum) =
-        (Launch::new(device.gpu(), grid, THREADS), Launch::over(device.gpu(), z.len(), 1));
-    // SAFETY: sizes as in the forward; `partial` has a plane of `z`'s size for each slice.
+    let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), slices.count];
+    let tiles = Launch::new(device.gpu(), grid, THREADS);
+    let n = dims.rows * dims.d;
+    let gradient = if z.count() == 2 { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
+    // SAFETY: sizes as in the forward; `partial` has a plane of `dz`'s size for each slice.
     unsafe {
-        cuda::nt_xent_gradient(
+        gradient(
             tiles,
             partial.device_out(),
             z.device_in(),
@@ -92,10 +105,12 @@ pub(super) fn backward(
             dy.device_in(),
             rows,
             d,
+            z.pitch(),
             columns,
             1.0 / dims.temperature,
         );
-        let (partial, n) = (partial.device_in(), z.len() as i64);
-        cuda::sum_slices_f32(sum, dz.device_out(), partial, count, n, i32::from(accumulate));
+        let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out());
+        let (count, accumulate) = (slices.count as i32, i32::from(accumulate));
+        cuda::sum_slices_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
 }

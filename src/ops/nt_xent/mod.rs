@@ -7,11 +7,14 @@
 //! With `p_ij = exp(s_ij / T - lse_i)` and `j != i`, `dz_i = (Σ_j (p_ij + p_ji) z_j - 2 z_pos(i)) dL / (2n T)`.
 //! The similarity matrix is made in tiles, in both directions, and never kept: memory is O(n d). Since `|s| <= 1`, the
 //! maximum to remove is known, `1 / T`; below T = 0.025 its exponentials would leave f32's range and the running maximum
-//! of each row takes its place.
+//! of each row takes its place. On a GPU the forward pass makes each pair once, and products are of bf16 planes
+//! ([`similarity`](super::similarity)).
 
 mod cpu;
 mod cuda;
 mod reference;
+
+pub(crate) use cuda::groups as nt_xent_groups;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
@@ -51,6 +54,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     let z = &super::cast(z, DType::of(&device));
     let z_value = z.value().clone();
     let mut lse = Tensor::floats(&device, [rows]); // log Σ exp of each row
+    let mut planes = None; // a GPU's
     let y = match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = Tensor::floats(&device, [cpu::workspace_len(dims)]);
@@ -58,7 +62,11 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
             let loss = device.run(|| cpu::forward(lse, workspace, z_value.data(), dims));
             Tensor::from_f64(&device, [], &[loss])
         }
-        DeviceKind::Cuda => cuda::forward(&mut lse, &z_value, dims),
+        DeviceKind::Cuda => {
+            let (loss, of_z) = cuda::forward(&mut lse, &z_value, dims);
+            planes = Some(of_z);
+            loss
+        }
         DeviceKind::Reference => {
             let loss = reference::forward(lse.data_mut(), z_value.data(), dims);
             Tensor::from_f64(&device, [], &[loss])
@@ -66,9 +74,9 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     };
     let z_id = z.id();
     z.tape().record("nt_xent", y, &[z], move |dy, gradients| {
-        if device.kind() == DeviceKind::Cuda {
+        if let Some(planes) = planes {
             if let Some((mut dz, accumulate)) = gradients.target(z_id, z_value.shape()) {
-                cuda::backward(&mut dz, &z_value, &lse, &dy, dims, accumulate);
+                cuda::backward(&mut dz, &planes, &lse, &dy, dims, accumulate);
             }
             return;
         }
