@@ -145,8 +145,8 @@ struct TensorTile {
         return threadIdx.x / 32 % WARPS_N * WARP_N + p * 8 + threadIdx.x % 4 * 2 + e;
     }
 
-    /// Adds the products of `steps` steps to `sums`. The panels, BYTES of shared memory, are free after it and a
-    /// barrier.
+    /// Adds the products of `steps` steps to `sums`. The panels, BYTES of shared memory, are free after it
+    /// and a barrier.
     template <typename A, typename B>
     __device__ __forceinline__ static void walk(Sums& sums, A& a, B& b, int steps, bf16* panels) {
         using PanelA = Panel<M, A::INNER>;

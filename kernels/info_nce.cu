@@ -1,13 +1,13 @@
-// InfoNCE of unit queries q [n, d] with keys k [n, d] against queue [m, d], all f32, and planes of q and the queue
-// [planes, rows, pitch] (similarity.cu); see src/ops/info_nce. Logits are made in tiles and never stored. d > 0; m
-// may be 0.
+// InfoNCE of unit queries q [n, d] with keys k [n, d] against queue [m, d], all f32, and planes of q and the
+// queue [planes, rows, pitch] (similarity.cu); see src/ops/info_nce. Logits are made in tiles and never
+// stored. d > 0; m may be 0.
 //
 // Forward, three launches: info_nce_sums, info_nce_finish, row_losses_mean. Backward of q, two:
 // info_nce_gradient, info_nce_query_finish; of k, one: info_nce_key_gradient. `inv_t` is 1 / T; `dy` points
-// to the gradient of the loss. The queue is cut into slices (m / columns_per_slice, rounded up), enough that row
-// tiles times slices come to some hundred blocks, and by the shape alone. With m = 0 there are no slices, and the
-// launches over tiles are left out. Workspaces: maxima, sums [slices, n]; partial [slices, n, d]; row_losses [n].
-// lse [n] is kept for the backward pass. No dynamic shared memory.
+// to the gradient of the loss. The queue is cut into slices (m / columns_per_slice, rounded up), enough that
+// row tiles times slices come to some hundred blocks, and by the shape alone. With m = 0 there are no slices,
+// and the launches over tiles are left out. Workspaces: maxima, sums [slices, n]; partial [slices, n, d];
+// row_losses [n]. lse [n] is kept for the backward pass. No dynamic shared memory.
 //
 // `own` is null, or points to two numbers on the device, begin and end of the queue's rows that hold keys of
 // this batch: a query i leaves out those whose place in the range is i modulo n.
@@ -28,15 +28,15 @@ struct Own {
     }
 };
 
-/// maxima, sums [slices, n]. Grid (n / 128 rounded up, slices), block 128; columns_per_slice is a multiple of 128.
-KERNEL BOUNDS(TILE_THREADS, 2) void info_nce_sums(float* maxima, float* sums, const bf16* q, const bf16* queue,
-                                                  const int* own, int n, int m, int pitch, int planes,
-                                                  int columns_per_slice, double inv_t) {
+/// maxima, sums [slices, n]. Grid (n / 128 rounded up, slices), block 128; columns_per_slice is a multiple of
+/// 128.
+KERNEL BOUNDS(TILE_THREADS, 2) void info_nce_sums(float* maxima, float* sums, const bf16* q,
+                                                  const bf16* queue, const int* own, int n, int m, int pitch,
+                                                  int planes, int columns_per_slice, double inv_t) {
     Own skip(own, n);
     sum_exponentials(
         maxima, sums, Planes{q, n, pitch, planes}, Planes{queue, m, pitch, planes}, columns_per_slice,
-        static_cast<float>(inv_t),
-        [&](int, int column) { return skip.among(column, TILE); }, skip);
+        static_cast<float>(inv_t), [&](int, int column) { return skip.among(column, TILE); }, skip);
 }
 
 /// lse and row_losses [n], a warp a row: (n / 8 rounded up) blocks of 256.
@@ -63,7 +63,9 @@ struct QueueWeight {
     __device__ __forceinline__ float operator()(Row row, Column, float s) const {
         return exp2_fast(fmaf(s, scale, -row));
     }
-    __device__ __forceinline__ bool corrects(int, int column) const { return skip.among(column, WEIGHT_TILE); }
+    __device__ __forceinline__ bool corrects(int, int column) const {
+        return skip.among(column, WEIGHT_TILE);
+    }
     __device__ __forceinline__ float corrected(float w, int i, int j) const { return skip(i, j) ? 0.0f : w; }
 };
 
@@ -77,8 +79,8 @@ __device__ __forceinline__ void gradient(float* partial, const bf16* q, const bf
              QueueWeight{lse, static_cast<float>(inv_t) * LOG2_E, Own(own, n)});
 }
 
-/// partial [slices, n, d]: what the queue adds to dq. By two or three planes. columns_per_slice is a multiple of 64.
-/// Grid (n / 64, d / 128, slices), all rounded up; block 128.
+/// partial [slices, n, d]: what the queue adds to dq. By two or three planes. columns_per_slice is a multiple
+/// of 64. Grid (n / 64, d / 128, slices), all rounded up; block 128.
 KERNEL BOUNDS(WEIGHT_THREADS, 2) void info_nce_gradient_2(float* partial, const bf16* q, const bf16* queue,
                                                           const int* own, const float* lse, const float* dy,
                                                           int n, int m, int d, int pitch,

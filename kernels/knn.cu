@@ -1,15 +1,15 @@
-// The k nearest neighbours of unit rows by cosine; see src/eval/knn/mod.rs, which lets them vote. Exact: every
-// pair is compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
+// The k nearest neighbours of unit rows by cosine; see src/eval/knn/mod.rs, which lets them vote. Exact:
+// every pair is compared, in chunks of the bank, so that the workspace is [queries, columns of a chunk].
 //
-// For each chunk, from the first bank row on: split_rows of similarity.cu, knn_similarities, then knn_top_k, which merges the chunk into
-// what it has. Equal similarities go to the earlier bank row. k <= 256. Any number of queries, chunks of any
-// size. No dynamic shared memory.
+// For each chunk, from the first bank row on: split_rows of similarity.cu, knn_similarities, then knn_top_k,
+// which merges the chunk into what it has. Equal similarities go to the earlier bank row. k <= 256. Any
+// number of queries, chunks of any size. No dynamic shared memory.
 #include "similarity.cuh"
 
 constexpr int K_MAX = 256, THREADS = 256;
 
-/// s [n, columns] = <queries_i, bank_j>, of planes [planes, n, pitch] and [planes, columns, pitch] (similarity.cu). A
-/// block of 128 for each tile of 128 x 128.
+/// s [n, columns] = <queries_i, bank_j>, of planes [planes, n, pitch] and [planes, columns, pitch]
+/// (similarity.cu). A block of 128 for each tile of 128 x 128.
 KERNEL BOUNDS(TILE_THREADS, 2) void knn_similarities(float* s, const bf16* queries, const bf16* bank, int n,
                                                      int columns, int pitch, int planes) {
     using Tile = SimilarityTile;

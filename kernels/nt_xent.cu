@@ -1,22 +1,26 @@
 // NT-Xent over unit rows z [rows, d], f32, and their planes [planes, rows, pitch] (similarity.cu); see
 // src/ops/nt_xent. The similarity matrix is made in tiles and never stored. d > 0.
 //
-// Forward: nt_xent_sums, which makes each pair once and takes 1 / T out of every logit, or where that would leave
-// f32's range (T < 0.025) nt_xent_sums_online; then nt_xent_finish and row_losses_mean. Backward, two:
-// nt_xent_gradient, then sum_slices_f32 of matmul.cu with n = rows d, which also accumulates. `inv_t` is 1 / T. How
-// columns are cut is by the shape alone. Workspaces: sums [groups, rows], or maxima and sums [slices, rows]; partial
-// [slices, rows, d]; row_losses [rows]. lse [rows] is kept for the backward pass. No dynamic shared memory.
+// Forward: nt_xent_sums, which makes each pair once and takes 1 / T out of every logit, or where that would
+// leave f32's range (T < 0.025) nt_xent_sums_online; then nt_xent_finish and row_losses_mean. Backward, two:
+// nt_xent_gradient, then sum_slices_f32 of matmul.cu with n = rows d, which also accumulates. `inv_t` is 1 /
+// T. How columns are cut is by the shape alone. Workspaces: sums [groups, rows], or maxima and sums [slices,
+// rows]; partial [slices, rows, d]; row_losses [rows]. lse [rows] is kept for the backward pass. No dynamic
+// shared memory.
 //
-// A step of nt_xent_sums by nvcc 13.0 for sm_90a: as matmul.cu's of 128 x 128. Its exponentials, 16,384 a tile, take
-// 1,024 cycles of a multiprocessor and 3 products of 128 x 128 x 128 at least 4,900: another block's products hide
-// them.
+// A step of nt_xent_sums by nvcc 13.0 for sm_90a: as matmul.cu's of 128 x 128. Its exponentials, 16,384 a
+// tile, take 1,024 cycles of a multiprocessor and 3 products of 128 x 128 x 128 at least 4,900: another
+// block's products hide them.
 #include "similarity.cuh"
 
-__device__ __forceinline__ int positive_of(int i, int rows) { return i < rows / 2 ? i + rows / 2 : i - rows / 2; }
+__device__ __forceinline__ int positive_of(int i, int rows) {
+    return i < rows / 2 ? i + rows / 2 : i - rows / 2;
+}
 
-/// sums [groups, rows], each written: rows are in groups of `tiles_per_group` tiles of 128, and sums[g][i] is the sum
-/// of exp((s_ij - 1) / T) over the j != i of group g. A block for each pair of groups, groups (groups + 1) / 2: it has
-/// the rows of one and, as s is symmetric, those of the other as columns, and nobody else writes what it writes.
+/// sums [groups, rows], each written: rows are in groups of `tiles_per_group` tiles of 128, and sums[g][i] is
+/// the sum of exp((s_ij - 1) / T) over the j != i of group g. A block for each pair of groups, groups (groups
+/// + 1) / 2: it has the rows of one and, as s is symmetric, those of the other as columns, and nobody else
+/// writes what it writes.
 KERNEL BOUNDS(TILE_THREADS, 2) void nt_xent_sums(float* sums, const bf16* z, int rows, int pitch, int planes,
                                                  int tiles_per_group, double inv_t) {
     using Tile = SimilarityTile;
@@ -146,8 +150,8 @@ __device__ __forceinline__ void gradient(float* partial, const bf16* z, const fl
 }
 
 /// partial [slices, rows, d], whose sum over slices is dz; `dy` points to the gradient of the loss, on the
-/// device. By two or three planes. columns_per_slice is a multiple of 64. Grid (rows / 64, d / 128, slices), all
-/// rounded up; block 128.
+/// device. By two or three planes. columns_per_slice is a multiple of 64. Grid (rows / 64, d / 128, slices),
+/// all rounded up; block 128.
 KERNEL BOUNDS(WEIGHT_THREADS, 2) void nt_xent_gradient_2(float* partial, const bf16* z, const float* lse,
                                                          const float* dy, int rows, int d, int pitch,
                                                          int columns_per_slice, double inv_t) {

@@ -1,8 +1,8 @@
 // Rows as the bf16 planes that similarity.cuh multiplies.
 #include "rows.cuh"
 
-/// planes [count, rows, pitch] of x [rows, d]; pitch is d rounded up to a multiple of 8, count 1 to 3. A thread does
-/// eight elements.
+/// planes [count, rows, pitch] of x [rows, d]; pitch is d rounded up to a multiple of 8, count 1 to 3. A
+/// thread does eight elements.
 KERNEL void split_rows(bf16* planes, const float* x, int64_t rows, int d, int pitch, int count) {
     int pieces = pitch / 8;
     for (int64_t i = grid_rank(); i < rows * pieces; i += grid_threads()) {

@@ -3,9 +3,9 @@
 //
 // Tensor cores multiply bf16, so rows come as planes: x = Σ_p plane_p, each the bf16 nearest to what the
 // planes before it have left. Of the products of planes those are made that f32 could tell: with two planes
-// three, s_ij then being within 2^-17 / sqrt(d) or so of unit rows' cosine; with three planes six, as good as f32.
-// Those of the first planes come last: tensor cores cut off what their sums cannot hold, and the sums are small until
-// then. Planes have a pitch that is a multiple of 8 and zeros behind d.
+// three, s_ij then being within 2^-17 / sqrt(d) or so of unit rows' cosine; with three planes six, as good as
+// f32. Those of the first planes come last: tensor cores cut off what their sums cannot hold, and the sums
+// are small until then. Planes have a pitch that is a multiple of 8 and zeros behind d.
 //
 // Columns are cut into slices so that small batches fill a GPU; slices are put together in order. How many
 // there are must follow from the shape alone.
@@ -24,8 +24,8 @@ struct Planes {
     }
 };
 
-/// An operand of a TensorTile that has all terms one after another: EXTENT lines from `first` on, zeros from line
-/// `end` on.
+/// An operand of a TensorTile that has all terms one after another: EXTENT lines from `first` on, zeros from
+/// line `end` on.
 template <int EXTENT, int THREADS, bool IS_A>
 struct Terms {
     static constexpr bool INNER = true;
@@ -67,8 +67,8 @@ using SimilarityTile = Tile128x128;
 constexpr int TILE = SimilarityTile::M, TILE_THREADS = SimilarityTile::THREADS;
 static_assert(TILE == SimilarityTile::N && TILE == TILE_THREADS, "a thread has a row and a column of a tile");
 
-/// sums += <a_(row + i), b_(column + j)>, zeros for rows of a from `n` and of b from `m` on. The panels are in the
-/// block's panel memory; a barrier before they are used otherwise, and one before the next tile.
+/// sums += <a_(row + i), b_(column + j)>, zeros for rows of a from `n` and of b from `m` on. The panels are
+/// in the block's panel memory; a barrier before they are used otherwise, and one before the next tile.
 __device__ __forceinline__ void similarity_tile(SimilarityTile::Sums& sums, const Planes& a, int row, int n,
                                                 const Planes& b, int column, int m) {
     Terms<TILE, TILE_THREADS, true> of_a(a, row, n);
@@ -91,8 +91,8 @@ struct ExpSum {
 };
 
 /// maxima, sums [slices, n]: for each row i of a the sum over a slice of the rows of b of exp(s_ij inv_t),
-/// without those that `skip(i, j)`; `skips(row, column)` tells whether a tile may have such. Any temperature: each
-/// tile's largest logit is taken out. Grid (n / TILE rounded up, slices).
+/// without those that `skip(i, j)`; `skips(row, column)` tells whether a tile may have such. Any temperature:
+/// each tile's largest logit is taken out. Grid (n / TILE rounded up, slices).
 template <typename Skips, typename Skip>
 __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, const Planes& a, const Planes& b,
                                                  int columns_per_slice, float inv_t, Skips skips, Skip skip) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
                         logit = every || (j < end && !skip(row + y, j)) ? logit * inv_t : -INFINITY;
                         most = fmaxf(most, logit);
                     }
-                // The four threads of a row are neighbours.
+            // The four threads of a row are neighbours.
 #pragma unroll
                 for (int by = 1; by < 4; by *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
                 float from = most == -INFINITY ? 0.0f : most;
@@ -132,7 +132,8 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
                     for (int e = 0; e < 2; e++) sum += exp2_fast((s[i][p][half * 2 + e] - from) * LOG2_E);
 #pragma unroll
                 for (int by = 1; by < 4; by *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
-                if (threadIdx.x % 4 == 0) parts[Tile::column_of(0, 0) / Tile::WARP_N * TILE + y] = {most, sum};
+                if (threadIdx.x % 4 == 0)
+                    parts[Tile::column_of(0, 0) / Tile::WARP_N * TILE + y] = {most, sum};
             }
         __syncthreads();
 #pragma unroll
@@ -146,8 +147,8 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
     }
 }
 
-/// log Σ exp of a row from its slices [slices, n] and from one logit more, -INFINITY for none. Where `maxima` is
-/// null, what was taken out of every logit is `fixed`.
+/// log Σ exp of a row from its slices [slices, n] and from one logit more, -INFINITY for none. Where `maxima`
+/// is null, what was taken out of every logit is `fixed`.
 __device__ __forceinline__ double log_sum_exp(const float* maxima, double fixed, const float* sums,
                                               int64_t row, int64_t n, int slices, double logit) {
     double most = logit, sum = 0.0;
@@ -175,17 +176,17 @@ __device__ __forceinline__ void split(unsigned (&pairs)[PLANES], float low, floa
 /// The rows and columns of `WeightedSum`'s tile, what of d a block has, and its threads.
 constexpr int WEIGHT_TILE = 64, WEIGHT_WIDTH = 128, WEIGHT_THREADS = 128;
 
-/// out [slices, n, d] = scale Σ_j weight(i, j, s_ij) b_j over a slice of the rows of b, the weights made anew from
-/// the tiles. Grid (n / 64, d / 128, slices), all rounded up; block 128.
+/// out [slices, n, d] = scale Σ_j weight(i, j, s_ij) b_j over a slice of the rows of b, the weights made anew
+/// from the tiles. Grid (n / 64, d / 128, slices), all rounded up; block 128.
 ///
-/// A warp has 16 rows. Its weights are the sums of one product in just the registers that the next wants them in,
-/// so they need only be rounded. Both products are steps of one pipeline: for each 64 columns, those over d
-/// (planes of a and b, 64 lines each), then two over the columns (planes of b, 32 lines of 128). Panels are
+/// A warp has 16 rows. Its weights are the sums of one product in just the registers that the next wants them
+/// in, so they need only be rounded. Both products are steps of one pipeline: for each 64 columns, those over
+/// d (planes of a and b, 64 lines each), then two over the columns (planes of b, 32 lines of 128). Panels are
 /// fetched once for all terms: a step has 213 bytes of shared memory a product with two planes.
 ///
-/// `Weight` has `Row row(i)` and `Column column(j)`, what a weight needs to know of a row and of a column; `(Row,
-/// Column, s)`, the weight of most pairs; and for the others, in tiles of which `corrects(row, column)`,
-/// `corrected(w, i, j)`.
+/// `Weight` has `Row row(i)` and `Column column(j)`, what a weight needs to know of a row and of a column;
+/// `(Row, Column, s)`, the weight of most pairs; and for the others, in tiles of which `corrects(row,
+/// column)`, `corrected(w, i, j)`.
 template <int PLANES, typename Weight>
 struct WeightedSum {
     static constexpr int STAGES = PLANES == 2 ? 3 : 2, STAGE = PLANES * WEIGHT_TILE * 2 * DEPTH;
@@ -198,7 +199,8 @@ struct WeightedSum {
     int row, first, begin, end, per_tile;  // steps over d
     bf16* panels = reinterpret_cast<bf16*>(panel_memory<BYTES>());
 
-    __device__ __forceinline__ WeightedSum(const Planes& a, const Planes& b, int columns_per_slice) : a(a), b(b) {
+    __device__ __forceinline__ WeightedSum(const Planes& a, const Planes& b, int columns_per_slice)
+        : a(a), b(b) {
         row = blockIdx.x * WEIGHT_TILE, first = blockIdx.y * WEIGHT_WIDTH;
         begin = blockIdx.z * columns_per_slice;
         end = begin + columns_per_slice < b.rows ? begin + columns_per_slice : b.rows;
@@ -232,7 +234,8 @@ struct WeightedSum {
         copy<Each, Across>(to, b, from + Each::line(0), end, first + Each::column());
     }
 
-    /// This thread's pieces of all planes of a panel: those at `at` of the line `line` and of those behind it.
+    /// This thread's pieces of all planes of a panel: those at `at` of the line `line` and of those behind
+    /// it.
     template <typename Each, typename To>
     __device__ __forceinline__ static void copy(bf16* to, const Planes& of, int line, int until, int at) {
         const bf16* plane = of.data + int64_t{line} * of.pitch + at;
@@ -277,7 +280,8 @@ struct WeightedSum {
                 for (int k = 0; k < DEPTH; k += 16) {
                     unsigned fa[PLANES][4];
 #pragma unroll
-                    for (int p = 0; p < PLANES; p++) Lines::fragment_a(fa[p], panel + p * Lines::SIZE, warp_row, k);
+                    for (int p = 0; p < PLANES; p++)
+                        Lines::fragment_a(fa[p], panel + p * Lines::SIZE, warp_row, k);
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
 #pragma unroll
@@ -295,7 +299,8 @@ struct WeightedSum {
                 const bf16* panel = next(at++);
 #pragma unroll
                 for (int k = 0; k < DEPTH; k += 16) {
-                    const float(&low)[4] = s[(step * DEPTH + k) / 8], (&high)[4] = s[(step * DEPTH + k) / 8 + 1];
+                    const float(&low)[4] = s[(step * DEPTH + k) / 8],
+                          (&high)[4] = s[(step * DEPTH + k) / 8 + 1];
                     unsigned fa[PLANES][4], pairs[PLANES];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
@@ -334,7 +339,8 @@ struct WeightedSum {
     /// Similarities become weights.
     __device__ __forceinline__ void weigh(float (&s)[8][4], int column, int y, const Weight& weight) const {
         const int x = column + threadIdx.x % 4 * 2;
-        const typename Weight::Row of_row[2] = {weight.row(min(y, a.rows - 1)), weight.row(min(y + 8, a.rows - 1))};
+        const typename Weight::Row of_row[2] = {weight.row(min(y, a.rows - 1)),
+                                                weight.row(min(y + 8, a.rows - 1))};
 #pragma unroll
         for (int p = 0; p < 8; p++)
 #pragma unroll
@@ -359,8 +365,8 @@ struct WeightedSum {
 
     /// The products of sixteen columns of b's plane p with the planes of a that count beside it.
     __device__ __forceinline__ static void multiply(float (&low)[4], float (&high)[4],
-                                                    const unsigned (&fa)[PLANES][4], const unsigned (&four)[4],
-                                                    int p) {
+                                                    const unsigned (&fa)[PLANES][4],
+                                                    const unsigned (&four)[4], int p) {
         const unsigned left[2] = {four[0], four[1]}, right[2] = {four[2], four[3]};
 #pragma unroll
         for (int q = PLANES - 1 - p; q >= 0; q--) {
