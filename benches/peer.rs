@@ -4,13 +4,14 @@
 //! `conv N H W C K R STRIDE PAD forward|data|weight` and `step DEPTH WIDTH image|small SIZE BATCH` answer with the least
 //! seconds of a few repetitions, `phases` with the arguments of `step` with those of the forward pass, the backward pass
 //! and the update, `crops DEPTH WIDTH BATCH SIDE SMALL` with those of a step of SwAV on two crops of `SIDE` pixels and on
-//! these and six of `SMALL`, `memory` with the peak resident bytes of the process.
+//! these and six of `SMALL`, `memory` with the peak resident bytes of the process. The first word that the program is given
+//! may be `cuda`: steps then run on the GPU, in bf16, launched and not captured.
 
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
 use selfsup::arena::Arena;
-use selfsup::device::{Device, Philox, Purpose};
+use selfsup::device::{Device, Philox, Precision, Purpose};
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::methods::swav::{self, Swav};
 use selfsup::methods::{Course, Method};
@@ -19,7 +20,7 @@ use selfsup::ops::Conv2dDims;
 use selfsup::ops::kernels::conv2d::{self, Direction};
 use selfsup::optim::{Exclude, Optimizer, Rule, Sgd};
 use selfsup::tape::step;
-use selfsup::tensor::Tensor;
+use selfsup::tensor::{DType, Tensor};
 
 /// The least time of some runs, after one that warms up: at least three, and more for as long as `budget` lasts.
 fn least(budget: Duration, mut f: impl FnMut()) -> f64 {
@@ -81,7 +82,8 @@ fn network(depth: usize, width: usize, stem: Stem) -> ResNetConfig {
 fn crops(device: &Device, rows: usize, size: usize) -> Tensor {
     let mut pixels = noise(rows * size * size * 4);
     pixels.iter_mut().skip(3).step_by(4).for_each(|fourth| *fourth = 0.0);
-    Tensor::from_slice(device, [rows, size, size, 4], &pixels)
+    let crops = Tensor::from_slice(device, [rows, size, size, 4], &pixels);
+    crops.cast(DType::of_activations(device))
 }
 
 /// Seconds of a step of SwAV without and with six small crops, by turns.
@@ -158,7 +160,7 @@ impl Training {
             forward = start.elapsed().as_secs_f64();
             loss
         });
-        assert!(loss.expect("the CPU does not fail").scalar().is_finite());
+        assert!(loss.expect("a step of a bench").scalar().is_finite());
         let both = start.elapsed().as_secs_f64();
         self.optimizer.step(&mut self.online, 1e-3);
         self.method.take_embeddings();
@@ -186,7 +188,10 @@ fn peak_memory() -> u64 {
 }
 
 fn main() {
-    let device = Device::cpu(0).expect("threads");
+    let device = match std::env::args().nth(1).as_deref() {
+        Some("cuda") => Device::cuda(0, Precision::Bf16).unwrap_or_else(|e| panic!("{e}")),
+        _ => Device::cpu(0).expect("threads"),
+    };
     let mut training: Option<(String, Training)> = None;
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("stdin");

@@ -7,8 +7,9 @@
 
 Eager PyTorch, channels last, bf16 on a GPU and f32 on a CPU, cuDNN's own choice of algorithms (`--deterministic` for those that
 repeat to the bit); losses also compiled where `--compile` asks for it. Both sides run hot, with the same budget a case; a ratio is
-PyTorch's median over ours: above 1 we are faster. A share is that of the floor of `selfsup bench`. Whole steps on a CPU are
-`cpu.py`'s.
+PyTorch's median over ours: above 1 we are faster. A share is that of the floor of `selfsup bench`. With `--steps FILE` whole
+SimCLR steps as well, eager, captured in a graph, and compiled; FILE is the bench `peer` as `scripts/gpu-bundle` or
+`cargo bench --bench peer --no-run` makes it. Whole steps on a CPU are `cpu.py`'s, by turns.
 """
 
 import argparse
@@ -249,8 +250,23 @@ def ema(side, name):
     return run
 
 
+def augment(side, name):
+    """torchvision's v2 transforms, image by image: each has its own numbers."""
+    try:
+        from torchvision.transforms import v2
+    except ImportError:
+        return None
+    n, size, _ = numbers(name)
+    jitter = v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
+    view = v2.Compose([
+        v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(size // 10 | 1, (0.1, 2.0))], 0.5), v2.ToDtype(side.dtype, scale=True)])  # fmt: skip
+    images = torch.randint(0, 256, (n, 3, 375, 500), dtype=torch.uint8, device=side.device)
+    return lambda: torch.stack([view(image) for image in images])
+
+
 MAKERS = (convolution, batch_norm, max_pool, mean_pool, add, linear, nt_xent, info_nce, l2_normalize, neg_cosine, sinkhorn,
-          soft_cross_entropy, knn, sgd, lars, ema)  # fmt: skip
+          soft_cross_entropy, knn, sgd, lars, ema, augment)  # fmt: skip
 MAKERS = {("conv2d" if maker is convolution else maker.__name__): maker for maker in MAKERS}
 COMPILED = ("nt_xent", "info_nce", "sinkhorn", "soft_cross_entropy")
 
@@ -274,6 +290,7 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--steps", type=Path, help="the bench `peer`: whole steps, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(1)
@@ -301,16 +318,20 @@ def main():
         if args.compile and group in COMPILED:
             makers.append((" (compiled)", MAKERS[group]))
         for what, maker in makers:
-            if maker is None:
+            run = maker and maker(side, name)
+            if run is None:
                 lines.append(f"| {name} | {ours_us:.1f} | no peer | | {row['share']:.2f} |")
                 continue
-            run = maker(side, name)
             peer_us = side.time(torch.compile(run) if what else run) * 1e6
             lines.append(f"| {name}{what} | {ours_us:.1f} | {peer_us:.1f} | {peer_us / ours_us:.2f} | {row['share']:.2f} |")
             if not what:
                 words = " ".join(name.split(" ")[:2]) if group == "conv2d" else group
                 groups.setdefault(words, []).append(math.log(peer_us / ours_us))
             print(lines[-1], file=sys.stderr, flush=True)
+    if args.steps:
+        import steps  # torchvision's ResNets
+
+        lines += steps.rows(side, args.steps, args.tiny, args.compile)
     lines += ["", "| geometric mean | ratio |", "|---|---:|"]
     lines += [f"| {group} | {math.exp(statistics.fmean(logs)):.2f} |" for group, logs in groups.items()]
     text = "\n".join(lines) + "\n"
