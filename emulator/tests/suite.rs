@@ -13,6 +13,8 @@ mod assignments;
 mod breakages;
 #[path = "suite/conformance.rs"]
 mod conformance;
+#[path = "suite/contrastive.rs"]
+mod contrastive;
 #[path = "suite/conv2d.rs"]
 mod conv2d;
 #[path = "suite/kernels.rs"]

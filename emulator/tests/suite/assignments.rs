@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use crate::contrastive::split;
 use crate::numbers::{Float, close, noise};
 use crate::stage::{Memory, Stage, Value};
 
@@ -115,17 +116,18 @@ fn neighbours(stage: &Stage, [n, m, d, k]: [usize; 4], chunk: usize, flat: bool)
         rows
     };
     let (queries, bank) = (rows(n, 1), rows(m, 2));
-    let (queries_, bank_) = (stage.upload(&queries), stage.upload(&bank));
+    let (queries_, pitch) = split(stage, &queries, d, 3);
     let (values, indices) = (stage.room::<f32>(n * k), stage.room::<i32>(n * k));
     let mut similar = vec![0.0_f32; n * m];
     for first in (0..m).step_by(chunk) {
         stage.seed(first as u64 + 1); // candidates wait in an order left to chance
         let columns = chunk.min(m - first);
         let s = stage.room::<f32>(n * columns);
-        let mut arguments: Vec<Value> = vec![(&s).into(), (&queries_).into(), (&bank_).into()];
-        arguments.extend([n, first, columns, d].map(int));
-        let grid = [n.div_ceil(64) as u32, columns.div_ceil(64) as u32, 1];
-        stage.launch("knn_similarities", grid, [256, 1, 1], 0, &arguments);
+        let (chunk_, _) = split(stage, &bank[first * d..][..columns * d], d, 3);
+        let mut arguments: Vec<Value> = vec![(&s).into(), (&queries_).into(), (&chunk_).into()];
+        arguments.extend([n, columns, pitch, 3].map(int));
+        let grid = [(n.div_ceil(128) * columns.div_ceil(128)) as u32, 1, 1];
+        stage.launch("knn_similarities", grid, [128, 1, 1], 0, &arguments);
         let mut arguments: Vec<Value> = vec![(&values).into(), (&indices).into(), (&s).into()];
         arguments.extend([n, first, columns, k, usize::from(first > 0)].map(int));
         stage.launch("knn_top_k", [n.div_ceil(2) as u32, 1, 1], [256, 1, 1], 0, &arguments);

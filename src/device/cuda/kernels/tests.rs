@@ -42,8 +42,21 @@ fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
 const NARROW: [(&str, &str); 1] =
     [("conv2d_bf16_stem", "images have four channels: a tap's row comes in pieces of 8 bytes")];
 
+/// What else multiplies on tensor cores.
+const SIMILARITIES: [&str; 8] = [
+    "info_nce_gradient_2",
+    "info_nce_gradient_3",
+    "info_nce_sums",
+    "knn_similarities",
+    "nt_xent_gradient_2",
+    "nt_xent_gradient_3",
+    "nt_xent_sums",
+    "nt_xent_sums_online",
+];
+
 fn is_product(kernel: &str) -> bool {
-    kernel.contains("_bf16_") && (kernel.starts_with("conv2d") || kernel.starts_with("matmul"))
+    let tiled = kernel.starts_with("conv2d") || kernel.starts_with("matmul");
+    kernel.contains("_bf16_") && tiled || SIMILARITIES.contains(&kernel)
 }
 
 /// Loops over contiguous elements, in bf16 where there is a choice: what sets their time is how wide they read and write.
@@ -129,8 +142,8 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    for stream in STREAMS {
-        assert!(RESOURCES.iter().any(|r| r.kernel == stream), "there is no kernel {stream}");
+    for listed in STREAMS.iter().chain(&SIMILARITIES) {
+        assert!(RESOURCES.iter().any(|r| r.kernel == *listed), "there is no kernel {listed}");
     }
 }
 

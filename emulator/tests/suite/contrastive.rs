@@ -1,0 +1,219 @@
+//! Losses over similarities, and the planes that these are made from, against their definitions in f64.
+
+use half::bf16;
+
+use crate::losses::{by_rows, dot, int, long, mean_loss, on_top, unit_rows, wide};
+use crate::numbers::{close, noise};
+use crate::stage::{Memory, Stage, Value};
+
+/// Logits of so many planes are wrong by about 2^-24 / T or 2^-16 / T, and an exponential is as wrong as its logit.
+fn tolerance(planes: usize, temperature: f64) -> f64 {
+    let bits = if planes == 3 { 22 } else { 16 };
+    (1.0 / 2.0_f64.powi(bits) / temperature).max(1e-5)
+}
+
+/// Rows as planes, and the pitch of these.
+pub fn split(stage: &Stage, x: &[f32], d: usize, planes: usize) -> (Memory<bf16>, usize) {
+    let (rows, pitch) = (x.len() / d, d.next_multiple_of(8));
+    let (x, planes_) = (stage.upload(x), stage.room::<bf16>(planes * rows * pitch));
+    let arguments = [(&planes_).into(), (&x).into(), long(rows), int(d), int(pitch), int(planes)];
+    stage.launch("split_rows", [2, 1, 1], [64, 1, 1], 0, &arguments);
+    (planes_, pitch)
+}
+
+/// A plane is the bf16 nearest to what is left, and zero behind `d`.
+#[test]
+fn rows_split_into_planes() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (rows, d, count) in [(1, 1, 1), (3, 7, 2), (5, 8, 3), (2, 131, 3)] {
+            let x: Vec<f32> = noise(rows * d, 9);
+            let (planes, pitch) = split(&stage, &x, d, count);
+            let planes = planes.read(&stage);
+            for (i, t) in (0..rows).flat_map(|i| (0..pitch).map(move |t| (i, t))) {
+                let mut left = if t < d { x[i * d + t] } else { 0.0 };
+                for p in 0..count {
+                    let plane = planes[(p * rows + i) * pitch + t];
+                    assert_eq!(plane, bf16::from_f32(left), "[{rows}, {d}]: plane {p}");
+                    left -= plane.to_f32();
+                }
+            }
+        }
+    }
+}
+
+/// Sums in groups of so many tiles, or online in slices of so many columns where it is cold; weights in slices of `slice`.
+fn nt_xent(
+    stage: &Stage,
+    [rows, d, planes]: [usize; 3],
+    temperature: f64,
+    group: usize,
+    slice: usize,
+) {
+    let what =
+        format!("nt_xent [{rows}, {d}] at {temperature}, {planes} planes, groups of {group}");
+    let z = unit_rows(rows, d, 3);
+    let (z_, dy_) = (stage.upload(&z), stage.upload(&[0.7_f32]));
+    let (planes_, pitch) = split(stage, &z, d, planes);
+    let tiles = rows.div_ceil(128);
+    let groups = tiles.div_ceil(group);
+    let (maxima, sums) = (stage.room::<f32>(groups * rows), stage.room::<f32>(groups * rows));
+    let inv_t = || Value::from(1.0 / temperature);
+    let online = temperature < 0.025;
+    let mut arguments: Vec<Value> = if online { vec![(&maxima).into()] } else { Vec::new() };
+    arguments.extend([(&sums).into(), (&planes_).into(), int(rows), int(pitch), int(planes)]);
+    if online {
+        arguments.extend([int(128 * group), inv_t()]);
+        let grid = [tiles as u32, groups as u32, 1];
+        stage.launch("nt_xent_sums_online", grid, [128, 1, 1], 0, &arguments);
+    } else {
+        arguments.extend([int(group), inv_t()]);
+        let grid = [(groups * (groups + 1) / 2) as u32, 1, 1];
+        stage.launch("nt_xent_sums", grid, [128, 1, 1], 0, &arguments);
+    }
+    let (lse_, losses_) = (stage.room::<f32>(rows), stage.room::<f32>(rows));
+    let maxima = if online { Value::from(&maxima) } else { 0_u64.into() };
+    let mut arguments: Vec<Value> = vec![(&lse_).into(), (&losses_).into(), maxima, (&sums).into()];
+    arguments.extend([(&z_).into(), int(rows), int(d), int(groups), inv_t()]);
+    by_rows(stage, "nt_xent_finish", rows, &arguments);
+
+    let z = wide(&z);
+    let logit = |i: usize, j: usize| dot(&z[i * d..][..d], &z[j * d..][..d]) / temperature;
+    let positive = |i: usize| (i + rows / 2) % rows;
+    let others = |i: usize| (0..rows).filter(move |&j| j != i);
+    let lse = |i: usize| {
+        let max = others(i).map(|j| logit(i, j)).fold(f64::NEG_INFINITY, f64::max);
+        others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>().ln() + max
+    };
+    let lse: Vec<f64> = (0..rows).map(lse).collect();
+    let row_losses: Vec<f64> = (0..rows).map(|i| lse[i] - logit(i, positive(i))).collect();
+    let loss = row_losses.iter().sum::<f64>() / rows as f64;
+    let tolerance = tolerance(planes, temperature);
+    close(&format!("{what}: lse"), &lse_.read(stage), &lse, 1e-5);
+    close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
+    close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
+
+    let slices = rows.div_ceil(slice);
+    let partial = stage.room::<f32>(slices * rows * d);
+    let mut arguments: Vec<Value> = vec![(&partial).into(), (&planes_).into(), (&lse_).into()];
+    arguments.extend([(&dy_).into(), int(rows), int(d), int(pitch), int(slice), inv_t()]);
+    let grid = [rows.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
+    stage.launch(&format!("nt_xent_gradient_{planes}"), grid, [128, 1, 1], 0, &arguments);
+    let old: Vec<f32> = noise(rows * d, 4);
+    let dz_ = stage.upload(&old);
+    let arguments = [(&dz_).into(), (&partial).into(), int(slices), long(rows * d), Value::from(1)];
+    stage.launch("sum_slices_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
+    let scale = f64::from(0.7_f32) / (rows as f64 * temperature);
+    let mut dz = vec![0.0; rows * d];
+    for i in 0..rows {
+        for j in others(i) {
+            let target = if j == positive(i) { 2.0 } else { 0.0 };
+            let weight = (logit(i, j) - lse[i]).exp() + (logit(i, j) - lse[j]).exp() - target;
+            (0..d).for_each(|t| dz[i * d + t] += scale * weight * z[j * d + t]);
+        }
+    }
+    close(&format!("{what}: dz"), &dz_.read(stage), &on_top(&old, &dz), tolerance);
+}
+
+#[test]
+fn nt_xent_at_any_temperature() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for sizes in [[4, 1, 3], [6, 5, 2], [62, 64, 2], [128, 7, 3], [130, 131, 2]] {
+            nt_xent(&stage, sizes, 0.5, 1, 64);
+            nt_xent(&stage, sizes, 0.01, 1, 128);
+        }
+        nt_xent(&stage, [66, 16, 3], 0.025, 1, 64);
+        nt_xent(&stage, [386, 8, 2], 0.5, 2, 192); // four tiles in two groups
+    }
+}
+
+/// A queue of `m`, of whose rows those in `own`, if any, hold keys of the batch.
+fn info_nce(
+    stage: &Stage,
+    [n, m, d]: [usize; 3],
+    own: [usize; 2],
+    temperature: f64,
+    planes: usize,
+    slice: usize,
+) {
+    let what =
+        format!("info_nce [{n}, {d}] of {m}, own {own:?}, at {temperature}, {planes} planes");
+    let (q, k, queue) = (unit_rows(n, d, 3), unit_rows(n, d, 4), unit_rows(m, d, 5));
+    let (q_, k_) = (stage.upload(&q), stage.upload(&k));
+    let ((of_q, pitch), (of_queue, _)) =
+        (split(stage, &q, d, planes), split(stage, &queue, d, planes));
+    let (own_, dy_) = (stage.upload(&own.map(|o| o as i32)), stage.upload(&[0.7_f32]));
+    let own_ = || if own == [0, 0] { 0_u64.into() } else { Value::from(&own_) };
+    let inv_t = || Value::from(1.0 / temperature);
+    let slices = m.div_ceil(slice);
+    let (maxima, sums) = (stage.room::<f32>(slices * n), stage.room::<f32>(slices * n));
+    let mut arguments: Vec<Value> = vec![(&maxima).into(), (&sums).into(), (&of_q).into()];
+    arguments.extend([(&of_queue).into(), own_(), int(n), int(m), int(pitch), int(planes)]);
+    arguments.extend([int(slice), inv_t()]);
+    let grid = [n.div_ceil(128) as u32, slices as u32, 1];
+    stage.launch("info_nce_sums", grid, [128, 1, 1], 0, &arguments);
+    let (lse_, losses_) = (stage.room::<f32>(n), stage.room::<f32>(n));
+    let mut arguments: Vec<Value> =
+        [&lse_, &losses_, &maxima, &sums, &q_, &k_].map(Value::from).into();
+    arguments.extend([int(n), int(d), int(slices), inv_t()]);
+    by_rows(stage, "info_nce_finish", n, &arguments);
+
+    let (q, k, queue) = (wide(&q), wide(&k), wide(&queue));
+    let row = |x: &[f64], i: usize| x[i * d..][..d].to_vec();
+    let positive = |i: usize| dot(&row(&q, i), &row(&k, i)) / temperature;
+    let logit = |i: usize, j: usize| dot(&row(&q, i), &row(&queue, j)) / temperature;
+    let skips = |i: usize, j: usize| (own[0]..own[1]).contains(&j) && (j - own[0]) % n == i;
+    let others = |i: usize| (0..m).filter(move |&j| !skips(i, j));
+    let lse = |i: usize| {
+        let max = others(i).map(|j| logit(i, j)).fold(positive(i), f64::max);
+        let sum = others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>();
+        ((positive(i) - max).exp() + sum).ln() + max
+    };
+    let lse: Vec<f64> = (0..n).map(lse).collect();
+    let row_losses: Vec<f64> = (0..n).map(|i| lse[i] - positive(i)).collect();
+    let tolerance = tolerance(planes, temperature);
+    close(&format!("{what}: lse"), &lse_.read(stage), &lse, tolerance);
+    close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, tolerance);
+
+    let partial = stage.room::<f32>(slices * n * d);
+    let mut arguments: Vec<Value> = vec![(&partial).into(), (&of_q).into(), (&of_queue).into()];
+    arguments.extend([own_(), (&lse_).into(), (&dy_).into()]);
+    arguments.extend([int(n), int(m), int(d), int(pitch), int(slice), inv_t()]);
+    let grid = [n.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
+    stage.launch(&format!("info_nce_gradient_{planes}"), grid, [128, 1, 1], 0, &arguments);
+    let old: Vec<f32> = noise(n * d, 6);
+    let (dq_, dk_) = (stage.upload(&old), stage.upload(&old));
+    let mut arguments: Vec<Value> = [&dq_, &partial, &q_, &k_, &lse_, &dy_].map(Value::from).into();
+    arguments.extend([int(n), int(d), int(slices), inv_t(), 1.into()]);
+    by_rows(stage, "info_nce_query_finish", n, &arguments);
+    let mut arguments: Vec<Value> = [&dk_, &q_, &k_, &lse_, &dy_].map(Value::from).into();
+    arguments.extend([int(n), int(d), inv_t(), 1.into()]);
+    by_rows(stage, "info_nce_key_gradient", n, &arguments);
+    let scale = f64::from(0.7_f32) / (n as f64 * temperature);
+    let (mut dq, mut dk) = (vec![0.0; n * d], vec![0.0; n * d]);
+    for i in 0..n {
+        let own = scale * ((positive(i) - lse[i]).exp() - 1.0);
+        for t in 0..d {
+            let term = |j: usize| (logit(i, j) - lse[i]).exp() * queue[j * d + t];
+            dq[i * d + t] = own * k[i * d + t] + scale * others(i).map(term).sum::<f64>();
+            dk[i * d + t] = own * q[i * d + t];
+        }
+    }
+    close(&format!("{what}: dq"), &dq_.read(stage), &on_top(&old, &dq), tolerance);
+    close(&format!("{what}: dk"), &dk_.read(stage), &on_top(&old, &dk), tolerance);
+}
+
+#[test]
+fn info_nce_with_a_queue() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for sizes in [[1, 1, 2], [3, 7, 5], [65, 130, 31], [2, 63, 131]] {
+            info_nce(&stage, sizes, [0, 0], 0.2, 2, 128);
+            info_nce(&stage, sizes, [0, 0], 0.01, 3, 256);
+        }
+        info_nce(&stage, [3, 70, 5], [4, 10], 0.2, 3, 128);
+        info_nce(&stage, [64, 128, 9], [0, 128], 0.01, 3, 128);
+        info_nce(&stage, [2, 2, 4], [0, 2], 0.2, 2, 128);
+    }
+}
