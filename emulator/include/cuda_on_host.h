@@ -84,6 +84,7 @@ STANDIN_VECTORS(float, float, 8)
 STANDIN_VECTORS(int, int, 8)
 STANDIN_VECTORS(unsigned, uint, 8)
 STANDIN_VECTORS(unsigned char, uchar, 2)
+STANDIN_VECTORS(double, double, 16)
 #undef STANDIN_VECTORS
 
 /// bfloat16: the upper half of a float, rounded to nearest even; a NaN becomes 0x7fff, as on the device.

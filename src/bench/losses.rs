@@ -8,7 +8,7 @@ use crate::eval::{Features, Knn, knn_accuracy};
 use crate::ops::similarity::Slices;
 use crate::ops::{
     Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, nt_xent_groups, sinkhorn,
-    soft_cross_entropy,
+    sinkhorn_rows_per_chunk, soft_cross_entropy,
 };
 use crate::tensor::{DType, Tensor};
 
@@ -223,21 +223,25 @@ fn cosine(n: usize, dtype: DType) -> Case {
     }
 }
 
-/// The matrix once for its exponentials, and two passes an iteration.
+/// A pass for the largest, one an iteration, whose second look is the cache's, and one for the assignments.
 fn assign(b: usize, dtype: DType) -> Case {
     let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
-    let mut launched = vec![
-        tiled(&format!("sinkhorn_max_{name}"), 256, e * len, len),
-        Launched::over(format!("sinkhorn_exp_{name}"), (e + 4.0) * len, 3.0 * len),
-    ];
+    let chunks = b.div_ceil(sinkhorn_rows_per_chunk(b));
+    let partial = 8.0 * (chunks * PROTOTYPES) as f64;
+    let mut launched = vec![tiled(&format!("sinkhorn_max_{name}"), 256, e * len, len)];
     for _ in 0..ITERATIONS {
+        let columns = format!("sinkhorn_columns_{name}");
         launched.extend([
-            tiled("sinkhorn_columns", PROTOTYPES.div_ceil(256) * 64, 4.0 * len, 2.0 * len),
-            Launched::over("sinkhorn_share", 0.0, 0.0),
-            tiled("sinkhorn_rows", b.div_ceil(8), 4.0 * len, 2.0 * len),
+            tiled(&columns, chunks, e * len + partial, 12.0 * len),
+            tiled("sinkhorn_share", PROTOTYPES.div_ceil(32), partial, partial / 8.0),
         ]);
     }
-    launched.push(Launched::over("sinkhorn_assign", 8.0 * len, 2.0 * len));
+    launched.push(tiled(
+        &format!("sinkhorn_assign_{name}"),
+        b.div_ceil(8),
+        (e + 4.0) * len,
+        14.0 * len,
+    ));
     Case {
         name: format!("sinkhorn {b}x{PROTOTYPES}"),
         count: 0,

@@ -67,6 +67,7 @@ pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 pub use scale::{mean, scale};
 pub use selective_kernel::{stream_mean, stream_select};
 pub use sinkhorn::sinkhorn;
+pub(crate) use sinkhorn::sinkhorn_rows_per_chunk;
 pub use soft_cross_entropy::{distillation, soft_cross_entropy, softmax};
 
 /// The instruction set that the CPU's kernels run on here.

@@ -19,28 +19,26 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
     let scores: Vec<T> = noise(b * k, 1);
     let scores_ = stage.upload(&scores);
     let (maxima, max) = (stage.room::<f32>(3), stage.room::<f32>(1));
-    let (e, u, v) = (stage.room::<f32>(b * k), stage.room::<f64>(k), stage.room::<f64>(b));
+    let (q, u) = (stage.room::<f32>(b * k), stage.room::<f64>(k));
     let per_chunk = 13;
     let chunks = b.div_ceil(per_chunk);
     let (partial, sums) = (stage.room::<f64>(chunks * k), stage.room::<f64>(k));
     let flat = |name: &str, grid: usize, arguments: &[Value]| {
         stage.launch(name, [grid as u32, 1, 1], [256, 1, 1], 0, arguments);
     };
-    let (of_k, of_b) = (k.div_ceil(256), b.div_ceil(8));
     let largest = format!("sinkhorn_max_{}", T::NAME);
     flat(&largest, 3, &[(&maxima).into(), (&scores_).into(), long(b * k)]);
     flat("sinkhorn_max_f32", 1, &[(&max).into(), (&maxima).into(), long(3)]);
-    let mut arguments: Vec<Value> = vec![(&e).into(), (&scores_).into(), (&max).into()];
-    arguments.extend([long(b * k), ((1.0 / epsilon) as f32).into()]);
-    flat(&format!("sinkhorn_exp_{}", T::NAME), 2, &arguments);
+    let inv_epsilon = || Value::from((1.0 / epsilon) as f32);
     for iteration in 0..iterations {
-        let v_ = if iteration == 0 { 0_u64.into() } else { Value::from(&v) };
-        let arguments = [(&partial).into(), (&e).into(), v_, int(b), int(k), int(per_chunk)];
-        let grid = [of_k as u32, chunks as u32, 1];
-        stage.launch("sinkhorn_columns", grid, [256, 1, 1], 0, &arguments);
+        let u_ = if iteration == 0 { 0_u64.into() } else { Value::from(&u) };
+        let mut arguments: Vec<Value> = vec![(&partial).into(), (&scores_).into(), (&max).into()];
+        arguments.extend([u_, int(b), int(k), int(per_chunk), (b as f64).into(), inv_epsilon()]);
+        flat(&format!("sinkhorn_columns_{}", T::NAME), chunks, &arguments);
         let share = |to: &Memory<f64>, from: &Memory<f64>, chunks: usize, parts: f64| {
             let arguments = [to.into(), from.into(), int(chunks), int(k), parts.into()];
-            flat("sinkhorn_share", of_k, &arguments);
+            let grid = [k.div_ceil(32) as u32, 1, 1];
+            stage.launch("sinkhorn_share", grid, [32, 8, 1], 0, &arguments);
         };
         if iteration % 2 == 0 {
             share(&u, &partial, chunks, k as f64);
@@ -49,12 +47,11 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
             share(&sums, &partial, chunks, 0.0);
             share(&u, &sums, 1, k as f64);
         }
-        let arguments = [(&v).into(), (&e).into(), (&u).into(), int(b), int(k), (b as f64).into()];
-        flat("sinkhorn_rows", of_b, &arguments);
     }
-    let mut arguments: Vec<Value> = vec![(&e).into(), (&e).into(), (&u).into(), (&v).into()];
-    arguments.extend([int(b), int(k), (b as f64).into()]);
-    flat("sinkhorn_assign", of_b, &arguments);
+    let mut arguments: Vec<Value> = vec![(&q).into(), (&scores_).into(), (&max).into()];
+    arguments.extend([(&u).into(), int(b), int(k), (b as f64).into(), inv_epsilon()]);
+    flat(&format!("sinkhorn_assign_{}", T::NAME), b.div_ceil(8), &arguments);
+    let got = q.read(stage);
 
     let scores: Vec<f64> = scores.iter().map(|s| s.to_f64()).collect();
     let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -69,7 +66,7 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
         }
     }
     let want: Vec<f64> = q.iter().map(|q| q * b as f64).collect();
-    close(&what, &e.read(stage), &want, 1e-5);
+    close(&what, &got, &want, 1e-5);
 }
 
 #[test]
@@ -86,12 +83,13 @@ fn sinkhorn_assigns() {
 #[test]
 fn a_prototype_that_underflows_is_assigned_nothing() {
     let stage = Stage::take(true);
-    let (e, u) = (stage.upload(&[0.0_f32, 1.0, 0.0, 1.0]), stage.room::<f64>(2));
-    let partial = stage.room::<f64>(2);
-    let arguments = [(&partial).into(), (&e).into(), 0_u64.into(), int(2), int(2), int(2)];
-    stage.launch("sinkhorn_columns", [1, 1, 1], [256, 1, 1], 0, &arguments);
+    let scores = stage.upload(&[-200.0_f32, 0.0, -200.0, 0.0]);
+    let (max, u, partial) = (stage.upload(&[0.0_f32]), stage.room::<f64>(2), stage.room::<f64>(2));
+    let mut arguments: Vec<Value> = vec![(&partial).into(), (&scores).into(), (&max).into()];
+    arguments.extend([0_u64.into(), int(2), int(2), int(2), 2.0_f64.into(), 1.0_f32.into()]);
+    stage.launch("sinkhorn_columns_f32", [1, 1, 1], [256, 1, 1], 0, &arguments);
     let arguments = [(&u).into(), (&partial).into(), int(1), int(2), 2.0_f64.into()];
-    stage.launch("sinkhorn_share", [1, 1, 1], [256, 1, 1], 0, &arguments);
+    stage.launch("sinkhorn_share", [1, 1, 1], [32, 8, 1], 0, &arguments);
     assert_eq!(u.read(&stage), [0.0, 0.25]);
 }
 

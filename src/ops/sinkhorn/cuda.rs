@@ -1,4 +1,4 @@
-//! `kernels/sinkhorn.cu`: exponentials once, in f32, then column and row sums of them, in f64.
+//! `kernels/sinkhorn.cu`: exponentials in f32, made anew in each pass, column and row sums of them in f64.
 
 use super::Dims;
 use crate::device::cuda::{self, In, Launch};
@@ -8,76 +8,79 @@ const THREADS: [usize; 3] = [256, 1, 1];
 
 /// Blocks of the first pass for the largest score.
 const MAXIMA: usize = 256;
-/// Blocks that a large GPU has work for; few enough that their sums are cheap to add.
-const CHUNKS: usize = 64;
+
+/// Rows of a block that sums columns: by the shape alone, so that sums have one order on every chip. Few rows get more
+/// blocks, and sixteen, all that the kernel takes, make partial sums a quarter of what scores of bf16 are.
+pub(crate) fn rows_per_chunk(b: usize) -> usize {
+    if b < 2048 { 8 } else { 16 }
+}
 
 /// Fills `q [b, k]`, of f32.
 pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: Dims) {
     let Dims { b, k, epsilon, iterations } = dims;
     let device = scores.device();
-    let flat = |blocks: usize| Launch::new(device.gpu(), [blocks, 1, 1], THREADS);
-    let mut e = Tensor::empty(device, DType::F32, [b, k]);
-    exponentials(&mut e, scores, (1.0 / epsilon) as f32);
-
-    // By the shape alone, so that sums have one order on every chip.
-    let rows = b.div_ceil(CHUNKS);
+    let launch = |grid: usize, block| Launch::new(device.gpu(), [grid, 1, 1], block);
+    let max = largest(scores);
+    let rows = rows_per_chunk(b);
     let chunks = b.div_ceil(rows);
     let wide = |n: usize| Tensor::empty(device, DType::F64, [n]);
-    let (mut partial, mut u, mut v) = (wide(chunks * k), wide(k), wide(b));
-    let columns = Launch::new(device.gpu(), [k.div_ceil(256), chunks, 1], THREADS);
-    let (of_columns, of_rows) = (flat(k.div_ceil(256)), flat(b.div_ceil(8)));
-    let (all_rows, parts) = (b as f64, k as f64);
+    let (mut partial, mut u) = (wide(chunks * k), wide(k));
+    let (all_rows, parts, inv_epsilon) = (b as f64, k as f64, (1.0 / epsilon) as f32);
+    let (of_chunks, of_rows) = (launch(chunks, THREADS), launch(b.div_ceil(8), THREADS));
+    let of_columns = launch(k.div_ceil(32), [32, 8, 1]);
     let [b, k, rows, chunks] = [b, k, rows, chunks].map(|size| size as i32);
     for iteration in 0..iterations {
-        let weights = if iteration == 0 { In::null() } else { v.device_in() };
-        // SAFETY: `e` has `b` rows of `k`, `u` a number for each column, `v` for each row, `partial` a row of `k` for
-        // each chunk of rows.
+        let factors = if iteration == 0 { In::null() } else { u.device_in() };
+        // SAFETY: scores are `b` rows of `k`, `u` a number for each column, `partial` a row of `k` for each chunk of rows.
         unsafe {
-            cuda::sinkhorn_columns(
-                columns,
-                partial.device_out(),
-                e.device_in(),
-                weights,
-                b,
-                k,
-                rows,
+            by_dtype!(
+                scores.dtype(),
+                sinkhorn_columns_f32
+                    | sinkhorn_columns_bf16(
+                        of_chunks,
+                        partial.device_out(),
+                        scores.device_in(),
+                        max.device_in(),
+                        factors,
+                        b,
+                        k,
+                        rows,
+                        all_rows,
+                        inv_epsilon,
+                    )
             );
             cuda::sinkhorn_share(of_columns, u.device_out(), partial.device_in(), chunks, k, parts);
-            cuda::sinkhorn_rows(
-                of_rows,
-                v.device_out(),
-                e.device_in(),
-                u.device_in(),
-                b,
-                k,
-                all_rows,
-            );
         }
     }
-    // SAFETY: as above, and `q` has the size of `e`.
+    // SAFETY: as above, and `q` has the size of the scores.
     unsafe {
-        cuda::sinkhorn_assign(
-            of_rows,
-            q.device_out(),
-            e.device_in(),
-            u.device_in(),
-            v.device_in(),
-            b,
-            k,
-            all_rows,
+        by_dtype!(
+            scores.dtype(),
+            sinkhorn_assign_f32
+                | sinkhorn_assign_bf16(
+                    of_rows,
+                    q.device_out(),
+                    scores.device_in(),
+                    max.device_in(),
+                    u.device_in(),
+                    b,
+                    k,
+                    all_rows,
+                    inv_epsilon,
+                )
         );
     }
 }
 
-/// `e = exp((scores - max) / epsilon)`, the largest score found on the GPU.
-fn exponentials(e: &mut Tensor, scores: &Tensor, inv_epsilon: f32) {
+/// The largest score, on the GPU.
+fn largest(scores: &Tensor) -> Tensor {
     let (device, count) = (scores.device(), scores.len());
     let blocks = count.div_ceil(8 * THREADS[0]).min(MAXIMA);
     let mut maxima = Tensor::empty(device, DType::F32, [blocks]);
     let mut max = Tensor::empty(device, DType::F32, []);
     let flat = |blocks: usize| Launch::new(device.gpu(), [blocks, 1, 1], THREADS);
     let n = count as i64;
-    // SAFETY: scores and `e` have `n` elements, `maxima` has one for each block.
+    // SAFETY: there are `n` scores, and `maxima` has one for each block.
     unsafe {
         by_dtype!(
             scores.dtype(),
@@ -86,17 +89,6 @@ fn exponentials(e: &mut Tensor, scores: &Tensor, inv_epsilon: f32) {
         );
         let found = maxima.len() as i64;
         cuda::sinkhorn_max_f32(flat(1), max.device_out(), maxima.device_in(), found);
-        by_dtype!(
-            scores.dtype(),
-            sinkhorn_exp_f32
-                | sinkhorn_exp_bf16(
-                    Launch::over(device.gpu(), count, 8),
-                    e.device_out(),
-                    scores.device_in(),
-                    max.device_in(),
-                    n,
-                    inv_epsilon
-                )
-        );
     }
+    max
 }

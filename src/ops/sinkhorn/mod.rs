@@ -13,6 +13,8 @@ mod cpu;
 mod cuda;
 mod reference;
 
+pub(crate) use cuda::rows_per_chunk as sinkhorn_rows_per_chunk;
+
 use crate::device::{DeviceKind, Group};
 use crate::tensor::Tensor;
 

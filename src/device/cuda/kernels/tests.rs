@@ -60,7 +60,7 @@ fn is_product(kernel: &str) -> bool {
 }
 
 /// Loops over contiguous elements, in bf16 where there is a choice: what sets their time is how wide they read and write.
-const STREAMS: [&str; 24] = [
+const STREAMS: [&str; 25] = [
     "add_bf16",
     "avg_pool_bf16",
     "batch_norm_apply_bf16",
@@ -81,7 +81,8 @@ const STREAMS: [&str; 24] = [
     "relu_bf16",
     "relu_backward_bf16",
     "sgd_step",
-    "sinkhorn_exp_bf16",
+    "sinkhorn_assign_bf16",
+    "sinkhorn_columns_bf16",
     "soft_cross_entropy_bf16",
     "softmax_bf16",
     "stream_select_bf16",
