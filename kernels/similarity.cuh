@@ -122,9 +122,9 @@ __device__ __forceinline__ void sum_exponentials(float* maxima, float* sums, con
                         logit = every || (j < end && !skip(row + y, j)) ? logit * inv_t : -INFINITY;
                         most = fmaxf(most, logit);
                     }
-            // The four threads of a row are neighbours.
 #pragma unroll
-                for (int by = 1; by < 4; by *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
+                for (int by = 1; by < 4; by *= 2)  // the four threads of a row are neighbours
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
                 float from = most == -INFINITY ? 0.0f : most;
 #pragma unroll
                 for (int p = 0; p < 2 * Tile::PAIRS; p++)
