@@ -84,3 +84,24 @@ impl Slices {
         Self { columns: tiles * tile, count: columns.div_ceil(tiles * tile) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Workspaces are rows times slices: they end at a size, or grow with the rows, and never with their square.
+    #[test]
+    fn slices_times_rows_grow_with_the_rows() {
+        for rows in (4..200_000).step_by(331).chain([1 << 17, 1 << 20]) {
+            for tile in [TILE, WEIGHT_TILE] {
+                let slices = Slices::new(rows, rows, tile);
+                assert!(slices.count * slices.columns >= rows, "{rows}: {slices:?}");
+                let tiles = rows.div_ceil(tile) * slices.count;
+                assert!(tiles <= 528.max(rows.div_ceil(tile)), "{rows}: {slices:?}");
+                assert!(slices.count * rows <= (528 * tile).max(rows), "{rows}: {slices:?}");
+            }
+        }
+        let none = Slices::new(7, 0, TILE);
+        assert_eq!(none.count, 0, "no columns: {none:?}");
+    }
+}

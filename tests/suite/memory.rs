@@ -1,10 +1,13 @@
-//! A training step takes its memory from the free list.
+//! A training step takes its memory from the free list, and a contrastive loss's grows with its rows.
 
-use selfsup::arena::Arena;
+use std::sync::Arc;
+
+use selfsup::arena::{Arena, Init, Layout, SlotKind};
 use selfsup::device::Device;
 use selfsup::methods::Method;
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::nn::{ResNetConfig, Stem};
+use selfsup::ops::{Negatives, info_nce, nt_xent};
 use selfsup::optim::{Lars, Optimizer, Rule};
 use selfsup::tape::{evaluate, step};
 use selfsup::tensor::Tensor;
@@ -83,4 +86,36 @@ fn evaluation_saves_nothing_for_backward() {
         device.memory_use().live - before,
         features.unwrap().size_in_bytes().next_multiple_of(64)
     );
+}
+
+/// Bytes that a loss and its gradient take at most, its rows aside.
+fn of_loss(rows: usize, queue: usize) -> usize {
+    const D: usize = 16;
+    let device = Device::cpu(1).unwrap();
+    let mut layout = Layout::new();
+    let z = layout.param("z", [rows, D], SlotKind::Matrix, Init::Uniform(0.25));
+    let mut arena = Arena::new(&Arc::new(layout), &device, 1);
+    let keys = Tensor::from_slice(&device, [queue, D], &vec![0.25_f32; queue * D]);
+    let before = device.memory_use().live;
+    let loss = step(&mut arena, |tape| {
+        let z = tape.param(z);
+        match queue {
+            0 => nt_xent(&z, 0.1),
+            _ => info_nce(&z, &z, &Negatives { queue: &keys, own: None }, 0.1),
+        }
+    });
+    assert!(loss.unwrap().scalar().is_finite());
+    device.memory_use().peak - before
+}
+
+/// Never a matrix of similarities: twice the rows take twice the memory, and a longer queue none.
+#[test]
+fn memory_of_contrastive_losses_grows_with_their_rows() {
+    let [one, two] = [1024, 2048].map(|rows| of_loss(rows, 0));
+    println!("nt_xent of 1024 and of 2048 rows: {one} and {two} bytes");
+    assert!(two <= one * 2 + 4096 && two < 2048 * 2048, "{one}, then {two}");
+    let [one, two] = [1024, 2048].map(|rows| of_loss(rows, 64));
+    println!("info_nce of 1024 and of 2048 queries: {one} and {two} bytes");
+    assert!(two <= one * 2 + 4096, "{one}, then {two}");
+    assert_eq!(of_loss(256, 1024), of_loss(256, 4096), "a queue is read, not copied");
 }

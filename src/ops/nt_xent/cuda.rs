@@ -114,3 +114,19 @@ pub(super) fn backward(
         cuda::sum_slices_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_at_most_so_many_groups_and_none_is_empty() {
+        for rows in (4..200_000).step_by(331).chain([1 << 17, 1 << 20]) {
+            let [tiles_per_group, groups] = groups(rows);
+            assert!(groups <= GROUPS, "{rows} rows: {groups} groups");
+            let tiles = rows.div_ceil(TILE);
+            let last = tiles - (groups - 1) * tiles_per_group;
+            assert!((1..=tiles_per_group).contains(&last), "{rows} rows: the last has {last}");
+        }
+    }
+}
