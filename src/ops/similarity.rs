@@ -1,10 +1,14 @@
 //! `kernels/similarity.cu`: f32 rows as the bf16 planes that tensor cores multiply, for the contrastive losses and for
-//! nearest neighbours; and how the columns of such a product are cut.
+//! nearest neighbours; how the columns of such a product are cut; and what may be taken out of its exponentials.
 
 use half::bf16;
 
 use crate::device::cuda::{self, In, Launch, Precision};
 use crate::tensor::{DType, Tensor};
+
+/// Down to this temperature `1 / T`, which no logit of unit rows exceeds, may be taken out of all of them; below it the
+/// exponentials would leave f32's range, and each row's own maximum takes its place.
+pub(crate) const FIXED_MAXIMUM_FROM: f64 = 0.025;
 
 /// Rows and columns of a tile of similarities, and threads of its block.
 pub(crate) const TILE: usize = 128;

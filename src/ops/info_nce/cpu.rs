@@ -6,13 +6,11 @@ use rayon::prelude::*;
 use super::Dims;
 use crate::device::{Matrix, product_alone};
 use crate::ops::exponential::{exp, sum_of_exp};
+use crate::ops::similarity::FIXED_MAXIMUM_FROM;
 
 /// Queries of a task, and rows of the queue in a tile.
 const BLOCK: usize = 64;
 const TILE: usize = 256;
-
-/// Below this temperature the fixed maximum would push exponentials out of f32's range.
-const FIXED_MAXIMUM_FROM: f64 = 0.025;
 
 pub(super) fn workspace_len(dims: &Dims) -> usize {
     dims.n.div_ceil(BLOCK) * BLOCK * TILE

@@ -3,15 +3,14 @@
 use super::Dims;
 use crate::device::cuda::{self, In, Launch};
 use crate::ops::row_losses;
-use crate::ops::similarity::{Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH};
+use crate::ops::similarity::{
+    FIXED_MAXIMUM_FROM, Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
+};
 use crate::tensor::{Tensor, TensorMut};
 
 /// Groups of tiles, each pair of which has a block: 528 pairs are two waves of two blocks on 132 multiprocessors, and sums
 /// for each row and group are memory that grows with the rows alone.
 const GROUPS: usize = 32;
-
-/// Down to this temperature 1 / T is taken out of every logit, so that a pair's exponential serves both of its rows.
-const FIXED_MAXIMUM_FROM: f64 = 0.025;
 
 /// Tiles of a group, and how many groups that makes.
 pub(crate) fn groups(rows: usize) -> [usize; 2] {
