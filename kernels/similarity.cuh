@@ -182,7 +182,8 @@ constexpr int WEIGHT_TILE = 64, WEIGHT_WIDTH = 128, WEIGHT_THREADS = 128;
 /// A warp has 16 rows. Its weights are the sums of one product in just the registers that the next wants them
 /// in, so they need only be rounded. Both products are steps of one pipeline: for each 64 columns, those over
 /// d (planes of a and b, 64 lines each), then two over the columns (planes of b, 32 lines of 128). Panels are
-/// fetched once for all terms: a step has 213 bytes of shared memory a product with two planes.
+/// fetched once for all terms: with two planes a product reads 213 bytes of shared memory over d, and 171
+/// over the columns.
 ///
 /// `Weight` has `Row row(i)` and `Column column(j)`, what a weight needs to know of a row and of a column;
 /// `(Row, Column, s)`, the weight of most pairs; and for the others, in tiles of which `corrects(row,
@@ -260,7 +261,7 @@ struct WeightedSum {
         int ahead = 0, ahead_column = begin, ahead_step = 0;
         auto fetch = [&] {
             issue(ahead++, ahead_column, ahead_step);
-            if (++ahead_step == per_tile + 2) ahead_step = 0, ahead_column += WEIGHT_TILE;
+            if (++ahead_step == per_tile + WEIGHT_TILE / DEPTH) ahead_step = 0, ahead_column += WEIGHT_TILE;
         };
         for (int i = 0; i < STAGES - 1; i++) fetch();
         auto next = [&](int at) -> const bf16* {

@@ -17,8 +17,9 @@
 // `all_rows` counts those of all processes. No dynamic shared memory.
 //
 // Bytes: an iteration reads the scores once, and a second time from the cache, as a block's rows are at most
-// 96 KB at 3,000 prototypes, and writes k / 16 doubles a row; everything else reads them once. At 4,096 x
-// 3,000 in bf16 that is 24.6 MB a pass, five passes, and 49 MB of assignments: 47 us at 0.85 of 4.3 TB/s.
+// 96 KB at 3,000 prototypes; partial sums are a quarter of scores of bf16, written and read. At 4,096 x 3,000
+// in bf16 that is five passes of 24.6 MB, 37 MB of partial sums and 49 MB of assignments: 209 MB, 57 us at
+// 0.85 of 4.3 TB/s, launches aside.
 #include "rows.cuh"
 
 constexpr int THREADS = 256;

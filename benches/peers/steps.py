@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -98,4 +97,3 @@ def rows(side, program, tiny, with_compile):
             del step
             yield (f"| SimCLR step, {name}, {views} views ({how}) | {own * 1e6:.0f} | {peer * 1e6:.0f} | {peer / own:.2f} "
                    f"| {views / own:.0f} beside {views / peer:.0f} views/s |")  # fmt: skip
-            time.sleep(0.1)

@@ -5,7 +5,7 @@ use super::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
 use super::{Unit, Work};
 use crate::device::{Device, Group};
 use crate::eval::{Features, Knn, knn_accuracy};
-use crate::ops::similarity::Slices;
+use crate::ops::similarity::{Slices, TILE, WEIGHT_TILE};
 use crate::ops::{
     Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, nt_xent_groups, sinkhorn,
     sinkhorn_rows_per_chunk, soft_cross_entropy,
@@ -53,8 +53,8 @@ fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
     let d = D as f64;
     let (planes, gradient, terms) = planes(dtype);
     let split = (4.0 + planes * 2.0) / 4.0 * z;
-    let (tiles, [_, groups]) = (n.div_ceil(64), nt_xent_groups(n));
-    let slices = Slices::new(n, n, 64);
+    let (tiles, [_, groups]) = (n.div_ceil(WEIGHT_TILE), nt_xent_groups(n));
+    let slices = Slices::new(n, n, WEIGHT_TILE);
     let partial = slices.count as f64 * z;
     let read = planes / 2.0 * z;
     let mut launched = vec![
@@ -106,7 +106,7 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
     let bytes = 4.0 * (n * D * 2 + m * D) as f64;
     let (planes, gradient, terms) = planes(dtype);
     let split = (4.0 + planes * 2.0) / 4.0;
-    let (sums, weights) = (Slices::new(n, m, 128), Slices::new(n, m, 64));
+    let (sums, weights) = (Slices::new(n, m, TILE), Slices::new(n, m, WEIGHT_TILE));
     let mut launched = vec![
         Launched::over("split_rows", split * 4.0 * (n * D) as f64, 0.0),
         Launched::over("split_rows", split * 4.0 * (m * D) as f64, 4.0 * (m * D) as f64),
@@ -115,7 +115,7 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
             products: terms * 2.0 * pairs * d,
             ..tiled(
                 "info_nce_sums",
-                n.div_ceil(128) * sums.count,
+                n.div_ceil(TILE) * sums.count,
                 planes / 2.0 * bytes,
                 pairs * 8.0,
             )
@@ -130,7 +130,7 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
                 products: terms * 4.0 * pairs * d,
                 ..tiled(
                     &format!("info_nce_{gradient}"),
-                    n.div_ceil(64) * weights.count,
+                    n.div_ceil(WEIGHT_TILE) * weights.count,
                     planes / 2.0 * bytes + partial,
                     pairs * 8.0,
                 )
@@ -306,7 +306,7 @@ fn neighbours(bank: usize) -> Case {
                 products: 12.0 * pairs * d,
                 ..tiled(
                     "knn_similarities",
-                    queries.div_ceil(128) * bank.div_ceil(128),
+                    queries.div_ceil(TILE) * bank.div_ceil(TILE),
                     1.5 * bytes + 4.0 * pairs,
                     0.0,
                 )
