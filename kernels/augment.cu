@@ -1,22 +1,25 @@
 // Views of images: crop and resample, flip, change colours, blur, invert, normalise, in one launch; see
-// src/data/augment/cuda.rs. 8-bit pixels are the host's to the bit, normalised ones too; float pixels are to rounding.
+// src/data/augment/cuda.rs. 8-bit pixels are the host's to the bit, normalised ones too; float pixels are to
+// rounding.
 //
-// Launch: blocks of a multiple of 32 threads, 512 at most; as many as there is `scratch` for, each of which makes every
-// gridDim.x-th view. No dynamic shared memory. `scratch` has 4 size^2 words for each block.
+// Launch: blocks of a multiple of 32 threads, 512 at most; as many as there is `scratch` for, each of which
+// makes every gridDim.x-th view. No dynamic shared memory. `scratch` has 4 size^2 words for each block.
 //
-// out [n, size, size, 4], the fourth channel zero; views [n], as augment.cuh has them; gaussian [n, 2 (size / 20) + 1], the
-// weights of those views that are blurred so; pixels, the bytes of all images. A crop is at most 1,000 times as wide and
-// high as what it is brought to.
+// out [n, size, size, 4], the fourth channel zero; views [n], as augment.cuh has them; gaussian [n, 2 (size /
+// 20) + 1], the weights of those views that are blurred so; pixels, the bytes of all images. A crop is at
+// most 1,000 times as wide and high as what it is brought to.
 #include "colour.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
-/// Words of shared memory for the weights of a tile's columns and rows. Bicubic shrinking by 1,000 takes 4,005 for each.
+/// Words of shared memory for the weights of a tile's columns and rows. Bicubic shrinking by 1,000 takes
+/// 4,005 for each.
 constexpr int ROOM = 8192;
 /// Half a level of a product with weights of 2^22.
 constexpr int HALF = 1 << 21;
 
-/// A block's own memory: a view's pixels, a word each or a plane for each channel, and one more word for each.
+/// A block's own memory: a view's pixels, a word each or a plane for each channel, and one more word for
+/// each.
 struct Canvas {
     unsigned *pixels, *other;
     int size, count;
@@ -92,10 +95,12 @@ __device__ __forceinline__ void resample(Colour& x, const int* column, const int
     x = clip(Colour{sum.r / 255.0f, sum.g / 255.0f, sum.b / 255.0f});
 }
 
-/// Crop, resample, flip: tile by tile, the weights of whose columns and rows fit into the ROOM words of shared memory.
+/// Crop, resample, flip: tile by tile, the weights of whose columns and rows fit into the ROOM words of
+/// shared memory.
 template <typename Pixel>
 __device__ __forceinline__ void crop(Canvas canvas, int* weights, const View& view, const uint8_t* pixels) {
-    int size = canvas.size, slot = (2 + max(Axis(view, 0).taps(), Axis(view, 1).taps())) | 1;  // odd: no bank conflicts
+    int size = canvas.size,
+        slot = (2 + max(Axis(view, 0).taps(), Axis(view, 1).taps())) | 1;  // odd: no bank conflicts
     int tile = min(size, ROOM / (2 * slot));
     int64_t pitch = int64_t{3} * view.width;
     const uint8_t* begin = pixels + view.pixels + view.top * pitch + 3 * view.left;
@@ -119,8 +124,8 @@ __device__ __forceinline__ void crop(Canvas canvas, int* weights, const View& vi
     }
 }
 
-/// What contrast scales around: the mean grey, or each channel's mean, of the pixels as the program's operations before it
-/// leave them.
+/// What contrast scales around: the mean grey, or each channel's mean, of the pixels as the program's
+/// operations before it leave them.
 __device__ __forceinline__ int mean_of(Canvas canvas, const View& view, Levels x) {
     unsigned program = before_contrast(view.program), sum = 0;  // of 2^20 levels at most
     for (int i = threadIdx.x; i < canvas.count; i += blockDim.x) {
@@ -142,7 +147,8 @@ __device__ __forceinline__ Colour mean_of(Canvas canvas, const View& view, Colou
             static_cast<float>(b / canvas.count)};
 }
 
-/// The sampled Gaussian, across and then down, zeros outside; a channel at a time. Sums are the host's to the bit.
+/// The sampled Gaussian, across and then down, zeros outside; a channel at a time. Sums are the host's to the
+/// bit.
 template <typename Pixel>
 __device__ __forceinline__ void blur(Canvas canvas, const float* weights) {
     int size = canvas.size, radius = size / 20;
@@ -151,7 +157,8 @@ __device__ __forceinline__ void blur(Canvas canvas, const float* weights) {
         for (int i = threadIdx.x; i < canvas.count; i += blockDim.x) {
             int x = i % size, first = max(-radius, -x), last = min(radius, size - 1 - x);
             float sum = 0.0f;
-            for (int t = first; t <= last; t++) sum += times(canvas.channel(kind, i + t, c), weights[radius + t]);
+            for (int t = first; t <= last; t++)
+                sum += times(canvas.channel(kind, i + t, c), weights[radius + t]);
             canvas.other[i] = __float_as_uint(sum);
         }
         __syncthreads();
@@ -166,9 +173,10 @@ __device__ __forceinline__ void blur(Canvas canvas, const float* weights) {
     }
 }
 
-/// One of Pillow's box blurs along a line of pixels `step` apart, `rank` of which lie before pixel `i`; borders repeat.
-__device__ __forceinline__ void box_blur(unsigned* to, const unsigned* from, int i, int rank, int step, int size,
-                                         const View& view) {
+/// One of Pillow's box blurs along a line of pixels `step` apart, `rank` of which lie before pixel `i`;
+/// borders repeat.
+__device__ __forceinline__ void box_blur(unsigned* to, const unsigned* from, int i, int rank, int step,
+                                         int size, const View& view) {
     const unsigned* line = from + i - rank * step;
     auto at = [=](int k) { return Levels::of(line[min(max(k, 0), size - 1) * step]); };
     Levels behind = at(rank - view.box - 1), ahead = at(rank + view.box + 1), sum{};
@@ -179,14 +187,16 @@ __device__ __forceinline__ void box_blur(unsigned* to, const unsigned* from, int
     auto mean = [&view](unsigned inside, unsigned beyond) {
         return static_cast<int>((inside * view.box_weight + beyond * view.box_fraction + (1u << 23)) >> 24);
     };
-    to[i] = Levels{mean(sum.r, behind.r + ahead.r), mean(sum.g, behind.g + ahead.g), mean(sum.b, behind.b + ahead.b)}
+    to[i] = Levels{mean(sum.r, behind.r + ahead.r), mean(sum.g, behind.g + ahead.g),
+                   mean(sum.b, behind.b + ahead.b)}
                 .word();
 }
 
 /// Pillow's Gaussian blur: three boxes across, three down.
 __device__ __forceinline__ void box_blur(Canvas canvas, const View& view) {
     for (int pass = 0; pass < 6; pass++) {
-        unsigned *from = pass % 2 ? canvas.other : canvas.pixels, *to = pass % 2 ? canvas.pixels : canvas.other;
+        unsigned *from = pass % 2 ? canvas.other : canvas.pixels,
+                 *to = pass % 2 ? canvas.pixels : canvas.other;
         for (int i = threadIdx.x; i < canvas.count; i += blockDim.x) {
             if (pass < 3) box_blur(to, from, i, i % canvas.size, 1, canvas.size, view);
             else box_blur(to, from, i, i / canvas.size, canvas.size, canvas.size, view);
@@ -222,8 +232,8 @@ __device__ __forceinline__ Colour finished(Colour x, const View& view) {
 
 /// One view, by the whole block.
 template <typename Pixel, typename T>
-__device__ __forceinline__ void make(T* out, Canvas canvas, int* weights, const View& view, const uint8_t* pixels,
-                                     const float* gaussian) {
+__device__ __forceinline__ void make(T* out, Canvas canvas, int* weights, const View& view,
+                                     const uint8_t* pixels, const float* gaussian) {
     crop<Pixel>(canvas, weights, view, pixels);
     Pixel x{};
     decltype(mean_of(canvas, view, x)) mean{};
@@ -250,8 +260,8 @@ __device__ __forceinline__ void make(T* out, Canvas canvas, int* weights, const 
 }
 
 template <typename T>
-__device__ __forceinline__ void augment(T* out, unsigned* scratch, const uint8_t* pixels, const uint8_t* views,
-                                        const float* gaussian, int n, int size) {
+__device__ __forceinline__ void augment(T* out, unsigned* scratch, const uint8_t* pixels,
+                                        const uint8_t* views, const float* gaussian, int n, int size) {
     __shared__ int weights[ROOM];
     Canvas canvas(scratch, size);
     int taps = 2 * (size / 20) + 1;
@@ -263,11 +273,11 @@ __device__ __forceinline__ void augment(T* out, unsigned* scratch, const uint8_t
     }
 }
 
-KERNEL BOUNDS(512) void augment_f32(float* out, unsigned* scratch, const uint8_t* pixels, const uint8_t* views,
-                                    const float* gaussian, int n, int size) {
+KERNEL BOUNDS(512) void augment_f32(float* out, unsigned* scratch, const uint8_t* pixels,
+                                    const uint8_t* views, const float* gaussian, int n, int size) {
     augment(out, scratch, pixels, views, gaussian, n, size);
 }
-KERNEL BOUNDS(512) void augment_bf16(bf16* out, unsigned* scratch, const uint8_t* pixels, const uint8_t* views,
-                                     const float* gaussian, int n, int size) {
+KERNEL BOUNDS(512) void augment_bf16(bf16* out, unsigned* scratch, const uint8_t* pixels,
+                                     const uint8_t* views, const float* gaussian, int n, int size) {
     augment(out, scratch, pixels, views, gaussian, n, size);
 }

@@ -1,4 +1,5 @@
-// What one view of an image is, and the weights that resample it; see src/data/augment/view.rs, which writes it.
+// What one view of an image is, and the weights that resample it; see src/data/augment/view.rs, which writes
+// it.
 #pragma once
 
 #include "selfsup.cuh"
@@ -74,8 +75,8 @@ struct Axis {
         return 0.0;
     }
 
-    /// Writes to `slot` the first input pixel of output pixel `x`, the number of its weights, and the weights: of 2^22,
-    /// or as floats.
+    /// Writes to `slot` the first input pixel of output pixel `x`, the number of its weights, and the
+    /// weights: of 2^22, or as floats.
     __device__ __forceinline__ void fill(int* slot, int x) const {
         double center = times(first + x + 0.5, scale), low = center - support + 0.5;
         int from = low > 0.0 ? static_cast<int>(low) : 0;

@@ -456,10 +456,12 @@ KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_f32(
     Incoming<float> in{dy, y, x, relu != 0};
     backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }
-KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_bf16(
-    bf16* dx, bf16* dresidual, const bf16* dy, const bf16* y, const bf16* x, const float* mean,
-    const float* inv_std, const float* gain, const float* shift, const float* sums, int64_t rows,
-    int rows_per_chunk, int c, int relu, int accumulate) {
+KERNEL BOUNDS(THREADS, 2) void batch_norm_backward_apply_bf16(bf16* dx, bf16* dresidual, const bf16* dy,
+                                                              const bf16* y, const bf16* x, const float* mean,
+                                                              const float* inv_std, const float* gain,
+                                                              const float* shift, const float* sums,
+                                                              int64_t rows, int rows_per_chunk, int c,
+                                                              int relu, int accumulate) {
     Incoming<bf16> in{dy, y, x, relu != 0};
     backward_apply(dx, dresidual, in, mean, inv_std, gain, shift, sums, rows, rows_per_chunk, c, accumulate);
 }

@@ -1,5 +1,5 @@
-// Changes of colours: of 8-bit pixels as src/data/augment/colour.rs makes them, to the bit, and of floats in [0, 1] as
-// src/data/augment/float.rs does.
+// Changes of colours: of 8-bit pixels as src/data/augment/colour.rs makes them, to the bit, and of floats in
+// [0, 1] as src/data/augment/float.rs does.
 #pragma once
 
 #include "augment.cuh"
@@ -9,7 +9,8 @@ struct Levels {
     int r, g, b;
 
     __device__ __forceinline__ static Levels of(unsigned word) {
-        return {static_cast<int>(word & 255), static_cast<int>(word >> 8 & 255), static_cast<int>(word >> 16 & 255)};
+        return {static_cast<int>(word & 255), static_cast<int>(word >> 8 & 255),
+                static_cast<int>(word >> 16 & 255)};
     }
     __device__ __forceinline__ unsigned word() const {
         return static_cast<unsigned>(r) | static_cast<unsigned>(g) << 8 | static_cast<unsigned>(b) << 16;
@@ -19,7 +20,9 @@ struct Levels {
 };
 
 /// Truncated and clipped to 8 bits.
-__device__ __forceinline__ int clipped(float x) { return static_cast<int>(x > 0.0f ? (x < 255.0f ? x : 255.0f) : 0.0f); }
+__device__ __forceinline__ int clipped(float x) {
+    return static_cast<int>(x > 0.0f ? (x < 255.0f ? x : 255.0f) : 0.0f);
+}
 
 __device__ __forceinline__ int blend(int from, int to, float factor) {
     float start = static_cast<float>(from);
@@ -50,12 +53,18 @@ __device__ __forceinline__ Levels turned(Levels x, int by) {
     int q = static_cast<int>(times(v, 1.0 - times(share, f)) + 0.5);
     int t = static_cast<int>(times(v, 1.0 - times(share, 1.0 - f)) + 0.5);
     switch (sector) {
-        case 1: return {q, most, p};
-        case 2: return {p, most, t};
-        case 3: return {p, q, most};
-        case 4: return {t, p, most};
-        case 5: return {most, p, q};
-        default: return {most, t, p};
+        case 1:
+            return {q, most, p};
+        case 2:
+            return {p, most, t};
+        case 3:
+            return {p, q, most};
+        case 4:
+            return {t, p, most};
+        case 5:
+            return {most, p, q};
+        default:
+            return {most, t, p};
     }
 }
 
@@ -64,11 +73,21 @@ __device__ __forceinline__ Levels run(Levels x, const View& view, unsigned progr
     for (; program; program >>= 4) {
         int grey = x.luma();
         switch (program & 15) {
-            case BRIGHTNESS: x = blend({0, 0, 0}, x, view.brightness); break;
-            case CONTRAST: x = blend({mean, mean, mean}, x, view.contrast); break;
-            case SATURATION: x = blend({grey, grey, grey}, x, view.saturation); break;
-            case HUE: x = turned(x, view.turn); break;
-            case GREY: x = {grey, grey, grey}; break;
+            case BRIGHTNESS:
+                x = blend({0, 0, 0}, x, view.brightness);
+                break;
+            case CONTRAST:
+                x = blend({mean, mean, mean}, x, view.contrast);
+                break;
+            case SATURATION:
+                x = blend({grey, grey, grey}, x, view.saturation);
+                break;
+            case HUE:
+                x = turned(x, view.turn);
+                break;
+            case GREY:
+                x = {grey, grey, grey};
+                break;
         }
     }
     return x;
@@ -88,8 +107,8 @@ __device__ __forceinline__ Colour scaled(Colour x, Colour at, float factor) {
         Colour{at.r + (x.r - at.r) * factor, at.g + (x.g - at.g) * factor, at.b + (x.b - at.b) * factor});
 }
 
-/// The channel of a colour whose hue is `sixth` of the circle: below its value by the part of the range that its distance
-/// on the circle says.
+/// The channel of a colour whose hue is `sixth` of the circle: below its value by the part of the range that
+/// its distance on the circle says.
 __device__ __forceinline__ float channel(float offset, float sixth, float value, float range) {
     float k = offset + sixth;
     if (k >= 6.0f) k -= 6.0f;
@@ -100,12 +119,14 @@ __device__ __forceinline__ float channel(float offset, float sixth, float value,
 __device__ __forceinline__ Colour turned(Colour x, float turn) {
     float value = fmaxf(x.r, fmaxf(x.g, x.b)), range = value - fminf(x.r, fminf(x.g, x.b));
     float some = range > 0.0f ? range : 1.0f;
-    float sixth = x.r == value ? (x.g - x.b) / some
-                               : x.g == value ? 2.0f + (x.b - x.r) / some : 4.0f + (x.r - x.g) / some;
+    float sixth = x.r == value   ? (x.g - x.b) / some
+                  : x.g == value ? 2.0f + (x.b - x.r) / some
+                                 : 4.0f + (x.r - x.g) / some;
     sixth += 6.0f * turn;
     if (sixth < 0.0f) sixth += 6.0f;
     else if (sixth >= 6.0f) sixth -= 6.0f;
-    return {channel(5.0f, sixth, value, range), channel(3.0f, sixth, value, range), channel(1.0f, sixth, value, range)};
+    return {channel(5.0f, sixth, value, range), channel(3.0f, sixth, value, range),
+            channel(1.0f, sixth, value, range)};
 }
 
 /// Multiplies the saturation, in HSV, which is 1 at most.
@@ -119,12 +140,24 @@ __device__ __forceinline__ Colour saturated(Colour x, float factor) {
 __device__ __forceinline__ Colour run(Colour x, const View& view, unsigned program, Colour mean) {
     for (; program; program >>= 4) {
         switch (program & 15) {
-            case BRIGHTNESS: x = scaled(x, {0.0f, 0.0f, 0.0f}, view.brightness); break;
-            case ADD: x = clip(Colour{x.r + view.brightness, x.g + view.brightness, x.b + view.brightness}); break;
-            case CONTRAST: x = scaled(x, mean, view.contrast); break;
-            case SATURATION: x = saturated(x, view.saturation); break;
-            case HUE: x = turned(x, view.hue); break;
-            case GREY: x.r = x.g = x.b = clip(0.2989f * x.r + 0.5870f * x.g + 0.1140f * x.b); break;
+            case BRIGHTNESS:
+                x = scaled(x, {0.0f, 0.0f, 0.0f}, view.brightness);
+                break;
+            case ADD:
+                x = clip(Colour{x.r + view.brightness, x.g + view.brightness, x.b + view.brightness});
+                break;
+            case CONTRAST:
+                x = scaled(x, mean, view.contrast);
+                break;
+            case SATURATION:
+                x = saturated(x, view.saturation);
+                break;
+            case HUE:
+                x = turned(x, view.hue);
+                break;
+            case GREY:
+                x.r = x.g = x.b = clip(0.2989f * x.r + 0.5870f * x.g + 0.1140f * x.b);
+                break;
         }
     }
     return x;

@@ -18,18 +18,17 @@ __device__ __forceinline__ void forward(float* row_losses, const T* x, const int
     });
 }
 
-/// dx = (softmax(x) - onehot(label)) *dy / n, added to dx if `accumulate`; `dy` points to the gradient of the
-/// loss.
+/// dx = (softmax(x) - onehot(label)) *dy / n; `dy` points to the gradient of the loss.
 template <typename T>
 __device__ __forceinline__ void backward(T* dx, const T* x, const int* labels, const float* dy, int64_t n,
-                                         int k, bool accumulate) {
+                                         int k) {
     double scale = static_cast<double>(*dy) / n;
     for_rows(n, [&](int64_t row) {
         RowSoftmax p(x + row * k, k, 1.0f);
         int label = labels[row];
         float factor = label >= 0 && label < k ? static_cast<float>(scale / p.sum) : NAN;
         float target = static_cast<float>(scale);
-        map_row(dx + row * k, x + row * k, k, accumulate,
+        map_row(dx + row * k, x + row * k, k,
                 [&](int j, float v) { return factor * p.exp_of(v) - (j == label ? target : 0.0f); });
     });
 }
@@ -42,10 +41,10 @@ KERNEL void cross_entropy_bf16(float* row_losses, const bf16* x, const int* labe
 }
 
 KERNEL void cross_entropy_backward_f32(float* dx, const float* x, const int* labels, const float* dy,
-                                       int64_t n, int k, int accumulate) {
-    backward(dx, x, labels, dy, n, k, accumulate);
+                                       int64_t n, int k) {
+    backward(dx, x, labels, dy, n, k);
 }
 KERNEL void cross_entropy_backward_bf16(bf16* dx, const bf16* x, const int* labels, const float* dy,
-                                        int64_t n, int k, int accumulate) {
-    backward(dx, x, labels, dy, n, k, accumulate);
+                                        int64_t n, int k) {
+    backward(dx, x, labels, dy, n, k);
 }

@@ -1,5 +1,5 @@
 // Maps over flat arrays of any length: each thread takes 16 bytes at a time in a grid-stride loop. Any output
-// may be an input as well. `accumulate` adds to what the output holds.
+// may be an input as well.
 #include "vector.cuh"
 
 /// Calls f(first element, count) on pieces of `width` elements.
@@ -9,14 +9,13 @@ __device__ __forceinline__ void for_pieces(int64_t n, int width, F f) {
         f(i, n - i < width ? static_cast<int>(n - i) : width);
 }
 
-/// y[i] = f(a[i]), plus y[i] if `accumulate`.
+/// y[i] = f(a[i]).
 template <typename T, typename F>
-__device__ __forceinline__ void map(T* y, const T* a, int64_t n, bool accumulate, F f) {
+__device__ __forceinline__ void map(T* y, const T* a, int64_t n, F f) {
     for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> v = load_some(a + i, count), old{};
-        if (accumulate) old = load_some(y + i, count);
+        Vector<T> v = load_some(a + i, count);
 #pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = f(v.v[k]) + old.v[k];
+        for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = f(v.v[k]);
         store_some(y + i, v, count);
     });
 }
@@ -24,17 +23,16 @@ __device__ __forceinline__ void map(T* y, const T* a, int64_t n, bool accumulate
 /// y = 0 where x < 0, else x; a NaN stays one.
 template <typename T>
 __device__ __forceinline__ void relu(T* y, const T* x, int64_t n) {
-    map(y, x, n, false, [](float x) { return x < 0.0f ? 0.0f : x; });
+    map(y, x, n, [](float x) { return x < 0.0f ? 0.0f : x; });
 }
 
 /// dx = dy where y > 0, else 0, with y the forward's output.
 template <typename T>
-__device__ __forceinline__ void relu_backward(T* dx, const T* dy, const T* y, int64_t n, bool accumulate) {
+__device__ __forceinline__ void relu_backward(T* dx, const T* dy, const T* y, int64_t n) {
     for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> d = load_some(dy + i, count), out = load_some(y + i, count), old{};
-        if (accumulate) old = load_some(dx + i, count);
+        Vector<T> d = load_some(dy + i, count), out = load_some(y + i, count);
 #pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = (out.v[k] > 0.0f ? d.v[k] : 0.0f) + old.v[k];
+        for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = out.v[k] > 0.0f ? d.v[k] : 0.0f;
         store_some(dx + i, d, count);
     });
 }
@@ -50,8 +48,8 @@ __device__ __forceinline__ void add(T* y, const T* a, const T* b, int64_t n) {
 }
 
 template <typename T>
-__device__ __forceinline__ void scale(T* y, const T* x, float factor, int64_t n, bool accumulate) {
-    map(y, x, n, accumulate, [factor](float x) { return factor * x; });
+__device__ __forceinline__ void scale(T* y, const T* x, float factor, int64_t n) {
+    map(y, x, n, [factor](float x) { return factor * x; });
 }
 
 template <typename T>
@@ -67,22 +65,18 @@ __device__ __forceinline__ void fill(T* y, float value, int64_t n) {
 KERNEL void relu_f32(float* y, const float* x, int64_t n) { relu(y, x, n); }
 KERNEL void relu_bf16(bf16* y, const bf16* x, int64_t n) { relu(y, x, n); }
 
-KERNEL void relu_backward_f32(float* dx, const float* dy, const float* y, int64_t n, int accumulate) {
-    relu_backward(dx, dy, y, n, accumulate);
+KERNEL void relu_backward_f32(float* dx, const float* dy, const float* y, int64_t n) {
+    relu_backward(dx, dy, y, n);
 }
-KERNEL void relu_backward_bf16(bf16* dx, const bf16* dy, const bf16* y, int64_t n, int accumulate) {
-    relu_backward(dx, dy, y, n, accumulate);
+KERNEL void relu_backward_bf16(bf16* dx, const bf16* dy, const bf16* y, int64_t n) {
+    relu_backward(dx, dy, y, n);
 }
 
 KERNEL void add_f32(float* y, const float* a, const float* b, int64_t n) { add(y, a, b, n); }
 KERNEL void add_bf16(bf16* y, const bf16* a, const bf16* b, int64_t n) { add(y, a, b, n); }
 
-KERNEL void scale_f32(float* y, const float* x, float factor, int64_t n, int accumulate) {
-    scale(y, x, factor, n, accumulate);
-}
-KERNEL void scale_bf16(bf16* y, const bf16* x, float factor, int64_t n, int accumulate) {
-    scale(y, x, factor, n, accumulate);
-}
+KERNEL void scale_f32(float* y, const float* x, float factor, int64_t n) { scale(y, x, factor, n); }
+KERNEL void scale_bf16(bf16* y, const bf16* x, float factor, int64_t n) { scale(y, x, factor, n); }
 
 KERNEL void fill_f32(float* y, float value, int64_t n) { fill(y, value, n); }
 KERNEL void fill_bf16(bf16* y, float value, int64_t n) { fill(y, value, n); }

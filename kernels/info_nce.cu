@@ -101,15 +101,14 @@ __device__ __forceinline__ float key_weight(const float* q, const float* k, cons
     return static_cast<float>(*dy * inv_t / n * expm1(logit - lse[row]));
 }
 
-/// dq from the slices, in order, and its key; added to dq if `accumulate`. A warp a row.
+/// dq from the slices, in order, and its key. A warp a row.
 KERNEL void info_nce_query_finish(float* dq, const float* partial, const float* q, const float* k,
-                                  const float* lse, const float* dy, int n, int d, int slices, double inv_t,
-                                  int accumulate) {
+                                  const float* lse, const float* dy, int n, int d, int slices, double inv_t) {
     for_rows(n, [&](int64_t row) {
         float weight = key_weight(q, k, lse, dy, row, n, d, inv_t);
         for_pieces_of_row(d, [&](int j, int count) {
             int64_t at = row * d + j;
-            Piece sum = load_piece(k + at, count), old{};
+            Piece sum = load_piece(k + at, count);
 #pragma unroll
             for (int e = 0; e < 8; e++) sum.v[e] *= weight;
             for (int s = 0; s < slices; s++) {
@@ -117,19 +116,16 @@ KERNEL void info_nce_query_finish(float* dq, const float* partial, const float* 
 #pragma unroll
                 for (int e = 0; e < 8; e++) sum.v[e] += part.v[e];
             }
-            if (accumulate) old = load_piece(dq + at, count);
-#pragma unroll
-            for (int e = 0; e < 8; e++) sum.v[e] += old.v[e];
             store_piece(dq + at, sum, count);
         });
     });
 }
 
-/// dk, added to what it holds if `accumulate`. A warp a row.
+/// dk. A warp a row.
 KERNEL void info_nce_key_gradient(float* dk, const float* q, const float* k, const float* lse,
-                                  const float* dy, int n, int d, double inv_t, int accumulate) {
+                                  const float* dy, int n, int d, double inv_t) {
     for_rows(n, [&](int64_t row) {
         float weight = key_weight(q, k, lse, dy, row, n, d, inv_t);
-        map_row(dk + row * d, q + row * d, d, accumulate, [weight](int, float v) { return weight * v; });
+        map_row(dk + row * d, q + row * d, d, [weight](int, float v) { return weight * v; });
     });
 }

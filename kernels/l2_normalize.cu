@@ -15,21 +15,19 @@ __device__ __forceinline__ void forward(float* y, float* norms, const In* x, int
         float norm = static_cast<float>(sqrt(row_dot(from, from, d)));
         if (is_first_lane()) norms[row] = norm;
         float scale = 1.0f / (norm < EPS ? EPS : norm);  // a NaN stays one
-        map_row(y + row * d, from, d, false, [scale](int, float v) { return v * scale; });
+        map_row(y + row * d, from, d, [scale](int, float v) { return v * scale; });
     });
 }
 
-/// dx = (dy - y <y, dy>) / |x|; below EPS the norm is a constant and dx = dy / EPS. Added to dx if
-/// `accumulate`.
+/// dx = (dy - y <y, dy>) / |x|; below EPS the norm is a constant and dx = dy / EPS.
 template <typename In>
 __device__ __forceinline__ void backward(In* dx, const float* dy, const float* y, const float* norms,
-                                         int64_t n, int d, bool accumulate) {
+                                         int64_t n, int d) {
     for_rows(n, [&](int64_t row) {
         const float *own = y + row * d, *gradient = dy + row * d;
         float norm = norms[row], scale = 1.0f / (norm < EPS ? EPS : norm);
         float dot = norm > EPS ? static_cast<float>(row_dot(own, gradient, d)) : 0.0f;
-        zip_rows(dx + row * d, gradient, own, d, accumulate,
-                 [=](float g, float v) { return (g - v * dot) * scale; });
+        zip_rows(dx + row * d, gradient, own, d, [=](float g, float v) { return (g - v * dot) * scale; });
     });
 }
 
@@ -41,12 +39,12 @@ KERNEL void l2_normalize_bf16(float* y, float* norms, const bf16* x, int64_t n, 
 }
 
 KERNEL void l2_normalize_backward_f32(float* dx, const float* dy, const float* y, const float* norms,
-                                      int64_t n, int d, int accumulate) {
-    backward(dx, dy, y, norms, n, d, accumulate);
+                                      int64_t n, int d) {
+    backward(dx, dy, y, norms, n, d);
 }
 KERNEL void l2_normalize_backward_bf16(bf16* dx, const float* dy, const float* y, const float* norms,
-                                       int64_t n, int d, int accumulate) {
-    backward(dx, dy, y, norms, n, d, accumulate);
+                                       int64_t n, int d) {
+    backward(dx, dy, y, norms, n, d);
 }
 
 /// Brings the rows of x [n, d] to unit length in place, without a gradient; `copy` [n, d], the bf16 working

@@ -3,8 +3,8 @@
 
 constexpr int COLUMNS = 32, ROWS = 8;
 
-/// sums [k] of dy [n, k] over rows, plus what they hold if `accumulate`. A block of 32 x 8 threads takes 32 columns, each
-/// of its thread rows every eighth row of dy, and adds the eight in order.
+/// sums [k] of dy [n, k] over rows, plus what they hold if `accumulate`. A block of 32 x 8 threads takes 32
+/// columns, each of its thread rows every eighth row of dy, and adds the eight in order.
 template <typename T>
 __device__ __forceinline__ void column_sums(float* sums, const T* dy, int64_t n, int k, bool accumulate) {
     __shared__ float partial[ROWS * COLUMNS];

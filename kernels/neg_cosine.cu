@@ -24,11 +24,11 @@ __device__ __forceinline__ void forward(float* row_losses, const T* p, const T* 
     });
 }
 
-/// dx of one side, `other` the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant. Added to dx
-/// if `accumulate`; `dy` points to the gradient of the loss.
+/// dx of one side, `other` the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant. `dy`
+/// points to the gradient of the loss.
 template <typename T>
-__device__ __forceinline__ void backward(T* dx, const T* x, const T* other, const float* dy, int64_t n, int d,
-                                         bool accumulate) {
+__device__ __forceinline__ void backward(T* dx, const T* x, const T* other, const float* dy, int64_t n,
+                                         int d) {
     double scale = -static_cast<double>(*dy) / n;
     for_rows(n, [&](int64_t row) {
         const T *a = x + row * d, *b = other + row * d;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void backward(T* dx, const T* x, const T* other, cons
         double inverse = inverse_norm(a, d, constant), inverse_other = inverse_norm(b, d, unused);
         double cosine = constant ? 0.0 : row_dot(a, b, d) * inverse * inverse_other;
         double to_other = scale * inverse * inverse_other, to_own = -scale * inverse * inverse * cosine;
-        zip_rows(dx + row * d, a, b, d, accumulate,
+        zip_rows(dx + row * d, a, b, d,
                  [=](float own, float o) { return static_cast<float>(to_own * own + to_other * o); });
     });
 }
@@ -49,10 +49,10 @@ KERNEL void neg_cosine_bf16(float* row_losses, const bf16* p, const bf16* z, int
 }
 
 KERNEL void neg_cosine_backward_f32(float* dx, const float* x, const float* other, const float* dy, int64_t n,
-                                    int d, int accumulate) {
-    backward(dx, x, other, dy, n, d, accumulate);
+                                    int d) {
+    backward(dx, x, other, dy, n, d);
 }
 KERNEL void neg_cosine_backward_bf16(bf16* dx, const bf16* x, const bf16* other, const float* dy, int64_t n,
-                                     int d, int accumulate) {
-    backward(dx, x, other, dy, n, d, accumulate);
+                                     int d) {
+    backward(dx, x, other, dy, n, d);
 }

@@ -1,11 +1,12 @@
 // Pooling of images [n, h, w, c], channels last; see src/ops/pool.
 //
-// Launch of every kernel: a thread makes one 16-byte vector of channels of one pixel of what is written (y, or dx), so with
-//     vectors = ceil(c / 4) for f32, ceil(c / 8) for bf16        across = min(next power of two >= vectors, 32)
-//     block = (across, 256 / across, 1)        grid = (ceil(pixels / block.y), ceil(vectors / across), 1)
-// where pixels are n p q of max_pool and avg_pool, n h w of the three backwards, n of mean_pool. No shared memory, no
-// workspace. Pixels are fewer than 2^31. `accumulate` != 0 adds dx to what it holds. Every output is one thread's sum, in
-// an order fixed by the shape.
+// Launch of every kernel: a thread makes one 16-byte vector of channels of one pixel of what is written (y,
+// or dx), so with
+//     vectors = ceil(c / 4) for f32, ceil(c / 8) for bf16        across = min(next power of two >= vectors,
+//     32) block = (across, 256 / across, 1)        grid = (ceil(pixels / block.y), ceil(vectors / across), 1)
+// where pixels are n p q of max_pool and avg_pool, n h w of the three backwards, n of mean_pool. No shared
+// memory, no workspace. Pixels are fewer than 2^31. Every output is one thread's sum, in an order fixed by
+// the shape.
 #include "vector.cuh"
 
 /// Where a thread stands: its pixel and channels of the tensor that is written.
@@ -23,17 +24,8 @@ struct Place {
     __device__ __forceinline__ int64_t at(int64_t pixel, int c) const { return pixel * c + channel; }
 };
 
-template <typename T>
-__device__ __forceinline__ void store_gradient(T* dx, Vector<T> sum, int count, bool accumulate) {
-    if (accumulate) {
-        Vector<T> old = load_some(dx, count);
-#pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) sum.v[k] += old.v[k];
-    }
-    store_some(dx, sum, count);
-}
-
-/// The windows [begin, end) of `size`, `stride` apart and `windows` in all, that hold element i of a padded line.
+/// The windows [begin, end) of `size`, `stride` apart and `windows` in all, that hold element i of a padded
+/// line.
 struct Windows {
     int begin, end;
 
@@ -67,12 +59,12 @@ __device__ __forceinline__ void load_bytes(unsigned (&v)[W], const uint8_t* at, 
     }
 }
 
-/// y [n, p, q, c]: the largest of each size x size window; a NaN is larger than all. index [n, p, q, c], or null where
-/// no gradient is wanted: which pixel of its window that is, i size + j counted from the window's corner, padding
-/// included; the first of equals. So size <= 16. Every window holds a pixel: 2 pad <= size.
+/// y [n, p, q, c]: the largest of each size x size window; a NaN is larger than all. index [n, p, q, c], or
+/// null where no gradient is wanted: which pixel of its window that is, i size + j counted from the window's
+/// corner, padding included; the first of equals. So size <= 16. Every window holds a pixel: 2 pad <= size.
 template <typename T>
-__device__ __forceinline__ void max_pool(T* y, uint8_t* index, const T* x, int n, int h, int w, int c, int p, int q,
-                                         int size, int stride, int pad) {
+__device__ __forceinline__ void max_pool(T* y, uint8_t* index, const T* x, int n, int h, int w, int c, int p,
+                                         int q, int size, int stride, int pad) {
     constexpr int W = PER_VECTOR<T>;
     Place<T> place(c);
     if (!place.exists(n * p * q)) return;
@@ -102,8 +94,8 @@ __device__ __forceinline__ void max_pool(T* y, uint8_t* index, const T* x, int n
 
 /// dx [n, h, w, c] from dy [n, p, q, c] and the forward's index.
 template <typename T>
-__device__ __forceinline__ void max_pool_backward(T* dx, const T* dy, const uint8_t* index, int n, int h, int w, int c,
-                                                  int p, int q, int size, int stride, int pad, bool accumulate) {
+__device__ __forceinline__ void max_pool_backward(T* dx, const T* dy, const uint8_t* index, int n, int h,
+                                                  int w, int c, int p, int q, int size, int stride, int pad) {
     constexpr int W = PER_VECTOR<T>;
     Place<T> place(c);
     if (!place.exists(n * h * w)) return;
@@ -121,7 +113,7 @@ __device__ __forceinline__ void max_pool_backward(T* dx, const T* dy, const uint
             for (int k = 0; k < W; k++) sum.v[k] += where[k] == here ? d.v[k] : 0.0f;
         }
     }
-    store_gradient(dx + place.at(place.pixel, c), sum, place.count, accumulate);
+    store_some(dx + place.at(place.pixel, c), sum, place.count);
 }
 
 /// y [n, c]: the mean over the pixels of each image.
@@ -143,13 +135,13 @@ __device__ __forceinline__ void mean_pool(T* y, const T* x, int n, int pixels, i
 
 /// dx [n, pixels, c] from dy [n, c].
 template <typename T>
-__device__ __forceinline__ void mean_pool_backward(T* dx, const T* dy, int n, int pixels, int c, bool accumulate) {
+__device__ __forceinline__ void mean_pool_backward(T* dx, const T* dy, int n, int pixels, int c) {
     Place<T> place(c);
     if (!place.exists(n * pixels)) return;
     Vector<T> d = load_some(dy + place.at(place.pixel / pixels, c), place.count);
 #pragma unroll
     for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] /= static_cast<float>(pixels);
-    store_gradient(dx + place.at(place.pixel, c), d, place.count, accumulate);
+    store_some(dx + place.at(place.pixel, c), d, place.count);
 }
 
 /// What the sum over window (a, b) is divided by: all its pixels, or with stride 1 those that exist.
@@ -159,8 +151,8 @@ __device__ __forceinline__ float window_size(int a, int b, int h, int w, int siz
     return static_cast<float>(rows * columns);
 }
 
-/// y [n, p, q, c]: means of size x size windows that start at multiples of stride, p = ceil(h / stride), q = ceil(w /
-/// stride). What hangs over the lower and right edge counts as zeros, or with stride 1 not at all.
+/// y [n, p, q, c]: means of size x size windows that start at multiples of stride, p = ceil(h / stride), q =
+/// ceil(w / stride). What hangs over the lower and right edge counts as zeros, or with stride 1 not at all.
 template <typename T>
 __device__ __forceinline__ void avg_pool(T* y, const T* x, int n, int h, int w, int c, int p, int q, int size,
                                          int stride) {
@@ -184,8 +176,8 @@ __device__ __forceinline__ void avg_pool(T* y, const T* x, int n, int h, int w, 
 
 /// dx [n, h, w, c] from dy [n, p, q, c].
 template <typename T>
-__device__ __forceinline__ void avg_pool_backward(T* dx, const T* dy, int n, int h, int w, int c, int p, int q, int size,
-                                                  int stride, bool accumulate) {
+__device__ __forceinline__ void avg_pool_backward(T* dx, const T* dy, int n, int h, int w, int c, int p,
+                                                  int q, int size, int stride) {
     Place<T> place(c);
     if (!place.exists(n * h * w)) return;
     int image = place.pixel / (h * w), o = place.pixel % (h * w);
@@ -199,25 +191,25 @@ __device__ __forceinline__ void avg_pool_backward(T* dx, const T* dy, int n, int
             for (int k = 0; k < PER_VECTOR<T>; k++) sum.v[k] += d.v[k] / all;
         }
     }
-    store_gradient(dx + place.at(place.pixel, c), sum, place.count, accumulate);
+    store_some(dx + place.at(place.pixel, c), sum, place.count);
 }
 
-KERNEL BOUNDS(256) void max_pool_f32(float* y, uint8_t* index, const float* x, int n, int h, int w, int c, int p, int q,
-                                     int size, int stride, int pad) {
+KERNEL BOUNDS(256) void max_pool_f32(float* y, uint8_t* index, const float* x, int n, int h, int w, int c,
+                                     int p, int q, int size, int stride, int pad) {
     max_pool(y, index, x, n, h, w, c, p, q, size, stride, pad);
 }
-KERNEL BOUNDS(256) void max_pool_bf16(bf16* y, uint8_t* index, const bf16* x, int n, int h, int w, int c, int p, int q,
-                                      int size, int stride, int pad) {
+KERNEL BOUNDS(256) void max_pool_bf16(bf16* y, uint8_t* index, const bf16* x, int n, int h, int w, int c,
+                                      int p, int q, int size, int stride, int pad) {
     max_pool(y, index, x, n, h, w, c, p, q, size, stride, pad);
 }
 
-KERNEL BOUNDS(256) void max_pool_backward_f32(float* dx, const float* dy, const uint8_t* index, int n, int h, int w, int c,
-                                              int p, int q, int size, int stride, int pad, int accumulate) {
-    max_pool_backward(dx, dy, index, n, h, w, c, p, q, size, stride, pad, accumulate);
+KERNEL BOUNDS(256) void max_pool_backward_f32(float* dx, const float* dy, const uint8_t* index, int n, int h,
+                                              int w, int c, int p, int q, int size, int stride, int pad) {
+    max_pool_backward(dx, dy, index, n, h, w, c, p, q, size, stride, pad);
 }
-KERNEL BOUNDS(256) void max_pool_backward_bf16(bf16* dx, const bf16* dy, const uint8_t* index, int n, int h, int w, int c,
-                                               int p, int q, int size, int stride, int pad, int accumulate) {
-    max_pool_backward(dx, dy, index, n, h, w, c, p, q, size, stride, pad, accumulate);
+KERNEL BOUNDS(256) void max_pool_backward_bf16(bf16* dx, const bf16* dy, const uint8_t* index, int n, int h,
+                                               int w, int c, int p, int q, int size, int stride, int pad) {
+    max_pool_backward(dx, dy, index, n, h, w, c, p, q, size, stride, pad);
 }
 
 /// `pixels` is h w.
@@ -228,27 +220,27 @@ KERNEL BOUNDS(256) void mean_pool_bf16(bf16* y, const bf16* x, int n, int pixels
     mean_pool(y, x, n, pixels, c);
 }
 
-KERNEL BOUNDS(256) void mean_pool_backward_f32(float* dx, const float* dy, int n, int pixels, int c, int accumulate) {
-    mean_pool_backward(dx, dy, n, pixels, c, accumulate);
+KERNEL BOUNDS(256) void mean_pool_backward_f32(float* dx, const float* dy, int n, int pixels, int c) {
+    mean_pool_backward(dx, dy, n, pixels, c);
 }
-KERNEL BOUNDS(256) void mean_pool_backward_bf16(bf16* dx, const bf16* dy, int n, int pixels, int c, int accumulate) {
-    mean_pool_backward(dx, dy, n, pixels, c, accumulate);
-}
-
-KERNEL BOUNDS(256) void avg_pool_f32(float* y, const float* x, int n, int h, int w, int c, int p, int q, int size,
-                                     int stride) {
-    avg_pool(y, x, n, h, w, c, p, q, size, stride);
-}
-KERNEL BOUNDS(256) void avg_pool_bf16(bf16* y, const bf16* x, int n, int h, int w, int c, int p, int q, int size,
-                                      int stride) {
-    avg_pool(y, x, n, h, w, c, p, q, size, stride);
+KERNEL BOUNDS(256) void mean_pool_backward_bf16(bf16* dx, const bf16* dy, int n, int pixels, int c) {
+    mean_pool_backward(dx, dy, n, pixels, c);
 }
 
-KERNEL BOUNDS(256) void avg_pool_backward_f32(float* dx, const float* dy, int n, int h, int w, int c, int p, int q,
-                                              int size, int stride, int accumulate) {
-    avg_pool_backward(dx, dy, n, h, w, c, p, q, size, stride, accumulate);
+KERNEL BOUNDS(256) void avg_pool_f32(float* y, const float* x, int n, int h, int w, int c, int p, int q,
+                                     int size, int stride) {
+    avg_pool(y, x, n, h, w, c, p, q, size, stride);
 }
-KERNEL BOUNDS(256) void avg_pool_backward_bf16(bf16* dx, const bf16* dy, int n, int h, int w, int c, int p, int q,
-                                               int size, int stride, int accumulate) {
-    avg_pool_backward(dx, dy, n, h, w, c, p, q, size, stride, accumulate);
+KERNEL BOUNDS(256) void avg_pool_bf16(bf16* y, const bf16* x, int n, int h, int w, int c, int p, int q,
+                                      int size, int stride) {
+    avg_pool(y, x, n, h, w, c, p, q, size, stride);
+}
+
+KERNEL BOUNDS(256) void avg_pool_backward_f32(float* dx, const float* dy, int n, int h, int w, int c, int p,
+                                              int q, int size, int stride) {
+    avg_pool_backward(dx, dy, n, h, w, c, p, q, size, stride);
+}
+KERNEL BOUNDS(256) void avg_pool_backward_bf16(bf16* dx, const bf16* dy, int n, int h, int w, int c, int p,
+                                               int q, int size, int stride) {
+    avg_pool_backward(dx, dy, n, h, w, c, p, q, size, stride);
 }

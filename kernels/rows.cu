@@ -32,7 +32,8 @@ __device__ __forceinline__ void copy_row(T* to, const T* from, int64_t length) {
 __device__ __forceinline__ float nothing(float) { return __uint_as_float(0xffffffffu); }
 __device__ __forceinline__ bf16 nothing(bf16) { return from_float<bf16>(__uint_as_float(0xffffffffu)); }
 
-/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes NaN.
+/// y [n, length], y_i = x_index[i], x [m, length]; a row out of range, which the host cannot see, becomes
+/// NaN.
 template <typename T>
 __device__ __forceinline__ void gather(T* y, const T* x, const int* index, int n, int m, int64_t length) {
     for_own_rows(n, [&](int row) {
@@ -51,12 +52,11 @@ KERNEL BOUNDS(THREADS) void gather_rows_bf16(bf16* y, const bf16* x, const int* 
     gather(y, x, index, n, m, length);
 }
 
-/// The gradient of gather: dx [m, length], dx_r = the sum of dy_i over index[i] = r in order of i, added to
-/// dx if `accumulate`. A block of a multiple of 32 threads in one dimension takes a row of dx: m blocks are
+/// The gradient of gather: dx [m, length], dx_r = the sum of dy_i over index[i] = r in order of i. A
+/// block of a multiple of 32 threads in one dimension takes a row of dx: m blocks are
 /// good.
 template <typename T>
-__device__ __forceinline__ void scatter(T* dx, const T* dy, const int* index, int n, int m, int64_t length,
-                                        bool accumulate) {
+__device__ __forceinline__ void scatter(T* dx, const T* dy, const int* index, int n, int m, int64_t length) {
     constexpr int W = PER_VECTOR<T>;
     int lane = threadIdx.x % 32;
     for (int row = blockIdx.x; row < m; row += gridDim.x) {
@@ -64,7 +64,6 @@ __device__ __forceinline__ void scatter(T* dx, const T* dy, const int* index, in
             int64_t at = first + threadIdx.x * W, left = length - at;
             int count = left < W ? static_cast<int>(left) : W;
             Vector<T> sum{};
-            if (accumulate) sum = load_some(dx + row * length + at, count);
             for (int base = 0; base < n; base += 32) {
                 bool hit = base + lane < n && index[base + lane] == row;
                 for (unsigned hits = __ballot_sync(0xffffffffu, hit); hits; hits &= hits - 1) {
@@ -79,12 +78,12 @@ __device__ __forceinline__ void scatter(T* dx, const T* dy, const int* index, in
 }
 
 KERNEL BOUNDS(THREADS) void scatter_rows_f32(float* dx, const float* dy, const int* index, int n, int m,
-                                             int64_t length, int accumulate) {
-    scatter(dx, dy, index, n, m, length, accumulate);
+                                             int64_t length) {
+    scatter(dx, dy, index, n, m, length);
 }
 KERNEL BOUNDS(THREADS) void scatter_rows_bf16(bf16* dx, const bf16* dy, const int* index, int n, int m,
-                                              int64_t length, int accumulate) {
-    scatter(dx, dy, index, n, m, length, accumulate);
+                                              int64_t length) {
+    scatter(dx, dy, index, n, m, length);
 }
 
 /// queue [m, length]: row (*at + i) mod m = rows_i, i < n <= m, *at in 0..m.

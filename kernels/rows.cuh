@@ -55,26 +55,24 @@ __device__ __forceinline__ double row_dot(const A* a, const B* b, int d) {
     return warp_sum(sum);
 }
 
-/// y = f(x), or that on top of y if `accumulate`, element by element; f(index in the row, x).
+/// y = f(index in the row, x), element by element.
 template <typename Out, typename In, typename F>
-__device__ __forceinline__ void map_row(Out* y, const In* x, int d, bool accumulate, F f) {
+__device__ __forceinline__ void map_row(Out* y, const In* x, int d, F f) {
     for_pieces_of_row(d, [&](int j, int count) {
-        Piece p = load_piece(x + j, count), old{};
-        if (accumulate) old = load_piece(y + j, count);
+        Piece p = load_piece(x + j, count);
 #pragma unroll
-        for (int k = 0; k < 8; k++) p.v[k] = f(j + k, p.v[k]) + old.v[k];
+        for (int k = 0; k < 8; k++) p.v[k] = f(j + k, p.v[k]);
         store_piece(y + j, p, count);
     });
 }
 
-/// y = f(a, b) element by element, or that on top of y.
+/// y = f(a, b), element by element.
 template <typename Out, typename A, typename B, typename F>
-__device__ __forceinline__ void zip_rows(Out* y, const A* a, const B* b, int d, bool accumulate, F f) {
+__device__ __forceinline__ void zip_rows(Out* y, const A* a, const B* b, int d, F f) {
     for_pieces_of_row(d, [&](int j, int count) {
-        Piece p = load_piece(a + j, count), q = load_piece(b + j, count), old{};
-        if (accumulate) old = load_piece(y + j, count);
+        Piece p = load_piece(a + j, count), q = load_piece(b + j, count);
 #pragma unroll
-        for (int k = 0; k < 8; k++) p.v[k] = f(p.v[k], q.v[k]) + old.v[k];
+        for (int k = 0; k < 8; k++) p.v[k] = f(p.v[k], q.v[k]);
         store_piece(y + j, p, count);
     });
 }

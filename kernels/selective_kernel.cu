@@ -55,23 +55,21 @@ __device__ __forceinline__ void mean(T* g, const T* x, int64_t pixels, int c) {
     store_some(g + int64_t{blockIdx.y} * c + at.first, result, at.count);
 }
 
-/// dx = dg / pixels, in both streams; added to dx if `accumulate`.
+/// dx = dg / pixels, in both streams.
 template <typename T>
-__device__ __forceinline__ void mean_backward(T* dx, const T* dg, int64_t pixels, int c, bool accumulate) {
+__device__ __forceinline__ void mean_backward(T* dx, const T* dg, int64_t pixels, int c) {
     constexpr int W = PER_VECTOR<T>;
     Channels<T> at(pixels, c);
     if (at.count <= 0) return;
     Vector<T> d = load_some(dg + int64_t{blockIdx.y} * c + at.first, at.count);
     float inverse = 1.0f / static_cast<float>(pixels);
+#pragma unroll
+    for (int k = 0; k < W; k++) d.v[k] *= inverse;
     for (int64_t p = threadIdx.y; p < pixels; p += DOWN) {
 #pragma unroll
         for (int stream = 0; stream < 2; stream++) {
             T* to = dx + (at.image + p) * 2 * c + stream * c + at.first;
-            Vector<T> v{};
-            if (accumulate) v = load_some(to, at.count);
-#pragma unroll
-            for (int k = 0; k < W; k++) v.v[k] += d.v[k] * inverse;
-            store_some(to, v, at.count);
+            store_some(to, d, at.count);
         }
     }
 }
@@ -101,10 +99,10 @@ __device__ __forceinline__ void select(T* y, const T* x, const T* logits, int64_
     }
 }
 
-/// dx and dlogits, each where given; bit 0 of `accumulate` adds to dx, bit 1 to dlogits.
+/// dx and dlogits, each unless null.
 template <typename T>
 __device__ __forceinline__ void select_backward(T* dx, T* dlogits, const T* dy, const T* x, const T* logits,
-                                                int64_t pixels, int c, int accumulate) {
+                                                int64_t pixels, int c) {
     constexpr int W = PER_VECTOR<T>;
     Channels<T> at(pixels, c);
     Vector<T> a = weights(logits, c, at);
@@ -121,10 +119,9 @@ __device__ __forceinline__ void select_backward(T* dx, T* dlogits, const T* dy, 
 #pragma unroll
         for (int stream = 0; stream < 2; stream++) {
             T* to = dx + pixel + stream * c;
-            Vector<T> v{};
-            if (accumulate & 1) v = load_some(to, at.count);
+            Vector<T> v;
 #pragma unroll
-            for (int k = 0; k < W; k++) v.v[k] += (stream == 0 ? a.v[k] : 1.0f - a.v[k]) * d.v[k];
+            for (int k = 0; k < W; k++) v.v[k] = (stream == 0 ? a.v[k] : 1.0f - a.v[k]) * d.v[k];
             store_some(to, v, at.count);
         }
     }
@@ -133,12 +130,11 @@ __device__ __forceinline__ void select_backward(T* dx, T* dlogits, const T* dy, 
 #pragma unroll
     for (int stream = 0; stream < 2; stream++) {
         T* to = dlogits + int64_t{blockIdx.y} * 2 * c + stream * c + at.first;
-        Vector<T> v{};
-        if (accumulate & 2) v = load_some(to, at.count);
+        Vector<T> v;
 #pragma unroll
         for (int k = 0; k < W; k++) {
             float slope = a.v[k] * (1.0f - a.v[k]) * static_cast<float>(sums[k]);
-            v.v[k] += stream == 0 ? slope : -slope;
+            v.v[k] = stream == 0 ? slope : -slope;
         }
         store_some(to, v, at.count);
     }
@@ -151,13 +147,11 @@ KERNEL BOUNDS(THREADS) void stream_mean_bf16(bf16* g, const bf16* x, int64_t pix
     mean(g, x, pixels, c);
 }
 
-KERNEL BOUNDS(THREADS) void stream_mean_backward_f32(float* dx, const float* dg, int64_t pixels, int c,
-                                                     int accumulate) {
-    mean_backward(dx, dg, pixels, c, accumulate);
+KERNEL BOUNDS(THREADS) void stream_mean_backward_f32(float* dx, const float* dg, int64_t pixels, int c) {
+    mean_backward(dx, dg, pixels, c);
 }
-KERNEL BOUNDS(THREADS) void stream_mean_backward_bf16(bf16* dx, const bf16* dg, int64_t pixels, int c,
-                                                      int accumulate) {
-    mean_backward(dx, dg, pixels, c, accumulate);
+KERNEL BOUNDS(THREADS) void stream_mean_backward_bf16(bf16* dx, const bf16* dg, int64_t pixels, int c) {
+    mean_backward(dx, dg, pixels, c);
 }
 
 KERNEL BOUNDS(THREADS) void stream_select_f32(float* y, const float* x, const float* logits, int64_t pixels,
@@ -171,11 +165,11 @@ KERNEL BOUNDS(THREADS) void stream_select_bf16(bf16* y, const bf16* x, const bf1
 
 KERNEL BOUNDS(THREADS) void stream_select_backward_f32(float* dx, float* dlogits, const float* dy,
                                                        const float* x, const float* logits, int64_t pixels,
-                                                       int c, int accumulate) {
-    select_backward(dx, dlogits, dy, x, logits, pixels, c, accumulate);
+                                                       int c) {
+    select_backward(dx, dlogits, dy, x, logits, pixels, c);
 }
 KERNEL BOUNDS(THREADS) void stream_select_backward_bf16(bf16* dx, bf16* dlogits, const bf16* dy,
                                                         const bf16* x, const bf16* logits, int64_t pixels,
-                                                        int c, int accumulate) {
-    select_backward(dx, dlogits, dy, x, logits, pixels, c, accumulate);
+                                                        int c) {
+    select_backward(dx, dlogits, dy, x, logits, pixels, c);
 }

@@ -300,12 +300,12 @@ struct WeightedSum {
                 const bf16* panel = next(at++);
 #pragma unroll
                 for (int k = 0; k < DEPTH; k += 16) {
-                    const float(&low)[4] = s[(step * DEPTH + k) / 8],
-                          (&high)[4] = s[(step * DEPTH + k) / 8 + 1];
+                    const float (&low)[4] = s[(step * DEPTH + k) / 8],
+                                (&high)[4] = s[(step * DEPTH + k) / 8 + 1];
                     unsigned fa[PLANES][4], pairs[PLANES];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
-                        const float(&from)[4] = r < 2 ? low : high;
+                        const float (&from)[4] = r < 2 ? low : high;
                         split(pairs, from[r % 2 * 2], from[r % 2 * 2 + 1]);
 #pragma unroll
                         for (int p = 0; p < PLANES; p++) fa[p][r] = pairs[p];

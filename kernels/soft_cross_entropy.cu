@@ -22,11 +22,10 @@ __device__ __forceinline__ void forward(float* row_losses, const T* x, const flo
     });
 }
 
-/// dx = (Σ_j q_j softmax(x / T) - q) *dy / (n T), added to dx if `accumulate`; `dy` points to the gradient of
-/// the loss.
+/// dx = (Σ_j q_j softmax(x / T) - q) *dy / (n T); `dy` points to the gradient of the loss.
 template <typename T>
 __device__ __forceinline__ void backward(T* dx, const T* x, const float* q, const float* dy, int64_t n, int k,
-                                         double inv_t, bool accumulate) {
+                                         double inv_t) {
     double scale = *dy * inv_t / n;
     for_rows(n, [&](int64_t row) {
         const float* target = q + row * k;
@@ -38,7 +37,7 @@ __device__ __forceinline__ void backward(T* dx, const T* x, const float* q, cons
             for (int i = 0; i < 8; i++) mass += part.v[i];
         });
         float factor = static_cast<float>(scale * warp_sum(mass) / p.sum), s = static_cast<float>(scale);
-        zip_rows(dx + row * k, x + row * k, target, k, accumulate,
+        zip_rows(dx + row * k, x + row * k, target, k,
                  [=](float score, float t) { return factor * p.exp_of(score) - s * t; });
     });
 }
@@ -49,7 +48,7 @@ __device__ __forceinline__ void softmax(float* y, const T* x, int64_t n, int k, 
     for_rows(n, [&](int64_t row) {
         RowSoftmax p(x + row * k, k, static_cast<float>(inv_t));
         float factor = static_cast<float>(1.0 / p.sum);
-        map_row(y + row * k, x + row * k, k, false, [=](int, float v) { return factor * p.exp_of(v); });
+        map_row(y + row * k, x + row * k, k, [=](int, float v) { return factor * p.exp_of(v); });
     });
 }
 
@@ -63,12 +62,12 @@ KERNEL void soft_cross_entropy_bf16(float* row_losses, const bf16* x, const floa
 }
 
 KERNEL void soft_cross_entropy_backward_f32(float* dx, const float* x, const float* q, const float* dy,
-                                            int64_t n, int k, double inv_t, int accumulate) {
-    backward(dx, x, q, dy, n, k, inv_t, accumulate);
+                                            int64_t n, int k, double inv_t) {
+    backward(dx, x, q, dy, n, k, inv_t);
 }
 KERNEL void soft_cross_entropy_backward_bf16(bf16* dx, const bf16* x, const float* q, const float* dy,
-                                             int64_t n, int k, double inv_t, int accumulate) {
-    backward(dx, x, q, dy, n, k, inv_t, accumulate);
+                                             int64_t n, int k, double inv_t) {
+    backward(dx, x, q, dy, n, k, inv_t);
 }
 
 KERNEL void softmax_f32(float* y, const float* x, int64_t n, int k, double inv_t) {

@@ -33,10 +33,6 @@ impl Float for bf16 {
     }
 }
 
-pub fn rounded<T: Float>(x: f64) -> f64 {
-    T::from_f64(x).to_f64()
-}
-
 /// Numbers in -1..1, away from zero, the same for a seed.
 pub fn noise<T: Float>(n: usize, seed: u64) -> Vec<T> {
     bits(n, seed)

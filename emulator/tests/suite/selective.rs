@@ -18,9 +18,8 @@ fn selective_kernel<T: Float>(stage: &Stage, n: usize, pixels: usize, c: usize) 
     let (x_, logits_, dy_, dg_) =
         (stage.upload(&x), stage.upload(&logits), stage.upload(&dy), stage.upload(&dg));
     let vectors = c.div_ceil(16 / size_of::<T>()) as u32;
-    let launch = |op: &str, mut arguments: Vec<Value>, accumulate: Option<i32>| {
+    let launch = |op: &str, mut arguments: Vec<Value>| {
         arguments.extend([Value::from(pixels as i64), Value::from(c as i32)]);
-        arguments.extend(accumulate.map(Value::from));
         let grid = [vectors.div_ceil(32), n as u32, 1];
         stage.launch(&name(op), grid, [32, 8, 1], 0, &arguments);
     };
@@ -31,7 +30,7 @@ fn selective_kernel<T: Float>(stage: &Stage, n: usize, pixels: usize, c: usize) 
     };
 
     let g_ = stage.room::<T>(n * c);
-    launch("mean", vec![(&g_).into(), (&x_).into()], None);
+    launch("mean", vec![(&g_).into(), (&x_).into()]);
     let mean = |e: usize| {
         let (i, j) = (e / c, e % c);
         (0..pixels).map(|p| x[at(i, p, 0, j)] + x[at(i, p, 1, j)]).sum::<f64>() / pixels as f64
@@ -39,7 +38,7 @@ fn selective_kernel<T: Float>(stage: &Stage, n: usize, pixels: usize, c: usize) 
     close(&what("mean"), &g_.read(stage), &(0..n * c).map(mean).collect::<Vec<_>>(), T::TOLERANCE);
 
     let y_ = stage.room::<T>(n * pixels * c);
-    launch("select", vec![(&y_).into(), (&x_).into(), (&logits_).into()], None);
+    launch("select", vec![(&y_).into(), (&x_).into(), (&logits_).into()]);
     let select = |e: usize| {
         let (i, p, j) = (e / c / pixels, e / c % pixels, e % c);
         let a = weight(i, j);
@@ -65,21 +64,15 @@ fn selective_kernel<T: Float>(stage: &Stage, n: usize, pixels: usize, c: usize) 
             want_dlogits[(2 * i + 1) * c + j] = -a * (1.0 - a) * sum;
         }
     }
-    for accumulate in [0, 3] {
-        let mut arguments: Vec<Value> = vec![(&dx_).into(), (&dlogits_).into(), (&dy_).into()];
-        arguments.extend([(&x_).into(), (&logits_).into()]);
-        launch("select_backward", arguments, Some(accumulate));
-        let times = if accumulate == 0 { 1.0 } else { 2.0 };
-        let twice = |x: &[f64]| x.iter().map(|v| v * times).collect::<Vec<f64>>();
-        close(&what("select: dx"), &dx_.read(stage), &twice(&want_dx), T::TOLERANCE);
-        let (got, want) = (dlogits_.read(stage), twice(&want_dlogits));
-        close(&what("select: dlogits"), &got, &want, T::TOLERANCE);
-    }
+    let mut arguments: Vec<Value> = vec![(&dx_).into(), (&dlogits_).into(), (&dy_).into()];
+    arguments.extend([(&x_).into(), (&logits_).into()]);
+    launch("select_backward", arguments);
+    close(&what("select: dx"), &dx_.read(stage), &want_dx, T::TOLERANCE);
+    close(&what("select: dlogits"), &dlogits_.read(stage), &want_dlogits, T::TOLERANCE);
 
-    launch("mean_backward", vec![(&dx_).into(), (&dg_).into()], Some(0));
-    launch("mean_backward", vec![(&dx_).into(), (&dg_).into()], Some(1));
+    launch("mean_backward", vec![(&dx_).into(), (&dg_).into()]);
     let want: Vec<f64> =
-        (0..x.len()).map(|e| 2.0 * dg[e / (2 * c * pixels) * c + e % c] / pixels as f64).collect();
+        (0..x.len()).map(|e| dg[e / (2 * c * pixels) * c + e % c] / pixels as f64).collect();
     close(&what("mean: dx"), &dx_.read(stage), &want, T::TOLERANCE);
 }
 

@@ -44,8 +44,7 @@ pub(super) fn backward(x: &Tensor, labels: &Tensor, dy: &Tensor, [n, k]: [usize;
                     labels.device_in(),
                     dy.device_in(),
                     n as i64,
-                    k as i32,
-                    0
+                    k as i32
                 )
         );
     }

@@ -128,7 +128,6 @@ pub(super) fn query_gradient(
             d,
             count,
             inv_t,
-            0,
         );
     }
 }
@@ -154,7 +153,6 @@ pub(super) fn key_gradient(
             n,
             d,
             1.0 / dims.temperature,
-            0,
         );
     }
 }

@@ -38,8 +38,7 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor)
                     y.device_in(),
                     norms.device_in(),
                     n,
-                    d,
-                    0
+                    d
                 )
         );
     }

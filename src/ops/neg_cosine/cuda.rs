@@ -49,8 +49,7 @@ pub(super) fn backward(dx: &mut Tensor, x: &Tensor, other: &Tensor, dy: &Tensor)
                     other.device_in(),
                     dy.device_in(),
                     n,
-                    d,
-                    0
+                    d
                 )
         );
     }

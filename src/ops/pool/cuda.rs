@@ -92,8 +92,7 @@ pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: m
                     q,
                     size,
                     stride,
-                    pad,
-                    0
+                    pad
                 )
         );
     }
@@ -120,7 +119,7 @@ pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
         by_dtype!(
             dy.dtype(),
             mean_pool_backward_f32
-                | mean_pool_backward_bf16(to, dx.device_out(), dy.device_in(), n, pixels, c, 0)
+                | mean_pool_backward_bf16(to, dx.device_out(), dy.device_in(), n, pixels, c)
         );
     }
 }
@@ -158,8 +157,7 @@ pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::Dims
                     p,
                     q,
                     size,
-                    stride,
-                    0
+                    stride
                 )
         );
     }

@@ -18,7 +18,7 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor) {
         by_dtype!(
             y.dtype(),
             relu_backward_f32
-                | relu_backward_bf16(launch, dx.device_out(), dy.device_in(), y.device_in(), n, 0)
+                | relu_backward_bf16(launch, dx.device_out(), dy.device_in(), y.device_in(), n)
         );
     }
 }

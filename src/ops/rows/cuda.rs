@@ -65,8 +65,7 @@ pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
                     index.device_in(),
                     n,
                     m,
-                    length,
-                    0
+                    length
                 )
         );
     }

@@ -10,7 +10,7 @@ pub(super) fn scale(y: &mut Tensor, x: &Tensor, factor: f32) {
     unsafe {
         by_dtype!(
             x.dtype(),
-            scale_f32 | scale_bf16(launch, y.device_out(), x.device_in(), factor, n, 0)
+            scale_f32 | scale_bf16(launch, y.device_out(), x.device_in(), factor, n)
         );
     }
 }

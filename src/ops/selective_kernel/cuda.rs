@@ -36,7 +36,7 @@ pub(super) fn mean_gradient(dx: &mut Tensor, dg: &Tensor, dims: [usize; 3]) {
         by_dtype!(
             dg.dtype(),
             stream_mean_backward_f32
-                | stream_mean_backward_bf16(launch, dx.device_out(), dg.device_in(), pixels, c, 0)
+                | stream_mean_backward_bf16(launch, dx.device_out(), dg.device_in(), pixels, c)
         );
     }
 }
@@ -81,8 +81,7 @@ pub(super) fn select_gradient(
                     x.device_in(),
                     logits.device_in(),
                     pixels,
-                    c,
-                    0
+                    c
                 )
         );
     }

@@ -51,8 +51,7 @@ pub(super) fn backward(dx: &mut Tensor, x: &Tensor, q: &Tensor, dy: &Tensor, tem
                     dy.device_in(),
                     n,
                     k,
-                    1.0 / temperature,
-                    0
+                    1.0 / temperature
                 )
         );
     }
