@@ -44,6 +44,7 @@ fn main() {
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
+    println!("cargo::rustc-check-cfg=cfg(no_kernels)");
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -61,8 +62,10 @@ fn main() {
         }
         None => {
             println!(
-                "cargo::warning=nvcc was not found: this build has no CUDA kernels; scripts/fetch-nvcc gets one"
+                "cargo::warning=nvcc was not found: this build has no CUDA kernels and ignores the tests that need them; run scripts/fetch-nvcc"
             );
+            // Tests that need kernels carry `cfg_attr(no_kernels, ignore = ...)`, so that they are counted as ignored.
+            println!("cargo::rustc-cfg=no_kernels");
             None
         }
     };

@@ -1,7 +1,7 @@
-//! A primitive of one's own: softplus, `y = log(1 + exp(x))`, `dx = dy / (1 + exp(-x))`.
+//! A custom operation: softplus, `y = log(1 + exp(x))`, `dx = dy / (1 + exp(-x))`.
 //!
-//! It computes its value, then records what backward does. The same code, on the reference device, is checked against finite
-//! differences below, and benched.
+//! It computes its value and records its backward pass on the tape. `main` checks the gradient on the reference device against
+//! finite differences, then benchmarks the operation on the CPU.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ fn map<T: Element>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T) -> Tensor {
     out
 }
 
-/// Checks the gradient of a small layer, then measures the operation.
+/// Checks the gradient of a small layer, then benchmarks the operation.
 pub fn main() {
     let device = Device::reference();
     let mut layout = Layout::new();
@@ -59,23 +59,23 @@ pub fn main() {
         println!("dw[{i}]: recorded {gradient:.9}, finite difference {difference:.9}");
         assert!((gradient - difference).abs() < 1e-8);
     }
-    how_fast().expect("the processor does not fail");
+    benchmark().expect("the CPU does not fail");
 }
 
-/// Holds it against its floor, as `selfsup bench` holds the primitives: eight bytes an element, read and written.
-fn how_fast() -> selfsup::Result<()> {
+/// Compares its time with the roofline bound, as `selfsup bench` does for the primitives: eight bytes an element, read and written.
+fn benchmark() -> selfsup::Result<()> {
     let device = Device::cpu(0)?;
     let x = Tensor::zeros(&device, [1 << 20]);
     let arena = Arena::new(&Arc::new(Layout::new()), &device, 7);
     let mut bench = Bench::new(&device, Duration::from_millis(50))?;
     let timing = bench.measure(|| {
-        evaluate(&arena, |tape| softplus(&tape.input(&x))).expect("the processor does not fail");
+        evaluate(&arena, |tape| softplus(&tape.input(&x))).expect("the CPU does not fail");
     })?;
     let work = Work { operations: 0.0, bytes: 8.0 * x.len() as f64 };
     let share = bench.share(&work, Unit::Vector, timing.hot.median);
     let (us, chip) = (timing.hot.median * 1e6, &bench.chip().name);
     println!(
-        "softplus of 2^20: {us:.0} us, {share:.3} of the floor of {chip}: `map` is no parallel loop"
+        "softplus of 2^20: {us:.0} us, {share:.3} of the roofline of {chip}: `map` is a serial loop"
     );
     Ok(())
 }

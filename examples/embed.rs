@@ -1,6 +1,6 @@
-//! selfsup inside another program: a network, a loss of one's own and an optimiser step.
+//! selfsup embedded in another program: a network, a custom loss and an optimizer step.
 //!
-//! A ResNet learns to give two noisy copies of an image the same features, and different images different ones.
+//! A ResNet learns to map two noisy copies of an image to the same features, and different images to different ones.
 
 use std::sync::Arc;
 
@@ -36,9 +36,9 @@ pub fn main() {
     let published = ResNetConfig::named("resnet18").expect("a known name");
     let config =
         ResNetConfig { width: 8, stem: Stem::Small, zero_init_residual: true, ..published };
-    let trunk = ResNet::new(&mut layout, "", &config);
+    let backbone = ResNet::new(&mut layout, "", &config);
     let layer = MlpLayer { width: 32, bias: true, norm: NormKind::None, relu: false, std: None };
-    let head = Mlp::new(&mut layout, "head", trunk.features(), &[layer], 1);
+    let head = Mlp::new(&mut layout, "head", backbone.features(), &[layer], 1);
     let mut arena = Arena::new(&Arc::new(layout), &device, 1);
     let exclude = Exclude::Nothing;
     let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 1e-4, exclude };
@@ -47,7 +47,7 @@ pub fn main() {
     for round in 0..10 {
         let views = views(&device, round);
         let loss = step(&mut arena, |tape| {
-            let z = l2_normalize(&head.forward(trunk.forward(&tape.input(&views))));
+            let z = l2_normalize(&head.forward(backbone.forward(&tape.input(&views))));
             mean(&[nt_xent(&z, 0.1), scale(&nt_xent(&z, 0.5), 2.0)]) // any graph will do
         });
         losses.push(loss.expect("the CPU does not fail").scalar());

@@ -131,6 +131,7 @@ mod tests {
     const ROWS: [&str; 4] = ["gather_rows", "scatter_rows", "push_rows", "write_rows"];
 
     #[test]
+    #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
     fn every_kernel_has_a_case_and_every_case_its_kernels() {
         let mut launched = std::collections::BTreeSet::new();
         for dtype in [DType::Bf16, DType::F32] {
@@ -142,10 +143,6 @@ mod tests {
                 assert!(bytes >= 0.99 * case.work.bytes, "{}: moves less than it must", case.name);
                 launched.extend(case.launched.into_iter().map(|l| l.kernel));
             }
-        }
-        if RESOURCES.is_empty() {
-            println!("skipped: built without nvcc, there are no kernels to look for");
-            return;
         }
         for kernel in &launched {
             assert!(RESOURCES.iter().any(|r| r.kernel == *kernel), "there is no kernel {kernel}");

@@ -118,6 +118,7 @@ fn micro_batches_on_the_cpu_equal_those_of_the_reference() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn micro_batches_on_a_gpu_equal_those_of_the_reference() {
     let gpu = micro_batches(&gpu(Precision::F32));
     let results = compare(&gpu, &micro_batches(&Device::reference()), 1e-4);

@@ -37,6 +37,7 @@ fn every_case_runs_on_the_cpu() {
 
 /// Of the cases that launch the same kernels the first is enough.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn cases_of_all_kernels_run_on_a_gpu() {
     let mut seen = BTreeSet::new();
     for (precision, dtype) in [(Precision::Bf16, DType::Bf16), (Precision::F32, DType::F32)] {

@@ -169,6 +169,7 @@ impl Hand {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between() {
     let name = "captured::recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between";
     unchecked(name, || {
@@ -239,6 +240,7 @@ fn some_steps(
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
     unchecked(
         "captured::recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones",
@@ -263,6 +265,7 @@ fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing() {
     alone("captured::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing", |driver| {
         driver.check(false);
@@ -362,6 +365,7 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
     alone(
         "captured::a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint",
@@ -440,6 +444,7 @@ fn program(folder: &Path, out: &str, variables: &[(&str, &str)]) -> Output {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn waiting_after_each_launch_names_the_kernel_and_changes_no_bit() {
     if open().is_none() {
         println!("skipped on a real driver, which fails when it likes");

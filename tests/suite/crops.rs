@@ -61,6 +61,7 @@ fn compare(gpu: &Device, views: &[View]) -> f64 {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_makes_the_views_of_the_golden_cases() {
     let bytes = goldens();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -115,6 +116,7 @@ fn policy(size: usize, kind: usize) -> Policy {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_makes_views_of_any_size_of_images_of_any_size() {
     let gpu = gpu(Precision::Bf16);
     let images = [(1, 1), (1, 17), (40, 3), (31, 37), (97, 64)];
@@ -149,6 +151,7 @@ fn folder(root: &std::path::Path) -> Arc<dyn Source> {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_loader_gives_a_gpu_the_crops_of_the_host() {
     let root = tempfile::tempdir().unwrap();
     let scattered = Arc::new(fashion_scattered(Split::Test));
@@ -196,6 +199,7 @@ fn a_loader_gives_a_gpu_the_crops_of_the_host() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn an_evaluation_sees_the_middle_of_images_on_a_gpu_as_on_the_host() {
     let root = tempfile::tempdir().unwrap();
     let source = folder(root.path());

@@ -17,6 +17,7 @@ use crate::seeded;
 
 /// The first thing to run on a GPU: where this fails, nothing else means anything.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn conformance_of_the_device() {
     let gpu = gpu(Precision::Bf16);
     let checked = gpu.conformance().unwrap_or_else(|e| {
@@ -66,6 +67,7 @@ fn agree(
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_agrees_with_the_f64_reference_in_f32() {
     let goldens = Goldens::open("primitives");
     agree("CUDA f32 against reference", &gpu(Precision::F32), on_gpu(), |case, part| {
@@ -74,6 +76,7 @@ fn a_gpu_agrees_with_the_f64_reference_in_f32() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
     let cases = on_gpu().map(Case::rounded);
     agree("CUDA bf16 against reference", &gpu(Precision::Bf16), cases, |_, _| 1e-2);
@@ -81,6 +84,7 @@ fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
 
 /// Sums long enough to be cut into slices, in each of the three products.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn long_sums_agree_with_the_f64_reference() {
     let lines = [
         "linear n=1100 d=17 k=9 bias=1",
@@ -95,6 +99,7 @@ fn long_sums_agree_with_the_f64_reference() {
 
 /// Problems that fill a GPU with the large tiles' blocks, at few terms each; whole, and unchecked for speed.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn large_tiles_agree_with_the_f64_reference() {
     alone("cuda::large_tiles_agree_with_the_f64_reference", |driver| {
         driver.check(false);
@@ -124,6 +129,7 @@ fn large_tiles_agree_with_the_f64_reference() {
 
 /// More rows than there are groups of tiles: blocks with several tiles each way.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn groups_of_similarity_tiles_agree_with_the_f64_reference() {
     alone("cuda::groups_of_similarity_tiles_agree_with_the_f64_reference", |driver| {
         driver.check(false);
@@ -140,6 +146,7 @@ fn groups_of_similarity_tiles_agree_with_the_f64_reference() {
 
 /// Two steps that move running statistics, then an evaluation by them; the residual is the input itself.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn running_statistics_agree_with_the_f64_reference() {
     let run = |device: &Device| {
         let mut layout = Layout::new();
@@ -188,6 +195,7 @@ fn running_statistics_agree_with_the_f64_reference() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_batch_norm_whose_residual_is_its_input_adds_both_gradients() {
     let run = |device: &Device| {
         let case = case("relu n=24 c=13").rounded();
@@ -207,6 +215,7 @@ fn a_batch_norm_whose_residual_is_its_input_adds_both_gradients() {
 
 /// What comes in f32 is rounded to the type that is multiplied, and its gradient comes back in f32.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_linear_layer_takes_f32_where_weights_are_bf16() {
     let case = case("linear n=7 d=13 k=11 bias=1").rounded();
     let mut inputs = case.inputs;
@@ -222,6 +231,7 @@ fn a_linear_layer_takes_f32_where_weights_are_bf16() {
 /// Losses take f32 rows from a network of bf16, and tensor cores multiply them by two bf16 planes: 2^-17 of their errors is
 /// left, where one plane would have 2e-3 in the gradient.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn contrastive_losses_of_a_bf16_run_are_f32s_all_but() {
     let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
     for line in ["nt_xent rows=130 d=32 t=0.07", "info_nce n=65 m=257 d=17 t=0.07"] {
@@ -236,6 +246,7 @@ fn contrastive_losses_of_a_bf16_run_are_f32s_all_but() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_gives_the_same_bits_again() {
     let gpu = gpu(Precision::Bf16);
     for case in on_gpu() {
@@ -244,6 +255,7 @@ fn a_gpu_gives_the_same_bits_again() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn no_rows_are_no_special_case_on_a_gpu() {
     let lines = [
         "conv2d n=0 h=5 w=5 c=3 k=4 r=3 s=3 stride=1 pad=1",
@@ -271,6 +283,7 @@ fn no_rows_are_no_special_case_on_a_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn tensors_travel_to_a_gpu_and_back() {
     let gpu = gpu(Precision::Bf16);
     // More than a piece of pinned memory, and no multiple of one.
@@ -292,12 +305,14 @@ fn tensors_travel_to_a_gpu_and_back() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 #[should_panic(expected = "the host cannot look at a tensor on a GPU")]
 fn the_host_cannot_look_into_a_gpu() {
     let _ = Tensor::zeros(&gpu(Precision::F32), [2]).data::<f32>();
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn rows_come_to_unit_length_in_place_and_in_the_working_copy() {
     let run = |device: &Device| {
         let case = case("linear n=7 d=13 k=11 bias=0").rounded();
@@ -316,6 +331,7 @@ fn rows_come_to_unit_length_in_place_and_in_the_working_copy() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn assignments_on_a_gpu_agree_with_the_f64_reference() {
     let (gpu, reference, alone) = (gpu(Precision::Bf16), Device::reference(), Group::alone());
     let mut results = Vec::new();
@@ -339,6 +355,7 @@ fn assignments_on_a_gpu_agree_with_the_f64_reference() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn queues_on_a_gpu_take_rows_where_they_belong() {
     let gpu = gpu(Precision::Bf16);
     for (length, dtype) in [(3, DType::F32), (8, DType::Bf16), (300, DType::F32), (5, DType::Bf16)]
@@ -363,6 +380,7 @@ fn queues_on_a_gpu_take_rows_where_they_belong() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_row_that_does_not_exist_is_no_number_on_a_gpu() {
     let gpu = gpu(Precision::F32);
     let mut arena = case("relu n=3 c=2").arena(&gpu).0;
@@ -374,6 +392,7 @@ fn a_row_that_does_not_exist_is_no_number_on_a_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn without_negatives_a_query_finds_its_key_on_a_gpu() {
     let outcome = case("info_nce n=3 m=0 d=4 t=0.2").run(&gpu(Precision::F32), Route::Node);
     assert!(outcome.loss.abs() < 1e-6, "{}", outcome.loss);
@@ -381,10 +400,21 @@ fn without_negatives_a_query_finds_its_key_on_a_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 #[should_panic(expected = "max_pool: windows of 17 x 17, and on a GPU they are 16 x 16 at most")]
 fn windows_larger_than_a_byte_counts_are_refused() {
     case("max_pool n=1 h=17 w=17 c=1 size=17 stride=1 pad=0")
         .run(&gpu(Precision::F32), Route::Node);
+}
+
+/// Without kernels the tests that need them are ignored. `scripts/test` sets the variable: CI fails then.
+#[test]
+fn kernels_are_built_wherever_they_are_required() {
+    let required = std::env::var_os("SELFSUP_REQUIRE_KERNELS").is_some();
+    assert!(
+        !(required && cfg!(no_kernels)),
+        "this build has no CUDA kernels, so the tests that need them were ignored; run scripts/fetch-nvcc"
+    );
 }
 
 #[test]
@@ -395,6 +425,7 @@ fn a_gpu_that_is_not_there_is_named() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing() {
     alone("cuda::the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing", |driver| {
         let gpu = gpu(Precision::Bf16);
@@ -447,6 +478,7 @@ const OUT_OF_MEMORY: u32 = 2;
 const LAUNCH_FAILED: u32 = 719;
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
     alone("cuda::running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest", |driver| {
         let gpu = gpu(Precision::F32);
@@ -472,6 +504,7 @@ fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_kernel_that_fails_comes_out_of_the_step() {
     alone("cuda::a_kernel_that_fails_comes_out_of_the_step", |driver| {
         let gpu = gpu(Precision::F32);

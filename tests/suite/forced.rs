@@ -130,6 +130,7 @@ fn telling_steps(run: &Run) -> &'static [usize] {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
     unchecked(
         "forced::steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch",
@@ -145,6 +146,7 @@ fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
 
 /// MoCo's weights, key encoder, queue and place in it, to the last bit, whichever way.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
     unchecked("forced::a_method_with_state_moves_between_devices_by_its_checkpoint", || {
         let goldens = Goldens::open("methods");

@@ -44,6 +44,7 @@ fn unit(
 
 /// Groups of whole tiles, also in the middle of an image, take the convolution's statistics; others read its output.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_fused_batch_norm_is_the_composition() {
     alone("fused::a_fused_batch_norm_is_the_composition", |driver| {
         let gpu = gpu(Precision::Bf16);
@@ -74,6 +75,7 @@ fn a_fused_batch_norm_is_the_composition() {
 /// At a quarter of 256 pixels and an eighth of the channels, of which all that is kept is a multiple, but the images
 /// themselves.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
     alone("fused::a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu", |driver| {
         driver.check(false);

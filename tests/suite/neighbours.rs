@@ -27,6 +27,7 @@ fn features(what: &str, n: usize, d: usize, classes: usize) -> Features {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_finds_the_neighbours_that_the_cpu_finds() {
     let (cpu, gpu) = (Device::cpu(2).unwrap(), gpu(Precision::Bf16));
     // (bank, queries, d, classes, k): one of each; fewer rows than k; more classes than threads; two chunks of the bank;

@@ -118,6 +118,7 @@ fn resnets_on_the_cpu_agree_with_pytorch() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn resnets_on_a_gpu_in_f32_agree_with_pytorch() {
     unchecked("networks::resnets_on_a_gpu_in_f32_agree_with_pytorch", || {
         agree_in_f32("ResNets on CUDA in f32", &gpu(Precision::F32));

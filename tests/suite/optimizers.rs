@@ -134,6 +134,7 @@ fn every_rule_on_the_cpu_moves_weights_as_its_published_code_does() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
     for precision in [Precision::F32, Precision::Bf16] {
         let gpu = gpu(precision);
@@ -147,6 +148,7 @@ fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
 
 /// One launch for SGD, two for LARS, and the bf16 working copy is written along.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_on_a_gpu_is_one_launch_or_two() {
     alone("optimizers::a_step_on_a_gpu_is_one_launch_or_two", |driver| {
         let gpu = gpu(Precision::Bf16);
@@ -187,6 +189,7 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
 
 /// More chunks than one, the last one short; and four times a quarter of the rate, which is the rate.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
     for (name, rule) in rules() {
         let moved = |device: &Device, times: f64| {
@@ -259,6 +262,7 @@ fn the_other_rule_for_a_gradient_of_zero_is_caught() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn the_momentum_update_averages_every_parameter_and_no_statistic() {
     for (device, tolerance) in [
         (Device::reference().poisoned(), 1e-15),

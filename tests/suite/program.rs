@@ -164,6 +164,7 @@ fn with_gpu(folder: &Path, words: &[&str]) -> Output {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     let folder = tempfile::tempdir().unwrap();
     // Without --device it is the GPU, for there is one.
@@ -203,6 +204,7 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn the_demo_runs_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     // The probe's 4,500 steps on raw pixels are what takes long.
@@ -216,6 +218,7 @@ fn the_demo_runs_on_a_gpu() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_in_f32_trains_to_the_weights_of_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     let weights = |device| {

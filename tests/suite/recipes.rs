@@ -97,6 +97,7 @@ fn every_recipe_runs_two_steps_at_reduced_width() {
 
 /// The small ones, which have every method, and one with selective kernels.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
         let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";

@@ -168,6 +168,7 @@ fn every_step_of_simclr_on_the_cpu_from_the_golden_state_agrees_with_pytorch() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch() {
     unchecked(
         "steps::every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch",
@@ -179,6 +180,7 @@ fn every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch() {
 /// tensor of gradients can be held to an op's tolerance (`audit.rs` does that layer by layer). The yardstick here is the
 /// reference itself with nothing but its weights rounded to bf16; what each layer errs by is printed beside it.
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_of_simclr_in_bf16_is_audited_layer_by_layer() {
     /// Images, activations and gradients are rounded as well as weights, each of them once a layer.
     const TIMES: f64 = 3.0;

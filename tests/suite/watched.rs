@@ -133,6 +133,7 @@ fn a_trace_has_the_phases_and_operations_of_its_steps() {
 }
 
 #[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_trace_has_a_gpus_kernels_by_its_own_clock() {
     let root = tempfile::tempdir().unwrap();
     let words = [
