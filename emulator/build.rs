@@ -1,6 +1,6 @@
-//! Compiles the engine, and every kernel file twice for the host: plain, and instrumented for the shadow memory. Each
-//! result is a shared object of its own, so that its thread-local segment is the static shared memory of its kernels;
-//! the driver carries them all inside.
+//! Compiles the engine, and compiles every kernel file for the host twice: plain, and instrumented for the shadow memory.
+//! Each result is a separate shared object, so that its thread-local segment is the static shared memory of its kernels.
+//! The driver embeds all of them.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
@@ -27,11 +27,11 @@ const BOTH: &[&str] = &[
 
 const PLAIN: &[&str] = &["-O3"];
 
-/// Callbacks before every access, and no optimisation that would merge or split accesses, or hide that a static is
-/// addressable.
+/// Callbacks before every access, and no optimisation that merges or splits accesses, or that hides a static's address
+/// from them.
 const CHECKED: &[&str] = &[
     "-O1",
-    "-g1", // reports name lines
+    "-g1", // for line numbers in reports
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-vectorize",
@@ -42,11 +42,12 @@ const CHECKED: &[&str] = &[
     "-fno-ipa-reference",
 ];
 
-/// A kernel file and what to make of it.
+/// A kernel file.
 struct Source {
     path: PathBuf,
     /// Part of the product, not of the driver's own tests.
     shipped: bool,
+    /// Name and launch bounds (threads per block) of each kernel.
     kernels: Vec<(String, String)>,
 }
 
@@ -127,10 +128,10 @@ fn main() {
             pair[0],
             pair[1],
         )
-        .expect("a string takes it");
+        .expect("writing to a string succeeds");
     }
     table.push_str("];\n");
-    fs::write(out.join("files.rs"), table).expect("OUT_DIR can be written");
+    fs::write(out.join("files.rs"), table).expect("OUT_DIR is writable");
 }
 
 fn stem(path: &Path) -> String {
@@ -148,7 +149,7 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     all
 }
 
-/// Name and bounds of each `KERNEL [BOUNDS(threads)] void name(` line.
+/// Name and launch bounds of each `KERNEL [BOUNDS(threads)] void name(` line.
 fn entry_points(text: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for line in text.lines().filter_map(|line| line.strip_prefix("KERNEL ")) {
@@ -158,13 +159,13 @@ fn entry_points(text: &str) -> Vec<(String, String)> {
         };
         let name =
             rest.strip_prefix("void ").and_then(|r| r.split_once('(')).expect("KERNEL void name(");
-        let threads = bounds.split(',').next().expect("one at least");
+        let threads = bounds.split(',').next().expect("at least one bound");
         found.push((name.0.trim().to_owned(), threads.trim().to_owned()));
     }
     found
 }
 
-/// The shared object of one kernel file; one that was made from the same text and flags is taken as it is.
+/// Compiles one kernel file to a shared object, or reuses the one built from the same text and flags.
 fn compile(
     compiler: &Path,
     source: &Source,
@@ -178,7 +179,7 @@ fn compile(
     wrapper.push_str("static constexpr standin::Entry ENTRIES[] = {\n");
     for (name, bounds) in &source.kernels {
         writeln!(wrapper, "    standin::entry<{name}>(\"{name}\", {bounds}),")
-            .expect("a string takes it");
+            .expect("writing to a string succeeds");
     }
     wrapper.push_str("};\nSTANDIN_LIBRARY(ENTRIES)\n");
     let flags: Vec<&str> =
@@ -193,7 +194,7 @@ fn compile(
         return object;
     }
     let cpp = object.with_extension("cpp");
-    fs::write(&cpp, wrapper).expect("OUT_DIR can be written");
+    fs::write(&cpp, wrapper).expect("OUT_DIR is writable");
     let unfinished = object.with_extension("part");
     let status = Command::new(compiler)
         .args(flags)
@@ -203,11 +204,11 @@ fn compile(
         .arg("-o")
         .arg(&unfinished)
         .arg(&cpp)
-        // Callbacks are defined in the library itself; the sanitizer's runtime stays out.
+        // The library defines the callbacks itself, so the sanitizer's runtime is not linked.
         .args(["-nostdlib", "-lstdc++", "-lm", "-lc"])
         .status()
         .expect("the C++ compiler starts");
     assert!(status.success(), "{} does not compile for the host", source.path.display());
-    fs::rename(&unfinished, &object).expect("OUT_DIR can be written");
+    fs::rename(&unfinished, &object).expect("OUT_DIR is writable");
     object
 }

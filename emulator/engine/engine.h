@@ -1,4 +1,4 @@
-// The engine: runs one launch at a time, on the calling thread.
+// The engine runs one launch at a time, on the calling thread.
 #pragma once
 
 #include <string>
@@ -12,21 +12,21 @@ namespace standin {
 struct Block;
 struct Warp;
 
-/// An asynchronous copy that has been issued and not yet landed.
+/// An asynchronous copy that has been issued but has not landed yet.
 struct Copy {
     void* shared;
     const void* source;
     unsigned group, bytes;
 };
 
-struct Thread : Place {
-    Block* of;
+struct Thread : ThreadContext {
+    Block* owner;
     Warp* warp;
-    void* sp;       // where it continues
+    void* sp;       // where it resumes
     unsigned rank;  // within the block
     unsigned id;    // within the launch
     bool done;
-    // While it waits in a collective:
+    // Valid while it waits in a collective:
     unsigned mask;
     int line;
     Complete complete;
@@ -42,17 +42,16 @@ struct Warp {
     uint32_t ordered;  // time of the last __syncwarp
 };
 
-/// What is known of four bytes of memory: who touched them since what is ordered before everything that runs
-/// now.
+/// The last accesses to four bytes of memory that are not yet ordered before all running threads.
 struct Cell {
-    struct Touch {
+    struct LastAccess {
         uint32_t time, thread;
         uint8_t bytes, access;
-    } touches[4];
+    } accesses[4];
 };
 
-/// Shadow of a range of memory; one state byte and one cell for each four bytes. The low half of a state says
-/// which bytes are initialised, the high half which may be touched at all.
+/// Shadow of a memory range: one state byte and one cell for every four bytes. The low half of a state marks
+/// the initialised bytes, the high half the accessible bytes.
 struct Shadow {
     const char* base;
     size_t size;
@@ -61,7 +60,7 @@ struct Shadow {
 };
 
 struct Block {
-    Index index, size;
+    Dim3 index, size;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Thread*> ready;
@@ -69,8 +68,8 @@ struct Block {
     unsigned started, live, at_barrier, vote, votes;
     int barrier_line;
     uint32_t ordered;                // time of the block's start or last barrier
-    std::vector<char> dynamic;       // dynamic shared memory, with room behind it
-    std::vector<char> kept;          // static shared memory while another block uses the segment
+    std::vector<char> dynamic;       // dynamic shared memory, with padding after it
+    std::vector<char> saved_static;  // static shared memory while another block uses the segment
     std::vector<uint8_t> states[2];  // shadow of static and of dynamic shared memory
     std::vector<Cell> cells[2];
 };
@@ -86,26 +85,26 @@ struct Loaded {
 struct Launch {
     const Loaded* loaded;
     const Entry* entry;
-    Index grid, block;
+    Dim3 grid, block;
     unsigned shared;
     void** arguments;
     bool cooperative, checked;
     uint64_t seed;
 };
 
-/// Everything that runs; one launch at a time, guarded by the driver's lock.
+/// State of the running launch, guarded by the driver's lock.
 struct Engine {
     const Launch* launch;
     Thread* current;
-    Block* resident;  // whose static shared memory is in the segment
-    std::vector<Block*> alive;
+    Block* resident;  // the block whose static shared memory is in the segment
+    std::vector<Block*> active;
     std::vector<Block> pool;
     Stacks stacks;
-    void* main;     // context of the caller
-    void* spent;    // stack of a fiber that has ended and is still stood on
-    char* segment;  // static shared memory of this host thread
+    void* main;            // context of the caller
+    void* finished_stack;  // stack of a finished fiber that is still in use
+    char* segment;         // static shared memory of this host thread
     unsigned at_grid_barrier, live;
-    uint32_t time;     // grows at every event that orders memory
+    uint32_t time;     // increases at every event that orders memory
     uint32_t ordered;  // time of the launch's start or last grid barrier
     uint64_t random;
     std::string error;
@@ -120,17 +119,16 @@ extern Engine engine;
 [[noreturn]] void fail(const std::string& what);
 /// "kernel `x`, block (0, 0, 0), thread (3, 0, 0)" of a thread.
 std::string name_of(const Thread& thread);
-unsigned ranks(const Index& size);
+unsigned ranks(const Dim3& size);
 
-/// " (file:line)" of an address in a library's code, the innermost of inlined functions first; empty if
-/// unknown.
+/// " (file:line)" of an address in a library's code, the innermost inlined function first; empty if unknown.
 std::string source_of(const Loaded& loaded, const void* code);
 
 /// Shadow memory (shadow.cpp).
 void shadow_launch_start();
 void shadow_block_start(Block& block);
 void shadow_access(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
-/// Bytes of the running block's shared memory count as not written.
-void shadow_unwritten(const void* at, size_t size);
+/// Marks bytes of the running block's shared memory as unwritten.
+void shadow_mark_unwritten(const void* at, size_t size);
 
 }  // namespace standin

@@ -32,18 +32,18 @@ standin_switch:
 )");
 #else
 #error \
-    "the stand-in driver switches contexts on x86-64 only; add the callee-saved registers of this machine here"
+    "the stand-in driver switches contexts on x86-64 only; add this architecture's callee-saved registers here"
 #endif
 
 namespace standin {
 
-// At the far end of each stack: a thread that overran it is told so instead of corrupting its neighbour
-// unseen.
+// Lies at the far end of each stack, so that a stack overflow is reported instead of silently corrupting the
+// neighbouring stack.
 static constexpr uint64_t CANARY = 0x5e1f50b57acce55eull;
 
 void* Stacks::start(void (*entry)()) {
     if (!base_) {
-        void* at = mmap(nullptr, SIZE * MOST, PROT_READ | PROT_WRITE,
+        void* at = mmap(nullptr, SIZE * MAX_COUNT, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) std::perror("stand-in driver: stacks"), std::abort();
         base_ = static_cast<char*>(at);
@@ -53,20 +53,20 @@ void* Stacks::start(void (*entry)()) {
         low = free_.back();
         free_.pop_back();
     } else {
-        if (used_ == MOST)
-            std::fprintf(stderr, "stand-in driver: too many threads alive at once\n"), std::abort();
+        if (used_ == MAX_COUNT)
+            std::fprintf(stderr, "stand-in driver: too many concurrent threads\n"), std::abort();
         low = base_ + SIZE * used_++;
         *reinterpret_cast<uint64_t*>(low) = CANARY;
     }
-    // Stacks that start at the same offset of a page share the same few cache sets; spread them.
+    // Stacks that start at the same page offset compete for the same few cache sets, so spread them.
     size_t colour = (static_cast<size_t>(low - base_) / SIZE % 61) * 64;
     auto top = reinterpret_cast<void**>(low + SIZE - 64 - colour);
-    *--top = nullptr;  // a return address for `entry`, which keeps its frame aligned as after a call
+    *--top = nullptr;  // a return address for `entry`, so that its frame is aligned as after a call
     *--top = reinterpret_cast<void*>(entry);
-    return top - 6;  // six registers of any value
+    return top - 6;  // six registers with arbitrary values
 }
 
-void Stacks::give_back(void* sp) {
+void Stacks::release(void* sp) {
     size_t index = static_cast<size_t>(static_cast<char*>(sp) - base_) / SIZE;
     char* low = base_ + SIZE * index;
     if (*reinterpret_cast<uint64_t*>(low) != CANARY) {

@@ -1,5 +1,5 @@
-// Fibers: a stack and a saved stack pointer. A switch saves what the System V ABI says a callee keeps, and no
-// more.
+// Fibers: a stack and a saved stack pointer. A switch saves only the registers that are callee-saved in the
+// System V ABI.
 #pragma once
 
 #include <cstddef>
@@ -7,23 +7,22 @@
 
 namespace standin {
 
-/// Saves the running context in `*from` and continues the one saved in `to`.
+/// Saves the running context in `*from` and resumes the one saved in `to`.
 extern "C" __attribute__((visibility("hidden"))) void standin_switch(void** from, void* to);
 
-/// Stacks of one size in one reserved range, handed out again and again. The system gives pages as they are
-/// touched.
+/// A pool of stacks of one size in one reserved range. The system commits pages on first use.
 class Stacks {
   public:
     static constexpr size_t SIZE = 64 << 10;
-    static constexpr size_t MOST = 1 << 17;
+    static constexpr size_t MAX_COUNT = 1 << 17;
 
-    /// A context that calls `entry` when first switched to; `entry` must not return.
+    /// Returns a context that calls `entry` when first resumed; `entry` must not return.
     void* start(void (*entry)());
-    /// Takes back the stack that holds `sp`.
-    void give_back(void* sp);
-    /// All stacks are free again, whatever stands on them.
+    /// Returns the stack that contains `sp` to the pool.
+    void release(void* sp);
+    /// Returns all stacks to the pool, whatever runs on them.
     void reset();
-    bool holds(const void* at) const { return at >= base_ && at < base_ + SIZE * MOST; }
+    bool holds(const void* at) const { return at >= base_ && at < base_ + SIZE * MAX_COUNT; }
 
   private:
     char* base_ = nullptr;

@@ -1,4 +1,4 @@
-// Loads kernel libraries, which travel inside the driver: each is the shared object of one `.cu` file.
+// Loads the kernel libraries embedded in the driver: each is the shared object of one `.cu` file.
 #include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 
 namespace standin {
 
-/// Fills in where `library` lies, when `info` is the object that holds it.
+/// Fills in the position of the library if `info` is the object that contains it.
 static int locate(dl_phdr_info* info, size_t, void* loaded_) {
     auto* loaded = static_cast<Loaded*>(loaded_);
     auto at = reinterpret_cast<const char*>(loaded->library);
@@ -37,7 +37,7 @@ std::string source_of(const Loaded& loaded, const void* code) {
     auto at = static_cast<const char*>(code);
     if (at < loaded.image || at >= loaded.image_end) return "";
     char command[120], line[512];
-    // One byte back: a return address is behind the call, which may be the last of its line.
+    // Minus one byte: a return address follows the call, which may be the last instruction of its line.
     std::snprintf(command, sizeof command, "addr2line -i -e /proc/%d/fd/%d %#tx 2>/dev/null", getpid(),
                   loaded.file, at - loaded.image - 1);
     FILE* lines = popen(command, "r");
@@ -56,7 +56,7 @@ std::string source_of(const Loaded& loaded, const void* code) {
 
 extern "C" {
 
-/// Loads a kernel library from memory; it stays for the life of the process.
+/// Loads a kernel library from memory. It is never unloaded.
 __attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const char* name, const void* bytes,
                                                                          size_t size) {
     int file = memfd_create(name, MFD_CLOEXEC);
@@ -74,8 +74,8 @@ __attribute__((visibility("hidden"))) const standin::Loaded* engine_load(const c
     }
     auto* loaded = new standin::Loaded{library, 0, 0, nullptr, nullptr, file};
     dl_iterate_phdr(standin::locate, loaded);
-    // The file stays open: another one under the same number would be taken for this one, which is loaded by
-    // that name.
+    // The file stays open. If its descriptor were reused, the loader would take the next library for this
+    // one, because both would have the same path.
     return loaded;
 }
 

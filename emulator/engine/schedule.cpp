@@ -1,6 +1,6 @@
-// The scheduler. A fiber runs threads one after another until one parks; that one keeps the stack, and
-// another fiber goes on with the rest. Threads that never park thus cost no switch. Who continues is drawn at
-// random from the seed.
+// The scheduler. A fiber runs threads one after another until one parks; that thread keeps the stack, and
+// another fiber continues with the rest. Threads that never park cost no context switch. The next thread is
+// drawn at random from the seed.
 #include "engine.h"
 
 #include <pthread.h>
@@ -14,9 +14,9 @@ namespace standin {
 
 Engine engine;
 
-unsigned ranks(const Index& size) { return size.x * size.y * size.z; }
+unsigned ranks(const Dim3& size) { return size.x * size.y * size.z; }
 
-static Index unrank(unsigned rank, const Index& size) {
+static Dim3 unrank(unsigned rank, const Dim3& size) {
     return {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
 }
 
@@ -28,8 +28,8 @@ std::string name_of(const Thread& t) {
     return text;
 }
 
-/// Leaves the launch for good: parked fibers are dropped where they stand.
-static void leave() {
+/// Abandons the launch: parked fibers are dropped.
+static void abandon_launch() {
     void* nowhere;
     standin_switch(&nowhere, engine.main);
     __builtin_unreachable();
@@ -37,38 +37,37 @@ static void leave() {
 
 void fail(const std::string& what) {
     engine.error = name_of(*engine.current) + ": " + what;
-    leave();
+    abandon_launch();
     __builtin_unreachable();
 }
 
-/// A plain kernel that touches what is not mapped, or a vector that is not aligned, ends as an error, not as
-/// a crash.
+/// Turns an access to unmapped memory or a misaligned vector access of a plain kernel into an error instead
+/// of a crash.
 static pthread_t host_thread;
 static struct sigaction before_fault;
 
 static void on_fault(int signal, siginfo_t* info, void*) {
     if (engine.current && pthread_equal(host_thread, pthread_self())) {
         char text[120];
-        // A misaligned vector access has no address to show.
-        std::snprintf(text, sizeof text,
-                      "touches what is no memory of the device, or is misaligned (address %p)",
+        // A misaligned vector access reports no address.
+        std::snprintf(text, sizeof text, "accesses unmapped device memory, or is misaligned (address %p)",
                       info->si_addr);
         fail(text);
     }
     sigaction(signal, &before_fault,
-              nullptr);  // not a kernel's: the access is made again, for the handler before
+              nullptr);  // not a kernel's: the access is retried under the previous handler
 }
 
-/// Catches faults while it lives.
-struct Faults {
-    Faults() {
+/// Catches faults during its lifetime.
+struct FaultHandler {
+    FaultHandler() {
         host_thread = pthread_self();
         struct sigaction action{};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_NODEFER;  // `fail` does not return from the handler
         sigaction(SIGSEGV, &action, &before_fault);
     }
-    ~Faults() {
+    ~FaultHandler() {
         engine.current = nullptr;
         sigaction(SIGSEGV, &before_fault, nullptr);
     }
@@ -76,15 +75,15 @@ struct Faults {
 
 static void set_current(Thread* t) {
     engine.current = t;
-    *engine.launch->loaded->library->here = t;
+    *engine.launch->loaded->library->context = t;
 }
 
-/// Makes `block` the one whose static shared memory is in the segment.
+/// Swaps the static shared memory of `block` into the segment.
 static void make_resident(Block* block) {
     if (engine.resident == block) return;
     size_t size = engine.launch->loaded->tls_size;
-    if (engine.resident) std::memcpy(engine.resident->kept.data(), engine.segment, size);
-    std::memcpy(engine.segment, block->kept.data(), size);
+    if (engine.resident) std::memcpy(engine.resident->saved_static.data(), engine.segment, size);
+    std::memcpy(engine.segment, block->saved_static.data(), size);
     engine.resident = block;
 }
 
@@ -92,32 +91,32 @@ static bool has_work(const Block& b) { return !b.ready.empty() || b.started < b.
 
 static void run_threads();
 
-/// Says why nothing can run.
+/// Reports why no thread can run.
 static void deadlock() {
-    for (Block* b : engine.alive)
+    for (Block* b : engine.active)
         for (Thread& t : b->threads)
             if (!t.done) {
                 engine.current = &t;
                 if (b->at_barrier)
                     fail("deadlock: some threads wait at the barrier in line " +
-                         std::to_string(b->barrier_line) + ", others will never come: divergent barrier");
+                         std::to_string(b->barrier_line) +
+                         ", which the others never reach: divergent barrier");
                 if (engine.at_grid_barrier)
-                    fail("deadlock: some threads wait at a grid-wide barrier that others never reach");
+                    fail("deadlock: some threads wait at a grid-wide barrier that the others never reach");
                 fail("deadlock: lanes wait in the warp collective in line " + std::to_string(t.line) +
-                     " for lanes that never come");
+                     " for lanes that never arrive");
             }
-    leave();
+    abandon_launch();
 }
 
-/// Continues some thread that can run, or the caller if all are done. `from` is where the running context is
-/// saved.
+/// Resumes a thread that can run, or the caller if all are done. The running context is saved in `from`.
 static void run_another(void** from) {
     Block* b = engine.resident;
     if (!has_work(*b)) {
         b = nullptr;
-        size_t n = engine.alive.size(), first = n > 1 ? engine.next_random() % n : 0;
+        size_t n = engine.active.size(), first = n > 1 ? engine.next_random() % n : 0;
         for (size_t i = 0; i < n && !b; i++) {
-            Block* other = engine.alive[(first + i) % n];
+            Block* other = engine.active[(first + i) % n];
             if (has_work(*other)) b = other;
         }
         if (!b) {
@@ -137,31 +136,31 @@ static void run_another(void** from) {
     standin_switch(from, t->sp);
 }
 
-/// A stack can be reused only when nobody stands on it any more.
-static void collect_spent() {
-    if (engine.spent) engine.stacks.give_back(engine.spent), engine.spent = nullptr;
+/// Returns the stack of a finished fiber to the pool, now that it is no longer in use.
+static void release_finished_stack() {
+    if (engine.finished_stack) engine.stacks.release(engine.finished_stack), engine.finished_stack = nullptr;
 }
 
 static void park() {
     Thread* t = engine.current;
     run_another(&t->sp);
-    collect_spent();
+    release_finished_stack();
 }
 
 static void thread_ends(Thread& t) {
     t.done = true;
-    Block& b = *t.of;
+    Block& b = *t.owner;
     b.live--;
     engine.live--;
-    if (!t.copies.empty()) fail("ends with asynchronous copies that nobody waited for");
+    if (!t.copies.empty()) fail("returns with asynchronous copies that were never waited for");
     if (b.at_barrier)
         fail("returns while other threads wait at the barrier in line " + std::to_string(b.barrier_line) +
              ": divergent barrier");
 }
 
-/// What a fiber does: threads of the resident block until none is left to start.
+/// The body of a fiber: runs threads of the resident block until all have started.
 static void run_threads() {
-    collect_spent();
+    release_finished_stack();
     Block* b = engine.resident;
     while (b->started < b->order.size()) {
         Thread& t = b->threads[b->order[b->started++]];
@@ -169,25 +168,24 @@ static void run_threads() {
         engine.launch->entry->call(engine.launch->arguments);
         thread_ends(t);
         b = engine.resident;
-        // Threads that others wait for come first now and then, or a barrier would always find them in
-        // starting order.
+        // Occasionally resume parked threads first, or threads would always pass a barrier in starting order.
         if (!b->ready.empty() && (engine.next_random() & 3) == 0) break;
     }
     void* end;
-    engine.spent = __builtin_frame_address(0);
+    engine.finished_stack = __builtin_frame_address(0);
     run_another(&end);
     __builtin_unreachable();
 }
 
 static unsigned barrier(int line, unsigned vote) {
     Thread& t = *engine.current;
-    Block& b = *t.of;
+    Block& b = *t.owner;
     if (b.at_barrier && b.barrier_line != line)
-        fail("is at the barrier in line " + std::to_string(line) + " while others wait in line " +
+        fail("waits at the barrier in line " + std::to_string(line) + " while others wait in line " +
              std::to_string(b.barrier_line) + ": divergent barrier");
     if (b.live != b.threads.size())
-        fail("is at the barrier in line " + std::to_string(line) +
-             " that other threads of the block have returned without: divergent barrier");
+        fail("waits at the barrier in line " + std::to_string(line) +
+             ", but other threads of the block have returned: divergent barrier");
     b.barrier_line = line;
     b.vote += vote;
     if (++b.at_barrier < b.live) {
@@ -203,13 +201,13 @@ static unsigned barrier(int line, unsigned vote) {
 }
 
 static void grid_barrier(int line) {
-    if (!engine.launch->cooperative) fail("a grid-wide barrier in a launch that is not cooperative");
+    if (!engine.launch->cooperative) fail("uses a grid-wide barrier in a launch that is not cooperative");
     Thread& t = *engine.current;
     t.line = line;
     if (++engine.at_grid_barrier < engine.live) return park();
     engine.at_grid_barrier = 0;
     engine.ordered = ++engine.time;
-    for (Block* b : engine.alive)
+    for (Block* b : engine.active)
         for (Thread& other : b->threads)
             if (!other.done && &other != &t) b->ready.push_back(&other);
 }
@@ -218,7 +216,7 @@ static void collective(unsigned mask, int line, Complete complete, void* argumen
     Thread& t = *engine.current;
     Warp& w = *t.warp;
     mask &= w.lanes_present;
-    if (!(mask >> t.lane & 1)) fail("calls a warp collective whose mask leaves it out");
+    if (!(mask >> t.lane & 1)) fail("calls a warp collective whose mask excludes it");
     t.mask = mask, t.line = line, t.complete = complete, t.argument = argument;
     w.waiting |= 1u << t.lane;
     if ((w.waiting & mask) != mask) return park();
@@ -228,27 +226,27 @@ static void collective(unsigned mask, int line, Complete complete, void* argumen
         const Thread& other = *w.lanes[lane];
         if (other.mask != mask || other.complete != complete || other.line != line)
             fail("is in the warp collective in line " + std::to_string(line) + " while lane " +
-                 std::to_string(lane) + " is in another, in line " + std::to_string(other.line));
+                 std::to_string(lane) + " is in a different one in line " + std::to_string(other.line));
         arguments[lane] = other.argument;
     }
     w.waiting &= ~mask;
     complete(arguments, mask);
     if (orders) w.ordered = ++engine.time;
     for (unsigned lane = 0; lane < 32; lane++)
-        if (mask >> lane & 1 && lane != t.lane) t.of->ready.push_back(w.lanes[lane]);
+        if (mask >> lane & 1 && lane != t.lane) t.owner->ready.push_back(w.lanes[lane]);
 }
 
 static void copy_issue(void* shared, const void* source, unsigned bytes) {
     Thread& t = *engine.current;
     if (engine.launch->checked) {
-        // The hardware may write at once: whoever still reads the place races with it.
+        // The hardware may write at once, so a thread that still reads the destination races with it.
         shadow_access(shared, bytes, WRITE, bytes, nullptr);
-        shadow_unwritten(shared, bytes);
+        shadow_mark_unwritten(shared, bytes);
         if (source) shadow_access(source, bytes, READ, bytes, nullptr);
     } else if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(source)) % bytes) {
-        fail("an asynchronous copy from or to an address that is no multiple of its size");
+        fail("makes an asynchronous copy from or to an address that is not a multiple of its size");
     }
-    std::memset(shared, 0xff, bytes);  // until it lands, whoever reads the place finds NaN
+    std::memset(shared, 0xff, bytes);  // until the copy lands, the destination reads as NaN
     t.copies.push_back({shared, source, t.group, bytes});
 }
 
@@ -272,10 +270,10 @@ static void fail_with(const char* what) { fail(what); }
 static const Runtime RUNTIME = {barrier,     grid_barrier, collective, copy_issue,
                                 copy_commit, copy_wait,    fail_with,  shadow_access};
 
-static bool same(const Index& a, const Index& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
+static bool same(const Dim3& a, const Dim3& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 
-/// Lays the block out and forgets what the one before it in the same place did.
-static void set_up(Block& b, unsigned rank, const Launch& l) {
+/// Initialises the block, and clears the state of the block that used the slot before.
+static void init_block(Block& b, unsigned rank, const Launch& l) {
     unsigned n = ranks(l.block);
     if (!same(b.size, l.block)) {
         b.size = l.block;
@@ -298,65 +296,65 @@ static void set_up(Block& b, unsigned rank, const Launch& l) {
     auto dynamic =
         reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 255) & ~uintptr_t{255});
     std::memset(b.dynamic.data(), 0xff, b.dynamic.size());
-    // Warps start in random order, and lanes in one of 32 random orders: cheaper than a shuffle, and as
-    // unforeseeable.
-    unsigned turn = static_cast<unsigned>(engine.next_random());
-    unsigned whole = n / 32 * 32, first = whole ? turn / 32 % (whole / 32) : 0;
+    // Warps start from a random one, and lanes in one of 32 random orders: cheaper than a shuffle, and as
+    // unpredictable.
+    unsigned pick = static_cast<unsigned>(engine.next_random());
+    unsigned full = n / 32 * 32, first = full ? pick / 32 % (full / 32) : 0;
     for (unsigned i = 0; i < n; i++) {
         Thread& t = b.threads[i];
         t.block = b.index, t.grid_dim = l.grid, t.shared = dynamic;
-        t.of = &b, t.warp = &b.warps[i / 32];
+        t.owner = &b, t.warp = &b.warps[i / 32];
         t.id = rank * n + i;
         t.done = false, t.line = 0, t.group = 0;
         t.copies.clear();
         t.warp->lanes[t.lane] = &t;
-        unsigned other = i + first * 32 < whole ? i + first * 32 : i + first * 32 - whole;
-        b.order[i] = i < whole ? other ^ turn % 32 : i;
+        unsigned other = i + first * 32 < full ? i + first * 32 : i + first * 32 - full;
+        b.order[i] = i < full ? other ^ pick % 32 : i;
     }
     for (Warp& w : b.warps) w.waiting = 0, w.ordered = b.ordered, w.lanes_present = ~0u;
     if (n % 32) b.warps.back().lanes_present = (1u << n % 32) - 1;
     if (l.checked) shadow_block_start(b);
 }
 
-/// Runs the blocks that are alive until all their threads are done, or one fails.
-static void run_alive() {
+/// Runs the active blocks until all their threads are done, or one fails.
+static void run_active() {
     engine.live = engine.at_grid_barrier = 0;
-    for (Block* b : engine.alive) engine.live += b->live;
-    engine.resident = engine.alive[0];
+    for (Block* b : engine.active) engine.live += b->live;
+    engine.resident = engine.active[0];
     run_another(&engine.main);
-    collect_spent();
+    release_finished_stack();
 }
 
 static void run(const Launch& l) {
     engine.launch = &l;
     engine.error.clear();
     engine.random = l.seed * 0x9e3779b97f4a7c15ull | 1;
-    engine.spent = nullptr;
+    engine.finished_stack = nullptr;
     if (l.checked) shadow_launch_start();
     engine.ordered = ++engine.time;
     *l.loaded->library->runtime = &RUNTIME;
     size_t size = l.loaded->tls_size;
     engine.segment = nullptr;
     if (size) {
-        l.loaded->library->own_memory();
+        l.loaded->library->allocate_tls();
         size_t at[2] = {l.loaded->tls_module, 0};
         engine.segment = static_cast<char*>(__tls_get_addr(at));
     }
-    Faults faults;
+    FaultHandler fault_handler;
     unsigned blocks = ranks(l.grid);
-    unsigned together = l.cooperative ? blocks : 1;
-    if (engine.pool.size() < together) engine.pool.resize(together);
+    unsigned concurrent = l.cooperative ? blocks : 1;
+    if (engine.pool.size() < concurrent) engine.pool.resize(concurrent);
     unsigned first = static_cast<unsigned>(engine.next_random() % blocks);
-    engine.alive.clear();
-    for (unsigned i = 0; i < together; i++) engine.alive.push_back(&engine.pool[i]);
-    for (unsigned done = 0; done < blocks && engine.error.empty(); done += together) {
-        for (unsigned i = 0; i < together; i++) {
+    engine.active.clear();
+    for (unsigned i = 0; i < concurrent; i++) engine.active.push_back(&engine.pool[i]);
+    for (unsigned done = 0; done < blocks && engine.error.empty(); done += concurrent) {
+        for (unsigned i = 0; i < concurrent; i++) {
             Block& b = engine.pool[i];
-            set_up(b, (first + done + i) % blocks, l);
-            if (together > 1) b.kept.assign(size, static_cast<char>(0xff));
+            init_block(b, (first + done + i) % blocks, l);
+            if (concurrent > 1) b.saved_static.assign(size, static_cast<char>(0xff));
         }
         if (size) std::memset(engine.segment, 0xff, size);
-        run_alive();
+        run_active();
     }
     if (!engine.error.empty()) engine.stacks.reset();
 }
@@ -365,7 +363,7 @@ static void run(const Launch& l) {
 
 extern "C" {
 
-/// Runs a launch to its end. Returns null, or what went wrong; the text is valid until the next launch.
+/// Runs a launch to completion. Returns null, or the error, whose text is valid until the next launch.
 __attribute__((visibility("hidden"))) const char* engine_run(const standin::Launch* launch) {
     standin::run(*launch);
     return standin::engine.error.empty() ? nullptr : standin::engine.error.c_str();

@@ -1,6 +1,6 @@
-// Shadow memory of the instrumented build: every access to device and shared memory arrives here with address
-// and size, and is held against what the memory is and who touched it since the last barrier that orders the
-// two.
+// Shadow memory of the instrumented build. Every access to device and shared memory arrives here with address
+// and size. It is checked against the state of the memory and against other threads' accesses since the last
+// barrier that orders the two.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -10,7 +10,7 @@
 
 namespace standin {
 
-static Shadow device;  // the range that all device and pinned memory comes from
+static Shadow device;  // the address range of all device and pinned memory
 
 static void* reserve(size_t size) {
     void* at =
@@ -38,10 +38,10 @@ static void mark(const Shadow& s, const char* at, size_t size, uint8_t state) {
 
 void shadow_launch_start() {
     size_t size = device.size / 4 * sizeof(Cell);
-    // Twelve times the range: only where instrumented kernels run.
+    // Twelve times the size of the range, so reserved only when instrumented kernels run.
     if (!device.cells) device.cells = static_cast<Cell*>(reserve(size));
     if (engine.time < 1u << 31) return;
-    // Times would run out: all that was touched is long ordered.
+    // The clock would overflow. All earlier accesses are ordered by now, so forget them.
     madvise(device.cells, size, MADV_DONTNEED);
     engine.time = 0;
 }
@@ -55,10 +55,10 @@ void shadow_block_start(Block& b) {
     mark(shared_shadow(b, true), static_cast<const char*>(b.threads[0].shared), engine.launch->shared, 0xf0);
 }
 
-void shadow_unwritten(const void* at, size_t size) {
+void shadow_mark_unwritten(const void* at, size_t size) {
     auto p = static_cast<const char*>(at);
     for (bool dynamic : {false, true}) {
-        Shadow s = shared_shadow(*engine.current->of, dynamic);
+        Shadow s = shared_shadow(*engine.current->owner, dynamic);
         if (p >= s.base && p < s.base + s.size) mark(s, p, size, 0xf0);
     }
 }
@@ -69,11 +69,11 @@ static const char* verb(unsigned access) {
 
 extern "C" void standin_describe(const void* at, char* text, size_t size);
 
-/// "writes 4 bytes at <where>: <what>" ends the launch.
+/// Fails the launch with "writes 4 bytes at <where>: <what>".
 [[noreturn]] static void report(const void* at, size_t size, unsigned access, const void* code,
                                 const std::string& what) {
     char where[256];
-    Block& b = *engine.current->of;
+    Block& b = *engine.current->owner;
     ptrdiff_t in_static = static_cast<const char*>(at) - engine.segment;
     ptrdiff_t in_dynamic = static_cast<const char*>(at) - static_cast<const char*>(b.threads[0].shared);
     if (engine.segment && in_static >= 0 &&
@@ -87,27 +87,27 @@ extern "C" void standin_describe(const void* at, char* text, size_t size);
          source_of(*engine.launch->loaded, code));
 }
 
-/// Whether a barrier stands between an earlier touch and the running thread.
-static bool ordered(const Cell::Touch& touch, const Thread& t, unsigned block_size) {
-    if (touch.time < engine.ordered) return true;
+/// Whether a barrier orders an earlier access before the running thread.
+static bool ordered(const Cell::LastAccess& earlier, const Thread& t, unsigned block_size) {
+    if (earlier.time < engine.ordered) return true;
     unsigned first = t.id - t.rank;
-    if (touch.thread - first >= block_size) return false;
-    return touch.time < t.of->ordered ||
-           ((touch.thread - first) / 32 == t.rank / 32 && touch.time < t.warp->ordered);
+    if (earlier.thread - first >= block_size) return false;
+    return earlier.time < t.owner->ordered ||
+           ((earlier.thread - first) / 32 == t.rank / 32 && earlier.time < t.warp->ordered);
 }
 
-static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size,
+static void track(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, const void* at, size_t size,
                   const void* code) {
-    unsigned block_size = static_cast<unsigned>(t.of->threads.size());
-    Cell::Touch* slot = nullptr;
-    for (Cell::Touch& other : cell.touches) {
+    unsigned block_size = static_cast<unsigned>(t.owner->threads.size());
+    Cell::LastAccess* slot = nullptr;
+    for (Cell::LastAccess& other : cell.accesses) {
         bool old = other.access == 0 || ordered(other, t, block_size);
         if (old) {
             if (!slot) slot = &other;
             continue;
         }
         if (other.thread == t.id) {
-            // One's own write says more than one's later read of it.
+            // A thread's own write implies more conflicts than its later read, so it is kept.
             if (other.bytes == bytes && (access & WRITE || other.access & WRITE || other.access == access))
                 access |= other.access & WRITE, slot = &other;
             continue;
@@ -116,18 +116,18 @@ static void touch(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, c
             other.bytes & bytes && (access | other.access) & WRITE && !(access & other.access & ATOMIC);
         if (conflict) {
             unsigned block = other.thread / block_size, rank = other.thread % block_size;
-            const Index& g = engine.launch->grid;
-            const Index& n = engine.launch->block;
+            const Dim3& g = engine.launch->grid;
+            const Dim3& n = engine.launch->block;
             char text[200];
             std::snprintf(
                 text, sizeof text,
-                "race: thread (%u, %u, %u) of block (%u, %u, %u) %s it too, and no barrier stands between",
+                "race: thread (%u, %u, %u) of block (%u, %u, %u) %s them too, with no barrier in between",
                 rank % n.x, rank / n.x % n.y, rank / n.x / n.y, block % g.x, block / g.x % g.y,
                 block / g.x / g.y, verb(other.access));
             report(at, size, access, code, text);
         }
     }
-    if (!slot) slot = &cell.touches[engine.next_random() % 4];
+    if (!slot) slot = &cell.accesses[engine.next_random() % 4];
     *slot = {engine.time, t.id, bytes, static_cast<uint8_t>(access)};
 }
 
@@ -136,12 +136,12 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
     if (engine.stacks.holds(at)) return;
     Thread& t = *engine.current;
     Shadow s = device;
-    if (p < s.base || p >= s.base + s.size) s = shared_shadow(*t.of, false);
-    if (p < s.base || p >= s.base + s.size) s = shared_shadow(*t.of, true);
+    if (p < s.base || p >= s.base + s.size) s = shared_shadow(*t.owner, false);
+    if (p < s.base || p >= s.base + s.size) s = shared_shadow(*t.owner, true);
     if (p < s.base || p >= s.base + s.size) {
         const Loaded& l = *engine.launch->loaded;
         if (p >= l.image && p < l.image_end) return;  // constants of the kernel library
-        report(at, size, access, code, "no memory of the device");
+        report(at, size, access, code, "unmapped device memory");
     }
     if (alignment && reinterpret_cast<uintptr_t>(at) % alignment)
         report(at, size, access, code, "misaligned, not a multiple of " + std::to_string(alignment));
@@ -154,7 +154,7 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
         if ((state >> 4 & bytes) != bytes) report(at, size, access, code, "out of bounds");
         if (access & (READ | ATOMIC) && (state & bytes) != bytes)
             report(at, size, access, code, "uninitialised");
-        touch(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size, code);
+        track(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size, code);
         if (access & WRITE) state |= static_cast<uint8_t>(bytes);
     }
 }
@@ -163,19 +163,18 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
 
 extern "C" {
 
-/// The range that device memory will come from.
+/// Sets the address range of device memory.
 __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_t size) {
     using namespace standin;
     device = {base, size, static_cast<uint8_t*>(reserve(size / 4)), nullptr};
 }
 
-/// Bytes of device memory become `state` (see `Shadow`).
+/// Sets the state of bytes of device memory (see `Shadow`).
 __attribute__((visibility("hidden"))) void engine_mark(const char* at, size_t size, uint8_t state) {
     standin::mark(standin::device, at, size, state);
 }
 
-/// The first of these bytes of device memory that nobody has written, counted from `at`; `size` if there is
-/// none.
+/// Returns the offset from `at` of the first unwritten byte of device memory; `size` if all are written.
 __attribute__((visibility("hidden"))) size_t engine_first_unwritten(const char* at, size_t size) {
     using standin::device;
     for (size_t i = 0; i < size; i++) {

@@ -1,5 +1,5 @@
-// CUDA's names for the host compiler: what `kernels/*.cu` are compiled against in place of CUDA's headers.
-// Only what kernels use is here; a missing name is a compile error, and is added then.
+// CUDA's names for the host compiler. `kernels/*.cu` are compiled with this file in place of CUDA's headers.
+// It defines only what the kernels use; a missing name is a compile error, so add it then.
 #pragma once
 
 #include <bit>
@@ -13,49 +13,48 @@
 
 #if defined(__SANITIZE_THREAD__)
 #define STANDIN_CHECKED 1
-// Accesses of the machinery itself are not the kernel's.
-#define STANDIN_PLUMBING __attribute__((no_sanitize("thread"), noinline))
+// The implementation's own accesses are not the kernel's, so they are not instrumented.
+#define STANDIN_INTERNAL __attribute__((no_sanitize("thread"), noinline))
 #else
 #define STANDIN_CHECKED 0
-#define STANDIN_PLUMBING __attribute__((always_inline))
+#define STANDIN_INTERNAL __attribute__((always_inline))
 #endif
 
 namespace standin {
-inline __attribute__((visibility("hidden"))) Place* here;
+inline __attribute__((visibility("hidden"))) ThreadContext* context;
 inline __attribute__((visibility("hidden"))) const Runtime* runtime;
 
-STANDIN_PLUMBING inline const Place& place() { return *here; }
-STANDIN_PLUMBING inline Index thread_index() { return here->thread; }
-STANDIN_PLUMBING inline Index block_index() { return here->block; }
-STANDIN_PLUMBING inline Index block_size() { return here->block_dim; }
-STANDIN_PLUMBING inline Index grid_size() { return here->grid_dim; }
-STANDIN_PLUMBING inline unsigned lane() { return here->lane; }
-STANDIN_PLUMBING inline void* dynamic_shared() { return here->shared; }
+STANDIN_INTERNAL inline Dim3 thread_index() { return context->thread; }
+STANDIN_INTERNAL inline Dim3 block_index() { return context->block; }
+STANDIN_INTERNAL inline Dim3 block_size() { return context->block_dim; }
+STANDIN_INTERNAL inline Dim3 grid_size() { return context->grid_dim; }
+STANDIN_INTERNAL inline unsigned lane() { return context->lane; }
+STANDIN_INTERNAL inline void* dynamic_shared() { return context->shared; }
 
-/// The compiler must not carry memory in registers over a point where other threads run.
+/// Keeps the compiler from caching memory in registers across a point where other threads run.
 inline void memory_clobber() { asm volatile("" ::: "memory"); }
 
-STANDIN_PLUMBING inline unsigned barrier(int line, unsigned vote) {
+STANDIN_INTERNAL inline unsigned barrier(int line, unsigned vote) {
     memory_clobber();
     unsigned votes = runtime->barrier(line, vote);
     memory_clobber();
     return votes;
 }
 
-STANDIN_PLUMBING inline void collective(unsigned mask, int line, Complete complete, void* argument,
+STANDIN_INTERNAL inline void collective(unsigned mask, int line, Complete complete, void* argument,
                                         bool orders) {
     memory_clobber();
     runtime->collective(mask, line, complete, argument, orders);
     memory_clobber();
 }
 
-STANDIN_PLUMBING inline void grid_barrier(int line) {
+STANDIN_INTERNAL inline void grid_barrier(int line) {
     memory_clobber();
     runtime->grid_barrier(line);
     memory_clobber();
 }
 
-[[noreturn]] STANDIN_PLUMBING inline void fail(const char* what) { runtime->fail(what); }
+[[noreturn]] STANDIN_INTERNAL inline void fail(const char* what) { runtime->fail(what); }
 }  // namespace standin
 
 #define __global__
@@ -101,7 +100,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
     return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 
-// Arithmetic. Approximate functions are exact here: nobody may count on their error.
+// Arithmetic. Approximate functions are exact here, so no kernel may rely on their error.
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
@@ -110,7 +109,7 @@ inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
-// The _rn forms are those that the compiler must not contract into a fused multiply-add.
+// The compiler must not contract the _rn forms into a fused multiply-add.
 __attribute__((optimize("fp-contract=off"), noinline)) inline float __fmul_rn(float x, float y) {
     return x * y;
 }
@@ -155,7 +154,8 @@ void __stcs(T* at, T value) {
     *at = value;
 }
 
-// Block and warp. The default argument is the line of the call: what a divergent barrier is named by.
+// Block and warp. The default argument is the line of the call, which identifies a divergent barrier in
+// reports.
 
 inline void __syncthreads(int line = __builtin_LINE()) { standin::barrier(line, 0); }
 inline int __syncthreads_count(int vote, int line = __builtin_LINE()) {
@@ -171,7 +171,7 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { standin::fail("trap"); }
 
-STANDIN_PLUMBING inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
+STANDIN_INTERNAL inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
     standin::collective(mask, line, [](void* const*, unsigned) {}, nullptr, true);
 }
 
@@ -179,11 +179,11 @@ namespace standin {
 template <typename T>
 struct Shuffle {
     T value, result;
-    int source;  // lane; a lane outside the mask leaves the value undefined, here NaN
+    int source;  // lane; from a lane outside the mask the value is undefined, here NaN
 };
 
 template <typename T>
-STANDIN_PLUMBING inline void complete_shuffle(void* const* lanes, unsigned mask) {
+STANDIN_INTERNAL inline void complete_shuffle(void* const* lanes, unsigned mask) {
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
         auto* lane = static_cast<Shuffle<T>*>(lanes[i]);
@@ -193,7 +193,7 @@ STANDIN_PLUMBING inline void complete_shuffle(void* const* lanes, unsigned mask)
 }
 
 template <typename T>
-STANDIN_PLUMBING inline T shuffle(unsigned mask, T value, int source, int line) {
+STANDIN_INTERNAL inline T shuffle(unsigned mask, T value, int source, int line) {
     Shuffle<T> argument{value, value, source};
     collective(mask, line, complete_shuffle<T>, &argument, false);
     return argument.result;
@@ -203,7 +203,7 @@ struct Vote {
     unsigned mine, all;
 };
 
-STANDIN_PLUMBING inline void complete_vote(void* const* lanes, unsigned mask) {
+STANDIN_INTERNAL inline void complete_vote(void* const* lanes, unsigned mask) {
     unsigned all = 0;
     for (int i = 0; i < 32; i++)
         if (mask >> i & 1 && static_cast<Vote*>(lanes[i])->mine) all |= 1u << i;
@@ -212,48 +212,49 @@ STANDIN_PLUMBING inline void complete_vote(void* const* lanes, unsigned mask) {
 }
 }  // namespace standin
 
-/// `width` lanes form a group; what falls outside of one's group is one's own value.
+/// `width` lanes form a group; what falls outside a lane's group is the lane's own value.
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_sync(unsigned mask, T v, int from, int width = 32,
+STANDIN_INTERNAL inline T __shfl_sync(unsigned mask, T v, int from, int width = 32,
                                       int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane());
     return standin::shuffle(mask, v, (lane & ~(width - 1)) + (from & (width - 1)), line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32,
+STANDIN_INTERNAL inline T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32,
                                           int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane ^ with;
     return standin::shuffle(mask, v, from >= (lane & ~(width - 1)) + width ? lane : from, line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_down_sync(unsigned mask, T v, int by, int width = 32,
+STANDIN_INTERNAL inline T __shfl_down_sync(unsigned mask, T v, int by, int width = 32,
                                            int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane + by;
     return standin::shuffle(mask, v, from >= (lane & ~(width - 1)) + width ? lane : from, line);
 }
 template <typename T>
-STANDIN_PLUMBING inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32,
+STANDIN_INTERNAL inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32,
                                          int line = __builtin_LINE()) {
     int lane = static_cast<int>(standin::lane()), from = lane - by;
     return standin::shuffle(mask, v, from < (lane & ~(width - 1)) ? lane : from, line);
 }
-STANDIN_PLUMBING inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+STANDIN_INTERNAL inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
     standin::Vote argument{vote != 0, 0};
     standin::collective(mask, line, standin::complete_vote, &argument, false);
     return argument.all;
 }
-STANDIN_PLUMBING inline int __any_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+STANDIN_INTERNAL inline int __any_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
     return __ballot_sync(mask, vote, line) != 0;
 }
-STANDIN_PLUMBING inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+STANDIN_INTERNAL inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
     return __ballot_sync(mask, !vote, line) == 0;
 }
 
-// Atomics: threads of a launch take turns, so a plain update is one; the shadow memory must know.
+// Atomics. Threads of a launch never run in parallel, so a plain update is atomic, but the shadow memory must
+// know.
 
 namespace standin {
 template <typename T, typename F>
-STANDIN_PLUMBING inline T update(T* at, F next) {
+STANDIN_INTERNAL inline T update(T* at, F next) {
 #if STANDIN_CHECKED
     runtime->access(at, sizeof(T), ATOMIC | WRITE, sizeof(T), __builtin_return_address(0));
 #endif
@@ -266,7 +267,7 @@ STANDIN_PLUMBING inline T update(T* at, F next) {
 
 #define STANDIN_ATOMIC(name, expression)                                    \
     template <typename T>                                                   \
-    STANDIN_PLUMBING inline T name(T* at, std::type_identity_t<T> v) {      \
+    STANDIN_INTERNAL inline T name(T* at, std::type_identity_t<T> v) {      \
         return standin::update(at, [v](T old) -> T { return expression; }); \
     }
 STANDIN_ATOMIC(atomicAdd, old + v)
@@ -276,6 +277,6 @@ STANDIN_ATOMIC(atomicExch, v)
 STANDIN_ATOMIC(atomicOr, old | v)
 #undef STANDIN_ATOMIC
 template <typename T>
-STANDIN_PLUMBING inline T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
+STANDIN_INTERNAL inline T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
     return standin::update(at, [=](T old) { return old == expected ? v : old; });
 }

@@ -1,6 +1,6 @@
-// What the functions of kernels/ptx.cuh mean, from the fragment layouts of the PTX ISA (9.7.14: matrix
-// multiply-accumulate, ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` lane % 4,
-// as that text calls them.
+// Host implementations of the functions of kernels/ptx.cuh, from the fragment layouts of the PTX ISA (9.7.14:
+// matrix multiply-accumulate, ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` is
+// lane % 4, as in that text.
 #pragma once
 
 #include "cuda_on_host.h"
@@ -15,9 +15,9 @@ struct Mma {
 inline float low_bf16(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 inline float high_bf16(unsigned pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 
-/// d[16][8] += a[16][K] b[K][8] with the operands of all lanes laid out plainly.
+/// d[16][8] += a[16][K] b[K][8], with the operands of all lanes gathered into matrices.
 template <int K>
-STANDIN_PLUMBING inline void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+STANDIN_INTERNAL inline void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
     // d0 d1: row group; d2 d3: row group + 8; columns 2 in_group and the next.
     auto element = [&](int lane, int i) -> float& { return static_cast<Mma*>(lanes[lane])->d[i]; };
     float d[16][8];
@@ -30,15 +30,15 @@ STANDIN_PLUMBING inline void multiply(void* const* lanes, const float (&a)[16][K
         for (int i = 0; i < 4; i++) element(lane, i) = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-STANDIN_PLUMBING inline void complete_mma_bf16(void* const* lanes, unsigned mask) {
-    if (mask != ~0u) fail("mma by less than a whole warp");
+STANDIN_INTERNAL inline void complete_mma_bf16(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("mma by a partial warp");
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++) {
         auto* m = static_cast<const Mma*>(lanes[lane]);
         int group = lane / 4, in_group = lane % 4;
         for (int i = 0; i < 4; i++) {
-            // a0: row group, a1: row group + 8, both in columns 2 in_group; a2, a3: the same, eight columns
-            // on.
+            // a0: row group, a1: row group + 8, both in columns 2 in_group; a2, a3: the same rows, eight
+            // columns further.
             int row = group + i % 2 * 8, column = in_group * 2 + i / 2 * 8;
             a[row][column] = low_bf16(m->a[i]);
             a[row][column + 1] = high_bf16(m->a[i]);
@@ -52,8 +52,8 @@ STANDIN_PLUMBING inline void complete_mma_bf16(void* const* lanes, unsigned mask
     multiply(lanes, a, b);
 }
 
-STANDIN_PLUMBING inline void complete_mma_tf32(void* const* lanes, unsigned mask) {
-    if (mask != ~0u) fail("mma by less than a whole warp");
+STANDIN_INTERNAL inline void complete_mma_tf32(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("mma by a partial warp");
     // The hardware reads a float's upper 19 bits.
     auto tf32 = [](unsigned x) { return std::bit_cast<float>(x & 0xffffe000u); };
     float a[16][8], b[8][8];
@@ -66,7 +66,7 @@ STANDIN_PLUMBING inline void complete_mma_tf32(void* const* lanes, unsigned mask
     multiply(lanes, a, b);
 }
 
-/// Eight rows of 16 bytes each are an 8 x 8 matrix of 2-byte elements; lane i gives the address of row i % 8
+/// Eight rows of 16 bytes form an 8 x 8 matrix of 2-byte elements; lane i provides the address of row i % 8
 /// of matrix i / 8.
 struct LoadMatrix {
     unsigned* r;
@@ -74,8 +74,8 @@ struct LoadMatrix {
 };
 
 template <int COUNT, bool TRANSPOSED>
-STANDIN_PLUMBING inline void complete_ldmatrix(void* const* lanes, unsigned mask) {
-    if (mask != ~0u) fail("ldmatrix by less than a whole warp");
+STANDIN_INTERNAL inline void complete_ldmatrix(void* const* lanes, unsigned mask) {
+    if (mask != ~0u) fail("ldmatrix by a partial warp");
     for (int matrix = 0; matrix < COUNT; matrix++) {
         uint16_t m[8][8];
         for (int row = 0; row < 8; row++)
@@ -89,10 +89,10 @@ STANDIN_PLUMBING inline void complete_ldmatrix(void* const* lanes, unsigned mask
 }
 
 template <int COUNT, bool TRANSPOSED>
-STANDIN_PLUMBING inline void ldmatrix(unsigned* r, const void* row, int line) {
+STANDIN_INTERNAL inline void ldmatrix(unsigned* r, const void* row, int line) {
     bool used = lane() < COUNT * 8;
     if (used && reinterpret_cast<uintptr_t>(row) % 16)
-        fail("ldmatrix from an address that is no multiple of 16");
+        fail("ldmatrix from an address that is not a multiple of 16");
 #if STANDIN_CHECKED
     if (used) runtime->access(row, 16, READ, 16, __builtin_return_address(0));
 #endif
@@ -100,7 +100,7 @@ STANDIN_PLUMBING inline void ldmatrix(unsigned* r, const void* row, int line) {
     collective(~0u, line, complete_ldmatrix<COUNT, TRANSPOSED>, &argument, false);
 }
 
-STANDIN_PLUMBING inline void mma(Complete complete, float* d, const unsigned* a, const unsigned* b,
+STANDIN_INTERNAL inline void mma(Complete complete, float* d, const unsigned* a, const unsigned* b,
                                  int line) {
     Mma argument{d, a, b};
     collective(~0u, line, complete, &argument, false);
@@ -132,17 +132,17 @@ inline void ldmatrix_x2(unsigned (&r)[2], const void* row, int line = __builtin_
 inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) {
     standin::ldmatrix<2, true>(r, row, line);
 }
-STANDIN_PLUMBING inline void cp_async_16(void* shared, const void* global, bool valid) {
+STANDIN_INTERNAL inline void cp_async_16(void* shared, const void* global, bool valid) {
     standin::runtime->copy_issue(shared, valid ? global : nullptr, 16);
     standin::memory_clobber();
 }
-STANDIN_PLUMBING inline void cp_async_8(void* shared, const void* global, bool valid) {
+STANDIN_INTERNAL inline void cp_async_8(void* shared, const void* global, bool valid) {
     standin::runtime->copy_issue(shared, valid ? global : nullptr, 8);
     standin::memory_clobber();
 }
-STANDIN_PLUMBING inline void cp_async_commit() { standin::runtime->copy_commit(); }
+STANDIN_INTERNAL inline void cp_async_commit() { standin::runtime->copy_commit(); }
 template <int GROUPS_LEFT>
-STANDIN_PLUMBING inline void cp_async_wait() {
+STANDIN_INTERNAL inline void cp_async_wait() {
     standin::memory_clobber();
     standin::runtime->copy_wait(GROUPS_LEFT);
     standin::memory_clobber();

@@ -1,5 +1,5 @@
-// The seam between kernels compiled for the host and the engine that runs them. Kernel code sees `here` and
-// `runtime`; the engine sees `Library`. Everything else is private to one side.
+// The interface between kernels compiled for the host and the engine that runs them. Kernel code sees
+// `context` and `runtime`; the engine sees `Library`. Everything else is private to one side.
 #pragma once
 
 #include <cstddef>
@@ -7,39 +7,41 @@
 
 namespace standin {
 
-struct Index {
+struct Dim3 {
     unsigned x, y, z;
 };
 
-/// What the running CUDA thread sees of where it is.
-struct Place {
-    Index thread, block, block_dim, grid_dim;
+/// The position of the running CUDA thread.
+struct ThreadContext {
+    Dim3 thread, block, block_dim, grid_dim;
     unsigned lane;
     void* shared;  // dynamic shared memory of the block
 };
 
 enum Access : unsigned { READ = 1, WRITE = 2, ATOMIC = 4 };
 
-/// What `complete` of a warp collective gets: the argument of each lane of `mask`, which it reads and writes.
+/// Completes a warp collective. It reads and writes the argument of each lane of `mask`.
 using Complete = void (*)(void* const* lanes, unsigned mask);
 
-/// What kernel code may ask of the engine. All calls are made by the running thread.
+/// The engine's functions for kernel code. The running thread makes all calls.
 struct Runtime {
-    /// Parks until every thread of the block is here, at the same source line; sums `vote` over them.
+    /// Parks until every thread of the block has arrived at the same source line; returns the sum of `vote`.
     unsigned (*barrier)(int line, unsigned vote);
-    /// Parks until every block of a cooperative launch is here.
+    /// Parks until every block of a cooperative launch has arrived.
     void (*grid_barrier)(int line);
-    /// Parks until every lane of `mask` is here with the same `complete` and line, which then runs once for
-    /// all. `orders_memory` is what __syncwarp promises and shuffles do not.
+    /// Parks until every lane of `mask` has arrived with the same `complete` and line; `complete` then runs
+    /// once for all. `orders_memory` is set by __syncwarp, which orders memory, and not by shuffles, which do
+    /// not.
     void (*collective)(unsigned mask, int line, Complete complete, void* argument, bool orders_memory);
-    /// Asynchronous copy of 8 or 16 bytes to shared memory (zeros without `source`); lands in `copy_wait`.
+    /// Issues an asynchronous copy of 8 or 16 bytes to shared memory (zeros if `source` is null); it lands in
+    /// `copy_wait`.
     void (*copy_issue)(void* shared, const void* source, unsigned bytes);
     void (*copy_commit)();
     void (*copy_wait)(unsigned groups_left);
-    /// Ends the launch with a message.
+    /// Fails the launch with a message.
     [[noreturn]] void (*fail)(const char* what);
-    /// An access to memory, in the instrumented build; `alignment` 0 asks for none. `code` is where it is
-    /// made.
+    /// Checks a memory access, in the instrumented build; `alignment` 0 requires none. `code` is the address
+    /// of the access.
     void (*access)(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
 };
 
@@ -52,16 +54,16 @@ struct Entry {
     void (*call)(void** arguments);
     const Parameter* parameters;
     int count;
-    int bounds;  // most threads a block may have
+    int bounds;  // maximum number of threads per block
 };
 
-/// What a kernel library exports under the name `standin_library`.
+/// Exported by each kernel library under the name `standin_library`.
 struct Library {
-    Place** here;
+    ThreadContext** context;
     const Runtime** runtime;
     const Entry* entries;
     size_t count;
-    void* (*own_memory)();  // touches the calling thread's static shared memory so that it exists
+    void* (*allocate_tls)();  // accesses the calling thread's static shared memory, which allocates it
 };
 
 }  // namespace standin

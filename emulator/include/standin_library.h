@@ -1,5 +1,5 @@
-// Stands behind each `.cu` file in its kernel library: the table of its kernels and, in the instrumented
-// build, the callbacks that the compiler puts before every access.
+// Follows each `.cu` file in its kernel library: the table of its kernels and, in the instrumented build, the
+// callbacks that the compiler inserts before every access.
 #pragma once
 
 #include <utility>
@@ -8,8 +8,8 @@
 
 namespace standin {
 
-/// How to call a kernel from the array of pointers to arguments that a launch gets, and where each argument
-/// lies in the device's parameter block: one behind the other, each at a multiple of its size.
+/// Calls a kernel with a launch's array of pointers to arguments, and computes the offset of each argument in
+/// the device's parameter block: in order, each at a multiple of its size.
 template <auto KERNEL_FUNCTION>
 struct Call;
 
@@ -18,10 +18,10 @@ struct Call<F> {
     static constexpr int COUNT = sizeof...(A);
 
     template <size_t... I>
-    STANDIN_PLUMBING static void with(void** arguments, std::index_sequence<I...>) {
+    STANDIN_INTERNAL static void with(void** arguments, std::index_sequence<I...>) {
         F(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
     }
-    STANDIN_PLUMBING static void with_all(void** arguments) {
+    STANDIN_INTERNAL static void with_all(void** arguments) {
         with(arguments, std::index_sequence_for<A...>{});
     }
     static void call(void** arguments) { with_all(arguments); }
@@ -48,8 +48,8 @@ constexpr Entry entry(const char* name, int bounds) {
     return {name, C::call, C::TABLE.of, C::COUNT, bounds};
 }
 
-/// In the segment of static shared memory, so that it can be found.
-inline thread_local char own_memory_mark;
+/// A marker in the segment of static shared memory, for finding the segment.
+inline thread_local char tls_marker;
 }  // namespace standin
 
 #if STANDIN_CHECKED
@@ -87,7 +87,7 @@ STANDIN_HIDDEN void __tsan_write_range(void* at, size_t size) {
 #endif
 
 #define STANDIN_LIBRARY(entries)                                                              \
-    static void* own_memory() { return &standin::own_memory_mark; }                           \
+    static void* allocate_tls() { return &standin::tls_marker; }                              \
     extern "C" __attribute__((visibility("default"))) const standin::Library standin_library; \
-    const standin::Library standin_library = {&standin::here, &standin::runtime, entries,     \
-                                              sizeof(entries) / sizeof(entries[0]), own_memory};
+    const standin::Library standin_library = {&standin::context, &standin::runtime, entries,  \
+                                              sizeof(entries) / sizeof(entries[0]), allocate_tls};

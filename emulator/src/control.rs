@@ -1,4 +1,4 @@
-//! The calls that only this driver has; a test finds them with `dlsym`. Names are C strings.
+//! Calls that only this driver has; a test finds them with `dlsym`. Names are C strings.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::sync::OnceLock;
@@ -10,28 +10,28 @@ unsafe fn text(name: *const c_char) -> String {
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }
 
-/// How often something happened: a driver call by its name without version suffix (`cuMemAlloc`), `kernel:NAME`,
+/// Returns how often an event happened: a driver call by its name without version suffix (`cuMemAlloc`), `kernel:NAME`,
 /// `allocations` (of any kind), `waits` (calls that make the host wait).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn standin_count(what: *const c_char) -> u64 {
     let what = unsafe { text(what) };
-    with(|driver| driver.counted(&what))
+    with(|driver| driver.count_of(&what))
 }
 
-/// All counts become zero.
+/// Resets all counts to zero.
 #[unsafe(no_mangle)]
-pub extern "C" fn standin_forget_counts() {
-    with(|driver| driver.forget_counts());
+pub extern "C" fn standin_reset_counts() {
+    with(|driver| driver.reset_counts());
 }
 
-/// Makes the `nth` call from now of that name answer `code`; `kernel:NAME` and `kernel` fail when they run.
+/// Makes the `nth` call of that name from now return `code`; `kernel:NAME` and `kernel` fail when the kernel runs.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn standin_fail(call: *const c_char, nth: u64, code: c_uint) {
     let call = unsafe { text(call) };
     with(|driver| driver.fail(&call, nth.max(1), Code(code)));
 }
 
-/// Chooses the build of the kernels: 0 plain, 1 instrumented.
+/// Selects the build of the kernels: 0 plain, 1 instrumented.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_check(checked: c_int) {
     with(|driver| {
@@ -46,25 +46,25 @@ pub extern "C" fn standin_seed(seed: u64) {
     with(|driver| driver.random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
 }
 
-/// 1 runs all work when it is queued, 0 when it is waited for.
+/// 1 runs work when it is queued, 0 when the host waits for it.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_eager(eager: c_int) {
     with(|driver| driver.eager = eager != 0);
 }
 
-/// What the last violation or injected fatal failure was, empty if none; valid until the next one.
+/// Returns the report of the last violation or injected fatal failure, empty if none; valid until the next one.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_last_report() -> *const c_char {
     with(|driver| driver.report.as_ptr())
 }
 
-/// Forgets errors, faults, captures and queued work, as a new process would; memory stays.
+/// Clears errors, injected faults, captures and queued work, as a new process would; memory stays allocated.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_recover() {
     with(|driver| driver.recover());
 }
 
-/// Names of the product's kernels, a line each.
+/// Returns the names of the product's kernels, one per line.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_kernels() -> *const c_char {
     static NAMES: OnceLock<CString> = OnceLock::new();
@@ -72,12 +72,12 @@ pub extern "C" fn standin_kernels() -> *const c_char {
         let shipped = engine::FILES.iter().filter(|file| file.shipped);
         let mut names: Vec<&str> = shipped.flat_map(|file| file.kernels).copied().collect();
         names.sort_unstable();
-        CString::new(names.join("\n")).expect("names hold no zero")
+        CString::new(names.join("\n")).expect("kernel names contain no NUL")
     });
     list.as_ptr()
 }
 
-/// Live allocations of the device.
+/// Returns the number of live device allocations.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_live_allocations() -> usize {
     with(|driver| driver.memory().live())

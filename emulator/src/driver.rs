@@ -1,5 +1,5 @@
-//! The state behind the calls, and what every call has in common: it is counted, a test can make it fail, and after an
-//! error that the device does not survive it answers that error.
+//! The driver's state, and the behaviour common to all calls: each call is counted, a test can make it fail, and after a
+//! fatal error it returns that error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::env;
@@ -17,10 +17,10 @@ pub(crate) struct Code(pub u32);
 macro_rules! codes {
     ($($name:ident = $code:literal, $driver:literal, $text:literal;)*) => {
         impl Code {
-            $(#[allow(dead_code)] // some are only named
+            $(#[allow(dead_code)] // some codes are only named
             pub const $name: Code = Code($code);)*
         }
-        /// Name and description of each code, as the driver gives them.
+        /// Code, name and description, as the driver returns them.
         pub(crate) static CODES: &[(u32, &std::ffi::CStr, &std::ffi::CStr)] = &[$(($code, $driver, $text)),*];
     };
 }
@@ -58,12 +58,12 @@ codes! {
     UNKNOWN = 999, c"CUDA_ERROR_UNKNOWN", c"unknown error";
 }
 
-pub(crate) type Answer<T = ()> = Result<T, Code>;
+pub(crate) type CallResult<T = ()> = Result<T, Code>;
 
-/// A call that is to fail.
+/// An injected failure.
 struct Fault {
     call: String,
-    /// 1 fails the next one.
+    /// Calls until it fails; 1 fails the next one.
     after: u64,
     code: Code,
 }
@@ -75,11 +75,11 @@ pub(crate) struct Driver {
     pub captures: HashMap<usize, Capture>,
     /// Graphs and executable graphs.
     pub graphs: HashMap<usize, Arc<Vec<Work>>>,
-    /// Functions handed out, by handle, and the dynamic shared memory each was allowed.
+    /// Functions by handle, each with its limit of dynamic shared memory.
     pub functions: HashMap<usize, (&'static Kernel, u32)>,
     pub handles: HashMap<&'static str, usize>,
     next_handle: usize,
-    /// Instrumented kernels run in place of plain ones.
+    /// Whether instrumented kernels run instead of plain ones.
     pub checked: bool,
     pub eager: bool,
     pub random: u64,
@@ -91,25 +91,30 @@ pub(crate) struct Driver {
 
 static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(|| Mutex::new(Driver::from_environment()));
 
-/// Runs a call of this name. Names are counted without the driver's version suffix.
-pub(crate) fn call(name: &str, survives: bool, body: impl FnOnce(&mut Driver) -> Answer) -> u32 {
+/// Runs a driver call. It is counted under its name without the version suffix; `survives` says that it works after a fatal
+/// error.
+pub(crate) fn call(
+    name: &str,
+    survives: bool,
+    body: impl FnOnce(&mut Driver) -> CallResult,
+) -> u32 {
     let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
     let base = base_name(name);
     driver.count(base);
-    let answer = match driver.sticky {
+    let result = match driver.sticky {
         Some(code) if !survives => Err(code),
         _ => match driver.fault(base) {
             Some(code) if code.is_fatal() => {
-                Err(driver.stick(code, format!("{base}: an injected failure")))
+                Err(driver.set_sticky(code, format!("{base}: an injected failure")))
             }
             Some(code) => Err(code),
             None => body(&mut driver),
         },
     };
-    answer.err().map_or(0, |code| code.0)
+    result.err().map_or(0, |code| code.0)
 }
 
-/// Runs what is not a driver call.
+/// Runs `body` on the driver's state, outside any driver call.
 pub(crate) fn with<R>(body: impl FnOnce(&mut Driver) -> R) -> R {
     body(&mut DRIVER.lock().unwrap_or_else(PoisonError::into_inner))
 }
@@ -123,7 +128,7 @@ pub(crate) fn base_name(name: &str) -> &str {
 }
 
 impl Code {
-    /// Whether the device answers nothing else after it.
+    /// Whether every later call returns it too.
     fn is_fatal(self) -> bool {
         matches!(self.0, 46 | 214 | 700 | 702..=719 | 999)
     }
@@ -134,7 +139,7 @@ impl Driver {
         let number = |name: &str| {
             env::var(name)
                 .ok()
-                .map(|v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is no number")))
+                .map(|v| v.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {v}")))
         };
         let mut driver = Self {
             memory: None,
@@ -156,7 +161,7 @@ impl Driver {
             counts: HashMap::new(),
             faults: Vec::new(),
         };
-        // NAME:NTH:CODE, several with commas between.
+        // NAME:NTH:CODE, separated by commas.
         for fault in env::var("SELFSUP_STAND_IN_FAIL").iter().flat_map(|v| v.split(',')) {
             let mut parts = fault.rsplitn(3, ':');
             let code = parts.next().and_then(|c| c.parse().ok());
@@ -169,7 +174,7 @@ impl Driver {
         driver
     }
 
-    /// The device's memory; 2 GiB unless SELFSUP_STAND_IN_MEMORY says otherwise, in bytes.
+    /// The device's memory: SELFSUP_STAND_IN_MEMORY bytes, or 2 GiB by default.
     pub fn memory(&mut self) -> &mut Memory {
         self.memory.get_or_insert_with(|| {
             let total = env::var("SELFSUP_STAND_IN_MEMORY").ok().and_then(|v| v.parse().ok());
@@ -196,16 +201,16 @@ impl Driver {
         }
     }
 
-    /// A call that makes the host wait.
-    pub fn counts_as_waiting(&mut self) {
+    /// Counts a call that makes the host wait.
+    pub fn count_wait(&mut self) {
         self.count("waits");
     }
 
-    pub fn counted(&self, what: &str) -> u64 {
+    pub fn count_of(&self, what: &str) -> u64 {
         self.counts.get(what).copied().unwrap_or(0)
     }
 
-    pub fn forget_counts(&mut self) {
+    pub fn reset_counts(&mut self) {
         self.counts.clear();
     }
 
@@ -214,7 +219,7 @@ impl Driver {
         self.faults.push(Fault { call: base_name(call).to_owned(), after: nth, code });
     }
 
-    /// Whether this call is one that is to fail.
+    /// The code that this call must fail with, if a test asked for it.
     pub fn fault(&mut self, call: &str) -> Option<Code> {
         let mut due = None;
         self.faults.retain_mut(|fault| {
@@ -230,15 +235,15 @@ impl Driver {
         due
     }
 
-    /// An error that every later call will answer, and its report.
-    pub fn stick(&mut self, code: Code, report: String) -> Code {
+    /// Sets the error that every later call returns, and its report.
+    pub fn set_sticky(&mut self, code: Code, report: String) -> Code {
         eprintln!("stand-in driver: {report}");
         self.report = std::ffi::CString::new(report).unwrap_or_default();
         self.sticky = Some(code);
         code
     }
 
-    /// As after starting anew, but memory stays.
+    /// Resets everything but memory.
     pub fn recover(&mut self) {
         self.sticky = None;
         self.faults.clear();
@@ -249,10 +254,10 @@ impl Driver {
         }
     }
 
-    /// Appends the kernel's name to the file that SELFSUP_STAND_IN_RAN names, once a process.
+    /// Appends the kernel's name to the file named by SELFSUP_STAND_IN_RAN, once per process.
     pub fn note_run(&mut self, kernel: &Kernel) {
         let key = format!("ran:{}", kernel.name);
-        if self.counted(&key) == 0 && kernel.file.shipped {
+        if self.count_of(&key) == 0 && kernel.file.shipped {
             self.count(&key);
             if let Ok(path) = env::var("SELFSUP_STAND_IN_RAN") {
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(&path);
@@ -263,20 +268,20 @@ impl Driver {
         }
     }
 
-    /// What calls that may not happen during a capture ask first: it ends the captures that forbid them.
-    pub fn outside_capture(&mut self) -> Answer {
+    /// Fails if a capture forbids unsafe calls, and invalidates that capture, as the driver does.
+    pub fn require_no_capture(&mut self) -> CallResult {
         let me = std::thread::current().id();
-        let mut answer = Ok(());
+        let mut result = Ok(());
         for capture in self.captures.values_mut() {
             if capture.mode == 0 || capture.mode == 1 && capture.thread == me {
-                capture.broken = true;
-                answer = Err(Code::CAPTURE_UNSUPPORTED);
+                capture.invalidated = true;
+                result = Err(Code::CAPTURE_UNSUPPORTED);
             }
         }
-        answer
+        result
     }
 
-    pub fn allocate(&mut self, size: usize, kind: Kind) -> Answer<usize> {
+    pub fn allocate(&mut self, size: usize, kind: Kind) -> CallResult<usize> {
         if size == 0 {
             return Err(Code::INVALID_VALUE);
         }
@@ -285,10 +290,10 @@ impl Driver {
     }
 }
 
-/// The engine asks where an address lies, while a launch runs and the lock is held by the caller of the launch.
+/// Describes an address for the engine's reports, while a launch runs and its caller holds the lock.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn standin_describe(at: usize, text: *mut u8, size: usize) {
-    // The engine runs only inside `call`, on this thread, and nothing changes the memory meanwhile.
+    // The engine runs only inside `call`, on this thread, and the memory table does not change meanwhile.
     let memory = DESCRIBED.with(std::cell::Cell::get);
     let words = if memory.is_null() {
         format!("address {at:#x}")
@@ -307,7 +312,7 @@ thread_local! {
 }
 
 impl Driver {
-    /// Lets the engine ask where addresses lie while `run` lasts.
+    /// Lets the engine describe addresses while `run` runs.
     pub fn describing<R>(&mut self, run: impl FnOnce() -> R) -> R {
         DESCRIBED.set(self.memory());
         let result = run();

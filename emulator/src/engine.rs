@@ -1,4 +1,4 @@
-//! The way to the engine, and the table of kernels.
+//! Bindings to the engine, and the table of kernels.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
@@ -12,13 +12,13 @@ pub(crate) struct File {
     pub kernels: &'static [&'static str],
     pub plain: &'static [u8],
     pub checked: &'static [u8],
-    /// The two, once loaded.
+    /// Both builds, once loaded.
     loaded: [OnceLock<Library>; 2],
 }
 
 #[derive(Clone, Copy)]
 struct Library(&'static Loaded);
-// A constant of a library that is never unloaded.
+// SAFETY: a constant of a library that is never unloaded.
 unsafe impl Send for Library {}
 unsafe impl Sync for Library {}
 
@@ -26,19 +26,19 @@ include!(concat!(env!("OUT_DIR"), "/files.rs"));
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Index {
+pub(crate) struct Dim3 {
     pub x: u32,
     pub y: u32,
     pub z: u32,
 }
 
-impl Index {
+impl Dim3 {
     pub fn count(self) -> u64 {
         u64::from(self.x) * u64::from(self.y) * u64::from(self.z)
     }
 }
 
-/// Where an argument lies in the parameter block.
+/// Position of an argument in the parameter block, in bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Parameter {
@@ -55,7 +55,7 @@ struct Entry {
     bounds: i32,
 }
 
-/// What the engine knows of a loaded library; only the size of static shared memory is read here.
+/// The engine's record of a loaded library; only the size of static shared memory is read here.
 #[repr(C)]
 struct Loaded {
     library: *const c_void,
@@ -67,8 +67,8 @@ struct Loaded {
 struct Launch {
     loaded: *const Loaded,
     entry: *const Entry,
-    grid: Index,
-    block: Index,
+    grid: Dim3,
+    block: Dim3,
     shared: u32,
     arguments: *const *const c_void,
     cooperative: bool,
@@ -85,27 +85,27 @@ unsafe extern "C" {
     fn engine_mark(at: *const u8, size: usize, state: u8);
 }
 
-/// What a byte of device memory is to the shadow memory.
+/// State of a byte of device memory in the shadow memory.
 #[derive(Clone, Copy)]
 pub(crate) enum State {
-    /// Not to be touched: free, or a guard.
-    Closed = 0x00,
-    /// Allocated, and nobody wrote it.
+    /// Inaccessible: free, or a guard.
+    Inaccessible = 0x00,
+    /// Allocated, and never written.
     Unwritten = 0xf0,
     Written = 0xff,
 }
 
-/// Tells the shadow memory the range that device memory comes from.
-pub(crate) fn watch(base: usize, size: usize) {
+/// Sets the address range of device memory for the shadow memory.
+pub(crate) fn set_device_range(base: usize, size: usize) {
     unsafe { engine_memory(base as *const u8, size) }
 }
 
-/// Bytes of that range become `state`.
+/// Sets the state of bytes in that range.
 pub(crate) fn mark(at: usize, size: usize, state: State) {
     unsafe { engine_mark(at as *const u8, size, state as u8) }
 }
 
-/// The first of these bytes that nobody has written.
+/// Offset of the first of these bytes that was never written.
 pub(crate) fn first_unwritten(at: usize, size: usize) -> Option<usize> {
     let first = unsafe { engine_first_unwritten(at as *const u8, size) };
     (first < size).then_some(first)
@@ -116,11 +116,11 @@ struct Build {
     loaded: &'static Loaded,
     entry: &'static Entry,
 }
-// Constants as well.
+// SAFETY: constants as well.
 unsafe impl Send for Build {}
 unsafe impl Sync for Build {}
 
-/// A kernel of the table, loaded when first asked for.
+/// A kernel of the table, loaded on first use.
 pub(crate) struct Kernel {
     pub name: &'static str,
     pub file: &'static File,
@@ -132,7 +132,7 @@ impl Kernel {
         let which = usize::from(checked);
         self.builds[which].get_or_init(|| {
             let bytes = if checked { self.file.checked } else { self.file.plain };
-            let name = std::ffi::CString::new(self.name).expect("a C++ name");
+            let name = std::ffi::CString::new(self.name).expect("a C++ name contains no NUL");
             unsafe {
                 let loaded = *self.file.loaded[which].get_or_init(|| {
                     Library(&*engine_load(self.file.name.as_ptr(), bytes.as_ptr(), bytes.len()))
@@ -147,23 +147,23 @@ impl Kernel {
         unsafe { std::slice::from_raw_parts(entry.parameters, entry.count as usize) }
     }
 
-    /// The most threads that a block may have.
+    /// The maximum number of threads per block.
     pub fn bounds(&self) -> u32 {
         self.build(false).entry.bounds as u32
     }
 
-    /// Bytes of static shared memory; of the whole file, which is at least this kernel's.
+    /// Bytes of static shared memory of the entire file, an upper bound for this kernel.
     pub fn static_shared(&self) -> usize {
         self.build(false).loaded.tls_size
     }
 
-    /// Runs one launch to its end.
+    /// Runs one launch to completion.
     ///
     /// # Errors
-    /// What a thread did wrong, with the kernel, the block and the thread.
+    /// If a thread violates a rule; the report names kernel, block and thread.
     pub fn run(
         &self,
-        (grid, block, shared): (Index, Index, u32),
+        (grid, block, shared): (Dim3, Dim3, u32),
         arguments: &[Vec<u8>],
         cooperative: bool,
         checked: bool,
@@ -199,7 +199,7 @@ pub(crate) fn kernels() -> &'static HashMap<&'static str, Kernel> {
             for name in file.kernels {
                 let kernel = Kernel { name, file, builds: [OnceLock::new(), OnceLock::new()] };
                 let twice = all.insert(*name, kernel).is_some();
-                assert!(!twice, "stand-in driver: two kernels are called {name}");
+                assert!(!twice, "stand-in driver: two kernels are named {name}");
             }
         }
         all

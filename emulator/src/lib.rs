@@ -1,17 +1,17 @@
-//! A stand-in for the CUDA driver: a `libcuda.so` that runs the project's kernels on the processor, for tests on machines
-//! without a GPU. README.md beside this crate explains it to someone who has never seen it.
+//! A stand-in for the CUDA driver: a `libcuda.so` that runs the project's kernels on the CPU, for tests on machines
+//! without a GPU. The README next to this crate explains how it works.
 //!
-//! | file | what it is |
+//! | file | contents |
 //! |---|---|
-//! | `api.rs`, `api/` | the driver calls, one function each, as the driver documents them |
-//! | `control.rs` | the calls that only this driver has: counters, faults, reports |
-//! | `driver.rs` | the state behind the calls, and what every call has in common |
-//! | `work.rs` | streams, events and graphs: what is queued, and when it runs |
+//! | `api.rs`, `api/` | the driver calls, one function each, as the driver's manual documents them |
+//! | `control.rs` | calls that only this driver has: counters, fault injection, reports |
+//! | `driver.rs` | the driver's state, and the behaviour common to all calls |
+//! | `work.rs` | streams, events and graphs: queued work, and when it runs |
 //! | `memory.rs` | device and pinned memory, with guards and poison |
-//! | `engine.rs` | the way to the C++ engine (`engine/`), which runs one launch on fibers |
+//! | `engine.rs` | bindings to the C++ engine (`engine/`), which runs one launch on fibers |
 //!
-//! Every call is unsafe as its counterpart in the driver is: handles may be anything (and are looked up), pointers must
-//! be what the driver's manual asks for.
+//! Every call is unsafe, as its counterpart in the driver is. Handles may have any value, because they are looked up;
+//! pointers must satisfy the driver's manual.
 #![allow(
     clippy::missing_safety_doc,
     clippy::undocumented_unsafe_blocks,

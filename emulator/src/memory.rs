@@ -1,24 +1,24 @@
-//! Device and pinned memory: one reserved range of addresses, in which every allocation lies between guards.
+//! Device and pinned memory: one reserved address range, in which every allocation lies between guards.
 //!
-//! New memory and freed memory are filled with 0xff, which is NaN in every float format and -1 in every integer: what
-//! nobody wrote, or what is gone, shows in the first sum. Freed memory is not handed out again for a while.
+//! New and freed memory is filled with 0xff, which is NaN in every float format and -1 in every integer: unwritten or freed
+//! values show in the first sum. Freed memory is quarantined before it is reused.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::engine::{self, State};
 
-/// Bytes before and behind each allocation that nobody may touch.
+/// Inaccessible bytes before and after each allocation.
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xa5;
 pub(crate) const POISON: u8 = 0xff;
 
-/// Bytes of freed memory that are kept from being used again.
+/// Bytes of freed memory that are withheld from reuse.
 const QUARANTINE: usize = 256 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Device,
-    /// Host memory that the device can reach.
+    /// Host memory that the device can access.
     Pinned,
 }
 
@@ -31,21 +31,21 @@ struct Allocation {
 
 pub(crate) struct Memory {
     base: usize,
-    /// Bytes of the range that were ever used.
+    /// Bytes of the range that have ever been used.
     used: usize,
     reserved: usize,
-    /// What the device has, bytes.
+    /// Size of device memory, in bytes.
     pub total: usize,
-    /// Of it, allocated.
+    /// Allocated device memory, in bytes.
     pub taken: usize,
     all: BTreeMap<usize, Allocation>,
     quarantine: VecDeque<usize>,
     quarantined: usize,
-    /// Freed ranges that may be used again, by size with guards.
+    /// Freed ranges that may be reused, by size including guards.
     free: HashMap<usize, Vec<usize>>,
 }
 
-/// Bytes that an allocation takes of the range.
+/// Bytes of the range that an allocation occupies, including guards.
 fn span(size: usize) -> usize {
     size.next_multiple_of(256) + 2 * GUARD
 }
@@ -70,9 +70,9 @@ impl Memory {
         };
         assert!(
             base != libc::MAP_FAILED,
-            "stand-in driver: the system reserves no {reserved} bytes"
+            "stand-in driver: cannot reserve {reserved} bytes of address space"
         );
-        engine::watch(base as usize, reserved);
+        engine::set_device_range(base as usize, reserved);
         Self {
             base: base as usize,
             used: 0,
@@ -86,7 +86,7 @@ impl Memory {
         }
     }
 
-    /// New memory, 256-byte aligned, or none if the device has no more.
+    /// Allocates memory, 256-byte aligned; `None` if the device is out of memory.
     pub fn allocate(&mut self, size: usize, kind: Kind) -> Option<usize> {
         if kind == Kind::Device && self.taken + size > self.total {
             return None;
@@ -103,7 +103,7 @@ impl Memory {
         fill(at - GUARD, GUARD, GUARD_BYTE);
         fill(at, size, POISON);
         fill(at + size, span - GUARD - size, GUARD_BYTE);
-        // What the host writes to pinned memory is not seen.
+        // The host's writes to pinned memory are not tracked.
         engine::mark(
             at,
             size,
@@ -121,7 +121,7 @@ impl Memory {
         self.all.get(&at).is_some_and(|a| a.live && a.kind == kind)
     }
 
-    /// Frees what starts at `at`, which is live.
+    /// Frees the live allocation at `at`.
     pub fn release(&mut self, at: usize) {
         let allocation = self.all.get_mut(&at).expect("checked by the caller");
         allocation.live = false;
@@ -130,7 +130,7 @@ impl Memory {
             self.taken -= size;
         }
         fill(at, size, POISON);
-        engine::mark(at, size, State::Closed);
+        engine::mark(at, size, State::Inaccessible);
         self.quarantine.push_back(at);
         self.quarantined += size;
         while self.quarantined > QUARANTINE && self.quarantine.len() > 1 {
@@ -161,7 +161,7 @@ impl Memory {
         self.holds(at) && self.nearest(at).is_some_and(|(_, a)| a.kind == Kind::Pinned)
     }
 
-    /// What is wrong with touching these bytes, if anything is.
+    /// Describes what is wrong with an access to these bytes; `None` if it is valid.
     pub fn fault(&self, at: usize, size: usize) -> Option<String> {
         let inside = self
             .nearest(at)
@@ -169,14 +169,14 @@ impl Memory {
         (!inside).then(|| format!("{size} bytes at {}", self.describe(at)))
     }
 
-    /// Where an address lies, in words.
+    /// Describes an address relative to the nearest allocation.
     pub fn describe(&self, at: usize) -> String {
         match self.nearest(at) {
             Some((start, a)) if self.holds(at) => {
                 let state = match (a.live, a.kind) {
                     (true, Kind::Device) => "device memory",
                     (true, Kind::Pinned) => "pinned memory",
-                    (false, _) => "memory that was freed",
+                    (false, _) => "freed memory",
                 };
                 let size = a.size;
                 if at < start {
@@ -191,33 +191,36 @@ impl Memory {
         }
     }
 
-    /// The first allocation whose guards somebody wrote to; they are mended.
-    pub fn broken_guard(&mut self) -> Option<String> {
+    /// Reports the first allocation with an overwritten guard, and restores the guard.
+    pub fn overwritten_guard(&mut self) -> Option<String> {
         let intact = |from: usize, size: usize| {
             let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, size) };
             bytes.iter().all(|b| *b == GUARD_BYTE)
         };
         for (&at, a) in self.all.iter().filter(|(_, a)| a.live) {
-            let behind = span(a.size) - GUARD - a.size;
+            let after = span(a.size) - GUARD - a.size;
             let before = !intact(at - GUARD, GUARD);
-            if before || !intact(at + a.size, behind) {
+            if before || !intact(at + a.size, after) {
                 fill(at - GUARD, GUARD, GUARD_BYTE);
                 fill(at + a.size, behind, GUARD_BYTE);
-                let side = if before { "before" } else { "behind" };
-                return Some(format!("somebody wrote {side} {} bytes of device memory", a.size));
+                let side = if before { "before" } else { "after" };
+                return Some(format!(
+                    "wrote to the guard {side} {} bytes of device memory",
+                    a.size
+                ));
             }
         }
         None
     }
 
-    /// All live memory counts as written: kernels that were not watched may have written it.
+    /// Marks all live memory as written: plain kernels, whose accesses are not tracked, may have written it.
     pub fn mark_all_written(&self) {
         for (&at, a) in self.all.iter().filter(|(_, a)| a.live) {
             engine::mark(at, a.size, State::Written);
         }
     }
 
-    /// Live allocations of the device.
+    /// The number of live device allocations.
     pub fn live(&self) -> usize {
         self.all.values().filter(|a| a.live && a.kind == Kind::Device).count()
     }

@@ -1,7 +1,7 @@
-//! Streams, events and graphs: what has been queued, and when it runs.
+//! Streams, events and graphs: queued work, and when it runs.
 //!
-//! Work runs on the thread that waits for it, as late as the driver's promises allow: what nobody waited for has not
-//! happened, so a missing wait shows. Now and then, drawn from the seed, some runs early. `eager` runs all at once.
+//! Work runs on the thread that waits for it, as late as the driver's guarantees allow: work that was never waited for has
+//! not run, so a missing wait shows. Some work, drawn from the seed, runs earlier. With `eager` it runs when it is queued.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::driver::{Answer, Code, Driver};
-use crate::engine::{self, Index, Kernel, State};
+use crate::driver::{CallResult, Code, Driver};
+use crate::engine::{self, Dim3, Kernel, State};
 
 /// A point in a stream that others can wait for.
 #[derive(Debug)]
 pub(crate) struct Marker {
     stream: usize,
     passed: AtomicBool,
-    /// A marker inside a captured graph cannot be waited for outside.
+    /// The capture that recorded it; the host cannot wait for such a marker.
     pub capture: Option<usize>,
 }
 
@@ -30,8 +30,8 @@ impl Marker {
 #[derive(Clone)]
 pub(crate) struct Launch {
     pub kernel: &'static Kernel,
-    pub size: (Index, Index, u32),
-    /// Copied when the launch was called.
+    pub size: (Dim3, Dim3, u32),
+    /// Copied at the launch call.
     pub arguments: Arc<Vec<Vec<u8>>>,
     pub cooperative: bool,
 }
@@ -39,13 +39,13 @@ pub(crate) struct Launch {
 #[derive(Clone)]
 pub(crate) enum Work {
     Launch(Launch),
-    /// Both addresses are read when it runs.
+    /// Source memory is read when the copy runs.
     Copy {
         to: usize,
         from: usize,
         size: usize,
     },
-    /// From host memory that is not pinned: read when it was called, as the driver does.
+    /// From pageable host memory, which is read at the call, as the driver does.
     Upload {
         to: usize,
         bytes: Arc<Vec<u8>>,
@@ -67,50 +67,50 @@ pub(crate) enum Work {
 #[derive(Default)]
 pub(crate) struct Stream {
     pub queue: VecDeque<Work>,
-    /// The legacy default stream does not wait for it, nor it for that.
+    /// It and the legacy default stream do not wait for each other.
     pub non_blocking: bool,
-    /// The capture it takes part in.
+    /// The capture that it belongs to.
     pub capture: Option<usize>,
 }
 
 #[derive(Default)]
 pub(crate) struct Event {
     pub last: Option<Arc<Marker>>,
-    /// When it was last passed.
+    /// When the device last reached it.
     pub at: Option<Instant>,
     pub timed: bool,
 }
 
-/// A capture under way.
+/// A capture in progress.
 pub(crate) struct Capture {
     pub origin: usize,
-    /// 0 forbids unsafe calls in every thread, 1 in this one, 2 nowhere.
+    /// 0 forbids unsafe calls on every thread, 1 on this one, 2 on none.
     pub mode: u32,
     pub thread: std::thread::ThreadId,
-    pub works: Vec<Work>,
+    pub nodes: Vec<Work>,
     /// Streams that joined through an event, and whether the origin has waited for their last work.
     pub joined: HashMap<usize, bool>,
-    pub broken: bool,
+    pub invalidated: bool,
 }
 
-/// The legacy default stream, and the names that the driver has for it.
+/// The stream's key; the legacy default stream has several handles.
 pub(crate) fn stream_id(handle: usize) -> usize {
     if handle <= 2 { 0 } else { handle }
 }
 
 impl Driver {
     /// Queues work on a stream, or adds it to the stream's capture.
-    pub fn push(&mut self, stream: usize, work: Work) -> Answer {
+    pub fn push(&mut self, stream: usize, work: Work) -> CallResult {
         let id = stream_id(stream);
         let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
         if let Some(capture) = capture.and_then(|c| self.captures.get_mut(&c)) {
-            if capture.broken {
+            if capture.invalidated {
                 return Err(Code::CAPTURE_INVALIDATED);
             }
             if let Some(seen) = capture.joined.get_mut(&id) {
                 *seen = false;
             }
-            capture.works.push(work);
+            capture.nodes.push(work);
             return Ok(());
         }
         if id == 0 {
@@ -125,14 +125,14 @@ impl Driver {
         }
         if self.random().is_multiple_of(4) {
             let pick = self.random() as usize % self.streams.len();
-            let other = *self.streams.keys().nth(pick).expect("fewer than all");
+            let other = *self.streams.keys().nth(pick).expect("an index below the count");
             self.run_next(other)?;
         }
         Ok(())
     }
 
-    /// What the legacy default stream does before each of its works.
-    pub fn default_stream_waits(&mut self) -> Answer {
+    /// Waits for all blocking streams, as the legacy default stream does before each of its operations.
+    pub fn default_stream_waits(&mut self) -> CallResult {
         let blocking: Vec<usize> =
             self.streams.iter().filter(|(_, s)| !s.non_blocking).map(|(id, _)| *id).collect();
         if blocking.iter().any(|id| self.streams[id].capture.is_some()) {
@@ -141,15 +141,15 @@ impl Driver {
         blocking.into_iter().try_for_each(|id| self.drain(id))
     }
 
-    /// Runs all that a stream has queued.
-    pub fn drain(&mut self, id: usize) -> Answer {
+    /// Runs all queued work of a stream.
+    pub fn drain(&mut self, id: usize) -> CallResult {
         while self.streams.get(&id).is_some_and(|s| !s.queue.is_empty()) {
             self.run_next(id)?;
         }
         Ok(())
     }
 
-    pub fn drain_all(&mut self) -> Answer {
+    pub fn drain_all(&mut self) -> CallResult {
         let all: Vec<usize> = self.streams.keys().copied().collect();
         all.into_iter().try_for_each(|id| self.drain(id))
     }
@@ -158,8 +158,8 @@ impl Driver {
         self.streams.get(&id).is_none_or(|s| s.queue.is_empty())
     }
 
-    /// Runs streams until the marker is passed.
-    pub fn wait_for(&mut self, marker: &Marker) -> Answer {
+    /// Runs streams until the device reaches the marker.
+    pub fn wait_for(&mut self, marker: &Marker) -> CallResult {
         while !marker.passed() {
             if self.is_idle(marker.stream) {
                 return Ok(()); // its stream was destroyed, or an error dropped its queue
@@ -169,25 +169,25 @@ impl Driver {
         Ok(())
     }
 
-    /// Somebody polls: some progress towards the marker.
-    pub fn run_towards(&mut self, marker: &Marker) -> Answer {
+    /// Makes some progress towards the marker, for a caller that polls.
+    pub fn run_towards(&mut self, marker: &Marker) -> CallResult {
         if marker.passed() { Ok(()) } else { self.run_next(marker.stream) }
     }
 
-    /// Runs the oldest work of a stream.
-    pub fn run_next(&mut self, id: usize) -> Answer {
+    /// Runs the oldest queued work of a stream.
+    pub fn run_next(&mut self, id: usize) -> CallResult {
         let Some(work) = self.streams.get_mut(&id).and_then(|s| s.queue.pop_front()) else {
             return Ok(());
         };
-        let answer = self.run(work);
-        if answer.is_err() {
-            // After an error nothing runs any more.
+        let result = self.run(work);
+        if result.is_err() {
+            // After an error no further work runs.
             self.streams.values_mut().for_each(|s| s.queue.clear());
         }
-        answer
+        result
     }
 
-    fn run(&mut self, work: Work) -> Answer {
+    fn run(&mut self, work: Work) -> CallResult {
         match work {
             Work::Launch(launch) => self.run_kernel(&launch),
             Work::Copy { to, from, size } => {
@@ -235,16 +235,16 @@ impl Driver {
                 Ok(())
             }
             Work::Wait(marker) => self.wait_for(&marker),
-            Work::Graph(works) => works.iter().try_for_each(|work| self.run(work.clone())),
+            Work::Graph(nodes) => nodes.iter().try_for_each(|work| self.run(work.clone())),
         }
     }
 
-    fn run_kernel(&mut self, launch: &Launch) -> Answer {
+    fn run_kernel(&mut self, launch: &Launch) -> CallResult {
         let name = launch.kernel.name;
         self.count(&format!("kernel:{name}"));
         self.note_run(launch.kernel);
         if let Some(code) = self.fault(&format!("kernel:{name}")).or_else(|| self.fault("kernel")) {
-            return Err(self.stick(code, format!("kernel `{name}`: an injected failure")));
+            return Err(self.set_sticky(code, format!("kernel `{name}`: an injected failure")));
         }
         let seed = self.random();
         let checked = self.checked;
@@ -252,10 +252,10 @@ impl Driver {
             launch.kernel.run(launch.size, &launch.arguments, launch.cooperative, checked, seed)
         });
         if let Err(what) = outcome {
-            return Err(self.stick(Code::LAUNCH_FAILED, what));
+            return Err(self.set_sticky(Code::LAUNCH_FAILED, what));
         }
-        if let Some(what) = self.memory().broken_guard() {
-            return Err(self.stick(Code::LAUNCH_FAILED, format!("kernel `{name}`: {what}")));
+        if let Some(what) = self.memory().overwritten_guard() {
+            return Err(self.set_sticky(Code::LAUNCH_FAILED, format!("kernel `{name}`: {what}")));
         }
         Ok(())
     }
@@ -266,50 +266,50 @@ impl Driver {
         }
     }
 
-    /// Device addresses must lie in one live allocation.
-    fn check(&mut self, what: &str, at: usize, size: usize) -> Answer {
+    /// Fails unless a device address range lies in one live allocation.
+    fn check(&mut self, what: &str, at: usize, size: usize) -> CallResult {
         if size > 0
             && self.memory().holds(at)
             && let Some(fault) = self.memory().fault(at, size)
         {
-            return Err(self.stick(Code::ILLEGAL_ADDRESS, format!("{what} {fault}")));
+            return Err(self.set_sticky(Code::ILLEGAL_ADDRESS, format!("{what} {fault}")));
         }
         Ok(())
     }
 
-    /// What the host reads back somebody must have written; only instrumented kernels tell.
-    fn check_written(&mut self, from: usize, size: usize) -> Answer {
+    /// Fails if the host reads back memory that was never written; only instrumented kernels track that.
+    fn check_written(&mut self, from: usize, size: usize) -> CallResult {
         let Some(first) = engine::first_unwritten(from, size) else { return Ok(()) };
         let at = self.memory().describe(from + first);
-        Err(self.stick(
+        Err(self.set_sticky(
             Code::LAUNCH_FAILED,
-            format!("a copy to the host reads {at}, which nobody has written"),
+            format!("a copy to the host reads {at}, which was never written"),
         ))
     }
 
-    /// A new marker at the end of a stream's work.
-    pub fn record(&mut self, event: usize, stream: usize) -> Answer {
+    /// Records an event: a new marker at the end of a stream's work.
+    pub fn record(&mut self, event: usize, stream: usize) -> CallResult {
         let id = stream_id(stream);
         let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
         let marker = Arc::new(Marker { stream: id, passed: AtomicBool::new(false), capture });
         let slot = self.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
         slot.last = Some(marker.clone());
         if capture.is_some() {
-            return Ok(()); // an edge of the graph; captured work keeps its order anyway
+            return Ok(()); // an edge of the graph; captured work keeps its order in any case
         }
         slot.at = None;
         self.push(stream, Work::Record(marker, event))
     }
 
-    /// The stream's later work waits for what the event last recorded.
-    pub fn stream_waits(&mut self, stream: usize, event: usize) -> Answer {
+    /// Makes the stream's later work wait for the event's last record.
+    pub fn stream_waits(&mut self, stream: usize, event: usize) -> CallResult {
         let id = stream_id(stream);
         let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         let Some(marker) = event.last.clone() else { return Ok(()) };
         let waiting = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
         match (marker.capture.filter(|c| self.captures.contains_key(c)), waiting) {
             (None, None) => self.push(stream, Work::Wait(marker)),
-            // Work before the capture cannot be an edge of the graph.
+            // Work from before the capture cannot be a node of the graph.
             (None, Some(_)) => Err(Code::CAPTURE_ISOLATION),
             (Some(capture), None) => {
                 self.streams.get_mut(&id).expect("looked up above").capture = Some(capture);

@@ -1,16 +1,12 @@
-//! Tests of the stand-in driver, in one program. They share the driver's state, so `stage` lets one run at a time.
+//! Tests of the stand-in driver, in one binary. They share the driver's state, so `stage` runs one at a time.
 
 #[path = "suite/numbers.rs"]
 mod numbers;
 #[path = "suite/stage.rs"]
 mod stage;
 
-#[path = "suite/arenas.rs"]
-mod arenas;
 #[path = "suite/assignments.rs"]
 mod assignments;
-#[path = "suite/breakages.rs"]
-mod breakages;
 #[path = "suite/conformance.rs"]
 mod conformance;
 #[path = "suite/contrastive.rs"]
@@ -21,12 +17,16 @@ mod conv2d;
 mod kernels;
 #[path = "suite/losses.rs"]
 mod losses;
-#[path = "suite/moves.rs"]
-mod moves;
+#[path = "suite/matmul.rs"]
+mod matmul;
+#[path = "suite/optimizers.rs"]
+mod optimizers;
+#[path = "suite/planted_bugs.rs"]
+mod planted_bugs;
 #[path = "suite/pool.rs"]
 mod pool;
-#[path = "suite/products.rs"]
-mod products;
+#[path = "suite/rows.rs"]
+mod rows;
 #[path = "suite/selective.rs"]
 mod selective;
 #[path = "suite/speed.rs"]

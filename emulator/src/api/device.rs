@@ -5,14 +5,14 @@ use std::env;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use super::calls;
-use crate::driver::{Answer, CODES, Code, Driver};
+use crate::driver::{CODES, CallResult, Code, Driver};
 
 /// CUDA 13.0.
 const VERSION: c_int = 13000;
 const NAME: &CStr = c"stand-in driver (no GPU)";
-/// The primary context's handle; there is one device.
+/// Handle of the primary context; there is only one device.
 const CONTEXT: usize = 0xc0;
-/// Streaming multiprocessors: few, so that grids larger than the device are met in tests.
+/// Streaming multiprocessors: few, so that tests cover grids larger than the device.
 pub(super) const MULTIPROCESSORS: u32 = 4;
 pub(super) const SHARED_PER_BLOCK: u32 = 48 << 10;
 
@@ -20,7 +20,7 @@ thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Compute capability: 8.0, or what SELFSUP_STAND_IN_CAPABILITY says (`9.0`).
+/// Compute capability: SELFSUP_STAND_IN_CAPABILITY (`9.0`), or 8.0 by default.
 pub(super) fn capability() -> (c_int, c_int) {
     let asked = env::var("SELFSUP_STAND_IN_CAPABILITY").ok();
     let parsed = asked.as_deref().and_then(|v| v.split_once('.'));
@@ -29,16 +29,16 @@ pub(super) fn capability() -> (c_int, c_int) {
     parsed.unwrap_or((8, 0))
 }
 
-/// The most dynamic and static shared memory that a block may be allowed.
+/// The opt-in limit of a block's dynamic and static shared memory, in bytes.
 pub(super) fn shared_opt_in() -> u32 {
     if capability().0 >= 9 { 227 << 10 } else { 163 << 10 }
 }
 
-fn only_device(device: c_int) -> Answer {
+fn only_device(device: c_int) -> CallResult {
     if device == 0 { Ok(()) } else { Err(Code::INVALID_DEVICE) }
 }
 
-/// Attributes by their number in `CUdevice_attribute`; what is not here is 0.
+/// Attributes by their number in `CUdevice_attribute`; all others are 0.
 fn attribute(which: u32) -> c_int {
     match which {
         1..=3 => 1024,   // threads per block, x and y of a block
@@ -59,7 +59,7 @@ fn attribute(which: u32) -> c_int {
         81 => (shared_opt_in() + 1024) as c_int, // shared memory per multiprocessor
         97 => shared_opt_in() as c_int,
         106 => 32,   // blocks per multiprocessor
-        111 => 1024, // shared memory kept by the system
+        111 => 1024, // shared memory reserved by the system
         // Copies overlap kernels, host memory can be mapped, kernels run concurrently, one address space, cooperative
         // launches, memory pools.
         15 | 19 | 31 | 41 | 95 | 115 => 1,
@@ -67,7 +67,7 @@ fn attribute(which: u32) -> c_int {
     }
 }
 
-fn set_current(context: usize) -> Answer {
+fn set_current(context: usize) -> CallResult {
     if context != 0 && context != CONTEXT {
         return Err(Code::INVALID_CONTEXT);
     }
@@ -75,19 +75,19 @@ fn set_current(context: usize) -> Answer {
     Ok(())
 }
 
-/// Calls that need a context ask first, as the driver does.
-pub(super) fn in_context() -> Answer {
+/// Fails without a current context, as the driver's calls do.
+pub(super) fn in_context() -> CallResult {
     if CURRENT.get() == 0 { Err(Code::INVALID_CONTEXT) } else { Ok(()) }
 }
 
-fn synchronize(driver: &mut Driver) -> Answer {
+fn synchronize(driver: &mut Driver) -> CallResult {
     in_context()?;
-    driver.outside_capture()?;
-    driver.counts_as_waiting();
+    driver.require_no_capture()?;
+    driver.count_wait();
     driver.drain_all()
 }
 
-fn copy_name(code: c_uint, to: *mut *const c_char, text: bool) -> Answer {
+fn copy_name(code: c_uint, to: *mut *const c_char, text: bool) -> CallResult {
     let found = CODES.iter().find(|c| c.0 == code).ok_or(Code::INVALID_VALUE)?;
     unsafe { *to = if text { found.2 } else { found.1 }.as_ptr() };
     Ok(())
@@ -98,7 +98,7 @@ calls! {
         if flags != 0 { return Err(Code::INVALID_VALUE) }
     }
 
-    alive fn cuDriverGetVersion(driver, version: *mut c_int) { *version = VERSION }
+    always fn cuDriverGetVersion(driver, version: *mut c_int) { *version = VERSION }
 
     fn cuDeviceGetCount(driver, count: *mut c_int) { *count = 1 }
 
@@ -140,7 +140,7 @@ calls! {
         *context = CONTEXT;
     }
 
-    alive fn cuDevicePrimaryCtxRelease_v2(driver, device: c_int) { only_device(device)? }
+    always fn cuDevicePrimaryCtxRelease_v2(driver, device: c_int) { only_device(device)? }
 
     fn cuDevicePrimaryCtxGetState(driver, device: c_int, flags: *mut c_uint, active: *mut c_int) {
         only_device(device)?;
@@ -150,9 +150,9 @@ calls! {
 
     fn cuDevicePrimaryCtxSetFlags_v2(driver, device: c_int, _flags: c_uint) { only_device(device)? }
 
-    alive fn cuCtxSetCurrent(driver, context: usize) { set_current(context)? }
+    always fn cuCtxSetCurrent(driver, context: usize) { set_current(context)? }
 
-    alive fn cuCtxGetCurrent(driver, context: *mut usize) { *context = CURRENT.get() }
+    always fn cuCtxGetCurrent(driver, context: *mut usize) { *context = CURRENT.get() }
 
     fn cuCtxPushCurrent_v2(driver, context: usize) { set_current(context)? }
 
@@ -193,9 +193,9 @@ calls! {
         *free = memory.total - memory.taken;
     }
 
-    alive fn cuGetErrorName(driver, code: c_uint, name: *mut *const c_char) { copy_name(code, name, false)? }
+    always fn cuGetErrorName(driver, code: c_uint, name: *mut *const c_char) { copy_name(code, name, false)? }
 
-    alive fn cuGetErrorString(driver, code: c_uint, text: *mut *const c_char) { copy_name(code, text, true)? }
+    always fn cuGetErrorString(driver, code: c_uint, text: *mut *const c_char) { copy_name(code, text, true)? }
 
     fn cuProfilerStart(driver) {}
 
@@ -206,7 +206,7 @@ calls! {
     ) {
         let name = CStr::from_ptr(symbol).to_string_lossy();
         let found = ["_v3", "_v2", ""].iter().map(|suffix| {
-            let name = std::ffi::CString::new(format!("{name}{suffix}")).expect("no zero inside");
+            let name = std::ffi::CString::new(format!("{name}{suffix}")).expect("a C string contains no NUL");
             libc::dlsym(own_handle(), name.as_ptr())
         }).find(|f| !f.is_null());
         if !status.is_null() {
@@ -216,7 +216,7 @@ calls! {
     }
 }
 
-/// This library, as the loader knows it.
+/// The loader's handle of this library.
 fn own_handle() -> *mut c_void {
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();

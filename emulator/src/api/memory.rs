@@ -1,21 +1,26 @@
-//! Memory: allocation, pools, copies, fills.
+//! Memory: allocation, pools, copies, memsets.
 
 use std::ffi::{c_int, c_uchar, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
 use super::device::in_context;
-use crate::driver::{Answer, Code, Driver};
+use crate::driver::{CallResult, Code, Driver};
 use crate::memory::Kind;
 use crate::work::{Work, stream_id};
 
-/// The only pool; pools differ in nothing that is emulated.
+/// Handle of the only pool; the emulation does not distinguish pools.
 const POOL: usize = 0xb0;
 
-fn allocate_in_order(driver: &mut Driver, to: *mut usize, size: usize, stream: usize) -> Answer {
+fn allocate_in_order(
+    driver: &mut Driver,
+    to: *mut usize,
+    size: usize,
+    stream: usize,
+) -> CallResult {
     in_context()?;
     if driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture.is_some() {
-        // The driver would make it a node of the graph; nothing here needs that.
+        // The driver would add a node to the graph; nothing here needs that.
         return Err(Code::CAPTURE_UNSUPPORTED);
     }
     let at = driver.allocate(size, Kind::Device)?;
@@ -23,22 +28,22 @@ fn allocate_in_order(driver: &mut Driver, to: *mut usize, size: usize, stream: u
     Ok(())
 }
 
-/// A copy or fill that has happened when the call returns: it runs on the default stream, which other streams
-/// wait for unless they were made not to.
-fn at_once(driver: &mut Driver, work: Work) -> Answer {
+/// Runs a copy or memset before the call returns. It runs on the default stream, on which other streams wait unless they
+/// are non-blocking.
+fn at_once(driver: &mut Driver, work: Work) -> CallResult {
     in_context()?;
-    driver.outside_capture()?;
-    driver.counts_as_waiting();
+    driver.require_no_capture()?;
+    driver.count_wait();
     driver.push(0, work)
 }
 
-/// What the call can know of a device address.
-fn device_range(driver: &mut Driver, at: usize, size: usize) -> Answer {
+/// Checks a device address as far as the call can.
+fn device_range(driver: &mut Driver, at: usize, size: usize) -> CallResult {
     let valid = driver.memory().holds(at) && driver.memory().fault(at, size.max(1)).is_none();
     if valid || size == 0 { Ok(()) } else { Err(Code::INVALID_VALUE) }
 }
 
-fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> Answer {
+fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> CallResult {
     in_context()?;
     device_range(driver, to, size)?;
     let capturing =
@@ -50,15 +55,15 @@ fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usiz
     driver.push(stream, Work::Upload { to, bytes: Arc::new(bytes) })
 }
 
-fn download(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> Answer {
+fn download(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> CallResult {
     in_context()?;
     device_range(driver, from, size)?;
     let id = stream_id(stream);
     let capturing = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
     driver.push(stream, Work::Copy { to, from, size })?;
     if !capturing && !driver.memory().is_pinned(to) {
-        // Into host memory that is not pinned the driver copies before it returns.
-        driver.counts_as_waiting();
+        // The driver copies to pageable host memory before it returns.
+        driver.count_wait();
         driver.drain(id)?;
     }
     Ok(())
@@ -71,7 +76,7 @@ fn fill(
     width: usize,
     count: usize,
     stream: Option<usize>,
-) -> Answer {
+) -> CallResult {
     in_context()?;
     if !at.is_multiple_of(width) {
         return Err(Code::INVALID_VALUE);
@@ -84,16 +89,16 @@ fn fill(
     }
 }
 
-fn release(driver: &mut Driver, at: usize, kind: Kind) -> Answer {
+fn release(driver: &mut Driver, at: usize, kind: Kind) -> CallResult {
     in_context()?;
     if at == 0 {
         return Ok(());
     }
-    driver.outside_capture()?;
+    driver.require_no_capture()?;
     if !driver.memory().is_live(at, kind) {
         return Err(Code::INVALID_VALUE);
     }
-    driver.counts_as_waiting();
+    driver.count_wait();
     driver.drain_all()?;
     driver.memory().release(at);
     Ok(())
@@ -102,7 +107,7 @@ fn release(driver: &mut Driver, at: usize, kind: Kind) -> Answer {
 calls! {
     fn cuMemAlloc_v2(driver, to: *mut usize, size: usize) {
         in_context()?;
-        driver.outside_capture()?;
+        driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Device)?;
     }
 
@@ -126,13 +131,13 @@ calls! {
 
     fn cuMemHostAlloc(driver, to: *mut usize, size: usize, _flags: c_uint) {
         in_context()?;
-        driver.outside_capture()?;
+        driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Pinned)?;
     }
 
     fn cuMemAllocHost_v2(driver, to: *mut usize, size: usize) {
         in_context()?;
-        driver.outside_capture()?;
+        driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Pinned)?;
     }
 

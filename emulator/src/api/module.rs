@@ -1,19 +1,19 @@
-//! Modules, functions and launches. An image is looked at only as far as it takes to see that it is one; kernels are found
-//! by name among those compiled for the host.
+//! Modules, functions and launches. Only the first bytes of an image are checked; kernels are found by name among those
+//! compiled for the host.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
 use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, in_context, shared_opt_in};
-use crate::driver::{Answer, Code, Driver};
-use crate::engine::{self, Index, Kernel};
+use crate::driver::{CallResult, Code, Driver};
+use crate::engine::{self, Dim3, Kernel};
 use crate::work::{Launch, Work};
 
-/// The handle of every module; what tells them apart is not emulated.
+/// Handle of every module; the emulation does not distinguish modules.
 const MODULE: usize = 0xa0;
 
-fn load(module: *mut usize, image: *const u8) -> Answer {
+fn load(module: *mut usize, image: *const u8) -> CallResult {
     in_context()?;
     if image.is_null() {
         return Err(Code::INVALID_VALUE);
@@ -29,7 +29,7 @@ fn load(module: *mut usize, image: *const u8) -> Answer {
     Ok(())
 }
 
-fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char) -> Answer {
+fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char) -> CallResult {
     if module != MODULE {
         return Err(Code::INVALID_HANDLE);
     }
@@ -48,7 +48,7 @@ fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char)
     Ok(())
 }
 
-fn function(driver: &Driver, handle: usize) -> Answer<(&'static Kernel, u32)> {
+fn function(driver: &Driver, handle: usize) -> CallResult<(&'static Kernel, u32)> {
     driver.functions.get(&handle).copied().ok_or(Code::INVALID_HANDLE)
 }
 
@@ -58,7 +58,7 @@ fn parameter(
     i: usize,
     offset: *mut usize,
     size: *mut usize,
-) -> Answer {
+) -> CallResult {
     let parameter =
         function(driver, handle)?.0.parameters().get(i).copied().ok_or(Code::INVALID_VALUE)?;
     unsafe {
@@ -70,7 +70,7 @@ fn parameter(
     Ok(())
 }
 
-/// Blocks of so many threads that one multiprocessor holds.
+/// How many blocks of `threads` threads one multiprocessor holds.
 fn blocks_per_multiprocessor(kernel: &Kernel, threads: u64, dynamic: u64) -> u64 {
     if threads == 0 || threads > u64::from(kernel.bounds()) {
         return 0;
@@ -82,11 +82,11 @@ fn blocks_per_multiprocessor(kernel: &Kernel, threads: u64, dynamic: u64) -> u64
 fn launch(
     driver: &mut Driver,
     handle: usize,
-    (grid, block, shared): (Index, Index, c_uint),
+    (grid, block, shared): (Dim3, Dim3, c_uint),
     stream: usize,
     parameters: *mut *mut c_void,
     cooperative: bool,
-) -> Answer {
+) -> CallResult {
     in_context()?;
     let (kernel, allowed) = function(driver, handle)?;
     let empty = grid.count() == 0 || block.count() == 0;
@@ -117,8 +117,8 @@ fn launch(
 /// `CUlaunchConfig`.
 #[repr(C)]
 pub struct Config {
-    grid: Index,
-    block: Index,
+    grid: Dim3,
+    block: Dim3,
     shared: c_uint,
     stream: usize,
     attributes: *const Attribute,
@@ -181,8 +181,8 @@ calls! {
         *value = match which {
             0 => kernel.bounds() as c_int,
             1 => kernel.static_shared() as c_int,
-            4 => 32, // registers: some number
-            5 | 6 => 80, // as if of sm_80
+            4 => 32, // registers: arbitrary
+            5 | 6 => 80, // as if compiled for sm_80
             8 => allowed as c_int,
             _ => 0,
         };
@@ -194,7 +194,7 @@ calls! {
             if value < 0 || value as usize + kernel.static_shared() > shared_opt_in() as usize {
                 return Err(Code::INVALID_VALUE);
             }
-            driver.functions.get_mut(&handle).expect("just seen").1 = (value as u32).max(SHARED_PER_BLOCK);
+            driver.functions.get_mut(&handle).expect("looked up above").1 = (value as u32).max(SHARED_PER_BLOCK);
         }
     }
 
@@ -207,7 +207,7 @@ calls! {
         shared: c_uint, stream: usize, parameters: *mut *mut c_void, extra: *mut *mut c_void,
     ) {
         if !extra.is_null() { return Err(Code::NOT_SUPPORTED) }
-        let size = (Index { x: gx, y: gy, z: gz }, Index { x: bx, y: by, z: bz }, shared);
+        let size = (Dim3 { x: gx, y: gy, z: gz }, Dim3 { x: bx, y: by, z: bz }, shared);
         launch(driver, handle, size, stream, parameters, false)?;
     }
 
@@ -215,7 +215,7 @@ calls! {
         driver, handle: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
         shared: c_uint, stream: usize, parameters: *mut *mut c_void,
     ) {
-        let size = (Index { x: gx, y: gy, z: gz }, Index { x: bx, y: by, z: bz }, shared);
+        let size = (Dim3 { x: gx, y: gy, z: gz }, Dim3 { x: bx, y: by, z: bz }, shared);
         launch(driver, handle, size, stream, parameters, true)?;
     }
 
@@ -229,7 +229,7 @@ calls! {
             let attribute = &*c.attributes.add(i);
             match attribute.id {
                 2 => cooperative = attribute.value[0] != 0,
-                // A cluster of one block is no cluster; larger ones are still to come.
+                // A cluster of one block has no effect; larger clusters are not implemented.
                 4 if attribute.value[..3] == [1, 1, 1] => {}
                 4 => return Err(Code::NOT_SUPPORTED),
                 _ => {}

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::calls;
 use super::device::in_context;
-use crate::driver::{Answer, Code, Driver};
+use crate::driver::{CallResult, Code, Driver};
 use crate::work::{Capture, Event, Stream, Work, stream_id};
 
-fn create(driver: &mut Driver, to: *mut usize, flags: c_uint) -> Answer {
+fn create(driver: &mut Driver, to: *mut usize, flags: c_uint) -> CallResult {
     in_context()?;
     let id = driver.handle();
     driver.streams.insert(id, Stream { non_blocking: flags & 1 != 0, ..Stream::default() });
@@ -16,20 +16,20 @@ fn create(driver: &mut Driver, to: *mut usize, flags: c_uint) -> Answer {
     Ok(())
 }
 
-/// The stream, if it exists and nothing is captured on it; a capture there is ended.
-fn outside_its_capture(driver: &mut Driver, stream: usize) -> Answer<usize> {
+/// The stream, if it exists and is not capturing; a capture on it is invalidated.
+fn require_not_capturing(driver: &mut Driver, stream: usize) -> CallResult<usize> {
     let id = stream_id(stream);
     let capture = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
     match capture.and_then(|c| driver.captures.get_mut(&c)) {
         Some(capture) => {
-            capture.broken = true;
+            capture.invalidated = true;
             Err(Code::CAPTURE_UNSUPPORTED)
         }
         None => Ok(id),
     }
 }
 
-fn end_capture(driver: &mut Driver, stream: usize, graph: *mut usize) -> Answer {
+fn end_capture(driver: &mut Driver, stream: usize, graph: *mut usize) -> CallResult {
     let id = stream_id(stream);
     let capture = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
     let key = capture.ok_or(Code::INVALID_VALUE)?;
@@ -40,32 +40,32 @@ fn end_capture(driver: &mut Driver, stream: usize, graph: *mut usize) -> Answer 
     if capture.mode != 2 && capture.thread != std::thread::current().id() {
         return Err(Code::CAPTURE_WRONG_THREAD);
     }
-    let capture = driver.captures.remove(&key).expect("just seen");
+    let capture = driver.captures.remove(&key).expect("looked up above");
     for stream in driver.streams.values_mut().filter(|s| s.capture == Some(key)) {
         stream.capture = None;
     }
     unsafe { *graph = 0 };
-    if capture.broken {
+    if capture.invalidated {
         return Err(Code::CAPTURE_INVALIDATED);
     }
     if capture.joined.values().any(|seen| !seen) {
         return Err(Code::CAPTURE_UNJOINED);
     }
     let handle = driver.handle();
-    driver.graphs.insert(handle, Arc::new(capture.works));
+    driver.graphs.insert(handle, Arc::new(capture.nodes));
     unsafe { *graph = handle };
     Ok(())
 }
 
-fn instantiate(driver: &mut Driver, to: *mut usize, graph: usize) -> Answer {
-    let works = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
+fn instantiate(driver: &mut Driver, to: *mut usize, graph: usize) -> CallResult {
+    let nodes = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
     let handle = driver.handle();
-    driver.graphs.insert(handle, works);
+    driver.graphs.insert(handle, nodes);
     unsafe { *to = handle };
     Ok(())
 }
 
-fn elapsed(driver: &mut Driver, ms: *mut f32, start: usize, end: usize) -> Answer {
+fn elapsed(driver: &mut Driver, ms: *mut f32, start: usize, end: usize) -> CallResult {
     let mut at = [None; 2];
     for (at, event) in at.iter_mut().zip([start, end]) {
         let event = driver.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
@@ -88,22 +88,22 @@ calls! {
 
     fn cuStreamDestroy_v2(driver, stream: usize) {
         if stream <= 2 || !driver.streams.contains_key(&stream) { return Err(Code::INVALID_HANDLE) }
-        // Its work still runs.
+        // Queued work still runs.
         driver.drain(stream)?;
         driver.streams.remove(&stream);
     }
 
     fn cuStreamSynchronize(driver, stream: usize) {
         in_context()?;
-        let id = outside_its_capture(driver, stream)?;
-        driver.counts_as_waiting();
+        let id = require_not_capturing(driver, stream)?;
+        driver.count_wait();
         if id == 0 { driver.default_stream_waits()? }
         driver.drain(id)?;
     }
 
     fn cuStreamQuery(driver, stream: usize) {
-        let id = outside_its_capture(driver, stream)?;
-        // Whoever polls must see progress, but not at once.
+        let id = require_not_capturing(driver, stream)?;
+        // Polling must make progress, but not complete at once.
         driver.run_next(id)?;
         if !driver.is_idle(id) { return Err(Code::NOT_READY) }
     }
@@ -137,7 +137,7 @@ calls! {
 
     fn cuEventSynchronize(driver, event: usize) {
         let marker = driver.events.get(&event).ok_or(Code::INVALID_HANDLE)?.last.clone();
-        driver.counts_as_waiting();
+        driver.count_wait();
         if let Some(marker) = marker {
             if marker.capture.is_some() { return Err(Code::CAPTURED_EVENT) }
             driver.wait_for(&marker)?;
@@ -166,9 +166,9 @@ calls! {
         let key = driver.handle();
         let thread = std::thread::current().id();
         let capture =
-            Capture { origin: id, mode, thread, works: Vec::new(), joined: Default::default(), broken: false };
+            Capture { origin: id, mode, thread, nodes: Vec::new(), joined: Default::default(), invalidated: false };
         driver.captures.insert(key, capture);
-        driver.streams.get_mut(&id).expect("just seen").capture = Some(key);
+        driver.streams.get_mut(&id).expect("looked up above").capture = Some(key);
     }
 
     fn cuStreamEndCapture(driver, stream: usize, graph: *mut usize) { end_capture(driver, stream, graph)? }
@@ -177,7 +177,7 @@ calls! {
         let capture = driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture;
         *status = match capture.and_then(|c| driver.captures.get(&c)) {
             None => 0,
-            Some(capture) => 1 + u32::from(capture.broken),
+            Some(capture) => 1 + u32::from(capture.invalidated),
         };
     }
 
@@ -205,8 +205,8 @@ calls! {
 
     fn cuGraphLaunch(driver, graph: usize, stream: usize) {
         in_context()?;
-        let works = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
-        driver.push(stream, Work::Graph(works))?;
+        let nodes = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
+        driver.push(stream, Work::Graph(nodes))?;
     }
 
     fn cuGraphGetNodes(driver, graph: usize, _nodes: *mut usize, count: *mut usize) {

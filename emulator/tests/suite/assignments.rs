@@ -1,4 +1,4 @@
-//! Sinkhorn's assignments and nearest neighbours against their definitions in f64.
+//! Sinkhorn assignments and nearest neighbours against their definitions in f64.
 
 use half::bf16;
 
@@ -43,7 +43,7 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
         if iteration % 2 == 0 {
             share(&u, &partial, chunks, k as f64);
         } else {
-            // As a group does it.
+            // As in a process group: the sums first, then the shares.
             share(&sums, &partial, chunks, 0.0);
             share(&u, &sums, 1, k as f64);
         }
@@ -70,7 +70,7 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
 }
 
 #[test]
-fn sinkhorn_assigns() {
+fn sinkhorn_assignments() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for (b, k) in [(1, 1), (7, 13), (14, 257), (53, 8), (3, 300)] {
@@ -81,7 +81,7 @@ fn sinkhorn_assigns() {
 }
 
 #[test]
-fn a_prototype_that_underflows_is_assigned_nothing() {
+fn a_prototype_whose_column_underflows_gets_no_assignment() {
     let stage = Stage::take(true);
     let scores = stage.upload(&[-200.0_f32, 0.0, -200.0, 0.0]);
     let (max, u, partial) = (stage.upload(&[0.0_f32]), stage.room::<f64>(2), stage.room::<f64>(2));
@@ -102,13 +102,13 @@ fn unit_rows(n: usize, d: usize, seed: u64) -> Vec<f32> {
     rows
 }
 
-/// Neighbours of `n` queries among `m` bank rows, the bank in chunks; `flat` makes many similarities equal.
+/// Nearest neighbours of `n` queries among `m` bank rows, with the bank in chunks; `flat` makes many similarities equal.
 fn neighbours(stage: &Stage, [n, m, d, k]: [usize; 4], chunk: usize, flat: bool) {
     let what = format!("knn of {n} among {m}, k {k}, chunks of {chunk}");
     let rows = |n: usize, seed: u64| {
         let mut rows = unit_rows(n, d, seed);
         if flat {
-            // Exact in any order of summation, of either sign, and often equal.
+            // Exact in any order of summation, of both signs, and often equal.
             rows.iter_mut().for_each(|v| *v = (*v * 4.0).round() / 4.0);
         }
         rows
@@ -118,7 +118,7 @@ fn neighbours(stage: &Stage, [n, m, d, k]: [usize; 4], chunk: usize, flat: bool)
     let (values, indices) = (stage.room::<f32>(n * k), stage.room::<i32>(n * k));
     let mut similar = vec![0.0_f32; n * m];
     for first in (0..m).step_by(chunk) {
-        stage.seed(first as u64 + 1); // candidates wait in an order left to chance
+        stage.seed(first as u64 + 1); // candidates are buffered in a random order
         let columns = chunk.min(m - first);
         let s = stage.room::<f32>(n * columns);
         let (chunk_, _) = split(stage, &bank[first * d..][..columns * d], d, 3);
@@ -142,7 +142,7 @@ fn neighbours(stage: &Stage, [n, m, d, k]: [usize; 4], chunk: usize, flat: bool)
     close(&what, &similar, &want, 1e-5);
     let (values, indices) = (values.read(stage), indices.read(stage));
     for i in 0..n {
-        // The choice is exact for the similarities as they were computed.
+        // The selection must be exact for the computed similarities.
         let similar = &similar[i * m..][..m];
         let mut order: Vec<usize> = (0..m).collect();
         order.sort_by(|&a, &b| similar[b].total_cmp(&similar[a]).then(a.cmp(&b)));
@@ -161,7 +161,7 @@ fn neighbours_are_exact() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         neighbours(&stage, [1, 1, 1, 1], 64, false);
-        neighbours(&stage, [3, 5, 7, 8], 4, false); // k above the bank
+        neighbours(&stage, [3, 5, 7, 8], 4, false); // k exceeds the bank
         neighbours(&stage, [5, 701, 16, 200], 701, false);
         neighbours(&stage, [3, 1031, 5, 256], 400, false);
         neighbours(&stage, [2, 1031, 3, 255], 257, true);

@@ -1,5 +1,5 @@
-//! Every function of kernels/ptx.cuh and every collective against plain host maths, written from the layouts of the PTX ISA
-//! once more: random bits, data movement to the bit. The same kernels run first on a real device.
+//! Compares every function of kernels/ptx.cuh and every collective with plain host code, written independently from the layouts
+//! of the PTX ISA. Inputs are random bits, and data movement must be bit-exact. On a new GPU, run these tests first.
 
 use crate::numbers::{bits, noise};
 use crate::stage::Stage;
@@ -14,7 +14,7 @@ fn both(run: impl Fn(&Stage)) {
     }
 }
 
-/// Runs a product of fragments; `element` gives A, B as (row or k, ...) from lanes' registers.
+/// Runs an mma of the fragments, and compares it with the product of `a [row][k]` and `b [k][column]`.
 fn mma(
     kernel: &str,
     depth: usize,
@@ -42,7 +42,7 @@ fn mma(
 #[test]
 fn mma_bf16_multiplies() {
     let value = |bits: u32| f64::from(f32::from_bits(bits << 16));
-    // Small whole numbers and halves, exact in bf16.
+    // Small integers and halves, exact in bf16.
     let small = |b: &u32| u32::from(half::bf16::from_f64(f64::from(b % 17) / 2.0 - 4.0).to_bits());
     let (ea, eb) = (bits(256, 1), bits(128, 2));
     let (mut a, mut b) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);

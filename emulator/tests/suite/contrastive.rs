@@ -1,67 +1,67 @@
-//! Losses over similarities, and the planes that these are made from, against their definitions in f64.
+//! Losses over similarities, and the split into bf16 terms that they read, against their definitions in f64.
 
 use half::bf16;
 
-use crate::losses::{by_rows, dot, int, long, mean_loss, on_top, unit_rows, wide};
+use crate::losses::{accumulated, by_rows, dot, int, long, mean_loss, unit_rows, wide};
 use crate::numbers::{close, noise};
 use crate::stage::{Memory, Stage, Value};
 
-/// Logits of so many planes are wrong by about 2^-24 / T or 2^-16 / T, and an exponential is as wrong as its logit.
-fn tolerance(planes: usize, temperature: f64) -> f64 {
-    let bits = if planes == 3 { 22 } else { 16 };
+/// Logits from three or two terms have an error of about 2^-24 / T or 2^-16 / T, which is the relative error of exponentials.
+fn tolerance(terms: usize, temperature: f64) -> f64 {
+    let bits = if terms == 3 { 22 } else { 16 };
     (1.0 / 2.0_f64.powi(bits) / temperature).max(1e-5)
 }
 
-/// Rows as planes, and the pitch of these.
-pub fn split(stage: &Stage, x: &[f32], d: usize, planes: usize) -> (Memory<bf16>, usize) {
+/// Splits rows into bf16 terms; returns the terms and their pitch.
+pub fn split(stage: &Stage, x: &[f32], d: usize, terms: usize) -> (Memory<bf16>, usize) {
     let (rows, pitch) = (x.len() / d, d.next_multiple_of(8));
-    let (x, planes_) = (stage.upload(x), stage.room::<bf16>(planes * rows * pitch));
-    let arguments = [(&planes_).into(), (&x).into(), long(rows), int(d), int(pitch), int(planes)];
+    let (x, terms_) = (stage.upload(x), stage.room::<bf16>(terms * rows * pitch));
+    let arguments = [(&terms_).into(), (&x).into(), long(rows), int(d), int(pitch), int(terms)];
     stage.launch("split_rows", [2, 1, 1], [64, 1, 1], 0, &arguments);
-    (planes_, pitch)
+    (terms_, pitch)
 }
 
-/// A plane is the bf16 nearest to what is left, and zero behind `d`.
+/// Each term is the bf16 nearest to the remainder, and zero beyond column `d`.
 #[test]
-fn rows_split_into_planes() {
+fn rows_split_into_terms() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for (rows, d, count) in [(1, 1, 1), (3, 7, 2), (5, 8, 3), (2, 131, 3)] {
             let x: Vec<f32> = noise(rows * d, 9);
-            let (planes, pitch) = split(&stage, &x, d, count);
-            let planes = planes.read(&stage);
+            let (terms, pitch) = split(&stage, &x, d, count);
+            let terms = terms.read(&stage);
             for (i, t) in (0..rows).flat_map(|i| (0..pitch).map(move |t| (i, t))) {
                 let mut left = if t < d { x[i * d + t] } else { 0.0 };
                 for p in 0..count {
-                    let plane = planes[(p * rows + i) * pitch + t];
-                    assert_eq!(plane, bf16::from_f32(left), "[{rows}, {d}]: plane {p}");
-                    left -= plane.to_f32();
+                    let term = terms[(p * rows + i) * pitch + t];
+                    assert_eq!(term, bf16::from_f32(left), "[{rows}, {d}]: term {p}");
+                    left -= term.to_f32();
                 }
             }
         }
     }
 }
 
-/// Sums in groups of so many tiles, or online in slices of so many columns where it is cold; weights in slices of `slice`.
+/// NT-Xent with sums over groups of `group` tiles, or online over `128 group` columns at a low temperature. The gradient is
+/// split-K, with `slice` rows in each split.
 fn nt_xent(
     stage: &Stage,
-    [rows, d, planes]: [usize; 3],
+    [rows, d, terms]: [usize; 3],
     temperature: f64,
     group: usize,
     slice: usize,
 ) {
-    let what =
-        format!("nt_xent [{rows}, {d}] at {temperature}, {planes} planes, groups of {group}");
+    let what = format!("nt_xent [{rows}, {d}] at {temperature}, {terms} terms, groups of {group}");
     let z = unit_rows(rows, d, 3);
     let (z_, dy_) = (stage.upload(&z), stage.upload(&[0.7_f32]));
-    let (planes_, pitch) = split(stage, &z, d, planes);
+    let (terms_, pitch) = split(stage, &z, d, terms);
     let tiles = rows.div_ceil(128);
     let groups = tiles.div_ceil(group);
     let (maxima, sums) = (stage.room::<f32>(groups * rows), stage.room::<f32>(groups * rows));
     let inv_t = || Value::from(1.0 / temperature);
     let online = temperature < 0.025;
     let mut arguments: Vec<Value> = if online { vec![(&maxima).into()] } else { Vec::new() };
-    arguments.extend([(&sums).into(), (&planes_).into(), int(rows), int(pitch), int(planes)]);
+    arguments.extend([(&sums).into(), (&terms_).into(), int(rows), int(pitch), int(terms)]);
     if online {
         arguments.extend([int(128 * group), inv_t()]);
         let grid = [tiles as u32, groups as u32, 1];
@@ -88,17 +88,17 @@ fn nt_xent(
     let lse: Vec<f64> = (0..rows).map(lse).collect();
     let row_losses: Vec<f64> = (0..rows).map(|i| lse[i] - logit(i, positive(i))).collect();
     let loss = row_losses.iter().sum::<f64>() / rows as f64;
-    let tolerance = tolerance(planes, temperature);
+    let tolerance = tolerance(terms, temperature);
     close(&format!("{what}: lse"), &lse_.read(stage), &lse, 1e-5);
     close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
     close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
 
     let slices = rows.div_ceil(slice);
     let partial = stage.room::<f32>(slices * rows * d);
-    let mut arguments: Vec<Value> = vec![(&partial).into(), (&planes_).into(), (&lse_).into()];
+    let mut arguments: Vec<Value> = vec![(&partial).into(), (&terms_).into(), (&lse_).into()];
     arguments.extend([(&dy_).into(), int(rows), int(d), int(pitch), int(slice), inv_t()]);
     let grid = [rows.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
-    stage.launch(&format!("nt_xent_gradient_{planes}"), grid, [128, 1, 1], 0, &arguments);
+    stage.launch(&format!("nt_xent_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
     let old: Vec<f32> = noise(rows * d, 4);
     let dz_ = stage.upload(&old);
     let arguments = [(&dz_).into(), (&partial).into(), int(slices), long(rows * d), Value::from(1)];
@@ -112,7 +112,7 @@ fn nt_xent(
             (0..d).for_each(|t| dz[i * d + t] += scale * weight * z[j * d + t]);
         }
     }
-    close(&format!("{what}: dz"), &dz_.read(stage), &on_top(&old, &dz), tolerance);
+    close(&format!("{what}: dz"), &dz_.read(stage), &accumulated(&old, &dz), tolerance);
 }
 
 #[test]
@@ -128,28 +128,27 @@ fn nt_xent_at_any_temperature() {
     }
 }
 
-/// A queue of `m`, of whose rows those in `own`, if any, hold keys of the batch.
+/// InfoNCE with a queue of `m` rows; the rows in the range `own`, if any, are keys of the batch itself.
 fn info_nce(
     stage: &Stage,
     [n, m, d]: [usize; 3],
     own: [usize; 2],
     temperature: f64,
-    planes: usize,
+    terms: usize,
     slice: usize,
 ) {
-    let what =
-        format!("info_nce [{n}, {d}] of {m}, own {own:?}, at {temperature}, {planes} planes");
+    let what = format!("info_nce [{n}, {d}] of {m}, own {own:?}, at {temperature}, {terms} terms");
     let (q, k, queue) = (unit_rows(n, d, 3), unit_rows(n, d, 4), unit_rows(m, d, 5));
     let (q_, k_) = (stage.upload(&q), stage.upload(&k));
     let ((of_q, pitch), (of_queue, _)) =
-        (split(stage, &q, d, planes), split(stage, &queue, d, planes));
+        (split(stage, &q, d, terms), split(stage, &queue, d, terms));
     let (own_, dy_) = (stage.upload(&own.map(|o| o as i32)), stage.upload(&[0.7_f32]));
     let own_ = || if own == [0, 0] { 0_u64.into() } else { Value::from(&own_) };
     let inv_t = || Value::from(1.0 / temperature);
     let slices = m.div_ceil(slice);
     let (maxima, sums) = (stage.room::<f32>(slices * n), stage.room::<f32>(slices * n));
     let mut arguments: Vec<Value> = vec![(&maxima).into(), (&sums).into(), (&of_q).into()];
-    arguments.extend([(&of_queue).into(), own_(), int(n), int(m), int(pitch), int(planes)]);
+    arguments.extend([(&of_queue).into(), own_(), int(n), int(m), int(pitch), int(terms)]);
     arguments.extend([int(slice), inv_t()]);
     let grid = [n.div_ceil(128) as u32, slices as u32, 1];
     stage.launch("info_nce_sums", grid, [128, 1, 1], 0, &arguments);
@@ -172,7 +171,7 @@ fn info_nce(
     };
     let lse: Vec<f64> = (0..n).map(lse).collect();
     let row_losses: Vec<f64> = (0..n).map(|i| lse[i] - positive(i)).collect();
-    let tolerance = tolerance(planes, temperature);
+    let tolerance = tolerance(terms, temperature);
     close(&format!("{what}: lse"), &lse_.read(stage), &lse, tolerance);
     close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, tolerance);
 
@@ -181,7 +180,7 @@ fn info_nce(
     arguments.extend([own_(), (&lse_).into(), (&dy_).into()]);
     arguments.extend([int(n), int(m), int(d), int(pitch), int(slice), inv_t()]);
     let grid = [n.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
-    stage.launch(&format!("info_nce_gradient_{planes}"), grid, [128, 1, 1], 0, &arguments);
+    stage.launch(&format!("info_nce_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
     let (dq_, dk_) = (stage.room::<f32>(n * d), stage.room::<f32>(n * d));
     let mut arguments: Vec<Value> = [&dq_, &partial, &q_, &k_, &lse_, &dy_].map(Value::from).into();
     arguments.extend([int(n), int(d), int(slices), inv_t()]);

@@ -32,8 +32,8 @@ impl Dims {
         [n, h, w, c, k, r, s, p, q, stride, pad].map(|x| Value::from(x as i32)).into_iter()
     }
 
-    /// Calls `f(y index, x index, filter index)` for every product.
-    fn products(&self, mut f: impl FnMut(usize, usize, usize)) {
+    /// Calls `f(y index, x index, filter index)` for every multiply-add.
+    fn multiply_adds(&self, mut f: impl FnMut(usize, usize, usize)) {
         for pixel in 0..self.n * self.p * self.q {
             let (n, p, q) = (pixel / self.p / self.q, pixel / self.q % self.p, pixel % self.q);
             for tap in 0..self.r * self.s {
@@ -56,7 +56,7 @@ impl Dims {
     }
 }
 
-/// A kernel's name behind its dtype, and the rows and columns of its tile.
+/// A kernel's suffix after its dtype, and the rows and columns of its tile.
 type Form = (&'static str, [usize; 2]);
 const SMALL: Form = ("_64x64", [64, 64]);
 const F32: Form = ("", [64, 64]);
@@ -65,7 +65,7 @@ fn tiles(m: usize, n: usize, form: Form) -> u32 {
     (m.div_ceil(form.1[0]) * n.div_ceil(form.1[1])) as u32
 }
 
-/// The kernels of a dtype that take a convolution, of the three directions, as the head of conv2d.cu says.
+/// The kernels of a dtype that accept a convolution, for each of the three directions, as the head of conv2d.cu says.
 fn forms<T: Float>(d: &Dims) -> [Vec<Form>; 3] {
     if T::NAME == "f32" {
         return [vec![F32], vec![F32], vec![F32]];
@@ -144,7 +144,7 @@ impl Launcher<'_> {
         self.run::<T>("conv2d_data_gradient", form, grid, pointers, &[accumulate.into()]);
     }
 
-    /// In slices of so many pixels.
+    /// Split-K, with `pixels_per_slice` pixels in each split.
     fn weight_gradient<T: Float>(
         &self,
         form: Form,
@@ -180,7 +180,7 @@ impl Launcher<'_> {
     }
 }
 
-/// Mean and squared deviations of each column of `y [rows, columns]` for each `step` rows.
+/// Mean and sum of squared deviations of each column of `y [rows, columns]`, per chunk of `step` rows.
 pub fn moments_of<T: Float>(y: &[T], columns: usize, step: usize) -> Vec<f64> {
     let mut moments = Vec::new();
     for rows in y.chunks(step * columns) {
@@ -200,7 +200,7 @@ fn convolution<T: Float>(stage: &Stage, d: Dims) {
     let (x, dy): (Vec<T>, Vec<T>) = (noise(inputs, 1), noise(outputs, 2));
     let w: Vec<T> = noise(d.k * d.r * d.s * d.c, 3);
     let (mut y, mut dx, mut dw) = (vec![0.0; outputs], vec![0.0; inputs], vec![0.0; w.len()]);
-    d.products(|at_y, at_x, at_w| {
+    d.multiply_adds(|at_y, at_x, at_w| {
         y[at_y] += x[at_x].to_f64() * w[at_w].to_f64();
         dx[at_x] += dy[at_y].to_f64() * w[at_w].to_f64();
         dw[at_w] += dy[at_y].to_f64() * x[at_x].to_f64();
@@ -234,10 +234,10 @@ fn convolution<T: Float>(stage: &Stage, d: Dims) {
         let first: Vec<f64> = first.iter().map(|x| x.to_f64()).collect();
         close(&format!("{what}, accumulated"), &dx_.read(stage), &plus(&first, &dx), T::TOLERANCE);
     }
-    // All pixels in one slice, and in slices of two steps.
-    let whole = (d.n * d.p * d.q).next_multiple_of(32);
-    for (form, slice) in weight.into_iter().flat_map(|form| [(form, whole), (form, 64)]) {
-        let what = format!("{what}{}: dw in slices of {slice}", form.0);
+    // Without split-K, and with splits of two steps.
+    let all_pixels = (d.n * d.p * d.q).next_multiple_of(32);
+    for (form, slice) in weight.into_iter().flat_map(|form| [(form, all_pixels), (form, 64)]) {
+        let what = format!("{what}{}: dw in splits of {slice} pixels", form.0);
         let dw_ = stage.room::<f32>(w.len());
         launcher.weight_gradient(form, &dw_, &x_, &dy_, slice, false);
         let first = dw_.read(stage);
@@ -248,7 +248,7 @@ fn convolution<T: Float>(stage: &Stage, d: Dims) {
     }
 }
 
-/// Sizes that no tile likes; then one off the edges of large tiles in pixels, channels and depth; then few steps.
+/// Sizes that fit no tile; sizes one off the edges of large tiles in pixels, channels and depth; sizes with few steps.
 const SHAPES: [([usize; 4], [usize; 3], usize, usize); 20] = [
     ([1, 1, 1, 1], [1, 1, 1], 1, 0),
     ([2, 7, 5, 3], [5, 3, 3], 1, 1),
@@ -291,9 +291,9 @@ fn conv2d_bf16() {
     convolutions::<bf16>();
 }
 
-/// In slices, the same bits in every order of threads.
+/// With split-K, every order of threads gives the same bits.
 #[test]
-fn weight_gradient_is_the_same_in_any_order() {
+fn weight_gradient_has_the_same_bits_in_any_order() {
     let d = Dims::new([2, 24, 24, 8], [8, 3, 3], 1, 1);
     let stage = Stage::take(false);
     let launcher = Launcher { stage: &stage, d };

@@ -1,4 +1,4 @@
-//! The first kernels against plain f64 host code, at odd sizes, plain and instrumented.
+//! Elementwise and batch-norm kernels against plain f64 host code, at odd sizes, plain and instrumented.
 
 use half::bf16;
 
@@ -74,7 +74,7 @@ fn casts_round_to_nearest_even() {
 }
 
 #[test]
-fn casts_keep_what_is_special() {
+fn casts_keep_special_values() {
     let x = [
         f32::NAN,
         -f32::NAN,
@@ -85,7 +85,7 @@ fn casts_keep_what_is_special() {
         1e-40,
         1.0 + 1.0 / 256.0,
     ];
-    // A NaN becomes the device's one; beyond the largest bf16 is infinity; a tie goes to the even.
+    // A NaN becomes the device's canonical NaN; a value above the largest bf16 becomes infinity; a tie rounds to even.
     let want = [0x7fff, 0x7fff, 0x7f80, 0xff80, 0x7f80, 0x8000, 0x0001, 0x3f80];
     for checked in [false, true] {
         let stage = Stage::take(checked);
@@ -98,8 +98,8 @@ fn casts_keep_what_is_special() {
     }
 }
 
-/// Batch norm forward and backward of `groups` times `rows` rows of `c` channels, far from zero; without a residual the
-/// backward pass gets no `y`, and finds the ReLU's mask in `x`.
+/// Batch norm forward and backward of `groups` times `rows` rows of `c` channels, with a mean far from zero. Without a
+/// residual the backward pass gets no `y`, and derives the ReLU's mask from `x`.
 fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize, with_residual: bool) {
     let what = format!("batch norm of {groups} x {rows} x {c}");
     let name = |kernel: &str| format!("batch_norm_{kernel}_{}", T::NAME);
@@ -119,7 +119,7 @@ fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize, wit
     let running: Vec<f32> = noise(c, 6);
     let (running_mean, running_variance) = (stage.upload(&running), stage.upload(&running));
 
-    // The layout that batch_norm.cu describes.
+    // The launch layout that batch_norm.cu describes.
     let vectors = c.div_ceil(16 / size_of::<T>()) as u32;
     let across = vectors.next_power_of_two().min(32);
     let per_chunk = 37;
@@ -218,7 +218,7 @@ fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize, wit
     }
     close(&format!("{what}: dshift"), &dshift_.read(stage), &want_dshift, 1e-5);
     close(&format!("{what}: dgain"), &dgain_.read(stage), &want_dgain, 1e-5);
-    // One row has no spread: what is left is rounding, of either sign.
+    // One row has no variance: only rounding errors remain.
     if rows > 1 {
         close(&format!("{what}: dx"), &dx_.read(stage), &want_dx, T::TOLERANCE);
     }

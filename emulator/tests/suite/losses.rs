@@ -1,4 +1,4 @@
-//! Unit rows and the losses over them against their definitions in f64.
+//! Row normalisation and losses over rows against their definitions in f64.
 
 use half::bf16;
 
@@ -13,12 +13,12 @@ pub fn long(x: usize) -> Value {
     Value::from(x as i64)
 }
 
-/// A launch with a warp for each row.
+/// A launch with one warp per row.
 pub fn by_rows(stage: &Stage, name: &str, rows: usize, arguments: &[Value]) {
     stage.launch(name, [rows.div_ceil(4) as u32, 1, 1], [128, 1, 1], 0, arguments);
 }
 
-/// The loss that is the mean of row losses.
+/// The loss: the mean of the row losses.
 pub fn mean_loss(stage: &Stage, row_losses: &Memory<f32>) -> Vec<f32> {
     let loss = stage.room::<f32>(1);
     let arguments = [(&loss).into(), row_losses.into(), int(row_losses.len)];
@@ -44,11 +44,11 @@ pub fn unit_rows(n: usize, d: usize, seed: u64) -> Vec<f32> {
     rows
 }
 
-/// Makes a row of up to 400 numbers shorter than the eps of `l2_normalize`, and not zero.
+/// Scales a row of up to 400 numbers to a norm below the eps of `l2_normalize`, but not to zero.
 const TINY: f64 = 5e-14;
 
-/// Adds what was there before.
-pub fn on_top(old: &[f32], new: &[f64]) -> Vec<f64> {
+/// The accumulated gradient: `old + new`.
+pub fn accumulated(old: &[f32], new: &[f64]) -> Vec<f64> {
     old.iter().zip(new).map(|(a, b)| f64::from(*a) + b).collect()
 }
 
@@ -68,7 +68,7 @@ fn l2_normalize<In: Float>(stage: &Stage, n: usize, d: usize) {
     close(&what, &y_.read(stage), &want, 1e-5);
     close(&what, &norms_.read(stage), &(0..n).map(norm).collect::<Vec<_>>(), 1e-5);
 
-    // Of the outputs as they were rounded: of the numbers that the kernel reads.
+    // Computed from the rounded outputs, which the kernel reads.
     let gradient = |e: usize| {
         let row = e / d * d..e / d * d + d;
         let along = if norm(e / d) > 1e-12 { dot(&y[row.clone()], &dy[row]) } else { 0.0 };
@@ -80,7 +80,7 @@ fn l2_normalize<In: Float>(stage: &Stage, n: usize, d: usize) {
     arguments.extend([(&norms_).into(), long(n), int(d)]);
     by_rows(stage, &format!("l2_normalize_backward_{suffix}"), n, &arguments);
     let got = dx_.read(stage);
-    // Rows below eps have a gradient of 1e12 beside which the others would not count.
+    // Rows below eps have a gradient of 1e12, which would hide errors in the others.
     close(&format!("{what}: dx below eps"), &got[..d], &want[..d], In::TOLERANCE);
     close(&format!("{what}: dx"), &got[d..], &want[d..], In::TOLERANCE);
 }
@@ -88,7 +88,7 @@ fn l2_normalize<In: Float>(stage: &Stage, n: usize, d: usize) {
 const ROW_SHAPES: [(usize, usize); 6] = [(1, 1), (2, 3), (5, 8), (7, 31), (3, 257), (37, 128)];
 
 #[test]
-fn unit_rows_of_any_type() {
+fn l2_normalize_of_rows() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for (n, d) in ROW_SHAPES {
@@ -99,7 +99,7 @@ fn unit_rows_of_any_type() {
 }
 
 #[test]
-fn rows_become_unit_rows_in_place() {
+fn rows_are_normalized_in_place() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for (n, d) in ROW_SHAPES {
@@ -218,7 +218,7 @@ fn neg_cosine<T: Float>(stage: &Stage, n: usize, d: usize) {
         by_rows(stage, &format!("neg_cosine_backward_{}", T::NAME), n, &arguments);
         let want: Vec<f64> = (0..n * d).map(gradient).collect();
         let (got, what) = (dx_.read(stage), format!("{what}: d{side}"));
-        // A row below eps has a gradient of 1e12 beside which the others would not count.
+        // A row below eps has a gradient of 1e12, which would hide errors in the others.
         close(&what, &got[..d], &want[..d], T::TOLERANCE);
         if n > 1 {
             close(&what, &got[d..], &want[d..], T::TOLERANCE);
@@ -230,7 +230,7 @@ fn neg_cosine<T: Float>(stage: &Stage, n: usize, d: usize) {
 fn neg_cosine_of_rows() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
-        // With d = 1 the gradient is zero but for rounding.
+        // With d = 1 the gradient is zero except for rounding.
         for (n, d) in ROW_SHAPES.into_iter().filter(|(_, d)| *d > 1) {
             neg_cosine::<f32>(&stage, n, d);
             neg_cosine::<bf16>(&stage, n, d);
@@ -261,7 +261,7 @@ fn soft_cross_entropy<T: Float>(stage: &Stage, n: usize, k: usize, temperature: 
     let y_ = stage.room::<f32>(n * k);
     let arguments = [(&y_).into(), (&x_).into(), long(n), int(k), inv_t()];
     by_rows(stage, &format!("softmax_{}", T::NAME), n, &arguments);
-    // An exponential is as wrong as its logit, some 2^-24 / T.
+    // The relative error of an exponential is the absolute error of its logit, about 2^-24 / T.
     let tolerance = (1.0 / 2.0_f64.powi(22) / temperature).max(1e-5);
     close(&format!("{what}: softmax"), &y_.read(stage), &softmax, tolerance);
 
@@ -282,7 +282,7 @@ fn soft_cross_entropy<T: Float>(stage: &Stage, n: usize, k: usize, temperature: 
 fn soft_cross_entropy_at_a_temperature() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
-        // With k = 1 the gradient is zero but for rounding.
+        // With k = 1 the gradient is zero except for rounding.
         for (n, k) in ROW_SHAPES.into_iter().filter(|(_, k)| *k > 1) {
             for temperature in [1.0, 0.1] {
                 soft_cross_entropy::<f32>(&stage, n, k, temperature);

@@ -2,10 +2,10 @@
 
 use half::bf16;
 
-/// A float type that kernels store.
+/// A float type in which kernels store values.
 pub trait Float: Copy + Default + 'static {
     const NAME: &str;
-    /// Relative, of the L2 norm (DESIGN: f32 and bf16 kernels).
+    /// Relative tolerance of the L2 norm.
     const TOLERANCE: f64;
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
@@ -33,7 +33,7 @@ impl Float for bf16 {
     }
 }
 
-/// Numbers in -1..1, away from zero, the same for a seed.
+/// Seeded numbers in -1..1, none close to zero.
 pub fn noise<T: Float>(n: usize, seed: u64) -> Vec<T> {
     bits(n, seed)
         .iter()
@@ -56,7 +56,7 @@ pub fn bits(n: usize, seed: u64) -> Vec<u32> {
     (0..n).map(|_| next()).collect()
 }
 
-/// L2 within `tolerance`, and no element further than 16 times that of the largest; NaN fails.
+/// Fails unless the relative L2 error is within `tolerance` and every element is within 16 `tolerance` of the largest. NaN fails.
 #[track_caller]
 pub fn close<T: Float>(what: &str, got: &[T], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -79,7 +79,7 @@ pub fn close<T: Float>(what: &str, got: &[T], want: &[f64], tolerance: f64) {
     );
 }
 
-/// Numbers in 0..k, the same each time.
+/// Labels in 0..k, always the same.
 pub fn labels(n: usize, k: usize) -> Vec<i32> {
     bits(n, 99).iter().map(|b| (*b as usize % k) as i32).collect()
 }

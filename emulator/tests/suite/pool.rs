@@ -5,7 +5,7 @@ use half::bf16;
 use crate::numbers::{Float, close, noise};
 use crate::stage::{Stage, Value};
 
-/// A pooling, and where its pixels go: `window(o, of)` are the rows of an image of `of` that output row `o` covers.
+/// A pooling operation.
 #[derive(Clone, Copy, Debug)]
 struct Pool {
     image: [usize; 4],
@@ -35,7 +35,7 @@ impl Pool {
         self.image[0] * self.p * self.q * self.image[3]
     }
 
-    /// The elements that output `o` is made of, with their places in the window, in row order.
+    /// The input elements of output `o`, with their positions in the window, in row order.
     fn window(&self, o: usize) -> Vec<(usize, usize)> {
         let [_, h, w, c] = self.image;
         let (channel, pixel) = (o % c, o / c);
@@ -59,7 +59,7 @@ impl Pool {
     }
 }
 
-/// The launch that the head of pool.cu describes.
+/// The launch layout that the head of pool.cu describes.
 fn launch<T: Float>(stage: &Stage, name: &str, pixels: usize, c: usize, arguments: &[Value]) {
     let vectors = c.div_ceil(16 / size_of::<T>()) as u32;
     let across = vectors.next_power_of_two().min(32);
@@ -84,7 +84,7 @@ fn max_pool<T: Float>(stage: &Stage, pool: Pool, ties: bool) {
     let what = format!("max_pool_{} {pool:?}", T::NAME);
     let mut x: Vec<T> = noise(pool.inputs(), 1);
     if ties {
-        // As behind a ReLU: many zeros, and few values.
+        // As after a ReLU: many zeros, and few distinct values.
         x = x.iter().map(|x| T::from_f64((x.to_f64() * 2.0).round().max(0.0))).collect();
     }
     let dy: Vec<T> = noise(pool.outputs(), 2);
@@ -151,7 +151,7 @@ fn max_pool_bf16() {
 }
 
 #[test]
-fn max_pool_keeps_a_nan() {
+fn max_pool_propagates_nan() {
     let stage = Stage::take(true);
     let mut x: Vec<f32> = noise(9, 1);
     x[4] = f32::NAN;

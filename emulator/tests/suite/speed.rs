@@ -1,9 +1,10 @@
-//! How fast plain kernels run here; printed, not judged. `cargo test -p selfsup-emulator -- --ignored --nocapture speed`
+//! Prints the speed of kernels on the stand-in driver, without judging it:
+//! `cargo test -p selfsup-emulator -- --ignored --nocapture speed`
 
 use crate::stage::{Memory, Stage, Value};
 
-/// Of this thread, which is the one that kernels run on; other work on the machine does not count.
-fn processor_seconds() -> f64 {
+/// CPU time of this thread, on which kernels run, so that other load on the machine does not count.
+fn cpu_seconds() -> f64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
     t.tv_sec as f64 + t.tv_nsec as f64 * 1e-9
@@ -12,12 +13,12 @@ fn processor_seconds() -> f64 {
 fn timed(stage: &Stage, run: impl Fn()) -> f64 {
     run();
     stage.wait().expect("runs");
-    let start = processor_seconds();
+    let start = cpu_seconds();
     for _ in 0..4 {
         run();
         stage.wait().expect("runs");
     }
-    (processor_seconds() - start) / 4.0
+    (cpu_seconds() - start) / 4.0
 }
 
 #[test]

@@ -1,7 +1,8 @@
-//! What tests need of the driver: it is loaded first, so that cudarc finds it, and one test has it at a time.
+//! The test fixture: loads the stand-in driver first, so that cudarc finds it, and gives it to one test at a time.
 //!
 //! With `SELFSUP_DRIVER=real` the machine's own driver runs the kernels instead, from the fatbins in the folder
-//! `SELFSUP_KERNELS`: what `scripts/gpu-bundle` does on a GPU. Tests that count, inject or break need the stand-in.
+//! `SELFSUP_KERNELS`, as `scripts/gpu-bundle` does on a GPU. Tests that count calls, inject failures or run broken kernels
+//! need the stand-in driver.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::sys::{self, CUfunction, CUresult, CUstream};
 use cudarc::driver::{CudaContext, result};
 
-/// The stand-in; none where the tests are for a real driver.
+/// The stand-in driver; `None` if the tests run on a real driver.
 fn library() -> Option<&'static libloading::Library> {
     static LIBRARY: OnceLock<Option<libloading::Library>> = OnceLock::new();
     let open = || {
@@ -22,7 +23,7 @@ fn library() -> Option<&'static libloading::Library> {
     LIBRARY.get_or_init(|| (!real()).then(open)).as_ref()
 }
 
-/// What a program loads: of the stand-in anything that looks like a fatbin, else every fatbin there is.
+/// The images that a program loads: for the stand-in driver, anything that looks like a fatbin; else all fatbins.
 fn images() -> Vec<Vec<u8>> {
     if library().is_some() {
         return vec![0xba55_ed50_u32.to_le_bytes().to_vec()];
@@ -36,11 +37,12 @@ fn images() -> Vec<Vec<u8>> {
 
 /// A function that only the stand-in driver has.
 fn own<F: Copy>(name: &str) -> F {
-    let library = library().unwrap_or_else(|| panic!("{name}: only the stand-in driver has it"));
+    let library =
+        library().unwrap_or_else(|| panic!("{name}: only the stand-in driver has this function"));
     *unsafe { library.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
-/// The driver, to oneself, fresh.
+/// Exclusive access to a freshly reset driver.
 pub struct Stage {
     _context: Arc<CudaContext>,
     pub stream: CUstream,
@@ -49,7 +51,7 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Takes the driver, with plain or instrumented kernels.
+    /// Locks and resets the driver, with plain or instrumented kernels.
     pub fn take(checked: bool) -> Self {
         let turn = Self::turn();
         if library().is_none() {
@@ -59,11 +61,11 @@ impl Stage {
         own::<extern "C" fn(c_int)>("standin_check")(c_int::from(checked));
         own::<extern "C" fn(c_int)>("standin_eager")(0);
         own::<extern "C" fn(u64)>("standin_seed")(7);
-        own::<extern "C" fn()>("standin_forget_counts")();
+        own::<extern "C" fn()>("standin_reset_counts")();
         Self::with(turn)
     }
 
-    /// Takes it as the environment sets it up.
+    /// Locks the driver as the environment configures it.
     pub fn start() -> Self {
         Self::with(Self::turn())
     }
@@ -76,14 +78,14 @@ impl Stage {
     }
 
     fn with(turn: MutexGuard<'static, ()>) -> Self {
-        let context = CudaContext::new(0).expect("the stand-in driver has one device");
+        let context = CudaContext::new(0).expect("the driver has a device");
         context.bind_to_thread().expect("a context");
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).expect("a stream");
         let load = |image: Vec<u8>| {
             let mut module = std::ptr::null_mut();
             let loaded = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
-            // Kernels for another chip than this one are not there.
+            // Kernels for a different chip are missing.
             (loaded != CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU).then(|| {
                 loaded.result().expect("a module");
                 module
@@ -95,7 +97,7 @@ impl Stage {
 
     pub fn seed(&self, seed: u64) {
         if library().is_none() {
-            return; // a GPU has an order of its own
+            return; // a GPU chooses its own order
         }
         own::<extern "C" fn(u64)>("standin_seed")(seed);
     }
@@ -105,13 +107,13 @@ impl Stage {
     }
 
     pub fn count(&self, what: &str) -> u64 {
-        let what = CString::new(what).expect("no zero");
+        let what = CString::new(what).expect("no NUL");
         let count = own::<unsafe extern "C" fn(*const c_char) -> u64>("standin_count");
         unsafe { count(what.as_ptr()) }
     }
 
     pub fn fail(&self, call: &str, nth: u64, code: CUresult) {
-        let call = CString::new(call).expect("no zero");
+        let call = CString::new(call).expect("no NUL");
         let f = own::<unsafe extern "C" fn(*const c_char, u64, u32)>("standin_fail");
         unsafe { f(call.as_ptr(), nth, code as u32) };
     }
@@ -129,9 +131,9 @@ impl Stage {
     }
 
     pub fn function(&self, name: &str) -> CUfunction {
-        let name = CString::new(name).expect("no zero");
+        let name = CString::new(name).expect("no NUL");
         let find = |&module: &_| unsafe { result::module::get_function(module, name.clone()) }.ok();
-        self.modules.iter().find_map(find).unwrap_or_else(|| panic!("{name:?}: no such kernel"))
+        self.modules.iter().find_map(find).unwrap_or_else(|| panic!("unknown kernel {name:?}"))
     }
 
     /// Device memory with a copy of `host`.
@@ -141,13 +143,13 @@ impl Stage {
         memory
     }
 
-    /// Device memory that nobody has written.
+    /// Uninitialised device memory.
     pub fn room<T>(&self, len: usize) -> Memory<T> {
         let at = unsafe { result::malloc_sync(len * size_of::<T>()) }.expect("device memory");
         Memory { at, len, _kind: std::marker::PhantomData }
     }
 
-    /// Queues a launch; `arguments` are the bytes of each.
+    /// Queues a launch.
     pub fn launch(
         &self,
         name: &str,
@@ -233,7 +235,7 @@ impl<T: Copy + Default> Memory<T> {
 
 impl<T> Drop for Memory<T> {
     fn drop(&mut self) {
-        // After a violation the driver answers nothing but it.
+        // After a violation every call returns its error.
         let _ = unsafe { result::free_sync(self.at) };
     }
 }

@@ -1,4 +1,4 @@
-//! Streams, events, graphs, limits and failures: the driver's promises, and no more than those.
+//! Streams, events, graphs, limits and failures: the driver keeps its guarantees, and no more than those.
 
 use cudarc::driver::result::{self, stream::StreamKind};
 use cudarc::driver::sys::{self, CUresult, CUstream};
@@ -52,7 +52,7 @@ fn download_async(to: &Pinned, from: &Memory<f32>, stream: CUstream) {
     unsafe { sys::cuMemcpyDtoHAsync_v2(to.0.cast(), from.at, 4, stream) }.result().expect("queued");
 }
 
-/// Runs with several seeds; in how many `run` says true.
+/// Runs with 16 seeds; returns for how many `run` is true.
 fn seeds(run: impl Fn(&Stage) -> bool) -> usize {
     (1..=16)
         .filter(|seed| {
@@ -89,7 +89,7 @@ fn pinned_memory_is_read_when_the_copy_runs() {
 }
 
 #[test]
-fn events_order_streams_and_nothing_else_does() {
+fn only_events_order_streams() {
     for ordered in [true, false] {
         let right = seeds(|stage| {
             let (x, y) = (stage.room::<f32>(1), stage.room::<f32>(1));
@@ -133,7 +133,7 @@ fn the_default_stream_waits_for_blocking_streams_only() {
     }
 }
 
-/// Captures what `queue` does on the stage's stream.
+/// Captures the work that `queue` queues on the stage's stream.
 fn capture(stage: &Stage, queue: impl FnOnce()) -> Result<sys::CUgraphExec, CUresult> {
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
     unsafe { sys::cuStreamBeginCapture_v2(stage.stream, mode) }.result().expect("capturing");
@@ -227,7 +227,7 @@ fn waiting_and_allocating_end_a_capture() {
             let refused = call(&stage).expect_err("not while capturing");
             assert_eq!(refused.0, CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "call {i}");
         });
-        // An allocation in stream order is refused without harm to the capture.
+        // A stream-ordered allocation is refused without invalidating the capture.
         if i < 3 {
             assert_eq!(
                 captured.err(),
@@ -239,7 +239,7 @@ fn waiting_and_allocating_end_a_capture() {
 }
 
 #[test]
-fn calls_fail_when_told_to() {
+fn injected_failures_reach_the_caller() {
     let stage = Stage::take(false);
     stage.fail("cuMemAlloc_v2", 3, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     let kept: Vec<Memory<f32>> = (0..2).map(|_| stage.room(1)).collect();
@@ -247,7 +247,7 @@ fn calls_fail_when_told_to() {
     assert_eq!(third.0, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     drop(stage.room::<f32>(1));
 
-    // A failed kernel shows at the wait, and from then on everywhere.
+    // A failed kernel shows at the wait, and from then on in every call.
     let x = &kept[0];
     stage.fail("kernel:add_f32", 2, CUresult::CUDA_ERROR_ECC_UNCORRECTABLE);
     unsafe { result::memset_d8_sync(x.at, 0, 4) }.expect("set");
@@ -272,10 +272,10 @@ fn calls_fail_when_told_to() {
 }
 
 #[test]
-fn the_device_has_so_much_memory() {
+fn device_memory_is_limited_and_counted() {
     let stage = Stage::take(false);
     let (free, total) = result::mem_get_info().expect("information");
-    let refused = unsafe { result::malloc_sync(free + 1) }.expect_err("more than there is");
+    let refused = unsafe { result::malloc_sync(free + 1) }.expect_err("more than is free");
     assert_eq!(refused.0, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     let some: Memory<u8> = stage.room(1 << 20);
     assert_eq!(result::mem_get_info().expect("information"), (free - (1 << 20), total));
@@ -302,13 +302,13 @@ fn launches_beyond_the_limits_are_refused() {
     assert_eq!(launch("fill_f32", [1, 65536, 1], [32, 1, 1], 0), invalid);
     assert_eq!(launch("fill_f32", [1, 1, 1], [32, 1, 1], 100 << 10), Ok(()), "asked for");
     assert_eq!(launch("fill_f32", [1, 1, 1], [32, 1, 1], 164 << 10), invalid);
-    // A kernel with BOUNDS takes no more threads than those.
+    // A kernel with BOUNDS accepts at most that many threads.
     let too_many = launch("matmul_nn_f32", [1, 1, 1], [257, 1, 1], 0);
     assert_eq!(too_many, Err(CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES));
     assert_eq!(x.read(&stage), [1.0; 4]);
 }
 
-/// The same seed is the same run, whatever it is; different seeds visit different orders.
+/// The same seed gives the same run; different seeds give different orders.
 #[test]
 fn seeds_choose_the_schedule() {
     let winner = |seed| {
@@ -323,16 +323,16 @@ fn seeds_choose_the_schedule() {
     assert_eq!(winner(3), all[2]);
 }
 
-/// Runs `child` below in a process of its own, under these variables; its standard output.
+/// Runs `reports_its_configuration` below in a separate process under these variables; returns its standard output.
 fn child(variables: &[(&str, &str)]) -> String {
     let mut command = std::process::Command::new(std::env::current_exe().expect("a path"));
-    command.args(["--exact", "streams::reports_what_it_finds", "--ignored", "--nocapture"]);
+    command.args(["--exact", "streams::reports_its_configuration", "--ignored", "--nocapture"]);
     let output = command.envs(variables.iter().copied()).output().expect("starts");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]
-fn the_environment_sets_it_up() {
+fn the_environment_configures_the_driver() {
     let folder = std::env::temp_dir().join(format!("stand-in-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
     let ran = folder.join("ran");
@@ -351,8 +351,8 @@ fn the_environment_sets_it_up() {
 }
 
 #[test]
-#[ignore = "what the test above starts"]
-fn reports_what_it_finds() {
+#[ignore = "started by the test above"]
+fn reports_its_configuration() {
     let stage = Stage::start();
     let (_, total) = result::mem_get_info().expect("information");
     let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;

@@ -1,4 +1,4 @@
-//! Matrix products against plain f64 host code: every tile, at and around its edges, plain and instrumented.
+//! GEMM kernels against plain f64 host code: every tile, at and around its edges, plain and instrumented.
 
 use half::bf16;
 
@@ -6,9 +6,9 @@ use crate::conv2d::moments_of;
 use crate::numbers::{Float, close, noise};
 use crate::stage::{Memory, Stage, Value};
 
-/// How the operands of a product lie.
+/// Which operands of a GEMM are transposed.
 #[derive(Clone, Copy, Debug)]
-enum Lie {
+enum Transposition {
     Nt,
     Nn,
     Tn,
@@ -17,24 +17,24 @@ enum Lie {
 /// A kernel and its tile.
 type Form = (&'static str, [usize; 2]);
 
-/// The kernels that take a product, as the head of matmul.cu says.
-fn forms<In: Float>(lie: Lie, [m, n, k]: [usize; 3]) -> Vec<Form> {
+/// The kernels that accept a GEMM, as the head of matmul.cu says.
+fn forms<In: Float>(transposition: Transposition, [m, n, k]: [usize; 3]) -> Vec<Form> {
     if In::NAME == "f32" {
         return vec![("f32", [64, 64])];
     }
     let small = ("bf16_64x64", [64, 64]);
     let large = ("bf16_128x128", [128, 128]);
-    let (lines, half) = match lie {
-        Lie::Nt => ([k, k], ("bf16_128x64", [128, 64])),
-        Lie::Nn => ([k, n], ("bf16_128x64", [128, 64])),
-        Lie::Tn => ([m, n], ("bf16_64x128", [64, 128])),
+    let (row_lengths, half) = match transposition {
+        Transposition::Nt => ([k, k], ("bf16_128x64", [128, 64])),
+        Transposition::Nn => ([k, n], ("bf16_128x64", [128, 64])),
+        Transposition::Tn => ([m, n], ("bf16_64x128", [64, 128])),
     };
-    let whole = lines.iter().all(|length| length.is_multiple_of(8));
-    if whole { vec![small, large, half] } else { vec![small] }
+    let aligned = row_lengths.iter().all(|length| length.is_multiple_of(8));
+    if aligned { vec![small, large, half] } else { vec![small] }
 }
 
-/// `[m, n]`, with bias, then once more on top; in slices where the result is f32.
-fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]) {
+/// One GEMM to `[m, n]` with bias, then accumulated onto the result, then by split-K if the result is f32.
+fn gemm<In: Float, Out: Float>(stage: &Stage, transposition: Transposition, [m, n, k]: [usize; 3]) {
     let (a, b): (Vec<In>, Vec<In>) = (noise(m * k, 1), noise(k * n, 2));
     let bias: Vec<f32> = noise(n, 3);
     let (da, db, dbias) = (stage.upload(&a), stage.upload(&b), stage.upload(&bias));
@@ -42,8 +42,16 @@ fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]
     for i in 0..m {
         for j in 0..n {
             let term = |l: usize| {
-                let x = if matches!(lie, Lie::Tn) { a[l * m + i] } else { a[i * k + l] };
-                let y = if matches!(lie, Lie::Nt) { b[j * k + l] } else { b[l * n + j] };
+                let x = if matches!(transposition, Transposition::Tn) {
+                    a[l * m + i]
+                } else {
+                    a[i * k + l]
+                };
+                let y = if matches!(transposition, Transposition::Nt) {
+                    b[j * k + l]
+                } else {
+                    b[l * n + j]
+                };
                 x.to_f64() * y.to_f64()
             };
             want[i * n + j] = (0..k).map(term).sum::<f64>();
@@ -51,17 +59,17 @@ fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]
     }
     let with_bias = |e: usize| want[e] + f64::from(bias[e % n]);
     let once: Vec<f64> = (0..m * n).map(with_bias).collect();
-    for (kernel, tile) in forms::<In>(lie, [m, n, k]) {
-        let name = format!("matmul_{}_{kernel}", format!("{lie:?}").to_lowercase());
+    for (kernel, tile) in forms::<In>(transposition, [m, n, k]) {
+        let name = format!("matmul_{}_{kernel}", format!("{transposition:?}").to_lowercase());
         let what = format!("{name} {m} x {n} x {k} to {}", Out::NAME);
         let tiles = (m.div_ceil(tile[0]) * n.div_ceil(tile[1])) as u32;
         let moments = stage.room::<f32>(m.div_ceil(tile[0]) * 2 * n);
         let launch = |c: Value, bias: Value, slices: usize, slice: usize, accumulate: i32| {
             let mut arguments = vec![c, (&da).into(), (&db).into(), bias];
             if In::NAME == "bf16" {
-                // Narrow and wide, one of which is null.
+                // The bf16 and the f32 output, one of which is null.
                 arguments.insert(if Out::NAME == "f32" { 0 } else { 1 }, 0_u64.into());
-                if matches!(lie, Lie::Nt) {
+                if matches!(transposition, Transposition::Nt) {
                     let to = if slices == 1 { (&moments).into() } else { 0_u64.into() };
                     arguments.push(to);
                 }
@@ -76,7 +84,7 @@ fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]
         launch((&c).into(), (&dbias).into(), 1, k, 0);
         let first = c.read(stage);
         close(&what, &first, &once, Out::TOLERANCE);
-        if In::NAME == "bf16" && matches!(lie, Lie::Nt) {
+        if In::NAME == "bf16" && matches!(transposition, Transposition::Nt) {
             let want = moments_of(&first, n, tile[0]);
             close(&format!("{what}: moments"), &moments.read(stage), &want, 1e-5);
         }
@@ -95,17 +103,17 @@ fn product<In: Float, Out: Float>(stage: &Stage, lie: Lie, [m, n, k]: [usize; 3]
             let arguments = [y, (&partial).into(), (slices as i32).into(), count, 0.into()];
             stage.launch(&format!("sum_slices_{dtype}"), [3, 1, 1], [64, 1, 1], 0, &arguments);
         }
-        close(&format!("{what}, in slices"), &sum.read(stage), &want, 1e-5);
-        close(&format!("{what}, in slices"), &narrow.read(stage), &want, bf16::TOLERANCE);
+        close(&format!("{what}, split-K"), &sum.read(stage), &want, 1e-5);
+        close(&format!("{what}, split-K"), &narrow.read(stage), &want, bf16::TOLERANCE);
     }
 }
 
 #[test]
-fn products_of_any_size() {
+fn gemms_of_any_size() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
-        for lie in [Lie::Nt, Lie::Nn, Lie::Tn] {
-            // The last five: one off a tile in rows, columns and depth, and few and many steps.
+        for transposition in [Transposition::Nt, Transposition::Nn, Transposition::Tn] {
+            // The last five are one off a tile in rows, columns and depth, with few and many steps.
             for size in [
                 [1, 1, 1],
                 [7, 5, 3],
@@ -119,9 +127,9 @@ fn products_of_any_size() {
                 [72, 129, 160],
                 [136, 120, 33],
             ] {
-                product::<bf16, bf16>(&stage, lie, size);
-                product::<bf16, f32>(&stage, lie, size);
-                product::<f32, f32>(&stage, lie, size);
+                gemm::<bf16, bf16>(&stage, transposition, size);
+                gemm::<bf16, f32>(&stage, transposition, size);
+                gemm::<f32, f32>(&stage, transposition, size);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Optimisers and the momentum encoder over a whole arena against their definitions in f64.
+//! Optimizers and the momentum encoder over an entire arena against their definitions in f64.
 
 use half::bf16;
 
@@ -8,33 +8,33 @@ use crate::stage::{Memory, Stage, Value};
 /// Elements of a chunk (OPTIMIZER_CHUNK of optimizer.cu).
 const CHUNK: usize = 8192;
 
-/// How a slot is treated, with its own rate if it has one.
+/// The optimizer's policy for a slot, with its own learning rate if it has one.
 #[derive(Clone, Copy, PartialEq)]
-enum Care {
-    Usual,
-    Spared,
+enum ParamPolicy {
+    Default,
+    Excluded,
     Frozen,
     Rate(f64),
     Times(f64),
 }
 
-const USUAL_LR: f64 = 0.3;
+const DEFAULT_LR: f64 = 0.3;
 
-/// Slot lengths with one of no more than an element, and one off a chunk; what lies between slots must stay as it is.
-const SLOTS: [(usize, Care); 8] = [
-    (1, Care::Usual),
-    (17, Care::Spared),
-    (CHUNK, Care::Usual),
-    (CHUNK + 1, Care::Rate(0.05)),
-    (31, Care::Frozen),
-    (2 * CHUNK + 777, Care::Times(0.25)),
-    (40, Care::Times(20.0)), // no weights
-    (48, Care::Usual),       // no gradients
+/// Slot lengths, among them a single element and one more than a chunk; the gaps between slots must stay unchanged.
+const SLOTS: [(usize, ParamPolicy); 8] = [
+    (1, ParamPolicy::Default),
+    (17, ParamPolicy::Excluded),
+    (CHUNK, ParamPolicy::Default),
+    (CHUNK + 1, ParamPolicy::Rate(0.05)),
+    (31, ParamPolicy::Frozen),
+    (2 * CHUNK + 777, ParamPolicy::Times(0.25)),
+    (40, ParamPolicy::Times(20.0)), // zero weights
+    (48, ParamPolicy::Default),     // zero gradients
 ];
 
 struct Arena {
     /// First element and length.
-    slots: Vec<(usize, usize, Care)>,
+    slots: Vec<(usize, usize, ParamPolicy)>,
     w: Vec<f32>,
     m: Vec<f32>,
     g: Vec<f32>,
@@ -43,8 +43,8 @@ struct Arena {
 impl Arena {
     fn new() -> Self {
         let (mut slots, mut end) = (Vec::new(), 0_usize);
-        for (length, care) in SLOTS {
-            slots.push((end, length, care));
+        for (length, policy) in SLOTS {
+            slots.push((end, length, policy));
             end = (end + length).next_multiple_of(16);
         }
         let (mut w, m, mut g): (Vec<f32>, Vec<f32>, Vec<f32>) =
@@ -55,7 +55,7 @@ impl Arena {
     }
 }
 
-/// The arena and its tables on the device.
+/// The arena and its tables in device memory.
 struct OnDevice {
     w: Memory<f32>,
     m: Memory<f32>,
@@ -63,25 +63,25 @@ struct OnDevice {
     copy: Memory<bf16>,
     slots: Memory<u64>,
     chunks: Memory<i32>,
-    care: Memory<i32>,
+    policy: Memory<i32>,
     rates: Memory<f64>,
     lr: Memory<f64>,
 }
 
 impl OnDevice {
     fn new(stage: &Stage, arena: &Arena) -> Self {
-        let (mut slots, mut chunks, mut care, mut rates) = (vec![], vec![], vec![], vec![]);
+        let (mut slots, mut chunks, mut policy, mut rates) = (vec![], vec![], vec![], vec![]);
         for (slot, &(offset, length, how)) in arena.slots.iter().enumerate() {
             slots.extend([offset as u64, length as u64, chunks.len() as u64]);
             chunks.extend(std::iter::repeat_n(slot as i32, length.div_ceil(CHUNK)));
-            care.push(match how {
-                Care::Spared => 1,
-                Care::Frozen => 2,
-                Care::Usual | Care::Rate(_) | Care::Times(_) => 0,
+            policy.push(match how {
+                ParamPolicy::Excluded => 1,
+                ParamPolicy::Frozen => 2,
+                ParamPolicy::Default | ParamPolicy::Rate(_) | ParamPolicy::Times(_) => 0,
             });
             rates.push(match how {
-                Care::Rate(lr) => lr,
-                Care::Times(factor) => -factor,
+                ParamPolicy::Rate(lr) => lr,
+                ParamPolicy::Times(factor) => -factor,
                 _ => -1.0,
             });
         }
@@ -93,9 +93,9 @@ impl OnDevice {
             copy: stage.upload(&copy),
             slots: stage.upload(&slots),
             chunks: stage.upload(&chunks),
-            care: stage.upload(&care),
+            policy: stage.upload(&policy),
             rates: stage.upload(&rates),
-            lr: stage.upload(&[USUAL_LR]),
+            lr: stage.upload(&[DEFAULT_LR]),
         }
     }
 
@@ -116,7 +116,8 @@ impl OnDevice {
     }
 }
 
-/// One step by the definition: `scaling(|w|, |g|, |g + wd w|, lr)` gives scale and decay of a slot that is not spared.
+/// One step by the definition: `scaling(|w|, |g|, |g + wd w|, lr)` returns scale and weight decay of a slot that is not
+/// excluded.
 fn expected(
     arena: &Arena,
     weight_decay: f64,
@@ -126,19 +127,19 @@ fn expected(
 ) -> (Vec<f64>, Vec<f64>) {
     let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
     let (mut w, mut m, g) = (wide(&arena.w), wide(&arena.m), wide(&arena.g));
-    for &(offset, length, care) in &arena.slots {
-        let lr = match care {
-            Care::Rate(lr) => lr,
-            Care::Times(factor) => factor * USUAL_LR,
-            _ => USUAL_LR,
+    for &(offset, length, policy) in &arena.slots {
+        let lr = match policy {
+            ParamPolicy::Rate(lr) => lr,
+            ParamPolicy::Times(factor) => factor * DEFAULT_LR,
+            _ => DEFAULT_LR,
         };
         let slot = offset..offset + length;
         let norm =
             |f: &dyn Fn(usize) -> f64| slot.clone().map(|i| f(i).powi(2)).sum::<f64>().sqrt();
-        let (scale, decay) = match care {
-            Care::Frozen => continue,
-            Care::Spared => (1.0, 0.0),
-            Care::Usual | Care::Rate(_) | Care::Times(_) => {
+        let (scale, decay) = match policy {
+            ParamPolicy::Frozen => continue,
+            ParamPolicy::Excluded => (1.0, 0.0),
+            ParamPolicy::Default | ParamPolicy::Rate(_) | ParamPolicy::Times(_) => {
                 scaling(norm(&|i| w[i]), norm(&|i| g[i]), norm(&|i| g[i] + weight_decay * w[i]), lr)
             }
         };
@@ -153,7 +154,7 @@ fn expected(
 }
 
 #[test]
-fn sgd_moves_a_whole_arena() {
+fn sgd_updates_an_entire_arena() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         let arena = Arena::new();
@@ -161,7 +162,7 @@ fn sgd_moves_a_whole_arena() {
             let d = OnDevice::new(&stage, &arena);
             let mut arguments: Vec<Value> = vec![(&d.w).into(), (&d.m).into(), (&d.copy).into()];
             arguments.extend([(&d.g).into(), (&d.slots).into(), (&d.chunks).into()]);
-            arguments.extend([(&d.care).into(), (&d.rates).into(), (&d.lr).into(), d.chunks()]);
+            arguments.extend([(&d.policy).into(), (&d.rates).into(), (&d.lr).into(), d.chunks()]);
             arguments.extend([0.9_f64.into(), 1e-2_f64.into(), i32::from(nesterov).into()]);
             d.launch(&stage, "sgd_step", 3, &arguments);
             let (w, m) = expected(&arena, 1e-2, 0.9, [nesterov, false], |_, _, _, _| (1.0, 1e-2));
@@ -171,7 +172,7 @@ fn sgd_moves_a_whole_arena() {
 }
 
 #[test]
-fn lars_moves_a_whole_arena() {
+fn lars_updates_an_entire_arena() {
     const WD: f64 = 1e-2;
     for checked in [false, true] {
         let stage = Stage::take(checked);
@@ -183,12 +184,12 @@ fn lars_moves_a_whole_arena() {
             let d = OnDevice::new(&stage, &arena);
             let partial = stage.room::<f64>(d.chunks.len * 3);
             let mut arguments: Vec<Value> = vec![(&partial).into(), (&d.w).into(), (&d.g).into()];
-            arguments.extend([&d.slots.at, &d.chunks.at, &d.care.at].map(|at| Value::from(*at)));
+            arguments.extend([&d.slots.at, &d.chunks.at, &d.policy.at].map(|at| Value::from(*at)));
             arguments.extend([d.chunks(), WD.into()]);
             d.launch(&stage, "lars_norms", 2, &arguments);
             let mut arguments: Vec<Value> = vec![(&d.w).into(), (&d.m).into(), (&d.copy).into()];
             arguments.extend([(&d.g).into(), (&partial).into(), (&d.slots).into()]);
-            arguments.extend([(&d.chunks).into(), (&d.care).into(), (&d.rates).into()]);
+            arguments.extend([(&d.chunks).into(), (&d.policy).into(), (&d.rates).into()]);
             arguments.extend([(&d.lr).into(), d.chunks(), 0.9_f64.into(), WD.into(), trust.into()]);
             arguments.extend([flag(sum_of_norms), flag(clip), flag(in_momentum)]);
             d.launch(&stage, "lars_step", d.chunks.len as u32, &arguments);
@@ -209,7 +210,7 @@ fn lars_moves_a_whole_arena() {
 }
 
 #[test]
-fn the_momentum_encoder_follows() {
+fn the_momentum_encoder_averages_weights() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for n in [1, 7, 8, 9, 127, 2053] {

@@ -1,4 +1,4 @@
-//! Moved rows: exact, whatever their length and alignment.
+//! Kernels that move rows: bit-exact for any length and alignment.
 
 use half::bf16;
 
@@ -13,7 +13,7 @@ fn long(x: usize) -> Value {
     Value::from(x as i64)
 }
 
-/// The layout that rows.cu describes.
+/// The launch layout that rows.cu describes.
 fn launch(stage: &Stage, name: &str, rows: usize, arguments: &[Value]) {
     stage.launch(name, [rows.div_ceil(8).max(2) as u32 - 1, 1, 1], [4, 8, 1], 0, arguments);
 }
@@ -33,7 +33,7 @@ fn moves<T: Float>(stage: &Stage, length: usize) {
     let x: Vec<T> = noise(m * length, 1);
     let x_ = stage.upload(&x);
     let row = |x: &[T], i: usize| x[i * length..][..length].to_vec();
-    let index: Vec<i32> = bits(n, 2).iter().map(|b| (b % 9) as i32).collect(); // some never
+    let index: Vec<i32> = bits(n, 2).iter().map(|b| (b % 9) as i32).collect(); // some rows are never picked
     let index_ = stage.upload(&index);
 
     let y_ = stage.room::<T>(n * length);
@@ -54,7 +54,7 @@ fn moves<T: Float>(stage: &Stage, length: usize) {
     }
     close(&what("scatter_rows"), &dx_.read(stage), &want, T::TOLERANCE);
 
-    // A queue whose place is on the device, over its end.
+    // A queue whose position is on the device, wrapping around its end.
     let rows: Vec<T> = noise(4 * length, 8);
     let (queue_, rows_, at_) = (stage.upload(&x), stage.upload(&rows), stage.upload(&[9_i32]));
     let mut arguments: Vec<Value> = vec![(&queue_).into(), (&rows_).into(), (&at_).into()];
@@ -77,7 +77,7 @@ fn moves<T: Float>(stage: &Stage, length: usize) {
 }
 
 #[test]
-fn rows_move_bit_by_bit() {
+fn rows_move_bit_exactly() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for length in LENGTHS {

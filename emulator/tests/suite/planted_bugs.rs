@@ -1,4 +1,4 @@
-//! Kernels broken on purpose: each must be caught, and its report must name what is wrong and where.
+//! Kernels broken on purpose: each must be caught, and its report must name the bug and its location.
 
 use std::io::Write;
 
@@ -7,11 +7,11 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::numbers::noise;
 use crate::stage::{Memory, Stage, Value};
 
-/// Launches on two buffers of 128 floats, the second written; returns whether the run ended well, and the report.
+/// Two buffers of 128 floats, `x` initialised and `y` not, and launches on them.
 struct Bench {
     y: Memory<f32>,
     x: Memory<f32>,
-    /// Last, so that memory is freed while the driver is still one's own: a free breaks another test's capture.
+    /// Dropped last, so that memory is freed under the lock: a free would invalidate another test's capture.
     stage: Stage,
 }
 
@@ -63,7 +63,7 @@ impl Bench {
     }
 }
 
-/// What a report must say; whatever the seed.
+/// Whether the report contains all of `says`, whatever the seed.
 fn expect(name: &str, says: &[&str], run: impl Fn(&Bench) -> Result<(), String>) -> bool {
     (1..=4).all(|seed| {
         let report = run(&Bench::new(true, seed)).err().unwrap_or_default();
@@ -90,7 +90,7 @@ fn sound_forms_pass() {
 }
 
 #[test]
-fn planted_breakages_are_caught() {
+fn planted_bugs_are_caught() {
     let x = |bench: &Bench| [Value::from(&bench.x)];
     let simple = |name: &'static str, threads: u32, with_x: bool, says: &'static [&'static str]| {
         let run = move |bench: &Bench| {
@@ -180,7 +180,7 @@ fn planted_breakages_are_caught() {
             "broken_unwritten",
             expect(
                 "broken_unwritten",
-                &["a copy to the host reads offset 508 of 512", "nobody has written"],
+                &["a copy to the host reads offset 508 of 512", "never written"],
                 |b| {
                     b.run("broken_unwritten", 1, 64, &[128.into()], false)?;
                     let mut host = [0.0_f32; 128];
@@ -211,18 +211,18 @@ fn planted_breakages_are_caught() {
             "broken_half_shuffle",
             64,
             false,
-            &["`broken_half_shuffle`", "warp collective", "never come"],
+            &["`broken_half_shuffle`", "warp collective", "never arrive"],
         ),
         simple(
             "broken_two_shuffles",
             64,
             false,
-            &["`broken_two_shuffles`", "warp collective", "is in another"],
+            &["`broken_two_shuffles`", "warp collective", "is in a different one"],
         ),
         simple("broken_trap", 64, false, &["`broken_trap`", "trap"]),
         (
             "use after free",
-            expect("use after free", &["`relu_f32`", "memory that was freed"], |b| {
+            expect("use after free", &["`relu_f32`", "freed memory"], |b| {
                 let gone = b.stage.upload(&[1.0_f32; 64]);
                 let at = gone.at;
                 drop(gone);
@@ -233,14 +233,14 @@ fn planted_breakages_are_caught() {
     for (name, _) in caught.iter().filter(|(_, caught)| !caught) {
         println!("not caught: {name}");
     }
-    let well = caught.iter().filter(|(_, caught)| *caught).count();
-    // Past the capture of test output: CI shows it.
-    writeln!(std::io::stdout(), "planted breakages caught: {well} of {}", caught.len())
+    let count = caught.iter().filter(|(_, caught)| *caught).count();
+    // Written past the capture of test output, so that CI shows it.
+    writeln!(std::io::stdout(), "planted bugs caught: {count} of {}", caught.len())
         .expect("a stdout");
-    assert_eq!(well, caught.len());
+    assert_eq!(count, caught.len());
 }
 
-/// The launch's types `(pointer, i32, f32)` against the kernel's, as the device layer compares them at load.
+/// Compares the launch's types `(pointer, i32, f32)` with the kernel's, as the device layer does at load.
 fn argument_of_the_wrong_type_shows() -> bool {
     let stage = Stage::take(false);
     let function = stage.function("broken_argument");
@@ -256,7 +256,7 @@ fn argument_of_the_wrong_type_shows() -> bool {
     taken != given
 }
 
-/// What the plain build can show, it shows: poison in results, and guards that somebody wrote to.
+/// The plain build shows poison in results, and reports overwritten guards.
 #[test]
 fn plain_kernels_show_poison_broken_guards_and_faults() {
     {
@@ -269,19 +269,19 @@ fn plain_kernels_show_poison_broken_guards_and_faults() {
         let report =
             bench.run("broken_writes_too_far", 3, 64, &[128.into()], false).expect_err("guards");
         assert!(
-            report.contains("`broken_writes_too_far`: somebody wrote behind 512 bytes"),
+            report.contains("`broken_writes_too_far`: wrote to the guard after 512 bytes"),
             "{report}"
         );
     }
     let bench = Bench::new(false, 1);
     let report =
         bench.run("broken_no_wait", 1, 16, &[(&bench.x).into()], false).expect_err("no wait");
-    assert!(report.contains("asynchronous copies that nobody waited for"), "{report}");
+    assert!(report.contains("asynchronous copies that were never waited for"), "{report}");
     assert!(report.contains("`broken_no_wait`, block (0, 0, 0)"), "{report}");
 }
 
 #[test]
-fn after_a_violation_every_call_answers_it() {
+fn after_a_violation_every_call_returns_its_error() {
     let bench = Bench::new(true, 1);
     bench.run("broken_trap", 1, 64, &[], false).expect_err("traps");
     let answer = unsafe { cudarc::driver::result::malloc_sync(4) };
