@@ -202,7 +202,7 @@ impl Memory {
             let before = !intact(at - GUARD, GUARD);
             if before || !intact(at + a.size, after) {
                 fill(at - GUARD, GUARD, GUARD_BYTE);
-                fill(at + a.size, behind, GUARD_BYTE);
+                fill(at + a.size, after, GUARD_BYTE);
                 let side = if before { "before" } else { "after" };
                 return Some(format!(
                     "wrote to the guard {side} {} bytes of device memory",
