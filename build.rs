@@ -1,8 +1,8 @@
-//! Compiles `kernels/*.cu` with nvcc, embeds the results and writes a Rust launch function for each kernel.
+//! Compiles `kernels/*.cu` with nvcc, embeds the results and generates a Rust launch function for each kernel.
 //!
-//! nvcc is looked for in `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `PATH`, `/usr/local/cuda` and `.cuda/` (`scripts/fetch-nvcc`).
-//! Without it the program builds all the same, with a warning, and has no kernels to run. Launch functions come from
-//! the sources alone, so the rest of the program is one program either way.
+//! Searches for nvcc in `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `PATH`, `/usr/local/cuda` and `.cuda/` (`scripts/fetch-nvcc`).
+//! Without nvcc the build succeeds, with a warning, and has no kernels to run. The launch functions come from the sources
+//! alone, so the rest of the program is the same in both cases.
 
 #[path = "build/sass.rs"]
 mod sass;
@@ -18,23 +18,23 @@ use std::{env, fs, thread};
 
 use signatures::Kernel;
 
-/// One kernel source and what became of it.
+/// One kernel source.
 struct File {
-    /// Without folder and extension.
+    /// The file name without folder and extension.
     name: String,
     path: PathBuf,
     kernels: Vec<Kernel>,
 }
 
 impl File {
-    /// Whether it is written for Hopper's own instructions and compiled for nothing else.
+    /// Whether the file uses instructions that only Hopper has, and is compiled for Hopper alone.
     fn is_hopper_only(&self) -> bool {
         self.name.ends_with("_sm90")
     }
 
     fn targets(&self) -> &'static [&'static str] {
         const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
-        // SASS for every 8.x chip, and PTX from which a driver makes the code of chips that come later.
+        // SASS for every 8.x chip, and PTX from which the driver compiles for later chips.
         const AMPERE: &str = "-gencode=arch=compute_80,code=[sm_80,compute_80]";
         if self.is_hopper_only() { &[HOPPER] } else { &[HOPPER, AMPERE] }
     }
@@ -55,7 +55,7 @@ fn main() {
             println!("cargo::rerun-if-changed={}", nvcc.display());
             if !nvcc.with_file_name("cuobjdump").is_file() {
                 println!(
-                    "cargo::warning=there is no cuobjdump beside nvcc: kernels are not looked at; scripts/fetch-nvcc gets one"
+                    "cargo::warning=found no cuobjdump next to nvcc: machine code is not checked; run scripts/fetch-nvcc to install it"
                 );
             }
             Some(compile(&nvcc, &files, &out))
@@ -75,14 +75,14 @@ fn main() {
 
 fn sources() -> Vec<File> {
     let mut paths: Vec<PathBuf> = fs::read_dir("kernels")
-        .expect("kernels/ stands beside build.rs")
-        .map(|entry| entry.expect("kernels/ can be read").path())
+        .expect("kernels/ is next to build.rs")
+        .map(|entry| entry.expect("a readable kernels/").path())
         .filter(|path| path.extension().is_some_and(|e| e == "cu"))
         .collect();
     paths.sort();
     let mut names = BTreeSet::new();
     let file = |path: PathBuf| {
-        let source = fs::read_to_string(&path).expect("a kernel source can be read");
+        let source = fs::read_to_string(&path).expect("a readable kernel source");
         let kernels = signatures::parse(&source)
             .unwrap_or_else(|reason| panic!("{}: {reason}", path.display()));
         for Kernel { name, .. } in &kernels {
@@ -97,7 +97,7 @@ fn sources() -> Vec<File> {
 fn find_nvcc() -> Option<PathBuf> {
     let variable = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     if let Some(nvcc) = variable("NVCC") {
-        // `NVCC=none` is how one builds without kernels on purpose.
+        // `NVCC=none` builds without kernels on purpose.
         assert!(nvcc.is_file() || nvcc.as_os_str() == "none", "NVCC: no file {}", nvcc.display());
         return nvcc.is_file().then_some(nvcc);
     }
@@ -111,20 +111,20 @@ fn find_nvcc() -> Option<PathBuf> {
         .and_then(|nvcc| nvcc.canonicalize().ok())
 }
 
-/// What nvcc gave.
+/// The output of nvcc for all files.
 struct Compiled {
-    /// The compiler, in its own words.
+    /// The compiler version, as it prints it.
     version: String,
-    /// One for each file, in order.
-    files: Vec<One>,
+    /// One per source file, in order.
+    files: Vec<CompiledFile>,
 }
 
 /// A compiled file.
-struct One {
+struct CompiledFile {
     fatbin: PathBuf,
-    /// What was printed about its kernels.
+    /// What `ptxas -v` printed about its kernels.
     printed: String,
-    /// Its disassembly, counted, as Rust; none without a disassembler.
+    /// The instruction counts of each kernel and chip, as Rust; empty without a disassembler.
     mixes: BTreeMap<(String, String), String>,
 }
 
@@ -147,16 +147,16 @@ fn compile(nvcc: &Path, files: &[File], out: &Path) -> Compiled {
     };
     let mut done: Vec<_> = thread::scope(|scope| {
         let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        // A panic on a thread has printed nvcc's message already.
+        // A thread that panicked has already printed nvcc's message.
         threads.into_iter().flat_map(|t| t.join().expect("a kernel does not compile")).collect()
     });
     done.sort_by_key(|(i, _)| *i);
     Compiled { version, files: done.into_iter().map(|(_, file)| file).collect() }
 }
 
-fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> One {
+fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> CompiledFile {
     let mut command = Command::new(nvcc);
-    command.args(["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-Ikernels"]);
+    command.args(["-fatbin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas", "-v", "-Ikernels"]);
     command.args(file.targets()).arg(&file.path);
     let mut content = format!("{version}\n{:?}\n", command.get_args().collect::<Vec<_>>());
     let mut seen = BTreeSet::new();
@@ -165,9 +165,9 @@ fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> One {
     let (fatbin, log) = (stem.with_extension("fatbin"), stem.with_extension("log"));
     if let (true, Ok(printed)) = (fatbin.is_file(), fs::read_to_string(&log)) {
         let mixes = disassemble(nvcc, &fatbin);
-        return One { fatbin, printed, mixes };
+        return CompiledFile { fatbin, printed, mixes };
     }
-    // Written under a name of its own first: another build may be at the same file.
+    // Written under a unique name first: another build may be writing the same file.
     let unfinished = stem.with_extension(format!("{}.new", std::process::id()));
     let printed = run(command.arg("-o").arg(&unfinished)).1;
     for line in printed.lines().filter(|l| l.contains("warning")) {
@@ -176,20 +176,20 @@ fn compile_one(nvcc: &Path, version: &str, file: &File, cache: &Path) -> One {
     fs::write(&log, &printed).expect("the target folder is writable");
     fs::rename(&unfinished, &fatbin).expect("the target folder is writable");
     let mixes = disassemble(nvcc, &fatbin);
-    One { fatbin, printed, mixes }
+    CompiledFile { fatbin, printed, mixes }
 }
 
-/// The kernels of a fatbin by name and chip, with what their code is made of; none if `cuobjdump` does not lie beside nvcc. Kept
-/// beside the fatbin: a disassembly takes seconds.
+/// Returns the instruction counts of a fatbin by kernel and chip; empty if there is no `cuobjdump` next to nvcc. Cached next
+/// to the fatbin: a disassembly takes seconds.
 fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String> {
     let folder = nvcc.parent().unwrap_or(nvcc);
     let tool = folder.join("cuobjdump");
     if !tool.is_file() {
         return BTreeMap::new();
     }
-    let kept = fatbin.with_extension(format!("{:x}.mix", hash(include_bytes!("build/sass.rs"))));
-    let text = fs::read_to_string(&kept).unwrap_or_else(|_| {
-        // It looks for nvdisasm there.
+    let cached = fatbin.with_extension(format!("{:x}.mix", hash(include_bytes!("build/sass.rs"))));
+    let text = fs::read_to_string(&cached).unwrap_or_else(|_| {
+        // cuobjdump searches for nvdisasm there.
         let path = env::var_os("PATH").unwrap_or_default();
         let folders = [folder.to_owned()].into_iter().chain(env::split_paths(&path));
         let path = env::join_paths(folders).expect("folders of PATH");
@@ -199,7 +199,7 @@ fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String>
             format!("{} {} Mix {{ whole: {whole:?}, hot: {hot:?} }}\n", code.kernel, code.chip)
         };
         let text: String = sass::parse(&listing).iter().map(line).collect();
-        fs::write(&kept, &text).expect("the target folder is writable");
+        fs::write(&cached, &text).expect("the target folder is writable");
         text
     });
     let parts = |line: &str| {
@@ -210,7 +210,7 @@ fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String>
     text.lines().filter_map(parts).collect()
 }
 
-/// Adds a source and the project's headers that it includes, each once.
+/// Appends a source and the project's headers that it includes, each once.
 fn with_headers(path: &Path, seen: &mut BTreeSet<PathBuf>, content: &mut String) {
     let Ok(source) = fs::read_to_string(path) else { return };
     if !seen.insert(path.to_owned()) {
@@ -226,14 +226,14 @@ fn with_headers(path: &Path, seen: &mut BTreeSet<PathBuf>, content: &mut String)
     content.push_str(&source);
 }
 
-/// FNV-1a in 128 bits: names cached files by content.
+/// FNV-1a in 128 bits, which names cached files by their content.
 fn hash(bytes: &[u8]) -> u128 {
     bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, &byte| {
         (hash ^ u128::from(byte)).wrapping_mul(0x0100_0000_0000_0000_0000_013b)
     })
 }
 
-/// Standard output and standard error of a command that succeeds.
+/// Runs a command that must succeed; returns its standard output and standard error.
 fn run(command: &mut Command) -> (String, String) {
     let output =
         command.output().unwrap_or_else(|e| panic!("cannot run {:?}: {e}", command.get_program()));
@@ -243,12 +243,12 @@ fn run(command: &mut Command) -> (String, String) {
     printed
 }
 
-/// The generated part of `device::cuda::kernels`.
+/// Returns the generated part of `device::cuda::kernels`.
 fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
     let mut code = String::new();
     let mut functions = String::new();
     let version = compiled.map(|c| c.version.as_str());
-    let _ = writeln!(code, "/// The compiler that made the kernels; none if there was none.");
+    let _ = writeln!(code, "/// The compiler of the kernels; `None` in a build without nvcc.");
     let _ = writeln!(code, "pub(crate) static COMPILER: Option<&str> = {version:?};");
     let _ = writeln!(code, "pub(crate) static FILES: &[File] = &[");
     for (i, file) in files.iter().enumerate() {
@@ -279,8 +279,8 @@ fn rust(files: &[File], compiled: Option<&Compiled>) -> String {
     code + &functions
 }
 
-/// What `ptxas -v` printed about each kernel on each chip, as Rust.
-fn resources(One { printed, mixes, .. }: &One) -> String {
+/// Converts what `ptxas -v` printed about each kernel on each chip to Rust.
+fn resources(CompiledFile { printed, mixes, .. }: &CompiledFile) -> String {
     let mut code = String::new();
     // "Compiling entry function 'name' for 'sm_80'", "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
     // "Used 10 registers, used 1 barriers, 1024 bytes smem"

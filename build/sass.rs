@@ -1,28 +1,29 @@
-//! What a kernel's machine code is made of, from `cuobjdump -sass`.
+//! Counts the instructions of a kernel's machine code, from `cuobjdump -sass`.
 //!
-//! Counted are the whole kernel and its hot loop: of the loops with products, or where there are none with accesses to global
-//! memory, that have no such loop inside, the one with most of them. A loop is a branch back to an earlier address.
+//! Counts are of the entire kernel and of its hot loop. A loop is a branch back to an earlier address. Candidates are the
+//! innermost loops with mma instructions or, if the kernel has no mma, with accesses to global memory; the hot loop is the one
+//! with the most of them.
 
 /// Instructions of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// All of them.
+    /// All instructions.
     pub all: usize,
-    /// Products on tensor cores: HMMA, IMMA, HGMMA.
-    pub products: usize,
+    /// Tensor core instructions: HMMA, IMMA, HGMMA.
+    pub mma: usize,
     /// LDSM: `ldmatrix`.
     pub ldmatrix: usize,
-    /// Global memory in pieces of 16 bytes: LDG, STG, LDGSTS (`cp.async`), and generic LD, ST.
+    /// Accesses to global memory of 16 bytes: LDG, STG, LDGSTS (`cp.async`), and generic LD, ST.
     pub global_16: usize,
-    /// Global memory in smaller pieces.
+    /// Smaller accesses to global memory.
     pub global: usize,
-    /// Shared memory: LDS, STS.
+    /// Accesses to shared memory: LDS, STS.
     pub shared: usize,
-    /// Local memory: LDL, STL.
+    /// Accesses to local memory: LDL, STL.
     pub local: usize,
-    /// Multiply-adds, additions and products in f32 lanes.
+    /// FMA, additions and multiplications of the f32, f64 and f16 pipelines.
     pub lanes: usize,
-    /// MUFU: exponentials, roots, reciprocals.
+    /// Special functions, MUFU: exponentials, roots, reciprocals.
     pub special: usize,
 }
 
@@ -30,12 +31,12 @@ impl Counts {
     fn add(&mut self, opcode: &str) {
         let mut parts = opcode.split('.');
         let name = parts.next().unwrap_or_default();
-        let wide = opcode.split('.').any(|part| part == "128");
+        let is_16_bytes = opcode.split('.').any(|part| part == "128");
         self.all += 1;
-        let one = match name {
-            "HMMA" | "IMMA" | "HGMMA" | "BMMA" => &mut self.products,
+        let counter = match name {
+            "HMMA" | "IMMA" | "HGMMA" | "BMMA" => &mut self.mma,
             "LDSM" => &mut self.ldmatrix,
-            "LDG" | "STG" | "LDGSTS" | "LD" | "ST" if wide => &mut self.global_16,
+            "LDG" | "STG" | "LDGSTS" | "LD" | "ST" if is_16_bytes => &mut self.global_16,
             "LDG" | "STG" | "LDGSTS" | "LD" | "ST" | "ATOM" | "ATOMG" | "RED" | "REDG" => {
                 &mut self.global
             }
@@ -45,31 +46,32 @@ impl Counts {
             "MUFU" => &mut self.special,
             _ => return,
         };
-        *one += 1;
+        *counter += 1;
     }
 
-    /// 2 with products, 1 with accesses to global memory, else 0.
-    fn kind(&self) -> u8 {
+    /// The rank of a loop: 2 with mma, 1 with accesses to global memory, else 0.
+    fn rank(&self) -> u8 {
         match self {
-            Self { products: 1.., .. } => 2,
+            Self { mma: 1.., .. } => 2,
             Self { global_16: 1.., .. } | Self { global: 1.., .. } => 1,
             _ => 0,
         }
     }
 }
 
-/// A kernel on a chip.
+/// The counts of a kernel on a chip.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Code {
     pub kernel: String,
     /// `sm_90a`
     pub chip: String,
+    /// Of the entire kernel.
     pub whole: Counts,
-    /// The same as `whole` where there is no loop.
+    /// Of the hot loop; equal to `whole` if the kernel has no loop.
     pub hot: Counts,
 }
 
-/// All kernels of a disassembly.
+/// Parses all kernels of a disassembly.
 pub fn parse(text: &str) -> Vec<Code> {
     let (mut found, mut chip, mut kernel) = (Vec::new(), String::new(), None);
     let mut lines: Vec<(u64, &str, Option<u64>)> = Vec::new();
@@ -94,7 +96,7 @@ pub fn parse(text: &str) -> Vec<Code> {
     found
 }
 
-/// Address, opcode and, of a branch, where it goes: `/*0a10*/  @!P0 BRA 0x9f0 ;  /* … */`.
+/// Parses the address, the opcode and, for a branch, the target: `/*0a10*/  @!P0 BRA 0x9f0 ;  /* … */`.
 fn instruction(line: &str) -> Option<(u64, &str, Option<u64>)> {
     let (address, rest) = line.strip_prefix("/*")?.split_once("*/")?;
     let address = u64::from_str_radix(address, 16).ok()?;
@@ -112,23 +114,24 @@ fn code(kernel: String, chip: &str, lines: &[(u64, &str, Option<u64>)]) -> Code 
         those.for_each(|(_, opcode, _)| counts.add(opcode));
         counts
     };
-    // The endless loop behind a kernel's end is none.
+    // The endless loop that pads the end of a kernel, a branch to itself, does not count.
     let back =
         |&(at, _, to): &(u64, &str, Option<u64>)| to.filter(|&to| to < at).map(|to| (to, at));
     let loops: Vec<(u64, u64)> = lines.iter().filter_map(back).collect();
     let inside = |a: &(u64, u64), b: &(u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
     let loops: Vec<((u64, u64), Counts)> =
         loops.into_iter().map(|(from, to)| ((from, to), count(from, to))).collect();
-    let most = loops.iter().map(|(_, counts)| counts.kind()).max().unwrap_or(0);
-    // A loop that searches for the next tap in one that multiplies does not make that the outer one.
-    let alike: Vec<_> = loops.iter().filter(|(_, counts)| counts.kind() == most).collect();
-    let innermost =
-        alike.iter().filter(|(outer, _)| !alike.iter().any(|(inner, _)| inside(inner, outer)));
-    // Of two that multiply alike the shorter is the one for aligned shapes: the other's narrow copies are for ragged ones.
+    let rank = loops.iter().map(|(_, counts)| counts.rank()).max().unwrap_or(0);
+    // Innermost among the loops of the same rank: a main loop stays one although it contains the loop that advances the tap.
+    let candidates: Vec<_> = loops.iter().filter(|(_, counts)| counts.rank() == rank).collect();
+    let innermost = candidates
+        .iter()
+        .filter(|(outer, _)| !candidates.iter().any(|(inner, _)| inside(inner, outer)));
+    // Of two main loops with as many mma, the shorter is the one for aligned shapes: the other has the narrow copies of ragged ones.
     let hot = innermost.map(|(_, counts)| *counts).max_by_key(|counts| {
-        let shortest = if counts.products > 0 { usize::MAX - counts.all } else { 0 };
+        let shortest = if counts.mma > 0 { usize::MAX - counts.all } else { 0 };
         let memory = 4 * counts.global_16 + counts.global;
-        (counts.products, shortest, memory, counts.shared, counts.all)
+        (counts.mma, shortest, memory, counts.shared, counts.all)
     });
     let whole = count(0, u64::MAX);
     Code { kernel, chip: chip.to_owned(), whole, hot: hot.unwrap_or(whole) }

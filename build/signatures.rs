@@ -1,4 +1,4 @@
-//! Reads `KERNEL void name(args)` out of kernel sources and writes a typed Rust launch function for each.
+//! Parses `KERNEL void name(args)` in kernel sources and generates a typed Rust launch function for each.
 
 use std::fmt::Write;
 
@@ -15,14 +15,14 @@ pub struct Argument {
     pub kind: Kind,
 }
 
-/// What an argument is to the launch function.
+/// The kind of an argument of the launch function.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
-    /// A pointer that the kernel reads, to elements of this Rust type.
+    /// A pointer to elements of this Rust type that the kernel only reads.
     In(&'static str),
-    /// A pointer that the kernel writes, and perhaps reads.
+    /// A pointer to elements of this Rust type that the kernel writes, and may read.
     Out(&'static str),
-    /// A value of this Rust type and number of bytes.
+    /// A value of this Rust type and size in bytes.
     Value(&'static str, usize),
 }
 
@@ -43,7 +43,7 @@ impl Kind {
     }
 }
 
-/// What CUDA's types are in Rust, with their sizes. A kernel's signature uses no others.
+/// CUDA types, the Rust types they map to, and their sizes. A kernel's signature may use no others.
 const TYPES: [(&str, &str, usize); 8] = [
     ("float", "f32", 4),
     ("double", "f64", 8),
@@ -55,13 +55,13 @@ const TYPES: [(&str, &str, usize); 8] = [
     ("int64_t", "i64", 8),
 ];
 
-/// The kernels of a source file, in order.
+/// Returns the kernels of a source file, in order.
 ///
 /// # Errors
-/// When a signature has a form or a type that launch functions do not know.
+/// If a signature has a form or a type that launch functions do not support.
 pub fn parse(source: &str) -> Result<Vec<Kernel>, String> {
     let text = without_comments(source);
-    // The definition of KERNEL itself, and whatever else is the preprocessor's.
+    // Without preprocessor lines, among them the definition of KERNEL.
     let code: String = text
         .lines()
         .map(|line| if line.trim_start().starts_with('#') { "\n" } else { line })
@@ -77,7 +77,7 @@ pub fn parse(source: &str) -> Result<Vec<Kernel>, String> {
     Ok(kernels)
 }
 
-/// Parses `[BOUNDS(…)] void name(args)` and returns what follows.
+/// Parses `[BOUNDS(…)] void name(args)`; also returns the rest of the text.
 fn signature(text: &str) -> Result<(Kernel, &str), String> {
     let shown = || text.chars().take(80).collect::<String>();
     let malformed = || format!("expected `KERNEL [BOUNDS(…)] void name(arguments)`: {}", shown());
@@ -92,7 +92,7 @@ fn signature(text: &str) -> Result<(Kernel, &str), String> {
     if name.is_empty()
         || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     {
-        return Err(format!("`{name}` is no snake_case name of a kernel"));
+        return Err(format!("`{name}` is not a snake_case kernel name"));
     }
     let arguments = list.split(',').filter(|part| !part.trim().is_empty()).map(argument);
     let arguments =
@@ -115,11 +115,11 @@ fn argument(text: &str) -> Result<Argument, String> {
         [value] if *value != "bf16" => known(value).map(|&(_, rust, size)| Kind::Value(rust, size)),
         _ => None,
     };
-    let kind = kind.ok_or_else(|| format!("`{}` is no type of a launch function", text.trim()))?;
+    let kind = kind.ok_or_else(|| format!("`{}` is not a supported argument type", text.trim()))?;
     Ok(Argument { name: name.to_owned(), kind })
 }
 
-/// Where `text` holds `word` as a word of its own.
+/// Returns the position of `word` as an entire word of `text`.
 fn word(text: &str, word: &str) -> Option<usize> {
     let part_of_name = |c: char| c.is_alphanumeric() || c == '_';
     text.match_indices(word).map(|(at, _)| at).find(|&at| {
@@ -134,7 +134,7 @@ fn without_comments(source: &str) -> String {
         code.push_str(&rest[..at]);
         let end = if rest[at..].starts_with("//") { "\n" } else { "*/" };
         rest = match rest[at + 2..].find(end) {
-            // The end of the line stays: it may end a line of the preprocessor.
+            // Keeps the end of the line: it may end a preprocessor line.
             Some(length) if end == "\n" => &rest[at + 2 + length..],
             Some(length) => &rest[at + 4 + length..],
             None => "",
@@ -143,14 +143,14 @@ fn without_comments(source: &str) -> String {
     code + rest
 }
 
-/// The launch function of kernel number `index` of the whole program.
+/// Returns the launch function of the kernel with this `index` in the table of all kernels.
 pub fn launch_function(kernel: &Kernel, index: usize, file: &str) -> String {
     let mut code = String::new();
     let _ = writeln!(code, "/// `{}` of `kernels/{file}.cu`.", kernel.name);
     let _ = writeln!(code, "///\n/// # Safety");
     let _ = writeln!(
         code,
-        "/// The kernel reads and writes within what its pointers point to, given these sizes."
+        "/// With these sizes, the kernel must access memory only within the allocations that its pointers point to."
     );
     let _ = write!(code, "pub(crate) unsafe fn {}(launch: Launch<'_>", kernel.name);
     for Argument { name, kind } in &kernel.arguments {
@@ -163,13 +163,13 @@ pub fn launch_function(kernel: &Kernel, index: usize, file: &str) -> String {
     let _ = writeln!(code, "];");
     let _ = writeln!(
         code,
-        "    // SAFETY: as this function's; the arguments have the kernel's types, for they came from its signature."
+        "    // SAFETY: required of the caller; the arguments have the kernel's types, as both come from its signature."
     );
     let _ = writeln!(code, "    unsafe {{ launch.run({index}, &arguments) }}\n}}");
     code
 }
 
-/// CUDA's name of an argument as Rust may have it: `in` is a keyword here.
+/// The name of an argument as a Rust identifier: `in` is a keyword in Rust.
 fn identifier(name: &str) -> String {
     match name {
         "in" | "ref" | "move" | "type" | "use" | "fn" | "where" | "match" => format!("r#{name}"),

@@ -1,25 +1,26 @@
-// What one view of an image is, and the weights that resample it; see src/data/augment/view.rs, which writes
-// it.
+// The parameters of one view of an image, which src/data/augment/view.rs writes, and the weights that
+// resample it.
 #pragma once
 
 #include "selfsup.cuh"
 
-/// The numbers of a view: `View` of src/data/augment/view.rs, field by field.
+/// The parameters of a view: `View` of src/data/augment/view.rs, field by field.
 struct View {
-    int64_t pixels;  // byte of the image's first pixel
+    int64_t pixels;  // offset of the image's first pixel, in bytes
     int width;       // of the image: a row has 3 width bytes
     int left, top;   // the crop's first column and row
     int crop[2];     // its width and height
-    int whole[2];    // width and height that the crop would have as a whole
-    int first[2];    // of that, the first column and row that are wanted
+    int whole[2];    // width and height of the output for the entire crop
+    int first[2];    // its first column and row that this view shows
     unsigned flags;
     unsigned program;  // colour operations, 4 bits each, the first lowest; ends with 0
     float brightness, contrast, saturation, hue;
-    int turn;        // the hue of 8-bit pixels, in 255ths of the circle
-    float solarise;  // values from here on are inverted; in levels where pixels are 8-bit
+    int turn;        // hue shift of 8-bit pixels, in 255ths of the circle
+    float solarise;  // values from this threshold on are inverted; in levels if pixels are 8-bit
     float mean[3], deviation[3];
-    int box;                            // whole pixels of a box's radius
-    unsigned box_weight, box_fraction;  // of a pixel in the box, and of the one beyond it; of 2^24
+    int box;  // the radius of a box, in whole pixels
+    unsigned box_weight,
+        box_fraction;  // weights of a pixel inside the box, and of the one outside; 2^24 is 1
 };
 static_assert(sizeof(View) == 112, "as src/data/augment/view.rs has it");
 
@@ -28,7 +29,7 @@ constexpr unsigned FLIP = 1, BICUBIC = 2, ANTIALIAS = 4, FLOAT = 8, SOLARISE = 1
 // Operations of a program.
 constexpr unsigned BRIGHTNESS = 1, CONTRAST = 2, SATURATION = 3, HUE = 4, GREY = 5, ADD = 6;
 
-/// The operations of a program before its contrast, or none where it has no contrast.
+/// The operations of a program that precede its contrast; none if it has no contrast.
 __device__ __forceinline__ unsigned before_contrast(unsigned program) {
     for (int at = 0; program >> at; at += 4)
         if ((program >> at & 15) == CONTRAST) return program & ((1u << at) - 1);
@@ -41,9 +42,9 @@ __device__ __forceinline__ bool has_contrast(unsigned program) {
     return false;
 }
 
-// The host's numbers to the bit: no product here may become part of a fused multiply-add.
-__device__ __forceinline__ double times(double x, double y) { return __dmul_rn(x, y); }
-__device__ __forceinline__ float times(float x, float y) { return __fmul_rn(x, y); }
+// Bit-identical to the host: the compiler must not contract these products into fused multiply-adds.
+__device__ __forceinline__ double multiply(double x, double y) { return __dmul_rn(x, y); }
+__device__ __forceinline__ float multiply(float x, float y) { return __fmul_rn(x, y); }
 
 /// How one axis of a crop is resampled; `Weights` of src/data/augment/resize.rs.
 struct Axis {
@@ -61,36 +62,36 @@ struct Axis {
         support = bicubic ? 2.0 * stretch : stretch;
     }
 
-    /// No output pixel has more weights.
+    /// The maximum number of weights of an output pixel.
     __device__ __forceinline__ int taps() const {
-        int most = static_cast<int>(2.0 * support) + 2;
-        return most < input ? most : input;
+        int largest = static_cast<int>(2.0 * support) + 2;
+        return largest < input ? largest : input;
     }
 
     __device__ __forceinline__ double weight(double x) const {
         x = x < 0.0 ? -x : x;
         if (!bicubic) return x < 1.0 ? 1.0 - x : 0.0;
-        if (x < 1.0) return times(times(times(1.5, x) - 2.5, x), x) + 1.0;
-        if (x < 2.0) return times(times(times(x - 5.0, x) + 8.0, x) - 4.0, -0.5);
+        if (x < 1.0) return multiply(multiply(multiply(1.5, x) - 2.5, x), x) + 1.0;
+        if (x < 2.0) return multiply(multiply(multiply(x - 5.0, x) + 8.0, x) - 4.0, -0.5);
         return 0.0;
     }
 
     /// Writes to `slot` the first input pixel of output pixel `x`, the number of its weights, and the
-    /// weights: of 2^22, or as floats.
+    /// weights: in fixed point with 22 fractional bits, or as floats.
     __device__ __forceinline__ void fill(int* slot, int x) const {
-        double center = times(first + x + 0.5, scale), low = center - support + 0.5;
+        double center = multiply(first + x + 0.5, scale), low = center - support + 0.5;
         int from = low > 0.0 ? static_cast<int>(low) : 0;
         int to = static_cast<int>(center + support + 0.5);
         if (to > input) to = input;
         double shrink = 1.0 / stretch, sum = 0.0;
-        for (int i = from; i < to; i++) sum += weight(times(i - center + 0.5, shrink));
+        for (int i = from; i < to; i++) sum += weight(multiply(i - center + 0.5, shrink));
         if (sum == 0.0) sum = 1.0;
         slot[0] = from;
         slot[1] = to - from;
         for (int i = from; i < to; i++) {
-            double w = weight(times(i - center + 0.5, shrink)) / sum;
+            double w = weight(multiply(i - center + 0.5, shrink)) / sum;
             slot[2 + i - from] = floats ? __float_as_int(static_cast<float>(w))
-                                        : static_cast<int>(times(w, 4194304.0) + (w < 0.0 ? -0.5 : 0.5));
+                                        : static_cast<int>(multiply(w, 4194304.0) + (w < 0.0 ? -0.5 : 0.5));
         }
     }
 };

@@ -1,4 +1,4 @@
-// Barriers wider than a block.
+// Grid-wide barrier.
 #pragma once
 
 #include "selfsup.cuh"
@@ -8,6 +8,6 @@ inline void grid_barrier(int line = __builtin_LINE()) { standin::grid_barrier(li
 #else
 #include <cooperative_groups.h>
 
-/// Waits for every block of the grid, and orders memory between them; in a cooperative launch only.
+/// Waits for every block of the grid, and orders memory accesses between them. Requires a cooperative launch.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 #endif

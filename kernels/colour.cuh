@@ -1,10 +1,10 @@
-// Changes of colours: of 8-bit pixels as src/data/augment/colour.rs makes them, to the bit, and of floats in
-// [0, 1] as src/data/augment/float.rs does.
+// Colour operations: on 8-bit pixels bit-identical to src/data/augment/colour.rs, and on floats in [0, 1]
+// like src/data/augment/float.rs.
 #pragma once
 
 #include "augment.cuh"
 
-/// A pixel of levels in 0..=255, one byte each in a word, red lowest.
+/// A pixel of levels 0 to 255; packed into a word, one byte each, red lowest.
 struct Levels {
     int r, g, b;
 
@@ -26,49 +26,50 @@ __device__ __forceinline__ int clipped(float x) {
 
 __device__ __forceinline__ int blend(int from, int to, float factor) {
     float start = static_cast<float>(from);
-    return clipped(start + times(factor, static_cast<float>(to) - start));
+    return clipped(start + multiply(factor, static_cast<float>(to) - start));
 }
 
 __device__ __forceinline__ Levels blend(Levels from, Levels to, float factor) {
     return {blend(from.r, to.r, factor), blend(from.g, to.g, factor), blend(from.b, to.b, factor)};
 }
 
-/// Turns the colour circle by 255ths, through Pillow's 8-bit HSV. f32 and f64 are mixed as there.
+/// Rotates the hue by `by` 255ths of the circle, through Pillow's 8-bit HSV. Mixes f32 and f64 as Pillow
+/// does.
 __device__ __forceinline__ Levels turned(Levels x, int by) {
-    int most = max(x.r, max(x.g, x.b)), least = min(x.r, min(x.g, x.b));
-    float range = static_cast<float>(max(most - least, 1));
-    float saturation = static_cast<float>(most - least) / static_cast<float>(max(most, 1));
-    double r = static_cast<float>(most - x.r) / range, g = static_cast<float>(most - x.g) / range,
-           b = static_cast<float>(most - x.b) / range;
-    float sixth = static_cast<float>(x.r == most ? b - g : x.g == most ? 2.0 + r - b : 4.0 + g - r);
+    int largest = max(x.r, max(x.g, x.b)), smallest = min(x.r, min(x.g, x.b));
+    float range = static_cast<float>(max(largest - smallest, 1));
+    float saturation = static_cast<float>(largest - smallest) / static_cast<float>(max(largest, 1));
+    double r = static_cast<float>(largest - x.r) / range, g = static_cast<float>(largest - x.g) / range,
+           b = static_cast<float>(largest - x.b) / range;
+    float sixth = static_cast<float>(x.r == largest ? b - g : x.g == largest ? 2.0 + r - b : 4.0 + g - r);
     double turn = static_cast<double>(sixth) / 6.0 + 1.0;
     float hue = static_cast<float>(turn >= 1.0 ? turn - 1.0 : turn);
-    int h = (static_cast<int>(times(static_cast<double>(hue), 255.0)) + by) & 255;
-    int s = static_cast<int>(times(static_cast<double>(saturation), 255.0));
+    int h = (static_cast<int>(multiply(static_cast<double>(hue), 255.0)) + by) & 255;
+    int s = static_cast<int>(multiply(static_cast<double>(saturation), 255.0));
 
-    double place = times(static_cast<double>(h), 6.0) / 255.0;
-    int sector = static_cast<int>(place);  // 6 at the very end, which is 0 again
-    double f = static_cast<float>(place - sector), share = static_cast<float>(s / 255.0), v = most;
-    int p = static_cast<int>(times(v, 1.0 - share) + 0.5);
-    int q = static_cast<int>(times(v, 1.0 - times(share, f)) + 0.5);
-    int t = static_cast<int>(times(v, 1.0 - times(share, 1.0 - f)) + 0.5);
+    double place = multiply(static_cast<double>(h), 6.0) / 255.0;
+    int sector = static_cast<int>(place);  // 6 at the end of the circle, which is 0 again
+    double f = static_cast<float>(place - sector), share = static_cast<float>(s / 255.0), v = largest;
+    int p = static_cast<int>(multiply(v, 1.0 - share) + 0.5);
+    int q = static_cast<int>(multiply(v, 1.0 - multiply(share, f)) + 0.5);
+    int t = static_cast<int>(multiply(v, 1.0 - multiply(share, 1.0 - f)) + 0.5);
     switch (sector) {
         case 1:
-            return {q, most, p};
+            return {q, largest, p};
         case 2:
-            return {p, most, t};
+            return {p, largest, t};
         case 3:
-            return {p, q, most};
+            return {p, q, largest};
         case 4:
-            return {t, p, most};
+            return {t, p, largest};
         case 5:
-            return {most, p, q};
+            return {largest, p, q};
         default:
-            return {most, t, p};
+            return {largest, t, p};
     }
 }
 
-/// Runs a program; `mean` is the grey that contrast scales around.
+/// Runs a program; `mean` is the grey that is the pivot of contrast.
 __device__ __forceinline__ Levels run(Levels x, const View& view, unsigned program, int mean) {
     for (; program; program >>= 4) {
         int grey = x.luma();
@@ -93,7 +94,7 @@ __device__ __forceinline__ Levels run(Levels x, const View& view, unsigned progr
     return x;
 }
 
-/// A pixel of floats.
+/// A pixel of floats in [0, 1].
 struct Colour {
     float r, g, b;
 };
@@ -107,15 +108,15 @@ __device__ __forceinline__ Colour scaled(Colour x, Colour at, float factor) {
         Colour{at.r + (x.r - at.r) * factor, at.g + (x.g - at.g) * factor, at.b + (x.b - at.b) * factor});
 }
 
-/// The channel of a colour whose hue is `sixth` of the circle: below its value by the part of the range that
-/// its distance on the circle says.
+/// One channel of a colour whose hue is `sixth` sixths of the circle: below `value` by a part of the range
+/// that its distance on the circle determines.
 __device__ __forceinline__ float channel(float offset, float sixth, float value, float range) {
     float k = offset + sixth;
     if (k >= 6.0f) k -= 6.0f;
     return value - range * clip(k < 4.0f - k ? k : 4.0f - k);
 }
 
-/// Turns the colour circle by `turn` in [-1/2, 1/2].
+/// Rotates the hue by `turn` in [-1/2, 1/2] of the circle.
 __device__ __forceinline__ Colour turned(Colour x, float turn) {
     float value = fmaxf(x.r, fmaxf(x.g, x.b)), range = value - fminf(x.r, fminf(x.g, x.b));
     float some = range > 0.0f ? range : 1.0f;
@@ -129,14 +130,14 @@ __device__ __forceinline__ Colour turned(Colour x, float turn) {
             channel(1.0f, sixth, value, range)};
 }
 
-/// Multiplies the saturation, in HSV, which is 1 at most.
+/// Multiplies the saturation in HSV, and clips it to 1.
 __device__ __forceinline__ Colour saturated(Colour x, float factor) {
     float value = fmaxf(x.r, fmaxf(x.g, x.b)), range = value - fminf(x.r, fminf(x.g, x.b));
-    float most = value / (range > 0.0f ? range : 1.0f);
-    return scaled(x, {value, value, value}, factor < most ? factor : most);
+    float largest = value / (range > 0.0f ? range : 1.0f);
+    return scaled(x, {value, value, value}, factor < largest ? factor : largest);
 }
 
-/// Runs a program; `mean` holds the channels' means that contrast scales around.
+/// Runs a program; `mean` holds the channels' means, which are the pivot of contrast.
 __device__ __forceinline__ Colour run(Colour x, const View& view, unsigned program, Colour mean) {
     for (; program; program >>= 4) {
         switch (program & 15) {

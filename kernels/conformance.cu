@@ -1,66 +1,68 @@
-// One kernel per function of ptx.cuh and per warp and block primitive, each a warp or two moving known bits:
-// the first thing to run on a new device, and what holds the stand-in driver to the device's meaning. Lane
-// i's registers are r[COUNT i ..].
+// One kernel per function of ptx.cuh and per warp and block primitive, each a warp or two that move known
+// bits: the first thing to run on a new device, and the check that the emulator means the same as the device.
+// The registers of lane i are r[COUNT i ..].
 #include "collectives.cuh"
 #include "ptx.cuh"
 
 KERNEL void conform_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     int i = threadIdx.x;
-    float sums[4] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
-    unsigned fa[4] = {a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]}, fb[2] = {b[2 * i], b[2 * i + 1]};
-    mma_bf16(sums, fa, fb);
-    for (int e = 0; e < 4; e++) d[4 * i + e] = sums[e];
+    float accumulators[4] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+    unsigned fragment_a[4] = {a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]},
+             fragment_b[2] = {b[2 * i], b[2 * i + 1]};
+    mma_bf16(accumulators, fragment_a, fragment_b);
+    for (int e = 0; e < 4; e++) d[4 * i + e] = accumulators[e];
 }
 
 KERNEL void conform_mma_tf32(float* d, const unsigned* a, const unsigned* b) {
     int i = threadIdx.x;
-    float sums[4] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
-    unsigned fa[4] = {a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]}, fb[2] = {b[2 * i], b[2 * i + 1]};
-    mma_tf32(sums, fa, fb);
-    for (int e = 0; e < 4; e++) d[4 * i + e] = sums[e];
+    float accumulators[4] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+    unsigned fragment_a[4] = {a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]},
+             fragment_b[2] = {b[2 * i], b[2 * i + 1]};
+    mma_tf32(accumulators, fragment_a, fragment_b);
+    for (int e = 0; e < 4; e++) d[4 * i + e] = accumulators[e];
 }
 
 /// r [32, 4, 4]: registers of x4, x4_trans, x2 and x2_trans over the matrices m [4, 8, 8] of 2-byte elements;
-/// those that x2 has not are zero.
+/// those that x2 does not have are zero.
 KERNEL void conform_ldmatrix(unsigned* r, const unsigned* m) {
     __shared__ __align__(16) unsigned rows[4 * 8 * 4];
     int i = threadIdx.x;
     for (int k = 0; k < 4; k++) rows[4 * i + k] = m[4 * i + k];
     __syncthreads();
-    const void* mine = rows + 4 * i;
-    unsigned got[4][4] = {};
-    ldmatrix_x4(got[0], mine);
-    ldmatrix_x4_trans(got[1], mine);
+    const void* own_row = rows + 4 * i;
+    unsigned loaded[4][4] = {};
+    ldmatrix_x4(loaded[0], own_row);
+    ldmatrix_x4_trans(loaded[1], own_row);
     unsigned two[2];
-    ldmatrix_x2(two, mine);
-    got[2][0] = two[0], got[2][1] = two[1];
-    ldmatrix_x2_trans(two, mine);
-    got[3][0] = two[0], got[3][1] = two[1];
+    ldmatrix_x2(two, own_row);
+    loaded[2][0] = two[0], loaded[2][1] = two[1];
+    ldmatrix_x2_trans(two, own_row);
+    loaded[3][0] = two[0], loaded[3][1] = two[1];
     for (int k = 0; k < 4; k++)
-        for (int e = 0; e < 4; e++) r[(i * 4 + k) * 4 + e] = got[k][e];
+        for (int e = 0; e < 4; e++) r[(i * 4 + k) * 4 + e] = loaded[k][e];
 }
 
-/// y [2, 32, 4]: two groups of copies of x [2, 32, 4], odd lanes' not valid; each lane reads its neighbour's,
-/// the first group, of 16 bytes, while the second, of 8 and 8, is under way.
+/// y [2, 32, 4]: two groups of copies of x [2, 32, 4], whose odd lanes have a false predicate. Each lane
+/// reads its neighbour's copy of the first group, 16 bytes, while the second, of 8 and 8, is in flight.
 KERNEL void conform_cp_async(unsigned* y, const unsigned* x) {
-    __shared__ __align__(16) unsigned landed[2 * 32 * 4];
+    __shared__ __align__(16) unsigned copied[2 * 32 * 4];
     int i = threadIdx.x;
     for (int group = 0; group < 2; group++) {
         int at = (group * 32 + i) * 4;
         if (group == 0) {
-            cp_async_16(landed + at, x + at, i % 2 == 0);
+            cp_async_16(copied + at, x + at, i % 2 == 0);
         } else {
-            cp_async_8(landed + at, x + at, i % 2 == 0);
-            cp_async_8(landed + at + 2, x + at + 2, i % 2 == 0);
+            cp_async_8(copied + at, x + at, i % 2 == 0);
+            cp_async_8(copied + at + 2, x + at + 2, i % 2 == 0);
         }
         cp_async_commit();
     }
     cp_async_wait<1>();
     __syncthreads();
-    for (int k = 0; k < 4; k++) y[4 * i + k] = landed[4 * (i ^ 1) + k];
+    for (int k = 0; k < 4; k++) y[4 * i + k] = copied[4 * (i ^ 1) + k];
     cp_async_wait<0>();
     __syncthreads();
-    for (int k = 0; k < 4; k++) y[128 + 4 * i + k] = landed[128 + 4 * (i ^ 1) + k];
+    for (int k = 0; k < 4; k++) y[128 + 4 * i + k] = copied[128 + 4 * (i ^ 1) + k];
 }
 
 /// y [8, 32]: xor by 5, down by 3, up by 3, broadcast of lane 7, xor by 1 in groups of 8, down by 3 in groups
@@ -79,7 +81,7 @@ KERNEL void conform_warp(unsigned* y, const unsigned* x) {
     y[224 + i] = (__any_sync(ALL, odd) != 0) + 2 * (__all_sync(ALL, odd) != 0);
 }
 
-/// Each half of a warp on its own, as masks allow: y [32] is x from the other end of the half.
+/// Each half of a warp shuffles on its own, with its mask: y [32] is x from the other end of the half.
 KERNEL void conform_half_warp(unsigned* y, const unsigned* x) {
     int i = threadIdx.x;
     unsigned v = x[i];
@@ -102,11 +104,11 @@ KERNEL void conform_block(int* counts, uint64_t* sums, unsigned* extremes, const
 
 /// y [blocks]: each block's x after every block has written its own; in a cooperative launch.
 KERNEL void conform_grid(unsigned* y, unsigned* between, const unsigned* x) {
-    __shared__ unsigned kept[1];
+    __shared__ unsigned own[1];
     if (threadIdx.x == 0) {
         between[blockIdx.x] = x[blockIdx.x];
-        kept[0] = x[blockIdx.x];  // shared memory is the block's own over the barrier
+        own[0] = x[blockIdx.x];  // a block's shared memory survives the barrier
     }
     grid_barrier();
-    if (threadIdx.x == 1) y[blockIdx.x] = between[(blockIdx.x + 1) % gridDim.x] + kept[0];
+    if (threadIdx.x == 1) y[blockIdx.x] = between[(blockIdx.x + 1) % gridDim.x] + own[0];
 }

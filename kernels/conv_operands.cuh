@@ -1,6 +1,6 @@
-// The operands of convolutions. First what their kernels share; then those that are gathered element by
-// element (see gather.cuh); last those of gemm_tile.cuh that know how their addresses change from step to
-// step, and so have neither a division nor a product in the loop.
+// The operands of convolutions as implicit GEMMs. First what their kernels share; then the sources that are
+// gathered element by element (see gather.cuh); last the operands of gemm_tile.cuh that advance their
+// addresses from step to step, and so need neither a division nor a multiplication in the main loop.
 #pragma once
 
 #include "gather.cuh"
@@ -11,61 +11,63 @@ struct Dims {
     int n, h, w, c, k, r, s, p, q, stride, pad;
 };
 
-/// Quotients of numbers below 2^31 by one divisor above 0, as a product (Granlund and Montgomery 1994).
-struct Divisor {
-    int by, shift;
+/// Division of numbers below 2^31 by an invariant divisor above 0, as a multiplication (Granlund and
+/// Montgomery 1994).
+struct FastDivisor {
+    int divisor, shift;
     unsigned factor;
 
-    __device__ __forceinline__ explicit Divisor(int by) : by(by) {
-        shift = 31 - __clz(by - 1);  // ceil(log2 by) - 1
-        factor = static_cast<unsigned>(((uint64_t{1} << (shift + 32)) + by - 1) / by);
+    __device__ __forceinline__ explicit FastDivisor(int divisor) : divisor(divisor) {
+        shift = 31 - __clz(divisor - 1);  // ceil(log2 divisor) - 1
+        factor = static_cast<unsigned>(((uint64_t{1} << (shift + 32)) + divisor - 1) / divisor);
     }
     __device__ __forceinline__ int quotient(int x) const {
-        return by == 1 ? x : static_cast<int>(__umulhi(static_cast<unsigned>(x), factor) >> shift);
+        return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<unsigned>(x), factor) >> shift);
     }
 };
 
-/// A place that is outside of every image, also after a tap is added.
-constexpr int NOWHERE = -(1 << 30);
+/// A coordinate outside of every image, also after a tap is added.
+constexpr int OUTSIDE = -(1 << 30);
 
-/// Filters [k, r, s, c] as [taps k, c], of the taps (r0 + a stride, s0 + b stride).
+/// Filters [k, r, s, c] as a matrix [taps k, c], with the taps (r0 + a stride, s0 + b stride).
 template <typename T>
-struct FilterTaps : Rows<T> {
+struct FilterSource : MatrixSource<T> {
     int r, s, r0, s0, stride;
-    Divisor per_tap, per_row;
+    FastDivisor per_tap, per_tap_row;
 
-    __device__ __forceinline__ FilterTaps(const T* data, const Dims& d, int r0, int s0, int rows, int columns)
-        : Rows<T>(data, rows * columns * d.k, d.c),
+    __device__ __forceinline__ FilterSource(const T* data, const Dims& d, int r0, int s0, int taps_i,
+                                            int taps_j)
+        : MatrixSource<T>(data, taps_i * taps_j * d.k, d.c),
           r(d.r),
           s(d.s),
           r0(r0),
           s0(s0),
           stride(d.stride),
           per_tap(d.k),
-          per_row(columns > 0 ? columns : 1) {}
-    __device__ __forceinline__ int64_t line(int i) const {
-        if (i >= this->lines) return -1;
-        int tap = per_tap.quotient(i), k = i - tap * per_tap.by;
-        int a = per_row.quotient(tap), b = tap - a * per_row.by;
-        return int64_t{(k * r + r0 + a * stride) * s + s0 + b * stride} * this->inner;
+          per_tap_row(taps_j > 0 ? taps_j : 1) {}
+    __device__ __forceinline__ int64_t row(int i) const {
+        if (i >= this->rows) return -1;
+        int tap = per_tap.quotient(i), k = i - tap * per_tap.divisor;
+        int a = per_tap_row.quotient(tap), b = tap - a * per_tap_row.divisor;
+        return int64_t{(k * r + r0 + a * stride) * s + s0 + b * stride} * this->columns;
     }
 };
 
-/// How patches of images [n, height, width, channels] are read: line (image, i, j) of `lines_i` x `lines_j`
-/// to an image holds, for each tap (a, b) of `taps_i` x `taps_j`, the channels of pixel (i step + from_i + a
-/// direction, j step + from_j + b direction).
-struct Geometry {
-    int n, height, width, channels, lines_i, lines_j, taps_i, taps_j, step, from_i, from_j, direction;
+/// The patch matrix (im2col) of images [n, height, width, channels]: the row of output pixel (image, i, j),
+/// with `out_i` x `out_j` of them to an image, holds, for each tap (a, b) of `taps_i` x `taps_j`, the
+/// channels of input pixel (i stride + origin_i + a tap_step, j stride + origin_j + b tap_step).
+struct PatchGeometry {
+    int n, height, width, channels, out_i, out_j, taps_i, taps_j, stride, origin_i, origin_j, tap_step;
 
-    __device__ __forceinline__ int lines() const { return n * lines_i * lines_j; }
-    __device__ __forceinline__ int depth() const { return taps_i * taps_j * channels; }
+    __device__ __forceinline__ int rows() const { return n * out_i * out_j; }
+    __device__ __forceinline__ int columns() const { return taps_i * taps_j * channels; }
 };
 
-/// Patches of any size, a matrix [lines, depth].
+/// The patch matrix, gathered; any size.
 template <typename T>
-struct Patches {
+struct PatchSource {
     using Element = T;
-    struct Line {
+    struct Row {
         int64_t offset;
         int i, j;
     };
@@ -73,194 +75,202 @@ struct Patches {
         int offset, i, j;
     };
     const T* data;
-    int lines, inner, run;
-    Geometry g;
-    Divisor per_image, per_row, per_tap, per_tap_row;
+    int rows, columns, alignment;
+    PatchGeometry g;
+    FastDivisor per_image, per_row, per_tap, per_tap_row;
 
-    __device__ __forceinline__ Patches(const T* data, const Geometry& g)
+    __device__ __forceinline__ PatchSource(const T* data, const PatchGeometry& g)
         : data(data),
-          lines(g.lines()),
-          inner(g.depth()),
-          run(run_of(data, g.channels)),
+          rows(g.rows()),
+          columns(g.columns()),
+          alignment(alignment_of(data, g.channels)),
           g(g),
-          per_image(g.lines_i * g.lines_j),
-          per_row(g.lines_j),
+          per_image(g.out_i * g.out_j),
+          per_row(g.out_j),
           per_tap(g.channels),
           per_tap_row(g.taps_j > 0 ? g.taps_j : 1) {}
-    __device__ __forceinline__ Line line(int at) const {
-        if (at >= lines) return {0, NOWHERE, NOWHERE};
-        int image = per_image.quotient(at), o = at - image * per_image.by, row = per_row.quotient(o);
-        int i = row * g.step + g.from_i, j = (o - row * per_row.by) * g.step + g.from_j;
+    __device__ __forceinline__ Row row(int at) const {
+        if (at >= rows) return {0, OUTSIDE, OUTSIDE};
+        int image = per_image.quotient(at), pixel = at - image * per_image.divisor,
+            out_i = per_row.quotient(pixel);
+        int i = out_i * g.stride + g.origin_i, j = (pixel - out_i * per_row.divisor) * g.stride + g.origin_j;
         return {((int64_t{image} * g.height + i) * g.width + j) * g.channels, i, j};
     }
     __device__ __forceinline__ Column column(int at) const {
-        if (at >= inner) return {0, NOWHERE, NOWHERE};
-        int tap = per_tap.quotient(at), row = per_tap_row.quotient(tap);
-        int i = row * g.direction, j = (tap - row * per_tap_row.by) * g.direction;
+        if (at >= columns) return {0, OUTSIDE, OUTSIDE};
+        int tap = per_tap.quotient(at), a = per_tap_row.quotient(tap);
+        int i = a * g.tap_step, j = (tap - a * per_tap_row.divisor) * g.tap_step;
         return {(i * g.width + j) * g.channels + at - tap * g.channels, i, j};
     }
-    __device__ __forceinline__ const T* at(const Line& line, const Column& column) const {
-        // Unsigned: what is negative is too large as well.
-        bool inside = static_cast<unsigned>(line.i + column.i) < static_cast<unsigned>(g.height) &&
-                      static_cast<unsigned>(line.j + column.j) < static_cast<unsigned>(g.width);
-        return inside ? data + line.offset + column.offset : nullptr;
+    __device__ __forceinline__ const T* at(const Row& row, const Column& column) const {
+        // Unsigned: a negative coordinate is too large as well.
+        bool inside = static_cast<unsigned>(row.i + column.i) < static_cast<unsigned>(g.height) &&
+                      static_cast<unsigned>(row.j + column.j) < static_cast<unsigned>(g.width);
+        return inside ? data + row.offset + column.offset : nullptr;
     }
 };
 
-/// Patches of which a tile has EXTENT lines; depth runs over taps and channels. At most eight taps either
-/// way, channels in multiples of RUN, and at most 2^24 elements to an image, so that those of 128 images are
-/// counted in 31 bits.
+/// The patch matrix as a K-major operand: the tile has EXTENT of its rows, k runs over taps and channels. At
+/// most eight taps in either direction, channels a multiple of ALIGNMENT, and at most 2^24 elements per
+/// image, so that offsets within 128 images fit in 31 bits.
 ///
-/// A line's taps that lie outside of its image are known before the first step, a bit for each row of taps
-/// and each column.
-template <int EXTENT, int THREADS, int RUN = 8>
-struct PatchLines {
-    static constexpr bool INNER = true;
-    using Of = Pieces<EXTENT, THREADS, RUN, true>;
+/// Which taps of a row lie inside of the image is computed once, before the main loop: one predicate bit for
+/// each row of taps and one for each column.
+template <int EXTENT, int THREADS, int ALIGNMENT = 8>
+struct KMajorPatches {
+    static constexpr bool K_MAJOR = true;
+    using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, true>;
 
-    const bf16* image;           // of the tile's first line
-    int lines[Of::COUNT];        // from there to the pixel under tap (0, 0)
-    unsigned inside[Of::COUNT];  // bit a: row a of taps, bit 16 + b: column b
-    int channels, taps_j, next_tap, next_row;
-    int channel, a, b, offset;  // of this thread's piece of the next step
+    const bf16* image;             // of the tile's first row
+    int rows[Map::COPIES];         // offset from there to the pixel under tap (0, 0)
+    unsigned inside[Map::COPIES];  // bit a: row a of taps is inside; bit 16 + b: column b
+    int channels, taps_j, next_tap, next_tap_row;
+    int channel, a, b, offset;  // of this thread's chunk in the next step
 
-    __device__ __forceinline__ PatchLines(const bf16* data, const Geometry& g, int first)
+    __device__ __forceinline__ KMajorPatches(const bf16* data, const PatchGeometry& g, int first)
         : channels(g.channels), taps_j(g.taps_j) {
-        Divisor per_image(g.lines_i * g.lines_j), per_row(g.lines_j);
-        const int start = per_image.quotient(first);
-        image = data + int64_t{start} * g.height * g.width * g.channels;
+        FastDivisor per_image(g.out_i * g.out_j), per_row(g.out_j);
+        const int first_image = per_image.quotient(first);
+        image = data + int64_t{first_image} * g.height * g.width * g.channels;
 #pragma unroll
-        for (int l = 0; l < Of::COUNT; l++) {
-            int at = first + Of::line(l), number = per_image.quotient(at), o = at - number * per_image.by;
-            int row = per_row.quotient(o), i = row * g.step + g.from_i,
-                j = (o - row * per_row.by) * g.step + g.from_j;
-            lines[l] = (((number - start) * g.height + i) * g.width + j) * g.channels;
-            unsigned seen = 0;
+        for (int l = 0; l < Map::COPIES; l++) {
+            int at = first + Map::row(l), of_image = per_image.quotient(at),
+                pixel = at - of_image * per_image.divisor;
+            int out_i = per_row.quotient(pixel), i = out_i * g.stride + g.origin_i,
+                j = (pixel - out_i * per_row.divisor) * g.stride + g.origin_j;
+            rows[l] = (((of_image - first_image) * g.height + i) * g.width + j) * g.channels;
+            unsigned predicates = 0;
             for (int t = 0; t < g.taps_i; t++)
-                seen |= static_cast<unsigned>(static_cast<unsigned>(i + t * g.direction) <
-                                              static_cast<unsigned>(g.height))
-                        << t;
+                predicates |= static_cast<unsigned>(static_cast<unsigned>(i + t * g.tap_step) <
+                                                    static_cast<unsigned>(g.height))
+                              << t;
             for (int t = 0; t < g.taps_j; t++)
-                seen |= static_cast<unsigned>(static_cast<unsigned>(j + t * g.direction) <
-                                              static_cast<unsigned>(g.width))
-                        << (16 + t);
-            inside[l] = at < g.lines() ? seen : 0;
+                predicates |= static_cast<unsigned>(static_cast<unsigned>(j + t * g.tap_step) <
+                                                    static_cast<unsigned>(g.width))
+                              << (16 + t);
+            inside[l] = at < g.rows() ? predicates : 0;
         }
-        // From behind the last channel of a tap to the first of the next, and from behind a row of taps to
-        // the next row.
-        next_tap = (g.direction - 1) * g.channels;
-        next_row = (g.width - g.taps_j) * g.direction * g.channels;
+        // Offsets from the end of one tap's channels to the start of the next tap's, and from the end of a
+        // row of taps to the next row.
+        next_tap = (g.tap_step - 1) * g.channels;
+        next_tap_row = (g.width - g.taps_j) * g.tap_step * g.channels;
         a = b = 0;
-        channel = offset = Of::column();
-        settle();
+        channel = offset = Map::column();
+        advance_tap();
     }
 
-    __device__ __forceinline__ void settle() {
+    /// Moves to the tap that `channel` has reached.
+    __device__ __forceinline__ void advance_tap() {
         while (channel >= channels) {
             channel -= channels;
             offset += next_tap;
-            if (++b == taps_j) b = 0, a++, offset += next_row;
+            if (++b == taps_j) b = 0, a++, offset += next_tap_row;
         }
     }
 
-    __device__ __forceinline__ void issue(bf16* panel) {
+    __device__ __forceinline__ void copy_async(bf16* smem) {
 #pragma unroll
-        for (int l = 0; l < Of::COUNT; l++)
-            Of::copy(panel, l, image + (lines[l] + offset), (inside[l] >> a) & (inside[l] >> (16 + b)) & 1);
-        channel += DEPTH;
-        offset += DEPTH;
-        settle();
+        for (int l = 0; l < Map::COPIES; l++)
+            Map::copy_async(smem, l, image + (rows[l] + offset),
+                            (inside[l] >> a) & (inside[l] >> (16 + b)) & 1);
+        channel += TILE_K;
+        offset += TILE_K;
+        advance_tap();
     }
 };
 
-/// The same of which a tile has EXTENT columns, taps and channels; depth runs over lines [begin, end). A
-/// thread's column is one tap, and its pixels move by as many images, rows and columns in every step.
-template <int EXTENT, int THREADS, int RUN = 8>
-struct PatchesAcross {
-    static constexpr bool INNER = false;
-    using Of = Pieces<EXTENT, THREADS, RUN, false>;
+/// The patch matrix as an MN-major operand: the tile has EXTENT of its columns, taps and channels; k runs
+/// over its rows, the output pixels [k_begin, k_end). A thread's columns belong to one tap, and each step
+/// moves its pixels by the same number of images, rows and columns.
+template <int EXTENT, int THREADS, int ALIGNMENT = 8>
+struct MnMajorPatches {
+    static constexpr bool K_MAJOR = false;
+    using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, false>;
 
-    const bf16* lines[Of::COUNT];
-    int is[Of::COUNT], js[Of::COUNT];
-    int height, width, step, end_i, end_j, turn_i, turn_j, by_i, by_j, left;
-    int64_t by, wrap_i, wrap_j;
+    const bf16* rows[Map::COPIES];
+    int is[Map::COPIES], js[Map::COPIES];
+    int height, width, stride, end_i, end_j, wrap_i, wrap_j, step_i, step_j, k_left;
+    int64_t step_offset, wrap_i_offset, wrap_j_offset;
 
-    __device__ __forceinline__ PatchesAcross(const bf16* data, const Geometry& g, int first, int begin,
-                                             int end)
-        : height(g.height), width(g.width), step(g.step) {
-        int column = first + Of::column(), tap = column / g.channels, a = tap / g.taps_j,
+    __device__ __forceinline__ MnMajorPatches(const bf16* data, const PatchGeometry& g, int first,
+                                              int k_begin, int k_end)
+        : height(g.height), width(g.width), stride(g.stride) {
+        int column = first + Map::column(), tap = column / g.channels, a = tap / g.taps_j,
             b = tap - a * g.taps_j;
-        int from_i = g.from_i + a * g.direction, from_j = g.from_j + b * g.direction;
-        left = column < g.depth() ? end - begin - Of::line(0) : 0;
-        const int per_image = g.lines_i * g.lines_j;
+        int origin_i = g.origin_i + a * g.tap_step, origin_j = g.origin_j + b * g.tap_step;
+        k_left = column < g.columns() ? k_end - k_begin - Map::row(0) : 0;
+        const int per_image = g.out_i * g.out_j;
 #pragma unroll
-        for (int l = 0; l < Of::COUNT; l++) {
-            int at = begin + Of::line(l), image = at / per_image, o = at - image * per_image,
-                row = o / g.lines_j;
-            is[l] = row * g.step + from_i;
-            js[l] = (o - row * g.lines_j) * g.step + from_j;
-            lines[l] = data + ((int64_t{image} * g.height + is[l]) * g.width + js[l]) * g.channels + column -
-                       tap * g.channels;
+        for (int l = 0; l < Map::COPIES; l++) {
+            int at = k_begin + Map::row(l), image = at / per_image, pixel = at - image * per_image,
+                out_i = pixel / g.out_j;
+            is[l] = out_i * g.stride + origin_i;
+            js[l] = (pixel - out_i * g.out_j) * g.stride + origin_j;
+            rows[l] = data + ((int64_t{image} * g.height + is[l]) * g.width + js[l]) * g.channels + column -
+                      tap * g.channels;
         }
-        int images = DEPTH / per_image, o = DEPTH - images * per_image, rows = o / g.lines_j;
-        by_i = rows * g.step;
-        by_j = (o - rows * g.lines_j) * g.step;
-        by = (int64_t{images} * g.height + by_i) * g.width * g.channels + by_j * g.channels;
-        // Past the last column goes to the next row, past the last row to the next image.
-        turn_i = g.lines_i * g.step, turn_j = g.lines_j * g.step;
-        end_i = from_i + turn_i, end_j = from_j + turn_j;
-        wrap_j = (int64_t{g.step} * g.width - turn_j) * g.channels;
-        wrap_i = int64_t{g.height - turn_i} * g.width * g.channels;
+        int images = TILE_K / per_image, pixels = TILE_K - images * per_image, out_rows = pixels / g.out_j;
+        step_i = out_rows * g.stride;
+        step_j = (pixels - out_rows * g.out_j) * g.stride;
+        step_offset = (int64_t{images} * g.height + step_i) * g.width * g.channels + step_j * g.channels;
+        // Past the last column, wrap to the next row; past the last row, to the next image.
+        wrap_i = g.out_i * g.stride, wrap_j = g.out_j * g.stride;
+        end_i = origin_i + wrap_i, end_j = origin_j + wrap_j;
+        wrap_j_offset = (int64_t{g.stride} * g.width - wrap_j) * g.channels;
+        wrap_i_offset = int64_t{g.height - wrap_i} * g.width * g.channels;
     }
 
-    __device__ __forceinline__ void issue(bf16* panel) {
+    __device__ __forceinline__ void copy_async(bf16* smem) {
 #pragma unroll
-        for (int l = 0; l < Of::COUNT; l++) {
+        for (int l = 0; l < Map::COPIES; l++) {
             bool inside = static_cast<unsigned>(is[l]) < static_cast<unsigned>(height) &&
                           static_cast<unsigned>(js[l]) < static_cast<unsigned>(width);
-            Of::copy(panel, l, lines[l], inside && l * Of::STEP < left);
-            lines[l] += by;
-            is[l] += by_i;
-            js[l] += by_j;
-            if (js[l] >= end_j) js[l] -= turn_j, is[l] += step, lines[l] += wrap_j;
-            if (is[l] >= end_i) is[l] -= turn_i, lines[l] += wrap_i;
+            Map::copy_async(smem, l, rows[l], inside && l * Map::ROW_STEP < k_left);
+            rows[l] += step_offset;
+            is[l] += step_i;
+            js[l] += step_j;
+            if (js[l] >= end_j) js[l] -= wrap_j, is[l] += stride, rows[l] += wrap_j_offset;
+            if (is[l] >= end_i) is[l] -= wrap_i, rows[l] += wrap_i_offset;
         }
-        left -= DEPTH;
+        k_left -= TILE_K;
     }
 };
 
-/// Filters [k, r, s, c] as [taps k, c], of which a tile has EXTENT columns; depth runs over the taps (r0 + a
-/// stride, s0 + b stride) and k. k is a multiple of 32, so that a step has one tap.
+/// Filters [k, r, s, c] as the MN-major operand [taps k, c]: the tile has EXTENT of its columns; k runs over
+/// the taps (r0 + a stride, s0 + b stride) and output channels. The number of output channels is a multiple
+/// of 32, so that a step has one tap.
 template <int EXTENT, int THREADS>
-struct TapsAcross {
-    static constexpr bool INNER = false;
-    using Of = Pieces<EXTENT, THREADS, 8, false>;
+struct MnMajorFilters {
+    static constexpr bool K_MAJOR = false;
+    using Map = CopyMap<EXTENT, THREADS, 8, false>;
 
-    const bf16* at;
-    int k, taps_j, channel = 0, b = 0;
-    int line, next_tap,
-        next_row;  // elements from one k to the next, and what is added behind the last of a tap
-    bool exists;
+    const bf16* from;
+    int channels, taps_j, channel = 0, b = 0;
+    int pitch;  // elements from one output channel's filter to the next
+    int next_tap,
+        next_tap_row;  // offsets that are added after the last channel of a tap, and of a row of taps
+    bool exists;       // this thread's columns
 
-    __device__ __forceinline__ TapsAcross(const bf16* data, const Dims& d, int r0, int s0, int taps_j,
-                                          int first)
-        : k(d.k), taps_j(taps_j) {
-        line = d.r * d.s * d.c;
-        at = data + Of::line(0) * line + (r0 * d.s + s0) * d.c + first + Of::column();
-        next_tap = d.stride * d.c - d.k * line;
-        next_row = d.stride * (d.s - taps_j) * d.c;
-        exists = first + Of::column() < d.c;
+    __device__ __forceinline__ MnMajorFilters(const bf16* data, const Dims& d, int r0, int s0, int taps_j,
+                                              int first)
+        : channels(d.k), taps_j(taps_j) {
+        pitch = d.r * d.s * d.c;
+        from = data + Map::row(0) * pitch + (r0 * d.s + s0) * d.c + first + Map::column();
+        next_tap = d.stride * d.c - d.k * pitch;
+        next_tap_row = d.stride * (d.s - taps_j) * d.c;
+        exists = first + Map::column() < d.c;
     }
 
-    __device__ __forceinline__ void issue(bf16* panel) {
+    __device__ __forceinline__ void copy_async(bf16* smem) {
 #pragma unroll
-        for (int i = 0; i < Of::COUNT; i++) Of::copy(panel, i, at + i * Of::STEP * line, exists);
-        at += DEPTH * line;
-        channel += DEPTH;
-        if (channel == k) {
+        for (int i = 0; i < Map::COPIES; i++)
+            Map::copy_async(smem, i, from + i * Map::ROW_STEP * pitch, exists);
+        from += TILE_K * pitch;
+        channel += TILE_K;
+        if (channel == channels) {
             channel = 0;
-            at += next_tap;
-            if (++b == taps_j) b = 0, at += next_row;
+            from += next_tap;
+            if (++b == taps_j) b = 0, from += next_tap_row;
         }
     }
 };

@@ -1,9 +1,9 @@
 // Softmax cross-entropy of logits x [n, k] against labels [n]; see src/ops/cross_entropy. Forward:
-// cross_entropy, then row_losses_mean. A warp has a row: (n / 8 rounded up) blocks of 256. No dynamic shared
+// cross_entropy, then row_losses_mean. A warp per row: (n / 8 rounded up) blocks of 256. No dynamic shared
 // memory.
 //
-// The host cannot look at labels that live on the device: one out of range makes its row's loss and gradient
-// NaN.
+// The host cannot check labels that are on the device: one out of range makes the loss and the gradient of
+// its row NaN.
 #include "rows.cuh"
 
 /// row_losses [n].
@@ -12,9 +12,9 @@ __device__ __forceinline__ void forward(float* row_losses, const T* x, const int
     for_rows(n, [&](int64_t row) {
         RowSoftmax p(x + row * k, k, 1.0f);
         int label = labels[row];
-        bool known = label >= 0 && label < k;
+        bool is_valid = label >= 0 && label < k;
         if (is_first_lane())
-            row_losses[row] = known ? static_cast<float>(p.loss(to_float(x[row * k + label]))) : NAN;
+            row_losses[row] = is_valid ? static_cast<float>(p.loss(to_float(x[row * k + label]))) : NAN;
     });
 }
 

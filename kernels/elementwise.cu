@@ -1,10 +1,10 @@
-// Maps over flat arrays of any length: each thread takes 16 bytes at a time in a grid-stride loop. Any output
-// may be an input as well.
+// Element-wise maps over flat arrays of any length: a grid-stride loop with 16 bytes per thread. An output
+// may alias an input.
 #include "vector.cuh"
 
-/// Calls f(first element, count) on pieces of `width` elements.
+/// Calls f(first element, count) for this thread's vectors of `width` elements.
 template <typename F>
-__device__ __forceinline__ void for_pieces(int64_t n, int width, F f) {
+__device__ __forceinline__ void for_vectors(int64_t n, int width, F f) {
     for (int64_t i = grid_rank() * width; i < n; i += grid_threads() * width)
         f(i, n - i < width ? static_cast<int>(n - i) : width);
 }
@@ -12,38 +12,38 @@ __device__ __forceinline__ void for_pieces(int64_t n, int width, F f) {
 /// y[i] = f(a[i]).
 template <typename T, typename F>
 __device__ __forceinline__ void map(T* y, const T* a, int64_t n, F f) {
-    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> v = load_some(a + i, count);
+    for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> v = load_partial(a + i, count);
 #pragma unroll
         for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = f(v.v[k]);
-        store_some(y + i, v, count);
+        store_partial(y + i, v, count);
     });
 }
 
-/// y = 0 where x < 0, else x; a NaN stays one.
+/// y = 0 where x < 0, else x; NaN propagates.
 template <typename T>
 __device__ __forceinline__ void relu(T* y, const T* x, int64_t n) {
     map(y, x, n, [](float x) { return x < 0.0f ? 0.0f : x; });
 }
 
-/// dx = dy where y > 0, else 0, with y the forward's output.
+/// dx = dy where y > 0, else 0; y is the output of the forward pass.
 template <typename T>
 __device__ __forceinline__ void relu_backward(T* dx, const T* dy, const T* y, int64_t n) {
-    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> d = load_some(dy + i, count), out = load_some(y + i, count);
+    for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> d = load_partial(dy + i, count), out = load_partial(y + i, count);
 #pragma unroll
         for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = out.v[k] > 0.0f ? d.v[k] : 0.0f;
-        store_some(dx + i, d, count);
+        store_partial(dx + i, d, count);
     });
 }
 
 template <typename T>
 __device__ __forceinline__ void add(T* y, const T* a, const T* b, int64_t n) {
-    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> u = load_some(a + i, count), v = load_some(b + i, count);
+    for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+        Vector<T> u = load_partial(a + i, count), v = load_partial(b + i, count);
 #pragma unroll
         for (int k = 0; k < PER_VECTOR<T>; k++) u.v[k] += v.v[k];
-        store_some(y + i, u, count);
+        store_partial(y + i, u, count);
     });
 }
 
@@ -54,11 +54,11 @@ __device__ __forceinline__ void scale(T* y, const T* x, float factor, int64_t n)
 
 template <typename T>
 __device__ __forceinline__ void fill(T* y, float value, int64_t n) {
-    for_pieces(n, PER_VECTOR<T>, [&](int64_t i, int count) {
+    for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
         Vector<T> v;
 #pragma unroll
         for (int k = 0; k < PER_VECTOR<T>; k++) v.v[k] = value;
-        store_some(y + i, v, count);
+        store_partial(y + i, v, count);
     });
 }
 
@@ -83,23 +83,23 @@ KERNEL void fill_bf16(bf16* y, float value, int64_t n) { fill(y, value, n); }
 
 /// y = x rounded to nearest even.
 KERNEL void cast_f32_to_bf16(bf16* y, const float* x, int64_t n) {
-    for_pieces(n, 8, [&](int64_t i, int count) {
-        Vector<float> low = load_some(x + i, count), high{};
-        if (count > 4) high = load_some(x + i + 4, count - 4);
+    for_vectors(n, 8, [&](int64_t i, int count) {
+        Vector<float> low = load_partial(x + i, count), high{};
+        if (count > 4) high = load_partial(x + i + 4, count - 4);
         Vector<bf16> v;
 #pragma unroll
         for (int k = 0; k < 4; k++) v.v[k] = low.v[k], v.v[k + 4] = high.v[k];
-        store_some(y + i, v, count);
+        store_partial(y + i, v, count);
     });
 }
 
 KERNEL void cast_bf16_to_f32(float* y, const bf16* x, int64_t n) {
-    for_pieces(n, 8, [&](int64_t i, int count) {
-        Vector<bf16> v = load_some(x + i, count);
+    for_vectors(n, 8, [&](int64_t i, int count) {
+        Vector<bf16> v = load_partial(x + i, count);
         Vector<float> low, high;
 #pragma unroll
         for (int k = 0; k < 4; k++) low.v[k] = v.v[k], high.v[k] = v.v[k + 4];
-        store_some(y + i, low, count);
-        if (count > 4) store_some(y + i + 4, high, count - 4);
+        store_partial(y + i, low, count);
+        if (count > 4) store_partial(y + i + 4, high, count - 4);
     });
 }

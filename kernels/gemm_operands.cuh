@@ -1,60 +1,66 @@
-// Operands of gemm_tile.cuh that are matrices in memory, of which every line and every start is a multiple of
-// RUN elements.
+// Operands of gemm_tile.cuh that are matrices in memory. Their start and their pitch are multiples of
+// ALIGNMENT elements.
 #pragma once
 
 #include "gemm_tile.cuh"
 
-/// A matrix [extent, pitch] of which a tile has EXTENT lines; depth runs along them, over columns [begin,
-/// end).
-template <int EXTENT, int THREADS, int RUN = 8>
-struct Lines {
-    static constexpr bool INNER = true;
-    using Of = Pieces<EXTENT, THREADS, RUN, true>;
+/// A K-major operand: a matrix [extent, pitch] whose k is contiguous, columns [k_begin, k_end). The tile has
+/// EXTENT of its rows.
+template <int EXTENT, int THREADS, int ALIGNMENT = 8>
+struct KMajorOperand {
+    static constexpr bool K_MAJOR = true;
+    using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, true>;
 
-    const bf16* at;  // this thread's piece of its first line
-    int64_t step;    // from one of its lines to the next
-    int left;        // elements from here to the end of depth
-    unsigned lines;  // bit i: its line i exists
+    const bf16* from;         // this thread's chunk of its first row
+    int64_t row_step;         // elements from one of its rows to the next
+    int k_left;               // from its chunk to k_end
+    unsigned row_predicates;  // bit i: its row i exists
 
-    __device__ __forceinline__ Lines(const bf16* data, int pitch, int first, int extent, int begin, int end) {
-        at = data + (int64_t{first} + Of::line(0)) * pitch + begin + Of::column();
-        step = int64_t{Of::STEP} * pitch;
-        left = end - begin - Of::column();
-        lines = 0;
+    __device__ __forceinline__ KMajorOperand(const bf16* data, int pitch, int first, int extent, int k_begin,
+                                             int k_end) {
+        from = data + (int64_t{first} + Map::row(0)) * pitch + k_begin + Map::column();
+        row_step = int64_t{Map::ROW_STEP} * pitch;
+        k_left = k_end - k_begin - Map::column();
+        row_predicates = 0;
 #pragma unroll
-        for (int i = 0; i < Of::COUNT; i++) lines |= static_cast<unsigned>(first + Of::line(i) < extent) << i;
+        for (int i = 0; i < Map::COPIES; i++)
+            row_predicates |= static_cast<unsigned>(first + Map::row(i) < extent) << i;
     }
 
-    __device__ __forceinline__ void issue(bf16* panel) {
-        unsigned now = left > 0 ? lines : 0;
+    __device__ __forceinline__ void copy_async(bf16* smem) {
+        unsigned predicates = k_left > 0 ? row_predicates : 0;
 #pragma unroll
-        for (int i = 0; i < Of::COUNT; i++) Of::copy(panel, i, at + i * step, now >> i & 1);
-        at += DEPTH;
-        left -= DEPTH;
+        for (int i = 0; i < Map::COPIES; i++)
+            Map::copy_async(smem, i, from + i * row_step, predicates >> i & 1);
+        from += TILE_K;
+        k_left -= TILE_K;
     }
 };
 
-/// A matrix [depth, pitch] of which a tile has EXTENT columns; depth runs across its lines [begin, end).
-template <int EXTENT, int THREADS, int RUN = 8>
-struct Across {
-    static constexpr bool INNER = false;
-    using Of = Pieces<EXTENT, THREADS, RUN, false>;
+/// An MN-major operand: a matrix [k, pitch] whose m or n is contiguous, rows [k_begin, k_end). The tile has
+/// EXTENT of its columns.
+template <int EXTENT, int THREADS, int ALIGNMENT = 8>
+struct MnMajorOperand {
+    static constexpr bool K_MAJOR = false;
+    using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, false>;
 
-    const bf16* at;
-    int64_t step;
-    int pitch, left;  // lines from this thread's first to the end of depth; 0 where its column does not exist
+    const bf16* from;
+    int64_t row_step;
+    int pitch, k_left;  // from this thread's first row to k_end; 0 if its columns do not exist
 
-    __device__ __forceinline__ Across(const bf16* data, int pitch, int first, int extent, int begin, int end)
+    __device__ __forceinline__ MnMajorOperand(const bf16* data, int pitch, int first, int extent, int k_begin,
+                                              int k_end)
         : pitch(pitch) {
-        at = data + (int64_t{begin} + Of::line(0)) * pitch + first + Of::column();
-        step = int64_t{Of::STEP} * pitch;
-        left = first + Of::column() < extent ? end - begin - Of::line(0) : 0;
+        from = data + (int64_t{k_begin} + Map::row(0)) * pitch + first + Map::column();
+        row_step = int64_t{Map::ROW_STEP} * pitch;
+        k_left = first + Map::column() < extent ? k_end - k_begin - Map::row(0) : 0;
     }
 
-    __device__ __forceinline__ void issue(bf16* panel) {
+    __device__ __forceinline__ void copy_async(bf16* smem) {
 #pragma unroll
-        for (int i = 0; i < Of::COUNT; i++) Of::copy(panel, i, at + i * step, i * Of::STEP < left);
-        at += int64_t{DEPTH} * pitch;
-        left -= DEPTH;
+        for (int i = 0; i < Map::COPIES; i++)
+            Map::copy_async(smem, i, from + i * row_step, i * Map::ROW_STEP < k_left);
+        from += int64_t{TILE_K} * pitch;
+        k_left -= TILE_K;
     }
 };

@@ -1,8 +1,8 @@
-// Rows of unit length; see src/ops/l2_normalize. x, y, dx, dy [n, d]; norms [n], which the backward pass
-// needs. y and dy are f32 whatever x and dx are: losses take f32 from bf16 features.
+// Normalizes rows to unit length; see src/ops/l2_normalize. x, y, dx, dy [n, d]; norms [n] are saved for the
+// backward pass. y and dy are f32 whatever x and dx are: losses take f32 from bf16 features.
 //
-// A warp has a row: any grid and any block of a multiple of 32 threads is right, (n / 8 rounded up) blocks of
-// 256 are good. No dynamic shared memory.
+// A warp per row: any grid and any block of a multiple of 32 threads works, (n / 8 rounded up) blocks of 256
+// are efficient. No dynamic shared memory.
 #include "rows.cuh"
 
 constexpr float EPS = 1e-12f;
@@ -14,7 +14,7 @@ __device__ __forceinline__ void forward(float* y, float* norms, const In* x, int
         const In* from = x + row * d;
         float norm = static_cast<float>(sqrt(row_dot(from, from, d)));
         if (is_first_lane()) norms[row] = norm;
-        float scale = 1.0f / (norm < EPS ? EPS : norm);  // a NaN stays one
+        float scale = 1.0f / (norm < EPS ? EPS : norm);  // NaN propagates
         map_row(y + row * d, from, d, [scale](int, float v) { return v * scale; });
     });
 }
@@ -47,18 +47,18 @@ KERNEL void l2_normalize_backward_bf16(bf16* dx, const float* dy, const float* y
     backward(dx, dy, y, norms, n, d);
 }
 
-/// Brings the rows of x [n, d] to unit length in place, without a gradient; `copy` [n, d], the bf16 working
-/// copy of x, is written with it unless null. SwAV's prototypes, before each step.
+/// Normalizes the rows of x [n, d] in place, without a gradient; `copy` [n, d], the bf16 working copy of x,
+/// is updated with it unless null. For SwAV's prototypes, before each step.
 KERNEL void normalize_rows(float* x, bf16* copy, int64_t n, int d) {
     for_rows(n, [&](int64_t row) {
         float* own = x + row * d;
         double norm = sqrt(row_dot(own, own, d)), scale = 1.0 / (norm < EPS ? EPS : norm);
-        for_pieces_of_row(d, [&](int j, int count) {
-            Piece p = load_piece(own + j, count);
+        for_vectors_of_row(d, [&](int j, int count) {
+            Vector8 p = load_vector8(own + j, count);
 #pragma unroll
             for (int k = 0; k < 8; k++) p.v[k] = static_cast<float>(p.v[k] * scale);
-            store_piece(own + j, p, count);
-            if (copy) store_piece(copy + row * d + j, p, count);
+            store_vector8(own + j, p, count);
+            if (copy) store_vector8(copy + row * d + j, p, count);
         });
     });
 }

@@ -1,10 +1,11 @@
-// What a linear layer has beside its products, which are in matmul.cu.
+// The gradient of the bias of a linear layer. Its GEMMs are in matmul.cu.
 #include "selfsup.cuh"
 
 constexpr int COLUMNS = 32, ROWS = 8;
 
-/// sums [k] of dy [n, k] over rows, plus what they hold if `accumulate`. A block of 32 x 8 threads takes 32
-/// columns, each of its thread rows every eighth row of dy, and adds the eight in order.
+/// sums [k] of dy [n, k] over rows, added to what `sums` holds if `accumulate`. A block of 32 x 8 threads
+/// takes 32 columns, so that its loads are coalesced; each thread row takes every eighth row of dy, and the
+/// eight partial sums are added in order.
 template <typename T>
 __device__ __forceinline__ void column_sums(float* sums, const T* dy, int64_t n, int k, bool accumulate) {
     __shared__ float partial[ROWS * COLUMNS];

@@ -1,148 +1,159 @@
-// C [m, n] = A B, plus bias [n], plus what C holds if `accumulate`; any sizes below 2^31. The letters of a
-// name say how A and B lie in memory: `nt` A [m, k], B [n, k] (y = x W^T); `nn` A [m, k], B [k, n] (dx = dy
-// W); `tn` A [k, m], B [k, n] (dW = dy^T x). Convolutions of 1x1 are these, too.
+// GEMM: C [m, n] = A B, any sizes below 2^31. The letters of a name say how A and B lie in memory, as in
+// BLAS: `nt` A [m, k], B [n, k] (y = x W^T), with a bias [n] unless null; `nn` A [m, k], B [k, n] (dx = dy W)
+// and `tn` A [k, m], B [k, n] (dW = dy^T x), which add to what C holds if `accumulate`. Convolutions of 1x1
+// are these, too.
 //
-// In bf16 C is `c`, or f32 at `wide` where c is null. `moments` of `nt`, where not null, gets mean and
-// squared deviations of each column for each M rows of C, [ceil(m / M), 2, n]. The tile M x N is in the name:
-// 128x128, 128x64 and 64x128 ask for operands that start and whose lines are multiples of 16 bytes, 64x64 and
-// f32 (64 x 64) for nothing.
+// In bf16 the result goes to `out_bf16`, or to `out_f32` if out_bf16 is null. `moments` of `nt`, unless null,
+// gets mean and sum of squared deviations of each column for every M rows of C, [ceil(m / M), 2, n]. The tile
+// M x N is in the name: 128x128, 128x64 and 64x128 require operands whose start and pitch are multiples of 16
+// bytes; 64x64 and f32 (64 x 64) require nothing.
 //
-// grid = (ceil(m / M) ceil(n / N), 1, slices), blocks of 128 threads for bf16 and of 256 for f32. blockIdx.z
-// cuts k into slices of `k_per_slice`, a multiple of 32; with more than one, C is f32 [slices, m, n], has no
-// bias, and sum_slices adds the slices in order: enough blocks for a weight gradient, whose k is all the
-// rows, and still one order of summation.
+// Grid (ceil(m / M) ceil(n / N), 1, splits), blocks of 128 threads for bf16 and of 256 for f32. Split-K:
+// blockIdx.z takes `k_per_split` of k, a multiple of 32. With more than one split, the output is f32 [splits,
+// m, n] without bias, and split_k_reduce adds the splits in order: enough blocks for a weight gradient, whose
+// k is all the rows, and still one order of summation.
 #include "gather.cuh"
 #include "gemm_operands.cuh"
 
-/// The part of k that is blockIdx.z's.
-struct Slice {
-    int begin, end;
-    __device__ __forceinline__ Slice(int k, int k_per_slice) {
-        begin = blockIdx.z * k_per_slice;
-        end = k - begin < k_per_slice ? k : begin + k_per_slice;
-    }
-    __device__ __forceinline__ int steps() const {
-        return end > begin ? (end - begin + DEPTH - 1) / DEPTH : 0;
-    }
-};
+/// Where this block's split of C goes.
+__device__ __forceinline__ Output output_of(bf16* out_bf16, float* out_f32, int m, int n) {
+    return {.out_bf16 = out_bf16, .out_f32 = out_bf16 ? nullptr : out_f32 + int64_t{blockIdx.z} * m * n};
+}
 
-template <typename Tile, bool A_INNER, bool B_INNER>
-__device__ __forceinline__ void matmul(bf16* c, float* wide, const bf16* a, const bf16* b, const float* bias,
-                                       float* moments, int m, int n, int k, int k_per_slice,
-                                       bool accumulate) {
+/// Operands that are aligned to 16 bytes.
+template <typename Tile, bool A_K_MAJOR, bool B_K_MAJOR>
+__device__ __forceinline__ void matmul_aligned(const Output& to, const bf16* a, const bf16* b, int m, int n,
+                                               int k, int k_per_split) {
     constexpr int THREADS = Tile::THREADS;
-    using A = std::conditional_t<A_INNER, Lines<Tile::M, THREADS>, Across<Tile::M, THREADS>>;
-    using B = std::conditional_t<B_INNER, Lines<Tile::N, THREADS>, Across<Tile::N, THREADS>>;
-    Slice slice(k, k_per_slice);
-    typename Tile::Corner at(n);
-    Output to{c, c ? nullptr : wide + int64_t{blockIdx.z} * m * n, bias, accumulate, moments};
-    Tile::template product<A_INNER && B_INNER>(A(a, A_INNER ? k : m, at.row, m, slice.begin, slice.end),
-                                               B(b, B_INNER ? k : n, at.column, n, slice.begin, slice.end),
-                                               slice.steps(), at, m, n, to,
-                                               [&](int i) { return int64_t{i} * n; });
+    using A =
+        std::conditional_t<A_K_MAJOR, KMajorOperand<Tile::M, THREADS>, MnMajorOperand<Tile::M, THREADS>>;
+    using B =
+        std::conditional_t<B_K_MAJOR, KMajorOperand<Tile::N, THREADS>, MnMajorOperand<Tile::N, THREADS>>;
+    KSplit split(k, k_per_split);
+    typename Tile::TileCoord coord(n);
+    Tile::template gemm<A_K_MAJOR && B_K_MAJOR>(
+        A(a, A_K_MAJOR ? k : m, coord.row, m, split.begin, split.end),
+        B(b, B_K_MAJOR ? k : n, coord.column, n, split.begin, split.end), k_tiles_of(split.end - split.begin),
+        coord, m, n, to, [&](int i) { return int64_t{i} * n; });
 }
 
-/// Any sizes and addresses, gathered where they ask for it.
-template <bool A_INNER, bool B_INNER>
-__device__ __forceinline__ void matmul_small(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                             const float* bias, float* moments, int m, int n, int k,
-                                             int k_per_slice, bool accumulate) {
+/// Any size and alignment; gathers only if it must.
+template <bool A_K_MAJOR, bool B_K_MAJOR>
+__device__ __forceinline__ void matmul_any(const Output& to, const bf16* a, const bf16* b, int m, int n,
+                                           int k, int k_per_split) {
     using Tile = Tile64x64;
-    if (run_of(a, A_INNER ? k : m) == 8 && run_of(b, B_INNER ? k : n) == 8)
-        return matmul<Tile, A_INNER, B_INNER>(c, wide, a, b, bias, moments, m, n, k, k_per_slice, accumulate);
-    Rows<bf16> rows_a(a, A_INNER ? m : k, A_INNER ? k : m), rows_b(b, B_INNER ? n : k, B_INNER ? k : n);
-    Slice slice(k, k_per_slice);
-    Tile::Corner at(n);
-    Output to{c, c ? nullptr : wide + int64_t{blockIdx.z} * m * n, bias, accumulate, moments};
-    Tile::product<A_INNER && B_INNER>(
-        Gathered<Rows<bf16>, Tile::M, Tile::THREADS, A_INNER>(rows_a, at.row, slice.begin),
-        Gathered<Rows<bf16>, Tile::N, Tile::THREADS, B_INNER>(rows_b, at.column, slice.begin), slice.steps(),
-        at, m, n, to, [&](int i) { return int64_t{i} * n; });
+    if (alignment_of(a, A_K_MAJOR ? k : m) == 8 && alignment_of(b, B_K_MAJOR ? k : n) == 8)
+        return matmul_aligned<Tile, A_K_MAJOR, B_K_MAJOR>(to, a, b, m, n, k, k_per_split);
+    using Source = MatrixSource<bf16>;
+    Source source_a(a, A_K_MAJOR ? m : k, A_K_MAJOR ? k : m),
+        source_b(b, B_K_MAJOR ? n : k, B_K_MAJOR ? k : n);
+    KSplit split(k, k_per_split);
+    Tile::TileCoord coord(n);
+    Tile::gemm<A_K_MAJOR && B_K_MAJOR>(
+        GatheredOperand<Source, Tile::M, Tile::THREADS, A_K_MAJOR>(source_a, coord.row, split.begin),
+        GatheredOperand<Source, Tile::N, Tile::THREADS, B_K_MAJOR>(source_b, coord.column, split.begin),
+        k_tiles_of(split.end - split.begin), coord, m, n, to, [&](int i) { return int64_t{i} * n; });
 }
 
-KERNEL BOUNDS(128, 2) void matmul_nt_bf16_128x128(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                                  const float* bias, float* moments, int m, int n, int k,
-                                                  int k_per_slice, int accumulate) {
-    matmul<Tile128x128, true, true>(c, wide, a, b, bias, moments, m, n, k, k_per_slice, accumulate);
+template <typename Tile>
+__device__ __forceinline__ void matmul_nt(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                          const float* bias, float* moments, int m, int n, int k,
+                                          int k_per_split) {
+    Output to = output_of(out_bf16, out_f32, m, n);
+    to.bias = bias, to.moments = moments;
+    if constexpr (std::is_same_v<Tile, Tile64x64>) matmul_any<true, true>(to, a, b, m, n, k, k_per_split);
+    else matmul_aligned<Tile, true, true>(to, a, b, m, n, k, k_per_split);
 }
-KERNEL BOUNDS(128, 2) void matmul_nt_bf16_128x64(bf16* c, float* wide, const bf16* a, const bf16* b,
+template <typename Tile, bool A_K_MAJOR>
+__device__ __forceinline__ void matmul_gradient(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                                int m, int n, int k, int k_per_split, bool accumulate) {
+    Output to = output_of(out_bf16, out_f32, m, n);
+    to.accumulate = accumulate;
+    if constexpr (std::is_same_v<Tile, Tile64x64>)
+        matmul_any<A_K_MAJOR, false>(to, a, b, m, n, k, k_per_split);
+    else matmul_aligned<Tile, A_K_MAJOR, false>(to, a, b, m, n, k, k_per_split);
+}
+
+KERNEL BOUNDS(128, 2) void matmul_nt_bf16_128x128(bf16* out_bf16, float* out_f32, const bf16* a,
+                                                  const bf16* b, const float* bias, float* moments, int m,
+                                                  int n, int k, int k_per_split) {
+    matmul_nt<Tile128x128>(out_bf16, out_f32, a, b, bias, moments, m, n, k, k_per_split);
+}
+KERNEL BOUNDS(128, 2) void matmul_nt_bf16_128x64(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
                                                  const float* bias, float* moments, int m, int n, int k,
-                                                 int k_per_slice, int accumulate) {
-    matmul<Tile128x64, true, true>(c, wide, a, b, bias, moments, m, n, k, k_per_slice, accumulate);
+                                                 int k_per_split) {
+    matmul_nt<Tile128x64>(out_bf16, out_f32, a, b, bias, moments, m, n, k, k_per_split);
 }
-KERNEL BOUNDS(128) void matmul_nt_bf16_64x64(bf16* c, float* wide, const bf16* a, const bf16* b,
+KERNEL BOUNDS(128) void matmul_nt_bf16_64x64(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
                                              const float* bias, float* moments, int m, int n, int k,
-                                             int k_per_slice, int accumulate) {
-    matmul_small<true, true>(c, wide, a, b, bias, moments, m, n, k, k_per_slice, accumulate);
+                                             int k_per_split) {
+    matmul_nt<Tile64x64>(out_bf16, out_f32, a, b, bias, moments, m, n, k, k_per_split);
 }
-KERNEL BOUNDS(128, 2) void matmul_nn_bf16_128x128(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                                  const float* bias, int m, int n, int k, int k_per_slice,
+KERNEL BOUNDS(128, 2) void matmul_nn_bf16_128x128(bf16* out_bf16, float* out_f32, const bf16* a,
+                                                  const bf16* b, int m, int n, int k, int k_per_split,
                                                   int accumulate) {
-    matmul<Tile128x128, true, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+    matmul_gradient<Tile128x128, true>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(128, 2) void matmul_nn_bf16_128x64(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                                 const float* bias, int m, int n, int k, int k_per_slice,
-                                                 int accumulate) {
-    matmul<Tile128x64, true, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(128, 2) void matmul_nn_bf16_128x64(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                                 int m, int n, int k, int k_per_split, int accumulate) {
+    matmul_gradient<Tile128x64, true>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_nn_bf16_64x64(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                             const float* bias, int m, int n, int k, int k_per_slice,
-                                             int accumulate) {
-    matmul_small<true, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(128) void matmul_nn_bf16_64x64(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                             int m, int n, int k, int k_per_split, int accumulate) {
+    matmul_gradient<Tile64x64, true>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(128, 2) void matmul_tn_bf16_128x128(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                                  const float* bias, int m, int n, int k, int k_per_slice,
+KERNEL BOUNDS(128, 2) void matmul_tn_bf16_128x128(bf16* out_bf16, float* out_f32, const bf16* a,
+                                                  const bf16* b, int m, int n, int k, int k_per_split,
                                                   int accumulate) {
-    matmul<Tile128x128, false, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+    matmul_gradient<Tile128x128, false>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(128, 2) void matmul_tn_bf16_64x128(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                                 const float* bias, int m, int n, int k, int k_per_slice,
-                                                 int accumulate) {
-    matmul<Tile64x128, false, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(128, 2) void matmul_tn_bf16_64x128(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                                 int m, int n, int k, int k_per_split, int accumulate) {
+    matmul_gradient<Tile64x128, false>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(128) void matmul_tn_bf16_64x64(bf16* c, float* wide, const bf16* a, const bf16* b,
-                                             const float* bias, int m, int n, int k, int k_per_slice,
-                                             int accumulate) {
-    matmul_small<false, false>(c, wide, a, b, bias, nullptr, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(128) void matmul_tn_bf16_64x64(bf16* out_bf16, float* out_f32, const bf16* a, const bf16* b,
+                                             int m, int n, int k, int k_per_split, int accumulate) {
+    matmul_gradient<Tile64x64, false>(out_bf16, out_f32, a, b, m, n, k, k_per_split, accumulate);
 }
 
-template <bool A_INNER, bool B_INNER>
+template <bool A_K_MAJOR, bool B_K_MAJOR>
 __device__ __forceinline__ void matmul_f32(float* c, const float* a, const float* b, const float* bias, int m,
-                                           int n, int k, int k_per_slice, bool accumulate) {
-    Slice slice(k, k_per_slice);
-    Rows<float> rows_a(a, A_INNER ? m : k, A_INNER ? k : m), rows_b(b, B_INNER ? n : k, B_INNER ? k : n);
+                                           int n, int k, int k_per_split, bool accumulate) {
+    KSplit split(k, k_per_split);
+    MatrixSource<float> source_a(a, A_K_MAJOR ? m : k, A_K_MAJOR ? k : m),
+        source_b(b, B_K_MAJOR ? n : k, B_K_MAJOR ? k : n);
     c += int64_t{blockIdx.z} * m * n;
-    TileF32::product<A_INNER, B_INNER>(rows_a, rows_b, m, n, slice.begin, slice.end, bias, accumulate,
-                                       [&](int i) { return c + int64_t{i} * n; });
+    TileF32::gemm<A_K_MAJOR, B_K_MAJOR>(source_a, source_b, m, n, split.begin, split.end, bias, accumulate,
+                                        [&](int i) { return c + int64_t{i} * n; });
 }
 
 KERNEL BOUNDS(256) void matmul_nt_f32(float* c, const float* a, const float* b, const float* bias, int m,
-                                      int n, int k, int k_per_slice, int accumulate) {
-    matmul_f32<true, true>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
+                                      int n, int k, int k_per_split) {
+    matmul_f32<true, true>(c, a, b, bias, m, n, k, k_per_split, /*accumulate=*/false);
 }
-KERNEL BOUNDS(256) void matmul_nn_f32(float* c, const float* a, const float* b, const float* bias, int m,
-                                      int n, int k, int k_per_slice, int accumulate) {
-    matmul_f32<true, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(256) void matmul_nn_f32(float* c, const float* a, const float* b, int m, int n, int k,
+                                      int k_per_split, int accumulate) {
+    matmul_f32<true, false>(c, a, b, /*bias=*/nullptr, m, n, k, k_per_split, accumulate);
 }
-KERNEL BOUNDS(256) void matmul_tn_f32(float* c, const float* a, const float* b, const float* bias, int m,
-                                      int n, int k, int k_per_slice, int accumulate) {
-    matmul_f32<false, false>(c, a, b, bias, m, n, k, k_per_slice, accumulate);
+KERNEL BOUNDS(256) void matmul_tn_f32(float* c, const float* a, const float* b, int m, int n, int k,
+                                      int k_per_split, int accumulate) {
+    matmul_f32<false, false>(c, a, b, /*bias=*/nullptr, m, n, k, k_per_split, accumulate);
 }
 
-/// y [n] = the sum of partial [slices, n] in order, plus what y holds if `accumulate`.
+/// y [n] = the sum of partial [splits, n] in order, plus what y holds if `accumulate`.
 template <typename T>
-__device__ __forceinline__ void sum_slices(T* y, const float* partial, int slices, int64_t n,
-                                           bool accumulate) {
+__device__ __forceinline__ void split_k_reduce(T* y, const float* partial, int splits, int64_t n,
+                                               bool accumulate) {
     for (int64_t i = grid_rank(); i < n; i += grid_threads()) {
         float sum = accumulate ? to_float(y[i]) : 0.0f;
-        for (int s = 0; s < slices; s++) sum += partial[s * n + i];
+        for (int s = 0; s < splits; s++) sum += partial[s * n + i];
         y[i] = from_float<T>(sum);
     }
 }
 
-KERNEL void sum_slices_f32(float* y, const float* partial, int slices, int64_t n, int accumulate) {
-    sum_slices(y, partial, slices, n, accumulate);
+KERNEL void split_k_reduce_f32(float* y, const float* partial, int splits, int64_t n, int accumulate) {
+    split_k_reduce(y, partial, splits, n, accumulate);
 }
-KERNEL void sum_slices_bf16(bf16* y, const float* partial, int slices, int64_t n, int accumulate) {
-    sum_slices(y, partial, slices, n, accumulate);
+KERNEL void split_k_reduce_bf16(bf16* y, const float* partial, int splits, int64_t n, int accumulate) {
+    split_k_reduce(y, partial, splits, n, accumulate);
 }

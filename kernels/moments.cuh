@@ -1,4 +1,4 @@
-// Mean and sum of squared deviations, and how two of them become one.
+// Mean and sum of squared deviations, and their merge.
 #pragma once
 
 #include "selfsup.cuh"
@@ -7,7 +7,7 @@ struct Moments {
     float mean, m2;
 };
 
-/// Of na numbers and nb others (Chan, Golub and LeVeque 1979).
+/// The moments of na and nb numbers together (Chan, Golub and LeVeque 1979).
 __device__ __forceinline__ Moments merge(Moments a, float na, Moments b, float nb) {
     float n = na + nb;
     if (n == 0.0f) return a;

@@ -1,11 +1,11 @@
 // Negative cosine similarity of rows p and z [n, d]; see src/ops/neg_cosine. Forward: neg_cosine, then
-// row_losses_mean. Backward: neg_cosine_backward for each side that wants a gradient; nothing is saved. A
-// warp has a row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
+// row_losses_mean. Backward: neg_cosine_backward for each side that needs a gradient; nothing is saved. A
+// warp per row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
 #include "rows.cuh"
 
 constexpr double EPS = 1e-12;
 
-/// 1 / max(|x|, EPS).
+/// 1 / max(|x|, EPS); `constant` if the norm is below EPS and so has no gradient.
 template <typename T>
 __device__ __forceinline__ double inverse_norm(const T* x, int d, bool& constant) {
     double norm = sqrt(row_dot(x, x, d));
@@ -24,8 +24,8 @@ __device__ __forceinline__ void forward(float* row_losses, const T* p, const T* 
     });
 }
 
-/// dx of one side, `other` the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant. `dy`
-/// points to the gradient of the loss.
+/// dx of one side, with `other` as the other: -(ô - c x̂) / |x| *dy / n; below EPS the norm is a constant.
+/// `dy` points to the gradient of the loss.
 template <typename T>
 __device__ __forceinline__ void backward(T* dx, const T* x, const T* other, const float* dy, int64_t n,
                                          int d) {

@@ -1,32 +1,32 @@
-// SGD and LARS over a whole arena; see src/optim/optimizer.rs. One launch for SGD, two for LARS (lars_norms,
-// lars_step).
+// SGD and LARS over an entire arena; see src/optim/optimizer.rs. One launch for SGD, two for LARS
+// (lars_norms, lars_step).
 //
-// w, m, g are the arena's values, momentum and gradients, f32, of one layout; `copy` is the bf16 working copy
-// of w, written with it, or null. Arithmetic is f64, which gives the CPU's numbers; on a data-centre GPU
-// memory stays the limit.
+// w, m, g are the arena's values, momentum and gradients, f32, with the same layout; `copy` is the bf16
+// working copy of w, which is updated with it, or null. Arithmetic is f64, which gives the same numbers as on
+// the CPU; on a data-centre GPU the kernels stay bound by memory.
 //
-// Slots are cut into chunks of OPTIMIZER_CHUNK = 8192 elements, a block to each; a chunk never spans two
-// slots. Tables, in device memory, which a step reads anew, so that a captured step follows them:
-//   slots [n, 3]   first element (a multiple of 16), number of elements, first chunk
-//   chunks [n]     the slot of each chunk, slot after slot
-//   care [slots]   0: as usual; 1: spared, without weight decay and trust ratio; 2: frozen
-//   rates [slots]  a learning rate of the slot's own, or -f for f times `*lr`
-// Workspace of LARS: partial [chunks, 3]. Grid: one block of 256 for each chunk, or fewer. No dynamic shared
+// Slots are divided into chunks of OPTIMIZER_CHUNK = 8192 elements, a block per chunk; a chunk never spans
+// two slots. The tables are in device memory and read in every step, so that a captured step sees changes:
+//   slots [n, 3]      first element (a multiple of 16), number of elements, first chunk
+//   chunks [n]        the slot of each chunk, slot after slot
+//   policies [slots]  0: default; 1: no weight decay and no trust ratio; 2: frozen
+//   rates [slots]     the slot's own learning rate, or -f for f times `*lr`
+// Workspace of LARS: partial [chunks, 3]. Grid: one block of 256 per chunk, or fewer. No dynamic shared
 // memory.
 #include "rows.cuh"
 
 constexpr int OPTIMIZER_CHUNK = 8192, THREADS = 256;
-constexpr int SPARED = 1, FROZEN = 2;
+constexpr int DEFAULT = 0, NO_DECAY = 1, FROZEN = 2;
 
-/// Where a chunk lies, and how its slot is treated.
+/// The elements of a chunk, and the policy of its slot.
 struct Chunk {
-    int slot, care;
+    int slot, policy;
     int64_t begin, end;
 
     __device__ __forceinline__ Chunk(int chunk, const uint64_t* slots, const int* chunks,
-                                     const int* of_care) {
+                                     const int* policies) {
         slot = chunks[chunk];
-        care = of_care[slot];
+        policy = policies[slot];
         int64_t offset = static_cast<int64_t>(slots[slot * 3]),
                 length = static_cast<int64_t>(slots[slot * 3 + 1]);
         int64_t within = (chunk - static_cast<int64_t>(slots[slot * 3 + 2])) * OPTIMIZER_CHUNK;
@@ -36,63 +36,63 @@ struct Chunk {
 
     /// Calls f(first element, count).
     template <typename F>
-    __device__ __forceinline__ void for_pieces(F f) const {
+    __device__ __forceinline__ void for_vectors(F f) const {
         for (int64_t i = begin + threadIdx.x * 8; i < end; i += THREADS * 8)
             f(i, end - i < 8 ? static_cast<int>(end - i) : 8);
     }
 };
 
-/// m = momentum m + in_lr scale (g + decay w), w -= out_lr (that, or with Nesterov one step further along
-/// it).
+/// d = in_lr scale (g + decay w); m = momentum m + d; w -= out_lr m, or with Nesterov w -= out_lr (d +
+/// momentum m).
 struct Step {
     double scale, decay, momentum, in_lr, out_lr;
     bool nesterov;
 };
 
-__device__ __forceinline__ void move(float* w, float* m, bf16* copy, const float* g, const Chunk& at,
-                                     const Step& step) {
-    double onto = step.in_lr * step.scale;
-    at.for_pieces([&](int64_t i, int count) {
-        Piece weight = load_piece(w + i, count), old = load_piece(m + i, count),
-              gradient = load_piece(g + i, count);
+__device__ __forceinline__ void update(float* w, float* m, bf16* copy, const float* g, const Chunk& at,
+                                       const Step& step) {
+    double factor = step.in_lr * step.scale;
+    at.for_vectors([&](int64_t i, int count) {
+        Vector8 weight = load_vector8(w + i, count), old = load_vector8(m + i, count),
+                gradient = load_vector8(g + i, count);
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            double value = weight.v[k], direction = onto * (gradient.v[k] + step.decay * value);
-            double moved = step.momentum * old.v[k] + direction;
-            double along = step.nesterov ? direction + step.momentum * moved : moved;
-            old.v[k] = static_cast<float>(moved);
-            weight.v[k] = static_cast<float>(value - step.out_lr * along);
+            double value = weight.v[k], direction = factor * (gradient.v[k] + step.decay * value);
+            double momentum = step.momentum * old.v[k] + direction;
+            double change = step.nesterov ? direction + step.momentum * momentum : momentum;
+            old.v[k] = static_cast<float>(momentum);
+            weight.v[k] = static_cast<float>(value - step.out_lr * change);
         }
-        store_piece(m + i, old, count);
-        store_piece(w + i, weight, count);
-        if (copy) store_piece(copy + i, weight, count);
+        store_vector8(m + i, old, count);
+        store_vector8(w + i, weight, count);
+        if (copy) store_vector8(copy + i, weight, count);
     });
 }
 
 KERNEL BOUNDS(THREADS) void sgd_step(float* w, float* m, bf16* copy, const float* g, const uint64_t* slots,
-                                     const int* chunks, const int* care, const double* rates,
+                                     const int* chunks, const int* policies, const double* rates,
                                      const double* lr, int n_chunks, double momentum, double weight_decay,
                                      int nesterov) {
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
-        Chunk at(chunk, slots, chunks, care);
-        if (at.care == FROZEN) continue;
+        Chunk at(chunk, slots, chunks, policies);
+        if (at.policy == FROZEN) continue;
         double rate = rates[at.slot] < 0.0 ? -rates[at.slot] * *lr : rates[at.slot];
-        double decay = at.care == SPARED ? 0.0 : weight_decay;
-        move(w, m, copy, g, at, {1.0, decay, momentum, 1.0, rate, nesterov != 0});
+        double decay = at.policy == NO_DECAY ? 0.0 : weight_decay;
+        update(w, m, copy, g, at, {1.0, decay, momentum, 1.0, rate, nesterov != 0});
     }
 }
 
-/// partial [chunks, 3]: sums of w², g² and (g + weight_decay w)² over each chunk; unwritten where nobody
-/// asks.
+/// partial [chunks, 3]: sums of w², g² and (g + weight_decay w)² over each chunk; not written for chunks
+/// whose slot has no trust ratio.
 KERNEL BOUNDS(THREADS) void lars_norms(double* partial, const float* w, const float* g, const uint64_t* slots,
-                                       const int* chunks, const int* care, int n_chunks,
+                                       const int* chunks, const int* policies, int n_chunks,
                                        double weight_decay) {
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
-        Chunk at(chunk, slots, chunks, care);
-        if (at.care != 0) continue;
+        Chunk at(chunk, slots, chunks, policies);
+        if (at.policy != DEFAULT) continue;
         double ww = 0.0, gg = 0.0, dd = 0.0;
-        at.for_pieces([&](int64_t i, int count) {
-            Piece weight = load_piece(w + i, count), gradient = load_piece(g + i, count);
+        at.for_vectors([&](int64_t i, int count) {
+            Vector8 weight = load_vector8(w + i, count), gradient = load_vector8(g + i, count);
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 double a = weight.v[k], b = gradient.v[k], decayed = b + weight_decay * a;
@@ -107,22 +107,23 @@ KERNEL BOUNDS(THREADS) void lars_norms(double* partial, const float* w, const fl
     }
 }
 
-/// After lars_norms with the same tables. `sum_of_norms`: the weight's norm is divided by |g| + weight_decay
-/// |w| + 1e-8, and the gradient stays as it is, without decay, where either is 0; otherwise by |g +
-/// weight_decay w|, and the ratio is 1 where either is 0. `clip`: the ratio is min(ratio / lr, 1).
+/// Follows lars_norms with the same tables. `sum_of_norms`: the trust ratio divides |w| by |g| + weight_decay
+/// |w| + 1e-8, and if |w| or |g| is 0, the gradient is taken as it is, without decay; otherwise it divides by
+/// |g + weight_decay w|, and is 1 if that or |w| is 0. `clip`: the ratio is min(ratio / lr, 1).
 /// `lr_in_momentum`: m = momentum m + lr (...); w -= m.
 KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const float* g, const double* partial,
-                                      const uint64_t* slots, const int* chunks, const int* care,
+                                      const uint64_t* slots, const int* chunks, const int* policies,
                                       const double* rates, const double* lr, int n_chunks, double momentum,
                                       double weight_decay, double trust, int sum_of_norms, int clip,
                                       int lr_in_momentum) {
     __shared__ double shared[2];
     for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
-        Chunk at(chunk, slots, chunks, care);
-        if (at.care == FROZEN) continue;
+        Chunk at(chunk, slots, chunks, policies);
+        if (at.policy == FROZEN) continue;
         double rate = rates[at.slot] < 0.0 ? -rates[at.slot] * *lr : rates[at.slot], scale = 1.0, decay = 0.0;
-        if (at.care != SPARED) {
-            // Each block adds up the slot's chunks again, in one order: cheaper than a launch between.
+        if (at.policy != NO_DECAY) {
+            // Every block adds up the slot's chunks again, in the same order: cheaper than a launch in
+            // between.
             int64_t first = static_cast<int64_t>(slots[at.slot * 3 + 2]);
             int64_t length = static_cast<int64_t>(slots[at.slot * 3 + 1]);
             int64_t last = first + (length + OPTIMIZER_CHUNK - 1) / OPTIMIZER_CHUNK;
@@ -132,19 +133,19 @@ KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const floa
             ww = block_sum(ww), gg = block_sum(gg), dd = block_sum(dd);
             if (threadIdx.x == 0) {
                 double weight = sqrt(ww), gradient = sqrt(gg), decayed = sqrt(dd), ratio = 1.0;
-                bool known = weight > 0.0 && (sum_of_norms ? gradient : decayed) > 0.0;
-                if (known)
+                bool has_ratio = weight > 0.0 && (sum_of_norms ? gradient : decayed) > 0.0;
+                if (has_ratio)
                     ratio =
                         trust * weight / (sum_of_norms ? gradient + weight_decay * weight + 1e-8 : decayed);
-                if (clip && known) ratio = ratio / rate < 1.0 ? ratio / rate : 1.0;
+                if (clip && has_ratio) ratio = ratio / rate < 1.0 ? ratio / rate : 1.0;
                 shared[0] = ratio;
-                shared[1] = known || !sum_of_norms ? weight_decay : 0.0;
+                shared[1] = has_ratio || !sum_of_norms ? weight_decay : 0.0;
             }
             __syncthreads();
             scale = shared[0], decay = shared[1];
-            __syncthreads();  // before the next chunk's first thread writes
+            __syncthreads();  // before the next chunk overwrites `shared`
         }
         double in_lr = lr_in_momentum ? rate : 1.0, out_lr = lr_in_momentum ? 1.0 : rate;
-        move(w, m, copy, g, at, {scale, decay, momentum, in_lr, out_lr, false});
+        update(w, m, copy, g, at, {scale, decay, momentum, in_lr, out_lr, false});
     }
 }

@@ -1,5 +1,5 @@
-// The machine instructions that have no CUDA name, each behind a function. On the host they mean what
-// emulator/include/ptx_on_host.h says, from the same sections of the PTX ISA.
+// PTX instructions without a CUDA intrinsic, each behind a function. On the host,
+// emulator/include/ptx_on_host.h implements them from the same sections of the PTX ISA.
 #pragma once
 
 #include "selfsup.cuh"
@@ -8,19 +8,19 @@
 #include "ptx_on_host.h"
 #else
 
-/// Address of shared memory as instructions take it.
+/// The address in the shared state space, as instructions take it.
 __device__ __forceinline__ unsigned shared_address(const void* at) {
     return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
-/// 2^x by the special function unit: within 2^-22 of it, and 0 where that is below 2^-126.
+/// 2^x by the special function unit: relative error 2^-22; 0 if the result is below 2^-126.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-/// d[16][8] += a[16][16] b[16][8], bf16 pairs in a and b, f32 in d; by a whole warp.
+/// d[16][8] += a[16][16] b[16][8], bf16 pairs in a and b, f32 in d; all 32 lanes must call it.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -28,7 +28,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// d[16][8] += a[16][8] b[8][8], of which the upper 19 bits of a and b count; by a whole warp.
+/// d[16][8] += a[16][8] b[8][8] in TF32: only the upper 19 bits of a and b count; all 32 lanes must call it.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -36,8 +36,8 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// Four 8 x 8 matrices of 2-byte elements from shared memory; lane i gives row i % 8 of matrix i / 8, 16-byte
-/// aligned.
+/// Loads four 8 x 8 matrices of 2-byte elements from shared memory; lane i passes the address of row i % 8 of
+/// matrix i / 8, 16-byte aligned.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -53,7 +53,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                  : "memory");
 }
 
-/// Two matrices; lanes 0 to 15 give their rows.
+/// Loads two matrices; lanes 0 to 15 pass the addresses of their rows.
 __device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
@@ -69,30 +69,31 @@ __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* 
                  : "memory");
 }
 
-/// Copies 16 bytes to shared memory without waiting, or zeros where not `valid`; both 16-byte aligned. What
-/// it brings can be read after cp_async_wait by this thread, and after a barrier behind that by others.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+/// Starts a copy of 16 bytes to shared memory, which writes zeros unless `predicate`; both addresses are
+/// 16-byte aligned. The data is visible to this thread after cp_async_wait, and to others after a barrier
+/// that follows it.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool predicate) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(predicate ? 16 : 0)
                  : "memory");
 }
 
-/// The same of 8 bytes, 8-byte aligned.
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool valid) {
+/// The same for 8 bytes, 8-byte aligned.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool predicate) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 8 : 0)
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(predicate ? 8 : 0)
                  : "memory");
 }
 
-/// Closes a group of copies.
+/// Commits the copies since the last call as a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Waits until at most so many of this thread's groups are under way.
-template <int GROUPS_LEFT>
+/// Waits until at most GROUPS_IN_FLIGHT of this thread's groups are pending.
+template <int GROUPS_IN_FLIGHT>
 __device__ __forceinline__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_IN_FLIGHT) : "memory");
 }
 
 #endif

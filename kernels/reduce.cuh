@@ -1,28 +1,29 @@
-// Sums over a warp and over a block, in an order that depends on nothing but the number of threads.
+// Reductions over a warp and over a block, in an order that depends only on the number of threads.
 #pragma once
 
 #include "selfsup.cuh"
 
-/// The sum over the warp, in every lane; all 32 lanes call it.
+/// The sum over the warp, in every lane. All 32 lanes must call it.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
-    for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+    for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
     return x;
 }
 
+/// The maximum over the warp, in every lane. All 32 lanes must call it.
 template <typename T>
 __device__ __forceinline__ T warp_max(T x) {
 #pragma unroll
-    for (int by = 16; by > 0; by /= 2) {
-        T other = __shfl_xor_sync(0xffffffffu, x, by);
+    for (int mask = 16; mask > 0; mask /= 2) {
+        T other = __shfl_xor_sync(0xffffffffu, x, mask);
         x = other > x ? other : x;
     }
     return x;
 }
 
-/// The sum over a block of a multiple of 32 threads in one dimension, in every thread; all call it. Has
-/// barriers.
+/// The sum over a one-dimensional block of a multiple of 32 threads, in every thread. All threads must call
+/// it: it has barriers.
 template <typename T>
 __device__ __forceinline__ T block_sum(T x) {
     __shared__ T partial[32];
@@ -31,6 +32,6 @@ __device__ __forceinline__ T block_sum(T x) {
     if (lane == 0) partial[warp] = x;
     __syncthreads();
     T total = lane < warps ? partial[lane] : T{};
-    __syncthreads();  // before the next sum writes
+    __syncthreads();  // before the next call overwrites the partial sums
     return warp_sum(total);
 }

@@ -1,5 +1,5 @@
-// The last step of every loss that is a mean over rows: one block of 256 threads, in an order fixed by n. No
-// dynamic shared memory.
+// The last step of every loss that is a mean over rows: one block of 256 threads, with an order of summation
+// that n alone determines. No dynamic shared memory.
 #include "reduce.cuh"
 
 constexpr int THREADS = 256;

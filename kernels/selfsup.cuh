@@ -1,15 +1,14 @@
-// What every kernel file includes first: the compiler's own headers, or the stand-in driver's when the host
-// compiles.
+// Included first by every kernel file: the CUDA headers, or those of the emulator when the host compiles.
 //
 // An entry point is a line `KERNEL void name(arguments)`, or `KERNEL BOUNDS(threads) void name(arguments)`:
-// the build reads these lines to generate the launch functions.
+// the build generates the launch functions from these lines.
 #pragma once
 
 #ifdef SELFSUP_ON_HOST
 #include "cuda_on_host.h"
 #define KERNEL extern "C"
 #define BOUNDS(...)
-/// `name` points to the block's dynamic shared memory, whose bytes the launch gives; 16-byte aligned.
+/// `name` points to the block's dynamic shared memory, whose size the launch gives; 16-byte aligned.
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(standin::dynamic_shared())
 #else
 #include <cuda_bf16.h>
@@ -38,6 +37,7 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-/// Index of this thread in a one-dimensional grid, and the number of its threads: for loops over any size.
+/// Index of this thread in a one-dimensional grid, and the number of threads in the grid: for grid-stride
+/// loops.
 __device__ __forceinline__ int64_t grid_rank() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }

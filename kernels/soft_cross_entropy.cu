@@ -1,6 +1,6 @@
 // Cross-entropy of scores x [n, k] at temperature T against soft targets q [n, k], f32; see
-// src/ops/soft_cross_entropy. `inv_t` is 1 / T. Forward: soft_cross_entropy, then row_losses_mean. A warp has
-// a row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
+// src/ops/soft_cross_entropy. `inv_t` is 1 / T. Forward: soft_cross_entropy, then row_losses_mean. A warp per
+// row: (n / 8 rounded up) blocks of 256. No dynamic shared memory.
 #include "rows.cuh"
 
 /// row_losses [n].
@@ -10,8 +10,9 @@ __device__ __forceinline__ void forward(float* row_losses, const T* x, const flo
     for_rows(n, [&](int64_t row) {
         RowSoftmax p(x + row * k, k, static_cast<float>(inv_t));
         double log_of_sum = log(p.sum), loss = 0.0;
-        for_pieces_of_row(k, [&](int j, int count) {
-            Piece score = load_piece(x + row * k + j, count), target = load_piece(q + row * k + j, count);
+        for_vectors_of_row(k, [&](int j, int count) {
+            Vector8 score = load_vector8(x + row * k + j, count),
+                    target = load_vector8(q + row * k + j, count);
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 if (i < count)
@@ -31,8 +32,8 @@ __device__ __forceinline__ void backward(T* dx, const T* x, const float* q, cons
         const float* target = q + row * k;
         RowSoftmax p(x + row * k, k, static_cast<float>(inv_t));
         double mass = 0.0;
-        for_pieces_of_row(k, [&](int j, int count) {
-            Piece part = load_piece(target + j, count);
+        for_vectors_of_row(k, [&](int j, int count) {
+            Vector8 part = load_vector8(target + j, count);
 #pragma unroll
             for (int i = 0; i < 8; i++) mass += part.v[i];
         });
@@ -42,7 +43,7 @@ __device__ __forceinline__ void backward(T* dx, const T* x, const float* q, cons
     });
 }
 
-/// y [n, k] = softmax(x / T), f32: the targets of distillation.
+/// y [n, k] = softmax(x / T), f32: the targets for distillation.
 template <typename T>
 __device__ __forceinline__ void softmax(float* y, const T* x, int64_t n, int k, double inv_t) {
     for_rows(n, [&](int64_t row) {

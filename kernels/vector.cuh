@@ -1,4 +1,5 @@
-// Loads and stores of 16 bytes, and of fewer where an address or an end does not allow it.
+// Vectorized loads and stores of 16 bytes, with element-wise ones where the alignment or the end of a row
+// does not allow that.
 #pragma once
 
 #include "selfsup.cuh"
@@ -7,7 +8,7 @@
 template <typename T>
 constexpr int PER_VECTOR = 16 / static_cast<int>(sizeof(T));
 
-/// Sixteen bytes of elements in registers.
+/// The elements of 16 bytes, as f32 in registers.
 template <typename T>
 struct Vector {
     float v[PER_VECTOR<T>];
@@ -29,7 +30,7 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     return bits_of(__float2bfloat16_rn(low)) | bits_of(__float2bfloat16_rn(high)) << 16;
 }
 
-/// Four floats or eight bf16 from an address that is a multiple of 16.
+/// Loads four f32 or eight bf16 from an address that is a multiple of 16.
 __device__ __forceinline__ Vector<float> load_vector(const float* at) {
     float4 q = *reinterpret_cast<const float4*>(at);
     return {{q.x, q.y, q.z, q.w}};
@@ -52,10 +53,10 @@ __device__ __forceinline__ void store_vector(bf16* at, const Vector<bf16>& r) {
         make_uint4(pack(r.v[0], r.v[1]), pack(r.v[2], r.v[3]), pack(r.v[4], r.v[5]), pack(r.v[6], r.v[7]));
 }
 
-/// Up to `count` elements, zeros behind them; the whole at once where `count` is full and the address allows
-/// it.
+/// Loads the first `count` elements and fills up with zeros; `count` may exceed the vector. One load of 16
+/// bytes if the vector is full and aligned.
 template <typename T>
-__device__ __forceinline__ Vector<T> load_some(const T* at, int count) {
+__device__ __forceinline__ Vector<T> load_partial(const T* at, int count) {
     if (count >= PER_VECTOR<T> && is_aligned_16(at)) return load_vector(at);
     Vector<T> r;
 #pragma unroll
@@ -63,8 +64,9 @@ __device__ __forceinline__ Vector<T> load_some(const T* at, int count) {
     return r;
 }
 
+/// Stores the first `count` elements.
 template <typename T>
-__device__ __forceinline__ void store_some(T* at, const Vector<T>& r, int count) {
+__device__ __forceinline__ void store_partial(T* at, const Vector<T>& r, int count) {
     if (count >= PER_VECTOR<T> && is_aligned_16(at)) return store_vector(at, r);
 #pragma unroll
     for (int i = 0; i < PER_VECTOR<T>; i++)

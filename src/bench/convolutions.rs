@@ -195,7 +195,7 @@ pub(super) fn of_product(
     }];
     if slices > 1 {
         let bytes = 4.0 * c * (slices as f64 + 1.0);
-        all.push(Launched::over("sum_slices_f32", bytes, c * slices as f64));
+        all.push(Launched::over("split_k_reduce_f32", bytes, c * slices as f64));
     }
     all
 }

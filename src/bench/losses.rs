@@ -77,7 +77,7 @@ fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
                 pairs * 12.0,
             )
         });
-        launched.push(Launched::over("sum_slices_f32", partial + z, partial / 4.0));
+        launched.push(Launched::over("split_k_reduce_f32", partial + z, partial / 4.0));
     }
     let asked = if backward { 4.0 } else { 1.0 };
     Case {
@@ -233,7 +233,7 @@ fn assign(b: usize, dtype: DType) -> Case {
         let columns = format!("sinkhorn_columns_{name}");
         launched.extend([
             tiled(&columns, chunks, e * len + partial, 12.0 * len),
-            tiled("sinkhorn_share", PROTOTYPES.div_ceil(32), partial, partial / 8.0),
+            tiled("sinkhorn_column_factors", PROTOTYPES.div_ceil(32), partial, partial / 8.0),
         ]);
     }
     launched.push(tiled(

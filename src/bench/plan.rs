@@ -125,7 +125,7 @@ mod tests {
         ("scale", "scalars"),
         ("softmax", "a teacher's logits"),
         ("stream_", "selective kernels"),
-        ("sum_slices", "bf16: none of the cases adds slices in it"),
+        ("split_k_reduce", "bf16: none of the cases reduces splits in it"),
     ];
     /// Moves of rows: a queue's and a shuffled batch's.
     const ROWS: [&str; 4] = ["gather_rows", "scatter_rows", "push_rows", "write_rows"];

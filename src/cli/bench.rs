@@ -229,7 +229,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
                 format!("{:.2}", kernel.occupancy),
                 kernel.resources.and_then(|r| r.mix).map_or("?".into(), |mix| {
                     let hot = mix.hot;
-                    let kinds = [hot.all, hot.products, hot.ldmatrix, hot.global_16, hot.global];
+                    let kinds = [hot.all, hot.mma, hot.ldmatrix, hot.global_16, hot.global];
                     kinds.map(|count| count.to_string()).join(" ")
                 }),
             ])?;

@@ -72,11 +72,14 @@ pub(super) fn product(
     let product = table(kind, sizes, [a, b], bias.is_none());
     let tile = product.tile();
     if tile.slices == 1 {
-        return launch(&product, &tile, c, a, b, bias, None, accumulate);
+        return Matmul { product, tile, c, a, b, bias, moments: None, accumulate }.run();
     }
     let mut partial = Tensor::empty(a.device(), DType::F32, [tile.slices, sizes.m, sizes.n]);
-    launch(&product, &tile, &mut partial.view_mut(), a, b, None, None, false);
-    sum_slices(c, &partial, tile.slices, accumulate);
+    let c_partial = &mut partial.view_mut();
+    let launch =
+        Matmul { product, tile, c: c_partial, a, b, bias: None, moments: None, accumulate: false };
+    launch.run();
+    split_k_reduce(c, &partial, tile.slices, accumulate);
 }
 
 /// `y [m, n] = x Wᵀ` in one pass, and the moments of its columns for so many groups of rows, where they can be had.
@@ -90,8 +93,8 @@ pub(super) fn product_with_moments(
     let product = table(ProductKind::Nt, sizes, [x, w], false);
     let tile = product.tile();
     let mut moments = Moments::new(y, sizes.m, groups, &tile);
-    let to = moments.as_mut().map(|m| &mut m.partial);
-    launch(&product, &tile, &mut y.view_mut(), x, w, None, to, false);
+    let (c, to) = (&mut y.view_mut(), moments.as_mut().map(|m| &mut m.partial));
+    Matmul { product, tile, c, a: x, b: w, bias: None, moments: to, accumulate: false }.run();
     moments
 }
 
@@ -100,21 +103,26 @@ pub(super) fn is_aligned(x: &Tensor) -> bool {
     x.dtype() == DType::Bf16 && x.device_in::<half::bf16>().is_aligned_16()
 }
 
-/// `y`, or what it holds and more, from slices `[slices, …]` in order.
-pub(super) fn sum_slices(y: &mut TensorMut<'_>, partial: &Tensor, slices: usize, accumulate: bool) {
-    let len = partial.len() / slices;
+/// Adds the splits of `partial [splits, …]`, in order, into `y`; to what `y` holds if `accumulate`.
+pub(super) fn split_k_reduce(
+    y: &mut TensorMut<'_>,
+    partial: &Tensor,
+    splits: usize,
+    accumulate: bool,
+) {
+    let len = partial.len() / splits;
     let launch = Launch::over(partial.device().gpu(), len, 1);
-    let (slices, accumulate) = (slices as i32, i32::from(accumulate));
-    // SAFETY: `partial` has `slices` times the elements of `y`.
+    let (splits, accumulate) = (splits as i32, i32::from(accumulate));
+    // SAFETY: `partial` has `splits` times the elements of `y`.
     unsafe {
         by_dtype!(
             y.dtype(),
-            sum_slices_f32
-                | sum_slices_bf16(
+            split_k_reduce_f32
+                | split_k_reduce_bf16(
                     launch,
                     y.device_out(),
                     partial.device_in(),
-                    slices,
+                    splits,
                     len as i64,
                     accumulate
                 )
@@ -122,65 +130,77 @@ pub(super) fn sum_slices(y: &mut TensorMut<'_>, partial: &Tensor, slices: usize,
     }
 }
 
-#[allow(clippy::too_many_arguments)] // it is the kernel's launch line
-fn launch(
-    product: &Product,
-    tile: &Tile,
-    c: &mut TensorMut<'_>,
-    a: &Tensor,
-    b: &Tensor,
-    bias: Option<&Tensor>,
-    moments: Option<&mut Tensor>,
+/// One launch of a kernel of `kernels/matmul.cu`.
+struct Matmul<'a, 'c> {
+    product: Product,
+    tile: Tile,
+    c: &'a mut TensorMut<'c>,
+    a: &'a Tensor,
+    b: &'a Tensor,
+    /// Of `Nt` alone.
+    bias: Option<&'a Tensor>,
+    /// Of `Nt` in bf16 alone: `[tiles, 2, n]`.
+    moments: Option<&'a mut Tensor>,
+    /// Adds to what `c` holds; of `Nn` and `Tn` alone.
     accumulate: bool,
-) {
-    let threads = if a.dtype() == DType::Bf16 { 128 } else { 256 };
-    let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.slices], [threads, 1, 1]);
-    let bias = bias.map_or(In::null(), Tensor::device_in);
-    let [m, n, k, slice] =
-        [product.m, product.n, product.k, tile.k_per_slice].map(|size| size as i32);
-    let accumulate = i32::from(accumulate);
-    let moments = moments.map_or(Out::null(), Tensor::device_out);
-    macro_rules! of_f32 {
-        ($kernel:ident) => {
-            cuda::$kernel(
-                to,
-                c.device_out(),
-                a.device_in(),
-                b.device_in(),
-                bias,
-                m,
-                n,
-                k,
-                slice,
-                accumulate,
-            )
-        };
-    }
-    macro_rules! of_bf16 {
-        ($kernel:ident $(, $moments:expr)?) => {{
-            let (narrow, wide) = match c.dtype() {
-                DType::Bf16 => (c.device_out(), Out::null()),
-                _ => (Out::null(), c.device_out()),
-            };
-            let (a, b) = (a.device_in(), b.device_in());
-            cuda::$kernel(to, narrow, wide, a, b, bias, $($moments,)? m, n, k, slice, accumulate)
-        }};
-    }
-    // SAFETY: the tensors have these sizes, checked by the operation; `c` has a plane for each slice.
-    unsafe {
-        match (product.kind, a.dtype(), tile.form) {
-            (ProductKind::Nt, DType::F32, _) => of_f32!(matmul_nt_f32),
-            (ProductKind::Nn, DType::F32, _) => of_f32!(matmul_nn_f32),
-            (_, DType::F32, _) => of_f32!(matmul_tn_f32),
-            (ProductKind::Nt, _, TileForm::Large) => of_bf16!(matmul_nt_bf16_128x128, moments),
-            (ProductKind::Nt, _, TileForm::Half) => of_bf16!(matmul_nt_bf16_128x64, moments),
-            (ProductKind::Nt, ..) => of_bf16!(matmul_nt_bf16_64x64, moments),
-            (ProductKind::Nn, _, TileForm::Large) => of_bf16!(matmul_nn_bf16_128x128),
-            (ProductKind::Nn, _, TileForm::Half) => of_bf16!(matmul_nn_bf16_128x64),
-            (ProductKind::Nn, ..) => of_bf16!(matmul_nn_bf16_64x64),
-            (_, _, TileForm::Large) => of_bf16!(matmul_tn_bf16_128x128),
-            (_, _, TileForm::Half) => of_bf16!(matmul_tn_bf16_64x128),
-            _ => of_bf16!(matmul_tn_bf16_64x64),
+}
+
+impl Matmul<'_, '_> {
+    fn run(self) {
+        let Self { product, tile, c, a, b, bias, moments, accumulate } = self;
+        let is_nt = product.kind == ProductKind::Nt;
+        assert!(is_nt || bias.is_none(), "matmul: only y = x Wᵀ has a bias");
+        assert!(!(is_nt && accumulate), "matmul: only gradients accumulate");
+        let threads = if a.dtype() == DType::Bf16 { 128 } else { 256 };
+        let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.slices], [threads, 1, 1]);
+        let bias = bias.map_or(In::null(), Tensor::device_in);
+        let moments = moments.map_or(Out::null(), Tensor::device_out);
+        let [m, n, k, k_per_split] =
+            [product.m, product.n, product.k, tile.k_per_slice].map(|size| size as i32);
+        let accumulate = i32::from(accumulate);
+        // Inputs that come before the sizes, and flags that come after them.
+        macro_rules! of_f32 {
+            ($kernel:ident, [$($input:expr),*], [$($flag:expr),*]) => {{
+                let (c, a, b) = (c.device_out(), a.device_in(), b.device_in());
+                cuda::$kernel(to, c, a, b, $($input,)* m, n, k, k_per_split $(, $flag)*)
+            }};
+        }
+        macro_rules! of_bf16 {
+            ($kernel:ident, [$($input:expr),*], [$($flag:expr),*]) => {{
+                let (out_bf16, out_f32) = match c.dtype() {
+                    DType::Bf16 => (c.device_out(), Out::null()),
+                    _ => (Out::null(), c.device_out()),
+                };
+                let (a, b) = (a.device_in(), b.device_in());
+                cuda::$kernel(
+                    to, out_bf16, out_f32, a, b, $($input,)* m, n, k, k_per_split $(, $flag)*
+                )
+            }};
+        }
+        // SAFETY: the operation has checked that the tensors have these sizes; `c` has room for each split.
+        unsafe {
+            match (product.kind, a.dtype(), tile.form) {
+                (ProductKind::Nt, DType::F32, _) => of_f32!(matmul_nt_f32, [bias], []),
+                (ProductKind::Nn, DType::F32, _) => of_f32!(matmul_nn_f32, [], [accumulate]),
+                (_, DType::F32, _) => of_f32!(matmul_tn_f32, [], [accumulate]),
+                (ProductKind::Nt, _, TileForm::Large) => {
+                    of_bf16!(matmul_nt_bf16_128x128, [bias, moments], []);
+                }
+                (ProductKind::Nt, _, TileForm::Half) => {
+                    of_bf16!(matmul_nt_bf16_128x64, [bias, moments], []);
+                }
+                (ProductKind::Nt, ..) => of_bf16!(matmul_nt_bf16_64x64, [bias, moments], []),
+                (ProductKind::Nn, _, TileForm::Large) => {
+                    of_bf16!(matmul_nn_bf16_128x128, [], [accumulate]);
+                }
+                (ProductKind::Nn, _, TileForm::Half) => {
+                    of_bf16!(matmul_nn_bf16_128x64, [], [accumulate]);
+                }
+                (ProductKind::Nn, ..) => of_bf16!(matmul_nn_bf16_64x64, [], [accumulate]),
+                (_, _, TileForm::Large) => of_bf16!(matmul_tn_bf16_128x128, [], [accumulate]),
+                (_, _, TileForm::Half) => of_bf16!(matmul_tn_bf16_64x128, [], [accumulate]),
+                _ => of_bf16!(matmul_tn_bf16_64x64, [], [accumulate]),
+            }
         }
     }
 }

@@ -39,7 +39,7 @@ fn what_launch_functions_do_not_know_is_refused_by_name() {
         ("KERNEL void f(bf16 x) {}", "f: `bf16 x` is no type"),
         ("KERNEL void f(float** x) {}", "f: `float** x` is no type"),
         ("KERNEL int f(int n) {}", "expected `KERNEL"),
-        ("KERNEL void Relu(int n) {}", "`Relu` is no snake_case name"),
+        ("KERNEL void Relu(int n) {}", "`Relu` is not a snake_case kernel name"),
     ] {
         let error = parse(source).unwrap_err();
         assert!(error.contains(reason), "{source}: {error}");

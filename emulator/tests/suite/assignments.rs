@@ -38,7 +38,7 @@ fn sinkhorn<T: Float>(stage: &Stage, b: usize, k: usize, epsilon: f64, iteration
         let share = |to: &Memory<f64>, from: &Memory<f64>, chunks: usize, parts: f64| {
             let arguments = [to.into(), from.into(), int(chunks), int(k), parts.into()];
             let grid = [k.div_ceil(32) as u32, 1, 1];
-            stage.launch("sinkhorn_share", grid, [32, 8, 1], 0, &arguments);
+            stage.launch("sinkhorn_column_factors", grid, [32, 8, 1], 0, &arguments);
         };
         if iteration % 2 == 0 {
             share(&u, &partial, chunks, k as f64);
@@ -89,7 +89,7 @@ fn a_prototype_whose_column_underflows_gets_no_assignment() {
     arguments.extend([0_u64.into(), int(2), int(2), int(2), 2.0_f64.into(), 1.0_f32.into()]);
     stage.launch("sinkhorn_columns_f32", [1, 1, 1], [256, 1, 1], 0, &arguments);
     let arguments = [(&u).into(), (&partial).into(), int(1), int(2), 2.0_f64.into()];
-    stage.launch("sinkhorn_share", [1, 1, 1], [32, 8, 1], 0, &arguments);
+    stage.launch("sinkhorn_column_factors", [1, 1, 1], [32, 8, 1], 0, &arguments);
     assert_eq!(u.read(&stage), [0.0, 0.25]);
 }
 

@@ -31,11 +31,11 @@ fn rows_split_into_terms() {
             let (terms, pitch) = split(&stage, &x, d, count);
             let terms = terms.read(&stage);
             for (i, t) in (0..rows).flat_map(|i| (0..pitch).map(move |t| (i, t))) {
-                let mut left = if t < d { x[i * d + t] } else { 0.0 };
+                let mut rest = if t < d { x[i * d + t] } else { 0.0 };
                 for p in 0..count {
                     let term = terms[(p * rows + i) * pitch + t];
-                    assert_eq!(term, bf16::from_f32(left), "[{rows}, {d}]: term {p}");
-                    left -= term.to_f32();
+                    assert_eq!(term, bf16::from_f32(rest), "[{rows}, {d}]: term {p}");
+                    rest -= term.to_f32();
                 }
             }
         }
@@ -43,13 +43,13 @@ fn rows_split_into_terms() {
 }
 
 /// NT-Xent with sums over groups of `group` tiles, or online over `128 group` columns at a low temperature. The gradient is
-/// split-K, with `slice` rows in each split.
+/// split-K, with `columns_per_split` columns in each split.
 fn nt_xent(
     stage: &Stage,
     [rows, d, terms]: [usize; 3],
     temperature: f64,
     group: usize,
-    slice: usize,
+    columns_per_split: usize,
 ) {
     let what = format!("nt_xent [{rows}, {d}] at {temperature}, {terms} terms, groups of {group}");
     let z = unit_rows(rows, d, 3);
@@ -93,16 +93,23 @@ fn nt_xent(
     close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
     close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
 
-    let slices = rows.div_ceil(slice);
-    let partial = stage.room::<f32>(slices * rows * d);
+    let splits = rows.div_ceil(columns_per_split);
+    let partial = stage.room::<f32>(splits * rows * d);
     let mut arguments: Vec<Value> = vec![(&partial).into(), (&terms_).into(), (&lse_).into()];
-    arguments.extend([(&dy_).into(), int(rows), int(d), int(pitch), int(slice), inv_t()]);
-    let grid = [rows.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
+    arguments.extend([
+        (&dy_).into(),
+        int(rows),
+        int(d),
+        int(pitch),
+        int(columns_per_split),
+        inv_t(),
+    ]);
+    let grid = [rows.div_ceil(64), d.div_ceil(128), splits].map(|size| size as u32);
     stage.launch(&format!("nt_xent_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
     let old: Vec<f32> = noise(rows * d, 4);
     let dz_ = stage.upload(&old);
-    let arguments = [(&dz_).into(), (&partial).into(), int(slices), long(rows * d), Value::from(1)];
-    stage.launch("sum_slices_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
+    let arguments = [(&dz_).into(), (&partial).into(), int(splits), long(rows * d), Value::from(1)];
+    stage.launch("split_k_reduce_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
     let scale = f64::from(0.7_f32) / (rows as f64 * temperature);
     let mut dz = vec![0.0; rows * d];
     for i in 0..rows {
@@ -135,7 +142,7 @@ fn info_nce(
     own: [usize; 2],
     temperature: f64,
     terms: usize,
-    slice: usize,
+    columns_per_split: usize,
 ) {
     let what = format!("info_nce [{n}, {d}] of {m}, own {own:?}, at {temperature}, {terms} terms");
     let (q, k, queue) = (unit_rows(n, d, 3), unit_rows(n, d, 4), unit_rows(m, d, 5));
@@ -145,17 +152,17 @@ fn info_nce(
     let (own_, dy_) = (stage.upload(&own.map(|o| o as i32)), stage.upload(&[0.7_f32]));
     let own_ = || if own == [0, 0] { 0_u64.into() } else { Value::from(&own_) };
     let inv_t = || Value::from(1.0 / temperature);
-    let slices = m.div_ceil(slice);
-    let (maxima, sums) = (stage.room::<f32>(slices * n), stage.room::<f32>(slices * n));
+    let splits = m.div_ceil(columns_per_split);
+    let (maxima, sums) = (stage.room::<f32>(splits * n), stage.room::<f32>(splits * n));
     let mut arguments: Vec<Value> = vec![(&maxima).into(), (&sums).into(), (&of_q).into()];
     arguments.extend([(&of_queue).into(), own_(), int(n), int(m), int(pitch), int(terms)]);
-    arguments.extend([int(slice), inv_t()]);
-    let grid = [n.div_ceil(128) as u32, slices as u32, 1];
+    arguments.extend([int(columns_per_split), inv_t()]);
+    let grid = [n.div_ceil(128) as u32, splits as u32, 1];
     stage.launch("info_nce_sums", grid, [128, 1, 1], 0, &arguments);
     let (lse_, losses_) = (stage.room::<f32>(n), stage.room::<f32>(n));
     let mut arguments: Vec<Value> =
         [&lse_, &losses_, &maxima, &sums, &q_, &k_].map(Value::from).into();
-    arguments.extend([int(n), int(d), int(slices), inv_t()]);
+    arguments.extend([int(n), int(d), int(splits), inv_t()]);
     by_rows(stage, "info_nce_finish", n, &arguments);
 
     let (q, k, queue) = (wide(&q), wide(&k), wide(&queue));
@@ -175,15 +182,15 @@ fn info_nce(
     close(&format!("{what}: lse"), &lse_.read(stage), &lse, tolerance);
     close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, tolerance);
 
-    let partial = stage.room::<f32>(slices * n * d);
+    let partial = stage.room::<f32>(splits * n * d);
     let mut arguments: Vec<Value> = vec![(&partial).into(), (&of_q).into(), (&of_queue).into()];
     arguments.extend([own_(), (&lse_).into(), (&dy_).into()]);
-    arguments.extend([int(n), int(m), int(d), int(pitch), int(slice), inv_t()]);
-    let grid = [n.div_ceil(64), d.div_ceil(128), slices].map(|size| size as u32);
+    arguments.extend([int(n), int(m), int(d), int(pitch), int(columns_per_split), inv_t()]);
+    let grid = [n.div_ceil(64), d.div_ceil(128), splits].map(|size| size as u32);
     stage.launch(&format!("info_nce_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
     let (dq_, dk_) = (stage.room::<f32>(n * d), stage.room::<f32>(n * d));
     let mut arguments: Vec<Value> = [&dq_, &partial, &q_, &k_, &lse_, &dy_].map(Value::from).into();
-    arguments.extend([int(n), int(d), int(slices), inv_t()]);
+    arguments.extend([int(n), int(d), int(splits), inv_t()]);
     by_rows(stage, "info_nce_query_finish", n, &arguments);
     let mut arguments: Vec<Value> = [&dk_, &q_, &k_, &lse_, &dy_].map(Value::from).into();
     arguments.extend([int(n), int(d), inv_t()]);

@@ -144,38 +144,38 @@ impl Launcher<'_> {
         self.run::<T>("conv2d_data_gradient", form, grid, pointers, &[accumulate.into()]);
     }
 
-    /// Split-K, with `pixels_per_slice` pixels in each split.
+    /// Split-K, with `pixels_per_split` pixels in each split.
     fn weight_gradient<T: Float>(
         &self,
         form: Form,
         dw: &Memory<f32>,
         x: &Memory<T>,
         dy: &Memory<T>,
-        pixels_per_slice: usize,
+        pixels_per_split: usize,
         accumulate: bool,
     ) {
         let d = &self.d;
         let size = d.k * d.r * d.s * d.c;
-        let slices = (d.n * d.p * d.q).div_ceil(pixels_per_slice);
-        let grid = [tiles(d.k, d.r * d.s * d.c, form), 1, slices as u32];
+        let splits = (d.n * d.p * d.q).div_ceil(pixels_per_split);
+        let grid = [tiles(d.k, d.r * d.s * d.c, form), 1, splits as u32];
         let run = |out: &Memory<f32>, accumulate: bool| {
-            let more = [pixels_per_slice as i32, accumulate.into()];
+            let more = [pixels_per_split as i32, accumulate.into()];
             let pointers = vec![out.into(), x.into(), dy.into()];
             self.run::<T>("conv2d_weight_gradient", form, grid, pointers, &more);
         };
-        if slices == 1 {
+        if splits == 1 {
             return run(dw, accumulate);
         }
-        let workspace = self.stage.room::<f32>(slices * size);
+        let workspace = self.stage.room::<f32>(splits * size);
         run(&workspace, false);
         let arguments = [
             dw.into(),
             (&workspace).into(),
-            Value::from(slices as i32),
+            Value::from(splits as i32),
             Value::from(size as i64),
             Value::from(i32::from(accumulate)),
         ];
-        self.stage.launch("sum_slices_f32", [3, 1, 1], [64, 1, 1], 0, &arguments);
+        self.stage.launch("split_k_reduce_f32", [3, 1, 1], [64, 1, 1], 0, &arguments);
         self.stage.wait().expect("the workspace outlives the launch");
     }
 }
@@ -236,13 +236,13 @@ fn convolution<T: Float>(stage: &Stage, d: Dims) {
     }
     // Without split-K, and with splits of two steps.
     let all_pixels = (d.n * d.p * d.q).next_multiple_of(32);
-    for (form, slice) in weight.into_iter().flat_map(|form| [(form, all_pixels), (form, 64)]) {
-        let what = format!("{what}{}: dw in splits of {slice} pixels", form.0);
+    for (form, split) in weight.into_iter().flat_map(|form| [(form, all_pixels), (form, 64)]) {
+        let what = format!("{what}{}: dw in splits of {split} pixels", form.0);
         let dw_ = stage.room::<f32>(w.len());
-        launcher.weight_gradient(form, &dw_, &x_, &dy_, slice, false);
+        launcher.weight_gradient(form, &dw_, &x_, &dy_, split, false);
         let first = dw_.read(stage);
         close(&what, &first, &dw, 1e-5);
-        launcher.weight_gradient(form, &dw_, &x_, &dy_, slice, true);
+        launcher.weight_gradient(form, &dw_, &x_, &dy_, split, true);
         let first: Vec<f64> = first.iter().map(|x| f64::from(*x)).collect();
         close(&format!("{what}, accumulated"), &dw_.read(stage), &plus(&first, &dw), 1e-5);
     }

@@ -55,7 +55,7 @@ fn speed() {
             ("matmul_nn_f32", 256, vec![c, a, b]),
         ] {
             let s = timed(&stage, || {
-                let arguments = [pointers.clone(), vec![zero.into()], sizes.to_vec()].concat();
+                let arguments = [pointers.clone(), sizes.to_vec()].concat();
                 let tiles = if kernel.ends_with("128") { 1 } else { 4 };
                 stage.launch(kernel, [tiles, 1, 1], [threads, 1, 1], 0, &arguments);
             });

@@ -34,6 +34,18 @@ impl Shape {
     }
 }
 
+/// Flags of `accumulate` of `batch_norm_backward_finish`: which gradient it adds to.
+const ACCUMULATE_DSHIFT: i32 = 1;
+const ACCUMULATE_DGAIN: i32 = 2;
+/// Flags of `accumulate` of `batch_norm_backward_apply`.
+const ACCUMULATE_DX: i32 = 1;
+const ACCUMULATE_DRESIDUAL: i32 = 2;
+
+/// `flag` if it is wanted.
+fn flag_if(wanted: bool, flag: i32) -> i32 {
+    if wanted { flag } else { 0 }
+}
+
 /// A launch with a thread for every channel.
 fn per_channel(x: &Tensor, c: usize) -> Launch<'_> {
     Launch::new(x.device().gpu(), [c.div_ceil(128), 1, 1], [128, 1, 1])
@@ -191,10 +203,12 @@ pub(super) fn backward(
     let (mut dshift, mut dgain, mut accumulate) = (Out::null(), Out::null(), 0);
     let channel_shape = [c].into();
     if let Some((mut to, old)) = ids.shift.and_then(|id| gradients.target(id, &channel_shape)) {
-        (dshift, accumulate) = (to.device_out().unbound(), i32::from(old));
+        dshift = to.device_out().unbound();
+        accumulate |= flag_if(old, ACCUMULATE_DSHIFT);
     }
     if let Some((mut to, old)) = ids.gain.and_then(|id| gradients.target(id, &channel_shape)) {
-        (dgain, accumulate) = (to.device_out().unbound(), accumulate | i32::from(old) << 1);
+        dgain = to.device_out().unbound();
+        accumulate |= flag_if(old, ACCUMULATE_DGAIN);
     }
     // SAFETY: sizes as in the forward; the targets are kept by `gradients`, and the launches come before anything else
     // that is queued for them.
@@ -295,13 +309,15 @@ impl<T: Element> Targets<'_, T> {
             Some(id) if !masked => gradients.add(id, dy.clone()),
             Some(id) => {
                 if let Some((mut to, old)) = gradients.target_like(id, dy, own_residual) {
-                    (dresidual, accumulate) = (to.device_out().unbound(), i32::from(old) << 1);
+                    dresidual = to.device_out().unbound();
+                    accumulate |= flag_if(old, ACCUMULATE_DRESIDUAL);
                 }
             }
             None => {}
         }
         if let Some((mut to, old)) = gradients.target_like(ids.x, dy, own_x) {
-            (dx, accumulate) = (to.device_out().unbound(), accumulate | i32::from(old));
+            dx = to.device_out().unbound();
+            accumulate |= flag_if(old, ACCUMULATE_DX);
         }
         Self { dx, dresidual, accumulate }
     }

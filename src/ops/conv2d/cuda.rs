@@ -3,7 +3,9 @@
 
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
-use crate::ops::product::{Moments, Sizes, is_aligned, product, product_with_moments, sum_slices};
+use crate::ops::product::{
+    Moments, Sizes, is_aligned, product, product_with_moments, split_k_reduce,
+};
 use crate::ops::tiles::{Product, ProductKind, TileForm};
 use crate::tensor::{DType, Tensor, TensorMut};
 
@@ -173,7 +175,7 @@ pub(super) fn weight_gradient(
     }
     let mut partial = Tensor::empty(x.device(), DType::F32, [tile.slices, d.k * d.r * d.s * d.c]);
     run(&mut partial.view_mut(), false);
-    sum_slices(dw, &partial, tile.slices, accumulate);
+    split_k_reduce(dw, &partial, tile.slices, accumulate);
 }
 
 #[cfg(test)]

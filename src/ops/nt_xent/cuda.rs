@@ -110,7 +110,7 @@ pub(super) fn backward(
         );
         let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out());
         let (count, accumulate) = (slices.count as i32, i32::from(accumulate));
-        cuda::sum_slices_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
+        cuda::split_k_reduce_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
 }
 

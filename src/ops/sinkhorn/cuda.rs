@@ -49,7 +49,14 @@ pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: Dims) {
                         inv_epsilon,
                     )
             );
-            cuda::sinkhorn_share(of_columns, u.device_out(), partial.device_in(), chunks, k, parts);
+            cuda::sinkhorn_column_factors(
+                of_columns,
+                u.device_out(),
+                partial.device_in(),
+                chunks,
+                k,
+                parts,
+            );
         }
     }
     // SAFETY: as above, and `q` has the size of the scores.

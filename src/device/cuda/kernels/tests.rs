@@ -1,4 +1,4 @@
-//! What the compiled kernels are: registers, local memory, and the instructions of their hot loops.
+//! Checks of the compiled kernels: registers, local memory, and the instructions of their hot loops.
 
 use super::*;
 
@@ -30,16 +30,16 @@ fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
         assert_eq!(
             chips,
             if file.hopper_only { 1 } else { 2 },
-            "{kernel}: a chip has no resources"
+            "{kernel}: no resources for some chip"
         );
     }
 }
 
 /// Kernels whose hot loop has no accesses of 16 bytes to global memory, each with its reason.
 const NARROW: [(&str, &str); 1] =
-    [("conv2d_bf16_stem", "images have four channels: a tap's row comes in pieces of 8 bytes")];
+    [("conv2d_bf16_stem", "images have four channels: a tap is copied 8 bytes at a time")];
 
-/// What else multiplies on tensor cores.
+/// Other kernels with mma.
 const SIMILARITIES: [&str; 8] = [
     "info_nce_gradient_2",
     "info_nce_gradient_3",
@@ -51,12 +51,12 @@ const SIMILARITIES: [&str; 8] = [
     "nt_xent_sums_online",
 ];
 
-fn is_product(kernel: &str) -> bool {
+fn uses_mma(kernel: &str) -> bool {
     let tiled = kernel.starts_with("conv2d") || kernel.starts_with("matmul");
     kernel.contains("_bf16_") && tiled || SIMILARITIES.contains(&kernel)
 }
 
-/// Loops over contiguous elements, in bf16 where there is a choice: what sets their time is how wide they read and write.
+/// Loops over contiguous elements, in bf16 if the kernel has both types: the width of their loads and stores sets their time.
 const STREAMS: [&str; 25] = [
     "add_bf16",
     "avg_pool_bf16",
@@ -94,7 +94,7 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
         "chip",
         "code",
         "hot loop",
-        "products",
+        "mma",
         "ldmatrix",
         "16 bytes",
         "narrower",
@@ -104,16 +104,16 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
     );
     let mut wrong = Vec::new();
     for r in RESOURCES {
-        let Mix { whole, hot } = r
-            .mix
-            .expect("the build had no disassembler beside nvcc: scripts/fetch-nvcc gets one, then build again");
+        let Mix { whole, hot } = r.mix.expect(
+            "the build found no cuobjdump next to nvcc: run scripts/fetch-nvcc and build again",
+        );
         println!(
             "{:34} {:7} {:6} {:9} {:9} {:9} {:9} {:9} {:7} {:6} {:6}",
             r.kernel,
             r.chip,
             whole.all,
             hot.all,
-            hot.products,
+            hot.mma,
             hot.ldmatrix,
             hot.global_16,
             hot.global,
@@ -128,8 +128,8 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
             }
         };
         demand(whole.local == 0, "uses local memory");
-        if is_product(r.kernel) {
-            demand(hot.products > 0, "no products on tensor cores in the hot loop");
+        if uses_mma(r.kernel) {
+            demand(hot.mma > 0, "no mma in the hot loop");
             demand(hot.ldmatrix > 0, "no ldmatrix in the hot loop");
             demand(excused || hot.global_16 > 0, "no copies of 16 bytes in the hot loop");
         } else if STREAMS.contains(&r.kernel) {
@@ -138,7 +138,7 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     for listed in STREAMS.iter().chain(&SIMILARITIES) {
-        assert!(RESOURCES.iter().any(|r| r.kernel == *listed), "there is no kernel {listed}");
+        assert!(RESOURCES.iter().any(|r| r.kernel == *listed), "unknown kernel {listed}");
     }
 }
 
@@ -162,12 +162,12 @@ arch = sm_90a
 ";
 
 #[test]
-fn a_hot_loop_is_the_innermost_with_most_products() {
+fn the_hot_loop_is_the_innermost_with_the_most_mma() {
     let found = sass::parse(LISTING);
     assert_eq!(found.len(), 2);
     let (twice, none) = (&found[0], &found[1]);
     assert_eq!((&*twice.kernel, &*twice.chip), ("twice", "sm_90a"));
-    let hot = Counts { all: 4, products: 1, ldmatrix: 1, global_16: 1, ..Counts::default() };
+    let hot = Counts { all: 4, mma: 1, ldmatrix: 1, global_16: 1, ..Counts::default() };
     assert_eq!(twice.hot, hot);
     assert_eq!((twice.whole.all, twice.whole.global_16, twice.whole.local), (10, 2, 1));
     assert_eq!((none.whole.global, none.whole.global_16, none.hot), (1, 0, none.whole));
