@@ -45,7 +45,7 @@ void* Stacks::start(void (*entry)()) {
     if (!base_) {
         void* at = mmap(nullptr, SIZE * MAX_COUNT, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (at == MAP_FAILED) std::perror("stand-in driver: stacks"), std::abort();
+        if (at == MAP_FAILED) std::perror("stand-in driver: cannot reserve stacks"), std::abort();
         base_ = static_cast<char*>(at);
     }
     char* low;

@@ -41,11 +41,11 @@ void fail(const std::string& what) {
     __builtin_unreachable();
 }
 
+static pthread_t host_thread;
+static struct sigaction previous_action;
+
 /// Turns an access to unmapped memory or a misaligned vector access of a plain kernel into an error instead
 /// of a crash.
-static pthread_t host_thread;
-static struct sigaction before_fault;
-
 static void on_fault(int signal, siginfo_t* info, void*) {
     if (engine.current && pthread_equal(host_thread, pthread_self())) {
         char text[120];
@@ -54,7 +54,7 @@ static void on_fault(int signal, siginfo_t* info, void*) {
                       info->si_addr);
         fail(text);
     }
-    sigaction(signal, &before_fault,
+    sigaction(signal, &previous_action,
               nullptr);  // not a kernel's: the access is retried under the previous handler
 }
 
@@ -65,11 +65,11 @@ struct FaultHandler {
         struct sigaction action{};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_NODEFER;  // `fail` does not return from the handler
-        sigaction(SIGSEGV, &action, &before_fault);
+        sigaction(SIGSEGV, &action, &previous_action);
     }
     ~FaultHandler() {
         engine.current = nullptr;
-        sigaction(SIGSEGV, &before_fault, nullptr);
+        sigaction(SIGSEGV, &previous_action, nullptr);
     }
 };
 

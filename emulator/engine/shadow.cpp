@@ -15,7 +15,7 @@ static Shadow device;  // the address range of all device and pinned memory
 static void* reserve(size_t size) {
     void* at =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) std::perror("stand-in driver: shadow memory"), std::abort();
+    if (at == MAP_FAILED) std::perror("stand-in driver: cannot reserve shadow memory"), std::abort();
     return at;
 }
 
