@@ -3,6 +3,9 @@
 //! The stand-in is opened before anything asks for `libcuda.so`, and then is what the loader answers with.
 //! `SELFSUP_DRIVER=real` or `stand-in` overrides. Its counters, injected faults and errors belong to the process, so
 //! tests of those run in a process of their own ([`alone`]).
+//!
+//! A test that runs kernels carries `#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]`, so that
+//! a build without nvcc reports and counts it as ignored instead of failing.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::PathBuf;
