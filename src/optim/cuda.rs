@@ -13,7 +13,7 @@ use crate::tensor::{DType, Tensor};
 /// Elements that a block updates: `OPTIMIZER_CHUNK` of the kernels.
 const CHUNK: usize = 8192;
 
-/// How a slot is treated: the kernels' `care`.
+/// The `policies` of slots in `kernels/optimizer.cu`.
 const USUAL: i32 = 0;
 const SPARED: i32 = 1;
 const FROZEN: i32 = 2;
@@ -138,7 +138,7 @@ impl Tables {
     }
 }
 
-/// The kernels' `care` and `rates`.
+/// The `policies` and `rates` of `kernels/optimizer.cu`.
 fn care(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
     let of = |segment: &Segment| {
         let usual = if segment.spared { SPARED } else { USUAL };

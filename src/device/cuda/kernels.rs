@@ -63,8 +63,8 @@ pub struct Resources {
 pub struct Mix {
     /// All of it.
     pub whole: Counts,
-    /// The innermost loop with products, or else with accesses to global memory, that has most of them; all of it where there
-    /// is none.
+    /// The hot loop: of the innermost loops with mma or, if there is none, with accesses to global memory, the one with the most of
+    /// them; the entire kernel if it has no loop.
     pub hot: Counts,
 }
 
