@@ -14,7 +14,7 @@ use selfsup::arena::Arena;
 use selfsup::device::{Device, Philox, Precision, Purpose};
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::methods::swav::{self, Swav};
-use selfsup::methods::{Course, Method};
+use selfsup::methods::{Method, RunInfo};
 use selfsup::nn::{ResNetConfig, Stem};
 use selfsup::ops::Conv2dDims;
 use selfsup::ops::kernels::conv2d::{self, Direction};
@@ -108,7 +108,7 @@ fn swav_crops(device: &Device, words: &[&str]) -> String {
         };
         let mut method = Swav::new(&network(depth, width, Stem::Image), &settings);
         let online = Arena::new(method.layout(), device, 1);
-        let course = Course { seed: 1, batch, images: batch, per_epoch: 1, total: 1 };
+        let course = RunInfo { seed: 1, batch, images: batch, per_epoch: 1, total: 1 };
         method.start(&online, &course).expect("there is no queue");
         (method, online)
     });

@@ -1,4 +1,4 @@
-//! Arenas: all weights of a network in one allocation (floor 3).
+//! Arenas: all weights of a network in one allocation.
 //!
 //! A network is a description; its layers hold [`Param`] and [`Stat`] handles into a [`Layout`]. An [`Arena`] gives the
 //! layout values, gradients and running statistics, each one contiguous tensor, so that an optimiser, a momentum update,
@@ -335,7 +335,7 @@ impl Arena {
 
     /// Sets every gradient to zero.
     pub fn zero_gradients(&mut self) {
-        crate::ops::fill(self.gradients.get_mut(), 0.0);
+        crate::tensor::fill(self.gradients.get_mut(), 0.0);
     }
 
     /// A parameter's value, sharing the arena's memory: drop it before the next update.

@@ -1,7 +1,6 @@
 //! Files that are written whole or not at all.
 //!
 //! A file is written under a temporary name, synced and renamed: there is the old one or the new one, never half of one.
-//! Floor 0.
 
 use std::fs::File;
 use std::io::ErrorKind;

@@ -3,20 +3,31 @@
 //! Primitives (convolution, batch norm, contrastive losses, optimiser updates) under a small autograd tape, and methods as
 //! thin graphs over them. This page is the architecture; the README shows how to run it.
 //!
-//! # Floors
+//! # Layers
 //!
-//! Imports point down, and a test fails when one points up.
+//! Modules form a chain: each imports only modules below it, and a test fails if one does not.
 //!
-//! | floor | module | what it is |
-//! |---|---|---|
-//! | 7 | [`cli`], `main.rs`, [`mod@bench`] | the `selfsup` program; how fast primitives are, and their floors |
-//! | 6 | [`train`], [`eval`] | the loop, checkpoints, resuming, metrics; kNN, linear probes, fine-tuning, collapse monitor |
-//! | 5 | [`methods`], [`data`] | each method one file, and its recipes; sources, augmentation, loading |
-//! | 4 | [`nn`], [`optim`] | layers, ResNets, heads; SGD, LARS, momentum encoders, schedules |
-//! | 3 | [`arena`], [`tape`], [`ops`] | weights as one allocation, autograd, the primitives |
-//! | 2 | [`tensor`] | shape, dtype, memory |
-//! | 1 | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
-//! | 0 | [`error`], `files` | what can go wrong in the world; files that are written whole or not at all |
+//! | module | what it is |
+//! |---|---|
+//! | [`cli`] | the `selfsup` program |
+//! | [`mod@bench`] | how fast the primitives are, next to their rooflines |
+//! | [`train`] | the training loop, checkpoints, resuming, metrics, reports, studies |
+//! | [`eval`] | kNN, linear probes, fine-tuning protocols, the collapse monitor |
+//! | `weights` | weight files: safetensors with torchvision's names and layout |
+//! | [`recipes`] | everything that decides a run, as one TOML file |
+//! | [`methods`] | each method one file |
+//! | [`data`] | sources, augmentation, loading |
+//! | [`optim`] | SGD, LARS, momentum encoders, learning-rate schedules |
+//! | [`nn`] | layers, ResNets, heads |
+//! | [`ops`] | the primitives: maths, shape rule, gradient, CPU path, CUDA launch, f64 reference |
+//! | [`tape`] | autograd |
+//! | [`arena`] | all weights of a network in one allocation |
+//! | [`tensor`] | shape, dtype, memory |
+//! | `cpu` | f32 kernels for the CPU over slices, the twin of `kernels/` |
+//! | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
+//! | `settings` | TOML tables with `--set` overrides, and errors that suggest the nearest key |
+//! | `files` | files that are written completely or not at all |
+//! | [`error`] | what can fail at run time |
 //!
 //! # How the parts meet
 //!
@@ -63,6 +74,7 @@
 pub mod arena;
 pub mod bench;
 pub mod cli;
+mod cpu;
 pub mod data;
 pub mod device;
 pub mod error;
@@ -72,8 +84,11 @@ pub mod methods;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod recipes;
+mod settings;
 pub mod tape;
 pub mod tensor;
 pub mod train;
+mod weights;
 
 pub use error::{Error, Result};

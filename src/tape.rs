@@ -1,4 +1,4 @@
-//! The autograd tape (floor 3).
+//! The autograd tape.
 //!
 //! An operation computes its value, then records how gradients flow back:
 //! `tape.record("conv2d", y, &[x, w], move |dy, grads| …)`. What the closure captures is exactly what is saved, and
@@ -306,7 +306,7 @@ impl Gradients<'_> {
         }
         let device = self.device;
         if let Some((mut target, _)) = self.target(id, dx.shape()) {
-            crate::ops::add_into(device, &mut target, &dx);
+            crate::tensor::add_into(device, &mut target, &dx);
         }
     }
 }
@@ -359,7 +359,7 @@ pub fn summed_step(
     let mut sum = Tensor::zeros(arena.device(), []);
     for i in 0..count {
         let part = backward_pass(arena, |tape| loss(tape, i))?;
-        crate::ops::add_into(arena.device(), &mut sum.view_mut(), &part);
+        crate::tensor::add_into(arena.device(), &mut sum.view_mut(), &part);
     }
     reduce_gradients(arena);
     Ok(sum)
@@ -385,7 +385,7 @@ pub fn cached_step(
     mut embed: impl for<'t> FnMut(&'t Tape<'t>, usize) -> Var<'t>,
     loss: impl for<'t> FnOnce(Var<'t>) -> Var<'t>,
 ) -> Result<Tensor> {
-    use crate::ops::rows::{interleave_views, pick_views};
+    use crate::tensor::{interleave_views, pick_views};
     arena.zero_gradients();
     let look = Mode { gradients: false, batch_statistics: true, update_running: false };
     let parts: Vec<Tensor> = (0..count).map(|i| embed(&Tape::new(arena, look), i).value).collect();

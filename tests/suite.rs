@@ -9,8 +9,6 @@ mod audit;
 mod augmentation;
 #[path = "suite/benches.rs"]
 mod benches;
-#[path = "suite/captured.rs"]
-mod captured;
 #[path = "suite/case.rs"]
 mod case;
 #[path = "suite/cases.rs"]
@@ -19,6 +17,8 @@ mod cases;
 mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
+#[path = "suite/conv_batch_norm.rs"]
+mod conv_batch_norm;
 #[path = "suite/crops.rs"]
 mod crops;
 #[path = "suite/cuda.rs"]
@@ -27,16 +27,16 @@ mod cuda;
 mod driver;
 #[path = "suite/examples.rs"]
 mod examples;
-#[path = "suite/floors.rs"]
-mod floors;
-#[path = "suite/forced.rs"]
-mod forced;
-#[path = "suite/fused.rs"]
-mod fused;
+#[path = "suite/fault_injection.rs"]
+mod fault_injection;
 #[path = "suite/golden.rs"]
 mod golden;
+#[path = "suite/graph_replay.rs"]
+mod graph_replay;
 #[path = "suite/interchange.rs"]
 mod interchange;
+#[path = "suite/layers.rs"]
+mod layers;
 #[path = "suite/memory.rs"]
 mod memory;
 #[path = "suite/methods.rs"]
@@ -53,20 +53,22 @@ mod network;
 mod networks;
 #[path = "suite/optimizers.rs"]
 mod optimizers;
-#[path = "suite/outside.rs"]
-mod outside;
 #[path = "suite/packs.rs"]
 mod packs;
+#[path = "suite/parser_fuzz.rs"]
+mod parser_fuzz;
 #[path = "suite/program.rs"]
 mod program;
-#[path = "suite/provoked.rs"]
-mod provoked;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
 #[path = "suite/recipes.rs"]
 mod recipes;
+#[path = "suite/reference.rs"]
+mod reference;
 #[path = "suite/resume.rs"]
 mod resume;
+#[path = "suite/run_outputs.rs"]
+mod run_outputs;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/shipped_bugs.rs"]
@@ -75,11 +77,9 @@ mod shipped_bugs;
 mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
+#[path = "suite/stepwise_f32.rs"]
+mod stepwise_f32;
 #[path = "suite/studies.rs"]
 mod studies;
 #[path = "suite/surface.rs"]
 mod surface;
-#[path = "suite/truth.rs"]
-mod truth;
-#[path = "suite/watched.rs"]
-mod watched;

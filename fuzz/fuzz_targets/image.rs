@@ -3,8 +3,8 @@
 use std::panic;
 
 #[allow(dead_code)]
-#[path = "../../tests/suite/outside.rs"]
-mod outside;
+#[path = "../../tests/suite/parser_fuzz.rs"]
+mod parser_fuzz;
 
 // cargo-fuzz builds with debug assertions, and zune-jpeg violates some of its own on corrupt files. Release builds have none, and
 // `decode` turns a panic into an error: only panics from elsewhere are findings.
@@ -17,4 +17,4 @@ fn ignore_decoder_panics() {
     }));
 }
 
-libfuzzer_sys::fuzz_target!(init: ignore_decoder_panics(), |bytes: &[u8]| outside::image(bytes));
+libfuzzer_sys::fuzz_target!(init: ignore_decoder_panics(), |bytes: &[u8]| parser_fuzz::image(bytes));

@@ -90,7 +90,7 @@ fn optimiser(device: &Device, width: usize, rule: Rule) -> Run {
 fn augmentation(n: usize, dtype: DType) -> Case {
     const SIZE: usize = 224;
     let policy = || {
-        let recipe = crate::methods::Recipe::load("simclr-imagenet", &[]).expect("it is built in");
+        let recipe = crate::recipes::Recipe::load("simclr-imagenet", &[]).expect("it is built in");
         Policy { size: SIZE, ..recipe.augment[0].clone() }
     };
     let out = (n * SIZE * SIZE * 4) as f64;

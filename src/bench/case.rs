@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
-use crate::ops::kernels::Product;
+use crate::ops::kernels::Gemm;
 use crate::tape::{Tape, Var, step};
 use crate::tensor::{DType, Tensor};
 
@@ -55,7 +55,7 @@ pub struct Launched {
     /// Operations of tensor cores in a product that is none of the tile table's.
     pub products: f64,
     /// The product, where it is one of the tile table's.
-    pub product: Option<Product>,
+    pub product: Option<Gemm>,
 }
 
 impl Launched {

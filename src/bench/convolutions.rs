@@ -5,7 +5,7 @@ use super::{Unit, Work};
 use crate::device::Device;
 use crate::ops::Conv2dDims;
 use crate::ops::conv2d::{data_gradient, forward, weight_gradient};
-use crate::ops::kernels::{Product, ProductKind, Tile, TileForm};
+use crate::ops::kernels::{Gemm, GemmKind, Tile, TileShape};
 use crate::tensor::{DType, Tensor};
 
 /// A layer of a network.
@@ -146,17 +146,17 @@ fn launched(
     operations: f64,
 ) -> Vec<Launched> {
     let of_images = match direction {
-        Direction::Forward => Product::convolution(d),
-        Direction::DataGradient => Product::data_gradient(d),
-        Direction::WeightGradient => Product::weight_gradient(d),
+        Direction::Forward => Gemm::convolution(d),
+        Direction::DataGradient => Gemm::data_gradient(d),
+        Direction::WeightGradient => Gemm::weight_gradient(d),
     };
     let plain = d.r == 1 && d.stride == 1;
     let kind = match direction {
-        Direction::Forward => ProductKind::Nt,
-        Direction::DataGradient => ProductKind::Nn,
-        Direction::WeightGradient => ProductKind::Tn,
+        Direction::Forward => GemmKind::Nt,
+        Direction::DataGradient => GemmKind::Nn,
+        Direction::WeightGradient => GemmKind::Tn,
     };
-    let mut product = if plain { Product { kind, ..of_images } } else { of_images };
+    let mut product = if plain { Gemm { kind, ..of_images } } else { of_images };
     if dtype != DType::Bf16 {
         product.run = 1;
     }
@@ -165,25 +165,25 @@ fn launched(
 
 /// A product's launch, and that of the sum of its slices.
 pub(super) fn of_product(
-    product: Product,
+    product: Gemm,
     dtype: DType,
     bytes: f64,
     operations: f64,
 ) -> Vec<Launched> {
     let tile = product.tile();
     let name = match product.kind {
-        ProductKind::Nt => "matmul_nt",
-        ProductKind::Nn => "matmul_nn",
-        ProductKind::Tn => "matmul_tn",
-        ProductKind::Convolution => "conv2d",
-        ProductKind::DataGradient => "conv2d_data_gradient",
-        ProductKind::WeightGradient => "conv2d_weight_gradient",
+        GemmKind::Nt => "matmul_nt",
+        GemmKind::Nn => "matmul_nn",
+        GemmKind::Tn => "matmul_tn",
+        GemmKind::Convolution => "conv2d",
+        GemmKind::DataGradient => "conv2d_data_gradient",
+        GemmKind::WeightGradient => "conv2d_weight_gradient",
     };
     let (threads, form) = match dtype {
         DType::Bf16 => (128, format!("_{}", form_of(&tile))),
         _ => (256, String::new()),
     };
-    let (slices, c) = (tile.slices, (product.m * product.n) as f64);
+    let (slices, c) = (tile.splits, (product.m * product.n) as f64);
     let mut all = vec![Launched {
         kernel: format!("{name}_{}{form}", suffix(dtype)),
         threads,
@@ -202,7 +202,7 @@ pub(super) fn of_product(
 
 fn form_of(tile: &Tile) -> String {
     match tile.form {
-        TileForm::Stem => "stem".into(),
+        TileShape::Stem => "stem".into(),
         _ => format!("{}x{}", tile.m, tile.n),
     }
 }

@@ -3,7 +3,7 @@
 use super::case::{Case, Extent, Launched, both, filled, forward, suffix};
 use super::convolutions::{of_product, unit};
 use super::{Unit, Work};
-use crate::ops::kernels::{Product, ProductKind};
+use crate::ops::kernels::{Gemm, GemmKind};
 use crate::ops::{BatchNorm, add, batch_norm, linear, max_pool, mean_pool};
 use crate::tensor::DType;
 
@@ -166,7 +166,7 @@ fn head([m, k, n]: [usize; 3], dtype: DType) -> Case {
     let e = dtype.size() as f64;
     let (operations, bytes) = (2.0 * (m * n * k) as f64, e * (m * k + n * k + m * n) as f64);
     let run = if dtype == DType::Bf16 && k.is_multiple_of(8) { 8 } else { 1 };
-    let product = Product { kind: ProductKind::Nt, m, n, k, count: 1, run, splits: false };
+    let product = Gemm { kind: GemmKind::Nt, m, n, k, count: 1, run, splittable: false };
     Case {
         name: format!("linear forward {m}x{k}->{n}"),
         count: 0,

@@ -5,7 +5,7 @@ use super::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
 use super::{Unit, Work};
 use crate::device::{Device, Group};
 use crate::eval::{Features, Knn, knn_accuracy};
-use crate::ops::similarity::{Slices, TILE, WEIGHT_TILE};
+use crate::ops::gemm::similarity::{ColumnSplits, TILE, WEIGHT_TILE};
 use crate::ops::{
     Negatives, info_nce, l2_normalize, neg_cosine, nt_xent, nt_xent_groups, sinkhorn,
     sinkhorn_rows_per_chunk, soft_cross_entropy,
@@ -42,7 +42,7 @@ fn tiled(kernel: &str, blocks: usize, bytes: f64, operations: f64) -> Launched {
     Launched { blocks, ..Launched::over(kernel, bytes, operations) }
 }
 
-/// Planes that f32 rows are split into where activations are of this type, the gradient's kernel, and products of planes.
+/// SplitRows that f32 rows are split into where activations are of this type, the gradient's kernel, and products of planes.
 fn planes(dtype: DType) -> (f64, &'static str, f64) {
     if dtype == DType::Bf16 { (2.0, "gradient_2", 3.0) } else { (3.0, "gradient_3", 6.0) }
 }
@@ -54,7 +54,7 @@ fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
     let (planes, gradient, terms) = planes(dtype);
     let split = (4.0 + planes * 2.0) / 4.0 * z;
     let (tiles, [_, groups]) = (n.div_ceil(WEIGHT_TILE), nt_xent_groups(n));
-    let slices = Slices::new(n, n, WEIGHT_TILE);
+    let slices = ColumnSplits::new(n, n, WEIGHT_TILE);
     let partial = slices.count as f64 * z;
     let read = planes / 2.0 * z;
     let mut launched = vec![
@@ -106,7 +106,7 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
     let bytes = 4.0 * (n * D * 2 + m * D) as f64;
     let (planes, gradient, terms) = planes(dtype);
     let split = (4.0 + planes * 2.0) / 4.0;
-    let (sums, weights) = (Slices::new(n, m, TILE), Slices::new(n, m, WEIGHT_TILE));
+    let (sums, weights) = (ColumnSplits::new(n, m, TILE), ColumnSplits::new(n, m, WEIGHT_TILE));
     let mut launched = vec![
         Launched::over("split_rows", split * 4.0 * (n * D) as f64, 0.0),
         Launched::over("split_rows", split * 4.0 * (m * D) as f64, 4.0 * (m * D) as f64),

@@ -1,4 +1,4 @@
-//! Benchmarks (floor 7): how fast kernels are, and how far from what the hardware allows.
+//! Benchmarks: how fast kernels are, and how far from what the hardware allows.
 //!
 //! A [`Case`] is one operation at one size, with its [`Work`]: the operations that its definition asks for and the bytes that
 //! must move at least. The *floor* is the longer of the two at the machine's ceilings ([`Chip`]), and the share of the floor
@@ -18,7 +18,7 @@ mod plan;
 pub use case::{Case, Extent, Launched, cases};
 pub use chip::{Chip, Unit};
 pub use measure::{Bench, Quantiles, Timing};
-pub use plan::{Plan, plan};
+pub use plan::{LaunchPlan, plan};
 
 /// What an operation asks for at least.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -8,7 +8,7 @@
 
 use super::{Case, Chip, Launched};
 use crate::device::cuda::{RESOURCES, Resources};
-use crate::ops::kernels::Product;
+use crate::ops::kernels::Gemm;
 
 /// Shares of the ceilings that are expected of plain loops, and seconds of a launch.
 const OF_COPY: f64 = 0.85;
@@ -37,7 +37,7 @@ pub struct Planned {
 
 /// A case on a chip.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct LaunchPlan {
     /// Seconds at the ceilings.
     pub floor: f64,
     /// Whether memory sets the floor.
@@ -49,9 +49,9 @@ pub struct Plan {
 }
 
 /// What a chip will do with a case. `sm` is the compiled architecture, `sm_90a` or `sm_80`.
-pub fn plan(case: &Case, chip: &Chip, sm: &str) -> Plan {
+pub fn plan(case: &Case, chip: &Chip, sm: &str) -> LaunchPlan {
     let kernels: Vec<Planned> = case.launched.iter().map(|l| planned(l, chip, sm)).collect();
-    Plan {
+    LaunchPlan {
         floor: case.work.floor(chip, case.unit),
         memory: case.work.is_bound_by_memory(chip, case.unit),
         seconds: kernels.iter().map(|kernel| kernel.seconds).sum(),
@@ -81,7 +81,7 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
     let tile = launched.product.map_or(String::new(), |product| {
         let tile = product.tile();
         let slices =
-            if tile.slices > 1 { format!(", {} slices", tile.slices) } else { String::new() };
+            if tile.splits > 1 { format!(", {} splits", tile.splits) } else { String::new() };
         format!("{}x{}x{}, {} stages{slices}", tile.m, tile.n, tile.depth, tile.stages)
     });
     Planned {
@@ -98,7 +98,7 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
 }
 
 /// The table's estimate, for a chip of 132 multiprocessors.
-fn cycles(product: &Product) -> f64 {
+fn cycles(product: &Gemm) -> f64 {
     product.cycles(&product.tile())
 }
 

@@ -6,7 +6,7 @@ use clap::Args as Arguments;
 use serde_json::json;
 
 use super::{device, say, talk};
-use crate::bench::{Bench, Case, Chip, Extent, Plan, cases, plan};
+use crate::bench::{Bench, Case, Chip, Extent, LaunchPlan, cases, plan};
 use crate::device::{DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -194,7 +194,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
             "hot loop",
         ],
     );
-    let plans: Vec<Plan> = cases.iter().map(|case| plan(case, chip, sm)).collect();
+    let plans: Vec<LaunchPlan> = cases.iter().map(|case| plan(case, chip, sm)).collect();
     for (case, plan) in cases.iter().zip(&plans) {
         if args.json {
             let kernels: Vec<_> = plan.kernels.iter().map(|k| json!({
@@ -252,7 +252,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
         "",
     ];
     for part in parts {
-        let of = |value: fn(&Plan) -> f64| -> f64 {
+        let of = |value: fn(&LaunchPlan) -> f64| -> f64 {
             let all = cases.iter().zip(&plans).filter(|(case, _)| case.name.contains(part));
             all.map(|(case, plan)| case.count as f64 * value(plan)).sum::<f64>()
                 / extent.views as f64

@@ -13,7 +13,7 @@ use super::{device, say, signals, talk};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
-use crate::methods::{self, Recipe};
+use crate::recipes::{self, Recipe};
 use crate::train::{self, Paused, Run};
 
 /// Labelled images of each class that the demo's linear probe sees.
@@ -94,10 +94,10 @@ fn go(run: &mut Run, recipe: &Recipe) -> Result<()> {
 
 pub(super) fn recipes(name: Option<&str>) -> Result<()> {
     let Some(name) = name else {
-        return methods::builtin_names().try_for_each(say);
+        return recipes::builtin_names().try_for_each(say);
     };
-    let text = methods::builtin(name).ok_or_else(|| {
-        let known = methods::builtin_names().collect::<Vec<_>>().join(", ");
+    let text = recipes::builtin(name).ok_or_else(|| {
+        let known = recipes::builtin_names().collect::<Vec<_>>().join(", ");
         Error::Config(format!("there is no recipe {name}; built in are: {known}"))
     })?;
     say(text.trim_end())

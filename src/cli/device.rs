@@ -5,7 +5,7 @@ use std::str::FromStr;
 use super::talk;
 use crate::device::{Device, Precision};
 use crate::error::Result;
-use crate::methods::TrainSettings;
+use crate::recipes::TrainSettings;
 
 /// A device by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

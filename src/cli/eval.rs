@@ -11,7 +11,8 @@ use crate::data::Source;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Frozen, Knn, Protocol};
-use crate::methods::{Method, Recipe};
+use crate::methods::Method;
+use crate::recipes::Recipe;
 use crate::train::{self, Images, Run};
 
 /// A run's network as it was trained, and its images.

@@ -9,18 +9,18 @@ use super::say;
 use super::trained::Trained;
 use crate::arena::{Layout, Slot};
 use crate::error::Result;
-use crate::methods::{self, Recipe};
+use crate::recipes::{self, Recipe};
 use crate::tape::NodeInfo;
 use crate::train::{self, Measured, Need};
 
 pub(super) fn inspect(args: &Inspect) -> Result<()> {
-    let (recipe, checkpoint) = if methods::builtin(&args.what).is_none() && is_run(&args.what) {
+    let (recipe, checkpoint) = if recipes::builtin(&args.what).is_none() && is_run(&args.what) {
         let trained = Trained::open(Path::new(&args.what), &args.set)?;
         (trained.recipe, Some(trained.checkpoint))
     } else {
         (Recipe::load(&args.what, &args.set)?, None)
     };
-    let method = methods::build(&recipe)?;
+    let method = recipe.build_method()?;
     let layout = method.layout();
     let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
     let memory = args.memory.then(|| train::memory(&recipe)).transpose()?;

@@ -1,4 +1,4 @@
-//! The command line (floor 7): results on stdout, talk on stderr, exit codes 0 (done), 1 (failed), 2 (asked wrongly).
+//! The command line: results on stdout, talk on stderr, exit codes 0 (done), 1 (failed), 2 (asked wrongly).
 
 mod args;
 mod bench;

@@ -7,8 +7,8 @@ use clap::Args as Arguments;
 use super::progress::Progress;
 use super::{device, say, talk};
 use crate::error::Result;
-use crate::methods::{self, TrainSettings};
-use crate::train::{Plan, Study, Watch};
+use crate::recipes::{self, TrainSettings};
+use crate::train::{Study, StudyPlan, Watch};
 
 #[derive(Debug, Arguments)]
 pub(super) struct StudyArgs {
@@ -30,7 +30,7 @@ pub(super) struct StudyArgs {
 
 pub(super) fn study(args: &StudyArgs) -> Result<()> {
     let Some(name) = &args.name else {
-        return methods::builtin_studies()
+        return recipes::builtin_studies()
             .try_for_each(|name| say(&format!("{name}: {}", Study::load(name)?.question)));
     };
     let study = Study::load(name)?;
@@ -39,7 +39,7 @@ pub(super) fn study(args: &StudyArgs) -> Result<()> {
         .out
         .clone()
         .unwrap_or_else(|| PathBuf::from("runs").join(format!("study-{}", stem.display())));
-    let plan = Plan {
+    let plan = StudyPlan {
         out: &out,
         settings: &args.set,
         seeds: args.seeds,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::arena::Arena;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::methods::{self, Method, Recipe};
+use crate::methods::Method;
+use crate::recipes::Recipe;
 use crate::train;
 
 /// A run's recipe and the checkpoint that is meant.
@@ -34,7 +35,7 @@ impl Trained {
 
     /// The method and its weights.
     pub(super) fn load(&self, device: &Device) -> Result<(Box<dyn Method>, Arena)> {
-        let method = methods::build(&self.recipe)?;
+        let method = self.recipe.build_method()?;
         let mut arena = Arena::new(method.layout(), device, self.recipe.seed);
         train::load_weights(&self.checkpoint, &mut arena)?;
         Ok((method, arena))

@@ -1,4 +1,4 @@
-//! Decoded images in memory, up to a budget: a small set of JPEG files is decoded once, not once an epoch. Floor 5.
+//! Decoded images in memory, up to a budget: a small set of JPEG files is decoded once, not once an epoch.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -3,7 +3,7 @@
 //! A record is the label bytes (CIFAR-10: one; CIFAR-100: coarse, then fine, of which the fine one is used)
 //! followed by three planes of 32 x 32 bytes, red, green, blue (<https://www.cs.toronto.edu/~kriz/cifar.html>).
 //! The set is held in memory, 150 MB at most. Files are recognised in the folder given or in the folder of their
-//! archive below it. Floor 5.
+//! archive below it.
 
 use std::path::{Path, PathBuf};
 

@@ -2,7 +2,7 @@
 //!
 //! Grey, palette, alpha, 16-bit, CMYK and YCCK images are converted; alpha is dropped, not blended, and embedded
 //! colour profiles and orientations are ignored, as Pillow's `convert("RGB")` does. Sizes are checked before
-//! anything is decoded, and a JPEG that ends early is an error, not a picture with a grey foot. Floor 5.
+//! anything is decoded, and a JPEG that ends early is an error, not a picture with a grey foot.
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,4 +1,4 @@
-//! Images in order under the evaluation's transform. Floor 5.
+//! Images in order under the evaluation's transform.
 
 use std::ops::Range;
 

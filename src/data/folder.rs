@@ -2,7 +2,7 @@
 //!
 //! Classes are the sub-folders that are not hidden, files the JPEG and PNG files directly in them, both in byte
 //! order of their names, so that indices mean the same everywhere (torchvision's `ImageFolder` sorts alike).
-//! Decoded images are kept in memory up to a budget. Floor 5.
+//! Decoded images are kept in memory up to a budget.
 
 use std::path::{Path, PathBuf};
 

@@ -2,7 +2,7 @@
 //!
 //! A file is the magic `0 0 8 rank`, `rank` big-endian sizes and the bytes (<http://yann.lecun.com/exdb/mnist>).
 //! Images have rank 3 (`[n, h, w]`), labels rank 1; grey becomes RGB with three equal channels. The set is held
-//! in memory. The demo's set is embedded in the program. Floor 5.
+//! in memory. The demo's set is embedded in the program.
 
 use std::borrow::Cow;
 use std::io::Read;

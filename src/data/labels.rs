@@ -1,4 +1,4 @@
-//! Which images of a set have labels: a share of each class, or a list. Floor 5.
+//! Which images of a set have labels: a share of each class, or a list.
 //!
 //! A share is the same images for every seed of a run, as a published list is; 1% is part of 10%.
 

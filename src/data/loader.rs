@@ -7,7 +7,7 @@
 //! the epoch's order (under the broken one's stream, so that the two crops of that image in the batch differ).
 //!
 //! For a GPU the threads draw numbers and read images; a kernel makes the crops, the same in 8 bits. A set that fits
-//! there is taken to the GPU once, before the first batch. Floor 5.
+//! there is taken to the GPU once, before the first batch.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -16,8 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::augment::Policy;
-use super::on_gpu::{Drawn, OnGpu};
-use super::plan::{CropsBy, Made, Plan, lock};
+use super::on_gpu::{AugmentParams, OnGpu};
+use super::plan::{BatchPlan, CropBackend, PreparedBatch, lock};
 use super::source::Source;
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -53,7 +53,7 @@ pub struct Skipped {
 
 /// Hands out the batches of a run, in order.
 pub struct Loader {
-    plan: Arc<Plan>,
+    plan: Arc<BatchPlan>,
     device: Device,
     threads: usize,
     /// Epoch and position of the next batch.
@@ -68,7 +68,7 @@ pub struct Loader {
 
 /// The threads' side of a loader that has been started.
 struct Running {
-    batches: Receiver<Result<Made>>,
+    batches: Receiver<Result<PreparedBatch>>,
     stop: Arc<AtomicBool>,
     coordinator: Option<JoinHandle<()>>,
 }
@@ -112,8 +112,9 @@ impl Loader {
             }
         }
         let (host, skipped) = (device.host().clone(), Mutex::default());
-        let maker = CropsBy::Host;
-        let plan = Plan { source, policies, groups, batch, seed, device: host, maker, skipped };
+        let maker = CropBackend::Host;
+        let plan =
+            BatchPlan { source, policies, groups, batch, seed, device: host, maker, skipped };
         Ok(Self {
             plan: Arc::new(plan),
             device: device.clone(),
@@ -203,13 +204,13 @@ impl Loader {
     }
 
     #[track_caller]
-    fn make(&mut self, drawn: Drawn, crops: &mut [Tensor]) {
+    fn make(&mut self, drawn: AugmentParams, crops: &mut [Tensor]) {
         let on_gpu = self.on_gpu.as_mut().expect("there before the threads that draw for it");
         on_gpu.make(drawn, crops);
     }
 
     /// What the threads made of the next batch.
-    fn made(&mut self) -> Result<Made> {
+    fn made(&mut self) -> Result<PreparedBatch> {
         if self.running.is_none() {
             self.place_images();
             self.running = Some(self.start()?);

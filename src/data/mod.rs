@@ -4,7 +4,7 @@
 //! applies them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed,
 //! epoch and position. Evaluation has one transform, [`center`], and one way to read a set in order,
 //! [`center_batch`]. On a GPU the threads draw numbers only, and a kernel makes the crops of images that lie there.
-//! Nothing here knows of networks or methods. Floor 5.
+//! Nothing here knows of networks or methods.
 
 pub mod augment;
 mod cache;

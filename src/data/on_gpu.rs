@@ -1,11 +1,11 @@
-//! A loader's images on a GPU: all of a set if they fit, else those of a batch; and the crops made of them. Floor 5.
+//! A loader's images on a GPU: all of a set if they fit, else those of a batch; and the crops made of them.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use super::augment::{Maker, View};
-use super::plan::{CropsBy, Plan, lock};
+use super::plan::{BatchPlan, CropBackend, lock};
 use super::source::{Image, Source};
 use crate::device::cuda::Table;
 use crate::device::{Device, gib};
@@ -34,7 +34,7 @@ impl Place {
 
 /// The views of a batch before they are made, as a loader's threads leave them.
 #[derive(Debug, Default)]
-pub struct Drawn {
+pub struct AugmentParams {
     /// For each crop size the views, and the weights of their blurs.
     pub groups: Vec<(Vec<View>, Vec<f32>)>,
     /// The pixels of each sample; none where the set is on the GPU.
@@ -52,7 +52,7 @@ pub struct OnGpu {
 impl OnGpu {
     /// Takes a plan's set to the GPU if it needs no more than `budget` bytes there (half of what is free, if not said), and
     /// plans that its crops are made there. Says in a sentence where the images lie.
-    pub fn of(plan: &mut Plan, device: &Device, budget: Option<usize>) -> (Self, String) {
+    pub fn of(plan: &mut BatchPlan, device: &Device, budget: Option<usize>) -> (Self, String) {
         let maker = |(size, views): &(usize, Vec<usize>)| {
             Maker::new(device, views.len() * plan.batch, *size)
         };
@@ -66,14 +66,14 @@ impl OnGpu {
             Some((pixels, places)) => {
                 let bytes = gib(pixels.len());
                 let sentence = format!("images: all {images} lie on the GPU, {bytes}");
-                (pixels, CropsBy::GpuFromSet(places), sentence)
+                (pixels, CropBackend::GpuFromSet(places), sentence)
             }
             None => {
                 let sentence = format!(
                     "images: they go to the GPU batch by batch, for all {images} need more than the {} that they may take there",
                     gib(budget)
                 );
-                (Table::room(device, 0), CropsBy::GpuFromBatch, sentence)
+                (Table::room(device, 0), CropBackend::GpuFromBatch, sentence)
             }
         };
         plan.maker = maker;
@@ -82,7 +82,7 @@ impl OnGpu {
 
     /// Makes a batch's crops, behind whatever is queued; one tensor for each crop size.
     #[track_caller]
-    pub fn make(&mut self, mut drawn: Drawn, crops: &mut [Tensor]) {
+    pub fn make(&mut self, mut drawn: AugmentParams, crops: &mut [Tensor]) {
         self.upload(&mut drawn);
         for ((maker, (views, gaussian)), crops) in
             self.makers.iter_mut().zip(&drawn.groups).zip(crops)
@@ -92,7 +92,7 @@ impl OnGpu {
     }
 
     /// Takes a batch's images to the GPU and tells its views where.
-    fn upload(&mut self, drawn: &mut Drawn) {
+    fn upload(&mut self, drawn: &mut AugmentParams) {
         let bytes = drawn.images.iter().map(Vec::len).sum::<usize>();
         if bytes == 0 {
             return;

@@ -1,4 +1,4 @@
-//! Recognises what a path holds. Floor 5.
+//! Recognises what a path holds.
 
 use std::path::Path;
 

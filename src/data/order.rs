@@ -1,4 +1,4 @@
-//! The order of an epoch's samples. Floor 5.
+//! The order of an epoch's samples.
 
 use crate::device::{Philox, Purpose};
 

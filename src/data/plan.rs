@@ -1,4 +1,4 @@
-//! Making one batch after another on a pool of threads: the inside of a [`super::Loader`]. Floor 5.
+//! Making one batch after another on a pool of threads: the inside of a [`super::Loader`].
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::augment::{MOST_SHRINKING, Policy, Scratch, View};
 use super::loader::Batch;
-use super::on_gpu::{Drawn, Place};
+use super::on_gpu::{AugmentParams, Place};
 use super::order::order;
 use super::rows::{Row, rows_of};
 use super::source::{Image, Source};
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// What to make; shared with the threads.
-pub struct Plan {
+pub struct BatchPlan {
     /// Where images come from.
     pub source: Arc<dyn Source>,
     /// One per view.
@@ -31,13 +31,13 @@ pub struct Plan {
     /// Where the threads make crops: a host.
     pub device: Device,
     /// Who makes the crops.
-    pub maker: CropsBy,
+    pub maker: CropBackend,
     /// Images that cannot be read, and why.
     pub skipped: Mutex<BTreeMap<u32, String>>,
 }
 
 /// Who makes crops, and of what.
-pub enum CropsBy {
+pub enum CropBackend {
     /// The threads, of images that they read.
     Host,
     /// A GPU, of images that the threads read.
@@ -47,10 +47,10 @@ pub enum CropsBy {
 }
 
 /// What the threads made of a batch; without its crops where a GPU makes them, and then what that needs to know.
-pub type Made = (Batch, Option<Drawn>);
+pub type PreparedBatch = (Batch, Option<AugmentParams>);
 
 /// Who makes a batch.
-struct Crew<'a> {
+struct WorkerPool<'a> {
     pool: &'a rayon::ThreadPool,
     /// Buffers of each of its threads.
     workers: Vec<Mutex<Worker>>,
@@ -75,23 +75,23 @@ struct Slot<'a> {
 
 /// A sample as a GPU takes it.
 #[derive(Default)]
-struct Sketch {
+struct PreparedSample {
     /// By view, each with the weights of its blur.
     views: Vec<(View, Vec<f32>)>,
     pixels: Vec<u8>,
 }
 
-impl Plan {
+impl BatchPlan {
     /// Makes batch after batch until the consumer is gone, or after an error.
     pub fn produce(
         &self,
         pool: &rayon::ThreadPool,
         next: (u32, usize),
-        sender: &SyncSender<Result<Made>>,
+        sender: &SyncSender<Result<PreparedBatch>>,
         stop: &AtomicBool,
     ) {
         let workers = (0..pool.current_num_threads()).map(|_| Mutex::default()).collect();
-        let crew = Crew { pool, workers, stop };
+        let crew = WorkerPool { pool, workers, stop };
         let (first_epoch, mut position) = next;
         for epoch in first_epoch.. {
             let order = order(self.seed, epoch, self.source.len());
@@ -115,10 +115,10 @@ impl Plan {
         }
     }
 
-    fn make(&self, crew: &Crew<'_>, slot: &Slot<'_>) -> Result<Made> {
+    fn make(&self, crew: &WorkerPool<'_>, slot: &Slot<'_>) -> Result<PreparedBatch> {
         let mut indices = vec![0; self.batch];
         let (crops, drawn) = match self.maker {
-            CropsBy::Host => (self.crops(crew, slot, &mut indices)?, None),
+            CropBackend::Host => (self.crops(crew, slot, &mut indices)?, None),
             _ => (Vec::new(), Some(self.drawn(crew, slot, &mut indices)?)),
         };
         let label = |&i: &u32| self.source.label(i as usize).map_or(-1, |label| label as i32);
@@ -128,7 +128,12 @@ impl Plan {
     }
 
     /// The crops of a batch.
-    fn crops(&self, crew: &Crew<'_>, slot: &Slot<'_>, indices: &mut [u32]) -> Result<Vec<Tensor>> {
+    fn crops(
+        &self,
+        crew: &WorkerPool<'_>,
+        slot: &Slot<'_>,
+        indices: &mut [u32],
+    ) -> Result<Vec<Tensor>> {
         let room = |(size, views): &(usize, Vec<usize>)| {
             Tensor::floats(&self.device, [views.len() * self.batch, *size, *size, 4])
         };
@@ -155,12 +160,18 @@ impl Plan {
     }
 
     /// What a GPU needs to know to make the crops of a batch.
-    fn drawn(&self, crew: &Crew<'_>, slot: &Slot<'_>, indices: &mut [u32]) -> Result<Drawn> {
-        let mut sketches: Vec<Sketch> = (0..self.batch).map(|_| Sketch::default()).collect();
+    fn drawn(
+        &self,
+        crew: &WorkerPool<'_>,
+        slot: &Slot<'_>,
+        indices: &mut [u32],
+    ) -> Result<AugmentParams> {
+        let mut sketches: Vec<PreparedSample> =
+            (0..self.batch).map(|_| PreparedSample::default()).collect();
         let jobs = indices.iter_mut().zip(&mut sketches).collect();
         crew.each(jobs, |i, (index, sketch), Worker { image, .. }| {
             let Place { at, size: [width, height] } = match &self.maker {
-                CropsBy::GpuFromSet(places) => {
+                CropBackend::GpuFromSet(places) => {
                     *index = self.read(slot, i, |_| Ok(()))?;
                     places[*index as usize]
                 }
@@ -186,7 +197,7 @@ impl Plan {
             }
             Ok(())
         })?;
-        let mut drawn = Drawn::default();
+        let mut drawn = AugmentParams::default();
         if crew.stop.load(Ordering::Relaxed) {
             return Ok(drawn); // not all samples may have been drawn, and nobody wants the batch
         }
@@ -237,7 +248,7 @@ impl Plan {
     }
 }
 
-impl Crew<'_> {
+impl WorkerPool<'_> {
     /// Does each job, given its number and a thread's buffers, until one fails or nobody wants the results.
     fn each<J: Send>(
         &self,

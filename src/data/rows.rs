@@ -1,4 +1,4 @@
-//! Rows of a tensor of images, written from f32 whatever the device's float type. Floor 5.
+//! Rows of a tensor of images, written from f32 whatever the device's float type.
 
 use crate::tensor::{DType, Tensor};
 

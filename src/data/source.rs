@@ -2,7 +2,7 @@
 //!
 //! A source maps an index to an RGB image of 8-bit values and, where it has one, a label. Reading goes into a
 //! buffer of the caller, so that a loader's threads allocate nothing per image. A source knows nothing of order,
-//! batches or augmentation. Floor 5.
+//! batches or augmentation.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,4 +1,4 @@
-//! Where memory lives and operations run (floor 1).
+//! Where memory lives and operations run.
 //!
 //! A [`Device`] is a handle on a pool of memory, a pool of threads and a kind. Three kinds exist: the CPU, which
 //! computes in f32; an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same
@@ -8,7 +8,6 @@ pub(crate) mod cuda;
 mod group;
 mod memory;
 mod philox;
-mod product;
 mod threads;
 mod trace;
 
@@ -21,7 +20,6 @@ pub use group::Group;
 pub(crate) use memory::Memory;
 pub use memory::MemoryUse;
 pub use philox::{Philox, Purpose, philox4x32};
-pub(crate) use product::{Matrix, product, product_alone};
 pub(crate) use trace::{
     Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
     phase as trace_phase, span as trace_span,

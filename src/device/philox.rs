@@ -2,7 +2,7 @@
 //!
 //! Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A stream is named by a seed, what it is
 //! for, and two indices (an epoch and a sample, say), so that any draw can be repeated without drawing those
-//! before it, on any number of threads. Floor 1.
+//! before it, on any number of threads.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];

@@ -9,7 +9,7 @@ use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
 use crate::nn::ResNet;
 use crate::tape::evaluate;
-use crate::train::weights::{Entry, write_weights, write_whole};
+use crate::weights::{Entry, write_weights, write_whole};
 
 /// Images of one forward pass.
 const BATCH: usize = 64;

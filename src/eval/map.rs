@@ -3,7 +3,8 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Device, Matrix, product_alone};
+use crate::cpu::{Matrix, gemm_sequential};
+use crate::device::Device;
 
 /// Effective number of neighbours; less where there are few rows.
 const PERPLEXITY: f32 = 30.0;
@@ -47,7 +48,7 @@ fn unit_rows(features: &[f32], d: usize) -> Vec<f32> {
 fn affinities(rows: &[f32], n: usize, d: usize) -> Vec<f32> {
     let mut p = vec![0.0; n * n];
     let all = Matrix::new(rows, n, d);
-    product_alone(&mut p, all, Matrix::new(rows, n, d).transposed(), false);
+    gemm_sequential(&mut p, all, Matrix::new(rows, n, d).transposed(), false);
     let entropy = PERPLEXITY.min((n - 1) as f32 / 3.0).max(1.0).ln();
     p.par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
         row.iter_mut().for_each(|cosine| *cosine = (2.0 - 2.0 * *cosine).max(0.0));

@@ -1,4 +1,4 @@
-//! Evaluation of frozen features (floor 6): weighted kNN, linear probes by published protocols and on few labels, the collapse
+//! Evaluation of frozen features: weighted kNN, linear probes by published protocols and on few labels, the collapse
 //! monitor, and a map for the eye.
 
 mod embed;

@@ -42,7 +42,7 @@ use super::monitors::{Reading, Readings, distance, mean_cosine, similarities};
 use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::Result;
 use crate::methods::{
-    Coupling, Course, Method, State, above_zero, momentum_in_range, view, widths,
+    Coupling, Method, RunInfo, State, above_zero, momentum_in_range, view, widths,
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{add, l2_normalize, neg_cosine, scale};
@@ -115,7 +115,7 @@ pub struct Byol {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     momentum_in_range(settings.momentum, "momentum")?;
     above_zero(settings.hidden as f64, "hidden")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
@@ -185,7 +185,7 @@ impl Method for Byol {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         self.total = course.total.max(1);
         self.tau = Some(Numbers::new(online.device(), &[self.settings.momentum]));
         self.target = Some(if self.settings.fresh_target {

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::Course;
+use super::RunInfo;
 use crate::arena::Arena;
 use crate::device::{Device, Philox, Purpose};
 use crate::ops::{
@@ -54,7 +54,7 @@ pub(super) fn of_the_bank<'t>(
 /// Places in the bank of a batch's images, and of `count` negatives, which may be among them, as in the paper.
 pub(super) fn draw(
     device: &Device,
-    course: &Course,
+    course: &RunInfo,
     indices: &[u32],
     count: usize,
     step: u64,

@@ -14,10 +14,10 @@ use serde::Deserialize;
 use crate::arena::{Arena, Layout, Slot};
 use crate::error::Result;
 use crate::methods::supervised::{self, Classifier};
-use crate::methods::{Course, Method, State, above_zero};
+use crate::methods::{Method, RunInfo, State, above_zero};
 use crate::nn::{ResNet, ResNetConfig};
 use crate::ops::distillation;
-use crate::optim::Care;
+use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var, evaluate_in_step};
 use crate::tensor::Tensor;
 
@@ -60,7 +60,7 @@ pub struct Distill {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     settings.student.check()?;
     settings.teacher.network.check()?;
@@ -101,7 +101,7 @@ impl Method for Distill {
         1
     }
 
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         self.weights = Some(Arena::new(&self.teacher_layout, online.device(), course.seed));
         Ok(())
     }
@@ -111,9 +111,9 @@ impl Method for Distill {
         self.weights.as_mut().map(|weights| (file, weights))
     }
 
-    fn care(&self, slot: &Slot, _: f64) -> Care {
+    fn param_policy(&self, slot: &Slot, _: f64) -> ParamPolicy {
         let spared = self.settings.student.new_classifier && slot.name.starts_with("fc.");
-        if spared { Care::Spared } else { Care::Usual }
+        if spared { ParamPolicy::Exempt } else { ParamPolicy::Default }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

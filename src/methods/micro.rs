@@ -5,10 +5,10 @@ use std::cell::RefCell;
 use super::{Coupling, Method};
 use crate::arena::Arena;
 use crate::error::{Error, Result};
-use crate::ops::rows::pick_views;
 use crate::ops::scale;
 use crate::tape;
 use crate::tensor::Tensor;
+use crate::tensor::pick_views;
 
 /// Forward and backward pass of a batch of `images` images, whose `views` hold a tensor for each resolution, in
 /// `micro_batches` equal parts; gradients are then in the arena. Returns the loss.

@@ -47,7 +47,7 @@ use crate::arena::{Arena, Layout};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::methods::{
-    Coupling, Course, Method, State, above_zero, momentum_in_range, view, widths,
+    Coupling, Method, RunInfo, State, above_zero, momentum_in_range, view, widths,
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
@@ -135,11 +135,11 @@ struct Own {
     queue: Tensor,
     /// The rows that each half's keys overwrite, from this one on: the oldest. End to end, each query's own key.
     places: Numbers<i32>,
-    course: Course,
+    course: RunInfo,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     momentum_in_range(settings.momentum, "momentum")?;
     momentum_in_range(settings.bank_momentum, "bank_momentum")?;
@@ -321,7 +321,7 @@ impl Method for MoCo {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         let Settings { queue, embedding, symmetric, dictionary, .. } = self.settings;
         let keys = if symmetric { 2 * course.batch } else { course.batch };
         if dictionary == Dictionary::Queue && !queue.is_multiple_of(keys) {

@@ -1,4 +1,4 @@
-//! The methods (floor 5): each one file that reads like its paper's pseudocode, and its row in [`ALL`].
+//! The methods: each one file that reads like its paper's pseudocode, and its row in [`ALL`].
 //!
 //! A method owns its description and whatever state is its own; weights live in an arena. Around it the training step is:
 //!
@@ -29,20 +29,17 @@
 //! | batch size in the paper | 256 | 4096 | 4096 | 4096, or 256 with queue | 4096 | 512 |
 //! | sensitivity to it | low: the queue stands in | high: -5 points at 256, 100 epochs | lower with memory | low with queue | low down to 256 with accumulation | low, 64 to 2048 |
 
-mod builtin;
 pub mod byol;
 mod dictionary;
 pub mod distill;
 mod micro;
 pub mod moco;
 mod monitors;
-mod recipe;
 pub mod simclr;
 pub mod simclr_v2;
 pub mod simsiam;
 pub mod supervised;
 pub mod swav;
-mod table;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,19 +47,15 @@ use std::sync::Arc;
 use crate::arena::{Arena, Layout, Slot};
 use crate::error::{Error, Result};
 use crate::nn::{ResNet, ResNetConfig};
-use crate::optim::Care;
+use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
 pub use micro::{check_micro_batches, step};
 pub use monitors::{BINS, Reading, Readings};
-pub use recipe::{
-    DataSettings, MethodSettings, OptimSettings, Recipe, TrainSettings, WatchSettings,
-};
 
 /// What is known of a run before its first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Course {
+pub struct RunInfo {
     /// What decides every random number.
     pub seed: u64,
     /// Images of a step.
@@ -123,7 +116,7 @@ pub trait Method {
     ///
     /// # Errors
     /// When the method cannot run so: a queue that is no multiple of the batch, say.
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         let _ = (online, course);
         Ok(())
     }
@@ -155,15 +148,15 @@ pub trait Method {
     }
 
     /// What differs in kind from the phase before, after [`Method::prepare`]: a captured step serves one phase, and
-    /// [`Method::care`] is asked again when it changes.
+    /// [`Method::param_policy`] is asked again when it changes.
     fn phase(&self) -> u32 {
         0
     }
 
     /// How the optimiser treats a slot in this phase; `base` is the schedule's peak.
-    fn care(&self, slot: &Slot, base: f64) -> Care {
+    fn param_policy(&self, slot: &Slot, base: f64) -> ParamPolicy {
         let _ = (slot, base);
-        Care::Usual
+        ParamPolicy::Default
     }
 
     /// Moves what must move before the forward pass: MoCo's key encoder, SwAV's prototypes.
@@ -276,16 +269,19 @@ pub const ALL: &[(&str, Build)] = &[
     ("swav", swav::build),
 ];
 
-/// The method of a recipe.
+/// Builds a method by name on a network, from its table of settings.
 ///
 /// # Errors
-/// When no method has that name, or its settings do not fit.
-pub fn build(recipe: &Recipe) -> Result<Box<dyn Method>> {
-    let (_, build) = ALL.iter().find(|(name, _)| *name == recipe.method.name).ok_or_else(|| {
-        let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
-        let (name, known) = (&recipe.method.name, names.join(", "));
-        Error::Config(format!("there is no method `{name}`; known are: {known}"))
+/// If no method has that name, or its settings do not fit.
+pub fn build(
+    name: &str,
+    network: &ResNetConfig,
+    settings: &toml::Table,
+) -> Result<Box<dyn Method>> {
+    let (_, build) = ALL.iter().find(|(known, _)| *known == name).ok_or_else(|| {
+        let known: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
+        Error::Config(format!("there is no method `{name}`; known are: {}", known.join(", ")))
     })?;
-    recipe.network.check()?;
-    build(&recipe.network, &recipe.method.settings)
+    network.check()?;
+    build(network, settings)
 }

@@ -136,7 +136,7 @@ pub struct SimClr {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
     if settings.head_layers > 2 {

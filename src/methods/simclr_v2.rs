@@ -40,7 +40,7 @@ use super::simclr::TRUNCATION;
 use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
 use crate::methods::moco::random_rows;
-use crate::methods::{Coupling, Course, Method, State, above_zero, momentum_in_range, widths};
+use crate::methods::{Coupling, Method, RunInfo, State, above_zero, momentum_in_range, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
 use crate::optim::ema;
@@ -131,7 +131,7 @@ struct Memory {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     momentum_in_range(settings.momentum, "momentum")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
@@ -178,7 +178,7 @@ impl Method for SimClrV2 {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         let Settings { memory, embedding, .. } = self.settings;
         if memory == 0 {
             return Ok(());

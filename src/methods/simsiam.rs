@@ -37,10 +37,10 @@ use serde::Deserialize;
 use super::monitors::{Reading, Readings, mean_cosine, similarities};
 use crate::arena::{Arena, Layout, Slot};
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, Course, Method, State, view, widths};
+use crate::methods::{Coupling, Method, RunInfo, State, view, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{l2_normalize, mean, neg_cosine};
-use crate::optim::{Care, ema};
+use crate::optim::{ParamPolicy, ema};
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
 
@@ -104,7 +104,7 @@ pub struct SimSiam {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     widths(&[(settings.embedding, "embedding"), (settings.hidden, "hidden")])?;
     if settings.projector_layers == 0 {
         return Err(Error::config("method.projector_layers starts at 1"));
@@ -169,7 +169,7 @@ impl Method for SimSiam {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, _: &RunInfo) -> Result<()> {
         if self.settings.target_every > 0 {
             self.target = Some(online.twin());
             self.stays = Some(Numbers::new(online.device(), &[0.0]));
@@ -190,11 +190,11 @@ impl Method for SimSiam {
         }
     }
 
-    fn care(&self, slot: &Slot, base: f64) -> Care {
+    fn param_policy(&self, slot: &Slot, base: f64) -> ParamPolicy {
         if self.settings.fix_predictor_lr && slot.name.starts_with("predictor.") {
-            return Care::FixedRate(base);
+            return ParamPolicy::FixedLr(base);
         }
-        Care::Usual
+        ParamPolicy::Default
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {

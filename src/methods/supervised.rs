@@ -17,10 +17,10 @@ use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::simclr_v2::{HEAD_LAYERS, head};
-use crate::methods::{Course, Method, above_zero, widths};
+use crate::methods::{Method, RunInfo, above_zero, widths};
 use crate::nn::{Mlp, ResNet, ResNetConfig};
 use crate::ops::{cross_entropy, gather_rows, linear, soft_cross_entropy};
-use crate::optim::Care;
+use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Numbers, Tensor};
 
@@ -139,7 +139,7 @@ pub struct Supervised {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     settings.check()?;
     Ok(Box::new(Supervised::new(network, &settings)))
 }
@@ -167,7 +167,7 @@ impl Method for Supervised {
         1
     }
 
-    fn start(&mut self, online: &Arena, _: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, _: &RunInfo) -> Result<()> {
         let Settings { classes, label_smoothing: s, .. } = self.settings;
         let device = online.device();
         self.device = Some(device.clone());
@@ -194,12 +194,12 @@ impl Method for Supervised {
         Ok(())
     }
 
-    fn care(&self, slot: &Slot, _: f64) -> Care {
+    fn param_policy(&self, slot: &Slot, _: f64) -> ParamPolicy {
         let Settings { new_classifier, classifier_rate, .. } = self.settings;
         match slot.name.starts_with("fc.") {
-            true if classifier_rate != 1.0 => Care::Times(classifier_rate),
-            true if new_classifier => Care::Spared,
-            _ => Care::Usual,
+            true if classifier_rate != 1.0 => ParamPolicy::LrMultiplier(classifier_rate),
+            true if new_classifier => ParamPolicy::Exempt,
+            _ => ParamPolicy::Default,
         }
     }
 

@@ -40,13 +40,13 @@ use serde::Deserialize;
 use super::monitors::{Reading, Readings, similarities};
 use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, Course, Method, State, above_zero, widths};
+use crate::methods::{Coupling, Method, RunInfo, State, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
     concat_rows, l2_normalize, linear, mean, normalize_rows, push_rows, sinkhorn, slice_rows,
     soft_cross_entropy, softmax,
 };
-use crate::optim::Care;
+use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
@@ -116,7 +116,7 @@ pub struct Swav {
     settings: Settings,
     /// `[queue, embedding]` for each assigning crop, newest first; empty without.
     queues: Vec<Tensor>,
-    course: Course,
+    course: RunInfo,
     frozen: bool,
     queue_runs: bool,
     queue_full: bool,
@@ -127,7 +127,7 @@ pub struct Swav {
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
-    let settings: Settings = super::table::read(table, "method")?;
+    let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     above_zero(settings.epsilon, "epsilon")?;
     widths(&[
@@ -162,7 +162,7 @@ impl Swav {
             prototypes,
             settings: *settings,
             queues: Vec::new(),
-            course: Course { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
+            course: RunInfo { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
             frozen: settings.freeze_steps > 0,
             queue_runs: false,
             queue_full: false,
@@ -211,7 +211,7 @@ impl Method for Swav {
         self.settings.crops
     }
 
-    fn start(&mut self, online: &Arena, course: &Course) -> Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
         self.course = *course;
         let Settings { queue, embedding, .. } = self.settings;
         let rows = queue - queue % course.batch;
@@ -242,8 +242,12 @@ impl Method for Swav {
         u32::from(self.frozen) | u32::from(self.queue_runs) << 1 | u32::from(self.queue_full) << 2
     }
 
-    fn care(&self, slot: &Slot, _: f64) -> Care {
-        if self.frozen && slot.name == "prototypes.weight" { Care::Frozen } else { Care::Usual }
+    fn param_policy(&self, slot: &Slot, _: f64) -> ParamPolicy {
+        if self.frozen && slot.name == "prototypes.weight" {
+            ParamPolicy::Frozen
+        } else {
+            ParamPolicy::Default
+        }
     }
 
     fn before_step(&mut self, online: &mut Arena) {

@@ -1,4 +1,4 @@
-//! Networks as descriptions (floor 4).
+//! Networks as descriptions.
 //!
 //! A layer knows its slots and its settings and owns no memory: `forward` takes the weights of the arena that the tape was
 //! made over, so that an online and a momentum encoder are one description run on two arenas.

@@ -1,13 +1,8 @@
-//! The primitives (floor 3).
+//! The primitives.
 //!
 //! Each is a folder: `mod.rs` has the maths with shapes and source, the checks and the recording on the tape; `cpu.rs`
 //! the f32 path over slices; `cuda.rs` the launch lines of its kernels, which are in `kernels/`; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
 //! not to be fast. A new primitive is a folder, the re-export below and a row in the case table of the tests.
-
-use rayon::prelude::*;
-
-use crate::device::DeviceKind;
-use crate::tensor::Tensor;
 
 /// Calls the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`, in an unsafe block.
 macro_rules! by_dtype {
@@ -25,7 +20,7 @@ mod batch_norm;
 mod cast;
 pub(crate) mod conv2d;
 mod cross_entropy;
-mod exponential;
+pub(crate) mod gemm;
 mod info_nce;
 pub mod kernels;
 mod l2_normalize;
@@ -34,25 +29,22 @@ mod neg_cosine;
 mod nt_xent;
 mod pair_loss;
 mod pool;
-mod product;
 mod relu;
 mod row_losses;
 pub(crate) mod rows;
 mod scale;
 mod selective_kernel;
-pub(crate) mod similarity;
 mod sinkhorn;
 mod soft_cross_entropy;
-mod tiles;
 
 pub use add::add;
-pub(crate) use add::add_into;
 pub(crate) use batch_norm::batch_norm_by;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use cast::cast;
 pub(crate) use conv2d::conv2d_with_moments;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
+pub(crate) use gemm::Moments;
 pub use info_nce::{Negatives, info_nce};
 pub use l2_normalize::{l2_normalize, normalize_rows};
 pub use linear::linear;
@@ -61,7 +53,6 @@ pub use nt_xent::nt_xent;
 pub(crate) use nt_xent::nt_xent_groups;
 pub use pair_loss::{PairLoss, pair_loss};
 pub use pool::{avg_pool, max_pool, mean_pool};
-pub(crate) use product::Moments;
 pub use relu::relu;
 pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 pub use scale::{mean, scale};
@@ -72,24 +63,9 @@ pub use soft_cross_entropy::{distillation, soft_cross_entropy, softmax};
 
 /// The instruction set that the CPU's kernels run on here.
 pub fn instruction_set() -> &'static str {
-    match conv2d::Isa::current() {
-        conv2d::Isa::Portable => "portable",
-        conv2d::Isa::Avx2 => "AVX2",
-        conv2d::Isa::Avx512 => "AVX-512",
+    match crate::cpu::Isa::current() {
+        crate::cpu::Isa::Portable => "portable",
+        crate::cpu::Isa::Avx2 => "AVX2",
+        crate::cpu::Isa::Avx512 => "AVX-512",
     }
 }
-
-/// Sets every element of a float tensor, in parallel: a whole network's gradients are worth more than one thread.
-pub(crate) fn fill(x: &mut Tensor, value: f64) {
-    let device = x.device().clone();
-    match device.kind() {
-        DeviceKind::Cpu => {
-            let x = x.data_mut::<f32>();
-            device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value as f32)));
-        }
-        DeviceKind::Cuda | DeviceKind::Reference => x.view_mut().fill(value),
-    }
-}
-
-/// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.
-pub(crate) const CHUNK: usize = 1 << 14;

@@ -4,7 +4,7 @@
 
 use half::bf16;
 
-use super::optimizer::{Care, Lars, Rule, Segment, Sgd, TrustNorm};
+use super::optimizer::{Lars, ParamPolicy, Rule, Segment, Sgd, TrustNorm};
 use crate::arena::{Arena, Parts};
 use crate::device::Device;
 use crate::device::cuda::{self, In, Launch, Out, Table};
@@ -14,8 +14,8 @@ use crate::tensor::{DType, Tensor};
 const CHUNK: usize = 8192;
 
 /// The `policies` of slots in `kernels/optimizer.cu`.
-const USUAL: i32 = 0;
-const SPARED: i32 = 1;
+const DEFAULT: i32 = 0;
+const EXEMPT: i32 = 1;
 const FROZEN: i32 = 2;
 
 /// In the place of a slot's own learning rate: once the rate of all.
@@ -29,7 +29,7 @@ pub(super) struct Tables {
     /// The slot of each chunk.
     chunks: Table<i32>,
     count: usize,
-    care: Table<i32>,
+    policies: Table<i32>,
     rates: Table<f64>,
 }
 
@@ -40,20 +40,20 @@ impl Tables {
             slots.extend([segment.offset, segment.len, chunks.len()].map(|v| v as u64));
             chunks.resize(chunks.len() + segment.len.div_ceil(CHUNK), slot as i32);
         }
-        let (care, rates) = care(segments);
+        let (policies, rates) = policies_and_rates(segments);
         Self {
             slots: Table::new(gpu, &slots),
             count: chunks.len(),
             chunks: Table::new(gpu, &chunks),
-            care: Table::new(gpu, &care),
+            policies: Table::new(gpu, &policies),
             rates: Table::new(gpu, &rates),
         }
     }
 
     /// Takes over how each slot is treated in the steps to come.
-    pub(super) fn treat(&mut self, segments: &[Segment]) {
-        let (care, rates) = care(segments);
-        self.care.write(&care);
+    pub(super) fn set_policies(&mut self, segments: &[Segment]) {
+        let (policies, rates) = policies_and_rates(segments);
+        self.policies.write(&policies);
         self.rates.write(&rates);
     }
 
@@ -87,7 +87,7 @@ impl Tables {
                 gradients.device_in(),
                 self.slots.device_in(),
                 self.chunks.device_in(),
-                self.care.device_in(),
+                self.policies.device_in(),
                 self.rates.device_in(),
                 lr,
                 self.count as i32,
@@ -110,7 +110,7 @@ impl Tables {
                 gradients.device_in(),
                 self.slots.device_in(),
                 self.chunks.device_in(),
-                self.care.device_in(),
+                self.policies.device_in(),
                 self.count as i32,
                 rule.weight_decay,
             );
@@ -123,7 +123,7 @@ impl Tables {
                 partial.device_in(),
                 self.slots.device_in(),
                 self.chunks.device_in(),
-                self.care.device_in(),
+                self.policies.device_in(),
                 self.rates.device_in(),
                 lr,
                 self.count as i32,
@@ -139,15 +139,15 @@ impl Tables {
 }
 
 /// The `policies` and `rates` of `kernels/optimizer.cu`.
-fn care(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
+fn policies_and_rates(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
     let of = |segment: &Segment| {
-        let usual = if segment.spared { SPARED } else { USUAL };
-        match segment.care {
-            Care::Usual => (usual, NO_RATE),
-            Care::FixedRate(rate) => (usual, rate),
-            Care::Times(factor) => (usual, -factor),
-            Care::Frozen => (FROZEN, NO_RATE),
-            Care::Spared => (SPARED, NO_RATE),
+        let default = if segment.exempt { EXEMPT } else { DEFAULT };
+        match segment.policy {
+            ParamPolicy::Default => (default, NO_RATE),
+            ParamPolicy::FixedLr(rate) => (default, rate),
+            ParamPolicy::LrMultiplier(factor) => (default, -factor),
+            ParamPolicy::Frozen => (FROZEN, NO_RATE),
+            ParamPolicy::Exempt => (EXEMPT, NO_RATE),
         }
     };
     segments.iter().map(of).unzip()

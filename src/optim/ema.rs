@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::arena::Arena;
 use crate::device::DeviceKind;
-use crate::ops::CHUNK;
+use crate::tensor::CHUNK;
 use crate::tensor::{Float, Numbers};
 
 /// Moves `target` towards `online`; `momentum`, one number in `0..=1`, is the weight of the old value.

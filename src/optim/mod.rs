@@ -1,4 +1,4 @@
-//! Updates over whole arenas (floor 4): SGD, LARS, the momentum encoder, learning-rate schedules.
+//! Updates over whole arenas: SGD, LARS, the momentum encoder, learning-rate schedules.
 
 mod cuda;
 mod ema;
@@ -6,5 +6,5 @@ mod optimizer;
 mod schedule;
 
 pub use ema::ema;
-pub use optimizer::{Care, Exclude, Lars, Optimizer, Rule, Sgd, TrustNorm};
+pub use optimizer::{Exclude, Lars, Optimizer, ParamPolicy, Rule, Sgd, TrustNorm};
 pub use schedule::{Decay, LrRule, Schedule};

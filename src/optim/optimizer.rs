@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::cuda::Tables;
 use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
-use crate::ops::CHUNK;
+use crate::tensor::CHUNK;
 use crate::tensor::{Float, Numbers, Tensor};
 
-/// Which slots are spared.
+/// Which slots are exempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exclude {
@@ -26,7 +26,7 @@ pub enum Exclude {
 }
 
 impl Exclude {
-    fn spares(self, kind: SlotKind) -> bool {
+    fn exempts(self, kind: SlotKind) -> bool {
         self == Exclude::BiasAndNorm && kind.is_bias_or_norm()
     }
 }
@@ -145,18 +145,18 @@ pub enum Rule {
 
 /// How a method wants a slot treated, beyond what its kind decides.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Care {
+pub enum ParamPolicy {
     /// As all others.
     #[default]
-    Usual,
+    Default,
     /// Always with this learning rate (SimSiam's predictor).
-    FixedRate(f64),
+    FixedLr(f64),
     /// With so many times the learning rate of the others, > 0 (the new classifier where SwAV fine-tunes).
-    Times(f64),
+    LrMultiplier(f64),
     /// Not moved at all, nor its momentum (SwAV's prototypes at first).
     Frozen,
     /// Without weight decay and trust ratio, whatever its kind (SimCLR's supervised head).
-    Spared,
+    Exempt,
 }
 
 /// One slot as the optimiser sees it.
@@ -165,8 +165,8 @@ pub(super) struct Segment {
     pub(super) offset: usize,
     pub(super) len: usize,
     /// By its kind.
-    pub(super) spared: bool,
-    pub(super) care: Care,
+    pub(super) exempt: bool,
+    pub(super) policy: ParamPolicy,
 }
 
 /// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
@@ -202,8 +202,8 @@ impl Optimizer {
         let segment = |slot: &Slot| Segment {
             offset: slot.offset,
             len: slot.shape.elements(),
-            spared: exclude.spares(slot.kind),
-            care: Care::Usual,
+            exempt: exclude.exempts(slot.kind),
+            policy: ParamPolicy::Default,
         };
         let segments: Vec<_> = arena.layout().params().iter().map(segment).collect();
         let device = arena.device();
@@ -230,13 +230,13 @@ impl Optimizer {
     ///
     /// # Panics
     /// When the layout is not that of the optimiser's arena.
-    pub fn treat(&mut self, layout: &Layout, care: impl Fn(&Slot) -> Care) {
+    pub fn set_policies(&mut self, layout: &Layout, policy: impl Fn(&Slot) -> ParamPolicy) {
         assert_eq!(layout.params().len(), self.segments.len(), "optimizer: another layout");
         for (segment, slot) in self.segments.iter_mut().zip(layout.params()) {
-            segment.care = care(slot);
+            segment.policy = policy(slot);
         }
         if let Some(tables) = &mut self.tables {
-            tables.treat(&self.segments);
+            tables.set_policies(&self.segments);
         }
     }
 
@@ -290,14 +290,14 @@ impl Optimizer {
         }
         device.run(|| {
             slots.into_par_iter().for_each(|(w, m, g, segment)| {
-                let (spared, lr) = match segment.care {
-                    Care::Usual => (segment.spared, lr),
-                    Care::FixedRate(lr) => (segment.spared, lr),
-                    Care::Times(factor) => (segment.spared, factor * lr),
-                    Care::Spared => (true, lr),
-                    Care::Frozen => return,
+                let (exempt, lr) = match segment.policy {
+                    ParamPolicy::Default => (segment.exempt, lr),
+                    ParamPolicy::FixedLr(lr) => (segment.exempt, lr),
+                    ParamPolicy::LrMultiplier(factor) => (segment.exempt, factor * lr),
+                    ParamPolicy::Exempt => (true, lr),
+                    ParamPolicy::Frozen => return,
                 };
-                let step = slot_step(rule, w, g, spared, lr);
+                let step = slot_step(rule, w, g, exempt, lr);
                 w.par_chunks_mut(CHUNK)
                     .zip(m.par_chunks_mut(CHUNK))
                     .zip(g.par_chunks(CHUNK))
@@ -307,18 +307,18 @@ impl Optimizer {
     }
 }
 
-fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], spared: bool, lr: f64) -> Step {
+fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], exempt: bool, lr: f64) -> Step {
     match rule {
         Rule::Sgd(sgd) => Step {
             scale: 1.0,
-            decay: if spared { 0.0 } else { sgd.weight_decay },
+            decay: if exempt { 0.0 } else { sgd.weight_decay },
             momentum: sgd.momentum,
             nesterov: sgd.nesterov,
             in_lr: 1.0,
             out_lr: lr,
         },
         Rule::Lars(lars) => {
-            let (scale, decay) = if spared {
+            let (scale, decay) = if exempt {
                 (1.0, 0.0)
             } else {
                 let [w_norm, g_norm, decayed] = norms(w, g, lars.weight_decay);

@@ -1,4 +1,4 @@
-//! Tensors: a shape, a dtype and a piece of a device's memory (floor 2).
+//! Tensors: a shape, a dtype and a piece of a device's memory.
 //!
 //! Tensors are contiguous and row-major; images are `[n, h, w, c]`. Clones and slices of rows share memory. Writing
 //! needs the only handle: [`Tensor::view_mut`] panics while another tensor still looks at the same memory, so that a
@@ -7,8 +7,10 @@
 //! [`Tensor::data`] and [`Tensor::data_mut`] are for the host's own memory; [`Tensor::to_vec`], [`Tensor::from_slice`] and
 //! [`TensorMut::write`] copy to and from any device.
 
+mod arithmetic;
 mod dtype;
 mod numbers;
+mod views;
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,9 +19,11 @@ use half::bf16;
 
 use crate::device::cuda::{self, In, Launch, Out};
 use crate::device::{Device, DeviceKind, Memory};
+pub(crate) use arithmetic::{CHUNK, add_into, fill};
 pub(crate) use dtype::Float;
 pub use dtype::{DType, Element, Shape};
 pub use numbers::Numbers;
+pub(crate) use views::{interleave_views, pick_views, row_shape};
 
 /// A contiguous array on a device.
 #[derive(Clone)]

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
-use crate::train::weights::{Entry, WeightFile, whole, write_weights};
+use crate::weights::{Entry, WeightFile, whole, write_weights};
 
 const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";

@@ -5,9 +5,9 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::methods::{MethodSettings, Recipe};
 use crate::optim::{Decay, Exclude, Lars, LrRule, Rule, Sgd};
-use crate::train::weights::WeightFile;
+use crate::recipes::{MethodSettings, Recipe};
+use crate::weights::WeightFile;
 
 /// Names of fine-tuning protocols.
 pub const FINETUNES: [&str; 4] = ["lightly", "simclr-v2", "swav-1%", "swav-10%"];

@@ -4,9 +4,9 @@ use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::methods::Recipe;
+use crate::recipes::Recipe;
 use crate::train::Metrics;
-use crate::train::weights::write_whole;
+use crate::weights::write_whole;
 
 /// The resolved recipe's name in it.
 pub(super) const RECIPE: &str = "recipe.toml";

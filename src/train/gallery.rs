@@ -11,8 +11,8 @@ use crate::data::{Image, Policy, Source, center};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::eval::{self, Answer, Features};
-use crate::methods::Recipe;
-use crate::train::weights::write_whole;
+use crate::recipes::Recipe;
+use crate::weights::write_whole;
 
 /// Its name in a run's folder.
 pub(super) const GALLERY: &str = "gallery.json";

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::data::{self, Source, Split, Subset};
 use crate::error::{Error, Result};
-use crate::methods::DataSettings;
+use crate::recipes::DataSettings;
 
 /// The images of a run.
 #[derive(Clone)]

@@ -5,8 +5,9 @@ use serde::Serialize;
 use crate::arena::Arena;
 use crate::device::Device;
 use crate::error::Result;
-use crate::methods::{self, Course, Method, Recipe};
+use crate::methods::{Method, RunInfo};
 use crate::optim::Optimizer;
+use crate::recipes::Recipe;
 use crate::tape::{NodeInfo, step};
 use crate::tensor::Tensor;
 
@@ -49,10 +50,10 @@ pub fn fewest(recipe: &Recipe) -> usize {
 /// When the recipe does not fit together, or its method cannot run with so few images.
 pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     let device = Device::cpu(recipe.train.threads)?;
-    let mut method = methods::build(recipe)?;
+    let mut method = recipe.build_method()?;
     let mut online = Arena::new(method.layout(), &device, recipe.seed);
     let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
-    let course = Course { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
+    let course = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
     method.start(&online, &course)?;
     let fixed = device.memory_use().live;
     let crops = crops(recipe, &*method, images, &device)?;

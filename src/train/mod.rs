@@ -1,14 +1,15 @@
-//! Training runs (floor 6): the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
+//! Training runs: the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
 
 mod checkpoint;
 mod evaluation;
 mod finetune;
 mod folder;
 mod gallery;
+mod health;
 mod images;
 mod inspect;
 mod metrics;
-mod replay;
+mod parity_dump;
 mod report;
 mod resume;
 mod run;
@@ -16,8 +17,6 @@ mod step;
 mod study;
 mod tensorboard;
 mod trace;
-pub(crate) mod weights;
-mod wrong;
 
 pub use checkpoint::{export_trunk, init_weights, load_state, load_weights, newest, save};
 pub use finetune::{FINETUNES, finetuning};
@@ -27,5 +26,5 @@ pub use metrics::Metrics;
 pub use report::{REPORT, report, write_report};
 pub use resume::{Paused, recipe_in};
 pub use run::{EpochReport, Run, StepReport, Watch};
-pub use step::{Done, Steps, Training};
-pub use study::{Arm, Outcome, Plan, Study};
+pub use step::{StepResult, Steps, Training};
+pub use study::{Arm, Outcome, Study, StudyPlan};

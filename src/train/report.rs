@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::folder::RECIPE;
 use super::gallery;
-use super::weights::write_whole;
 use crate::error::{Error, Result};
+use crate::weights::write_whole;
 
 /// Its name in a run's folder.
 pub const REPORT: &str = "report.html";

@@ -15,10 +15,11 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::Spread;
-use crate::methods::{Reading, Recipe};
+use crate::methods::Reading;
+use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder, RECIPE};
-use crate::train::weights::{WeightFile, write_whole};
 use crate::train::{Run, checkpoint};
+use crate::weights::{WeightFile, write_whole};
 
 /// Notes in a checkpoint's header.
 const PROGRESS_NOTE: &str = "selfsup.progress";
@@ -183,7 +184,7 @@ impl Run {
             run.loader
                 .seek(if position == batches { epoch + 1 } else { epoch }, position % batches);
             run.method.prepare(step);
-            run.treat();
+            run.set_policies();
         }
         if changed {
             write_whole(&path.join(RECIPE), recipe.to_toml().as_bytes())?;

@@ -13,13 +13,14 @@ use crate::data::{Batch, Loader};
 use crate::device::{Device, DeviceKind, trace_phase};
 use crate::error::{Error, Result};
 use crate::eval::{self, Spread};
-use crate::methods::{self, Course, Method, Reading, Recipe};
+use crate::methods::{self, Method, Reading, RunInfo};
 use crate::optim::{Optimizer, Schedule};
+use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder};
+use crate::train::health::{collapse, diverged};
 use crate::train::resume::Progress;
 use crate::train::trace::Trace;
-use crate::train::wrong::{collapse, diverged};
-use crate::train::{Done, Images, Steps, Training, checkpoint, replay, report};
+use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, report};
 
 /// What a step looked like.
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +94,7 @@ pub struct Run {
 }
 
 /// An epoch under way.
-struct SoFar {
+struct EpochProgress {
     start: Instant,
     /// Batches that were done before, by a run that was stopped: they count in the loss, not in the speed.
     first: usize,
@@ -115,7 +116,7 @@ impl Run {
 
     /// A run without a folder; weights from files are read if it is a `fresh` one.
     pub(super) fn prepare(recipe: &Recipe, device: &Device, fresh: bool) -> Result<Self> {
-        let mut method = methods::build(recipe)?;
+        let mut method = recipe.build_method()?;
         if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
             let name = &recipe.method.name;
             return Err(Error::Config(format!(
@@ -140,7 +141,7 @@ impl Run {
         let schedule = recipe.schedule(images.train.len());
         method.start(
             &online,
-            &Course {
+            &RunInfo {
                 seed: recipe.seed,
                 batch: recipe.train.batch,
                 images: images.train.len(),
@@ -173,14 +174,14 @@ impl Run {
             trace: None,
             saved: Instant::now(),
         };
-        run.treat();
+        run.set_policies();
         Ok(run)
     }
 
     /// Asks the method how its slots are to be treated in this phase.
-    pub(super) fn treat(&mut self) {
+    pub(super) fn set_policies(&mut self) {
         let (method, peak) = (&self.method, self.schedule.peak);
-        self.optimizer.treat(self.online.layout(), |slot| method.care(slot, peak));
+        self.optimizer.set_policies(self.online.layout(), |slot| method.param_policy(slot, peak));
     }
 
     /// The weights.
@@ -283,13 +284,13 @@ impl Run {
         let waited = self.loader.waited();
         let (first, steps) = (self.progress.position, self.loader.batches_per_epoch());
         let views = (steps - first) * self.recipe.train.batch * self.method.views();
-        let so_far = SoFar { start: Instant::now(), first, steps, views };
+        let so_far = EpochProgress { start: Instant::now(), first, steps, views };
         for i in first..steps {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
             let batch = trace_phase("wait for images", || self.loader.next_batch())?;
-            self.record_views(&batch)?;
+            self.dump_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,
                 online: &mut self.online,
@@ -317,7 +318,7 @@ impl Run {
             self.between_steps()?;
         }
         let Progress { spread, prototypes_used, .. } = self.progress;
-        let seen = self.went_wrong(epoch, loss);
+        let seen = self.check_health(epoch, loss);
         let last = epoch + 1 == self.recipe.train.epochs || seen.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
         let evaluation = Instant::now();
@@ -368,7 +369,7 @@ impl Run {
     }
 
     /// Ends the trace, if there is one and this was its last step.
-    fn traced(&mut self, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
+    fn traced(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
         let Some(trace) = &mut self.trace else { return Ok(()) };
         if trace.after_step()? {
             watch.note(&trace.told());
@@ -380,7 +381,7 @@ impl Run {
     }
 
     /// What the numbers of an epoch say against it, if they do.
-    fn went_wrong(&self, epoch: u32, loss: f64) -> Option<String> {
+    fn check_health(&self, epoch: u32, loss: f64) -> Option<String> {
         let (watch, Progress { spread, prototypes_used, first_loss, .. }) =
             (&self.recipe.watch, &self.progress);
         let epoch = epoch + 1;
@@ -397,14 +398,19 @@ impl Run {
     }
 
     /// Waits for the losses of all steps begun: before weights are looked at, or written.
-    fn catch_up(&mut self, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
+    fn catch_up(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
         let known = self.steps.finish()?;
         known.into_iter().try_for_each(|done| self.tell(done, so_far, watch))
     }
 
     /// Writes down a step whose loss is known.
-    fn tell(&mut self, done: Done, so_far: &SoFar, watch: &mut dyn Watch) -> Result<()> {
-        let Done { step, lr, loss } = done;
+    fn tell(
+        &mut self,
+        done: StepResult,
+        so_far: &EpochProgress,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        let StepResult { step, lr, loss } = done;
         self.online.device().check()?; // what a failed device gives is no number
         if !loss.is_finite() && self.progress.losses.is_finite() {
             self.alarm(watch, || format!(
@@ -452,7 +458,7 @@ impl Run {
     /// The folder of a record of this run's first steps, if one is asked for and this is one of them.
     fn record(&self) -> Option<PathBuf> {
         let Folder { path, .. } = self.folder.as_ref()?;
-        (self.begun < self.recipe.train.record_views).then(|| path.join(replay::FOLDER))
+        (self.begun < self.recipe.train.dump_views).then(|| path.join(parity_dump::FOLDER))
     }
 
     fn record_start(&mut self) -> Result<()> {
@@ -464,8 +470,8 @@ impl Run {
         Ok(())
     }
 
-    fn record_views(&self, batch: &Batch) -> Result<()> {
-        self.record().map_or(Ok(()), |folder| replay::write_views(&folder, self.begun, batch))
+    fn dump_views(&self, batch: &Batch) -> Result<()> {
+        self.record().map_or(Ok(()), |folder| parity_dump::write_views(&folder, self.begun, batch))
     }
 }
 

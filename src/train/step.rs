@@ -1,9 +1,9 @@
-//! One training step after another: launched, or recorded once and replayed.
+//! One training step after another: launched, or captured once and replayed.
 //!
 //! The host runs all of a step on the CPU. On a GPU it does so for the first two steps of a phase, so that all memory is on
-//! the free list; the third is recorded as a graph, and from then on a step is one call. A replay runs none of the host's
-//! code: views are copied to where the recorded step found them, and what else changes are [`Numbers`](crate::tensor::Numbers)
-//! that [`Method::labels`], [`Method::prepare`] and the schedule set. Another phase or another shape records anew; there is one
+//! the free list; the third is captured as a graph, and from then on a step is one call. A replay runs none of the host's
+//! code: views are copied to where the captured step found them, and what else changes are [`Numbers`](crate::tensor::Numbers)
+//! that [`Method::labels`], [`Method::prepare`] and the schedule set. Another phase or another shape captures anew; there is one
 //! graph at a time, because it owns the memory of its activations.
 //!
 //! Losses come back late from a GPU, which is never waited for in the middle of a step: while one step runs the host prepares
@@ -21,7 +21,7 @@ use crate::methods::{self, Method};
 use crate::optim::{Optimizer, Schedule};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Steps of a phase that are launched before one is recorded: the second finds all of its memory on the free list.
+/// Steps of a phase that are launched before one is captured: the second finds all of its memory on the free list.
 const LAUNCHED: u32 = 2;
 
 /// Steps that a GPU has queued when the host turns to the next batch.
@@ -44,7 +44,7 @@ pub struct Training<'a> {
 
 /// A step whose loss is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Done {
+pub struct StepResult {
     /// Steps done with it, from 1.
     pub step: u64,
     /// Its learning rate.
@@ -58,13 +58,13 @@ pub struct Steps {
     device: Device,
     /// Micro-batches of a step.
     parts: usize,
-    records: bool,
+    captures: bool,
     /// What the last step was, and how many like it have been launched.
-    like: Option<Like>,
+    like: Option<CaptureKey>,
     launched: u32,
     /// Where a GPU's steps find their views.
     views: Vec<Tensor>,
-    recorded: Option<Recorded>,
+    captured: Option<Captured>,
     embeddings: Option<Tensor>,
     /// On a GPU, losses on their way.
     losses: Option<Ring>,
@@ -72,15 +72,15 @@ pub struct Steps {
     pending: VecDeque<(u64, f64)>,
 }
 
-/// What decides whether a recorded step can stand for another.
+/// What decides whether a captured step can stand for another.
 #[derive(Clone, Debug, PartialEq)]
-struct Like {
+struct CaptureKey {
     phase: u32,
     views: Vec<Shape>,
 }
 
-/// A recorded step, and where it leaves what others look at.
-struct Recorded {
+/// A captured step, and where it leaves what others look at.
+struct Captured {
     graph: Graph,
     loss: Tensor,
     embeddings: Option<Tensor>,
@@ -93,11 +93,11 @@ impl Steps {
         Self {
             device: device.clone(),
             parts: 1,
-            records: on_gpu && !device.gpu().is_synchronous(),
+            captures: on_gpu && !device.gpu().is_synchronous(),
             like: None,
             launched: 0,
             views: Vec::new(),
-            recorded: None,
+            captured: None,
             embeddings: None,
             losses: on_gpu.then(|| Ring::new(device, AHEAD + 1)),
             pending: VecDeque::new(),
@@ -112,7 +112,7 @@ impl Steps {
 
     /// Launches every step: for comparisons, and to look at what a graph would hide.
     pub fn launched(mut self) -> Self {
-        self.records = false;
+        self.captures = false;
         self
     }
 
@@ -126,7 +126,7 @@ impl Steps {
         training: Training<'_>,
         batch: &Batch,
         iteration: u64,
-    ) -> Result<Vec<Done>> {
+    ) -> Result<Vec<StepResult>> {
         let Training { method, online, optimizer, schedule } = training;
         let phase = method.phase();
         method.labels(&batch.labels)?;
@@ -134,7 +134,7 @@ impl Steps {
         method.samples(&batch.indices);
         if method.phase() != phase {
             let (method, peak) = (&*method, schedule.peak);
-            optimizer.treat(online.layout(), |slot| method.care(slot, peak));
+            optimizer.set_policies(online.layout(), |slot| method.param_policy(slot, peak));
         }
         let lr = schedule.lr(iteration);
         optimizer.set_rate(lr);
@@ -144,12 +144,12 @@ impl Steps {
             let loss = step(method, online, optimizer, &batch.crops, cut, progress)?;
             let loss = loss.scalar();
             self.embeddings = method.take_embeddings();
-            return Ok(vec![Done { step: iteration + 1, lr, loss }]);
+            return Ok(vec![StepResult { step: iteration + 1, lr, loss }]);
         }
         let queued = self.queue(method, online, optimizer, batch, progress);
         queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
-        let provide = (self.recorded.is_none() && self.launched == LAUNCHED).then_some(AHEAD + 1);
+        let provide = (self.captured.is_none() && self.launched == LAUNCHED).then_some(AHEAD + 1);
         self.device.gpu().end_turn(provide);
         self.known(AHEAD)
     }
@@ -158,7 +158,7 @@ impl Steps {
     ///
     /// # Errors
     /// When the device fails, naming the step.
-    pub fn finish(&mut self) -> Result<Vec<Done>> {
+    pub fn finish(&mut self) -> Result<Vec<StepResult>> {
         self.known(0)
     }
 
@@ -177,38 +177,38 @@ impl Steps {
         progress: f64,
     ) -> Result<()> {
         let (crops, cut) = (&batch.crops, (batch.indices.len(), self.parts));
-        let like = Like {
+        let like = CaptureKey {
             phase: method.phase(),
             views: crops.iter().map(|crops| *crops.shape()).collect(),
         };
         if self.like.as_ref() != Some(&like) {
-            self.recorded = None;
+            self.captured = None;
             self.views = crops.iter().map(Tensor::empty_like).collect();
             (self.like, self.launched) = (Some(like), 0);
         }
         for (view, crops) in self.views.iter_mut().zip(crops) {
             view.view_mut().copy_from(crops);
         }
-        online.refresh(); // a recorded step brings up to date what it changes itself, no more
-        if !self.records || self.launched < LAUNCHED {
+        online.refresh(); // a captured step brings up to date what it changes itself, no more
+        if !self.captures || self.launched < LAUNCHED {
             let loss = step(method, online, optimizer, &self.views, cut, progress)?;
             self.embeddings = method.take_embeddings();
             self.launched += u32::from(self.launched <= LAUNCHED);
             self.send(&loss);
             return Ok(());
         }
-        if self.recorded.is_none() {
+        if self.captured.is_none() {
             let work = || {
                 let loss = step(method, online, optimizer, &self.views, cut, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
             let (graph, (loss, embeddings)) = Graph::record(&self.device, work)?;
-            self.recorded = Some(Recorded { graph, loss, embeddings });
+            self.captured = Some(Captured { graph, loss, embeddings });
         }
-        let recorded = self.recorded.as_ref().expect("recorded by now");
-        recorded.graph.replay();
-        self.embeddings = recorded.embeddings.clone();
-        let loss = recorded.loss.clone();
+        let captured = self.captured.as_ref().expect("captured by now");
+        captured.graph.replay();
+        self.embeddings = captured.embeddings.clone();
+        let loss = captured.loss.clone();
         self.send(&loss);
         Ok(())
     }
@@ -218,14 +218,14 @@ impl Steps {
     }
 
     /// The steps whose losses arrive until no more than `ahead` are on their way.
-    fn known(&mut self, ahead: usize) -> Result<Vec<Done>> {
+    fn known(&mut self, ahead: usize) -> Result<Vec<StepResult>> {
         let mut known = Vec::new();
         while self.pending.len() > ahead {
             let (step, lr) = self.pending[0];
             let losses = self.losses.as_mut().expect("only a GPU's steps are pending");
             match losses.poll(|| format!("step {step}")) {
                 Some(loss) => {
-                    known.push(Done { step, lr, loss: f64::from(loss) });
+                    known.push(StepResult { step, lr, loss: f64::from(loss) });
                     self.pending.pop_front();
                 }
                 None => {

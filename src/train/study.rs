@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::files::write_whole;
-use crate::methods::{self, Recipe, TrainSettings};
+use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, newest};
 
 /// A question and the runs that answer it.
@@ -67,7 +67,7 @@ pub struct Outcome {
 }
 
 /// How a study is run.
-pub struct Plan<'a> {
+pub struct StudyPlan<'a> {
     /// Folder of the results.
     pub out: &'a Path,
     /// Settings on top of every arm's.
@@ -85,18 +85,18 @@ pub struct Plan<'a> {
 }
 
 impl Study {
-    /// A study from a file, or from a name of [`builtin_studies`](methods::builtin_studies).
+    /// A study from a file, or from a name of [`builtin_studies`](recipes::builtin_studies).
     ///
     /// # Errors
     /// When there is no such file or study, or it is not what it should be.
     pub fn load(name: &str) -> Result<Self> {
-        let text = match methods::builtin_study(name) {
+        let text = match recipes::builtin_study(name) {
             Some(text) => text.to_owned(),
             None if Path::new(name).exists() => {
                 std::fs::read_to_string(name).map_err(Error::io(name))?
             }
             None => {
-                let known = methods::builtin_studies().collect::<Vec<_>>().join(", ");
+                let known = recipes::builtin_studies().collect::<Vec<_>>().join(", ");
                 return Err(Error::Config(format!(
                     "there is no study {name}; built in are: {known}"
                 )));
@@ -140,7 +140,7 @@ impl Study {
     ///
     /// # Errors
     /// When an arm cannot run, for another reason than numbers that went wrong; when the folder holds results of other settings.
-    pub fn run(&self, plan: &Plan<'_>) -> Result<Vec<Outcome>> {
+    pub fn run(&self, plan: &StudyPlan<'_>) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
         for arm in &self.arms {
             for seed in 0..plan.seeds {
@@ -156,7 +156,7 @@ impl Study {
     }
 
     /// One arm under one seed.
-    fn cell(&self, arm: &Arm, seed: u64, plan: &Plan<'_>) -> Result<Outcome> {
+    fn cell(&self, arm: &Arm, seed: u64, plan: &StudyPlan<'_>) -> Result<Outcome> {
         let mut recipe = self.recipe(arm, plan.settings)?;
         recipe.seed += seed;
         (plan.adjust)(&mut recipe);

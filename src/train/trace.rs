@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::weights::write_whole;
 use crate::device::{Device, Row, Span, begin_trace, end_trace};
 use crate::error::Result;
+use crate::weights::write_whole;
 
 /// Steps that are let go by first: they ask for memory, which later ones do not.
 const WARM_UP: u64 = 2;

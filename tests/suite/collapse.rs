@@ -2,7 +2,7 @@
 
 use selfsup::device::Device;
 use selfsup::error::Error;
-use selfsup::methods::Recipe;
+use selfsup::recipes::Recipe;
 use selfsup::train::{EpochReport, Run, StepReport, Watch};
 
 /// A narrow network on a few of the bundled images.

@@ -12,10 +12,10 @@ use selfsup::methods::simclr_v2::{self, SimClrV2};
 use selfsup::methods::simsiam::{self, SimSiam};
 use selfsup::methods::supervised::{self, Supervised};
 use selfsup::methods::swav::{self, Swav};
-use selfsup::methods::{Course, Method, State};
+use selfsup::methods::{Method, RunInfo, State};
 use selfsup::nn::{ResNetConfig, Stem};
 use selfsup::ops;
-use selfsup::optim::{Care, Exclude, Lars, Optimizer, Rule, Schedule, Sgd};
+use selfsup::optim::{Exclude, Lars, Optimizer, ParamPolicy, Rule, Schedule, Sgd};
 use selfsup::tape;
 use selfsup::tensor::Tensor;
 
@@ -32,8 +32,8 @@ const EMBEDDING: usize = 16;
 const KEPT: [usize; 2] = [0, STEPS - 1];
 const EXACT: f64 = 1e-8;
 
-pub const COURSE: Course =
-    Course { seed: 7, batch: BATCH, images: 4 * BATCH, per_epoch: 4, total: STEPS as u64 };
+pub const COURSE: RunInfo =
+    RunInfo { seed: 7, batch: BATCH, images: 4 * BATCH, per_epoch: 4, total: STEPS as u64 };
 
 /// One run; `scripts/goldens/methods.py` has the same.
 #[derive(Clone, Copy)]
@@ -291,11 +291,11 @@ impl Training {
 
     pub fn update(&mut self, step: usize, fault: Fault) {
         let (method, schedule) = (&self.method, self.run.schedule());
-        self.optimizer.treat(self.online.layout(), |slot| {
+        self.optimizer.set_policies(self.online.layout(), |slot| {
             if fault == Fault::NothingSpecial {
-                Care::Usual
+                ParamPolicy::Default
             } else {
-                method.care(slot, schedule.peak)
+                method.param_policy(slot, schedule.peak)
             }
         });
         self.optimizer.step(&mut self.online, schedule.lr(step as u64));
@@ -432,7 +432,7 @@ fn assignments_of_swav_in_f64_agree_with_pytorch() {
             let record = goldens.record(&format!("swav|{step}|assignments.{i}"));
             results.push(record.check(&q.to_f64(), EXACT));
         }
-        optimizer.treat(swav.layout(), |slot| swav.care(slot, run.peak));
+        optimizer.set_policies(swav.layout(), |slot| swav.param_policy(slot, run.peak));
         optimizer.step(&mut online, run.schedule().lr(step as u64));
         swav.after_update(&mut online, 0.0);
     }

@@ -8,7 +8,7 @@ use selfsup::device::Device;
 use selfsup::methods::byol::{self, Byol};
 use selfsup::methods::moco::{self, MoCo};
 use selfsup::methods::simsiam::{self, SimSiam};
-use selfsup::methods::{self, Course, Method, State};
+use selfsup::methods::{self, Method, RunInfo, State};
 use selfsup::nn::ResNetConfig;
 use selfsup::tensor::Tensor;
 
@@ -18,7 +18,7 @@ use crate::network;
 
 const PARTS: usize = 4;
 const IMAGES: usize = 12;
-const COURSE: Course = Course { seed: 7, batch: IMAGES, images: 24, per_epoch: 2, total: 4 };
+const COURSE: RunInfo = RunInfo { seed: 7, batch: IMAGES, images: 24, per_epoch: 2, total: 4 };
 
 type Build = fn(&ResNetConfig) -> Box<dyn Method>;
 

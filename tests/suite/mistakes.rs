@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use selfsup::data::{PackSettings, Stored, pack};
 use selfsup::device::Device;
-use selfsup::methods::{Recipe, builtin_names};
+use selfsup::recipes::{Recipe, builtin_names};
 use selfsup::train::{EpochReport, Run, StepReport, Watch};
 
 use crate::program::{selfsup, text};
@@ -174,7 +174,7 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "train.epoch=1"],
             2,
-            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `micro_batches`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `record_views`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
+            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `micro_batches`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `dump_views`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
         ),
         (
             &["train", "demo", "--set", "train.epochs"],

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
 use selfsup::device::{Device, Precision};
 use selfsup::ops;
-use selfsup::optim::{Care, Exclude, Lars, Optimizer, Rule, Schedule, Sgd, TrustNorm, ema};
+use selfsup::optim::{Exclude, Lars, Optimizer, ParamPolicy, Rule, Schedule, Sgd, TrustNorm, ema};
 use selfsup::tape;
 use selfsup::tensor::Numbers;
 
@@ -199,7 +199,7 @@ fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
             layout.param("b", [5], SlotKind::Bias, Init::Normal(1.0));
             let mut arena = Arena::new(&Arc::new(layout), device, 3);
             let mut optimizer = Optimizer::new(rule, &arena);
-            optimizer.treat(arena.layout(), |_| Care::Times(times));
+            optimizer.set_policies(arena.layout(), |_| ParamPolicy::LrMultiplier(times));
             for lr in [0.1, 0.2].map(|lr| lr / times) {
                 let g = numbers("large", shape.iter().product(), 0.125);
                 tape::step(&mut arena, |tape| dot(&tape.param(w), &g)).unwrap();

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use selfsup::arena::Arena;
 use selfsup::device::{Device, DeviceKind, Precision};
-use selfsup::methods::{self, Course, Recipe};
+use selfsup::methods::RunInfo;
+use selfsup::recipes::{self, Recipe};
 use selfsup::tape;
 use selfsup::tensor::Tensor;
 use selfsup::train::Run;
@@ -68,7 +69,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
         run.train(&mut last).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(last.0.is_finite() && last.1 == 2, "{name}: loss {}, {} steps", last.0, last.1);
         ran += 1;
-        let method = methods::build(&recipe).unwrap();
+        let method = recipe.build_method().unwrap();
         // On a GPU one is enough, that whose keys are cut as well.
         let chosen = if on_gpu { name.starts_with("moco") } else { name.ends_with("-small") };
         recipe.train.micro_batches = 2;
@@ -91,7 +92,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
 
 #[test]
 fn every_recipe_runs_two_steps_at_reduced_width() {
-    let ran = run(methods::builtin_names(), &Device::cpu(1).unwrap().poisoned());
+    let ran = run(recipes::builtin_names(), &Device::cpu(1).unwrap().poisoned());
     assert!(ran > 60, "{ran} recipes");
 }
 
@@ -101,7 +102,7 @@ fn every_recipe_runs_two_steps_at_reduced_width() {
 fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
         let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";
-        let names: Vec<&str> = methods::builtin_names().filter(chosen).collect();
+        let names: Vec<&str> = recipes::builtin_names().filter(chosen).collect();
         let gpu = gpu(Precision::Bf16);
         let method = |name: &&str| reduced(name, &gpu).method.name;
         let used: BTreeSet<String> = names.iter().map(method).collect();
@@ -118,7 +119,7 @@ const IMAGENET: usize = 1_281_167;
 /// gradient and momentum.
 fn need(name: &str, reduced: &Recipe) -> String {
     let full = Recipe::load(name, &[]).unwrap();
-    let weights = methods::build(&full).unwrap().layout().weights();
+    let weights = full.build_method().unwrap().layout().weights();
     let (elements, networks, rows) = elements_of_a_step(reduced);
     let per_pixel = elements / pixels(reduced);
     let width = full.network.width as f64 / reduced.network.width as f64;
@@ -143,7 +144,7 @@ fn need(name: &str, reduced: &Recipe) -> String {
 
 /// Pixels of all views of an image.
 fn pixels(recipe: &Recipe) -> f64 {
-    let views = methods::build(recipe).unwrap().views();
+    let views = recipe.build_method().unwrap().views();
     recipe.policies(views).unwrap().iter().map(|policy| (policy.size * policy.size) as f64).sum()
 }
 
@@ -151,9 +152,9 @@ fn pixels(recipe: &Recipe) -> f64 {
 fn elements_of_a_step(recipe: &Recipe) -> (f64, f64, f64) {
     const IMAGES: usize = 2;
     let device = Device::cpu(1).unwrap();
-    let mut method = methods::build(recipe).unwrap();
+    let mut method = recipe.build_method().unwrap();
     let mut online = Arena::new(method.layout(), &device, 1);
-    let course = Course { seed: 1, batch: IMAGES, images: 4, per_epoch: 2, total: 4 };
+    let course = RunInfo { seed: 1, batch: IMAGES, images: 4, per_epoch: 2, total: 4 };
     method.start(&online, &course).unwrap();
     let state = method.state();
     let networks = state.iter().filter(|(_, s)| matches!(s, methods::State::Network(_))).count();
@@ -225,7 +226,7 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     }
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
     let mut own = reduced(name, device);
-    own.train.record_views = 1;
+    own.train.dump_views = 1;
     let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
     check_record(&out.join("replay"), own.augment[0].size);

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use selfsup::Error;
 use selfsup::device::Device;
-use selfsup::methods::{ALL, Recipe};
+use selfsup::methods::ALL;
+use selfsup::recipes::Recipe;
 use selfsup::train::{self, EpochReport, Paused, Run, StepReport, Watch};
 
 use crate::recipes::{reduced, teacher};

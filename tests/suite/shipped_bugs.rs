@@ -9,7 +9,7 @@ use selfsup::arena::{Arena, Layout};
 use selfsup::device::Device;
 use selfsup::methods::moco::{self, MoCo};
 use selfsup::methods::swav::{self, Swav};
-use selfsup::methods::{Course, Method, State};
+use selfsup::methods::{Method, RunInfo, State};
 use selfsup::nn::ResNet;
 use selfsup::ops;
 use selfsup::tape::{self, Tape, Var};
@@ -31,7 +31,7 @@ impl Method for EagerMoCo {
     fn backbone(&self) -> &ResNet {
         self.0.backbone()
     }
-    fn start(&mut self, online: &Arena, course: &Course) -> selfsup::Result<()> {
+    fn start(&mut self, online: &Arena, course: &RunInfo) -> selfsup::Result<()> {
         self.0.start(online, course)
     }
     fn prepare(&mut self, iteration: u64) {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use selfsup::device::Device;
-use selfsup::methods::{self, Recipe};
+use selfsup::recipes::{self, Recipe};
 use selfsup::train::{EpochReport, Plan, StepReport, Study, Watch};
 
 use crate::recipes::reduce;
@@ -26,7 +26,7 @@ fn cheap(recipe: &mut Recipe) {
 fn every_study_runs_its_arms_at_reduced_width_and_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut arms = 0;
-    for name in methods::builtin_studies() {
+    for name in recipes::builtin_studies() {
         let study = Study::load(name).unwrap_or_else(|e| panic!("{name}: {e}"));
         let (out, told) = (folder.path().join(name), RefCell::new(Vec::new()));
         let plan = Plan {
@@ -54,7 +54,7 @@ fn every_study_runs_its_arms_at_reduced_width_and_once() {
         let repeated = repeated.iter().filter(|line| line.ends_with("done before"));
         assert_eq!(repeated.count(), study.arms.len(), "{name}");
     }
-    println!("studies: {}, arms: {arms}", methods::builtin_studies().count());
+    println!("studies: {}, arms: {arms}", recipes::builtin_studies().count());
 }
 
 /// An arm that was interrupted is begun again, one of other settings refused.

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::floors::{code, sources};
+use super::layers::{code, sources};
 
 /// Names behind `pub use`, which make items of private modules public.
 fn reexported(text: &str) -> BTreeSet<String> {

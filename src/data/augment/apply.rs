@@ -1,4 +1,4 @@
-//! Applying drawn numbers to an image. Floor 5.
+//! Applying drawn numbers to an image.
 
 use multiversion::multiversion;
 

@@ -4,7 +4,7 @@
 //! down with zeros outside the image, so that borders darken (simclr:data_util.py `gaussian_blur`, padding SAME).
 //! [`pillow`] is Pillow's `GaussianBlur`, to the bit: three box blurs of a fractional radius with borders
 //! repeated, 8-bit in between (src/libImaging/BoxBlur.c; Gwosdek et al., 2011). Pixels have four channels, the
-//! fourth zero. Floor 5.
+//! fourth zero.
 
 use multiversion::multiversion;
 

@@ -3,7 +3,7 @@
 //! Brightness, contrast and saturation are Pillow's `ImageEnhance`: a blend, truncated, between the image and
 //! black, its mean grey, and its own grey. Hue goes through Pillow's 8-bit HSV
 //! (src/libImaging/{Blend,Convert}.c); that conversion there and back loses up to a few levels, which training
-//! with torchvision sees, and so does this. Pixels are `[r, g, b, 0]`. Floor 5.
+//! with torchvision sees, and so does this. Pixels are `[r, g, b, 0]`.
 
 use multiversion::multiversion;
 

@@ -1,4 +1,4 @@
-//! `kernels/augment.cu`: a block makes a view. Floor 5.
+//! `kernels/augment.cu`: a block makes a view.
 
 use super::params::Params;
 use super::policy::Policy;

@@ -2,7 +2,7 @@
 //!
 //! Contrast is around each channel's mean, saturation and hue in HSV, grey with the weights .2989, .5870, .1140
 //! (simclr:data_util.py over tf.image, byol:utils/augmentations.py); values are clipped after each operation.
-//! Pixels are `[r, g, b, 0]`. Floor 5.
+//! Pixels are `[r, g, b, 0]`.
 
 use multiversion::multiversion;
 

@@ -4,7 +4,7 @@
 //! those [`Params`] and the image. Two kinds of arithmetic exist, because the published methods used two and the
 //! difference shows in accuracy: 8-bit between operations as torchvision has it over Pillow, and float in `[0,
 //! 1]` clipped after each operation as SimCLR and BYOL have it. [`center`] is the evaluation's transform. On a GPU
-//! one kernel makes a batch of views from the same numbers ([`apply_on_gpu`]). Floor 5.
+//! one kernel makes a batch of views from the same numbers ([`apply_on_gpu`]).
 
 mod apply;
 mod blur;

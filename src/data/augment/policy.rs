@@ -1,7 +1,7 @@
 //! What an augmentation may do, as a recipe says it.
 //!
 //! The operations come in one order: crop and resize, flip, jitter, grey (or grey, then jitter), blur, solarise, normalise.
-//! Flipping commutes with the others, so its place in a paper's list does not matter. Floor 5.
+//! Flipping commutes with the others, so its place in a paper's list does not matter.
 
 use serde::{Deserialize, Serialize};
 

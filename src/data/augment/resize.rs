@@ -6,7 +6,6 @@
 //! point, values rounded to 8 bits between the passes (python-pillow/Pillow, src/libImaging/Resample.c). Compared
 //! with Pillow 11.3, which always goes across first; Pillow 13 sometimes goes down first, and then differs by a
 //! level (bilinear) or a few (bicubic, on noise). The input ends at the crop's border, as after `Image.crop`.
-//! Floor 5.
 
 use multiversion::multiversion;
 

@@ -1,4 +1,4 @@
-//! The numbers of a view as `kernels/augment.cu` reads them, and their order. Floor 5.
+//! The numbers of a view as `kernels/augment.cu` reads them, and their order.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -18,7 +18,7 @@
 //!
 //! The index has an entry for each image (where its bytes begin, how many they are: u64; width, height, class, crc32 of the
 //! bytes, kind: u32), then the number of classes (u32) and their names, then the images' names; a name is its length (u32) and
-//! UTF-8. Nothing may follow. Floor 5.
+//! UTF-8. Nothing may follow.
 
 /// How a file begins; no text does.
 pub const MAGIC: [u8; 8] = *b"\x89selfpk\n";

@@ -2,7 +2,7 @@
 //!
 //! A folder of a million files takes long to list and, from a disk, longer to read; here a set's names and places are one
 //! index and an image one read at a known place. Files are read by position, not mapped: where one is cut short under a run,
-//! a read fails and the image is skipped, while a mapped page would end the program. Floor 5.
+//! a read fails and the image is skipped, while a mapped page would end the program.
 
 mod format;
 mod write;

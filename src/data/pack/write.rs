@@ -1,4 +1,4 @@
-//! Packing: a folder's images into few large files. Floor 5.
+//! Packing: a folder's images into few large files.
 
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};

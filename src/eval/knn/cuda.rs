@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::device::cuda::{self, Launch};
 use crate::error::Result;
 use crate::eval::Features;
-use crate::ops::similarity::{Planes, THREADS, TILE};
+use crate::ops::gemm::similarity::{SplitRows, THREADS, TILE};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// The most neighbours that the kernels sort.
@@ -64,10 +64,10 @@ fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
     let mut values = Tensor::empty(device, DType::F32, [rows, k]);
     let mut indices = Tensor::empty(device, DType::I32, [rows, k]);
     let each = Launch::new(gpu, [rows, 1, 1], [256, 1, 1]);
-    let queries = Planes::split(queries, PLANES);
+    let queries = SplitRows::split(queries, PLANES);
     for first in (0..n).step_by(COLUMNS) {
         let columns = COLUMNS.min(n - first);
-        let chunk = Planes::split(&bank.rows(first, columns), PLANES);
+        let chunk = SplitRows::split(&bank.rows(first, columns), PLANES);
         let mut similar = Tensor::empty(device, DType::F32, [rows, columns]);
         let tiles = Launch::new(gpu, [rows.div_ceil(TILE) * columns.div_ceil(TILE), 1, 1], THREADS);
         // SAFETY: the bank's rows `first..first + columns` exist, and each query has a row of the rest; `k <= K_MAX`.

@@ -10,7 +10,8 @@ use std::cmp::Ordering;
 
 use rayon::prelude::*;
 
-use crate::device::{Device, DeviceKind, Matrix, product_alone};
+use crate::cpu::{Matrix, gemm_sequential};
+use crate::device::{Device, DeviceKind};
 use crate::error::Result;
 use crate::eval::Features;
 
@@ -141,7 +142,7 @@ fn search_on_host<R: Send>(
             to_unit(&mut block, d, &scales[first..]);
             let similar = &mut similar[..count * columns];
             let all = Matrix::new(&block, columns, d).transposed();
-            product_alone(similar, Matrix::new(&rows, count, d), all, false);
+            gemm_sequential(similar, Matrix::new(&rows, count, d), all, false);
             for (best, similar) in best.iter_mut().zip(similar.chunks_exact(columns)) {
                 similar.iter().zip(first as u32..).for_each(|(&s, index)| best.show(s, index));
             }

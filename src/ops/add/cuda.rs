@@ -1,7 +1,7 @@
 //! `kernels/elementwise.cu`, 16 bytes to a thread.
 
-use crate::device::cuda::{In, Launch, Out};
-use crate::tensor::{DType, Element, Tensor, TensorMut};
+use crate::device::cuda::Launch;
+use crate::tensor::Tensor;
 
 /// `a + b`, of one dtype.
 #[track_caller]
@@ -17,28 +17,6 @@ pub(super) fn forward(a: &Tensor, b: &Tensor) -> Tensor {
         );
     }
     y
-}
-
-/// `sum += x`, of one dtype.
-pub(super) fn add_into(sum: &mut TensorMut<'_>, x: &Tensor) {
-    fn in_place<T: Element>(sum: Out<'_, T>) -> (Out<'_, T>, In<'_, T>) {
-        let also = sum.also_in();
-        (sum, also)
-    }
-    let (n, launch) = (x.len() as i64, launch(x));
-    // SAFETY: both have `n` elements, and the kernel allows its output to be an input.
-    unsafe {
-        match x.dtype() {
-            DType::Bf16 => {
-                let (to, from) = in_place(sum.device_out());
-                crate::device::cuda::add_bf16(launch, to, from, x.device_in(), n);
-            }
-            _ => {
-                let (to, from) = in_place(sum.device_out());
-                crate::device::cuda::add_f32(launch, to, from, x.device_in(), n);
-            }
-        }
-    }
 }
 
 fn launch(x: &Tensor) -> Launch<'_> {

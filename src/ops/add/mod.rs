@@ -6,10 +6,9 @@ mod cuda;
 
 use rayon::prelude::*;
 
-use crate::device::{Device, DeviceKind};
-use crate::ops::CHUNK;
+use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Tensor, TensorMut};
+use crate::tensor::{CHUNK, add_into};
 
 /// `a + b`, both of one shape.
 ///
@@ -45,26 +44,4 @@ pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
         gradients.add(a_id, dy.clone());
         gradients.add(b_id, dy);
     })
-}
-
-/// `sum += x`, in the type of `sum`.
-pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
-    match device.kind() {
-        DeviceKind::Cpu => {
-            let (sum, x) = (sum.data_mut::<f32>(), x.data::<f32>());
-            device.run(|| {
-                sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(sum, x)| {
-                    for (sum, x) in sum.iter_mut().zip(x) {
-                        *sum += x;
-                    }
-                });
-            });
-        }
-        DeviceKind::Cuda => cuda::add_into(sum, &x.cast(sum.dtype())),
-        DeviceKind::Reference => {
-            for (sum, x) in sum.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
-                *sum += x;
-            }
-        }
-    }
 }

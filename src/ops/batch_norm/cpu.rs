@@ -4,8 +4,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Dims, RUNNING_WEIGHT, Saved};
-use crate::ops::CHUNK;
+use super::{BatchNormDims, RUNNING_WEIGHT, Saved};
+use crate::tensor::CHUNK;
 use crate::tensor::Tensor;
 
 /// Rows of a parallel task: about 64 KiB of one operand.
@@ -13,7 +13,7 @@ fn chunk_rows(c: usize) -> usize {
     (CHUNK / c.max(1)).max(1)
 }
 
-fn chunks(dims: Dims) -> usize {
+fn chunks(dims: BatchNormDims) -> usize {
     dims.rows.div_ceil(chunk_rows(dims.c))
 }
 
@@ -48,7 +48,7 @@ fn sum_wide<const N: usize>(mut totals: [&mut [f32]; N], f: impl FnOnce([&mut [f
 }
 
 /// Floats that [`moments`] needs for the moments of all chunks.
-pub(super) fn partial_len(dims: Dims) -> usize {
+pub(super) fn partial_len(dims: BatchNormDims) -> usize {
     dims.groups * chunks(dims) * 2 * dims.c
 }
 
@@ -58,7 +58,7 @@ pub(super) fn moments(
     variance: &mut [f32],
     partial: &mut [f32],
     x: &[f32],
-    dims: Dims,
+    dims: BatchNormDims,
 ) {
     let c = dims.c;
     if dims.len() == 0 {
@@ -132,7 +132,7 @@ pub(super) fn apply(y: &mut [f32], saved: &Saved, residual: Option<&Tensor>, rel
 /// Per group mean, a and b of `y = a (x - mean) + b`, repeated: `a x + (b - a mean)` would lose digits where the mean is far
 /// from zero.
 fn forward_lines(saved: &Saved) -> Vec<f32> {
-    let Dims { groups, c, .. } = saved.dims;
+    let BatchNormDims { groups, c, .. } = saved.dims;
     let shift = saved.shift.as_ref().map(Tensor::data::<f32>);
     let mut lines = vec![0.0; 3 * groups * c];
     for (g, line) in lines.chunks_exact_mut((3 * c).max(1)).enumerate() {
@@ -365,7 +365,7 @@ fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], bac
 
 /// Per group a, b and d of `dx = a dz + b x + d`, repeated.
 fn backward_lines(sums: &[f32], saved: &Saved) -> Vec<f32> {
-    let Dims { groups, rows, c } = saved.dims;
+    let BatchNormDims { groups, rows, c } = saved.dims;
     let mut lines = vec![0.0; 3 * groups * c];
     for (g, line) in lines.chunks_exact_mut((3 * c).max(1)).enumerate() {
         let (scale, mean) = scale_and_mean(saved, g);
@@ -416,7 +416,7 @@ fn scale_and_mean(saved: &Saved, group: usize) -> (impl Fn(usize) -> f32 + '_, &
 }
 
 /// Calls `f(group, first element, rows)` on chunks of rows in parallel.
-fn for_chunks(out: &mut [f32], dims: Dims, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
+fn for_chunks(out: &mut [f32], dims: BatchNormDims, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
     if dims.len() == 0 {
         return;
     }

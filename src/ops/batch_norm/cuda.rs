@@ -2,9 +2,9 @@
 //!
 //! Chunks are cut by shape alone, so a sum has one order on every chip.
 
-use super::{Dims, EPS, RUNNING_WEIGHT, Running, Saved};
+use super::{BatchNormDims, EPS, RUNNING_WEIGHT, Running, Saved};
 use crate::device::cuda::{self, In, Launch, Out};
-use crate::ops::product::Moments;
+use crate::ops::gemm::Moments;
 use crate::tape::{Gradients, Tape, VarId};
 use crate::tensor::{DType, Element, Tensor};
 
@@ -22,7 +22,7 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(dims: Dims, dtype: DType) -> Self {
+    fn new(dims: BatchNormDims, dtype: DType) -> Self {
         let vectors = dims.c.div_ceil(16 / dtype.size());
         let across = vectors.next_power_of_two().min(32);
         let down = THREADS / across;
@@ -58,7 +58,7 @@ fn over_chunks(x: &Tensor, c: usize, chunks: usize) -> Launch<'_> {
 }
 
 /// Mean and squared deviations of each chunk of rows.
-fn partial_moments(x: &Tensor, dims: Dims) -> Moments {
+fn partial_moments(x: &Tensor, dims: BatchNormDims) -> Moments {
     let shape = Shape::new(dims, x.dtype());
     let mut partial = Tensor::floats(x.device(), [dims.groups * shape.chunks, 2, dims.c]);
     let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
@@ -88,10 +88,10 @@ pub(super) fn moments(
     tape: &Tape<'_>,
     x: &Tensor,
     running: Option<Running>,
-    dims: Dims,
+    dims: BatchNormDims,
     given: Option<Moments>,
 ) -> (Tensor, Tensor) {
-    let Dims { groups, rows, c } = dims;
+    let BatchNormDims { groups, rows, c } = dims;
     let device = x.device();
     let Moments { partial, rows: per_chunk } = given.unwrap_or_else(|| partial_moments(x, dims));
     let chunks = rows.div_ceil(per_chunk);
@@ -192,7 +192,7 @@ pub(super) fn backward(
     relu: bool,
     ids: Ids,
 ) {
-    let (x, Dims { groups, rows, c }) = (&saved.x, saved.dims);
+    let (x, BatchNormDims { groups, rows, c }) = (&saved.x, saved.dims);
     let device = x.device();
     let shape = Shape::new(saved.dims, x.dtype());
     let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);

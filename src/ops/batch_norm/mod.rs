@@ -13,7 +13,7 @@ mod cpu;
 mod cuda;
 mod reference;
 
-use super::product::Moments;
+use super::gemm::Moments;
 use crate::arena::Stat;
 use crate::device::DeviceKind;
 use crate::tape::Var;
@@ -59,14 +59,14 @@ impl Default for BatchNorm<'_, '_> {
 
 /// The sizes of a batch norm: `groups * rows` rows of `c` channels.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
+struct BatchNormDims {
     groups: usize,
     /// Rows of one group.
     rows: usize,
     c: usize,
 }
 
-impl Dims {
+impl BatchNormDims {
     /// Elements of one group.
     fn len(self) -> usize {
         self.rows * self.c
@@ -107,7 +107,7 @@ pub(crate) fn batch_norm_by<'t>(
     if let Some(residual) = with.residual {
         assert_eq!(residual.shape(), x.shape(), "batch_norm: residual and input differ");
     }
-    let dims = Dims { groups, rows: all_rows / groups, c };
+    let dims = BatchNormDims { groups, rows: all_rows / groups, c };
     let device = x.tape().device().clone();
 
     let (mean, inv_std) = if x.tape().batch_statistics() {
@@ -165,7 +165,7 @@ pub(crate) fn batch_norm_by<'t>(
             let ids = cuda::Ids { x: x_id, gain: gain_id, shift: shift_id, residual: residual_id };
             return cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
         }
-        let Dims { c, groups, .. } = saved.dims;
+        let BatchNormDims { c, groups, .. } = saved.dims;
         // [groups, 2, c]: Σ dz and Σ dz x̂
         let mut sums = Tensor::floats(&device, [groups, 2, c]);
         let mut dz = dy;
@@ -239,13 +239,13 @@ struct Saved {
     mean: Tensor,
     /// `[groups, c]`
     inv_std: Tensor,
-    dims: Dims,
+    dims: BatchNormDims,
 }
 
 /// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way.
 ///
 /// CPU and reference; a GPU has `cuda::moments`. Several processes will merge `(rows, mean, M2)` here, between the two halves.
-fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: Dims) -> (Tensor, Tensor) {
+fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> (Tensor, Tensor) {
     let device = x.tape().device();
     let shape = [dims.groups, dims.c];
     let (mut mean, mut variance) = (Tensor::floats(device, shape), Tensor::floats(device, shape));

@@ -1,14 +1,14 @@
 //! The definition, in f64.
 
-use super::{Dims, RUNNING_WEIGHT, Saved};
+use super::{BatchNormDims, RUNNING_WEIGHT, Saved};
 use crate::tensor::Tensor;
 
 /// Elements of channel `j` in group `g`.
-fn channel(dims: Dims, g: usize, j: usize) -> impl Iterator<Item = usize> + Clone {
+fn channel(dims: BatchNormDims, g: usize, j: usize) -> impl Iterator<Item = usize> + Clone {
     (0..dims.rows).map(move |i| g * dims.len() + i * dims.c + j)
 }
 
-pub(super) fn moments(mean: &mut [f64], variance: &mut [f64], x: &[f64], dims: Dims) {
+pub(super) fn moments(mean: &mut [f64], variance: &mut [f64], x: &[f64], dims: BatchNormDims) {
     for g in 0..dims.groups {
         for j in 0..dims.c {
             let m = dims.rows as f64;

@@ -3,10 +3,9 @@
 
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
-use crate::ops::product::{
-    Moments, Sizes, is_aligned, product, product_with_moments, split_k_reduce,
+use crate::ops::gemm::{
+    Gemm, GemmKind, GemmSize, Moments, TileShape, gemm, gemm_with_moments, is_aligned, split_k_reduce,
 };
-use crate::ops::tiles::{Product, ProductKind, TileForm};
 use crate::tensor::{DType, Tensor, TensorMut};
 
 /// Calls a kernel with the sizes where all directions have them: after the pointers.
@@ -42,9 +41,9 @@ fn is_plain(d: &Conv2dDims) -> bool {
 }
 
 /// What the table has for operands at these places.
-fn table(product: Product, operands: [&Tensor; 2]) -> Product {
-    let run = if operands.into_iter().all(is_aligned) { product.run } else { 1 };
-    Product { run, ..product }
+fn table(gemm: Gemm, operands: [&Tensor; 2]) -> Gemm {
+    let run = if operands.into_iter().all(is_aligned) { gemm.run } else { 1 };
+    Gemm { run, ..gemm }
 }
 
 /// Threads of a block.
@@ -62,14 +61,14 @@ pub(super) fn forward(
 ) -> Option<Moments> {
     let rows = d.n * d.p * d.q;
     if is_plain(d) {
-        let sizes = Sizes { m: rows, n: d.k, k: d.c };
+        let sizes = GemmSize { m: rows, n: d.k, k: d.c };
         if let Some(groups) = groups {
-            return product_with_moments(y, x, filters, sizes, groups);
+            return gemm_with_moments(y, x, filters, sizes, groups);
         }
-        product(ProductKind::Nt, &mut y.view_mut(), x, filters, None, sizes, false);
+        gemm(GemmKind::Nt, &mut y.view_mut(), x, filters, None, sizes, false);
         return None;
     }
-    let tile = table(Product::convolution(d), [x, filters]).tile();
+    let tile = table(Gemm::convolution(d), [x, filters]).tile();
     let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
     let mut moments = groups.and_then(|groups| Moments::new(y, rows, groups, &tile));
     let to = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
@@ -84,10 +83,10 @@ pub(super) fn forward(
             (DType::F32, _) => {
                 call!(conv2d_f32, launch, d, (y.device_out(), x.device_in(), filters.device_in()));
             }
-            (_, TileForm::Large) => of_bf16!(conv2d_bf16_128x128),
-            (_, TileForm::Half) => of_bf16!(conv2d_bf16_128x64),
-            (_, TileForm::Stem) => of_bf16!(conv2d_bf16_stem),
-            (_, TileForm::Small) => of_bf16!(conv2d_bf16_64x64),
+            (_, TileShape::Large) => of_bf16!(conv2d_bf16_128x128),
+            (_, TileShape::Half) => of_bf16!(conv2d_bf16_128x64),
+            (_, TileShape::Stem) => of_bf16!(conv2d_bf16_stem),
+            (_, TileShape::Small) => of_bf16!(conv2d_bf16_64x64),
         }
     }
     moments
@@ -101,11 +100,11 @@ pub(super) fn data_gradient(
     accumulate: bool,
 ) {
     if is_plain(d) {
-        let sizes = Sizes { m: d.n * d.h * d.w, n: d.c, k: d.k };
-        return product(ProductKind::Nn, dx, dy, filters, None, sizes, accumulate);
+        let sizes = GemmSize { m: d.n * d.h * d.w, n: d.c, k: d.k };
+        return gemm(GemmKind::Nn, dx, dy, filters, None, sizes, accumulate);
     }
     // A phase of the stride has its own taps; the first has the most pixels.
-    let phases = table(Product::data_gradient(d), [dy, filters]);
+    let phases = table(Gemm::data_gradient(d), [dy, filters]);
     let tile = phases.tile();
     let grid = [tile.tiles / phases.count, 1, phases.count];
     let launch = Launch::new(dy.device().gpu(), grid, threads(dy.dtype()));
@@ -124,8 +123,8 @@ pub(super) fn data_gradient(
     unsafe {
         match (dy.dtype(), tile.form) {
             (DType::F32, _) => run!(conv2d_data_gradient_f32),
-            (_, TileForm::Large) => run!(conv2d_data_gradient_bf16_128x128),
-            (_, TileForm::Half) => run!(conv2d_data_gradient_bf16_128x64),
+            (_, TileShape::Large) => run!(conv2d_data_gradient_bf16_128x128),
+            (_, TileShape::Half) => run!(conv2d_data_gradient_bf16_128x64),
             _ => run!(conv2d_data_gradient_bf16_64x64),
         }
     }
@@ -140,11 +139,11 @@ pub(super) fn weight_gradient(
     accumulate: bool,
 ) {
     if is_plain(d) {
-        let sizes = Sizes { m: d.k, n: d.c, k: d.n * d.h * d.w };
-        return product(ProductKind::Tn, dw, dy, x, None, sizes, accumulate);
+        let sizes = GemmSize { m: d.k, n: d.c, k: d.n * d.h * d.w };
+        return gemm(GemmKind::Tn, dw, dy, x, None, sizes, accumulate);
     }
-    let tile = table(Product::weight_gradient(d), [x, dy]).tile();
-    let grid = [tile.tiles, 1, tile.slices];
+    let tile = table(Gemm::weight_gradient(d), [x, dy]).tile();
+    let grid = [tile.tiles, 1, tile.splits];
     let launch = Launch::new(x.device().gpu(), grid, threads(x.dtype()));
     let run = |out: &mut TensorMut<'_>, accumulate: bool| {
         macro_rules! run {
@@ -154,7 +153,7 @@ pub(super) fn weight_gradient(
                     launch,
                     d,
                     (out.device_out(), x.device_in(), dy.device_in()),
-                    tile.k_per_slice as i32,
+                    tile.k_per_split as i32,
                     i32::from(accumulate)
                 )
             };
@@ -163,19 +162,19 @@ pub(super) fn weight_gradient(
         unsafe {
             match (x.dtype(), tile.form) {
                 (DType::F32, _) => run!(conv2d_weight_gradient_f32),
-                (_, TileForm::Large) => run!(conv2d_weight_gradient_bf16_128x128),
-                (_, TileForm::Half) => run!(conv2d_weight_gradient_bf16_64x128),
-                (_, TileForm::Stem) => run!(conv2d_weight_gradient_bf16_stem),
-                (_, TileForm::Small) => run!(conv2d_weight_gradient_bf16_64x64),
+                (_, TileShape::Large) => run!(conv2d_weight_gradient_bf16_128x128),
+                (_, TileShape::Half) => run!(conv2d_weight_gradient_bf16_64x128),
+                (_, TileShape::Stem) => run!(conv2d_weight_gradient_bf16_stem),
+                (_, TileShape::Small) => run!(conv2d_weight_gradient_bf16_64x64),
             }
         }
     };
-    if tile.slices == 1 && dw.dtype() == DType::F32 {
+    if tile.splits == 1 && dw.dtype() == DType::F32 {
         return run(dw, accumulate);
     }
-    let mut partial = Tensor::empty(x.device(), DType::F32, [tile.slices, d.k * d.r * d.s * d.c]);
+    let mut partial = Tensor::empty(x.device(), DType::F32, [tile.splits, d.k * d.r * d.s * d.c]);
     run(&mut partial.view_mut(), false);
-    split_k_reduce(dw, &partial, tile.slices, accumulate);
+    split_k_reduce(dw, &partial, tile.splits, accumulate);
 }
 
 #[cfg(test)]

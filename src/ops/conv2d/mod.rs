@@ -3,67 +3,21 @@
 //!
 //! `dx` is the correlation of `dy` with the same filters read backwards, `dw` that of `x` with `dy`.
 
-mod cpu;
 mod cuda;
 mod reference;
 
-use super::product::Moments;
+use super::gemm::Moments;
+pub use crate::cpu::conv2d::Conv2dDims;
+use crate::cpu::conv2d::{self as cpu, Direction};
 use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{Tensor, TensorMut};
-use cpu::Direction;
-pub(super) use cpu::Isa;
 
 /// What [`kernels`](super::kernels) shows of this operation.
 pub(super) mod kernels {
-    pub use super::cpu::{Direction, data_gradient, forward, weight_gradient, workspace_len};
-}
-
-/// The sizes of a convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Conv2dDims {
-    /// Images.
-    pub n: usize,
-    /// Input height.
-    pub h: usize,
-    /// Input width.
-    pub w: usize,
-    /// Input channels.
-    pub c: usize,
-    /// Output channels.
-    pub k: usize,
-    /// Filter height.
-    pub r: usize,
-    /// Filter width.
-    pub s: usize,
-    /// Output height.
-    pub p: usize,
-    /// Output width.
-    pub q: usize,
-    /// Step of the filter in both directions.
-    pub stride: usize,
-    /// Zeros around the image, on all four sides.
-    pub pad: usize,
-}
-
-impl Conv2dDims {
-    /// The sizes for an input `[n, h, w, c]` and filters `[k, r, s, c]`.
-    ///
-    /// # Panics
-    /// When the channels differ, `stride` is 0, or the filter does not fit the padded image.
-    #[track_caller]
-    pub fn new(input: [usize; 4], filters: [usize; 4], stride: usize, pad: usize) -> Self {
-        let ([n, h, w, c], [k, r, s, filter_c]) = (input, filters);
-        assert_eq!(c, filter_c, "conv2d: input {input:?} and filters {filters:?} do not fit");
-        assert!(stride > 0, "conv2d: stride 0");
-        assert!(
-            r > 0 && s > 0 && h + 2 * pad >= r && w + 2 * pad >= s,
-            "conv2d: filters {filters:?} do not fit the input {input:?} padded by {pad}"
-        );
-        let p = (h + 2 * pad - r) / stride + 1;
-        let q = (w + 2 * pad - s) / stride + 1;
-        Self { n, h, w, c, k, r, s, p, q, stride, pad }
-    }
+    pub use crate::cpu::conv2d::{
+        Direction, data_gradient, forward, weight_gradient, workspace_len,
+    };
 }
 
 /// The convolution of `x [n, h, w, c]` with `w [k, r, s, c]`.

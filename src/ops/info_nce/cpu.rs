@@ -3,16 +3,16 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::Dims;
-use crate::device::{Matrix, product_alone};
-use crate::ops::exponential::{exp, sum_of_exp};
-use crate::ops::similarity::FIXED_MAXIMUM_FROM;
+use super::InfoNceDims;
+use crate::cpu::exp::{exp, sum_of_exp};
+use crate::cpu::{Matrix, gemm_sequential};
+use crate::ops::gemm::similarity::FIXED_MAXIMUM_FROM;
 
 /// Queries of a task, and rows of the queue in a tile.
 const BLOCK: usize = 64;
 const TILE: usize = 256;
 
-pub(super) fn workspace_len(dims: &Dims) -> usize {
+pub(super) fn workspace_len(dims: &InfoNceDims) -> usize {
     dims.n.div_ceil(BLOCK) * BLOCK * TILE
 }
 
@@ -23,7 +23,7 @@ fn tiles(
     [q, queue]: [&[f32]; 2],
     first_query: usize,
     block: usize,
-    dims: &Dims,
+    dims: &InfoNceDims,
     mut f: impl FnMut(usize, &mut [f32], usize),
 ) {
     let (m, d) = (dims.m, dims.d);
@@ -32,7 +32,7 @@ fn tiles(
         let columns = TILE.min(m - first);
         let similarities = &mut tile[..block * columns];
         let others = Matrix::new(&queue[first * d..], columns, d).transposed();
-        product_alone(similarities, own, others, false);
+        gemm_sequential(similarities, own, others, false);
         for (r, row) in similarities.chunks_exact_mut(columns).enumerate() {
             for j in dims.skipped(first_query + r, first..first + columns) {
                 row[j - first] = f32::NEG_INFINITY;
@@ -43,7 +43,7 @@ fn tiles(
 }
 
 /// `<q_i, k_i> / T`.
-fn positive(i: usize, [q, k]: [&[f32]; 2], dims: &Dims) -> f64 {
+fn positive(i: usize, [q, k]: [&[f32]; 2], dims: &InfoNceDims) -> f64 {
     let d = dims.d;
     let pairs = q[i * d..][..d].iter().zip(&k[i * d..][..d]);
     pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / dims.temperature
@@ -54,7 +54,7 @@ pub(super) fn forward(
     lse: &mut [f32],
     workspace: &mut [f32],
     [q, k, queue]: [&[f32]; 3],
-    dims: &Dims,
+    dims: &InfoNceDims,
 ) -> f64 {
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
@@ -94,7 +94,7 @@ pub(super) fn query_gradient(
     workspace: &mut [f32],
     [q, k, queue]: [&[f32]; 3],
     lse: &[f32],
-    dims: &Dims,
+    dims: &InfoNceDims,
     scale: f64,
 ) {
     let d = dims.d;
@@ -113,13 +113,13 @@ pub(super) fn query_gradient(
                 weigh(row, lse, inv_t, scale as f32);
             }
             let weights = Matrix::new(weights, block, columns);
-            product_alone(dq, weights, Matrix::new(&queue[first * d..], columns, d), true);
+            gemm_sequential(dq, weights, Matrix::new(&queue[first * d..], columns, d), true);
         });
     });
 }
 
 /// `scale (p_i+ - 1)`.
-fn key_weight(i: usize, pair: [&[f32]; 2], lse: &[f32], dims: &Dims, scale: f64) -> f32 {
+fn key_weight(i: usize, pair: [&[f32]; 2], lse: &[f32], dims: &InfoNceDims, scale: f64) -> f32 {
     (scale * ((positive(i, pair, dims) - f64::from(lse[i])).exp_m1())) as f32
 }
 
@@ -127,7 +127,7 @@ pub(super) fn key_gradient(
     dk: &mut [f32],
     pair: [&[f32]; 2],
     lse: &[f32],
-    dims: &Dims,
+    dims: &InfoNceDims,
     scale: f64,
 ) {
     let d = dims.d;

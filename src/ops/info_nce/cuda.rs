@@ -1,10 +1,12 @@
 //! `kernels/info_nce.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of queries and
 //! queue; the queue in slices that are put together in order.
 
-use super::Dims;
+use super::InfoNceDims;
 use crate::device::cuda::{self, In, Launch};
+use crate::ops::gemm::similarity::{
+    ColumnSplits, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
+};
 use crate::ops::row_losses;
-use crate::ops::similarity::{Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH};
 use crate::tensor::Tensor;
 
 /// What a query is compared with.
@@ -23,23 +25,23 @@ impl Inputs<'_> {
     }
 
     /// A warp to each query.
-    fn warps(&self, dims: &Dims) -> Launch<'_> {
+    fn warps(&self, dims: &InfoNceDims) -> Launch<'_> {
         Launch::new(self.q.device().gpu(), [dims.n.div_ceil(8), 1, 1], [256, 1, 1])
     }
 }
 
-/// Planes of the queries and of the queue.
+/// SplitRows of the queries and of the queue.
 #[derive(Debug)]
 pub(super) struct Split {
-    q: Planes,
-    queue: Planes,
+    q: SplitRows,
+    queue: SplitRows,
 }
 
 /// Fills `lse [n]` and returns the loss, and the planes of what was compared. An empty queue has no slices, and the launches
 /// over them are left out.
-pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &Dims) -> (Tensor, Split) {
-    let (device, slices) = (inputs.q.device(), Slices::new(dims.n, dims.m, TILE));
-    let split = Split { q: Planes::of(inputs.q), queue: Planes::of(inputs.queue) };
+pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) -> (Tensor, Split) {
+    let (device, slices) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, TILE));
+    let split = Split { q: SplitRows::of(inputs.q), queue: SplitRows::of(inputs.queue) };
     let [n, m, d, columns, count] =
         [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
@@ -88,9 +90,9 @@ pub(super) fn query_gradient(
     split: &Split,
     lse: &Tensor,
     dy: &Tensor,
-    dims: &Dims,
+    dims: &InfoNceDims,
 ) {
-    let (device, slices) = (inputs.q.device(), Slices::new(dims.n, dims.m, WEIGHT_TILE));
+    let (device, slices) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, WEIGHT_TILE));
     let [n, m, d, columns, count] =
         [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
@@ -138,7 +140,7 @@ pub(super) fn key_gradient(
     inputs: Inputs<'_>,
     lse: &Tensor,
     dy: &Tensor,
-    dims: &Dims,
+    dims: &InfoNceDims,
 ) {
     let [n, d] = [dims.n, dims.d].map(|size| size as i32);
     // SAFETY: sizes as in the forward.

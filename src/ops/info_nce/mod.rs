@@ -33,7 +33,7 @@ pub struct Negatives<'a> {
 
 /// The sizes of the loss.
 #[derive(Clone, Debug)]
-struct Dims {
+struct InfoNceDims {
     n: usize,
     d: usize,
     /// Rows of the queue.
@@ -43,7 +43,7 @@ struct Dims {
     own: Range<usize>,
 }
 
-impl Dims {
+impl InfoNceDims {
     /// Whether query `i` leaves row `j` of the queue out.
     fn skips(&self, i: usize, j: usize) -> bool {
         self.own.contains(&j) && (j - self.own.start) % self.n == i
@@ -77,7 +77,7 @@ pub fn info_nce<'t>(
     assert!(temperature > 0.0, "info_nce: temperature {temperature}");
     let device = q.tape().device().clone();
     let own = negatives.own.cloned();
-    let dims = Dims { n, d, m, temperature, own: own_rows(own.as_ref(), n, m) };
+    let dims = InfoNceDims { n, d, m, temperature, own: own_rows(own.as_ref(), n, m) };
     let [q, k] = &[q, k].map(|x| super::cast(x, DType::of(&device)));
     let (q_value, k_value) = (q.value().clone(), k.value().clone());
     let queue = negatives.queue.clone();

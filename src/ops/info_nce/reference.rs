@@ -1,13 +1,13 @@
 //! The definition, in f64.
 
-use super::Dims;
+use super::InfoNceDims;
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// Logits of query `i`: its key's, and those of the negatives that it does not leave out, by row.
-fn logits(i: usize, [q, k, queue]: [&[f64]; 3], dims: &Dims) -> (f64, Vec<(usize, f64)>) {
+fn logits(i: usize, [q, k, queue]: [&[f64]; 3], dims: &InfoNceDims) -> (f64, Vec<(usize, f64)>) {
     let d = dims.d;
     let row = &q[i * d..][..d];
     let negatives = (0..dims.m).filter(|&j| !dims.skips(i, j));
@@ -16,7 +16,7 @@ fn logits(i: usize, [q, k, queue]: [&[f64]; 3], dims: &Dims) -> (f64, Vec<(usize
 }
 
 /// Fills `lse` and returns the loss.
-pub(super) fn forward(lse: &mut [f64], inputs: [&[f64]; 3], dims: &Dims) -> f64 {
+pub(super) fn forward(lse: &mut [f64], inputs: [&[f64]; 3], dims: &InfoNceDims) -> f64 {
     let mut sum = 0.0;
     for (i, lse) in lse.iter_mut().enumerate() {
         let (positive, negatives) = logits(i, inputs, dims);
@@ -32,7 +32,7 @@ pub(super) fn query_gradient(
     dq: &mut [f64],
     inputs: [&[f64]; 3],
     lse: &[f64],
-    dims: &Dims,
+    dims: &InfoNceDims,
     scale: f64,
 ) {
     let [_, k, queue] = inputs;
@@ -51,7 +51,7 @@ pub(super) fn key_gradient(
     dk: &mut [f64],
     [q, k]: [&[f64]; 2],
     lse: &[f64],
-    dims: &Dims,
+    dims: &InfoNceDims,
     scale: f64,
 ) {
     let d = dims.d;

@@ -1,40 +1,51 @@
 //! The products of `kernels/matmul.cu`, and the bias's gradient of `kernels/linear.cu`.
 
-use super::Dims;
+use super::LinearDims;
 use crate::device::cuda::Launch;
-use crate::ops::product::{Sizes, product};
-use crate::ops::tiles::ProductKind;
+use crate::ops::gemm::GemmKind;
+use crate::ops::gemm::{GemmSize, gemm};
 use crate::tensor::{Tensor, TensorMut};
 
-pub(super) fn forward(y: &mut Tensor, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, dims: Dims) {
-    let sizes = Sizes { m: dims.n, n: dims.k, k: dims.d };
-    product(ProductKind::Nt, &mut y.view_mut(), x, w, bias, sizes, false);
+pub(super) fn forward(
+    y: &mut Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    dims: LinearDims,
+) {
+    let sizes = GemmSize { m: dims.n, n: dims.k, k: dims.d };
+    gemm(GemmKind::Nt, &mut y.view_mut(), x, w, bias, sizes, false);
 }
 
 pub(super) fn input_gradient(
     dx: &mut TensorMut<'_>,
     dy: &Tensor,
     w: &Tensor,
-    dims: Dims,
+    dims: LinearDims,
     accumulate: bool,
 ) {
-    let sizes = Sizes { m: dims.n, n: dims.d, k: dims.k };
-    product(ProductKind::Nn, dx, dy, w, None, sizes, accumulate);
+    let sizes = GemmSize { m: dims.n, n: dims.d, k: dims.k };
+    gemm(GemmKind::Nn, dx, dy, w, None, sizes, accumulate);
 }
 
 pub(super) fn weight_gradient(
     dw: &mut TensorMut<'_>,
     dy: &Tensor,
     x: &Tensor,
-    dims: Dims,
+    dims: LinearDims,
     accumulate: bool,
 ) {
-    let sizes = Sizes { m: dims.k, n: dims.d, k: dims.n };
-    product(ProductKind::Tn, dw, dy, x, None, sizes, accumulate);
+    let sizes = GemmSize { m: dims.k, n: dims.d, k: dims.n };
+    gemm(GemmKind::Tn, dw, dy, x, None, sizes, accumulate);
 }
 
 /// A block for every 32 columns: 32 threads next to each other read a line, 8 rows at a time.
-pub(super) fn bias_gradient(db: &mut TensorMut<'_>, dy: &Tensor, dims: Dims, accumulate: bool) {
+pub(super) fn bias_gradient(
+    db: &mut TensorMut<'_>,
+    dy: &Tensor,
+    dims: LinearDims,
+    accumulate: bool,
+) {
     let launch = Launch::new(dy.device().gpu(), [dims.k.div_ceil(32), 1, 1], [32, 8, 1]);
     let (n, k, accumulate) = (dims.n as i64, dims.k as i32, i32::from(accumulate));
     let dtype = dy.dtype();

@@ -12,7 +12,7 @@ use crate::tensor::Tensor;
 
 /// The sizes of a linear layer.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
+struct LinearDims {
     n: usize,
     d: usize,
     k: usize,
@@ -30,7 +30,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
     if let Some(bias) = bias {
         assert_eq!(**bias.shape(), [k], "linear: bias {:?} for {k} outputs", bias.shape());
     }
-    let dims = Dims { n, d, k };
+    let dims = LinearDims { n, d, k };
     let device = x.tape().device().clone();
     let x = &super::cast(x, w.value().dtype());
     let mut y = Tensor::empty(&device, x.value().dtype(), [n, k]);

@@ -1,9 +1,9 @@
 //! The definition.
 
-use super::Dims;
+use super::LinearDims;
 
-pub(super) fn forward(y: &mut [f64], x: &[f64], w: &[f64], bias: Option<&[f64]>, dims: Dims) {
-    let Dims { n, d, k } = dims;
+pub(super) fn forward(y: &mut [f64], x: &[f64], w: &[f64], bias: Option<&[f64]>, dims: LinearDims) {
+    let LinearDims { n, d, k } = dims;
     for i in 0..n {
         for j in 0..k {
             let sum: f64 = (0..d).map(|t| x[i * d + t] * w[j * d + t]).sum();
@@ -12,8 +12,14 @@ pub(super) fn forward(y: &mut [f64], x: &[f64], w: &[f64], bias: Option<&[f64]>,
     }
 }
 
-pub(super) fn input_gradient(dx: &mut [f64], dy: &[f64], w: &[f64], dims: Dims, accumulate: bool) {
-    let Dims { n, d, k } = dims;
+pub(super) fn input_gradient(
+    dx: &mut [f64],
+    dy: &[f64],
+    w: &[f64],
+    dims: LinearDims,
+    accumulate: bool,
+) {
+    let LinearDims { n, d, k } = dims;
     for i in 0..n {
         for t in 0..d {
             let sum: f64 = (0..k).map(|j| dy[i * k + j] * w[j * d + t]).sum();
@@ -22,8 +28,14 @@ pub(super) fn input_gradient(dx: &mut [f64], dy: &[f64], w: &[f64], dims: Dims, 
     }
 }
 
-pub(super) fn weight_gradient(dw: &mut [f64], dy: &[f64], x: &[f64], dims: Dims, accumulate: bool) {
-    let Dims { n, d, k } = dims;
+pub(super) fn weight_gradient(
+    dw: &mut [f64],
+    dy: &[f64],
+    x: &[f64],
+    dims: LinearDims,
+    accumulate: bool,
+) {
+    let LinearDims { n, d, k } = dims;
     for j in 0..k {
         for t in 0..d {
             let sum: f64 = (0..n).map(|i| dy[i * k + j] * x[i * d + t]).sum();

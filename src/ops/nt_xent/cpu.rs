@@ -3,16 +3,16 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::Dims;
-use crate::device::{Matrix, product_alone};
-use crate::ops::exponential::{exp, sum_of_exp};
-use crate::ops::similarity::FIXED_MAXIMUM_FROM;
+use super::NtXentDims;
+use crate::cpu::exp::{exp, sum_of_exp};
+use crate::cpu::{Matrix, gemm_sequential};
+use crate::ops::gemm::similarity::FIXED_MAXIMUM_FROM;
 
 /// Rows of a task, and columns of a tile.
 const BLOCK: usize = 64;
 const TILE: usize = 256;
 
-pub(super) fn workspace_len(dims: Dims) -> usize {
+pub(super) fn workspace_len(dims: NtXentDims) -> usize {
     dims.rows.div_ceil(BLOCK) * BLOCK * TILE
 }
 
@@ -22,22 +22,22 @@ fn tiles(
     z: &[f32],
     first_row: usize,
     block: usize,
-    dims: Dims,
+    dims: NtXentDims,
     mut f: impl FnMut(usize, &mut [f32], usize),
 ) {
-    let Dims { rows, d, .. } = dims;
+    let NtXentDims { rows, d, .. } = dims;
     let own = Matrix::new(&z[first_row * d..], block, d);
     for first in (0..rows).step_by(TILE) {
         let columns = TILE.min(rows - first);
         let similarities = &mut tile[..block * columns];
         let others = Matrix::new(&z[first * d..], columns, d).transposed();
-        product_alone(similarities, own, others, false);
+        gemm_sequential(similarities, own, others, false);
         f(first, similarities, columns);
     }
 }
 
 /// Fills `lse` and returns the loss.
-pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: Dims) -> f64 {
+pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: NtXentDims) -> f64 {
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let tasks = lse.par_chunks_mut(BLOCK).zip(workspace.par_chunks_mut(BLOCK * TILE));
@@ -78,7 +78,7 @@ pub(super) fn backward(
     workspace: &mut [f32],
     z: &[f32],
     lse: &[f32],
-    dims: Dims,
+    dims: NtXentDims,
     scale: f64,
 ) {
     let d = dims.d;
@@ -100,7 +100,7 @@ pub(super) fn backward(
                 }
             }
             let weights = Matrix::new(weights, block, columns);
-            product_alone(dz, weights, Matrix::new(&z[first * d..], columns, d), true);
+            gemm_sequential(dz, weights, Matrix::new(&z[first * d..], columns, d), true);
         });
     });
 }

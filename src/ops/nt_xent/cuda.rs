@@ -1,11 +1,11 @@
 //! `kernels/nt_xent.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of the rows.
 
-use super::Dims;
+use super::NtXentDims;
 use crate::device::cuda::{self, In, Launch};
-use crate::ops::row_losses;
-use crate::ops::similarity::{
-    FIXED_MAXIMUM_FROM, Planes, Slices, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
+use crate::ops::gemm::similarity::{
+    ColumnSplits, FIXED_MAXIMUM_FROM, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
 };
+use crate::ops::row_losses;
 use crate::tensor::{Tensor, TensorMut};
 
 /// Groups of tiles, each pair of which has a block: 528 pairs are two waves of two blocks on 132 multiprocessors, and sums
@@ -20,13 +20,13 @@ pub(crate) fn groups(rows: usize) -> [usize; 2] {
 }
 
 /// Fills `lse [rows]` and returns the loss, and the planes of `z`.
-pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: Dims) -> (Tensor, Planes) {
-    let (device, planes) = (z.device(), Planes::of(z));
+pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor, SplitRows) {
+    let (device, planes) = (z.device(), SplitRows::of(z));
     let [rows, d] = [dims.rows, dims.d].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let [tiles_per_group, groups] = groups(dims.rows);
-    let slices = Slices::new(dims.rows, dims.rows, TILE);
+    let slices = ColumnSplits::new(dims.rows, dims.rows, TILE);
     let count = if fixed { groups } else { slices.count };
     let mut sums = Tensor::floats(device, [count, dims.rows]);
     let mut maxima = (!fixed).then(|| sums.empty_like());
@@ -80,14 +80,14 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: Dims) -> (Tensor, Plan
 /// `dz` from `dy`, the gradient of the loss, which stays where it is.
 pub(super) fn backward(
     dz: &mut TensorMut<'_>,
-    z: &Planes,
+    z: &SplitRows,
     lse: &Tensor,
     dy: &Tensor,
-    dims: Dims,
+    dims: NtXentDims,
     accumulate: bool,
 ) {
     let device = lse.device();
-    let slices = Slices::new(dims.rows, dims.rows, WEIGHT_TILE);
+    let slices = ColumnSplits::new(dims.rows, dims.rows, WEIGHT_TILE);
     let [rows, d, columns] = [dims.rows, dims.d, slices.columns].map(|size| size as i32);
     let mut partial = Tensor::floats(device, [slices.count, dims.rows, dims.d]);
     let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), slices.count];

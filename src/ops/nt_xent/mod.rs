@@ -22,14 +22,14 @@ use crate::tensor::{DType, Tensor};
 
 /// The sizes of the loss.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
+struct NtXentDims {
     /// Rows, both views together: `2n`.
     rows: usize,
     d: usize,
     temperature: f64,
 }
 
-impl Dims {
+impl NtXentDims {
     fn positive(self, row: usize) -> usize {
         (row + self.rows / 2) % self.rows
     }
@@ -48,7 +48,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
         "nt_xent: {rows} rows, not two views of 2 or more"
     );
     assert!(temperature > 0.0, "nt_xent: temperature {temperature}");
-    let dims = Dims { rows, d, temperature };
+    let dims = NtXentDims { rows, d, temperature };
     let device = z.tape().device().clone();
     assert_eq!(z.tape().group().size(), 1, "nt_xent: gathering from several processes");
     let z = &super::cast(z, DType::of(&device));

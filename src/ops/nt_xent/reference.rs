@@ -1,14 +1,14 @@
 //! The definition, in f64.
 
-use super::Dims;
+use super::NtXentDims;
 
 fn similarity(z: &[f64], d: usize, i: usize, j: usize) -> f64 {
     (0..d).map(|t| z[i * d + t] * z[j * d + t]).sum()
 }
 
 /// Fills `lse` and returns the loss.
-pub(super) fn forward(lse: &mut [f64], z: &[f64], dims: Dims) -> f64 {
-    let Dims { rows, d, temperature } = dims;
+pub(super) fn forward(lse: &mut [f64], z: &[f64], dims: NtXentDims) -> f64 {
+    let NtXentDims { rows, d, temperature } = dims;
     let mut sum = 0.0;
     for (i, lse) in lse.iter_mut().enumerate() {
         let others: Vec<f64> =
@@ -21,8 +21,8 @@ pub(super) fn forward(lse: &mut [f64], z: &[f64], dims: Dims) -> f64 {
 }
 
 /// `dz = scale * d(sum of row losses) / d(s / T)`, chained to `z`.
-pub(super) fn backward(dz: &mut [f64], z: &[f64], lse: &[f64], dims: Dims, scale: f64) {
-    let Dims { rows, d, temperature } = dims;
+pub(super) fn backward(dz: &mut [f64], z: &[f64], lse: &[f64], dims: NtXentDims, scale: f64) {
+    let NtXentDims { rows, d, temperature } = dims;
     dz.fill(0.0);
     for i in 0..rows {
         for j in (0..rows).filter(|&j| j != i) {

@@ -16,7 +16,8 @@
 
 mod rows;
 
-use crate::device::{DeviceKind, Matrix, product};
+use crate::cpu::{Matrix, gemm};
+use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
@@ -64,7 +65,7 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
             let (z, weights) = (z_value.data(), weights.data_mut());
             device.run(|| {
                 let all = Matrix::new(z, rows, d);
-                product(weights, all, all.transposed(), false);
+                gemm(weights, all, all.transposed(), false);
                 rows::losses::<f32>(weights, rows, loss, temperature)
             })
         }
@@ -90,8 +91,8 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
                 device.run(|| {
                     let (all, weights) =
                         (Matrix::new(z, rows, d), Matrix::new(weights, rows, rows));
-                    product(dz, weights, all, false);
-                    product(dz, weights.transposed(), all, true);
+                    gemm(dz, weights, all, false);
+                    gemm(dz, weights.transposed(), all, true);
                 });
                 dz.iter_mut().for_each(|dz| *dz *= scale as f32);
             }

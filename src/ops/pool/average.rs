@@ -9,7 +9,7 @@ use crate::tensor::{Float, Tensor};
 
 /// The sizes of an average pooling.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Dims {
+pub(super) struct AvgPoolDims {
     pub(super) h: usize,
     pub(super) w: usize,
     pub(super) c: usize,
@@ -19,7 +19,7 @@ pub(super) struct Dims {
     pub(super) stride: usize,
 }
 
-impl Dims {
+impl AvgPoolDims {
     /// Pixels of window `o`, and what their sum is divided by.
     ///
     /// Windows of stride 1 that hang over the edge count the pixels that exist, those of a larger stride count zeros: so do
@@ -45,7 +45,7 @@ pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("avg_pool: the input");
     assert!(size > 0 && stride > 0, "avg_pool: size {size}, stride {stride}");
     let (p, q) = (h.div_ceil(stride), w.div_ceil(stride));
-    let dims = Dims { h, w, c, p, q, size, stride };
+    let dims = AvgPoolDims { h, w, c, p, q, size, stride };
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
@@ -72,8 +72,8 @@ pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     })
 }
 
-fn forward<T: Float>(y: &mut [T], x: &[T], dims: Dims) {
-    let Dims { h, w, c, p, q, .. } = dims;
+fn forward<T: Float>(y: &mut [T], x: &[T], dims: AvgPoolDims) {
+    let AvgPoolDims { h, w, c, p, q, .. } = dims;
     let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
     images.for_each(|(y, x)| {
         let mut sums = vec![0.0; c];
@@ -88,8 +88,8 @@ fn forward<T: Float>(y: &mut [T], x: &[T], dims: Dims) {
     });
 }
 
-fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: Dims) {
-    let Dims { h, w, c, p, q, .. } = dims;
+fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: AvgPoolDims) {
+    let AvgPoolDims { h, w, c, p, q, .. } = dims;
     let images = dx.par_chunks_mut((h * w * c).max(1)).zip(dy.par_chunks((p * q * c).max(1)));
     images.for_each(|(dx, dy)| {
         dx.fill(T::narrow(0.0));

@@ -23,8 +23,8 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
 }
 
 /// The sizes as the kernels take them.
-fn sizes(n: usize, dims: max::Dims) -> [i32; 9] {
-    let max::Dims { h, w, c, p, q, size, stride, pad } = dims;
+fn sizes(n: usize, dims: max::MaxPoolDims) -> [i32; 9] {
+    let max::MaxPoolDims { h, w, c, p, q, size, stride, pad } = dims;
     [n, h, w, c, p, q, size, stride, pad].map(|size| size as i32)
 }
 
@@ -34,7 +34,7 @@ fn sizes(n: usize, dims: max::Dims) -> [i32; 9] {
 pub(super) fn max_forward(
     y: &mut Tensor,
     x: &Tensor,
-    dims: max::Dims,
+    dims: max::MaxPoolDims,
     wanted: bool,
 ) -> Option<Tensor> {
     assert!(
@@ -71,7 +71,7 @@ pub(super) fn max_forward(
     index
 }
 
-pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: max::Dims) {
+pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: max::MaxPoolDims) {
     let to = over(dy.device(), dx);
     let [n, h, w, c, p, q, size, stride, pad] = sizes(dy.shape()[0], dims);
     // SAFETY: as in the forward pass, which made `index`.
@@ -125,7 +125,7 @@ pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
 }
 
 /// Means of small windows: `x [n, h, w, c]`, `y [n, p, q, c]`.
-pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::Dims) {
+pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::AvgPoolDims) {
     let (to, [n, h, w, c, p, q, size, stride]) =
         (over(x.device(), y), average_sizes(x.shape()[0], dims));
     // SAFETY: the tensors have these sizes.
@@ -138,7 +138,7 @@ pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::Dims) {
     }
 }
 
-pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::Dims) {
+pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::AvgPoolDims) {
     let (to, [n, h, w, c, p, q, size, stride]) =
         (over(dy.device(), dx), average_sizes(dy.shape()[0], dims));
     // SAFETY: the tensors have these sizes.
@@ -163,7 +163,7 @@ pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::Dims
     }
 }
 
-fn average_sizes(n: usize, dims: average::Dims) -> [i32; 8] {
-    let average::Dims { h, w, c, p, q, size, stride } = dims;
+fn average_sizes(n: usize, dims: average::AvgPoolDims) -> [i32; 8] {
+    let average::AvgPoolDims { h, w, c, p, q, size, stride } = dims;
     [n, h, w, c, p, q, size, stride].map(|size| size as i32)
 }

@@ -9,7 +9,7 @@ use crate::tensor::{Element, Tensor};
 
 /// The sizes of a max pooling.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Dims {
+pub(super) struct MaxPoolDims {
     pub(super) h: usize,
     pub(super) w: usize,
     pub(super) c: usize,
@@ -20,7 +20,7 @@ pub(super) struct Dims {
     pub(super) pad: usize,
 }
 
-impl Dims {
+impl MaxPoolDims {
     /// The rows, or columns, of `of` that window `o` covers.
     fn window(self, o: usize, of: usize) -> std::ops::Range<usize> {
         let start = o * self.stride;
@@ -50,7 +50,7 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
     );
     let p = (h + 2 * pad - size) / stride + 1;
     let q = (w + 2 * pad - size) / stride + 1;
-    let dims = Dims { h, w, c, p, q, size, stride, pad };
+    let dims = MaxPoolDims { h, w, c, p, q, size, stride, pad };
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
@@ -73,7 +73,7 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
 
 /// The same with a byte saved for each output in place of `x` and `y`.
 #[track_caller]
-fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: Dims) -> Var<'t> {
+fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: MaxPoolDims) -> Var<'t> {
     let index = cuda::max_forward(&mut y, x.value(), dims, x.wants_gradient());
     let (x_id, shape, dtype) = (x.id(), *x.shape(), x.value().dtype());
     x.tape().record("max_pool", y, &[x], move |dy, gradients| {
@@ -84,8 +84,13 @@ fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: Dims) -> Var<'t> {
     })
 }
 
-fn forward<T: Element + PartialOrd>(y: &mut Tensor, x: &Tensor, dims: Dims, device: &Device) {
-    let Dims { h, w, c, p, q, .. } = dims;
+fn forward<T: Element + PartialOrd>(
+    y: &mut Tensor,
+    x: &Tensor,
+    dims: MaxPoolDims,
+    device: &Device,
+) {
+    let MaxPoolDims { h, w, c, p, q, .. } = dims;
     let (y, x) = (y.data_mut::<T>(), x.data::<T>());
     device.run(|| {
         let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
@@ -110,10 +115,10 @@ fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
     dy: &Tensor,
     x: &Tensor,
     y: &Tensor,
-    dims: Dims,
+    dims: MaxPoolDims,
     device: &Device,
 ) {
-    let Dims { h, w, c, p, q, .. } = dims;
+    let MaxPoolDims { h, w, c, p, q, .. } = dims;
     let (dx, dy, x, y) = (dx.data_mut::<T>(), dy.data::<T>(), x.data::<T>(), y.data::<T>());
     let (input, output) = ((h * w * c).max(1), (p * q * c).max(1));
     device.run(|| {

@@ -7,8 +7,8 @@ mod cuda;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
-use crate::ops::CHUNK;
 use crate::tape::Var;
+use crate::tensor::CHUNK;
 
 /// `max(x, 0)` of any shape.
 pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {

@@ -4,15 +4,9 @@
 
 use super::cuda;
 use crate::device::DeviceKind;
-use crate::ops::add_into;
 use crate::tape::Var;
-use crate::tensor::{Element, Float, Shape, Tensor};
-
-pub(super) fn row_shape(shape: &Shape, rows: usize) -> Shape {
-    let mut sizes = shape.to_vec();
-    sizes[0] = rows;
-    sizes.as_slice().into()
-}
+use crate::tensor::{Element, Float, Tensor};
+use crate::tensor::{add_into, row_shape};
 
 /// Row `i` of the result is row `index[i]` of `x [m, …]`; `index [n]` is of i32, and its rows may come several times or
 /// never. MoCo shuffles the keys' images so, and puts their keys back in order.

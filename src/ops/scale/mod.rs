@@ -5,8 +5,9 @@ mod cuda;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
-use crate::ops::{CHUNK, add};
+use crate::ops::add;
 use crate::tape::Var;
+use crate::tensor::CHUNK;
 use crate::tensor::Tensor;
 
 /// `factor x`, of any shape.

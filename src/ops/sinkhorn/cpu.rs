@@ -4,15 +4,15 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{Dims, share};
+use super::{SinkhornDims, share};
+use crate::cpu::exp::exp_into;
 use crate::device::Group;
-use crate::ops::exponential::exp_into;
 
 /// Rows of a task: fixed, so that no sum depends on the number of threads.
 const ROWS: usize = 64;
 
-pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: Dims, group: &Group) {
-    let Dims { b, k, epsilon, iterations } = dims;
+pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &Group) {
+    let SinkhornDims { b, k, epsilon, iterations } = dims;
     let all_rows = (b * group.size()) as f64;
     let mut max = [scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)];
     group.all_reduce_max(&mut max);

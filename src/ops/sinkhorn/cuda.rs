@@ -1,6 +1,6 @@
 //! `kernels/sinkhorn.cu`: exponentials in f32, made anew in each pass, column and row sums of them in f64.
 
-use super::Dims;
+use super::SinkhornDims;
 use crate::device::cuda::{self, In, Launch};
 use crate::tensor::{DType, Tensor};
 
@@ -16,8 +16,8 @@ pub(crate) fn rows_per_chunk(b: usize) -> usize {
 }
 
 /// Fills `q [b, k]`, of f32.
-pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: Dims) {
-    let Dims { b, k, epsilon, iterations } = dims;
+pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
+    let SinkhornDims { b, k, epsilon, iterations } = dims;
     let device = scores.device();
     let launch = |grid: usize, block| Launch::new(device.gpu(), [grid, 1, 1], block);
     let max = largest(scores);

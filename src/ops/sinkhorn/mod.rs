@@ -20,7 +20,7 @@ use crate::tensor::Tensor;
 
 /// The sizes and settings.
 #[derive(Clone, Copy, Debug)]
-struct Dims {
+struct SinkhornDims {
     /// Rows of this process.
     b: usize,
     /// Prototypes.
@@ -42,7 +42,7 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
         epsilon > 0.0 && iterations > 0,
         "sinkhorn: epsilon {epsilon}, {iterations} iterations"
     );
-    let dims = Dims { b, k, epsilon, iterations };
+    let dims = SinkhornDims { b, k, epsilon, iterations };
     let mut q = Tensor::floats(scores.device(), [b, k]);
     match scores.device().kind() {
         DeviceKind::Cpu => {

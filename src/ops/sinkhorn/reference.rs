@@ -1,10 +1,10 @@
 //! The definition, in f64.
 
-use super::{Dims, share};
+use super::{SinkhornDims, share};
 use crate::device::Group;
 
-pub(super) fn assign(q: &mut [f64], scores: &[f64], dims: Dims, group: &Group) {
-    let Dims { b, k, epsilon, iterations } = dims;
+pub(super) fn assign(q: &mut [f64], scores: &[f64], dims: SinkhornDims, group: &Group) {
+    let SinkhornDims { b, k, epsilon, iterations } = dims;
     let all_rows = (b * group.size()) as f64;
     let mut max = [scores.iter().copied().fold(f64::NEG_INFINITY, f64::max)];
     group.all_reduce_max(&mut max);

@@ -4,7 +4,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::ops::exponential;
+use crate::cpu::exp;
 use crate::tensor::{DType, Float};
 
 /// Rows of one partial sum: fixed, so that no result depends on the number of threads.
@@ -15,7 +15,7 @@ const LANES: usize = 16;
 fn sum_of_exp<T: Float>(x: &[T], factor: f64, shift: f64) -> f64 {
     match T::DTYPE {
         DType::F64 => x.iter().map(|v| (v.widen() * factor - shift).exp()).sum(),
-        _ => exponential::sum_of_exp(cast_slice(x), factor, shift),
+        _ => exp::sum_of_exp(cast_slice(x), factor, shift),
     }
 }
 
@@ -26,7 +26,7 @@ fn exp_into<T: Float>(y: &mut [T], x: &[T], factor: f64, shift: f64) {
             let pairs = y.iter_mut().zip(x);
             pairs.for_each(|(y, x)| *y = T::narrow((x.widen() * factor - shift).exp()));
         }
-        _ => exponential::exp_into(cast_slice_mut(y), cast_slice(x), factor, shift),
+        _ => exp::exp_into(cast_slice_mut(y), cast_slice(x), factor, shift),
     }
 }
 

@@ -10,7 +10,7 @@ const LANES: usize = 16;
 
 /// `e^v`; 0 from -104 down, infinite from 88.8 up, no number where `v` is none.
 #[inline(always)]
-pub(super) fn exp(v: f32) -> f32 {
+pub(crate) fn exp(v: f32) -> f32 {
     /// 1.5 * 2^23: what is added to it is rounded to a whole number, which then lies in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     // Comparisons that are false for what is no number leave it alone.
@@ -33,7 +33,7 @@ pub(super) fn exp(v: f32) -> f32 {
 
 /// `Σ exp(factor x - shift)`, arguments and sums in f64.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-pub(super) fn sum_of_exp(x: &[f32], factor: f64, shift: f64) -> f64 {
+pub(crate) fn sum_of_exp(x: &[f32], factor: f64, shift: f64) -> f64 {
     let mut sums = [0.0_f64; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for x in whole {
@@ -49,7 +49,7 @@ pub(super) fn sum_of_exp(x: &[f32], factor: f64, shift: f64) -> f64 {
 
 /// `y = exp(factor x - shift)`, arguments in f64.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-pub(super) fn exp_into(y: &mut [f32], x: &[f32], factor: f64, shift: f64) {
+pub(crate) fn exp_into(y: &mut [f32], x: &[f32], factor: f64, shift: f64) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y = exp((f64::from(x) * factor - shift) as f32);
     }

@@ -9,9 +9,9 @@
 
 use rayon::prelude::*;
 
+use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::isa::Isa;
 use super::kernel;
 use super::problem::{Phase, Problem};
 use super::slab::Slab;
@@ -31,7 +31,7 @@ const IMAGES_PER_TILE: usize = 7;
 
 /// How a problem is cut, from its shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct CorrelationPlan {
     isa: Isa,
     blocks: Blocks,
     /// Images in a group, and in the span of a lane.
@@ -48,8 +48,8 @@ struct Plan {
     empty: bool,
 }
 
-impl Plan {
-    fn new(p: &Problem, isa: Isa) -> Plan {
+impl CorrelationPlan {
+    fn new(p: &Problem, isa: Isa) -> CorrelationPlan {
         let blocks = Blocks { k: p.k, lanes: isa.lanes() };
         let vectors = if p.k <= isa.lanes() { 1 } else { 2 };
         let group = group_images(p, isa.tile_rows(vectors));
@@ -62,7 +62,7 @@ impl Plan {
         let parts = if parts_wanted == 1 { 1 } else { p.out_h.div_ceil(part_rows) };
         let slab_len = p.phases().map(|f| band_slab(p, &f, group, part_rows).len()).max();
         let slab_len = slab_len.unwrap_or(0);
-        Plan {
+        CorrelationPlan {
             isa,
             blocks,
             group,
@@ -142,7 +142,7 @@ fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
 }
 
 pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
-    let plan = Plan::new(p, isa);
+    let plan = CorrelationPlan::new(p, isa);
     plan.filters_len + plan.lanes(p) * plan.slab_len
 }
 
@@ -160,7 +160,7 @@ pub fn run(
     if out.is_empty() {
         return;
     }
-    let plan = Plan::new(p, isa);
+    let plan = CorrelationPlan::new(p, isa);
     if plan.empty {
         if !accumulate {
             out.fill(0.0);
@@ -189,7 +189,7 @@ pub fn run(
 
 struct Lane<'a> {
     p: &'a Problem,
-    plan: &'a Plan,
+    plan: &'a CorrelationPlan,
     /// From the first image of the lane.
     x: &'a [f32],
     filters: &'a [f32],

@@ -11,10 +11,10 @@
 
 use rayon::prelude::*;
 
-use super::super::Conv2dDims;
+use super::Conv2dDims;
+use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::isa::Isa;
 use super::kernel;
 use super::slab::Slab;
 use super::slots::{self, Slots};
@@ -38,7 +38,7 @@ const BLOCKS_PER_SET: usize = 4;
 
 /// How the sum is cut, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct WeightGradientPlan {
     isa: Isa,
     blocks: Blocks,
     /// Blocks of filters in a set.
@@ -56,8 +56,8 @@ struct Plan {
     dy_len: usize,
 }
 
-impl Plan {
-    fn new(d: &Conv2dDims, isa: Isa) -> Plan {
+impl WeightGradientPlan {
+    fn new(d: &Conv2dDims, isa: Isa) -> WeightGradientPlan {
         let blocks = Blocks { k: d.k, lanes: isa.lanes() };
         let widest = if d.k <= isa.lanes() { 1 } else { 2 };
         let (_, c) = taps(d);
@@ -99,7 +99,7 @@ impl Plan {
         let dy_in_order = (group == 1 || product) && blocks.count() == 1 && d.k == blocks.padded();
         let dy_len =
             if dy_in_order { 0 } else { gradient_slab(d, blocks, 0..set, group, band).len() };
-        Plan {
+        WeightGradientPlan {
             isa,
             blocks,
             set,
@@ -191,7 +191,7 @@ fn flattened(d: &Conv2dDims) -> Conv2dDims {
 
 pub fn workspace_len(d: &Conv2dDims, isa: Isa) -> usize {
     let d = &flattened(d);
-    let plan = Plan::new(d, isa);
+    let plan = WeightGradientPlan::new(d, isa);
     plan.chunks * (plan.sums_len(d) + plan.sets() * plan.scratch_len())
 }
 
@@ -206,7 +206,7 @@ pub fn run(
     accumulate: bool,
 ) {
     let d = &flattened(d);
-    let plan = Plan::new(d, isa);
+    let plan = WeightGradientPlan::new(d, isa);
     if dw.is_empty() {
         return;
     }
@@ -230,7 +230,13 @@ pub fn run(
 }
 
 /// Sums the chunks in order and puts the filters into their own layout.
-fn finish(d: &Conv2dDims, plan: &Plan, dw: &mut [f32], sums: &mut [f32], accumulate: bool) {
+fn finish(
+    d: &Conv2dDims,
+    plan: &WeightGradientPlan,
+    dw: &mut [f32],
+    sums: &mut [f32],
+    accumulate: bool,
+) {
     let (total, others) = sums.split_at_mut(plan.sums_len(d));
     let others = &*others;
     let stretch = 4096;
@@ -262,7 +268,7 @@ fn finish(d: &Conv2dDims, plan: &Plan, dw: &mut [f32], sums: &mut [f32], accumul
 /// One set of filters on one chunk of pixels.
 struct Task<'a> {
     d: &'a Conv2dDims,
-    plan: &'a Plan,
+    plan: &'a WeightGradientPlan,
     x: &'a [f32],
     dy: &'a [f32],
     first_block: usize,

@@ -12,12 +12,10 @@
 //! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon
 //! pool. Run inside the pool that should do the work. Nothing is allocated. There is no bias, no
 //! dilation, no grouping, no bf16 here.
-//!
-//! Floor F3, below the op that checks shapes and records gradients.
 
 mod correlation;
+mod dims;
 mod filter;
-mod isa;
 mod kernel;
 mod problem;
 mod slab;
@@ -31,9 +29,9 @@ mod weight;
 mod winograd;
 mod winograd_weight;
 
-pub use isa::Isa;
+pub use super::Isa;
+pub use dims::Conv2dDims;
 
-use super::Conv2dDims;
 use problem::Problem;
 
 /// Which of the three products a workspace is for.

@@ -1,6 +1,6 @@
 //! The beginning of a run, for somebody else to go through again: its first weights and the views of its first steps.
 //!
-//! `benches/peers/replay.py` trains PyTorch on them and lays both loss curves over each other.
+//! `benches/peers/parity.py` trains PyTorch on them and lays both loss curves over each other.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::data::Batch;
 use crate::error::{Error, Result};
 
 /// The folder of a record, inside a run's.
-pub(super) const FOLDER: &str = "replay";
+pub(super) const FOLDER: &str = "parity";
 
 /// Writes the views and classes of a step to `folder/views-NNNNNNNN.safetensors`: `crops.I [views * n, s, s, 3]`, f32, view after
 /// view, for each resolution, and `labels [n]`, i32.

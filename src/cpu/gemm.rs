@@ -47,8 +47,8 @@ impl<'a> Matrix<'a> {
 ///
 /// # Panics
 /// When the sizes do not fit.
-pub(crate) fn product(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
-    assert_eq!(c.len(), a.rows * b.columns, "product: the result is {} x {}", a.rows, b.columns);
+pub(crate) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+    assert_eq!(c.len(), a.rows * b.columns, "gemm: the result is {} x {}", a.rows, b.columns);
     if c.is_empty() {
         return;
     }
@@ -59,22 +59,22 @@ pub(crate) fn product(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: b
             let first = i * COLUMNS;
             let b = b.columns_from(first, COLUMNS.min(n - first));
             // SAFETY: these columns of `c`, which is `a.rows` rows of `n`, are no other task's.
-            unsafe { product_at(place.at(first), n, a, b, accumulate) };
+            unsafe { gemm_at(place.at(first), n, a, b, accumulate) };
         });
         return;
     }
     c.par_chunks_mut(BLOCK * b.columns).enumerate().for_each(|(i, c)| {
         let rows = c.len() / b.columns;
-        product_alone(c, a.rows_from(i * BLOCK, rows), b, accumulate);
+        gemm_sequential(c, a.rows_from(i * BLOCK, rows), b, accumulate);
     });
 }
 
-/// [`product`] on the calling thread.
-pub(crate) fn product_alone(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+/// [`gemm`] on the calling thread.
+pub(crate) fn gemm_sequential(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     let (m, n) = (a.rows, b.columns);
-    assert_eq!(c.len(), m * n, "product: the result is {m} x {n}");
+    assert_eq!(c.len(), m * n, "gemm: the result is {m} x {n}");
     // SAFETY: `c` has `m` rows of `n` and is borrowed uniquely.
-    unsafe { product_at(c.as_mut_ptr(), n, a, b, accumulate) };
+    unsafe { gemm_at(c.as_mut_ptr(), n, a, b, accumulate) };
 }
 
 /// Where a result begins, for tasks that write other columns of it each.
@@ -91,13 +91,13 @@ impl Place {
     }
 }
 
-/// [`product_alone`] into rows that are `row` elements apart.
+/// [`gemm_sequential`] into rows that are `row` elements apart.
 ///
 /// # Safety
 /// `c` points to `a.rows` such rows of `b.columns` elements each, which nothing else reads or writes meanwhile.
-unsafe fn product_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+unsafe fn gemm_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
-    assert_eq!(k, b.rows, "product: {m} x {k} times {} x {n}", b.rows);
+    assert_eq!(k, b.rows, "gemm: {m} x {k} times {} x {n}", b.rows);
     if m == 0 || n == 0 {
         return;
     }
@@ -110,7 +110,7 @@ unsafe fn product_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accu
     }
     for (x, what) in [(a, "left"), (b, "right")] {
         let last = (x.rows - 1) * x.row + (x.columns - 1) * x.column;
-        assert!(last < x.data.len(), "product: the {what} matrix ends past its slice");
+        assert!(last < x.data.len(), "gemm: the {what} matrix ends past its slice");
     }
     // SAFETY: the assertions above keep every element that `gemm` reads inside the slices; what it writes is this function's
     // caller's to answer for.
@@ -148,13 +148,13 @@ mod tests {
         let a: Vec<f32> = (0..6).map(|i| i as f32).collect(); // 2 x 3
         let b: Vec<f32> = (0..12).map(|i| (i as f32).sin()).collect(); // 3 x 4
         let mut c = vec![f32::NAN; 8];
-        product(&mut c, Matrix::new(&a, 2, 3), Matrix::new(&b, 3, 4), false);
+        gemm(&mut c, Matrix::new(&a, 2, 3), Matrix::new(&b, 3, 4), false);
         for (i, c) in c.iter().enumerate() {
             let want: f32 = (0..3).map(|t| a[i / 4 * 3 + t] * b[t * 4 + i % 4]).sum();
             assert!((c - want).abs() < 1e-6, "{i}: {c} {want}");
         }
         let mut gram = vec![1.0; 9];
-        product(&mut gram, Matrix::new(&a, 2, 3).transposed(), Matrix::new(&a, 2, 3), true);
+        gemm(&mut gram, Matrix::new(&a, 2, 3).transposed(), Matrix::new(&a, 2, 3), true);
         assert_eq!(gram, [10.0, 13.0, 16.0, 13.0, 18.0, 23.0, 16.0, 23.0, 30.0]);
     }
 
@@ -166,9 +166,9 @@ mod tests {
             let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k).transposed());
             for accumulate in [false, true] {
                 let mut c = vec![0.5; m * n];
-                product(&mut c, a, b, accumulate);
+                gemm(&mut c, a, b, accumulate);
                 let mut alone = vec![0.5; m * n];
-                product_alone(&mut alone, a, b, accumulate);
+                gemm_sequential(&mut alone, a, b, accumulate);
                 for (i, (c, alone)) in c.iter().zip(&alone).enumerate() {
                     assert!((c - alone).abs() < 1e-5, "{m} x {n} x {k}, {i}: {c} {alone}");
                 }

@@ -19,13 +19,13 @@ pub(crate) const THREADS: [usize; 3] = [128, 1, 1];
 
 /// Rows `x [rows, d]`, f32, as `[planes, rows, pitch]`: each plane is the bf16 nearest to what those before it have left.
 #[derive(Clone, Debug)]
-pub(crate) struct Planes {
+pub(crate) struct SplitRows {
     data: Tensor,
     count: usize,
     pitch: usize,
 }
 
-impl Planes {
+impl SplitRows {
     /// As many planes as a run's precision asks for: two (three products) where activations are bf16, and three (six), with
     /// which a similarity is as good as one of f32 lanes, where they are f32.
     pub(crate) fn of(x: &Tensor) -> Self {
@@ -73,12 +73,12 @@ impl Planes {
 
 /// How columns are cut: by the shape alone, so that sums have one order on every chip. No columns have no slices.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slices {
+pub(crate) struct ColumnSplits {
     pub(crate) columns: usize,
     pub(crate) count: usize,
 }
 
-impl Slices {
+impl ColumnSplits {
     /// Two tiles at least, and so many that tiles of rows times slices are about two waves of two blocks on each of 132
     /// multiprocessors.
     pub(crate) fn new(rows: usize, columns: usize, tile: usize) -> Self {
@@ -98,14 +98,14 @@ mod tests {
     fn slices_times_rows_grow_with_the_rows() {
         for rows in (4..200_000).step_by(331).chain([1 << 17, 1 << 20]) {
             for tile in [TILE, WEIGHT_TILE] {
-                let slices = Slices::new(rows, rows, tile);
+                let slices = ColumnSplits::new(rows, rows, tile);
                 assert!(slices.count * slices.columns >= rows, "{rows}: {slices:?}");
                 let tiles = rows.div_ceil(tile) * slices.count;
                 assert!(tiles <= 528.max(rows.div_ceil(tile)), "{rows}: {slices:?}");
                 assert!(slices.count * rows <= (528 * tile).max(rows), "{rows}: {slices:?}");
             }
         }
-        let none = Slices::new(7, 0, TILE);
+        let none = ColumnSplits::new(7, 0, TILE);
         assert_eq!(none.count, 0, "no columns: {none:?}");
     }
 }

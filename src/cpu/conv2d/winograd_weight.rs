@@ -10,10 +10,10 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::super::Conv2dDims;
+use super::Conv2dDims;
+use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::isa::Isa;
 use super::kernel;
 use super::slots::{self, Slots};
 use super::tile::Outer;
@@ -42,7 +42,7 @@ pub fn pays(d: &Conv2dDims) -> bool {
 
 /// How the sum is cut, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct WinogradWeightPlan {
     isa: Isa,
     blocks: Blocks,
     /// Images in a group, rows of tiles of each, and groups an image is cut into.
@@ -54,8 +54,8 @@ struct Plan {
     chunks: usize,
 }
 
-impl Plan {
-    fn new(d: &Conv2dDims, isa: Isa) -> Plan {
+impl WinogradWeightPlan {
+    fn new(d: &Conv2dDims, isa: Isa) -> WinogradWeightPlan {
         let blocks = Blocks { k: d.k, lanes: isa.lanes() };
         let (rows, across) = (d.h.div_ceil(2).max(1), d.w.div_ceil(2).max(1));
         let images = (TILES / (rows * across)).clamp(1, d.n.max(1));
@@ -66,7 +66,7 @@ impl Plan {
         // a chunk of one group would cost more in its sum than the products save
         let chunk = groups.div_ceil(chunks).max(2);
         let (rows, chunks) = (rows.div_ceil(parts), groups.div_ceil(chunk));
-        Plan { isa, blocks, images, rows, parts, chunk, chunks }
+        WinogradWeightPlan { isa, blocks, images, rows, parts, chunk, chunks }
     }
 
     /// Tiles that a group has room for.
@@ -85,7 +85,7 @@ impl Plan {
 }
 
 pub fn workspace_len(d: &Conv2dDims, isa: Isa) -> usize {
-    let plan = Plan::new(d, isa);
+    let plan = WinogradWeightPlan::new(d, isa);
     plan.chunks * (plan.sums_len(d) + plan.scratch_len(d))
 }
 
@@ -99,7 +99,7 @@ pub fn run(
     workspace: &mut [f32],
     accumulate: bool,
 ) {
-    let plan = Plan::new(d, isa);
+    let plan = WinogradWeightPlan::new(d, isa);
     if dw.is_empty() {
         return;
     }
@@ -120,7 +120,7 @@ pub fn run(
 
 struct Task<'a> {
     d: &'a Conv2dDims,
-    plan: &'a Plan,
+    plan: &'a WinogradWeightPlan,
     x: &'a [f32],
     dy: &'a [f32],
 }
@@ -213,7 +213,13 @@ impl Task<'_> {
 }
 
 /// Sums the chunks in order, transforms back, and puts the filters into their own layout.
-fn finish(d: &Conv2dDims, plan: &Plan, dw: &mut [f32], sums: &mut [f32], accumulate: bool) {
+fn finish(
+    d: &Conv2dDims,
+    plan: &WinogradWeightPlan,
+    dw: &mut [f32],
+    sums: &mut [f32],
+    accumulate: bool,
+) {
     let (total, others) = sums.split_at_mut(plan.sums_len(d));
     let others = &*others;
     let stretch = 4096;

@@ -1,13 +1,19 @@
 //! Recipes: everything that decides a run, as one TOML file.
 
+mod builtin;
+mod load;
+
 use serde::{Deserialize, Serialize};
 
-use super::table::{self, parsed, set, table_of};
 use crate::data::Policy;
 use crate::device::Precision;
 use crate::error::{Error, Result};
+use crate::methods::{self, Method};
 use crate::nn::ResNetConfig;
 use crate::optim::{Decay, LrRule, Rule, Schedule};
+use crate::settings::{self, parsed, set};
+pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
+use load::table_of;
 
 /// A run's settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,7 +41,7 @@ pub struct Recipe {
 /// A method by name; the rest of its table is for the method to read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MethodSettings {
-    /// A name of [`ALL`](super::ALL).
+    /// A name of [`ALL`](crate::methods::ALL).
     pub name: String,
     /// Whatever else stands in the table.
     #[serde(flatten)]
@@ -113,10 +119,10 @@ pub struct TrainSettings {
     /// What a GPU stores activations and multiplies in: `bf16` or `f32`. The CPU computes in f32.
     #[serde(default = "bf16")]
     pub precision: Precision,
-    /// The views of this many first steps, and the first weights, are written to the run's `replay/`, for
-    /// `benches/peers/replay.py`.
+    /// The views of this many first steps, and the first weights, are written to the run's `parity/`, for
+    /// `benches/peers/parity.py`.
     #[serde(default, skip_serializing_if = "is_zero")]
-    pub record_views: u64,
+    pub dump_views: u64,
     /// Compute threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub threads: usize,
@@ -183,7 +189,7 @@ fn bf16() -> Precision {
 }
 
 impl Recipe {
-    /// A recipe from a file, or from a name of [`builtin_names`](super::builtin_names), with `key.path=value` settings on top. A recipe may start
+    /// A recipe from a file, or from a name of [`builtin_names`](builtin_names), with `key.path=value` settings on top. A recipe may start
     /// with `base = "…"`, another one's name or file, and then says only what differs; `[augment]` differs in every view.
     ///
     /// # Errors
@@ -212,10 +218,18 @@ impl Recipe {
         for setting in settings {
             set(&mut table, setting)?;
         }
-        table::check_sizes(&table)?;
-        let recipe: Self = table::read(&table, "")?;
+        settings::check_sizes(&table)?;
+        let recipe: Self = settings::read(&table, "")?;
         recipe.check()?;
         Ok(recipe)
+    }
+
+    /// Builds the recipe's method on the recipe's network.
+    ///
+    /// # Errors
+    /// If no method has that name, or its settings do not fit.
+    pub fn build_method(&self) -> Result<Box<dyn Method>> {
+        methods::build(&self.method.name, &self.network, &self.method.settings)
     }
 
     /// The recipe as TOML.
@@ -297,7 +311,7 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::methods::builtin_names;
+    use crate::recipes::builtin_names;
 
     fn message(settings: &[&str]) -> String {
         let settings: Vec<String> = settings.iter().map(|s| s.to_string()).collect();
@@ -308,8 +322,8 @@ mod tests {
     fn every_builtin_recipe_loads_and_survives_its_own_toml() {
         for name in builtin_names() {
             let recipe = Recipe::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
-            super::super::build(&recipe).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let again = table::read(&recipe.to_toml().parse().unwrap(), "").unwrap();
+            recipe.build_method().unwrap_or_else(|e| panic!("{name}: {e}"));
+            let again = settings::read(&recipe.to_toml().parse().unwrap(), "").unwrap();
             assert_eq!(recipe, again, "{name}");
         }
     }
@@ -325,7 +339,7 @@ mod tests {
         let missing = Recipe::load("simclr-cifar", &[]).unwrap_err().to_string();
         assert!(missing.contains("there is no recipe file simclr-cifar"), "{missing}");
         let recipe = Recipe::load("demo", &["method.temprature=1".into()]).unwrap();
-        let error = super::super::build(&recipe).err().unwrap().to_string();
+        let error = recipe.build_method().err().unwrap().to_string();
         assert!(error.contains("(did you mean `temperature`?)"), "{error}");
     }
 

@@ -11,10 +11,10 @@
 
 use rayon::prelude::*;
 
-use super::super::Conv2dDims;
+use super::Conv2dDims;
+use super::Isa;
 use super::LINE;
 use super::filter::{Blocks, FilterView};
-use super::isa::Isa;
 use super::kernel;
 use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
@@ -95,7 +95,7 @@ impl Problem {
 
 /// How a problem is cut, from its shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct WinogradPlan {
     isa: Isa,
     blocks: Blocks,
     /// Images in the span of a lane, and in a group.
@@ -109,8 +109,8 @@ struct Plan {
     tiles: usize,
 }
 
-impl Plan {
-    fn new(p: &Problem, isa: Isa) -> Plan {
+impl WinogradPlan {
+    fn new(p: &Problem, isa: Isa) -> WinogradPlan {
         let blocks = Blocks { k: p.k, lanes: isa.lanes() };
         let most = if p.c < WIDE { TILES } else { 2 * TILES };
         let (rows, across) = p.tiles();
@@ -132,7 +132,7 @@ impl Plan {
         };
         let span = groups.div_ceil(slots::MOST).max(1) * group;
         let tiles = group * group_rows * across;
-        Plan { isa, blocks, span, group, lane_rows, group_rows, tiles }
+        WinogradPlan { isa, blocks, span, group, lane_rows, group_rows, tiles }
     }
 
     fn lanes(&self, p: &Problem) -> usize {
@@ -157,7 +157,7 @@ impl Plan {
 
 /// Floats of scratch: the transformed filters, and a group of tiles for every lane.
 pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
-    let plan = Plan::new(p, isa);
+    let plan = WinogradPlan::new(p, isa);
     plan.filters_len(p) + plan.lanes(p) * plan.slot_len(p)
 }
 
@@ -175,7 +175,7 @@ pub fn run(
     if out.is_empty() {
         return;
     }
-    let plan = Plan::new(p, isa);
+    let plan = WinogradPlan::new(p, isa);
     let (filters, slots) = workspace.split_at_mut(plan.filters_len(p));
     transform_filters(p, &plan, filters, w);
     let lane = Lane { p, plan: &plan, filters, accumulate };
@@ -192,7 +192,7 @@ pub fn run(
 }
 
 /// `w` into blocks of outputs, each `[component][c][width]`.
-fn transform_filters(p: &Problem, plan: &Plan, filters: &mut [f32], w: &[f32]) {
+fn transform_filters(p: &Problem, plan: &WinogradPlan, filters: &mut [f32], w: &[f32]) {
     let blocks = plan.blocks;
     let transform = kernel::filters(plan.isa);
     filters.par_chunks_mut(COMPONENTS * blocks.full() * p.c).enumerate().for_each(|(b, out)| {
@@ -215,7 +215,7 @@ fn transform_filters(p: &Problem, plan: &Plan, filters: &mut [f32], w: &[f32]) {
 
 struct Lane<'a> {
     p: &'a Problem,
-    plan: &'a Plan,
+    plan: &'a WinogradPlan,
     filters: &'a [f32],
     accumulate: bool,
 }

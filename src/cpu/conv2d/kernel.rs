@@ -4,7 +4,7 @@
 //! The heights are compile-time constants because the accumulators have to be registers. A call
 //! checks the instruction set's tile limits; the addresses are the drivers' business.
 
-use super::isa::Isa;
+use super::Isa;
 use super::tile::{Correlate, Outer};
 use super::transform::{Filters, Gradient, Input, Output};
 

@@ -1,44 +1,10 @@
-//! Recipes as TOML tables: bases, what `--set` puts on top, and what a key that does not fit is answered with.
-
-use std::path::Path;
+//! Settings as TOML tables: merging, `--set key.path=value`, and errors that suggest the nearest known key.
 
 use serde::de::DeserializeOwned;
 
-use super::builtin::{builtin, builtin_names};
 use crate::error::{Error, Result};
 
-fn text(name: &str) -> Result<String> {
-    if !Path::new(name).exists() {
-        let known = builtin_names().collect::<Vec<_>>().join(", ");
-        return Err(Error::Config(format!(
-            "there is no recipe file {name}, nor a built-in recipe of that name; built in are: {known}"
-        )));
-    }
-    std::fs::read_to_string(name).map_err(Error::io(name))
-}
-
-/// Bases of bases: more are a circle.
-const DEEPEST: usize = 4;
-
-/// The table of a recipe file or a built-in recipe, on top of its base's.
-pub(super) fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
-    let text = match builtin(name) {
-        Some(text) => text.to_owned(),
-        None => text(name)?,
-    };
-    let mut table = parsed(&text, name)?;
-    let Some(base) = table.remove("base") else { return Ok(table) };
-    let Some(base) = base.as_str().filter(|_| depth < DEEPEST) else {
-        return Err(Error::Config(format!(
-            "recipe {name}: base must be another recipe's name or file, not {base}"
-        )));
-    };
-    let mut whole = table_of(base, depth + 1)?;
-    merge(&mut whole, table);
-    Ok(whole)
-}
-
-pub(super) fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
+pub(crate) fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
     text.parse().map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))
 }
 
@@ -46,7 +12,7 @@ pub(super) fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
 const CHOICES: [&str; 2] = ["rule", "decay"];
 
 /// Puts what differs on top of a base. A table on top of an array of tables goes on top of each.
-fn merge(base: &mut toml::Table, over: toml::Table) {
+pub(crate) fn merge(base: &mut toml::Table, over: toml::Table) {
     use toml::Value::{Array, Table};
     for (key, value) in over {
         match (base.get_mut(&key), value) {
@@ -67,7 +33,7 @@ fn merge(base: &mut toml::Table, over: toml::Table) {
 }
 
 /// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
-pub(super) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
+pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let malformed = || {
         Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
     };
@@ -107,7 +73,7 @@ pub(super) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
 }
 
 /// Reads a table, answering an unknown key with the nearest known one. `place` is the table's own name.
-pub(super) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Result<T> {
+pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Result<T> {
     T::deserialize(table.clone()).map_err(|error| {
         let message = one_line(&error);
         let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
@@ -119,7 +85,7 @@ pub(super) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
 const LARGEST: i64 = 1 << 24;
 
 /// Fails at a whole number beyond [`LARGEST`], and names its key.
-pub(super) fn check_sizes(table: &toml::Table) -> Result<()> {
+pub(crate) fn check_sizes(table: &toml::Table) -> Result<()> {
     fn walk(key: &str, value: &toml::Value) -> Result<()> {
         let inner = |name: &str| if key.is_empty() { name.into() } else { format!("{key}.{name}") };
         match value {

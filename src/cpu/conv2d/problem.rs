@@ -5,7 +5,7 @@
 //! with stride 1 and every `t`-th filter row, last row first; likewise columns. The `t * t` phases
 //! fill `dx` between them, and no zero is multiplied.
 
-use super::super::Conv2dDims;
+use super::Conv2dDims;
 use super::filter::FilterView;
 use super::kernel;
 

@@ -1,21 +1,15 @@
-//! Imports point down: the floors of `lib.rs`, read from the source.
+//! Imports point down: the source is read, and its modules must form the chain that `lib.rs` shows.
 
 use std::path::{Path, PathBuf};
 
-/// Modules from the ground up; those of one row may use each other.
-const FLOORS: &[&[&str]] = &[
-    &["error", "files"],
-    &["device"],
-    &["tensor"],
-    &["arena", "tape", "ops"],
-    &["nn", "optim"],
-    &["methods", "data"],
-    &["train", "eval"],
-    &["cli", "bench"],
+/// The modules of `src/`, lowest first: a total order. A module imports only modules before it.
+const ORDER: &[&str] = &[
+    "error", "files", "settings", "device", "cpu", "tensor", "arena", "tape", "ops", "nn", "optim",
+    "data", "methods", "recipes", "weights", "eval", "train", "bench", "cli",
 ];
 
-fn floor(module: &str) -> Option<usize> {
-    FLOORS.iter().position(|floor| floor.contains(&module))
+fn layer(module: &str) -> Option<usize> {
+    ORDER.iter().position(|&known| known == module)
 }
 
 pub fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
@@ -52,8 +46,9 @@ fn imports(line: &str) -> Vec<String> {
 }
 
 fn upward(module: &str, text: &str) -> Vec<String> {
-    let own = floor(module).unwrap_or_else(|| panic!("module {module} is on no floor"));
-    let above = |line: &str| imports(line).into_iter().find(|m| floor(m).is_some_and(|f| f > own));
+    let own = layer(module).unwrap_or_else(|| panic!("module {module} is missing from ORDER"));
+    let above =
+        |line: &str| imports(line).into_iter().find(|m| layer(m).is_some_and(|layer| layer > own));
     code(text)
         .filter_map(|line| above(line).map(|m| format!("{module} uses {m}: {}", line.trim())))
         .collect()
@@ -82,4 +77,28 @@ fn an_upward_import_is_caught() {
     assert_eq!(upward("ops", "use crate::nn::ResNet;").len(), 1);
     assert_eq!(upward("tensor", "use crate::{device::Device, tape::Var};").len(), 1);
     assert_eq!(upward("nn", "use crate::ops;\n// use crate::train::Run;").len(), 0);
+}
+
+#[test]
+fn the_picture_in_lib_is_the_tested_order() {
+    let lib = std::fs::read_to_string("src/lib.rs").unwrap();
+    let rows = lib.lines().filter_map(|line| line.strip_prefix("//! | ")?.split('|').next());
+    let name = |cell: &str| cell.trim().trim_matches(['[', '`', ']']).replace("mod@", "");
+    let mut shown: Vec<String> = rows.map(name).filter(|name| layer(name).is_some()).collect();
+    shown.reverse();
+    assert_eq!(shown, ORDER, "the table of layers in src/lib.rs, read from its last row up");
+    let declared: Vec<&str> = lib
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ")?.strip_suffix(';')
+        })
+        .collect();
+    for module in &declared {
+        assert!(layer(module).is_some(), "module {module} is missing from ORDER");
+    }
+    assert_eq!(
+        declared.len(),
+        ORDER.len(),
+        "ORDER names a module that src/lib.rs does not declare"
+    );
 }

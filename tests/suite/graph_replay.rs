@@ -8,13 +8,14 @@ use selfsup::arena::{Arena, Layout, Slot};
 use selfsup::data::Batch;
 use selfsup::device::{Device, Precision};
 use selfsup::methods::simclr::{Settings, SimClr};
-use selfsup::methods::{Course, Method, Recipe, State};
+use selfsup::methods::{Method, RunInfo, State};
 use selfsup::nn::ResNet;
-use selfsup::optim::{Care, Lars, Optimizer, Rule, Schedule, ema};
+use selfsup::optim::{Lars, Optimizer, ParamPolicy, Rule, Schedule, ema};
+use selfsup::recipes::Recipe;
 use selfsup::tape::{self, Tape, Var};
 use selfsup::tensor::{DType, Numbers, Tensor};
 use selfsup::train::{
-    Done, EpochReport, Run, StepReport, Steps, Training, Watch, load_weights, newest,
+    EpochReport, Run, StepReport, StepResult, Steps, Training, Watch, load_weights, newest,
 };
 
 use crate::driver::{StandIn, alone, gpu, open, unchecked, with_driver};
@@ -50,7 +51,7 @@ impl Method for Phased {
         self.simclr.backbone()
     }
 
-    fn start(&mut self, online: &Arena, _: &Course) -> selfsup::Result<()> {
+    fn start(&mut self, online: &Arena, _: &RunInfo) -> selfsup::Result<()> {
         self.follower = Some((online.twin(), Numbers::new(online.device(), &[0.0])));
         Ok(())
     }
@@ -66,9 +67,9 @@ impl Method for Phased {
         u32::from(self.frozen)
     }
 
-    fn care(&self, slot: &Slot, _: f64) -> Care {
+    fn param_policy(&self, slot: &Slot, _: f64) -> ParamPolicy {
         let stem = slot.name == "backbone.conv1.weight";
-        if self.frozen && stem { Care::Frozen } else { Care::Usual }
+        if self.frozen && stem { ParamPolicy::Frozen } else { ParamPolicy::Default }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
@@ -100,18 +101,18 @@ struct Hand {
     optimizer: Optimizer,
     schedule: Schedule,
     steps: Steps,
-    losses: Vec<Done>,
+    losses: Vec<StepResult>,
 }
 
 impl Hand {
     fn new(device: &Device, change: u64, records: bool) -> Self {
         let mut method = Phased::new(change);
         let online = Arena::new(method.layout(), device, 3);
-        let course = Course { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
+        let course = RunInfo { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
         method.start(&online, &course).unwrap();
         let mut optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &online);
         method.prepare(0);
-        optimizer.treat(online.layout(), |slot| method.care(slot, 0.3));
+        optimizer.set_policies(online.layout(), |slot| method.param_policy(slot, 0.3));
         let steps = Steps::new(device);
         Self {
             device: device.clone(),
@@ -171,7 +172,7 @@ impl Hand {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between() {
-    let name = "captured::recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between";
+    let name = "graph_replay::recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between";
     unchecked(name, || {
         let device = gpu(Precision::F32);
         let run = |records: bool| {
@@ -208,7 +209,7 @@ fn some_steps(
     let (schedule, mut losses) = (run.schedule(), Vec::new());
     state.method.prepare(0);
     let (online, method) = (&state.online, &state.method);
-    state.optimizer.treat(online.layout(), |slot| method.care(slot, schedule.peak));
+    state.optimizer.set_policies(online.layout(), |slot| method.param_policy(slot, schedule.peak));
     for step in 0..count {
         let crops = views.iter().map(|&(views, side)| {
             let what = format!("{name}, step {step}, side {side}");
@@ -243,7 +244,7 @@ fn some_steps(
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
     unchecked(
-        "captured::recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones",
+        "graph_replay::recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones",
         || {
             let device = gpu(Precision::Bf16);
             // All kinds of numbers; SwAV's steps go through four phases.
@@ -267,29 +268,32 @@ fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing() {
-    alone("captured::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing", |driver| {
-        driver.check(false);
-        let device = gpu(Precision::Bf16);
-        for records in [true, false] {
-            let mut hand = Hand::new(&device, 0, records);
-            let counts =
-                || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
-            let mut steps = Vec::new();
-            for iteration in 0..6 {
+    alone(
+        "graph_replay::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing",
+        |driver| {
+            driver.check(false);
+            let device = gpu(Precision::Bf16);
+            for records in [true, false] {
+                let mut hand = Hand::new(&device, 0, records);
+                let counts =
+                    || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
+                let mut steps = Vec::new();
+                for iteration in 0..6 {
+                    let before = counts();
+                    hand.step(iteration).unwrap();
+                    let after = counts();
+                    steps.push([0, 1, 2].map(|i| after[i] - before[i]));
+                }
+                println!("allocations, waits and replays of each step: {steps:?}");
+                assert!(!records || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
+                let replays = u64::from(records);
+                assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
                 let before = counts();
-                hand.step(iteration).unwrap();
-                let after = counts();
-                steps.push([0, 1, 2].map(|i| after[i] - before[i]));
+                hand.evaluate();
+                assert!(counts()[1] > before[1], "the driver counts waits");
             }
-            println!("allocations, waits and replays of each step: {steps:?}");
-            assert!(!records || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
-            let replays = u64::from(records);
-            assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
-            let before = counts();
-            hand.evaluate();
-            assert!(counts()[1] > before[1], "the driver counts waits");
-        }
-    });
+        },
+    );
 }
 
 /// Losses of a whole run, as the program would print them.
@@ -348,11 +352,8 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
                 said.contains(&format!("the newest checkpoint is {}", file.display())),
                 "{said}"
             );
-            let mut arena = Arena::new(
-                selfsup::methods::build(&demo(&[])).unwrap().layout(),
-                &Device::cpu(1).unwrap(),
-                0,
-            );
+            let mut arena =
+                Arena::new(demo(&[]).build_method().unwrap().layout(), &Device::cpu(1).unwrap(), 0);
             load_weights(&file, &mut arena).unwrap();
             assert!(arena.values().to_f64().iter().all(|v| v.is_finite()));
         }
@@ -368,7 +369,7 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
     alone(
-        "captured::a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint",
+        "graph_replay::a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint",
         |driver| {
             driver.check(false);
             let root = tempfile::tempdir().unwrap();

@@ -8,7 +8,7 @@ use std::sync::{Mutex, OnceLock};
 use selfsup::arena::Arena;
 use selfsup::data::{self, Cifar, Folder, Idx, Image, Source, Split, fashion_scattered};
 use selfsup::device::Device;
-use selfsup::methods::{self, Recipe};
+use selfsup::recipes::Recipe;
 use selfsup::train::{self, Paused};
 use tempfile::TempDir;
 
@@ -45,7 +45,7 @@ fn small() -> Recipe {
 fn arena() -> &'static Mutex<Arena> {
     static ARENA: OnceLock<Mutex<Arena>> = OnceLock::new();
     ARENA.get_or_init(|| {
-        let method = methods::build(&small()).expect("a built-in recipe");
+        let method = small().build_method().expect("a built-in recipe");
         Mutex::new(Arena::new(method.layout(), &Device::cpu(1).expect("a processor"), 1))
     })
 }
@@ -130,7 +130,7 @@ pub fn recipe(bytes: &[u8]) {
         let Ok(recipe) = recipe else { continue };
         let again = Recipe::parse(&recipe.to_toml(), "again", &[]);
         assert_eq!(again.expect("what a recipe writes").to_toml(), recipe.to_toml());
-        let _ = methods::build(&recipe).map(|method| recipe.policies(method.views()));
+        let _ = recipe.build_method().map(|method| recipe.policies(method.views()));
     }
 }
 

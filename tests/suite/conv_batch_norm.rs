@@ -46,7 +46,7 @@ fn unit(
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_fused_batch_norm_is_the_composition() {
-    alone("fused::a_fused_batch_norm_is_the_composition", |driver| {
+    alone("conv_batch_norm::a_fused_batch_norm_is_the_composition", |driver| {
         let gpu = gpu(Precision::Bf16);
         let passes = || driver.count("kernel:batch_norm_moments_bf16");
         let mut results = Vec::new();
@@ -77,7 +77,7 @@ fn a_fused_batch_norm_is_the_composition() {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
-    alone("fused::a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu", |driver| {
+    alone("conv_batch_norm::a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu", |driver| {
         driver.check(false);
         let gpu = gpu(Precision::Bf16);
         let config = ResNetConfig { width: 8, ..ResNetConfig::named("resnet50").unwrap() };

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Goes through the first steps of a run of selfsup again in PyTorch, and lays both loss curves over each other.
 
-    selfsup train byol-cifar10-small --set train.record_views=20 --set train.epochs=1 --out runs/replayed
+    selfsup train byol-cifar10-small --set train.dump_views=20 --set train.epochs=1 --out runs/replayed
     pip install torch==2.9.1 torchvision==0.24.1 safetensors
-    python benches/peers/replay.py runs/replayed            # in f32; --double for f64
+    python benches/peers/parity.py runs/replayed            # in f32; --double for f64
 
 The run's folder has the resolved recipe, the first weights, the views of each recorded step and the losses. Networks and losses
 here are those of scripts/goldens, which selfsup's ten golden steps are held against; optimiser and schedule are written from the
@@ -47,7 +47,7 @@ def bare(kind, online):
     """A method of scripts/goldens around a network of the recipe's sizes."""
     made = kind.__new__(kind)
     torch.nn.Module.__init__(made)
-    made.line, made.online = "replay", online
+    made.line, made.online = "parity", online
     return made
 
 
@@ -242,11 +242,11 @@ def main():
     peers.BATCH, peers.SEED, peers.STEPS, peers.PER_EPOCH = batch, recipe["seed"], total, per_epoch
 
     method = BUILDS[name](recipe)
-    fill(method, load_file(run / "replay/step-00000000.safetensors"))
+    fill(method, load_file(run / "parity/step-00000000.safetensors"))
     method.to(dtype).train()
     momenta, worst = {}, 0.0
     print(f"{'step':>6} {'selfsup':>12} {'PyTorch':>12} {'difference':>11}")
-    for file in sorted((run / "replay").glob("views-*.safetensors")):
+    for file in sorted((run / "parity").glob("views-*.safetensors")):
         step = int(file.stem.split("-")[1])
         tensors = load_file(file)
         views = [tensors[f"crops.{i}"].to(dtype) for i in range(len(tensors) - 1)]

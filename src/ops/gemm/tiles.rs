@@ -1,17 +1,17 @@
-//! Which tile a matrix product on a GPU gets, and into how many slices its sum is cut: one table, a function of sizes alone,
+//! Which tile a matrix product on a GPU gets, and into how many splits its sum is cut: one table, a function of sizes alone,
 //! so that sums have one order on every chip. What it chooses from are the tiles of `kernels/gemm_tile.cuh`.
 //!
 //! The choice is the smallest estimate in cycles of a chip of 132 multiprocessors with two blocks each. A product of 16 x 8 x
 //! 16 costs the shared memory that it moves at 128 bytes a cycle, and no less than tensor cores take for it; a block alone
-//! on its multiprocessor hides less of its latency; slices are written and read once.
+//! on its multiprocessor hides less of its latency; splits are written and read once.
 
-use super::Conv2dDims;
+use crate::cpu::conv2d::Conv2dDims;
 
 /// A product `C [m, n] = A B` over `k`, as the table sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Product {
+pub struct Gemm {
     /// What the operands are.
-    pub kind: ProductKind,
+    pub kind: GemmKind,
     /// Rows of `C`.
     pub m: usize,
     /// Columns of `C`.
@@ -23,13 +23,13 @@ pub struct Product {
     /// Elements of both operands that lie together from each multiple of so many on: 8 is 16 bytes of bf16, and what large
     /// tiles need; 4 is the stem's; 1 where nothing is known.
     pub run: usize,
-    /// Whether the sum may be cut into slices.
-    pub splits: bool,
+    /// Whether the sum may be cut into splits.
+    pub splittable: bool,
 }
 
-/// The operands of a [`Product`].
+/// The operands of a [`Gemm`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProductKind {
+pub enum GemmKind {
     /// `A [m, k]`, `B [n, k]`
     Nt,
     /// `A [m, k]`, `B [k, n]`
@@ -46,7 +46,7 @@ pub enum ProductKind {
 
 /// The form of a tile. `Half` is 128 x 64, or 64 x 128 where the sum runs across both operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TileForm {
+pub enum TileShape {
     /// 128 x 128
     Large,
     /// 128 x 64 or 64 x 128
@@ -61,7 +61,7 @@ pub enum TileForm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// The form.
-    pub form: TileForm,
+    pub form: TileShape,
     /// Rows of `C` in a tile.
     pub m: usize,
     /// Columns of `C` in a tile.
@@ -74,10 +74,10 @@ pub struct Tile {
     pub warps: [usize; 2],
     /// Tiles of `C`, all phases together.
     pub tiles: usize,
-    /// Slices of the sum.
-    pub slices: usize,
+    /// ColumnSplits of the sum.
+    pub splits: usize,
     /// Terms of a slice, a multiple of `depth`.
-    pub k_per_slice: usize,
+    pub k_per_split: usize,
 }
 
 /// Multiprocessors and blocks of a multiprocessor that the estimate is for: an H100's.
@@ -85,18 +85,18 @@ const PROCESSORS: usize = 132;
 const BLOCKS: usize = 2;
 /// Terms of a step.
 const DEPTH: usize = 32;
-/// A slice has at least so many terms, and there are no more slices than this.
+/// A slice has at least so many terms, and there are no more splits than this.
 const LEAST: usize = 512;
 const MOST: usize = 128;
 /// Elements of an image that the offsets of large tiles can count: 128 images' in 31 bits.
 const IMAGE: usize = 1 << 24;
 
-impl Product {
+impl Gemm {
     /// The forward pass of a convolution.
     pub fn convolution(d: &Conv2dDims) -> Self {
         let (m, n, k) = (d.n * d.p * d.q, d.k, d.r * d.s * d.c);
         let run = run(&[d.c], d, d.h * d.w * d.c);
-        Self { kind: ProductKind::Convolution, m, n, k, count: 1, run, splits: false }
+        Self { kind: GemmKind::Convolution, m, n, k, count: 1, run, splittable: false }
     }
 
     /// The gradient of a convolution's input: a product for each phase of the stride, of this many pixels and taps at most.
@@ -104,43 +104,43 @@ impl Product {
         let m = d.n * d.h.div_ceil(d.stride) * d.w.div_ceil(d.stride);
         let k = d.r.div_ceil(d.stride) * d.s.div_ceil(d.stride) * d.k;
         let run = run(&[d.c, if d.k.is_multiple_of(DEPTH) { 8 } else { 1 }], d, d.p * d.q * d.k);
-        let (kind, count) = (ProductKind::DataGradient, d.stride * d.stride);
-        Self { kind, m, n: d.c, k, count, run, splits: false }
+        let (kind, count) = (GemmKind::DataGradient, d.stride * d.stride);
+        Self { kind, m, n: d.c, k, count, run, splittable: false }
     }
 
     /// The gradient of a convolution's filters; the sum runs over pixels.
     pub fn weight_gradient(d: &Conv2dDims) -> Self {
         let (m, n, k) = (d.k, d.r * d.s * d.c, d.n * d.p * d.q);
         let run = run(&[d.c, if d.k.is_multiple_of(8) { 8 } else { 1 }], d, 0);
-        Self { kind: ProductKind::WeightGradient, m, n, k, count: 1, run, splits: true }
+        Self { kind: GemmKind::WeightGradient, m, n, k, count: 1, run, splittable: true }
     }
 
-    /// The product's tile and slices.
+    /// The product's tile and splits.
     pub fn tile(&self) -> Tile {
-        let forms: &[TileForm] = match (self.run, self.kind) {
-            (8, _) => &[TileForm::Large, TileForm::Half, TileForm::Small],
-            (4, ProductKind::Convolution | ProductKind::WeightGradient) => {
-                &[TileForm::Stem, TileForm::Small]
+        let forms: &[TileShape] = match (self.run, self.kind) {
+            (8, _) => &[TileShape::Large, TileShape::Half, TileShape::Small],
+            (4, GemmKind::Convolution | GemmKind::WeightGradient) => {
+                &[TileShape::Stem, TileShape::Small]
             }
-            _ => &[TileForm::Small],
+            _ => &[TileShape::Small],
         };
-        let most = if self.splits { (self.k / LEAST).clamp(1, MOST) } else { 1 };
-        let all = forms.iter().flat_map(|&form| (1..=most).map(move |slices| (form, slices)));
-        let tiles = all.map(|(form, slices)| self.with(form, slices));
-        // The first of equals: the larger tile, fewer slices.
+        let most = if self.splittable { (self.k / LEAST).clamp(1, MOST) } else { 1 };
+        let all = forms.iter().flat_map(|&form| (1..=most).map(move |splits| (form, splits)));
+        let tiles = all.map(|(form, splits)| self.with(form, splits));
+        // The first of equals: the larger tile, fewer splits.
         tiles.min_by(|a, b| self.cycles(a).total_cmp(&self.cycles(b))).expect("there is one")
     }
 
-    /// This tile and about so many slices; kernels take no other sizes.
-    pub fn with(&self, form: TileForm, slices: usize) -> Tile {
-        let across = matches!(self.kind, ProductKind::Tn | ProductKind::WeightGradient);
+    /// This tile and about so many splits; kernels take no other sizes.
+    pub fn with(&self, form: TileShape, splits: usize) -> Tile {
+        let across = matches!(self.kind, GemmKind::Tn | GemmKind::WeightGradient);
         let (m, n, stages) = match form {
-            TileForm::Large => (128, 128, 3),
-            TileForm::Half | TileForm::Stem if across => (64, 128, 4),
-            TileForm::Half | TileForm::Stem => (128, 64, 4),
-            TileForm::Small => (64, 64, 4),
+            TileShape::Large => (128, 128, 3),
+            TileShape::Half | TileShape::Stem if across => (64, 128, 4),
+            TileShape::Half | TileShape::Stem => (128, 64, 4),
+            TileShape::Small => (64, 64, 4),
         };
-        let k_per_slice = self.k.div_ceil(slices).next_multiple_of(DEPTH).max(DEPTH);
+        let k_per_split = self.k.div_ceil(splits).next_multiple_of(DEPTH).max(DEPTH);
         Tile {
             form,
             m,
@@ -149,14 +149,14 @@ impl Product {
             stages,
             warps: [2, 2],
             tiles: self.m.div_ceil(m) * self.n.div_ceil(n) * self.count,
-            slices: self.k.div_ceil(k_per_slice).max(1),
-            k_per_slice,
+            splits: self.k.div_ceil(k_per_split).max(1),
+            k_per_split,
         }
     }
 
     /// The estimate of a tile's cycles on a chip of 132 multiprocessors, by which the table chooses.
     pub fn cycles(&self, tile: &Tile) -> f64 {
-        let blocks = tile.tiles * tile.slices;
+        let blocks = tile.tiles * tile.splits;
         let (full, left) = (blocks / (PROCESSORS * BLOCKS), blocks % (PROCESSORS * BLOCKS));
         // In blocks that a multiprocessor has one after another; 1.3 is a guess of what being alone costs.
         let waves = (full * BLOCKS) as f64
@@ -165,12 +165,12 @@ impl Product {
                 1..=PROCESSORS => 1.3,
                 _ => BLOCKS as f64,
             };
-        let steps = tile.k_per_slice.min(self.k.max(1)).div_ceil(DEPTH) as f64;
+        let steps = tile.k_per_split.min(self.k.max(1)).div_ceil(DEPTH) as f64;
         let products = (tile.m * tile.n * DEPTH) as f64 / (16.0 * 8.0 * 16.0);
-        // One more launch, and the slices to memory and back at 1900 bytes a cycle.
-        let bytes = (tile.slices * self.m * self.n * 8) as f64;
-        let slices = if tile.slices > 1 { 3000.0 + bytes / 1900.0 } else { 0.0 };
-        waves * steps * products * tile.cycles_of_a_product() + slices
+        // One more launch, and the splits to memory and back at 1900 bytes a cycle.
+        let bytes = (tile.splits * self.m * self.n * 8) as f64;
+        let splits = if tile.splits > 1 { 3000.0 + bytes / 1900.0 } else { 0.0 };
+        waves * steps * products * tile.cycles_of_a_product() + splits
     }
 }
 
@@ -217,11 +217,11 @@ mod tests {
         for ([size, c], [k, filter], stride, forward, data, weight) in rows {
             let dims =
                 Conv2dDims::new([256, size, size, c], [k, filter, filter, c], stride, filter / 2);
-            let products = [Product::convolution, Product::data_gradient, Product::weight_gradient];
+            let products = [Gemm::convolution, Gemm::data_gradient, Gemm::weight_gradient];
             let got = products.map(|product| {
                 let tile = product(&dims).tile();
                 println!("{dims:?}: {tile:?}");
-                assert!(tile.slices * tile.k_per_slice >= product(&dims).k);
+                assert!(tile.splits * tile.k_per_split >= product(&dims).k);
                 format!("{:?} {}x{}", tile.form, tile.m, tile.n)
             });
             assert_eq!(got, [forward, data, weight], "{dims:?}");
@@ -234,26 +234,26 @@ mod tests {
             Conv2dDims::new([4096, h, 64, c], [k, r, 3, c], 1, 4)
         };
         for dims in [image(64, 12, 64, 9), image(64, 9, 64, 3), image(1 << 15, 16, 64, 3)] {
-            assert_eq!(Product::convolution(&dims).tile().form, TileForm::Small, "{dims:?}");
+            assert_eq!(Gemm::convolution(&dims).tile().form, TileShape::Small, "{dims:?}");
         }
         let odd = image(64, 64, 40, 3);
         assert_eq!(
-            Product::data_gradient(&odd).tile().form,
-            TileForm::Small,
+            Gemm::data_gradient(&odd).tile().form,
+            TileShape::Small,
             "k is no multiple of 32"
         );
-        assert_ne!(Product::convolution(&odd).tile().form, TileForm::Small);
+        assert_ne!(Gemm::convolution(&odd).tile().form, TileShape::Small);
     }
 
-    /// Cut where the sum is long and tiles are few; never below what a slice has at least, or where nobody adds slices.
+    /// Cut where the sum is long and tiles are few; never below what a slice has at least, or where nobody adds splits.
     #[test]
     fn slices_fill_a_chip() {
         let dims = Conv2dDims::new([256, 56, 56, 64], [64, 3, 3, 64], 1, 1);
-        let tile = Product::weight_gradient(&dims).tile();
-        assert!((100..=PROCESSORS * BLOCKS).contains(&(tile.tiles * tile.slices)), "{tile:?}");
-        let whole = Product { splits: false, ..Product::weight_gradient(&dims) };
-        assert_eq!(whole.tile().slices, 1);
-        let short = Product { k: 700, ..Product::weight_gradient(&dims) };
-        assert_eq!(short.tile().slices, 1);
+        let tile = Gemm::weight_gradient(&dims).tile();
+        assert!((100..=PROCESSORS * BLOCKS).contains(&(tile.tiles * tile.splits)), "{tile:?}");
+        let whole = Gemm { splittable: false, ..Gemm::weight_gradient(&dims) };
+        assert_eq!(whole.tile().splits, 1);
+        let short = Gemm { k: 700, ..Gemm::weight_gradient(&dims) };
+        assert_eq!(short.tile().splits, 1);
     }
 }

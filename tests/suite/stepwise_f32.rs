@@ -133,7 +133,7 @@ fn telling_steps(run: &Run) -> &'static [usize] {
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
     unchecked(
-        "forced::steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch",
+        "stepwise_f32::steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch",
         || {
             let device = gpu(Precision::F32);
             let forced = |run| teacher_forced(run, &device, telling_steps(&run));
@@ -148,7 +148,7 @@ fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
-    unchecked("forced::a_method_with_state_moves_between_devices_by_its_checkpoint", || {
+    unchecked("stepwise_f32::a_method_with_state_moves_between_devices_by_its_checkpoint", || {
         let goldens = Goldens::open("methods");
         let (gpu, cpu) = (gpu(Precision::Bf16), Device::cpu(1).unwrap());
         let folder = tempfile::tempdir().unwrap();

@@ -1,12 +1,15 @@
 //! `kernels/matmul.cu`: matrix products on a GPU, of linear layers and of 1x1 convolutions.
 
-use super::tiles::{Product, ProductKind, Tile, TileForm};
+pub(crate) mod similarity;
+mod tiles;
+
 use crate::device::cuda::{self, In, Launch, Out};
 use crate::tensor::{DType, Tensor, TensorMut};
+pub use tiles::{Gemm, GemmKind, Tile, TileShape};
 
 /// `C [m, n] = A B` over `k`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
+pub(super) struct GemmSize {
     pub(super) m: usize,
     pub(super) n: usize,
     pub(super) k: usize,
@@ -26,7 +29,7 @@ impl Moments {
     pub(super) fn new(y: &Tensor, rows: usize, groups: usize, tile: &Tile) -> Option<Self> {
         let fits = y.dtype() == DType::Bf16 && rows > 0 && rows.is_multiple_of(groups);
         let aligned = groups == 1 || (rows / groups).is_multiple_of(tile.m);
-        (fits && aligned && tile.slices == 1).then(|| {
+        (fits && aligned && tile.splits == 1).then(|| {
             let columns = y.len() / rows;
             let partial = Tensor::floats(y.device(), [rows.div_ceil(tile.m), 2, columns]);
             Self { partial, rows: tile.m }
@@ -36,65 +39,65 @@ impl Moments {
 
 /// The product as the table sees it, of matrices in memory.
 fn table(
-    kind: ProductKind,
-    Sizes { m, n, k }: Sizes,
+    kind: GemmKind,
+    GemmSize { m, n, k }: GemmSize,
     operands: [&Tensor; 2],
-    splits: bool,
-) -> Product {
+    splittable: bool,
+) -> Gemm {
     for size in [m, n, k] {
         assert!(
             size < 1 << 31,
-            "product: {size} rows or columns, and a GPU's kernels count to 2^31 - 1"
+            "gemm: {size} rows or columns, and a GPU's kernels count to 2^31 - 1"
         );
     }
     // The lengths of the operands' lines.
     let lines = match kind {
-        ProductKind::Nt => [k, k],
-        ProductKind::Nn => [k, n],
+        GemmKind::Nt => [k, k],
+        GemmKind::Nn => [k, n],
         _ => [m, n],
     };
     let whole =
         lines.iter().all(|length| length.is_multiple_of(8)) && operands.into_iter().all(is_aligned);
-    Product { kind, m, n, k, count: 1, run: if whole { 8 } else { 1 }, splits }
+    Gemm { kind, m, n, k, count: 1, run: if whole { 8 } else { 1 }, splittable }
 }
 
-/// A product in one pass, or, where `k` is long and the tiles are few, in slices of `k` that are summed in order after:
+/// A product in one pass, or, where `k` is long and the tiles are few, in splits of `k` that are summed in order after:
 /// a weight gradient has all rows for its `k`.
-pub(super) fn product(
-    kind: ProductKind,
+pub(super) fn gemm(
+    kind: GemmKind,
     c: &mut TensorMut<'_>,
     a: &Tensor,
     b: &Tensor,
     bias: Option<&Tensor>,
-    sizes: Sizes,
+    sizes: GemmSize,
     accumulate: bool,
 ) {
-    let product = table(kind, sizes, [a, b], bias.is_none());
-    let tile = product.tile();
-    if tile.slices == 1 {
-        return Matmul { product, tile, c, a, b, bias, moments: None, accumulate }.run();
+    let gemm = table(kind, sizes, [a, b], bias.is_none());
+    let tile = gemm.tile();
+    if tile.splits == 1 {
+        return Matmul { gemm, tile, c, a, b, bias, moments: None, accumulate }.run();
     }
-    let mut partial = Tensor::empty(a.device(), DType::F32, [tile.slices, sizes.m, sizes.n]);
+    let mut partial = Tensor::empty(a.device(), DType::F32, [tile.splits, sizes.m, sizes.n]);
     let c_partial = &mut partial.view_mut();
     let launch =
-        Matmul { product, tile, c: c_partial, a, b, bias: None, moments: None, accumulate: false };
+        Matmul { gemm, tile, c: c_partial, a, b, bias: None, moments: None, accumulate: false };
     launch.run();
-    split_k_reduce(c, &partial, tile.slices, accumulate);
+    split_k_reduce(c, &partial, tile.splits, accumulate);
 }
 
 /// `y [m, n] = x Wᵀ` in one pass, and the moments of its columns for so many groups of rows, where they can be had.
-pub(super) fn product_with_moments(
+pub(super) fn gemm_with_moments(
     y: &mut Tensor,
     x: &Tensor,
     w: &Tensor,
-    sizes: Sizes,
+    sizes: GemmSize,
     groups: usize,
 ) -> Option<Moments> {
-    let product = table(ProductKind::Nt, sizes, [x, w], false);
-    let tile = product.tile();
+    let gemm = table(GemmKind::Nt, sizes, [x, w], false);
+    let tile = gemm.tile();
     let mut moments = Moments::new(y, sizes.m, groups, &tile);
     let (c, to) = (&mut y.view_mut(), moments.as_mut().map(|m| &mut m.partial));
-    Matmul { product, tile, c, a: x, b: w, bias: None, moments: to, accumulate: false }.run();
+    Matmul { gemm, tile, c, a: x, b: w, bias: None, moments: to, accumulate: false }.run();
     moments
 }
 
@@ -132,7 +135,7 @@ pub(super) fn split_k_reduce(
 
 /// One launch of a kernel of `kernels/matmul.cu`.
 struct Matmul<'a, 'c> {
-    product: Product,
+    gemm: Gemm,
     tile: Tile,
     c: &'a mut TensorMut<'c>,
     a: &'a Tensor,
@@ -147,16 +150,16 @@ struct Matmul<'a, 'c> {
 
 impl Matmul<'_, '_> {
     fn run(self) {
-        let Self { product, tile, c, a, b, bias, moments, accumulate } = self;
-        let is_nt = product.kind == ProductKind::Nt;
+        let Self { gemm, tile, c, a, b, bias, moments, accumulate } = self;
+        let is_nt = gemm.kind == GemmKind::Nt;
         assert!(is_nt || bias.is_none(), "matmul: only y = x Wᵀ has a bias");
         assert!(!(is_nt && accumulate), "matmul: only gradients accumulate");
         let threads = if a.dtype() == DType::Bf16 { 128 } else { 256 };
-        let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.slices], [threads, 1, 1]);
+        let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.splits], [threads, 1, 1]);
         let bias = bias.map_or(In::null(), Tensor::device_in);
         let moments = moments.map_or(Out::null(), Tensor::device_out);
         let [m, n, k, k_per_split] =
-            [product.m, product.n, product.k, tile.k_per_slice].map(|size| size as i32);
+            [gemm.m, gemm.n, gemm.k, tile.k_per_split].map(|size| size as i32);
         let accumulate = i32::from(accumulate);
         // Inputs that come before the sizes, and flags that come after them.
         macro_rules! of_f32 {
@@ -179,26 +182,26 @@ impl Matmul<'_, '_> {
         }
         // SAFETY: the operation has checked that the tensors have these sizes; `c` has room for each split.
         unsafe {
-            match (product.kind, a.dtype(), tile.form) {
-                (ProductKind::Nt, DType::F32, _) => of_f32!(matmul_nt_f32, [bias], []),
-                (ProductKind::Nn, DType::F32, _) => of_f32!(matmul_nn_f32, [], [accumulate]),
+            match (gemm.kind, a.dtype(), tile.form) {
+                (GemmKind::Nt, DType::F32, _) => of_f32!(matmul_nt_f32, [bias], []),
+                (GemmKind::Nn, DType::F32, _) => of_f32!(matmul_nn_f32, [], [accumulate]),
                 (_, DType::F32, _) => of_f32!(matmul_tn_f32, [], [accumulate]),
-                (ProductKind::Nt, _, TileForm::Large) => {
+                (GemmKind::Nt, _, TileShape::Large) => {
                     of_bf16!(matmul_nt_bf16_128x128, [bias, moments], []);
                 }
-                (ProductKind::Nt, _, TileForm::Half) => {
+                (GemmKind::Nt, _, TileShape::Half) => {
                     of_bf16!(matmul_nt_bf16_128x64, [bias, moments], []);
                 }
-                (ProductKind::Nt, ..) => of_bf16!(matmul_nt_bf16_64x64, [bias, moments], []),
-                (ProductKind::Nn, _, TileForm::Large) => {
+                (GemmKind::Nt, ..) => of_bf16!(matmul_nt_bf16_64x64, [bias, moments], []),
+                (GemmKind::Nn, _, TileShape::Large) => {
                     of_bf16!(matmul_nn_bf16_128x128, [], [accumulate]);
                 }
-                (ProductKind::Nn, _, TileForm::Half) => {
+                (GemmKind::Nn, _, TileShape::Half) => {
                     of_bf16!(matmul_nn_bf16_128x64, [], [accumulate]);
                 }
-                (ProductKind::Nn, ..) => of_bf16!(matmul_nn_bf16_64x64, [], [accumulate]),
-                (_, _, TileForm::Large) => of_bf16!(matmul_tn_bf16_128x128, [], [accumulate]),
-                (_, _, TileForm::Half) => of_bf16!(matmul_tn_bf16_64x128, [], [accumulate]),
+                (GemmKind::Nn, ..) => of_bf16!(matmul_nn_bf16_64x64, [], [accumulate]),
+                (_, _, TileShape::Large) => of_bf16!(matmul_tn_bf16_128x128, [], [accumulate]),
+                (_, _, TileShape::Half) => of_bf16!(matmul_tn_bf16_64x128, [], [accumulate]),
                 _ => of_bf16!(matmul_tn_bf16_64x64, [], [accumulate]),
             }
         }

@@ -1,7 +1,7 @@
 //! What numbers that went wrong look like.
 
 use crate::eval::Spread;
-use crate::methods::WatchSettings;
+use crate::recipes::WatchSettings;
 
 /// What a collapse looks like, if it is one.
 pub(super) fn collapse(

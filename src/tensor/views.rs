@@ -1,0 +1,69 @@
+//! The order of rows of several views: micro-batches against the whole batch.
+
+use super::{Shape, Tensor};
+
+pub(crate) fn row_shape(shape: &Shape, rows: usize) -> Shape {
+    let mut sizes = shape.to_vec();
+    sizes[0] = rows;
+    sizes.as_slice().into()
+}
+
+/// Micro-batches, each `[views * m, d]` view after view, as one `[views * n, d]`, view after view.
+///
+/// # Panics
+/// When the parts differ in shape or their rows are no multiple of `views`.
+#[track_caller]
+pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
+    let [rows, d] = parts.first().expect("micro-batches: there are none").dims("embeddings");
+    assert!(rows % views == 0, "micro-batches: {rows} rows are not {views} equal views");
+    assert!(
+        parts.iter().all(|p| p.shape() == parts[0].shape()),
+        "micro-batches must have one shape"
+    );
+    let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
+    let (count, block) = (parts.len(), rows / views);
+    for place in 0..count * views {
+        let (view, part) = (place / count, place % count);
+        let to = all.view_mut().slice(place * block * d, [block, d].into());
+        { to }.copy_from(&parts[part].rows(view * block, block));
+    }
+    all
+}
+
+/// The rows of micro-batch `index` of `count`, out of all rows `[views * n, …]`, images or embeddings: the inverse of
+/// [`interleave_views`].
+pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize) -> Tensor {
+    let rows = all.shape()[0];
+    let (block, d) = (rows / count / views, all.len() / rows.max(1));
+    let mut part = Tensor::empty(all.device(), all.dtype(), row_shape(all.shape(), rows / count));
+    for view in 0..views {
+        let rows = all.rows((view * count + index) * block, block);
+        let to = part.view_mut().slice(view * block * d, *rows.shape());
+        { to }.copy_from(&rows);
+    }
+    part
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    #[test]
+    fn picking_undoes_interleaving() {
+        let device = Device::reference();
+        let part = |i: f64| {
+            let rows: Vec<f64> = (0..12).map(|r| 100.0 * i + f64::from(r)).collect();
+            Tensor::from_f64(&device, [4, 3], &rows)
+        };
+        let parts = [part(0.0), part(1.0), part(2.0)];
+        let all = interleave_views(&parts, 2);
+        // View 0 of all three parts comes before view 1 of any.
+        assert_eq!(all.data::<f64>()[0..3], [0.0, 1.0, 2.0]);
+        assert_eq!(all.data::<f64>()[6..9], [100.0, 101.0, 102.0]);
+        assert_eq!(all.data::<f64>()[18..21], [6.0, 7.0, 8.0]);
+        for (i, part) in parts.iter().enumerate() {
+            assert_eq!(pick_views(&all, 2, 3, i).to_f64(), part.to_f64());
+        }
+    }
+}
