@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use selfsup::arena::Arena;
 use selfsup::device::{Device, DeviceKind, Precision};
-use selfsup::methods::RunInfo;
+use selfsup::methods::{self, RunInfo};
 use selfsup::recipes::{self, Recipe};
 use selfsup::tape;
 use selfsup::tensor::Tensor;
@@ -229,13 +229,13 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     own.train.dump_views = 1;
     let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
-    check_record(&out.join("replay"), own.augment[0].size);
+    check_record(&out.join("parity"), own.augment[0].size);
     let file = selfsup::train::newest(&out).unwrap().display().to_string();
     let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
     teacher.insert("file".into(), file.into());
 }
 
-/// What `benches/peers/replay.py` reads: the first weights, and one step's views without the fourth channel.
+/// What `benches/peers/parity.py` reads: the first weights, and one step's views without the fourth channel.
 fn check_record(folder: &std::path::Path, size: usize) {
     let mut names: Vec<_> =
         std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use selfsup::device::Device;
 use selfsup::recipes::{self, Recipe};
-use selfsup::train::{EpochReport, Plan, StepReport, Study, Watch};
+use selfsup::train::{EpochReport, StepReport, Study, StudyPlan, Watch};
 
 use crate::recipes::reduce;
 
@@ -29,7 +29,7 @@ fn every_study_runs_its_arms_at_reduced_width_and_once() {
     for name in recipes::builtin_studies() {
         let study = Study::load(name).unwrap_or_else(|e| panic!("{name}: {e}"));
         let (out, told) = (folder.path().join(name), RefCell::new(Vec::new()));
-        let plan = Plan {
+        let plan = StudyPlan {
             out: &out,
             settings: &[],
             seeds: 1,
@@ -63,7 +63,7 @@ fn a_study_goes_on_where_it_was_and_not_with_other_settings() {
     let folder = tempfile::tempdir().unwrap();
     let study = Study::load("byol-norm").unwrap();
     let run = |settings: &[String]| {
-        let plan = Plan {
+        let plan = StudyPlan {
             out: folder.path(),
             settings,
             seeds: 1,
