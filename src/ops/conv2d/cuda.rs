@@ -4,7 +4,8 @@
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
 use crate::ops::gemm::{
-    Gemm, GemmKind, GemmSize, Moments, TileShape, gemm, gemm_with_moments, is_aligned, split_k_reduce,
+    Gemm, GemmKind, GemmSize, Moments, TileShape, gemm, gemm_with_moments, is_aligned,
+    split_k_reduce,
 };
 use crate::tensor::{DType, Tensor, TensorMut};
 
