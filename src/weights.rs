@@ -1,6 +1,6 @@
 //! Weight files: safetensors in torchvision's names and layout.
 //!
-//! Filters are `[k, c, r, s]` with the channels that exist, so that PyTorch loads a trunk with `load_state_dict`. A file is never
+//! Filters are `[k, c, r, s]` with the channels that exist, so that PyTorch loads a backbone with `load_state_dict`. A file is never
 //! trusted: its header is read alone and held against the file's length, and names, dtypes and shapes against the network's,
 //! before anything is allocated for a tensor. Tensors are read and written one at a time. A file is written under a temporary
 //! name, synced and renamed: there is the old one or the new one, never half of one.

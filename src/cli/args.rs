@@ -42,7 +42,7 @@ happened. A second Ctrl-C ends it at once.")]
         #[command(subcommand)]
         what: Eval,
     },
-    /// Write a run's trunk as PyTorch loads it: torchvision's names and layout, safetensors
+    /// Write a run's backbone as PyTorch loads it: torchvision's names and layout, safetensors
     #[command(after_help = "Examples:
   selfsup export runs/first
   selfsup export runs/first/best.safetensors --out resnet18.safetensors
@@ -220,15 +220,15 @@ pub(super) struct Embed {
 pub(super) enum Eval {
     /// Weighted k-nearest-neighbour accuracy on held-out images
     ///
-    /// Beside the same trunk at random initialisation and the raw pixels. Several values of -k and --temperature make a
+    /// Beside the same backbone at random initialisation and the raw pixels. Several values of -k and --temperature make a
     /// grid, for which neighbours are looked for once.
     #[command(after_help = "Examples:
   selfsup eval knn runs/first
   selfsup eval knn runs/first --k 10,20,100,200 --temperature 0.07,0.1")]
     Knn(EvalKnn),
-    /// Accuracy of a linear classifier on the frozen trunk, by a published protocol
+    /// Accuracy of a linear classifier on the frozen backbone, by a published protocol
     ///
-    /// Beside the same trunk at random initialisation.
+    /// Beside the same backbone at random initialisation.
     #[command(after_help = "Examples:
   selfsup eval linear runs/first --sweep
   selfsup eval linear runs/first --protocol moco --labels 10%")]
@@ -300,7 +300,7 @@ pub(super) struct EvalFinetune {
     /// Learn from these training images only: 10% of each class, or a file that names them
     #[arg(long, value_name = "SHARE|FILE")]
     pub(super) labels: Option<String>,
-    /// Layers of a SimCLR v2 head that stay between trunk and classifier
+    /// Layers of a SimCLR v2 head that stay between backbone and classifier
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) head_layers: usize,
     /// Write the fine-tuned run into this folder

@@ -137,9 +137,9 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
     let rates: &[f64] = if args.sweep { &eval::RATES } else { &[] };
     let random = Arena::new(all.method.layout(), &all.device, all.run.recipe.seed);
     for (name, arena) in [("random init", &random), ("trained", &all.trained)] {
-        let (trunk, train) = (all.frozen(arena), &all.images.train);
+        let (frozen, train) = (all.frozen(arena), &all.images.train);
         let found =
-            eval::linear_accuracy(trunk, train, &**test, &protocol, rates, all.run.recipe.seed)?;
+            eval::linear_accuracy(frozen, train, &**test, &protocol, rates, all.run.recipe.seed)?;
         for (lr, aside) in &found.swept {
             talk(&format!(
                 "{name}, learning rate {lr}: {:.1}% of a tenth kept aside",
@@ -230,15 +230,15 @@ impl Compared {
     ) -> Result<Self> {
         let random = Arena::new(method.layout(), trained.device(), recipe.seed);
         let policy = &recipe.augment[0];
-        let trunk = |arena: &Arena, source: &dyn Source| {
-            eval::trunk_features(arena, method.backbone(), source, policy)
+        let backbone = |arena: &Arena, source: &dyn Source| {
+            eval::backbone_features(arena, method.backbone(), source, policy)
         };
         let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
         Ok(Self {
             rows: [
                 ("raw pixels", pixels(train)?, pixels(test)?),
-                ("random init", trunk(&random, train)?, trunk(&random, test)?),
-                ("trained", trunk(trained, train)?, trunk(trained, test)?),
+                ("random init", backbone(&random, train)?, backbone(&random, test)?),
+                ("trained", backbone(trained, train)?, backbone(trained, test)?),
             ],
         })
     }

@@ -22,13 +22,13 @@ pub(super) fn export(args: &Export) -> Result<()> {
     let (_, arena) = trained.load(&Device::cpu(0)?)?;
     let beside = || trained.checkpoint.with_file_name("backbone.safetensors");
     let out = args.out.clone().unwrap_or_else(beside);
-    train::export_trunk(&out, &arena)?;
-    talk(&format!("{}: the trunk of {}", out.display(), trained.checkpoint.display()));
+    train::export_backbone(&out, &arena)?;
+    talk(&format!("{}: the backbone of {}", out.display(), trained.checkpoint.display()));
     talk(&in_torchvision(&trained.recipe.network));
     say(&out.display().to_string())
 }
 
-/// How PyTorch loads a trunk.
+/// How PyTorch loads a backbone.
 fn in_torchvision(network: &ResNetConfig) -> String {
     let large = ResNetConfig { stem: Stem::Image, ..*network };
     match (network.name(), large.name()) {
@@ -58,13 +58,13 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
         }
     };
     let source = images(folder, args.split, args.limit)?;
-    let Network { arena, trunk, mut policy, see } = network;
+    let Network { arena, backbone, mut policy, see } = network;
     policy.size = args.size.map_or(policy.size, |size| size as usize);
     let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
     let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
     let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
-    let mut all = eval::embed(&arena, &trunk, &*source, &policy, see, done)?;
+    let mut all = eval::embed(&arena, &backbone, &*source, &policy, see, done)?;
     bar.iter().for_each(ProgressBar::finish_and_clear);
     for name in &mut all.names {
         if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
@@ -84,10 +84,10 @@ fn images(folder: &Path, split: Split, limit: usize) -> Result<Arc<dyn Source>> 
     Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
 }
 
-/// A trunk with weights, and how images come to it.
+/// A backbone with weights, and how images come to it.
 struct Network {
     arena: Arena,
-    trunk: ResNet,
+    backbone: ResNet,
     policy: Policy,
     see: Transform,
 }
@@ -99,8 +99,8 @@ impl Network {
         let device = device::open(args.device, &trained.recipe.train)?;
         let (method, arena) = trained.load(&device)?;
         talk(&format!("weights: {}", trained.checkpoint.display()));
-        let (trunk, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
-        Ok(Self { arena, trunk, policy, see: Transform::Center })
+        let (backbone, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
+        Ok(Self { arena, backbone, policy, see: Transform::Center })
     }
 
     /// Of a file in torchvision's names: as torchvision's presets see images.
@@ -109,10 +109,10 @@ impl Network {
         let network = ResNetConfig::named(name)?;
         let device = device::choose(args.device, Precision::F32, 0)?;
         let mut layout = Layout::new();
-        let trunk = ResNet::new(&mut layout, "backbone.", &network);
+        let backbone = ResNet::new(&mut layout, "backbone.", &network);
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
         let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
-        Ok(Self { arena, trunk, policy, see: Transform::ResizedCenter })
+        Ok(Self { arena, backbone, policy, see: Transform::ResizedCenter })
     }
 }

@@ -1,4 +1,4 @@
-//! Features of images under the evaluation's transform: a trunk's, or the pixels themselves.
+//! Features of images under the evaluation's transform: a backbone's, or the pixels themselves.
 
 use std::collections::HashSet;
 
@@ -60,7 +60,7 @@ impl Features {
 ///
 /// # Errors
 /// When an image has no label, or the device fails.
-pub fn trunk_features(
+pub fn backbone_features(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,

@@ -13,7 +13,7 @@ mod protocol;
 
 pub use embed::{Embedded, embed};
 pub(crate) use features::classifier_answers;
-pub use features::{Features, classifier_accuracy, pixel_features, trunk_features};
+pub use features::{Features, backbone_features, classifier_accuracy, pixel_features};
 pub use knn::{
     Answer, Knn, accuracies as knn_accuracies, accuracy as knn_accuracy, answers as knn_answers,
 };

@@ -1,4 +1,4 @@
-//! The linear probe: a classifier on a frozen trunk, trained by a published [`Protocol`].
+//! The linear probe: a classifier on a frozen backbone, trained by a published [`Protocol`].
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::data::{Loader, Policy, Source, Subset, labels_of, of_each_class};
 use crate::device::{Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::eval::head::{Head, Moments};
-use crate::eval::{Features, Protocol, trunk_features};
+use crate::eval::{Features, Protocol, backbone_features};
 use crate::nn::ResNet;
 use crate::optim::Schedule;
 use crate::tape::evaluate;
@@ -16,10 +16,10 @@ use crate::tensor::Tensor;
 /// The learning rates of a sweep: published best ones span 0.1 to 30.
 pub const RATES: [f64; 8] = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0];
 
-/// Images of one forward pass of the trunk.
+/// Images of one forward pass of the backbone.
 const FORWARD: usize = 256;
 
-/// A trunk that is not trained any more, and how it sees images.
+/// A backbone that is not trained any more, and how it sees images.
 #[derive(Clone, Copy)]
 pub struct Frozen<'a> {
     /// Its weights.
@@ -41,7 +41,7 @@ pub struct Probed {
     pub swept: Vec<(f64, f64)>,
 }
 
-/// Trains a linear classifier of `train`'s images on the trunk's features and tells how many of `test`'s it gets right.
+/// Trains a linear classifier of `train`'s images on the backbone's features and tells how many of `test`'s it gets right.
 ///
 /// With `rates`, one classifier for each learns from nine tenths of the training images, the best on the rest decides the
 /// rate, and the classifier that is measured learns from all of them with it; held-out images decide nothing.
@@ -49,7 +49,7 @@ pub struct Probed {
 /// # Errors
 /// When images have no labels or cannot be read, or the device fails.
 pub fn linear_accuracy(
-    trunk: Frozen<'_>,
+    frozen: Frozen<'_>,
     train: &Arc<dyn Source>,
     test: &dyn Source,
     protocol: &Protocol,
@@ -59,14 +59,14 @@ pub fn linear_accuracy(
     let labels = labels_of(&**train)?;
     let bank = match (protocol.augment, protocol.standardise) {
         (true, false) => None,
-        _ => Some(trunk.features(&**train)?),
+        _ => Some(frozen.features(&**train)?),
     };
     let moments = bank.as_ref().filter(|_| protocol.standardise).map(Moments::of);
     let kept = bank.filter(|_| !protocol.augment);
     // Images that cannot be read have no features: rows are then those of the features.
     let labels = kept.as_ref().map_or(labels, |kept| kept.labels.clone());
-    let shape = [train.classes().len(), trunk.backbone.features()];
-    let probe = Probe { trunk, train, kept, moments, shape, protocol, seed };
+    let shape = [train.classes().len(), frozen.backbone.features()];
+    let probe = Probe { frozen, train, kept, moments, shape, protocol, seed };
     let all: Vec<u32> = (0..labels.len() as u32).collect();
     let mut swept = Vec::new();
     let mut best = None;
@@ -83,7 +83,7 @@ pub fn linear_accuracy(
         let rest = all.iter().copied().filter(|&i| !is_aside[i as usize]).collect();
         let queries = match &probe.kept {
             Some(kept) => kept.some(&aside),
-            None => trunk.features(&Subset::new(train.clone(), aside))?,
+            None => frozen.features(&Subset::new(train.clone(), aside))?,
         };
         let heads = probe.train(rest, &rates.iter().copied().map(Some).collect::<Vec<_>>())?;
         for (&lr, head) in rates.iter().zip(&heads) {
@@ -95,7 +95,7 @@ pub fn linear_accuracy(
     }
     let lr = best.unwrap_or_else(|| protocol.schedule(all.len(), None).peak);
     let head = &probe.train(all, &[best])?[0];
-    let accuracy = head.accuracy(&trunk.features(test)?, probe.moments.as_ref())?;
+    let accuracy = head.accuracy(&frozen.features(test)?, probe.moments.as_ref())?;
     Ok(Probed { accuracy, lr, swept })
 }
 
@@ -105,7 +105,7 @@ impl Frozen<'_> {
     /// # Errors
     /// When an image has no label, or the device fails.
     pub fn features(&self, source: &dyn Source) -> Result<Features> {
-        trunk_features(self.arena, self.backbone, source, self.policy)
+        backbone_features(self.arena, self.backbone, source, self.policy)
     }
 
     /// Features `[n, d]` of crops `[n, s, s, 4]`.
@@ -123,7 +123,7 @@ impl Frozen<'_> {
 }
 
 struct Probe<'a> {
-    trunk: Frozen<'a>,
+    frozen: Frozen<'a>,
     train: &'a Arc<dyn Source>,
     /// Features of the training images, where they are made once.
     kept: Option<Features>,
@@ -137,7 +137,7 @@ struct Probe<'a> {
 impl Probe<'_> {
     /// A classifier for each rate, the protocol's own where there is none, all trained on the same batches of `rows`.
     fn train(&self, rows: Vec<u32>, rates: &[Option<f64>]) -> Result<Vec<Head>> {
-        let (protocol, device, shape) = (self.protocol, self.trunk.arena.device(), self.shape);
+        let (protocol, device, shape) = (self.protocol, self.frozen.arena.device(), self.shape);
         let new = |&lr: &Option<f64>| {
             let head = Head::new(shape, protocol.init, protocol.rule, self.seed, device);
             (head, protocol.schedule(rows.len(), lr))
@@ -165,11 +165,11 @@ impl Probe<'_> {
         if let Some(bank) = &self.kept {
             return Ok(Feed::Kept { bank, order: rows, batch, seed: self.seed });
         }
-        let policy = self.trunk.policy.crop_and_flip();
+        let policy = self.frozen.policy.crop_and_flip();
         let images = Arc::new(Subset::new(self.train.clone(), rows));
-        let device = self.trunk.arena.device();
+        let device = self.frozen.arena.device();
         let loader = Loader::new(images, vec![policy], batch, self.seed, 0, device)?;
-        Ok(Feed::Crops { loader, trunk: self.trunk })
+        Ok(Feed::Crops { loader, frozen: self.frozen })
     }
 }
 
@@ -178,7 +178,7 @@ enum Feed<'a> {
     /// From those of all images.
     Kept { bank: &'a Features, order: Vec<u32>, batch: usize, seed: u64 },
     /// From new crops.
-    Crops { loader: Loader, trunk: Frozen<'a> },
+    Crops { loader: Loader, frozen: Frozen<'a> },
 }
 
 impl Feed<'_> {
@@ -193,9 +193,9 @@ impl Feed<'_> {
                 }
                 Ok(bank.gather(&order[place * *batch..][..*batch]))
             }
-            Feed::Crops { loader, trunk } => {
+            Feed::Crops { loader, frozen } => {
                 let batch = loader.next_batch()?;
-                Ok((trunk.forward(&batch.crops[0])?, batch.labels))
+                Ok((frozen.forward(&batch.crops[0])?, batch.labels))
             }
         }
     }
@@ -223,12 +223,12 @@ mod tests {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);
         let arena = Arena::new(&Arc::new(layout), &Device::cpu(2).unwrap(), 1);
-        let trunk = Frozen { arena: &arena, backbone: &backbone, policy: &Policy::crop(16) };
+        let frozen = Frozen { arena: &arena, backbone: &backbone, policy: &Policy::crop(16) };
         let set: Arc<dyn Source> =
             Arc::new(Subset::first(Arc::new(fashion_scattered(Split::Train)), 120));
         // On the images that it has seen: whether it learns, not how well.
         let probe = |protocol: &Protocol, rates: &[f64]| {
-            linear_accuracy(trunk, &set, &*set, protocol, rates, 1).unwrap()
+            linear_accuracy(frozen, &set, &*set, protocol, rates, 1).unwrap()
         };
         let cached = Protocol { batch: 30, ..Protocol::named("cached").unwrap().over(20) };
         let swept = probe(&cached, &[1e-6, 0.1]);

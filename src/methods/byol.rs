@@ -9,9 +9,9 @@
 //! predictions of the online network, `z` projections of the target.
 //!
 //! ```text
-//!         ┌─ view 1 ─ trunk ─ projector ─ predictor ─ p1 ─┐
-//! image ──┤             │ tau (after the update)          ├─ |p̂1 - ẑ2|², and the same with views exchanged
-//!         └─ view 2 ─ target's trunk ─ projector ──── z2 ─┘   (no gradient)
+//!         ┌─ view 1 ─ backbone ─ projector ─ predictor ─ p1 ─┐
+//! image ──┤             │ tau (after the update)             ├─ |p̂1 - ẑ2|², and the same with views exchanged
+//!         └─ view 2 ─ target's backbone ─ projector ──── z2 ─┘   (no gradient)
 //! ```
 //!
 //! The **sum** of both directions, not their mean: biases and batch norm are outside LARS and feel the factor (lightly
@@ -123,7 +123,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl Byol {
-    /// The trunk under `backbone.`, then `projector.` and `predictor.`.
+    /// The backbone under `backbone.`, then `projector.` and `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { hidden, embedding, .. } = *settings;
         let mut layout = Layout::new();

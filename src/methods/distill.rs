@@ -39,7 +39,7 @@ pub struct Settings {
 pub struct Teacher {
     /// Its checkpoint, of a run of `supervised`.
     pub file: String,
-    /// Its trunk.
+    /// Its backbone.
     pub network: ResNetConfig,
     /// What stayed of its head.
     #[serde(default)]

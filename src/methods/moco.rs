@@ -163,7 +163,7 @@ pub(super) fn random_rows(device: &Device, rows: usize, d: usize, seed: u64) -> 
 }
 
 impl MoCo {
-    /// The trunk under `backbone.`, the head under `head.`.
+    /// The backbone under `backbone.`, the head under `head.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);

@@ -99,7 +99,7 @@ pub trait Method {
     /// The slots of the network that is trained.
     fn layout(&self) -> &Arc<Layout>;
 
-    /// The trunk whose features are evaluated, on the online arena.
+    /// The backbone whose features are evaluated, on the online arena.
     fn backbone(&self) -> &ResNet;
 
     /// What of its settings has no CUDA kernels, if anything.

@@ -3,7 +3,7 @@
 //! Every image is seen twice, each time cropped, coloured and blurred anew. One network embeds all views of the batch, and each
 //! embedding must find its other view among those of all other images. What makes two views agree is what augmentation leaves
 //! alone, so the augmentations decide what is learnt. The loss is put on the output of a small head that is thrown away
-//! afterwards: the trunk below it keeps what the loss would make it forget. Negatives are the rest of the batch, so large
+//! afterwards: the backbone below it keeps what the loss would make it forget. Negatives are the rest of the batch, so large
 //! batches and long training help.
 //!
 //! `L = mean_i CE(view 1 -> view 2) + mean_i CE(view 2 -> view 1)`, cross-entropies over the `2N - 1` others of cosines divided
@@ -11,8 +11,8 @@
 //! do not feel it, biases and batch norm do.
 //!
 //! ```text
-//! image ─┬─ view 1 ─┐                             ┌─ z1 ─┐
-//!        └─ view 2 ─┴─ trunk ─ head ─ unit length ┴─ z2 ─┴─ each finds the other among 2N - 1
+//! image ─┬─ view 1 ─┐                                ┌─ z1 ─┐
+//!        └─ view 2 ─┴─ backbone ─ head ─ unit length ┴─ z2 ─┴─ each finds the other among 2N - 1
 //! ```
 //!
 //! **Settings**: [`Settings`]. Both views go through in one forward pass of `2N` rows, so that batch norm sees both. The paper
@@ -64,11 +64,11 @@ pub enum Loss {
 pub struct Settings {
     /// T, > 0: 0.1 for ImageNet, 0.5 for CIFAR-10.
     pub temperature: f64,
-    /// Width of the head's hidden layer: as wide as the trunk's features in the paper.
+    /// Width of the head's hidden layer: as wide as the backbone's features in the paper.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// 2, the paper's MLP; 1, a linear layer; 0, none: the loss is put on the trunk's features.
+    /// 2, the paper's MLP; 1, a linear layer; 0, none: the loss is put on the backbone's features.
     #[serde(default = "two")]
     pub head_layers: usize,
     /// Whether embeddings have unit length.
@@ -152,7 +152,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl SimClr {
-    /// The trunk under `backbone.`, the head under `head.`, a predictor under `predictor.`.
+    /// The backbone under `backbone.`, the head under `head.`, a predictor under `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);

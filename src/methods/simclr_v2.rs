@@ -1,7 +1,7 @@
 //! SimCLR v2 (Chen et al. 2020, arXiv:2006.10029), as google-research/simclr trains it.
 //!
 //! Three stages for few labels: pretrain a big network without labels, fine-tune it with the few, distil what it then says of
-//! all images into a small one. Pretraining is SimCLR with a wider, deeper trunk (selective kernels, ResNet-D), a head of
+//! all images into a small one. Pretraining is SimCLR with a wider, deeper backbone (selective kernels, ResNet-D), a head of
 //! three layers, and optionally a memory of keys from a momentum encoder. Fine-tuning starts from the middle of the head: its
 //! first layer stays part of the network ([`supervised`](super::supervised) with `head_layers = 1`). The fewer the labels, the
 //! more a deep head and a big network help. Distillation needs no labels ([`distill`](super::distill)).
@@ -12,10 +12,10 @@
 //! `L = InfoNCE(z1 -> k2) + InfoNCE(z2 -> k1)`.
 //!
 //! ```text
-//! all images ── views 1, 2 ── big trunk ─ head 1 ─ head 2 ─ head 3 ── NT-Xent          1. pretrain
-//! few labels ──── crop ────── big trunk ─ head 1 ─ fc ── cross-entropy                 2. fine-tune
-//! all images ──┬─ crop ────── big trunk ─ head 1 ─ fc ── softmax(/ T) ─┐
-//!              └─ crop ────── student ────────── fc ── softmax(/ T) ───┴─ cross-entropy 3. distil
+//! all images ── views 1, 2 ── big backbone ─ head 1 ─ head 2 ─ head 3 ── NT-Xent       1. pretrain
+//! few labels ──── crop ────── big backbone ─ head 1 ─ fc ── cross-entropy              2. fine-tune
+//! all images ──┬─ crop ────── big backbone ─ head 1 ─ fc ── softmax(/ T) ─┐
+//!              └─ crop ────── student ───────────── fc ── softmax(/ T) ───┴─ cross-entropy 3. distil
 //! ```
 //!
 //! **Settings**: [`Settings`], and those of the two other stages. `selfsup study simclr-v2-head` fine-tunes one pretrained
@@ -53,7 +53,7 @@ use crate::tensor::{Numbers, Tensor};
 pub struct Settings {
     /// T: 0.1.
     pub temperature: f64,
-    /// Width of the head's two hidden layers: the trunk's features.
+    /// Width of the head's two hidden layers: the backbone's features.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
@@ -139,7 +139,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl SimClrV2 {
-    /// The trunk under `backbone.`, the head under `head.`.
+    /// The backbone under `backbone.`, the head under `head.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);

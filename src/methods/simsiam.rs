@@ -9,12 +9,12 @@
 //! `L = D(p1, stop(z2)) / 2 + D(p2, stop(z1)) / 2` (eq. 4), `D` the negative cosine (eq. 1).
 //!
 //! ```text
-//!         ┌─ view 1 ─ trunk ─ projector ─ z1 ─ predictor ─ p1 ─┐
-//! image ──┤             ║ the same weights                     ├─ D(p1, stop(z2)), and with views exchanged
-//!         └─ view 2 ─ trunk ─ projector ─ z2 ── stop ──────────┘
+//!         ┌─ view 1 ─ backbone ─ projector ─ z1 ─ predictor ─ p1 ─┐
+//! image ──┤             ║ the same weights                        ├─ D(p1, stop(z2)), and with views exchanged
+//!         └─ view 2 ─ backbone ─ projector ─ z2 ── stop ──────────┘
 //! ```
 //!
-//! Each view goes through trunk and heads alone: batch norm sees one view. The projector's last batch norm has neither scale
+//! Each view goes through backbone and heads alone: batch norm sees one view. The projector's last batch norm has neither scale
 //! nor shift; the bias before it, frozen in the reference code, is left out, because batch norm takes it away again. The
 //! predictor has no batch norm at its end.
 //!
@@ -118,7 +118,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl SimSiam {
-    /// The trunk under `backbone.`, then `projector.` and `predictor.`.
+    /// The backbone under `backbone.`, then `projector.` and `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { projector_layers, embedding, hidden, .. } = *settings;
         let mut layout = Layout::new();

@@ -3,7 +3,7 @@
 //! `L = -mean_i Σ_k q_ik log softmax(logits_i)_k`, `q` one-hot or smoothed: `(1 - s)` on the class and `s / classes` on each.
 //!
 //! Fine-tuning is the same from `train.init`. SimCLR v2 fine-tunes from the middle of its head: with `head_layers = 1` the
-//! head's first layer stays between trunk and classifier, which starts at zero and is spared by LARS and weight decay, as
+//! head's first layer stays between backbone and classifier, which starts at zero and is spared by LARS and weight decay, as
 //! `head_supervised` is in google-research/simclr (`run.py`, `ft_proj_selector`). With 1% or 10% of the labels that is worth
 //! points, with all of them `head_layers = 0` does as well (arXiv:2006.10029, section 3).
 //!
@@ -85,7 +85,7 @@ impl Settings {
     }
 }
 
-/// A trunk, the layers of a head that stay, and a linear layer of logits.
+/// A backbone, the layers of a head that stay, and a linear layer of logits.
 #[derive(Clone, Debug)]
 pub struct Classifier {
     backbone: ResNet,
@@ -94,7 +94,7 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// The trunk under `backbone.`, what stays of the head under `head.`, the classifier under `fc.`.
+    /// The backbone under `backbone.`, what stays of the head under `head.`, the classifier under `fc.`.
     pub fn new(layout: &mut Layout, network: &ResNetConfig, settings: &Settings) -> Self {
         let backbone = ResNet::new(layout, "backbone.", network);
         let Settings { classes, head_layers, hidden, new_classifier, .. } = *settings;
@@ -110,7 +110,7 @@ impl Classifier {
         Self { backbone, head, fc }
     }
 
-    /// The trunk.
+    /// The backbone.
     pub fn backbone(&self) -> &ResNet {
         &self.backbone
     }

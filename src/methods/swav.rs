@@ -9,12 +9,12 @@
 //! scores `z · prototypes`, `q_i` the assignments of crop `i`, which count as constants.
 //!
 //! ```text
-//!         ┌─ large crop 1 ─┐                              ┌─ s1 ─ Sinkhorn (with the queue) ─ q1 ─┐
-//! image ──┼─ large crop 2 ─┼─ trunk ─ head ─ prototypes ──┼─ s2 ─ Sinkhorn ─ q2                   ├─ cross-entropy
-//!         └─ small crops   ─┘                              └─ s3, s4, … ──── softmax(s / T) ───────┘
+//!         ┌─ large crop 1 ─┐                                 ┌─ s1 ─ Sinkhorn (with the queue) ─ q1 ─┐
+//! image ──┼─ large crop 2 ─┼─ backbone ─ head ─ prototypes ──┼─ s2 ─ Sinkhorn ─ q2                   ├─ cross-entropy
+//!         └─ small crops   ─┘                                 └─ s3, s4, … ──── softmax(s / T) ───────┘
 //! ```
 //!
-//! One forward pass of the trunk for each resolution, one of the head for all rows. Prototypes have no bias; their rows are
+//! One forward pass of the backbone for each resolution, one of the head for all rows. Prototypes have no bias; their rows are
 //! brought to unit length at the start of every step, and are not moved in the first `freeze_steps` steps. The queue starts
 //! as zeros in epoch `queue_from`, one for each assigning crop, newest first, and is used once it is full; its scores are
 //! made anew from the current prototypes.
@@ -142,7 +142,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl Swav {
-    /// The trunk under `backbone.`, then `head.` and `prototypes.`.
+    /// The backbone under `backbone.`, then `head.` and `prototypes.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { hidden, embedding, prototypes, .. } = *settings;
         let mut layout = Layout::new();

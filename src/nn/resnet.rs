@@ -189,7 +189,7 @@ impl Block {
     }
 }
 
-/// A ResNet trunk: images `[n, h, w, 4]` to features `[n, features]`.
+/// A ResNet backbone: images `[n, h, w, 4]` to features `[n, features]`.
 #[derive(Clone, Debug)]
 pub struct ResNet {
     stem: Vec<ConvBn>,
@@ -198,7 +198,7 @@ pub struct ResNet {
     features: usize,
 }
 
-/// Adds a trunk's slots.
+/// Adds a backbone's slots.
 struct Builder<'l> {
     layout: &'l mut Layout,
     prefix: &'l str,
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(wide("wide_resnet101_2"), 126_886_696 - 2_049_000);
     }
 
-    /// Parameters in millions of the paper's table 1, which counts trunk and classifier (2048 features a width to 1000
+    /// Parameters in millions of the paper's table 1, which counts backbone and classifier (2048 features a width to 1000
     /// classes): 24, 35, 94, 140, 355 and 795 (arXiv:2006.10029).
     #[test]
     fn weights_are_as_many_as_simclr_v2s() {

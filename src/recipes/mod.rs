@@ -25,7 +25,7 @@ pub struct Recipe {
     pub method: MethodSettings,
     /// Where images come from.
     pub data: DataSettings,
-    /// The trunk.
+    /// The backbone.
     pub network: ResNetConfig,
     /// How weights move.
     pub optim: OptimSettings,
@@ -129,7 +129,7 @@ pub struct TrainSettings {
     /// Loader threads; 0 for one a core. Changes no result.
     #[serde(default)]
     pub loader_threads: usize,
-    /// A weight file to start from, in torchvision's names: slots that it has are taken from it, the trunk whole.
+    /// A weight file to start from, in torchvision's names: slots that it has are taken from it, the complete backbone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
 }

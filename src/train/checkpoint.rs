@@ -1,6 +1,6 @@
 //! Checkpoints: [weight files](super::weights) that hold a run whole.
 //!
-//! Weights and running statistics have torchvision's names, the trunk under `backbone.`. Momentum lies beside each parameter
+//! Weights and running statistics have torchvision's names, the backbone under `backbone.`. Momentum lies beside each parameter
 //! under `momentum.`, what a method owns under `method.`: the slots of a second network with its name before theirs, queues,
 //! counters. Where the run stands, its recipe and the format's version are notes in the header. A folder keeps the last few
 //! under the number of their step, and the best by kNN as `best.safetensors`.
@@ -20,8 +20,8 @@ const SUFFIX: &str = ".safetensors";
 const BEST: &str = "best.safetensors";
 const MOMENTUM: &str = "momentum.";
 const METHOD: &str = "method.";
-/// What trunks' names begin with in a run's own checkpoints.
-const TRUNK: &str = "backbone.";
+/// What backbones' names begin with in a run's own checkpoints.
+const BACKBONE: &str = "backbone.";
 
 /// The note that holds the format's version.
 const FORMAT_NOTE: &str = "selfsup.format";
@@ -120,28 +120,28 @@ pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     WeightFile::open(path)?.fill(arena, |slot| Some(slot.to_owned()))
 }
 
-/// Fills what an arena has in common with a weight file, to start a run from: the trunk whole, with torchvision's names or with
+/// Fills what an arena has in common with a weight file, to start a run from: the complete backbone, with torchvision's names or with
 /// `backbone.` before them; heads where the file has them.
 ///
 /// # Errors
-/// When the file is damaged, a slot of the trunk is missing, or a slot has another shape.
+/// When the file is damaged, a slot of the backbone is missing, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     let mut file = WeightFile::open(path)?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
-    let plain = !names.iter().any(|name| name.starts_with(TRUNK));
-    let strip = if plain { TRUNK } else { "" };
+    let plain = !names.iter().any(|name| name.starts_with(BACKBONE));
+    let strip = if plain { BACKBONE } else { "" };
     file.fill(arena, |slot| {
         let name = slot.strip_prefix(strip).unwrap_or(slot);
-        (slot.starts_with(TRUNK) || names.contains(name)).then(|| name.to_owned())
+        (slot.starts_with(BACKBONE) || names.contains(name)).then(|| name.to_owned())
     })
 }
 
-/// Writes the trunk alone, with torchvision's names: what `load_state_dict` takes.
+/// Writes the backbone alone, with torchvision's names: what `load_state_dict` takes.
 ///
 /// # Errors
 /// When the file cannot be written, or the device failed.
-pub fn export_trunk(path: &Path, arena: &Arena) -> Result<()> {
-    let plain = |slot: &str| slot.strip_prefix(TRUNK).map(str::to_owned);
+pub fn export_backbone(path: &Path, arena: &Arena) -> Result<()> {
+    let plain = |slot: &str| slot.strip_prefix(BACKBONE).map(str::to_owned);
     let entries: Vec<Entry<'_>> = Entry::network(arena, plain).collect();
     let notes = HashMap::from([("format".into(), "pt".into())]);
     write_weights(path, &entries, notes, || arena.device().check())

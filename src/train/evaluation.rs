@@ -53,7 +53,7 @@ impl Run {
         for part in parts(source) {
             self.stop_if_asked()?;
             let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
-            all.append(eval::trunk_features(&self.online, backbone, &part, policy)?);
+            all.append(eval::backbone_features(&self.online, backbone, &part, policy)?);
         }
         Ok(all)
     }

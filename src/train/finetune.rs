@@ -23,7 +23,7 @@ struct Settings {
 }
 
 /// The recipe that fine-tunes the weights in `checkpoint`, a run's of `recipe`, on the same images' `classes`, by a protocol
-/// of [`FINETUNES`]: trunk and `head_layers` of a head as SimCLR v2 has it go on, under a new classifier.
+/// of [`FINETUNES`]: backbone and `head_layers` of a head as SimCLR v2 has it go on, under a new classifier.
 ///
 /// # Errors
 /// When there is no such protocol, or the checkpoint has no such head.

@@ -100,13 +100,13 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
         sk_ratio: 0.0,
         bottleneck: 1,
     };
-    let trunk = ResNet::new(&mut layout, "", &config);
+    let backbone = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();
     let mut arena = network::seeded_arena(&Arc::new(layout), &reference, LINE);
     let images = network::images(&reference, LINE, IMAGES);
     let mut features = Vec::new();
     let loss = tape::step(&mut arena, |tape| {
-        let y = trunk.forward(&tape.input(&images));
+        let y = backbone.forward(&tape.input(&images));
         features = y.value().to_f64();
         dot(&y, &seeded::unit(seeded::seed(LINE), features.len()))
     });

@@ -82,13 +82,13 @@ fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
         let gpu = gpu(Precision::Bf16);
         let config = ResNetConfig { width: 8, ..ResNetConfig::named("resnet50").unwrap() };
         let mut layout = Layout::new();
-        let trunk = ResNet::new(&mut layout, "", &config);
+        let backbone = ResNet::new(&mut layout, "", &config);
         let mut arena = Arena::new(&Arc::new(layout), &gpu, 1);
         let mut kept = |n: usize| {
             let x = images(&gpu, "kept", [n, 64, 64]).cast(DType::Bf16);
             let (before, mut after) = (gpu.memory_use().live, 0);
             tape::step(&mut arena, |tape| {
-                let y = trunk.forward(&tape.input(&x));
+                let y = backbone.forward(&tape.input(&x));
                 after = gpu.memory_use().live;
                 ops::nt_xent(&y, 0.5)
             })

@@ -25,7 +25,7 @@ use crate::network;
 const BATCH: usize = 4;
 const SIDE: usize = 8;
 
-/// SimCLR in two phases: at first its trunk's stem is frozen. A second network follows, its momentum growing by the step.
+/// SimCLR in two phases: at first its backbone's stem is frozen. A second network follows, its momentum growing by the step.
 struct Phased {
     simclr: SimClr,
     follower: Option<(Arena, Numbers<f64>)>,

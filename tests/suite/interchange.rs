@@ -53,7 +53,7 @@ fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
         let mut layout = Layout::new();
         ResNet::new(&mut layout, "backbone.", &ResNetConfig::named(name).unwrap());
         let arena = network::seeded_arena(&Arc::new(layout), &Device::cpu(1).unwrap(), name);
-        train::export_trunk(&folder.path().join("weights.safetensors"), &arena).unwrap();
+        train::export_backbone(&folder.path().join("weights.safetensors"), &arena).unwrap();
         let embed = |out| {
             let words = ["embed", "--weights", "weights.safetensors", "--arch", name];
             let rest = ["images", "--size", "64", "--device", "cpu", "--out", out];
@@ -89,7 +89,7 @@ fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
 }
 
 #[test]
-fn what_is_exported_is_the_trunk_bit_for_bit() {
+fn what_is_exported_is_the_backbone_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let settings = [
         "network.width=2",
@@ -105,31 +105,31 @@ fn what_is_exported_is_the_trunk_bit_for_bit() {
     let words = ["train", "demo", "--device", "cpu", "--out", "run"];
     let output = selfsup(folder.path(), &[&words[..], &settings].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let output = selfsup(folder.path(), &["export", "run", "--out", "trunk.safetensors"]);
+    let output = selfsup(folder.path(), &["export", "run", "--out", "backbone.safetensors"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stdout), "trunk.safetensors\n");
+    assert_eq!(text(&output.stdout), "backbone.safetensors\n");
 
-    let [run, trunk] = ["run/step-00000002.safetensors", "trunk.safetensors"]
+    let [run, backbone] = ["run/step-00000002.safetensors", "backbone.safetensors"]
         .map(|file| std::fs::read(folder.path().join(file)).unwrap());
-    let [run, trunk] = [&run, &trunk].map(|data| SafeTensors::deserialize(data).unwrap());
+    let [run, backbone] = [&run, &backbone].map(|data| SafeTensors::deserialize(data).unwrap());
     let own: Vec<&str> = run.names().into_iter().filter(|n| n.starts_with("backbone.")).collect();
-    assert_eq!(trunk.len(), own.len());
+    assert_eq!(backbone.len(), own.len());
     for name in own {
-        let exported = trunk.tensor(name.strip_prefix("backbone.").unwrap()).unwrap();
+        let exported = backbone.tensor(name.strip_prefix("backbone.").unwrap()).unwrap();
         let tensor = run.tensor(name).unwrap();
         assert_eq!((exported.shape(), exported.data()), (tensor.shape(), tensor.data()), "{name}");
     }
 
     // It comes in as it went out: a run that starts from it and does not move has its weights.
     let still = ["--set", "optim.lr=0", "--set", "optim.rule.sgd.weight_decay=0"];
-    let init = ["--out", "again", "--set", "train.init=trunk.safetensors"];
+    let init = ["--out", "again", "--set", "train.init=backbone.safetensors"];
     let words = [&["train", "demo", "--device", "cpu"], &init[..], &settings, &still].concat();
     let output = selfsup(folder.path(), &words);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let again = std::fs::read(folder.path().join("again/step-00000002.safetensors")).unwrap();
     let again = SafeTensors::deserialize(&again).unwrap();
-    for name in trunk.names().into_iter().filter(|name| !name.contains("running")) {
-        let [a, b] = [again.tensor(&format!("backbone.{name}")), trunk.tensor(name)];
+    for name in backbone.names().into_iter().filter(|name| !name.contains("running")) {
+        let [a, b] = [again.tensor(&format!("backbone.{name}")), backbone.tensor(name)];
         assert_eq!(a.unwrap().data(), b.unwrap().data(), "{name}");
     }
 }

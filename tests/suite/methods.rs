@@ -44,7 +44,7 @@ pub struct Run {
     peak: f64,
     /// Views and side of each resolution.
     sizes: &'static [(usize, usize)],
-    /// Fifty layers, and images that lie on kinks: compared in f64 only. In f32 the trunk is a row of `networks.txt`.
+    /// Fifty layers, and images that lie on kinks: compared in f64 only. In f32 the backbone is a row of `networks.txt`.
     pub kinked: bool,
 }
 

@@ -21,7 +21,7 @@ const EXACT: f64 = 1e-8;
 
 struct Network {
     line: String,
-    trunk: ResNet,
+    backbone: ResNet,
     arena: Arena,
     images: Tensor,
 }
@@ -50,19 +50,19 @@ impl Network {
             bottleneck: 1,
         };
         let mut layout = Layout::new();
-        let trunk = ResNet::new(&mut layout, "", &config);
+        let backbone = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);
         // Images with no ReLU input so near zero that rounding decides which way gradients go.
         let draw = goldens.numbers(&format!("{line}|draw"))[0];
         let images = network::images(device, &format!("{line}|images {draw}"), [n, h, w]);
-        Self { line: line.to_owned(), trunk, arena, images }
+        Self { line: line.to_owned(), backbone, arena, images }
     }
 
     /// Features; gradients and running statistics are in the arena.
     fn train(&mut self) -> Vec<f64> {
         let (mut features, seed) = (Vec::new(), seeded::seed(&format!("{}|w", self.line)));
         let loss = tape::step(&mut self.arena, |tape| {
-            let y = self.trunk.forward(&tape.input(&self.images));
+            let y = self.backbone.forward(&tape.input(&self.images));
             features = y.value().to_f64();
             dot(&y, &seeded::unit(seed, features.len()))
         });
@@ -71,7 +71,8 @@ impl Network {
     }
 
     fn evaluate(&self) -> Vec<f64> {
-        let y = tape::evaluate(&self.arena, |tape| self.trunk.forward(&tape.input(&self.images)));
+        let y =
+            tape::evaluate(&self.arena, |tape| self.backbone.forward(&tape.input(&self.images)));
         y.unwrap().to_f64()
     }
 
