@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::case::{Case, Extent, Launched, Run};
 use super::{Unit, Work};
 use crate::arena::{Arena, Layout};
-use crate::data::augment::{Maker, Params, Scratch, View};
+use crate::data::augment::{GpuAugmenter, Params, Scratch, View};
 use crate::data::{Image, Policy};
 use crate::device::cuda::Table;
 use crate::device::{Device, DeviceKind, Philox, Purpose};
@@ -120,7 +120,7 @@ fn augmentation(n: usize, dtype: DType) -> Case {
                     let view = |p| View::new(&policy, p, image.width, 0, &mut gaussian);
                     let views: Vec<View> = params.iter().map(view).collect();
                     let pixels = Table::new(&device, &image.pixels);
-                    let mut maker = Maker::new(&device, n, SIZE);
+                    let mut maker = GpuAugmenter::new(&device, n, SIZE);
                     Box::new(move || maker.make(&views, &gaussian, &pixels, &mut out))
                 }
                 _ => {

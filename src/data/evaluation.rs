@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::augment::{MOST_SHRINKING, Maker, Policy, Scratch, Transform, View, taps, transform};
-use super::loader::{Batch, Skipped};
+use super::augment::{
+    GpuAugmenter, MOST_SHRINKING, Policy, Scratch, Transform, View, taps, transform,
+};
+use super::batch::{Batch, Skipped};
 use super::rows::rows_of;
 use super::source::{Image, Source};
 use crate::device::cuda::Table;
@@ -128,7 +130,7 @@ fn transform_on_gpu(
     }
     pixels.write_at(0, &all);
     let gaussian = vec![0.0; views.len() * taps(size)];
-    Maker::new(device, views.len(), size).make(&views, &gaussian, &pixels, &mut out);
+    GpuAugmenter::new(device, views.len(), size).make(&views, &gaussian, &pixels, &mut out);
     (out, images.into_iter().map(|_| Ok(())).collect())
 }
 

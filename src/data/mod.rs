@@ -7,6 +7,7 @@
 //! Nothing here knows of networks or methods.
 
 pub mod augment;
+mod batch;
 mod cache;
 mod cifar;
 mod decode;
@@ -15,21 +16,19 @@ mod folder;
 mod idx;
 mod labels;
 mod loader;
-mod on_gpu;
 mod open;
-mod order;
 mod pack;
-mod plan;
 mod rows;
 mod source;
 
 pub use augment::{Policy, Transform, center};
+pub use batch::{Batch, Skipped};
 pub use cifar::Cifar;
 pub use evaluation::{center_batch, transformed_batch};
 pub use folder::Folder;
 pub use idx::{Idx, fashion_scattered};
 pub use labels::{labelled, labels_of, of_each_class};
-pub use loader::{Batch, Loader, Skipped};
+pub use loader::Loader;
 pub use open::open;
 pub use pack::{Pack, PackSettings, Packed, Stored, pack};
 pub use source::{Image, Source, Split, Subset};

@@ -181,7 +181,7 @@ fn a_loader_gives_a_gpu_the_crops_of_the_host() {
             let resident = budget > 100;
             assert!(said.contains("lie on the GPU") == resident, "{said}");
             assert!(said.contains("batch by batch") != resident, "{said}");
-            let mut crops = loader.room();
+            let mut crops = loader.empty_crops();
             for (i, want) in want.iter().enumerate() {
                 let batch = if i % 2 == 0 {
                     loader.next_into(&mut crops).unwrap()

@@ -12,7 +12,7 @@ use crate::tensor::{DType, Tensor};
 pub const MOST_SHRINKING: usize = 1000;
 
 /// Makes views of one size on a GPU, always as many at a time; keeps what it needs for that.
-pub struct Maker {
+pub struct GpuAugmenter {
     device: Device,
     count: usize,
     size: usize,
@@ -23,7 +23,7 @@ pub struct Maker {
     threads: usize,
 }
 
-impl Maker {
+impl GpuAugmenter {
     /// For `count` views of `size` pixels.
     pub fn new(device: &Device, count: usize, size: usize) -> Self {
         // Four pixels to a thread, as far as that goes: a block has a view to itself, and a multiprocessor 1,024 threads.
@@ -99,6 +99,6 @@ pub fn apply_on_gpu(views: &[(&Policy, &Params, &Image)], out: &mut Tensor) {
     }
     if n > 0 {
         let pixels = Table::new(&device, &bytes);
-        Maker::new(&device, n, size).make(&words, &gaussian, &pixels, out);
+        GpuAugmenter::new(&device, n, size).make(&words, &gaussian, &pixels, out);
     }
 }

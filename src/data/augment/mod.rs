@@ -18,8 +18,8 @@ mod view;
 
 pub(super) use apply::transform;
 pub use apply::{Scratch, Transform, center};
+pub(crate) use cuda::GpuAugmenter;
 pub(super) use cuda::MOST_SHRINKING;
-pub(crate) use cuda::Maker;
 pub use cuda::apply_on_gpu;
 pub use params::{ColourOp, CropBox, JitterParams, Params};
 pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Solarise};

@@ -10,9 +10,9 @@ use rayon::prelude::*;
 
 use super::format::{Entry, HEADER, Header, Index, Kind, file_name};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
+use crate::data::batch::Skipped;
 use crate::data::decode::decode;
 use crate::data::folder::{self, Folder};
-use crate::data::loader::Skipped;
 use crate::data::open::folders;
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};

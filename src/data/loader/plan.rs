@@ -1,4 +1,4 @@
-//! Making one batch after another on a pool of threads: the inside of a [`super::Loader`].
+//! Prepares one batch after another on a pool of worker threads.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,58 +6,55 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::augment::{MOST_SHRINKING, Policy, Scratch, View};
-use super::loader::Batch;
-use super::on_gpu::{AugmentParams, Place};
 use super::order::order;
-use super::rows::{Row, rows_of};
-use super::source::{Image, Source};
+use super::prepared::{AugmentParams, Place, PreparedBatch};
+use crate::data::augment::{MOST_SHRINKING, Policy, Scratch, View};
+use crate::data::batch::Batch;
+use crate::data::rows::{Row, rows_of};
+use crate::data::source::{Image, Source};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// What to make; shared with the threads.
+/// Everything that determines the batches; shared with the threads.
 pub struct BatchPlan {
-    /// Where images come from.
+    /// The images.
     pub source: Arc<dyn Source>,
-    /// One per view.
+    /// One policy per view.
     pub policies: Vec<Policy>,
-    /// For each distinct size, the views of that size.
+    /// For each distinct crop size, the views of that size.
     pub groups: Vec<(usize, Vec<usize>)>,
-    /// Samples of a batch.
+    /// Samples per batch.
     pub batch: usize,
-    /// Of order and augmentation.
+    /// Seed of the order and of the augmentation.
     pub seed: u64,
-    /// Where the threads make crops: a host.
+    /// The host device on which the threads make crops.
     pub device: Device,
-    /// Who makes the crops.
-    pub maker: CropBackend,
-    /// Images that cannot be read, and why.
+    /// What makes the crops.
+    pub backend: CropBackend,
+    /// Images that cannot be read, with the reason.
     pub skipped: Mutex<BTreeMap<u32, String>>,
 }
 
-/// Who makes crops, and of what.
+/// What makes the crops, and from which images.
 pub enum CropBackend {
-    /// The threads, of images that they read.
+    /// The worker threads, from images that they read.
     Host,
-    /// A GPU, of images that the threads read.
+    /// A GPU, from images that the threads read.
     GpuFromBatch,
-    /// A GPU that has the images.
+    /// A GPU that holds all images.
     GpuFromSet(Arc<[Place]>),
 }
 
-/// What the threads made of a batch; without its crops where a GPU makes them, and then what that needs to know.
-pub type PreparedBatch = (Batch, Option<AugmentParams>);
-
-/// Who makes a batch.
+/// The threads that prepare a batch.
 struct WorkerPool<'a> {
     pool: &'a rayon::ThreadPool,
-    /// Buffers of each of its threads.
+    /// The buffers of each thread.
     workers: Vec<Mutex<Worker>>,
     stop: &'a AtomicBool,
 }
 
-/// Buffers of one worker.
+/// The buffers of one worker.
 #[derive(Default)]
 struct Worker {
     image: Image,
@@ -65,24 +62,24 @@ struct Worker {
     row: Vec<f32>,
 }
 
-/// A batch's place.
+/// The place of a batch in the epoch.
 struct Slot<'a> {
     epoch: u32,
-    /// In the epoch's order, of its first sample.
+    /// Position of its first sample in the epoch's order.
     first: usize,
     order: &'a [u32],
 }
 
-/// A sample as a GPU takes it.
+/// A sample as a GPU needs it.
 #[derive(Default)]
 struct PreparedSample {
-    /// By view, each with the weights of its blur.
+    /// One entry per view, each with the weights of its blur.
     views: Vec<(View, Vec<f32>)>,
     pixels: Vec<u8>,
 }
 
 impl BatchPlan {
-    /// Makes batch after batch until the consumer is gone, or after an error.
+    /// Prepares batch after batch until the consumer is gone or an error occurs.
     pub fn produce(
         &self,
         pool: &rayon::ThreadPool,
@@ -91,22 +88,22 @@ impl BatchPlan {
         stop: &AtomicBool,
     ) {
         let workers = (0..pool.current_num_threads()).map(|_| Mutex::default()).collect();
-        let crew = WorkerPool { pool, workers, stop };
+        let pool = WorkerPool { pool, workers, stop };
         let (first_epoch, mut position) = next;
         for epoch in first_epoch.. {
             let order = order(self.seed, epoch, self.source.len());
             while position < order.len() / self.batch {
                 let slot = Slot { epoch, first: position * self.batch, order: &order };
-                let make = || self.make(&crew, &slot);
-                let made = catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|panic| {
+                let prepare = || self.prepare(&pool, &slot);
+                let prepared = catch_unwind(AssertUnwindSafe(prepare)).unwrap_or_else(|panic| {
                     let text = panic.downcast_ref::<String>().map(String::as_str);
                     let text = text
                         .or_else(|| panic.downcast_ref::<&str>().copied())
                         .unwrap_or("no message");
                     Err(Error::Worker(format!("a loader thread panicked, which is a bug: {text}")))
                 });
-                let failed = made.is_err();
-                if stop.load(Ordering::Relaxed) || sender.send(made).is_err() || failed {
+                let failed = prepared.is_err();
+                if stop.load(Ordering::Relaxed) || sender.send(prepared).is_err() || failed {
                     return;
                 }
                 position += 1;
@@ -115,29 +112,29 @@ impl BatchPlan {
         }
     }
 
-    fn make(&self, crew: &WorkerPool<'_>, slot: &Slot<'_>) -> Result<PreparedBatch> {
+    fn prepare(&self, pool: &WorkerPool<'_>, slot: &Slot<'_>) -> Result<PreparedBatch> {
         let mut indices = vec![0; self.batch];
-        let (crops, drawn) = match self.maker {
-            CropBackend::Host => (self.crops(crew, slot, &mut indices)?, None),
-            _ => (Vec::new(), Some(self.drawn(crew, slot, &mut indices)?)),
+        let (crops, params) = match self.backend {
+            CropBackend::Host => (self.crops(pool, slot, &mut indices)?, None),
+            _ => (Vec::new(), Some(self.augment_params(pool, slot, &mut indices)?)),
         };
         let label = |&i: &u32| self.source.label(i as usize).map_or(-1, |label| label as i32);
         let labels = indices.iter().map(label).collect();
         let (epoch, position) = (slot.epoch, slot.first / self.batch);
-        Ok((Batch { epoch, position, indices, labels, crops }, drawn))
+        Ok((Batch { epoch, position, indices, labels, crops }, params))
     }
 
-    /// The crops of a batch.
+    /// Makes the crops of a batch on the host and writes the index of each sample.
     fn crops(
         &self,
-        crew: &WorkerPool<'_>,
+        pool: &WorkerPool<'_>,
         slot: &Slot<'_>,
         indices: &mut [u32],
     ) -> Result<Vec<Tensor>> {
-        let room = |(size, views): &(usize, Vec<usize>)| {
+        let empty = |(size, views): &(usize, Vec<usize>)| {
             Tensor::floats(&self.device, [views.len() * self.batch, *size, *size, 4])
         };
-        let mut crops: Vec<Tensor> = self.groups.iter().map(room).collect();
+        let mut crops: Vec<Tensor> = self.groups.iter().map(empty).collect();
         let mut jobs: Vec<(&mut u32, Vec<Row<'_>>)> =
             indices.iter_mut().map(|i| (i, Vec::with_capacity(self.policies.len()))).collect();
         for (crops, (size, _)) in crops.iter_mut().zip(&self.groups) {
@@ -145,7 +142,7 @@ impl BatchPlan {
                 jobs[row % self.batch].1.push(values);
             }
         }
-        crew.each(jobs, |i, (index, rows), Worker { image, scratch, row }| {
+        pool.each(jobs, |i, (index, rows), Worker { image, scratch, row }| {
             *index = self.read(slot, i, |index| self.source.read(index, image))?;
             let views = self.groups.iter().flat_map(|(_, views)| views);
             for (&view, values) in views.zip(rows) {
@@ -159,68 +156,67 @@ impl BatchPlan {
         Ok(crops)
     }
 
-    /// What a GPU needs to know to make the crops of a batch.
-    fn drawn(
+    /// Draws what a GPU needs to make the crops of a batch and writes the index of each sample.
+    fn augment_params(
         &self,
-        crew: &WorkerPool<'_>,
+        pool: &WorkerPool<'_>,
         slot: &Slot<'_>,
         indices: &mut [u32],
     ) -> Result<AugmentParams> {
-        let mut sketches: Vec<PreparedSample> =
+        let mut samples: Vec<PreparedSample> =
             (0..self.batch).map(|_| PreparedSample::default()).collect();
-        let jobs = indices.iter_mut().zip(&mut sketches).collect();
-        crew.each(jobs, |i, (index, sketch), Worker { image, .. }| {
-            let Place { at, size: [width, height] } = match &self.maker {
+        let jobs = indices.iter_mut().zip(&mut samples).collect();
+        pool.each(jobs, |i, (index, sample), Worker { image, .. }| {
+            let Place { at, size: [width, height] } = match &self.backend {
                 CropBackend::GpuFromSet(places) => {
                     *index = self.read(slot, i, |_| Ok(()))?;
                     places[*index as usize]
                 }
                 _ => {
                     *index = self.read(slot, i, |index| self.source.read(index, image))?;
-                    sketch.pixels = std::mem::take(&mut image.pixels);
+                    sample.pixels = std::mem::take(&mut image.pixels);
                     Place { at: 0, size: [image.width, image.height] }
                 }
             };
             for (view, policy) in self.policies.iter().enumerate() {
                 if width.max(height) > MOST_SHRINKING * policy.size {
                     return Err(Error::config(format!(
-                        "{}: {width} x {height} pixels are too many for a GPU to make crops of {} of; \
-                         make the image smaller",
+                        "{}: {width} x {height} pixels are too many for crops of {} on a GPU: make the image smaller",
                         self.source.name(*index as usize),
                         policy.size,
                     )));
                 }
                 let params = policy.draw(&mut self.stream(slot, i, view), width, height);
                 let mut gaussian = Vec::new();
-                let drawn = View::new(policy, &params, width, at, &mut gaussian);
-                sketch.views.push((drawn, gaussian));
+                let made = View::new(policy, &params, width, at, &mut gaussian);
+                sample.views.push((made, gaussian));
             }
             Ok(())
         })?;
-        let mut drawn = AugmentParams::default();
-        if crew.stop.load(Ordering::Relaxed) {
-            return Ok(drawn); // not all samples may have been drawn, and nobody wants the batch
+        let mut params = AugmentParams::default();
+        if pool.stop.load(Ordering::Relaxed) {
+            return Ok(params); // some samples may be missing, but the batch is no longer wanted
         }
         for (_, views) in &self.groups {
-            let all = views.iter().flat_map(|&v| sketches.iter().map(move |s| &s.views[v]));
+            let all = views.iter().flat_map(|&v| samples.iter().map(move |s| &s.views[v]));
             let (views, gaussian): (Vec<View>, Vec<&[f32]>) =
                 all.map(|(view, gaussian)| (*view, gaussian.as_slice())).unzip();
-            drawn.groups.push((views, gaussian.concat()));
+            params.groups.push((views, gaussian.concat()));
         }
-        drawn.images = sketches.into_iter().map(|sketch| sketch.pixels).collect();
-        Ok(drawn)
+        params.images = samples.into_iter().map(|sample| sample.pixels).collect();
+        Ok(params)
     }
 
-    /// The random numbers of a view of the batch's sample `i`.
+    /// The random stream of a view of the batch's sample `i`.
     fn stream(&self, slot: &Slot<'_>, i: usize, view: usize) -> Philox {
-        // The image that was meant: one that stands in for a broken one gets crops of its own.
-        let meant = slot.order[slot.first + i];
-        let stream = meant * self.policies.len() as u32 + view as u32;
+        // Numbered by the image that was meant, so that a substitute for a broken image gets crops of its own.
+        let intended = slot.order[slot.first + i];
+        let stream = intended * self.policies.len() as u32 + view as u32;
         Philox::new(self.seed, Purpose::Augmentation, slot.epoch, stream)
     }
 
-    /// Reads the first readable image from the batch's sample `i` on in the epoch's order, around its end if need be,
-    /// and says which.
+    /// Reads the first readable image in the epoch's order from the batch's sample `i` on, wrapping around at the end.
+    /// Returns its index.
     fn read(
         &self,
         slot: &Slot<'_>,
@@ -249,7 +245,7 @@ impl BatchPlan {
 }
 
 impl WorkerPool<'_> {
-    /// Does each job, given its number and a thread's buffers, until one fails or nobody wants the results.
+    /// Runs `work` on every job, with the job's number and the thread's buffers, until one fails or the loader stops.
     fn each<J: Send>(
         &self,
         jobs: Vec<J>,
@@ -270,7 +266,7 @@ impl WorkerPool<'_> {
     }
 }
 
-/// Locks, whatever a panic elsewhere left: what these locks guard is valid between any two statements.
+/// Locks a mutex and ignores poisoning: the values behind these locks are valid between any two statements.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

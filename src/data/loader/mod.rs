@@ -1,13 +1,20 @@
-//! Batches of augmented crops, made on threads ahead of their use.
+//! Batches of augmented crops, prepared on threads ahead of their use.
 //!
 //! A coordinating thread walks epochs and batches; a pool of worker threads reads and augments the samples of one
-//! batch; finished batches wait in a channel with room for one, so that at most two are ahead. What a batch holds
-//! depends on seed, epoch and position alone, never on the number of threads: the order of an epoch is one
-//! shuffle, every view has a random stream of its own, and a broken image is replaced by the next readable one in
-//! the epoch's order (under the broken one's stream, so that the two crops of that image in the batch differ).
+//! batch; finished batches wait in a channel of capacity one, so that at most two are ahead. A batch depends on seed,
+//! epoch and position alone, never on the number of threads: the order of an epoch is one shuffle, every view has a
+//! random stream of its own, and a broken image is replaced by the next readable one in the epoch's order (under the
+//! broken one's stream, so that the two crops of that image in the batch differ).
 //!
-//! For a GPU the threads draw numbers and read images; a kernel makes the crops, the same in 8 bits. A set that fits
-//! there is taken to the GPU once, before the first batch.
+//! For a GPU the threads draw the parameters and read the images; a kernel makes the crops, bit-identical in 8 bits. A set
+//! that fits there is uploaded once, before the first batch.
+//!
+//! Files, lowest first: `order`, `prepared` (what threads hand over), `plan` (the threads' side), `gpu`, this one.
+
+mod gpu;
+mod order;
+mod plan;
+mod prepared;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -15,41 +22,19 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use gpu::GpuCrops;
+use plan::{BatchPlan, CropBackend, lock};
+use prepared::{AugmentParams, PreparedBatch};
+
 use super::augment::Policy;
-use super::on_gpu::{AugmentParams, OnGpu};
-use super::plan::{BatchPlan, CropBackend, PreparedBatch, lock};
+use super::batch::{Batch, Skipped};
 use super::source::Source;
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
-/// Finished batches that wait for the consumer, besides the one in the making.
+/// Finished batches that wait for the consumer, in addition to the one being prepared.
 const AHEAD: usize = 1;
-
-/// Samples of one training step.
-#[derive(Debug)]
-pub struct Batch {
-    /// From 0.
-    pub epoch: u32,
-    /// In the epoch, from 0.
-    pub position: usize,
-    /// Which image of the source each sample is.
-    pub indices: Vec<u32>,
-    /// Class of each sample; -1 where it has none.
-    pub labels: Vec<i32>,
-    /// One tensor `[views * batch, s, s, 4]` per distinct crop size, in the order in which the sizes first occur
-    /// among the views; all samples of a size's first view, then all of its second. The fourth channel is zero.
-    pub crops: Vec<Tensor>,
-}
-
-/// An image that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Skipped {
-    /// Its place in the source.
-    pub index: u32,
-    /// Which file, and why.
-    pub reason: String,
-}
 
 /// Hands out the batches of a run, in order.
 pub struct Loader {
@@ -59,14 +44,14 @@ pub struct Loader {
     /// Epoch and position of the next batch.
     next: (u32, usize),
     running: Option<Running>,
-    /// What makes crops on a GPU, once it is decided where images lie.
-    on_gpu: Option<OnGpu>,
-    /// Bytes of images that a GPU may keep; half of what is free if not said.
+    /// Makes the crops on a GPU; set once it is decided where the images lie.
+    gpu_crops: Option<GpuCrops>,
+    /// Bytes of images that a GPU may keep; `None` is half of the free memory.
     budget: Option<usize>,
     waited: Duration,
 }
 
-/// The threads' side of a loader that has been started.
+/// The threads of a loader that has been started.
 struct Running {
     batches: Receiver<Result<PreparedBatch>>,
     stop: Arc<AtomicBool>,
@@ -74,12 +59,12 @@ struct Running {
 }
 
 impl Loader {
-    /// A loader of `source` with one view of each sample per policy, `batch` samples a batch, on `threads` worker
-    /// threads (0: one per core). An epoch's last samples that fill no batch are left out. Threads start with the
-    /// first batch.
+    /// Creates a loader of `source` with one view of each sample per policy and `batch` samples per batch, on `threads`
+    /// worker threads (0: one per core). The last samples of an epoch that do not fill a batch are left out. The threads
+    /// start with the first batch.
     ///
     /// # Errors
-    /// When a policy is out of range, there is none, or the source holds less than one batch.
+    /// If a policy is out of range, `policies` is empty, or the source holds less than one batch.
     pub fn new(
         source: Arc<dyn Source>,
         policies: Vec<Policy>,
@@ -112,54 +97,54 @@ impl Loader {
             }
         }
         let (host, skipped) = (device.host().clone(), Mutex::default());
-        let maker = CropBackend::Host;
+        let backend = CropBackend::Host;
         let plan =
-            BatchPlan { source, policies, groups, batch, seed, device: host, maker, skipped };
+            BatchPlan { source, policies, groups, batch, seed, device: host, backend, skipped };
         Ok(Self {
             plan: Arc::new(plan),
             device: device.clone(),
             threads,
             next: (0, 0),
             running: None,
-            on_gpu: None,
+            gpu_crops: None,
             budget: None,
             waited: Duration::ZERO,
         })
     }
 
-    /// Keeps at most `bytes` of images on a GPU; half of what is free there, if not said. A set that takes more goes there
-    /// batch by batch.
+    /// Keeps at most `bytes` of images on a GPU (default: half of the free memory). A larger set is uploaded batch by
+    /// batch.
     pub fn keep_at_most(mut self, bytes: usize) -> Self {
         self.budget = Some(bytes);
         self
     }
 
-    /// Decides where the images of a loader for a GPU lie, takes them there if it is the GPU, and says so in a sentence; once.
-    /// The first batch does it otherwise.
+    /// Decides where the images of a loader for a GPU lie, uploads them if they fit, and returns a sentence that says so;
+    /// `None` on a host or after the first call. The first batch does it if nobody has.
     pub fn place_images(&mut self) -> Option<String> {
-        if self.device.kind() != DeviceKind::Cuda || self.on_gpu.is_some() {
+        if self.device.kind() != DeviceKind::Cuda || self.gpu_crops.is_some() {
             return None;
         }
         let plan = Arc::get_mut(&mut self.plan).expect("threads start after this");
-        let (on_gpu, sentence) = OnGpu::of(plan, &self.device, self.budget);
-        self.on_gpu = Some(on_gpu);
+        let (gpu_crops, sentence) = GpuCrops::new(plan, &self.device, self.budget);
+        self.gpu_crops = Some(gpu_crops);
         Some(sentence)
     }
 
-    /// Room for the crops of a batch, on the loader's device in the type of activations.
-    pub fn room(&self) -> Vec<Tensor> {
+    /// Returns empty tensors for the crops of a batch, on the loader's device in its activation type.
+    pub fn empty_crops(&self) -> Vec<Tensor> {
         let (device, batch) = (&self.device, self.plan.batch);
-        let room = |(size, views): &(usize, Vec<usize>)| {
+        let empty = |(size, views): &(usize, Vec<usize>)| {
             let shape = [views.len() * batch, *size, *size, 4];
             Tensor::empty(device, DType::of_activations(device), shape)
         };
-        self.plan.groups.iter().map(room).collect()
+        self.plan.groups.iter().map(empty).collect()
     }
 
-    /// Makes batch `position` of `epoch` the next one; what was prepared is dropped.
+    /// Makes batch `position` of `epoch` the next one and drops what was prepared: a run is resumed with it.
     ///
     /// # Panics
-    /// When an epoch has no such batch.
+    /// If an epoch has no such batch.
     pub fn seek(&mut self, epoch: u32, position: usize) {
         let length = self.batches_per_epoch();
         assert!(position < length, "loader: batch {position} of an epoch of {length}");
@@ -167,33 +152,33 @@ impl Loader {
         self.next = (epoch, position);
     }
 
-    /// The next batch. After an epoch's last comes the next epoch's first, without a pause.
+    /// Returns the next batch. The last batch of an epoch is followed by the first of the next, without a pause.
     ///
     /// # Errors
-    /// When no image at all can be read, or a thread failed; the loader has then ended.
+    /// If no image at all can be read, or a thread failed; the loader has then ended.
     pub fn next_batch(&mut self) -> Result<Batch> {
-        let (mut batch, drawn) = self.made()?;
-        if let Some(drawn) = drawn {
-            batch.crops = self.room();
-            self.make(drawn, &mut batch.crops);
+        let (mut batch, params) = self.next_prepared()?;
+        if let Some(params) = params {
+            batch.crops = self.empty_crops();
+            self.make_crops(params, &mut batch.crops);
         }
         Ok(batch)
     }
 
-    /// The next batch, its crops written into tensors as [`Loader::room`] makes them, behind whatever is queued on a GPU: for
-    /// a captured step, whose inputs stay where they are. The batch has no crops of its own.
+    /// Returns the next batch with its crops written into `crops`, tensors from [`Loader::empty_crops`], in stream order:
+    /// for a captured step, whose inputs stay at fixed addresses. The batch itself has no crops.
     ///
     /// # Errors
     /// As [`Loader::next_batch`].
     ///
     /// # Panics
-    /// When a tensor has another shape, or shares its memory.
+    /// If a tensor has another shape or shares its memory.
     #[track_caller]
     pub fn next_into(&mut self, crops: &mut [Tensor]) -> Result<Batch> {
-        let (mut batch, drawn) = self.made()?;
+        let (mut batch, params) = self.next_prepared()?;
         assert_eq!(crops.len(), self.plan.groups.len(), "loader: a tensor for each crop size");
-        match drawn {
-            Some(drawn) => self.make(drawn, crops),
+        match params {
+            Some(params) => self.make_crops(params, crops),
             None => {
                 for (to, from) in crops.iter_mut().zip(std::mem::take(&mut batch.crops)) {
                     to.view_mut().copy_from(&from);
@@ -204,53 +189,54 @@ impl Loader {
     }
 
     #[track_caller]
-    fn make(&mut self, drawn: AugmentParams, crops: &mut [Tensor]) {
-        let on_gpu = self.on_gpu.as_mut().expect("there before the threads that draw for it");
-        on_gpu.make(drawn, crops);
+    fn make_crops(&mut self, params: AugmentParams, crops: &mut [Tensor]) {
+        let gpu_crops =
+            self.gpu_crops.as_mut().expect("created before the threads that draw for it");
+        gpu_crops.make(params, crops);
     }
 
-    /// What the threads made of the next batch.
-    fn made(&mut self) -> Result<PreparedBatch> {
+    /// Receives the next batch from the threads, which it starts if need be.
+    fn next_prepared(&mut self) -> Result<PreparedBatch> {
         if self.running.is_none() {
             self.place_images();
             self.running = Some(self.start()?);
         }
         let running = self.running.as_ref().expect("started above");
         let begin = Instant::now();
-        let made = running.batches.recv();
+        let received = running.batches.recv();
         self.waited += begin.elapsed();
-        let made = made.unwrap_or_else(|_| {
+        let prepared = received.unwrap_or_else(|_| {
             Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
         })?;
         let (epoch, position) = self.next;
-        debug_assert_eq!((made.0.epoch, made.0.position), (epoch, position));
+        debug_assert_eq!((prepared.0.epoch, prepared.0.position), (epoch, position));
         let last = position + 1 == self.batches_per_epoch();
         self.next = if last { (epoch + 1, 0) } else { (epoch, position + 1) };
-        Ok(made)
+        Ok(prepared)
     }
 
-    /// The batches that are left of the current epoch; none is lost if it is dropped half-way.
+    /// Iterates over the remaining batches of the current epoch; dropping the iterator early loses none.
     pub fn epoch(&mut self) -> impl Iterator<Item = Result<Batch>> + '_ {
         let (_, position) = self.next;
         (position..self.batches_per_epoch()).map(|_| self.next_batch())
     }
 
-    /// Batches in an epoch.
+    /// Batches per epoch.
     pub fn batches_per_epoch(&self) -> usize {
         self.plan.source.len() / self.plan.batch
     }
 
-    /// Views of a sample.
+    /// Views of each sample.
     pub fn views(&self) -> usize {
         self.plan.policies.len()
     }
 
-    /// How long [`Loader::next_batch`] has waited for data in all, the first batch included.
+    /// Total time that [`Loader::next_batch`] has waited for data, including the first batch.
     pub fn waited(&self) -> Duration {
         self.waited
     }
 
-    /// The images met so far that could not be read, each once, by index.
+    /// The images so far that could not be read, each once, by index.
     pub fn skipped(&self) -> Vec<Skipped> {
         let skipped = lock(&self.plan.skipped);
         skipped.iter().map(|(&index, reason)| Skipped { index, reason: reason.clone() }).collect()
@@ -282,7 +268,7 @@ impl Drop for Running {
         // A closed channel wakes a coordinator that waits to hand over a batch.
         self.batches = sync_channel(0).1;
         if let Some(coordinator) = self.coordinator.take() {
-            // Its panics are caught and sent: there is nothing to learn from the result.
+            // Its panics are caught and sent as errors, so the result says nothing new.
             let _ = coordinator.join();
         }
     }
@@ -292,9 +278,9 @@ impl Drop for Running {
 mod tests {
     use std::path::Path;
 
+    use super::order::order;
     use super::*;
     use crate::data::augment::{Jitter, Scratch};
-    use crate::data::order::order;
     use crate::data::{Folder, Image, Split, Subset, fashion_scattered};
     use crate::device::{Philox, Purpose};
 
@@ -345,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_a_function_of_its_place() {
+    fn a_batch_depends_only_on_epoch_and_position() {
         let device = Device::cpu(1).unwrap();
         let mut straight = loader(2, &device);
         let all: Vec<_> = (0..8).map(|_| summary(straight.next_batch())).collect();
@@ -384,14 +370,14 @@ mod tests {
     }
 
     #[test]
-    fn after_the_first_batches_no_memory_is_asked_for() {
+    fn the_loader_allocates_nothing_after_the_first_batches() {
         let device = Device::cpu(1).unwrap();
         let mut loader = loader(2, &device);
         (0..4).for_each(|_| drop(loader.next_batch().unwrap()));
         let before = device.memory_use().allocations;
         (0..20).for_each(|_| drop(loader.next_batch().unwrap()));
-        // One is in use, one waits, one is in the making: what the first batches did not need at once, later ones
-        // may.
+        // One batch is in use, one waits, one is being prepared: later batches may need all three at once where the
+        // first ones did not.
         assert!(device.memory_use().allocations <= before.max(3 * 2), "{:?}", device.memory_use());
     }
 
@@ -417,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_image_gives_way_to_the_next_in_order_and_is_named_once() {
+    fn a_broken_image_is_replaced_by_the_next_in_order_and_named_once() {
         let root = tempfile::tempdir().unwrap();
         let set = folder_with_broken(root.path(), 8, &[2, 5]);
         let device = Device::reference();
@@ -446,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_loader_can_do_is_an_error() {
+    fn impossible_settings_and_an_unreadable_set_are_errors() {
         let root = tempfile::tempdir().unwrap();
         let set = folder_with_broken(root.path(), 3, &[0, 1, 2]);
         let device = Device::reference();
@@ -484,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_on_a_thread_comes_out_as_an_error() {
+    fn a_panic_on_a_thread_becomes_an_error() {
         let mut loader =
             Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
                 .unwrap();

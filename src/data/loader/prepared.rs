@@ -1,0 +1,32 @@
+//! What the worker threads hand over for a batch.
+
+use crate::data::augment::View;
+use crate::data::batch::Batch;
+
+/// A batch from the threads. If a GPU makes the crops, the batch has none yet and the parameters come with it.
+pub type PreparedBatch = (Batch, Option<AugmentParams>);
+
+/// The views of a batch as a GPU needs them to make the crops.
+#[derive(Debug, Default)]
+pub struct AugmentParams {
+    /// For each crop size the views, and the weights of their blurs.
+    pub groups: Vec<(Vec<View>, Vec<f32>)>,
+    /// The pixels of each sample; empty if the whole set is on the GPU.
+    pub images: Vec<Vec<u8>>,
+}
+
+/// Where an image of a set on a GPU lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Offset of its first byte.
+    pub at: i64,
+    /// Width and height; zeros if the image cannot be read.
+    pub size: [usize; 2],
+}
+
+impl Place {
+    /// Bytes of its pixels.
+    pub fn bytes(&self) -> i64 {
+        3 * (self.size[0] * self.size[1]) as i64
+    }
+}
