@@ -1,16 +1,17 @@
-//! The primitives.
+//! The primitives: operations on a [`Var`](crate::tape::Var) with a gradient.
 //!
-//! Each is a folder: `mod.rs` has the maths with shapes and source, the checks and the recording on the tape; `cpu.rs`
-//! the f32 path over slices; `cuda.rs` the launch lines of its kernels, which are in `kernels/`; `reference.rs` the naive f64 path, which is the truth in tests and is written to be read,
-//! not to be fast. A new primitive is a folder, the re-export below and a row in the case table of the tests.
+//! Each primitive is a folder. `mod.rs` states the maths with shapes and source, checks the arguments and records the
+//! operation on the tape; `cpu.rs` is the f32 path over slices; `cuda.rs` launches its kernels, which are in `kernels/`;
+//! `reference.rs` is the naive f64 path that tests compare with, written for clarity and not for speed. A new primitive needs
+//! its folder, the re-export below and a row in the case table of the tests (`tests/suite/cases.txt`).
 
-/// Calls the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`, in an unsafe block.
+/// Launches the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`. Needs an unsafe block.
 macro_rules! by_dtype {
     ($dtype:expr, $f32:ident | $bf16:ident ($($argument:expr),* $(,)?)) => {
         match $dtype {
             crate::tensor::DType::Bf16 => crate::device::cuda::$bf16($($argument),*),
             crate::tensor::DType::F32 => crate::device::cuda::$f32($($argument),*),
-            other => panic!("{} takes no {other:?}", stringify!($f32)),
+            other => panic!("{} does not support {other:?}", stringify!($f32)),
         }
     };
 }
@@ -61,7 +62,7 @@ pub use sinkhorn::sinkhorn;
 pub(crate) use sinkhorn::sinkhorn_rows_per_chunk;
 pub use soft_cross_entropy::{distillation, soft_cross_entropy, softmax};
 
-/// The instruction set that the CPU's kernels run on here.
+/// Returns the instruction set that the CPU kernels use on this machine.
 pub fn instruction_set() -> &'static str {
     match crate::cpu::Isa::current() {
         crate::cpu::Isa::Portable => "portable",

@@ -1,15 +1,15 @@
-//! `kernels/row_losses.cu`: the last step on a GPU of every loss that is a mean over rows.
+//! Launches `kernels/row_losses.cu`, the last kernel of every loss that is a mean over rows.
 
 use crate::device::cuda::{self, Launch};
 use crate::tensor::Tensor;
 
-/// The mean of `row_losses [n]`, `n > 0`, a scalar on the GPU.
+/// Returns the mean of `row_losses [n]`, `n > 0`, as a scalar on the GPU.
 pub(super) fn mean(row_losses: &Tensor) -> Tensor {
     let device = row_losses.device();
     let mut loss = Tensor::floats(device, []);
     let launch = Launch::new(device.gpu(), [1, 1, 1], [256, 1, 1]);
     let n = row_losses.len() as i32;
-    // SAFETY: there are `n` row losses.
+    // SAFETY: `row_losses` has `n` elements.
     unsafe { cuda::row_losses_mean(launch, loss.device_out(), row_losses.device_in(), n) };
     loss
 }

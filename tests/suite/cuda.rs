@@ -401,7 +401,7 @@ fn without_negatives_a_query_finds_its_key_on_a_gpu() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-#[should_panic(expected = "max_pool: windows of 17 x 17, and on a GPU they are 16 x 16 at most")]
+#[should_panic(expected = "max_pool: windows of 17 x 17; a GPU supports at most 16 x 16")]
 fn windows_larger_than_a_byte_counts_are_refused() {
     case("max_pool n=1 h=17 w=17 c=1 size=17 stride=1 pad=0")
         .run(&gpu(Precision::F32), Route::Node);

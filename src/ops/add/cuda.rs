@@ -1,15 +1,15 @@
-//! `kernels/elementwise.cu`, 16 bytes to a thread.
+//! Launches `kernels/elementwise.cu`, 16 bytes per thread.
 
 use crate::device::cuda::Launch;
 use crate::tensor::Tensor;
 
-/// `a + b`, of one dtype.
+/// Returns `a + b`, which must have one dtype.
 #[track_caller]
 pub(super) fn forward(a: &Tensor, b: &Tensor) -> Tensor {
-    assert_eq!(a.dtype(), b.dtype(), "add: two dtypes");
+    assert_eq!(a.dtype(), b.dtype(), "add: the dtypes differ");
     let (n, launch) = (a.len() as i64, launch(a));
     let mut y = a.empty_like();
-    // SAFETY: all have `n` elements.
+    // SAFETY: all three tensors have `n` elements.
     unsafe {
         by_dtype!(
             a.dtype(),

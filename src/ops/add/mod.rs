@@ -1,6 +1,6 @@
-//! `y = a + b`, element by element: the join of a residual block without batch norm, and the sum of gradients.
+//! `y = a + b`, element by element: a residual connection without batch norm, or the sum of losses.
 //!
-//! `dy` flows on to both inputs unchanged.
+//! Both inputs have the gradient `dy`.
 
 mod cuda;
 
@@ -10,10 +10,20 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{CHUNK, add_into};
 
-/// `a + b`, both of one shape.
+/// Returns `a + b`, element by element.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [2], &[1.0, 2.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::add(&tape.input(&x), &tape.input(&x)))?;
+/// assert_eq!(y.to_f64(), [2.0, 4.0]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When the shapes differ.
+/// If the shapes differ.
 #[track_caller]
 pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
     assert_eq!(a.shape(), b.shape(), "add: {:?} and {:?} differ", a.shape(), b.shape());

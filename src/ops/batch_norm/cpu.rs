@@ -1,5 +1,5 @@
-//! f32 over rows. Statistics are taken in one read: each chunk of rows stays in cache for its mean and its squared
-//! deviations, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
+//! The f32 path. Statistics need one read of the input: each chunk of rows stays in cache while its mean and its squared
+//! deviations are computed, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -8,7 +8,7 @@ use super::{BatchNormDims, RUNNING_WEIGHT, Saved};
 use crate::tensor::CHUNK;
 use crate::tensor::Tensor;
 
-/// Rows of a parallel task: about 64 KiB of one operand.
+/// Rows in a parallel task: about 64 KiB of one operand.
 fn chunk_rows(c: usize) -> usize {
     (CHUNK / c.max(1)).max(1)
 }
@@ -17,21 +17,21 @@ fn chunks(dims: BatchNormDims) -> usize {
     dims.rows.div_ceil(chunk_rows(dims.c))
 }
 
-/// Floats that a loop over channels should have: 16 vectors. One over 16 channels is over before it has begun, and its sums
-/// wait for each other.
+/// Minimum length of the inner loop over channels: 16 vectors. A loop over 16 channels ends before it reaches full speed, and
+/// its sums depend on each other.
 const WIDE: usize = 256;
 
-/// Floats of the rows of `c` channels that are read as one row.
+/// Width of the wide row that several rows of `c` channels are read as.
 fn width(c: usize) -> usize {
     c * (WIDE / c.max(1)).max(1)
 }
 
-/// `N` lines of channels `[N, c]`, each repeated for the rows that are read as one.
+/// Repeats each of the `N` lines of `[N, c]` to the width of a wide row.
 fn repeated(lines: &[f32], c: usize) -> Vec<f32> {
     lines.chunks_exact(c.max(1)).flat_map(|line| line.repeat(width(c) / c)).collect()
 }
 
-/// Sums over rows that are read several as one: `f` adds to sums of that width, their totals are left in `totals`.
+/// Sums over wide rows: `f` adds to sums of their width, which are then reduced to `totals` of `c` channels.
 fn sum_wide<const N: usize>(mut totals: [&mut [f32]; N], f: impl FnOnce([&mut [f32]; N])) {
     let c = totals[0].len();
     totals.iter_mut().for_each(|total| total.fill(0.0));
@@ -47,7 +47,7 @@ fn sum_wide<const N: usize>(mut totals: [&mut [f32]; N], f: impl FnOnce([&mut [f
     }
 }
 
-/// Floats that [`moments`] needs for the moments of all chunks.
+/// Length of the workspace of [`moments`], which holds the moments of all chunks.
 pub(super) fn partial_len(dims: BatchNormDims) -> usize {
     dims.groups * chunks(dims) * 2 * dims.c
 }
@@ -90,7 +90,7 @@ pub(super) fn moments(
     }
 }
 
-/// Mean of some rows, and the sum of their squared deviations.
+/// Mean of the rows of a chunk, and the sum of their squared deviations.
 fn chunk_moments(mean: &mut [f32], m2: &mut [f32], x: &[f32]) {
     let scale = mean.len() as f32 / x.len() as f32;
     sum_wide([&mut *mean], |[sum]| add_rows(sum, x));
@@ -129,8 +129,8 @@ pub(super) fn apply(y: &mut [f32], saved: &Saved, residual: Option<&Tensor>, rel
     });
 }
 
-/// Per group mean, a and b of `y = a (x - mean) + b`, repeated: `a x + (b - a mean)` would lose digits where the mean is far
-/// from zero.
+/// For each group the mean, a and b of `y = a (x - mean) + b`, repeated to the width of a wide row. `a x + (b - a mean)` would
+/// lose digits if the mean is far from zero.
 fn forward_lines(saved: &Saved) -> Vec<f32> {
     let BatchNormDims { groups, c, .. } = saved.dims;
     let shift = saved.shift.as_ref().map(Tensor::data::<f32>);
@@ -151,8 +151,8 @@ fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32],
     let width = lines.len() / 3;
     let (mean, lines) = lines.split_at(width);
     let (a, b) = lines.split_at(width);
-    let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
-    let clip = |v: f32| if v < floor { floor } else { v }; // not `max`, which would hide a NaN
+    let least = if relu { 0.0 } else { f32::NEG_INFINITY };
+    let clip = |v: f32| if v < least { least } else { v }; // unlike `max`, propagates NaN
     let line = || mean.iter().zip(a).zip(b);
     match residual {
         None => {
@@ -173,8 +173,8 @@ fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32],
     }
 }
 
-/// `[groups, 2, c]`: Σ dz and Σ dz x̂, chunk sums in f32, their total in f64. If `rectified`, `dz` is that of the ReLU's output,
-/// of which only what is above zero counts.
+/// Fills `sums [groups, 2, c]` with Σ dz and Σ dz x̂: sums over a chunk in f32, their total in f64. If `rectified`, `dz` is the
+/// gradient of the ReLU's output, and the ReLU's mask is recomputed from `x`.
 pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved, rectified: bool) {
     let c = saved.dims.c;
     let chunks = dz.chunks(saved.dims.len().max(1)).flat_map(|g| row_chunks(g, c)).collect();
@@ -198,14 +198,14 @@ fn add_rectified_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32
         let out = sum.iter_mut().zip(dot.iter_mut());
         let line = mean.iter().zip(a).zip(b);
         for ((((sum, dot), dz), x), ((mean, a), b)) in out.zip(dz).zip(x).zip(line) {
-            let dz = if (x - mean) * a + b > 0.0 { *dz } else { 0.0 }; // y, to the bit
+            let dz = if (x - mean) * a + b > 0.0 { *dz } else { 0.0 }; // the same bits as `y`
             *sum += dz;
             *dot += dz * (x - mean);
         }
     }
 }
 
-/// `dz = dy` where `y > 0`, else 0, in place, and [`backward_sums`] of it in the same pass.
+/// Sets `dz` to zero where `y <= 0`, and computes [`backward_sums`] in the same pass.
 pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &Saved) {
     let c = saved.dims.c;
     let group = saved.dims.len().max(1);
@@ -221,15 +221,15 @@ pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &
     sum_chunks(sums, chunks, saved, both);
 }
 
-/// Chunks of whole rows of one group.
+/// Chunks of complete rows of one group.
 fn row_chunks(group: &[f32], c: usize) -> impl Iterator<Item = &[f32]> {
     group.chunks(chunk_rows(c) * c.max(1))
 }
 
-/// The group of a chunk, its `x`, mean and `1 / std` of the group.
+/// The group of a chunk, its `x`, and mean and `1 / std` of the group.
 type Place<'a> = (usize, &'a [f32], &'a [f32], &'a [f32]);
 
-/// Calls `f(sum, dot, part, place)` for each chunk of rows in parallel, then adds up what it left in `sum` and `dot`, in order.
+/// Calls `f(sum, dot, part, place)` for each chunk of rows in parallel, then adds up `sum` and `dot` of all chunks in order.
 fn sum_chunks<P: Send>(
     sums: &mut [f32],
     parts: Vec<P>,
@@ -335,7 +335,7 @@ pub(super) fn input_gradient(
     });
 }
 
-/// The same of a ReLU's `dy`, which `dx` holds before.
+/// [`input_gradient`] of batch norm and ReLU, in place: `dx` holds the gradient of the ReLU's output on entry.
 pub(super) fn rectified_input_gradient(dx: &mut [f32], sums: &[f32], saved: &Saved) {
     let (forward, backward) = (forward_lines(saved), backward_lines(sums, saved));
     let width = width(saved.dims.c);
@@ -363,7 +363,7 @@ fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], bac
     }
 }
 
-/// Per group a, b and d of `dx = a dz + b x + d`, repeated.
+/// For each group a, b and d of `dx = a dz + b x + d`, repeated to the width of a wide row.
 fn backward_lines(sums: &[f32], saved: &Saved) -> Vec<f32> {
     let BatchNormDims { groups, rows, c } = saved.dims;
     let mut lines = vec![0.0; 3 * groups * c];
@@ -407,7 +407,7 @@ pub(super) fn move_running(running: &mut [f32], batch: &[f32], factor: f64) {
     }
 }
 
-/// `gain inv_std` of a channel, and the means, of one group.
+/// `gain inv_std` of a channel as a function, and the means, of one group.
 fn scale_and_mean(saved: &Saved, group: usize) -> (impl Fn(usize) -> f32 + '_, &[f32]) {
     let c = saved.dims.c;
     let inv_std = &saved.inv_std.data::<f32>()[group * c..];
@@ -415,7 +415,7 @@ fn scale_and_mean(saved: &Saved, group: usize) -> (impl Fn(usize) -> f32 + '_, &
     (move |j| inv_std[j] * gain.map_or(1.0, |g| g[j]), &saved.mean.data()[group * c..])
 }
 
-/// Calls `f(group, first element, rows)` on chunks of rows in parallel.
+/// Calls `f(group, first element, rows)` for chunks of rows in parallel.
 fn for_chunks(out: &mut [f32], dims: BatchNormDims, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
     if dims.len() == 0 {
         return;

@@ -1,19 +1,19 @@
-//! `kernels/batch_norm.cu`: a thread takes 16 bytes of channels, sums over rows go over chunks of rows first.
+//! Launches `kernels/batch_norm.cu`: a thread handles 16 bytes of channels, and sums over rows are reduced per chunk first.
 //!
-//! Chunks are cut by shape alone, so a sum has one order on every chip.
+//! Chunks depend on the shape alone, so a sum has the same order on every chip.
 
-use super::{BatchNormDims, EPS, RUNNING_WEIGHT, Running, Saved};
+use super::{BatchNormDims, EPS, Ids, RUNNING_WEIGHT, Running, Saved};
 use crate::device::cuda::{self, In, Launch, Out};
 use crate::ops::gemm::Moments;
-use crate::tape::{Gradients, Tape, VarId};
+use crate::tape::{Gradients, Tape};
 use crate::tensor::{DType, Element, Tensor};
 
-/// Threads of a block; the kernels' shared memory is laid out for them.
+/// Threads in a block; the kernels' shared memory is sized for this.
 const THREADS: usize = 256;
-/// Enough blocks to fill a GPU whatever the channels, and not more, for their sums are added after.
+/// Maximum number of chunks: enough blocks to fill a GPU for any number of channels. More would only add partial sums.
 const CHUNKS: usize = 512;
 
-/// How rows and channels fall to blocks and threads.
+/// How rows and channels map to blocks and threads.
 struct Shape {
     chunks: usize,
     rows_per_chunk: usize,
@@ -26,7 +26,7 @@ impl Shape {
         let vectors = dims.c.div_ceil(16 / dtype.size());
         let across = vectors.next_power_of_two().min(32);
         let down = THREADS / across;
-        // Eight rows to a thread at least, or starting it is most of its work.
+        // At least eight rows per thread; with fewer, launch overhead dominates.
         let rows_per_chunk = dims.rows.div_ceil(CHUNKS).max(8 * down).next_multiple_of(down);
         let chunks = dims.rows.div_ceil(rows_per_chunk);
         let grid = [vectors.div_ceil(across), chunks, dims.groups];
@@ -34,37 +34,37 @@ impl Shape {
     }
 }
 
-/// Flags of `accumulate` of `batch_norm_backward_finish`: which gradient it adds to.
+/// Flags of `accumulate` in `batch_norm_backward_finish`: which gradients it adds to.
 const ACCUMULATE_DSHIFT: i32 = 1;
 const ACCUMULATE_DGAIN: i32 = 2;
-/// Flags of `accumulate` of `batch_norm_backward_apply`.
+/// Flags of `accumulate` in `batch_norm_backward_apply`.
 const ACCUMULATE_DX: i32 = 1;
 const ACCUMULATE_DRESIDUAL: i32 = 2;
 
-/// `flag` if it is wanted.
-fn flag_if(wanted: bool, flag: i32) -> i32 {
-    if wanted { flag } else { 0 }
+/// Returns `flag` if it is set, else 0.
+fn flag_if(set: bool, flag: i32) -> i32 {
+    if set { flag } else { 0 }
 }
 
-/// A launch with a thread for every channel.
+/// A launch with one thread per channel.
 fn per_channel(x: &Tensor, c: usize) -> Launch<'_> {
     Launch::new(x.device().gpu(), [c.div_ceil(128), 1, 1], [128, 1, 1])
 }
 
-/// A launch of a `finish` kernel: blocks of 8 channels, 32 bytes of a line, and as many threads for the chunks as help.
+/// A launch of a `finish` kernel: blocks of 8 channels, which is 32 bytes of a line, with up to 128 threads over the chunks.
 fn over_chunks(x: &Tensor, c: usize, chunks: usize) -> Launch<'_> {
     let down = chunks.next_power_of_two().min(128);
     Launch::new(x.device().gpu(), [c.div_ceil(8), 1, 1], [8, down, 1])
 }
 
-/// Mean and squared deviations of each chunk of rows.
+/// Returns mean and squared deviations of each chunk of rows.
 fn partial_moments(x: &Tensor, dims: BatchNormDims) -> Moments {
     let shape = Shape::new(dims, x.dtype());
     let mut partial = Tensor::floats(x.device(), [dims.groups * shape.chunks, 2, dims.c]);
     let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
     let (rows, per_chunk, channels) =
         (dims.rows as i64, shape.rows_per_chunk as i32, dims.c as i32);
-    // SAFETY: `partial` has two rows of `c` for each group and chunk.
+    // SAFETY: `partial` has two rows of `c` per group and chunk.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -82,8 +82,8 @@ fn partial_moments(x: &Tensor, dims: BatchNormDims) -> Moments {
     Moments { partial, rows: shape.rows_per_chunk }
 }
 
-/// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way. Reads `x` where nobody
-/// has brought its moments along.
+/// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics. Reads `x` only if
+/// its moments are not `given`.
 pub(super) fn moments(
     tape: &Tape<'_>,
     x: &Tensor,
@@ -99,12 +99,12 @@ pub(super) fn moments(
         (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));
     let (mut running_mean, mut running_variance) = (Out::null(), Out::null());
     if let Some(running) = running {
-        // Null still where the tape leaves running statistics alone.
+        // Both stay null if the tape does not update running statistics.
         tape.update_stat(running.mean, |mut old| running_mean = old.device_out().unbound());
         tape.update_stat(running.variance, |mut old| running_variance = old.device_out().unbound());
     }
-    // SAFETY: `partial` has two rows of `c` for each group and chunk; running statistics have `c` channels, and lie in the
-    // arena, which outlives the tape and is written by nothing else before this launch.
+    // SAFETY: `partial` has two rows of `c` per group and chunk. Running statistics have `c` channels and are in the arena,
+    // which outlives the tape; nothing else writes them before this launch.
     unsafe {
         cuda::batch_norm_finish(
             over_chunks(x, c, chunks),
@@ -125,7 +125,7 @@ pub(super) fn moments(
     (mean, inv_std)
 }
 
-/// `1 / sqrt(var + eps)`, `[1, c]`.
+/// Returns `1 / sqrt(var + eps)`, `[1, c]`.
 pub(super) fn inv_std(variance: &Tensor) -> Tensor {
     let c = variance.len();
     let mut inv_std = Tensor::floats(variance.device(), [1, c]);
@@ -142,17 +142,11 @@ pub(super) fn inv_std(variance: &Tensor) -> Tensor {
     inv_std
 }
 
-pub(super) fn apply(
-    y: &mut Tensor,
-    saved: &Saved,
-    shift: Option<&Tensor>,
-    residual: Option<&Tensor>,
-    relu: bool,
-) {
+pub(super) fn apply(y: &mut Tensor, saved: &Saved, residual: Option<&Tensor>, relu: bool) {
     let (x, dims) = (&saved.x, saved.dims);
     let shape = Shape::new(dims, x.dtype());
     let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
-    // SAFETY: `x`, `y` and the residual have the rows of `dims`, statistics a row for each group, the rest `c` channels.
+    // SAFETY: `x`, `y` and the residual have the rows of `dims`, statistics one row per group, the rest `c` channels.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -165,7 +159,7 @@ pub(super) fn apply(
                     saved.mean.device_in(),
                     saved.inv_std.device_in(),
                     saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
-                    shift.map_or(In::null(), Tensor::device_in),
+                    saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                     dims.rows as i64,
                     shape.rows_per_chunk as i32,
                     dims.c as i32,
@@ -175,15 +169,8 @@ pub(super) fn apply(
     }
 }
 
-/// Where the gradients of a batch norm go.
-pub(super) struct Ids {
-    pub(super) x: VarId,
-    pub(super) gain: Option<VarId>,
-    pub(super) shift: Option<VarId>,
-    pub(super) residual: Option<VarId>,
-}
-
-/// All gradients; `mask` is the forward's output where it had a ReLU and a residual, `relu` that it had a ReLU without one.
+/// All gradients. `mask` is the forward pass's output if it had a ReLU after a residual; `relu` says that it had a ReLU without
+/// one.
 pub(super) fn backward(
     gradients: &mut Gradients<'_>,
     dy: Tensor,
@@ -192,13 +179,40 @@ pub(super) fn backward(
     relu: bool,
     ids: Ids,
 ) {
+    let sums = backward_sums(gradients, &dy, saved, mask, relu, ids);
+    let mut own = [None, None];
+    match saved.x.dtype() {
+        DType::Bf16 => {
+            let to = Targets::new(gradients, &dy, mask.is_some(), ids, &mut own);
+            backward_apply(cuda::batch_norm_backward_apply_bf16, to, &dy, saved, mask, relu, &sums);
+        }
+        _ => {
+            let to = Targets::new(gradients, &dy, mask.is_some(), ids, &mut own);
+            backward_apply(cuda::batch_norm_backward_apply_f32, to, &dy, saved, mask, relu, &sums);
+        }
+    }
+    for (id, own) in [Some(ids.x), ids.residual].into_iter().zip(own) {
+        if let (Some(id), Some(own)) = (id, own) {
+            gradients.add(id, own);
+        }
+    }
+}
+
+/// Returns `[groups, 2, c]`, Σ dz and Σ dz x̂, and adds their totals to the gradients of shift and gain.
+fn backward_sums(
+    gradients: &mut Gradients<'_>,
+    dy: &Tensor,
+    saved: &Saved,
+    mask: Option<&Tensor>,
+    relu: bool,
+    ids: Ids,
+) -> Tensor {
     let (x, BatchNormDims { groups, rows, c }) = (&saved.x, saved.dims);
     let device = x.device();
     let shape = Shape::new(saved.dims, x.dtype());
     let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);
     let mut sums = Tensor::floats(device, [groups, 2, c]);
     let launch = Launch::new(device.gpu(), shape.grid, shape.block);
-    let (per_chunk, channels) = (shape.rows_per_chunk as i32, c as i32);
 
     let (mut dshift, mut dgain, mut accumulate) = (Out::null(), Out::null(), 0);
     let channel_shape = [c].into();
@@ -210,8 +224,8 @@ pub(super) fn backward(
         dgain = to.device_out().unbound();
         accumulate |= flag_if(old, ACCUMULATE_DGAIN);
     }
-    // SAFETY: sizes as in the forward; the targets are kept by `gradients`, and the launches come before anything else
-    // that is queued for them.
+    // SAFETY: sizes as in the forward pass. `gradients` owns the targets, and both launches are queued before anything else
+    // that uses them.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -227,8 +241,8 @@ pub(super) fn backward(
                     saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
                     saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                     rows as i64,
-                    per_chunk,
-                    channels,
+                    shape.rows_per_chunk as i32,
+                    c as i32,
                     i32::from(relu)
                 )
         );
@@ -240,53 +254,68 @@ pub(super) fn backward(
             partial.device_in(),
             groups as i32,
             shape.chunks as i32,
-            channels,
+            c as i32,
             accumulate,
         );
     }
-    macro_rules! input_gradient {
-        ($kernel:ident, $to:ident) => {
-            cuda::$kernel(
-                launch,
-                $to.dx,
-                $to.dresidual,
-                dy.device_in(),
-                mask.map_or(In::null(), Tensor::device_in),
-                x.device_in(),
-                saved.mean.device_in(),
-                saved.inv_std.device_in(),
-                saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
-                saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
-                sums.device_in(),
-                rows as i64,
-                per_chunk,
-                channels,
-                i32::from(relu),
-                $to.accumulate,
-            )
-        };
-    }
-    let mut own = [None, None];
-    match x.dtype() {
-        DType::Bf16 => {
-            let to = Targets::new(gradients, &dy, mask.is_some(), &ids, &mut own);
-            // SAFETY: as above.
-            unsafe { input_gradient!(batch_norm_backward_apply_bf16, to) }
-        }
-        _ => {
-            let to = Targets::new(gradients, &dy, mask.is_some(), &ids, &mut own);
-            // SAFETY: as above.
-            unsafe { input_gradient!(batch_norm_backward_apply_f32, to) }
-        }
-    }
-    for (id, own) in [Some(ids.x), ids.residual].into_iter().zip(own) {
-        if let (Some(id), Some(own)) = (id, own) {
-            gradients.add(id, own);
-        }
+    sums
+}
+
+/// The kernel that writes the gradients of the input and of the residual, in the type `T` of activations.
+type BackwardApply<T> = unsafe fn(
+    Launch<'_>,
+    Out<'_, T>,
+    Out<'_, T>,
+    In<'_, T>,
+    In<'_, T>,
+    In<'_, T>,
+    In<'_, f32>,
+    In<'_, f32>,
+    In<'_, f32>,
+    In<'_, f32>,
+    In<'_, f32>,
+    i64,
+    i32,
+    i32,
+    i32,
+    i32,
+);
+
+/// Writes the gradients of the input and of the residual.
+fn backward_apply<T: Element>(
+    kernel: BackwardApply<T>,
+    to: Targets<'_, T>,
+    dy: &Tensor,
+    saved: &Saved,
+    mask: Option<&Tensor>,
+    relu: bool,
+    sums: &Tensor,
+) {
+    let shape = Shape::new(saved.dims, saved.x.dtype());
+    // SAFETY: sizes as in the forward pass; the targets have the size of the input, or are null.
+    unsafe {
+        kernel(
+            Launch::new(saved.x.device().gpu(), shape.grid, shape.block),
+            to.dx,
+            to.dresidual,
+            dy.device_in(),
+            mask.map_or(In::null(), Tensor::device_in),
+            saved.x.device_in(),
+            saved.mean.device_in(),
+            saved.inv_std.device_in(),
+            saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
+            saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
+            sums.device_in(),
+            saved.dims.rows as i64,
+            shape.rows_per_chunk as i32,
+            saved.dims.c as i32,
+            i32::from(relu),
+            to.accumulate,
+        );
     }
 }
 
-/// Where the last kernel writes.
+/// Where the last kernel writes; null if a gradient is not wanted.
 struct Targets<'a, T> {
     dx: Out<'a, T>,
     dresidual: Out<'a, T>,
@@ -294,18 +323,18 @@ struct Targets<'a, T> {
 }
 
 impl<T: Element> Targets<'_, T> {
-    /// The residual comes first, as in the kernel: where it is `x` itself, the second adds to the first.
+    /// The residual comes first, as in the kernel: if the residual is `x` itself, the second write adds to the first.
     fn new(
         gradients: &mut Gradients<'_>,
         dy: &Tensor,
         masked: bool,
-        ids: &Ids,
+        ids: Ids,
         own: &mut [Option<Tensor>; 2],
     ) -> Self {
         let [own_x, own_residual] = own;
         let (mut dx, mut dresidual, mut accumulate) = (Out::null(), Out::null(), 0);
         match ids.residual {
-            // What flows to the residual is `dy` as it stands.
+            // Without a mask the residual's gradient is `dy` itself.
             Some(id) if !masked => gradients.add(id, dy.clone()),
             Some(id) => {
                 if let Some((mut to, old)) = gradients.target_like(id, dy, own_residual) {

@@ -2,12 +2,13 @@
 //!
 //! `y = relu(gain (x - mean) / sqrt(var + eps) + shift + residual)`, mean and biased variance per channel over the rows
 //! (Ioffe and Szegedy 2015, algorithm 1). Images are rows: `[n, h, w, c]` has `n h w` of them. With `groups > 1` the rows
-//! fall into that many equal runs, each normalised by its own statistics: MoCo's batch norm on one device
+//! are split into that many equal runs, each normalised by its own statistics: MoCo's batch norm on one device
 //! (facebookresearch/moco, colab notebook, `SplitBatchNorm`).
 //!
 //! Backward, with `dz = dy` where `y > 0` and `x̂ = (x - mean) / sqrt(var + eps)`:
 //! `dshift = Σ dz`, `dgain = Σ dz x̂`, `dx = gain / sqrt(var + eps) (dz - Σdz / m - x̂ Σ(dz x̂) / m)`, `dresidual = dz`.
-//! Masks and `x̂` are recomputed from `x`, and masks after a residual from `y`: both are kept anyway.
+//! The backward pass recomputes `x̂` and the mask from `x`, and the mask after a residual from `y`. Both tensors are saved
+//! anyway.
 
 mod cpu;
 mod cuda;
@@ -16,16 +17,16 @@ mod reference;
 use super::gemm::Moments;
 use crate::arena::Stat;
 use crate::device::DeviceKind;
-use crate::tape::Var;
+use crate::tape::{Gradients, Var, VarId};
 use crate::tensor::Tensor;
 
-/// What is added under the root.
+/// Added to the variance before the square root.
 pub(crate) const EPS: f64 = 1e-5;
 
-/// The weight of the new batch in running statistics (PyTorch's `momentum`; TensorFlow's 0.9 is 1 minus this).
+/// Weight of the new batch in the running statistics: PyTorch's `momentum`, 1 minus TensorFlow's.
 pub(crate) const RUNNING_WEIGHT: f64 = 0.1;
 
-/// Running statistics of one batch norm.
+/// The running statistics of one batch norm.
 #[derive(Clone, Copy, Debug)]
 pub struct Running {
     /// Running mean `[c]`.
@@ -34,20 +35,20 @@ pub struct Running {
     pub variance: Stat,
 }
 
-/// What [`batch_norm`] meets beside its input; every part is optional.
+/// The options of [`batch_norm`].
 #[derive(Clone, Copy, Debug)]
 pub struct BatchNorm<'v, 't> {
-    /// Scale `[c]`, gamma; 1 without.
+    /// Scale `[c]`, gamma; 1 if absent.
     pub gain: Option<&'v Var<'t>>,
-    /// Shift `[c]`, beta; 0 without.
+    /// Shift `[c]`, beta; 0 if absent.
     pub shift: Option<&'v Var<'t>>,
-    /// Added before the ReLU; shaped as the input.
+    /// Added before the ReLU; has the input's shape.
     pub residual: Option<&'v Var<'t>>,
-    /// Whether a ReLU comes last.
+    /// Whether a ReLU follows.
     pub relu: bool,
-    /// Equal runs of rows with statistics of their own, at least 1.
+    /// Number of equal runs of rows, each with its own statistics; at least 1.
     pub groups: usize,
-    /// Statistics that training moves and evaluation uses.
+    /// Statistics that training updates and evaluation normalises by.
     pub running: Option<Running>,
 }
 
@@ -61,37 +62,84 @@ impl Default for BatchNorm<'_, '_> {
 #[derive(Clone, Copy, Debug)]
 struct BatchNormDims {
     groups: usize,
-    /// Rows of one group.
+    /// Rows in one group.
     rows: usize,
     c: usize,
 }
 
 impl BatchNormDims {
-    /// Elements of one group.
+    /// Number of elements in one group.
     fn len(self) -> usize {
         self.rows * self.c
     }
 }
 
-/// Batch norm of `x` over all sizes but the last.
+/// Normalises `x [.., c]` per channel over all dimensions but the last.
 ///
-/// Training normalises by the batch and moves running statistics, a split one by the mean over its groups; evaluation
-/// normalises by running statistics.
+/// Training normalises by the statistics of the batch and updates the running statistics; with several groups it updates them
+/// by the mean over the groups. Evaluation normalises by the running statistics.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [2, 1], &[1.0, 3.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::batch_norm(&tape.input(&x), ops::BatchNorm::default()))?;
+/// assert!((y.to_f64()[1] - 1.0).abs() < 1e-4);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When shapes do not fit, the rows are no multiple of `groups`, or evaluation finds no running statistics.
+/// If shapes do not fit, the number of rows is not a multiple of `groups`, or evaluation has no running statistics.
 #[track_caller]
 pub fn batch_norm<'t>(x: &Var<'t>, with: BatchNorm<'_, 't>) -> Var<'t> {
     batch_norm_by(x, with, None)
 }
 
-/// [`batch_norm`], by moments that the convolution before it has brought along, made for as many groups.
+/// [`batch_norm`] from `moments` that the preceding convolution computed in its epilogue for the same number of groups.
 #[track_caller]
 pub(crate) fn batch_norm_by<'t>(
     x: &Var<'t>,
     with: BatchNorm<'_, 't>,
     moments: Option<Moments>,
 ) -> Var<'t> {
+    let dims = checked_dims(x, &with);
+    let device = x.tape().device().clone();
+    let (mean, inv_std) = statistics(x, with.running, dims, moments);
+    let saved = Saved {
+        x: x.value().clone(),
+        gain: with.gain.map(|v| v.value().clone()),
+        shift: with.shift.map(|v| v.value().clone()),
+        mean,
+        inv_std,
+        dims,
+    };
+    let y = apply(&saved, with.residual.map(Var::value), with.relu);
+
+    let ids = Ids {
+        x: x.id(),
+        gain: with.gain.map(Var::id),
+        shift: with.shift.map(Var::id),
+        residual: with.residual.map(Var::id),
+    };
+    let inputs: Vec<&Var<'t>> =
+        [Some(x), with.gain, with.shift, with.residual].into_iter().flatten().collect();
+    // Without a residual the mask comes from the input, which the backward pass reads anyway, and the CPU turns dy into dx in
+    // place: both passes are limited by memory bandwidth.
+    let rectified = device.kind() != DeviceKind::Reference && with.relu && with.residual.is_none();
+    let mask = (with.relu && !rectified).then(|| y.clone());
+    x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
+        if device.kind() == DeviceKind::Cuda {
+            cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
+        } else {
+            backward_on_host(gradients, dy, &saved, mask.as_ref(), rectified, ids);
+        }
+    })
+}
+
+/// Checks the shapes and returns the sizes.
+#[track_caller]
+fn checked_dims(x: &Var<'_>, with: &BatchNorm<'_, '_>) -> BatchNormDims {
     let c = *x.shape().last().expect("batch_norm: the input has no channels");
     let all_rows = x.value().len() / c.max(1);
     let groups = if x.tape().batch_statistics() { with.groups } else { 1 };
@@ -107,130 +155,142 @@ pub(crate) fn batch_norm_by<'t>(
     if let Some(residual) = with.residual {
         assert_eq!(residual.shape(), x.shape(), "batch_norm: residual and input differ");
     }
-    let dims = BatchNormDims { groups, rows: all_rows / groups, c };
-    let device = x.tape().device().clone();
+    BatchNormDims { groups, rows: all_rows / groups, c }
+}
 
-    let (mean, inv_std) = if x.tape().batch_statistics() {
-        match device.kind() {
-            DeviceKind::Cuda => cuda::moments(x.tape(), x.value(), with.running, dims, moments),
-            _ => batch_moments(x, with.running, dims),
-        }
-    } else {
-        let running = with.running.expect("batch_norm: evaluation needs running statistics");
-        let (mean, variance) = (x.tape().stat(running.mean), x.tape().stat(running.variance));
-        let inv_std = match device.kind() {
-            DeviceKind::Cuda => cuda::inv_std(&variance),
-            _ => {
-                let inv_std: Vec<f64> =
-                    variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
-                Tensor::from_f64(&device, [1, c], &inv_std)
-            }
+/// Returns the mean and `1 / sqrt(var + eps)` to normalise by, `[groups, c]`: the batch's in training, the running ones in
+/// evaluation.
+#[track_caller]
+fn statistics(
+    x: &Var<'_>,
+    running: Option<Running>,
+    dims: BatchNormDims,
+    moments: Option<Moments>,
+) -> (Tensor, Tensor) {
+    let (tape, device) = (x.tape(), x.tape().device());
+    if tape.batch_statistics() {
+        return match device.kind() {
+            DeviceKind::Cuda => cuda::moments(tape, x.value(), running, dims, moments),
+            _ => batch_moments(x, running, dims),
         };
-        (mean.copy(), inv_std)
+    }
+    let running = running.expect("batch_norm: evaluation needs running statistics");
+    let (mean, variance) = (tape.stat(running.mean), tape.stat(running.variance));
+    let inv_std = match device.kind() {
+        DeviceKind::Cuda => cuda::inv_std(&variance),
+        _ => {
+            let inv_std: Vec<f64> =
+                variance.to_f64().iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
+            Tensor::from_f64(device, [1, dims.c], &inv_std)
+        }
     };
+    (mean.copy(), inv_std)
+}
 
-    let mut y = x.value().empty_like();
-    let saved = Saved {
-        x: x.value().clone(),
-        gain: with.gain.map(|v| v.value().clone()),
-        shift: with.shift.map(|v| v.value().clone()),
-        mean,
-        inv_std,
-        dims,
-    };
-    let (shift, residual) = (saved.shift.as_ref(), with.residual.map(|v| v.value()));
+/// Returns `y` from the statistics in `saved`.
+fn apply(saved: &Saved, residual: Option<&Tensor>, relu: bool) -> Tensor {
+    let mut y = saved.x.empty_like();
+    let device = y.device().clone();
     match device.kind() {
         DeviceKind::Cpu => {
             let y = y.data_mut();
-            device.run(|| cpu::apply(y, &saved, residual, with.relu));
+            device.run(|| cpu::apply(y, saved, residual, relu));
         }
-        DeviceKind::Cuda => cuda::apply(&mut y, &saved, shift, residual, with.relu),
-        DeviceKind::Reference => {
-            reference::apply(y.data_mut(), &saved, shift, residual, with.relu);
-        }
+        DeviceKind::Cuda => cuda::apply(&mut y, saved, residual, relu),
+        DeviceKind::Reference => reference::apply(y.data_mut(), saved, residual, relu),
     }
-
-    let (x_id, gain_id, shift_id) = (x.id(), with.gain.map(Var::id), with.shift.map(Var::id));
-    let residual_id = with.residual.map(Var::id);
-    let inputs: Vec<&Var<'t>> =
-        [Some(x), with.gain, with.shift, with.residual].into_iter().flatten().collect();
-    // Without a residual the mask comes from the input, which is read anyway, and the CPU turns dy into dx in place: the
-    // passes are bound by memory.
-    let fast = device.kind() != DeviceKind::Reference;
-    let rectified = fast && with.relu && with.residual.is_none();
-    let mask = (with.relu && !rectified).then(|| y.clone());
-    x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
-        let device = dy.device().clone();
-        if device.kind() == DeviceKind::Cuda {
-            let ids = cuda::Ids { x: x_id, gain: gain_id, shift: shift_id, residual: residual_id };
-            return cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
-        }
-        let BatchNormDims { c, groups, .. } = saved.dims;
-        // [groups, 2, c]: Σ dz and Σ dz x̂
-        let mut sums = Tensor::floats(&device, [groups, 2, c]);
-        let mut dz = dy;
-        match device.kind() {
-            DeviceKind::Cpu => {
-                if (mask.is_some() || rectified) && !dz.is_unique() {
-                    dz = dz.copy();
-                }
-                let sums = sums.data_mut();
-                match &mask {
-                    Some(y) => {
-                        let dz = dz.data_mut();
-                        device.run(|| cpu::mask_and_sum(sums, dz, y.data(), &saved));
-                    }
-                    None => device.run(|| cpu::backward_sums(sums, dz.data(), &saved, rectified)),
-                }
-            }
-            // Reference: a GPU has returned.
-            _ => {
-                if let Some(y) = &mask {
-                    dz = reference::masked(&dz, y);
-                }
-                reference::backward_sums(sums.data_mut(), dz.data(), &saved);
-            }
-        }
-        for (id, which) in [(shift_id, 0), (gain_id, 1)] {
-            if let Some(id) = id {
-                let mut total = Tensor::floats(&device, [c]);
-                match device.kind() {
-                    DeviceKind::Cpu => cpu::sum_groups(total.data_mut(), sums.data(), which),
-                    _ => {
-                        reference::sum_groups(total.data_mut(), sums.data(), which);
-                    }
-                }
-                gradients.add(id, total);
-            }
-        }
-        if rectified {
-            let (dx, sums) = (dz.data_mut(), sums.data());
-            device.run(|| cpu::rectified_input_gradient(dx, sums, &saved));
-            gradients.add(x_id, dz);
-            return;
-        }
-        if let Some((mut dx, accumulate)) = gradients.target(x_id, saved.x.shape()) {
-            match device.kind() {
-                DeviceKind::Cpu => {
-                    let (dx, dz, sums) = (dx.data_mut(), dz.data(), sums.data());
-                    device.run(|| cpu::input_gradient(dx, dz, sums, &saved, accumulate));
-                }
-                _ => reference::input_gradient(
-                    dx.data_mut(),
-                    dz.data(),
-                    sums.data(),
-                    &saved,
-                    accumulate,
-                ),
-            }
-        }
-        if let Some(id) = residual_id {
-            gradients.add(id, dz);
-        }
-    })
+    y
 }
 
-/// What the backward pass needs.
+/// The backward pass on the CPU and the reference device. `mask` is the forward pass's output if it had a ReLU after a
+/// residual; `rectified` says that it had a ReLU without one.
+fn backward_on_host(
+    gradients: &mut Gradients<'_>,
+    dy: Tensor,
+    saved: &Saved,
+    mask: Option<&Tensor>,
+    rectified: bool,
+    ids: Ids,
+) {
+    let device = dy.device().clone();
+    let BatchNormDims { c, groups, .. } = saved.dims;
+    // [groups, 2, c]: Σ dz and Σ dz x̂
+    let mut sums = Tensor::floats(&device, [groups, 2, c]);
+    let mut dz = mask_and_sum(&mut sums, dy, saved, mask, rectified);
+    for (id, which) in [(ids.shift, 0), (ids.gain, 1)] {
+        if let Some(id) = id {
+            let mut total = Tensor::floats(&device, [c]);
+            match device.kind() {
+                DeviceKind::Cpu => cpu::sum_groups(total.data_mut(), sums.data(), which),
+                _ => reference::sum_groups(total.data_mut(), sums.data(), which),
+            }
+            gradients.add(id, total);
+        }
+    }
+    if rectified {
+        let (dx, sums) = (dz.data_mut(), sums.data());
+        device.run(|| cpu::rectified_input_gradient(dx, sums, saved));
+        gradients.add(ids.x, dz);
+        return;
+    }
+    if let Some((mut dx, accumulate)) = gradients.target(ids.x, saved.x.shape()) {
+        match device.kind() {
+            DeviceKind::Cpu => {
+                let (dx, dz, sums) = (dx.data_mut(), dz.data(), sums.data());
+                device.run(|| cpu::input_gradient(dx, dz, sums, saved, accumulate));
+            }
+            _ => {
+                let (dz, sums) = (dz.data(), sums.data());
+                reference::input_gradient(dx.data_mut(), dz, sums, saved, accumulate);
+            }
+        }
+    }
+    if let Some(id) = ids.residual {
+        gradients.add(id, dz);
+    }
+}
+
+/// Fills `sums` and returns `dz`, or `dy` as it is if `rectified`.
+fn mask_and_sum(
+    sums: &mut Tensor,
+    dy: Tensor,
+    saved: &Saved,
+    mask: Option<&Tensor>,
+    rectified: bool,
+) -> Tensor {
+    let device = dy.device().clone();
+    let mut dz = dy;
+    if device.kind() == DeviceKind::Reference {
+        if let Some(y) = mask {
+            dz = reference::masked(&dz, y);
+        }
+        reference::backward_sums(sums.data_mut(), dz.data(), saved);
+        return dz;
+    }
+    if (mask.is_some() || rectified) && !dz.is_unique() {
+        dz = dz.copy(); // it is overwritten in place
+    }
+    let sums = sums.data_mut();
+    match mask {
+        Some(y) => {
+            let dz = dz.data_mut();
+            device.run(|| cpu::mask_and_sum(sums, dz, y.data(), saved));
+        }
+        None => device.run(|| cpu::backward_sums(sums, dz.data(), saved, rectified)),
+    }
+    dz
+}
+
+/// The inputs of a batch norm, as the tape identifies them: where their gradients go.
+#[derive(Clone, Copy, Debug)]
+struct Ids {
+    x: VarId,
+    gain: Option<VarId>,
+    shift: Option<VarId>,
+    residual: Option<VarId>,
+}
+
+/// What the backward pass reads.
 struct Saved {
     x: Tensor,
     gain: Option<Tensor>,
@@ -242,9 +302,10 @@ struct Saved {
     dims: BatchNormDims,
 }
 
-/// Mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`; moves running statistics on the way.
+/// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics.
 ///
-/// CPU and reference; a GPU has `cuda::moments`. Several processes will merge `(rows, mean, M2)` here, between the two halves.
+/// For the CPU and the reference device; a GPU uses `cuda::moments`. Training over several processes would merge
+/// `(rows, mean, M2)` here, between the moments and their use.
 fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> (Tensor, Tensor) {
     let device = x.tape().device();
     let shape = [dims.groups, dims.c];
@@ -261,16 +322,14 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> 
         }
     }
     if let Some(running) = running {
-        // PyTorch's running variance is the unbiased one.
+        // PyTorch's running variance is unbiased.
         let unbiased = dims.rows as f64 / (dims.rows as f64 - 1.0).max(1.0);
         for (stat, batch, factor) in
             [(running.mean, &mean, 1.0), (running.variance, &variance, unbiased)]
         {
             x.tape().update_stat(stat, |mut old| match device.kind() {
                 DeviceKind::Cpu => cpu::move_running(old.data_mut(), batch.data(), factor),
-                _ => {
-                    reference::move_running(old.data_mut(), batch.data(), factor);
-                }
+                _ => reference::move_running(old.data_mut(), batch.data(), factor),
             });
         }
     }

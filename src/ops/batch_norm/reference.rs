@@ -1,9 +1,9 @@
-//! The definition, in f64.
+//! The naive f64 path.
 
 use super::{BatchNormDims, RUNNING_WEIGHT, Saved};
 use crate::tensor::Tensor;
 
-/// Elements of channel `j` in group `g`.
+/// Indices of the elements of channel `j` in group `g`.
 fn channel(dims: BatchNormDims, g: usize, j: usize) -> impl Iterator<Item = usize> + Clone {
     (0..dims.rows).map(move |i| g * dims.len() + i * dims.c + j)
 }
@@ -20,14 +20,9 @@ pub(super) fn moments(mean: &mut [f64], variance: &mut [f64], x: &[f64], dims: B
     }
 }
 
-pub(super) fn apply(
-    y: &mut [f64],
-    saved: &Saved,
-    shift: Option<&Tensor>,
-    residual: Option<&Tensor>,
-    relu: bool,
-) {
+pub(super) fn apply(y: &mut [f64], saved: &Saved, residual: Option<&Tensor>, relu: bool) {
     let dims = saved.dims;
+    let shift = saved.shift.as_ref();
     for g in 0..dims.groups {
         for j in 0..dims.c {
             for i in channel(dims, g, j) {
@@ -99,7 +94,7 @@ pub(super) fn move_running(running: &mut [f64], batch: &[f64], factor: f64) {
     }
 }
 
-/// x̂ of element `i`, which lies in channel `j` of group `g`.
+/// x̂ of element `i`, which belongs to channel `j` of group `g`.
 fn normalised(saved: &Saved, g: usize, j: usize, i: usize) -> f64 {
     let at = g * saved.dims.c + j;
     (saved.x.data::<f64>()[i] - saved.mean.data::<f64>()[at]) * saved.inv_std.data::<f64>()[at]

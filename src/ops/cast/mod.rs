@@ -3,16 +3,16 @@
 use crate::tape::Var;
 use crate::tensor::DType;
 
-/// `x` as `dtype`; `x` itself where it is that already.
+/// Returns `x` as `dtype`, or `x` itself if it has that type already.
 ///
 /// # Panics
-/// When either is no float type.
+/// If either type is not a float type.
 #[track_caller]
 pub(crate) fn cast<'t>(x: &Var<'t>, dtype: DType) -> Var<'t> {
     if x.value().dtype() == dtype {
         return x.clone();
     }
     let (y, x_id) = (x.value().cast(dtype), x.id());
-    // `add` gives a gradient the type of what it belongs to.
+    // `add` converts the gradient to the type of its value.
     x.tape().record("cast", y, &[x], move |dy, gradients| gradients.add(x_id, dy))
 }

@@ -1,4 +1,4 @@
-//! `kernels/cross_entropy.cu`: a warp to each row.
+//! Launches `kernels/cross_entropy.cu`: one warp per row.
 
 use crate::device::cuda::Launch;
 use crate::ops::row_losses;
@@ -8,10 +8,10 @@ fn launch(x: &Tensor, n: usize) -> Launch<'_> {
     Launch::new(x.device().gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1])
 }
 
-/// The mean loss of `x [n, k]` against `labels [n]`.
+/// Returns the mean loss of `x [n, k]` and `labels [n]`.
 pub(super) fn forward(x: &Tensor, labels: &Tensor, [n, k]: [usize; 2]) -> Tensor {
     let mut row_losses = Tensor::empty(x.device(), DType::F32, [n]);
-    // SAFETY: `x` has `n` rows of `k`, the rest a number for each row; the kernel looks at a label before it uses it.
+    // SAFETY: `x` has `n` rows of `k`, the other tensors `n` elements; the kernel checks a label before it indexes with it.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -29,10 +29,10 @@ pub(super) fn forward(x: &Tensor, labels: &Tensor, [n, k]: [usize; 2]) -> Tensor
     row_losses::mean(&row_losses)
 }
 
-/// `dx`, in the type of `x`, from `dy`, the gradient of the loss, which stays where it is.
+/// Returns `dx`, in the type of `x`. `dy`, the gradient of the loss, is read on the device.
 pub(super) fn backward(x: &Tensor, labels: &Tensor, dy: &Tensor, [n, k]: [usize; 2]) -> Tensor {
     let mut dx = x.empty_like();
-    // SAFETY: as in the forward.
+    // SAFETY: as in the forward pass.
     unsafe {
         by_dtype!(
             x.dtype(),

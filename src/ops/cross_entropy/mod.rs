@@ -10,12 +10,22 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-/// The mean cross-entropy of logits `x [n, k]` against `labels [n]` (i32, each in `0..k`).
+/// Returns the mean cross-entropy of logits `x [n, k]` and `labels [n]` (i32, each in `0..k`); a scalar.
 ///
-/// A GPU cannot tell the host of a label that is out of range: loss and gradient are NaN then.
+/// A GPU cannot report a label that is out of range: loss and gradient are NaN instead.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let (logits, labels) = (Tensor::zeros(&device, [1, 2]), Tensor::from_slice(&device, [1], &[0_i32]));
+/// let loss = tape::forward(&mut arena, |tape| ops::cross_entropy(&tape.input(&logits), &labels))?;
+/// assert_eq!(loss.scalar(), 2.0_f64.ln());
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When the shapes do not fit, `n` is 0, or, on the host, a label is out of range.
+/// If the shapes do not fit, `n` is 0, or, on the host, a label is out of range.
 #[track_caller]
 pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     let [n, k] = x.value().dims("cross_entropy: the logits");
@@ -34,7 +44,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     assert!(bad.is_none(), "cross_entropy: label {} of {k} classes", bad.unwrap_or(&0));
     let rows: f64 = match device.kind() {
         DeviceKind::Cpu => {
-            // Row losses in f64, summed in order.
+            // Losses of rows in f64, summed in order.
             x_value
                 .data::<f32>()
                 .chunks_exact(k)
@@ -46,7 +56,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                 })
                 .sum()
         }
-        // Reference: a GPU has returned.
+        // The reference device; the GPU returned above.
         _ => {
             let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());
             rows.map(|(row, &label)| log_sum_exp(row) - row[label as usize]).sum()

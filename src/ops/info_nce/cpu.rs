@@ -1,4 +1,4 @@
-//! Tiles of similarities, queries in parallel; a tile lives in cache from its product to its exponentials.
+//! The f32 path: tiles of similarities, blocks of queries in parallel. A tile stays in cache from its GEMM to its exponentials.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -8,7 +8,7 @@ use crate::cpu::exp::{exp, sum_of_exp};
 use crate::cpu::{Matrix, gemm_sequential};
 use crate::ops::gemm::similarity::FIXED_MAXIMUM_FROM;
 
-/// Queries of a task, and rows of the queue in a tile.
+/// Queries in a parallel task, and rows of the queue in a tile.
 const BLOCK: usize = 64;
 const TILE: usize = 256;
 
@@ -16,8 +16,8 @@ pub(super) fn workspace_len(dims: &InfoNceDims) -> usize {
     dims.n.div_ceil(BLOCK) * BLOCK * TILE
 }
 
-/// Calls `f(first row of the queue, similarities [block, columns], columns)` for each tile of one block of queries; what
-/// a query leaves out is -inf.
+/// Calls `f(first row of the queue, similarities [block, columns], columns)` for each tile of a block of queries. Rows that a
+/// query excludes have similarity -inf.
 fn tiles(
     tile: &mut [f32],
     [q, queue]: [&[f32]; 2],
@@ -49,7 +49,7 @@ fn positive(i: usize, [q, k]: [&[f32]; 2], dims: &InfoNceDims) -> f64 {
     pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / dims.temperature
 }
 
-/// Fills `lse` and returns the loss.
+/// Fills `lse`, the log-sum-exp of each query, and returns the loss.
 pub(super) fn forward(
     lse: &mut [f32],
     workspace: &mut [f32],
@@ -137,7 +137,7 @@ pub(super) fn key_gradient(
     }
 }
 
-/// Similarities of a row become `scale p`.
+/// Turns the similarities of a row into `scale p`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn weigh(row: &mut [f32], lse: f32, inv_t: f32, scale: f32) {
     row.iter_mut().for_each(|weight| *weight = scale * exp(*weight * inv_t - lse));

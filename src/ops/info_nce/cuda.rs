@@ -1,5 +1,5 @@
-//! `kernels/info_nce.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of queries and
-//! queue; the queue in slices that are put together in order.
+//! Launches `kernels/info_nce.cu`: tiles of 128 x 128 similarities in registers, computed by tensor cores from the bf16 terms
+//! that f32 queries and queue are split into. The queue is cut into splits whose partial results are combined in order.
 
 use super::InfoNceDims;
 use crate::device::cuda::{self, In, Launch};
@@ -9,7 +9,7 @@ use crate::ops::gemm::similarity::{
 use crate::ops::row_losses;
 use crate::tensor::Tensor;
 
-/// What a query is compared with.
+/// The inputs of the loss.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Inputs<'a> {
     pub(super) q: &'a Tensor,
@@ -24,45 +24,44 @@ impl Inputs<'_> {
         self.own.map_or(In::null(), Tensor::device_in)
     }
 
-    /// A warp to each query.
+    /// One warp per query.
     fn warps(&self, dims: &InfoNceDims) -> Launch<'_> {
         Launch::new(self.q.device().gpu(), [dims.n.div_ceil(8), 1, 1], [256, 1, 1])
     }
 }
 
-/// SplitRows of the queries and of the queue.
+/// The bf16 terms of the queries and of the queue.
 #[derive(Debug)]
-pub(super) struct Split {
+pub(super) struct Terms {
     q: SplitRows,
     queue: SplitRows,
 }
 
-/// Fills `lse [n]` and returns the loss, and the planes of what was compared. An empty queue has no slices, and the launches
-/// over them are left out.
-pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) -> (Tensor, Split) {
-    let (device, slices) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, TILE));
-    let split = Split { q: SplitRows::of(inputs.q), queue: SplitRows::of(inputs.queue) };
+/// Fills `lse [n]`, and returns the loss and the terms. An empty queue has no splits; launches over them are skipped.
+pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) -> (Tensor, Terms) {
+    let (device, splits) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, TILE));
+    let terms = Terms { q: SplitRows::of(inputs.q), queue: SplitRows::of(inputs.queue) };
     let [n, m, d, columns, count] =
-        [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
+        [dims.n, dims.m, dims.d, splits.columns, splits.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
-    let mut maxima = Tensor::floats(device, [slices.count, dims.n]);
+    let mut maxima = Tensor::floats(device, [splits.count, dims.n]);
     let mut sums = maxima.empty_like();
     let mut row_losses = Tensor::floats(device, [dims.n]);
-    let tiles = Launch::new(device.gpu(), [dims.n.div_ceil(TILE), slices.count, 1], THREADS);
-    // SAFETY: `q` and `k` have `n` rows of `d`, the queue `m`, their planes as many, the workspaces a row for each slice,
-    // the rest a number for each query; `own` has two numbers or is null.
+    let tiles = Launch::new(device.gpu(), [dims.n.div_ceil(TILE), splits.count, 1], THREADS);
+    // SAFETY: `q` and `k` have `n` rows of `d`, the queue has `m`, and so have their terms; the workspaces have one row per
+    // split, the other tensors `n` elements; `own` has two elements or is null.
     unsafe {
         cuda::info_nce_sums(
             tiles,
             maxima.device_out(),
             sums.device_out(),
-            split.q.device_in(),
-            split.queue.device_in(),
+            terms.q.device_in(),
+            terms.queue.device_in(),
             inputs.own(),
             n,
             m,
-            split.q.pitch(),
-            split.q.count(),
+            terms.q.pitch(),
+            terms.q.count(),
             columns,
             inv_t,
         );
@@ -80,41 +79,41 @@ pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) 
             inv_t,
         );
     }
-    (row_losses::mean(&row_losses), split)
+    (row_losses::mean(&row_losses), terms)
 }
 
-/// `dq` from `dy`, the gradient of the loss, which stays where it is.
+/// Fills `dq`. `dy`, the gradient of the loss, is read on the device.
 pub(super) fn query_gradient(
     dq: &mut Tensor,
     inputs: Inputs<'_>,
-    split: &Split,
+    terms: &Terms,
     lse: &Tensor,
     dy: &Tensor,
     dims: &InfoNceDims,
 ) {
-    let (device, slices) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, WEIGHT_TILE));
+    let (device, splits) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, WEIGHT_TILE));
     let [n, m, d, columns, count] =
-        [dims.n, dims.m, dims.d, slices.columns, slices.count].map(|size| size as i32);
+        [dims.n, dims.m, dims.d, splits.columns, splits.count].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
-    let mut partial = Tensor::floats(device, [slices.count, dims.n, dims.d]);
-    let grid = [dims.n.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), slices.count];
+    let mut partial = Tensor::floats(device, [splits.count, dims.n, dims.d]);
+    let grid = [dims.n.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
     let gradient =
-        if split.q.count() == 2 { cuda::info_nce_gradient_2 } else { cuda::info_nce_gradient_3 };
-    // SAFETY: sizes as in the forward; `partial` has a plane of `dq`'s size for each slice.
+        if terms.q.count() == 2 { cuda::info_nce_gradient_2 } else { cuda::info_nce_gradient_3 };
+    // SAFETY: sizes as in the forward pass; `partial` has the size of `dq` per terms.
     unsafe {
         gradient(
             tiles,
             partial.device_out(),
-            split.q.device_in(),
-            split.queue.device_in(),
+            terms.q.device_in(),
+            terms.queue.device_in(),
             inputs.own(),
             lse.device_in(),
             dy.device_in(),
             n,
             m,
             d,
-            split.q.pitch(),
+            terms.q.pitch(),
             columns,
             inv_t,
         );
@@ -134,7 +133,7 @@ pub(super) fn query_gradient(
     }
 }
 
-/// `dk`, in the same way.
+/// Fills `dk`, likewise.
 pub(super) fn key_gradient(
     dk: &mut Tensor,
     inputs: Inputs<'_>,
@@ -143,7 +142,7 @@ pub(super) fn key_gradient(
     dims: &InfoNceDims,
 ) {
     let [n, d] = [dims.n, dims.d].map(|size| size as i32);
-    // SAFETY: sizes as in the forward.
+    // SAFETY: sizes as in the forward pass.
     unsafe {
         cuda::info_nce_key_gradient(
             inputs.warps(dims),

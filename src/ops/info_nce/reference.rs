@@ -1,4 +1,4 @@
-//! The definition, in f64.
+//! The naive f64 path.
 
 use super::InfoNceDims;
 
@@ -6,7 +6,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// Logits of query `i`: its key's, and those of the negatives that it does not leave out, by row.
+/// Returns the logits of query `i`: that of its key, and those of the negatives that it does not exclude, by row of the queue.
 fn logits(i: usize, [q, k, queue]: [&[f64]; 3], dims: &InfoNceDims) -> (f64, Vec<(usize, f64)>) {
     let d = dims.d;
     let row = &q[i * d..][..d];
@@ -15,7 +15,7 @@ fn logits(i: usize, [q, k, queue]: [&[f64]; 3], dims: &InfoNceDims) -> (f64, Vec
     (logit(&k[i * d..][..d]), negatives.map(|j| (j, logit(&queue[j * d..][..d]))).collect())
 }
 
-/// Fills `lse` and returns the loss.
+/// Fills `lse`, the log-sum-exp of each query, and returns the loss.
 pub(super) fn forward(lse: &mut [f64], inputs: [&[f64]; 3], dims: &InfoNceDims) -> f64 {
     let mut sum = 0.0;
     for (i, lse) in lse.iter_mut().enumerate() {

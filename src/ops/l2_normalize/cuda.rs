@@ -1,4 +1,4 @@
-//! `kernels/l2_normalize.cu`: a warp to a row, sums in f64.
+//! Launches `kernels/l2_normalize.cu`: one warp per row, sums in f64.
 
 use crate::device::Device;
 use crate::device::cuda::{self, Launch, Out};
@@ -44,7 +44,7 @@ pub(super) fn backward(dx: &mut Tensor, dy: &Tensor, y: &Tensor, norms: &Tensor)
     }
 }
 
-/// `x [n, d]` in place, and with it its bf16 working copy where there is one.
+/// Normalises `x [n, d]` in place, and its bf16 working copy if there is one.
 pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>, mut copy: Option<TensorMut<'_>>) {
     let (n, d, launch) = over(device, x.shape());
     let copy = copy.as_mut().map_or(Out::null(), TensorMut::device_out);
@@ -52,10 +52,13 @@ pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>, mut copy: Option<
     unsafe { cuda::normalize_rows(launch, x.device_out(), copy, n, d) };
 }
 
-/// Rows, their length, and eight warps to a block.
+/// Number of rows, their length, and a launch of eight warps per block.
 #[track_caller]
 fn over<'d>(device: &'d Device, shape: &Shape) -> (i64, i32, Launch<'d>) {
     let (n, d) = (shape[0], shape[1]);
-    assert!(d < 1 << 31, "l2_normalize: rows of {d}, and a GPU's kernel counts to 2^31 - 1");
+    assert!(
+        d < 1 << 31,
+        "l2_normalize: rows of {d} elements; the kernel supports at most 2^31 - 1"
+    );
     (n as i64, d as i32, Launch::new(device.gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1]))
 }

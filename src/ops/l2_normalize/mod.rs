@@ -1,5 +1,5 @@
 //! Rows on the unit sphere: `y_i = x_i / max(|x_i|, eps)`, `x [n, d]`, eps 1e-12 (PyTorch's `normalize`).
-//! Unit rows are for losses, so they are f32 where `x` is bf16.
+//! Losses read unit rows, so the output is f32 even if `x` is bf16.
 //!
 //! `dx_i = (dy_i - y_i <y_i, dy_i>) / |x_i|`; below eps the norm is a constant and `dx_i = dy_i / eps`.
 
@@ -12,13 +12,23 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{Float, Tensor, TensorMut};
 
-/// The smallest norm that is divided by.
+/// Lower bound of the norm in the division.
 pub(crate) const EPS: f64 = 1e-12;
 
-/// Unit rows of `x [n, d]`.
+/// Scales each row of `x [n, d]` to unit length. The output is f32 on a GPU, even if `x` is bf16.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [1, 2], &[3.0, 4.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::l2_normalize(&tape.input(&x)))?;
+/// assert_eq!(y.to_f64(), [0.6, 0.8]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When `x` is not of rank 2.
+/// If `x` does not have rank 2.
 #[track_caller]
 pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     let [n, d] = x.value().dims("l2_normalize: the input");
@@ -52,13 +62,14 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     })
 }
 
-/// Brings the rows of a parameter `[n, d]` to unit length in place; no gradient. SwAV's prototypes, before each step.
+/// Scales each row of a parameter `[n, d]` to unit length in place, without a gradient. SwAV does this to its prototypes before
+/// each step.
 ///
 /// # Panics
-/// When the parameter is not of rank 2.
+/// If the parameter does not have rank 2.
 #[track_caller]
 pub fn normalize_rows(arena: &mut Arena, param: Param) {
-    assert_eq!(param.shape().len(), 2, "normalize_rows: {:?} is no matrix", param.shape());
+    assert_eq!(param.shape().len(), 2, "normalize_rows: {:?} is not a matrix", param.shape());
     let (device, d) = (arena.device().clone(), param.shape()[1].max(1));
     match device.kind() {
         DeviceKind::Cpu => {
@@ -76,7 +87,7 @@ pub fn normalize_rows(arena: &mut Arena, param: Param) {
     }
 }
 
-/// A parameter's place in one of its arena's tensors.
+/// The part of one of the arena's tensors that belongs to a parameter.
 fn of(all: &mut Tensor, param: Param) -> TensorMut<'_> {
     all.view_mut().slice(param.offset(), *param.shape())
 }

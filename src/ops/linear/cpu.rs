@@ -1,4 +1,4 @@
-//! The products on the `gemm` crate, in blocks of rows.
+//! The f32 path: GEMMs of `cpu::gemm`, in blocks of rows.
 
 use super::LinearDims;
 use crate::cpu::{Matrix, gemm};

@@ -1,4 +1,4 @@
-//! The products of `kernels/matmul.cu`, and the bias's gradient of `kernels/linear.cu`.
+//! Launches the GEMMs of `kernels/matmul.cu`, and `kernels/linear.cu` for the gradient of the bias.
 
 use super::LinearDims;
 use crate::device::cuda::Launch;
@@ -39,7 +39,7 @@ pub(super) fn weight_gradient(
     gemm(GemmKind::Tn, dw, dy, x, None, sizes, accumulate);
 }
 
-/// A block for every 32 columns: 32 threads next to each other read a line, 8 rows at a time.
+/// One block per 32 columns: 32 adjacent threads read a line, 8 rows at a time.
 pub(super) fn bias_gradient(
     db: &mut TensorMut<'_>,
     dy: &Tensor,

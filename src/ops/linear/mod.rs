@@ -1,6 +1,6 @@
 //! Linear layer: `y = x Wᵀ + b` with `x [n, d]`, `W [k, d]`, `b [k]`, `y [n, k]`.
 //!
-//! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_n dy`. A 1x1 convolution is the same product over pixels.
+//! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_n dy`. A 1x1 convolution is the same GEMM over pixels.
 
 mod cpu;
 mod cuda;
@@ -18,10 +18,21 @@ struct LinearDims {
     k: usize,
 }
 
-/// `x Wᵀ + b`.
+/// Returns `x Wᵀ + b`, `[n, k]`, in the type of `w`.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [1, 2], &[1.0, 2.0]);
+/// let w = Tensor::from_f64(&device, [3, 2], &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::linear(&tape.input(&x), &tape.input(&w), None))?;
+/// assert_eq!(y.to_f64(), [1.0, 2.0, 3.0]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When `x [n, d]`, `w [k, d]` and `bias [k]` do not fit.
+/// If the shapes `x [n, d]`, `w [k, d]` and `bias [k]` do not fit.
 #[track_caller]
 pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
     let [n, d] = x.value().dims("linear: the input");

@@ -1,4 +1,4 @@
-//! The definition.
+//! The naive f64 path.
 
 use super::LinearDims;
 
@@ -51,6 +51,6 @@ pub(super) fn bias_gradient(db: &mut [f64], dy: &[f64], accumulate: bool) {
     }
 }
 
-fn put(place: &mut f64, value: f64, accumulate: bool) {
-    *place = if accumulate { *place + value } else { value };
+fn put(to: &mut f64, value: f64, accumulate: bool) {
+    *to = if accumulate { *to + value } else { value };
 }

@@ -1,4 +1,4 @@
-//! `kernels/neg_cosine.cu`: a warp to a row, sums in f64.
+//! Launches `kernels/neg_cosine.cu`: one warp per row, sums in f64.
 
 use crate::device::cuda::Launch;
 use crate::ops::row_losses;
@@ -12,11 +12,11 @@ fn sizes(x: &Tensor) -> (i64, i32) {
     (x.shape()[0] as i64, x.shape()[1] as i32)
 }
 
-/// The mean negative cosine of `p` and `z`, both `[n, d]`.
+/// Returns the mean negative cosine of `p` and `z`, both `[n, d]`.
 pub(super) fn forward(p: &Tensor, z: &Tensor) -> Tensor {
     let (n, d) = sizes(p);
     let mut row_losses = Tensor::empty(p.device(), DType::F32, [p.shape()[0]]);
-    // SAFETY: both have `n` rows of `d`, and there is a number for each row.
+    // SAFETY: `p` and `z` have `n` rows of `d`, `row_losses` has `n` elements.
     unsafe {
         by_dtype!(
             p.dtype(),
@@ -34,10 +34,10 @@ pub(super) fn forward(p: &Tensor, z: &Tensor) -> Tensor {
     row_losses::mean(&row_losses)
 }
 
-/// The gradient of one side, `other` the other, from `dy`, the gradient of the loss, which stays where it is.
+/// Fills `dx`, the gradient of the side `x`. `dy`, the gradient of the loss, is read on the device.
 pub(super) fn backward(dx: &mut Tensor, x: &Tensor, other: &Tensor, dy: &Tensor) {
     let (n, d) = sizes(x);
-    // SAFETY: as in the forward.
+    // SAFETY: as in the forward pass.
     unsafe {
         by_dtype!(
             x.dtype(),

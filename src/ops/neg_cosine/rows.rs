@@ -1,4 +1,4 @@
-//! Row by row, one generic loop for both devices.
+//! Loops over rows, generic over the CPU's f32 and the reference device's f64.
 
 use rayon::prelude::*;
 
@@ -9,19 +9,19 @@ fn dot<T: Float>(a: &[T], b: &[T]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a.widen() * b.widen()).sum()
 }
 
-/// `1 / max(|x|, eps)`, and whether the norm counts as a constant.
+/// Returns `1 / max(|x|, eps)`, and whether the norm is below eps and thus a constant.
 fn inverse_norm<T: Float>(x: &[T]) -> (f64, bool) {
     let norm = dot(x, x).sqrt();
     (1.0 / norm.max(EPS), norm < EPS)
 }
 
-/// In row order.
+/// Returns the sum of the rows' cosines, in row order.
 pub(super) fn sum_of_cosines<T: Float>(p: &[T], z: &[T], d: usize) -> f64 {
     let rows = p.chunks_exact(d).zip(z.chunks_exact(d));
     rows.map(|(p, z)| dot(p, z) * inverse_norm(p).0 * inverse_norm(z).0).sum()
 }
 
-/// `dx = scale (ô - c x̂) / |x|`, `o` the other side.
+/// Fills `dx = scale (ô - c x̂) / |x|`, where `o` is the other side.
 pub(super) fn gradient<T: Float>(dx: &mut [T], x: &[T], other: &[T], d: usize, scale: f64) {
     let rows = dx.par_chunks_mut(d).zip(x.par_chunks(d)).zip(other.par_chunks(d));
     rows.for_each(|((dx, x), other)| {

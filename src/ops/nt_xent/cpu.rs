@@ -1,4 +1,4 @@
-//! Tiles of similarities, rows in parallel; a tile lives in cache from its product to its exponentials.
+//! The f32 path: tiles of similarities, blocks of rows in parallel. A tile stays in cache from its GEMM to its exponentials.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -8,7 +8,7 @@ use crate::cpu::exp::{exp, sum_of_exp};
 use crate::cpu::{Matrix, gemm_sequential};
 use crate::ops::gemm::similarity::FIXED_MAXIMUM_FROM;
 
-/// Rows of a task, and columns of a tile.
+/// Rows in a parallel task, and columns in a tile.
 const BLOCK: usize = 64;
 const TILE: usize = 256;
 
@@ -16,7 +16,7 @@ pub(super) fn workspace_len(dims: NtXentDims) -> usize {
     dims.rows.div_ceil(BLOCK) * BLOCK * TILE
 }
 
-/// Calls `f(first column, similarities [block, columns], columns)` for each tile of one block of rows.
+/// Calls `f(first column, similarities [block, columns], columns)` for each tile of a block of rows.
 fn tiles(
     tile: &mut [f32],
     z: &[f32],
@@ -36,7 +36,7 @@ fn tiles(
     }
 }
 
-/// Fills `lse` and returns the loss.
+/// Fills `lse`, the log-sum-exp of each row, and returns the loss.
 pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: NtXentDims) -> f64 {
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
@@ -48,7 +48,7 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: N
             for (r, row) in similarities.chunks_exact_mut(columns).enumerate() {
                 let own = b * BLOCK + r;
                 if (first..first + columns).contains(&own) {
-                    row[own - first] = f32::NEG_INFINITY; // no row is its own negative
+                    row[own - first] = f32::NEG_INFINITY; // a row is not its own negative
                 }
                 if !fixed {
                     let max = row.iter().fold(maxima[r], |max, s| max.max(s * inv_t));
@@ -105,7 +105,7 @@ pub(super) fn backward(
     });
 }
 
-/// Similarities of a row become `scale (p_ij + p_ji)`.
+/// Turns the similarities of a row into `scale (p_ij + p_ji)`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn both_ways(row: &mut [f32], own: f32, others: &[f32], inv_t: f32, scale: f32) {
     for (weight, other) in row.iter_mut().zip(others) {

@@ -1,4 +1,5 @@
-//! `kernels/nt_xent.cu`: tiles of 128 x 128 similarities in registers, by tensor cores from bf16 planes of the rows.
+//! Launches `kernels/nt_xent.cu`: tiles of 128 x 128 similarities in registers, computed by tensor cores from the bf16 terms
+//! that each f32 row is split into.
 
 use super::NtXentDims;
 use crate::device::cuda::{self, In, Launch};
@@ -8,44 +9,44 @@ use crate::ops::gemm::similarity::{
 use crate::ops::row_losses;
 use crate::tensor::{Tensor, TensorMut};
 
-/// Groups of tiles, each pair of which has a block: 528 pairs are two waves of two blocks on 132 multiprocessors, and sums
-/// for each row and group are memory that grows with the rows alone.
+/// Maximum number of groups of tiles. Each pair of groups is one block: 528 pairs are two waves of two blocks on each of 132
+/// multiprocessors. The workspace has one sum per row and group, so it grows linearly with the rows.
 const GROUPS: usize = 32;
 
-/// Tiles of a group, and how many groups that makes.
+/// Returns the number of tiles in a group and the number of groups.
 pub(crate) fn groups(rows: usize) -> [usize; 2] {
     let tiles = rows.div_ceil(TILE);
     let tiles_per_group = tiles.div_ceil(GROUPS);
     [tiles_per_group, tiles.div_ceil(tiles_per_group)]
 }
 
-/// Fills `lse [rows]` and returns the loss, and the planes of `z`.
+/// Fills `lse [rows]`, and returns the loss and the terms of `z`.
 pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor, SplitRows) {
-    let (device, planes) = (z.device(), SplitRows::of(z));
+    let (device, terms) = (z.device(), SplitRows::of(z));
     let [rows, d] = [dims.rows, dims.d].map(|size| size as i32);
     let inv_t = 1.0 / dims.temperature;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let [tiles_per_group, groups] = groups(dims.rows);
-    let slices = ColumnSplits::new(dims.rows, dims.rows, TILE);
-    let count = if fixed { groups } else { slices.count };
+    let splits = ColumnSplits::new(dims.rows, dims.rows, TILE);
+    let count = if fixed { groups } else { splits.count };
     let mut sums = Tensor::floats(device, [count, dims.rows]);
     let mut maxima = (!fixed).then(|| sums.empty_like());
     let mut row_losses = Tensor::floats(device, [dims.rows]);
     let warps = Launch::new(device.gpu(), [dims.rows.div_ceil(8), 1, 1], [256, 1, 1]);
-    // SAFETY: `z` has `rows` rows of `d`, its planes as many, the workspaces a row for each group or slice, the rest a
-    // number for each row.
+    // SAFETY: `z` and each of its terms have `rows` rows of `d`, the workspaces one row per group or split, the other tensors
+    // `rows` elements.
     unsafe {
         if let Some(maxima) = &mut maxima {
-            let grid = [dims.rows.div_ceil(TILE), slices.count, 1];
+            let grid = [dims.rows.div_ceil(TILE), splits.count, 1];
             cuda::nt_xent_sums_online(
                 Launch::new(device.gpu(), grid, THREADS),
                 maxima.device_out(),
                 sums.device_out(),
-                planes.device_in(),
+                terms.device_in(),
                 rows,
-                planes.pitch(),
-                planes.count(),
-                slices.columns as i32,
+                terms.pitch(),
+                terms.count(),
+                splits.columns as i32,
                 inv_t,
             );
         } else {
@@ -53,10 +54,10 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
             cuda::nt_xent_sums(
                 Launch::new(device.gpu(), pairs, THREADS),
                 sums.device_out(),
-                planes.device_in(),
+                terms.device_in(),
                 rows,
-                planes.pitch(),
-                planes.count(),
+                terms.pitch(),
+                terms.count(),
                 tiles_per_group as i32,
                 inv_t,
             );
@@ -74,10 +75,10 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
             inv_t,
         );
     }
-    (row_losses::mean(&row_losses), planes)
+    (row_losses::mean(&row_losses), terms)
 }
 
-/// `dz` from `dy`, the gradient of the loss, which stays where it is.
+/// Fills `dz`. `dy`, the gradient of the loss, is read on the device.
 pub(super) fn backward(
     dz: &mut TensorMut<'_>,
     z: &SplitRows,
@@ -87,14 +88,14 @@ pub(super) fn backward(
     accumulate: bool,
 ) {
     let device = lse.device();
-    let slices = ColumnSplits::new(dims.rows, dims.rows, WEIGHT_TILE);
-    let [rows, d, columns] = [dims.rows, dims.d, slices.columns].map(|size| size as i32);
-    let mut partial = Tensor::floats(device, [slices.count, dims.rows, dims.d]);
-    let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), slices.count];
+    let splits = ColumnSplits::new(dims.rows, dims.rows, WEIGHT_TILE);
+    let [rows, d, columns] = [dims.rows, dims.d, splits.columns].map(|size| size as i32);
+    let mut partial = Tensor::floats(device, [splits.count, dims.rows, dims.d]);
+    let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
     let n = dims.rows * dims.d;
     let gradient = if z.count() == 2 { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
-    // SAFETY: sizes as in the forward; `partial` has a plane of `dz`'s size for each slice.
+    // SAFETY: sizes as in the forward pass; `partial` has the size of `dz` per split.
     unsafe {
         gradient(
             tiles,
@@ -109,7 +110,7 @@ pub(super) fn backward(
             1.0 / dims.temperature,
         );
         let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out());
-        let (count, accumulate) = (slices.count as i32, i32::from(accumulate));
+        let (count, accumulate) = (splits.count as i32, i32::from(accumulate));
         cuda::split_k_reduce_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
 }
@@ -119,13 +120,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_are_at_most_so_many_groups_and_none_is_empty() {
+    fn the_number_of_groups_is_bounded_and_no_group_is_empty() {
         for rows in (4..200_000).step_by(331).chain([1 << 17, 1 << 20]) {
             let [tiles_per_group, groups] = groups(rows);
             assert!(groups <= GROUPS, "{rows} rows: {groups} groups");
             let tiles = rows.div_ceil(TILE);
             let last = tiles - (groups - 1) * tiles_per_group;
-            assert!((1..=tiles_per_group).contains(&last), "{rows} rows: the last has {last}");
+            assert!(
+                (1..=tiles_per_group).contains(&last),
+                "{rows} rows: the last group has {last} tiles"
+            );
         }
     }
 }

@@ -5,10 +5,10 @@
 //! the sum of two means over `n`, is twice this (google-research/simclr objective.py; see `methods::simclr`).
 //!
 //! With `p_ij = exp(s_ij / T - lse_i)` and `j != i`, `dz_i = (Σ_j (p_ij + p_ji) z_j - 2 z_pos(i)) dL / (2n T)`.
-//! The similarity matrix is made in tiles, in both directions, and never kept: memory is O(n d). Since `|s| <= 1`, the
-//! maximum to remove is known, `1 / T`; below T = 0.025 its exponentials would leave f32's range and the running maximum
-//! of each row takes its place. On a GPU the forward pass makes each pair once, and products are of bf16 planes
-//! ([`similarity`](super::similarity)).
+//! Both passes compute the similarity matrix in tiles and never store it: memory is O(n d). Since `|s| <= 1`, `1 / T` is a
+//! known bound of the maximum to subtract; below T = 0.025 its exponentials would leave the range of f32, and the running
+//! maximum of each row replaces it. On a GPU the forward pass computes each pair once, and GEMMs multiply the bf16 terms that
+//! f32 rows are split into (`ops/gemm/similarity.rs`).
 
 mod cpu;
 mod cuda;
@@ -23,7 +23,7 @@ use crate::tensor::{DType, Tensor};
 /// The sizes of the loss.
 #[derive(Clone, Copy, Debug)]
 struct NtXentDims {
-    /// Rows, both views together: `2n`.
+    /// Number of rows of both views together: `2n`.
     rows: usize,
     d: usize,
     temperature: f64,
@@ -35,26 +35,37 @@ impl NtXentDims {
     }
 }
 
-/// The mean NT-Xent over the `2n` rows of `z [2n, d]`, which must have unit length (see
-/// [`l2_normalize`](super::l2_normalize())); a scalar. `temperature > 0`.
+/// Returns the mean NT-Xent over the `2n` rows of `z [2n, d]`, view after view; a scalar. Rows must have unit length (see
+/// [`l2_normalize`](super::l2_normalize())). `temperature > 0`.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let z = Tensor::from_f64(&device, [4, 2], &[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]);
+/// let loss = tape::forward(&mut arena, |tape| ops::nt_xent(&tape.input(&z), 1.0))?;
+/// // The positive has similarity 1, both negatives 0.
+/// assert!((loss.scalar() - ((1.0_f64.exp() + 2.0).ln() - 1.0)).abs() < 1e-12);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Panics
-/// When the number of rows is odd or less than 4 (one pair has no negatives), or the temperature is not positive.
+/// If the number of rows is odd or less than 4 (one pair has no negatives), or the temperature is not positive.
 #[track_caller]
 pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     let [rows, d] = z.value().dims("nt_xent: the embeddings");
     assert!(
         rows.is_multiple_of(2) && rows >= 4,
-        "nt_xent: {rows} rows, not two views of 2 or more"
+        "nt_xent: {rows} rows, expected two views of 2 or more"
     );
     assert!(temperature > 0.0, "nt_xent: temperature {temperature}");
     let dims = NtXentDims { rows, d, temperature };
     let device = z.tape().device().clone();
-    assert_eq!(z.tape().group().size(), 1, "nt_xent: gathering from several processes");
+    assert_eq!(z.tape().group().size(), 1, "nt_xent: does not gather from several processes");
     let z = &super::cast(z, DType::of(&device));
     let z_value = z.value().clone();
-    let mut lse = Tensor::floats(&device, [rows]); // log Σ exp of each row
-    let mut planes = None; // a GPU's
+    let mut lse = Tensor::floats(&device, [rows]); // log-sum-exp of each row
+    let mut terms = None; // only on a GPU
     let y = match device.kind() {
         DeviceKind::Cpu => {
             let mut workspace = Tensor::floats(&device, [cpu::workspace_len(dims)]);
@@ -63,8 +74,8 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
             Tensor::from_f64(&device, [], &[loss])
         }
         DeviceKind::Cuda => {
-            let (loss, of_z) = cuda::forward(&mut lse, &z_value, dims);
-            planes = Some(of_z);
+            let (loss, terms_of_z) = cuda::forward(&mut lse, &z_value, dims);
+            terms = Some(terms_of_z);
             loss
         }
         DeviceKind::Reference => {
@@ -74,9 +85,9 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     };
     let z_id = z.id();
     z.tape().record("nt_xent", y, &[z], move |dy, gradients| {
-        if let Some(planes) = planes {
+        if let Some(terms) = terms {
             if let Some((mut dz, accumulate)) = gradients.target(z_id, z_value.shape()) {
-                cuda::backward(&mut dz, &planes, &lse, &dy, dims, accumulate);
+                cuda::backward(&mut dz, &terms, &lse, &dy, dims, accumulate);
             }
             return;
         }
@@ -90,7 +101,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
                     cpu::backward(dz, workspace, z_value.data(), lse.data(), dims, scale);
                 });
             }
-            // Reference: a GPU has returned.
+            // The reference device; the GPU returned above.
             _ => reference::backward(dz.data_mut(), z_value.data(), lse.data(), dims, scale),
         }
         gradients.add(z_id, dz);

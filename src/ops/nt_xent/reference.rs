@@ -1,4 +1,4 @@
-//! The definition, in f64.
+//! The naive f64 path.
 
 use super::NtXentDims;
 
@@ -6,7 +6,7 @@ fn similarity(z: &[f64], d: usize, i: usize, j: usize) -> f64 {
     (0..d).map(|t| z[i * d + t] * z[j * d + t]).sum()
 }
 
-/// Fills `lse` and returns the loss.
+/// Fills `lse`, the log-sum-exp of each row, and returns the loss.
 pub(super) fn forward(lse: &mut [f64], z: &[f64], dims: NtXentDims) -> f64 {
     let NtXentDims { rows, d, temperature } = dims;
     let mut sum = 0.0;

@@ -1,18 +1,18 @@
-//! Losses of pairs: what SimCLR's authors compared with NT-Xent (Chen et al. 2020, table 2, arXiv:2002.05709), on rows of any
+//! Losses over pairs that SimCLR's authors compared with NT-Xent (Chen et al. 2020, table 2, arXiv:2002.05709), for rows of any
 //! length.
 //!
-//! `z [2n, d]`, view after view: the positive of row `i` is row `p = (i + n) mod 2n`, its negatives are the `2n - 2` others.
-//! With `s_ij = <z_i, z_j>`, `L = mean_i l_i` and, negatives `j` averaged,
+//! `z [2n, d]`, view after view: the positive of row `i` is row `p = (i + n) mod 2n`, its negatives are the other `2n - 2`.
+//! With `s_ij = <z_i, z_j>`, `L = mean_i l_i`, where `mean_j` is over the negatives:
 //!
 //! - [`PairLoss::Xent`]: `l_i = log Σ_{j != i} exp(s_ij / T) - s_ip / T`;
 //! - [`PairLoss::Logistic`]: `l_i = -log σ(s_ip / T) - mean_j log σ(-s_ij / T)`;
-//! - [`PairLoss::Margin`]: `l_i = mean_j max(s_ij - s_ip + m, 0)`; T plays no part.
+//! - [`PairLoss::Margin`]: `l_i = mean_j max(s_ij - s_ip + m, 0)`; T has no effect.
 //!
-//! Semi-hard mining leaves one negative of each row, the most similar of those that are less similar than the positive, or
-//! none. With `G_ij = dl_i / ds_ij`, `dz = (G + Gᵀ) z dL / 2n`.
+//! Semi-hard mining keeps at most one negative per row: the most similar of those less similar than the positive. With
+//! `G_ij = dl_i / ds_ij`, `dz = (G + Gᵀ) z dL / 2n`.
 //!
-//! `G` is kept from the forward pass, `[2n, 2n]`: these are for ablations at small batches. Unit rows under NT-Xent have
-//! [`nt_xent`](super::nt_xent()), which keeps nothing of that size. There are no CUDA kernels.
+//! The forward pass saves `G`, `[2n, 2n]`: these losses are for ablations at small batches. For NT-Xent on unit rows use
+//! [`nt_xent`](super::nt_xent()), which stores nothing of that size. There are no CUDA kernels.
 
 mod rows;
 
@@ -21,21 +21,21 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-/// What is asked of a row's positive and negatives.
+/// The loss of a row, from its positive and its negatives.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum PairLoss {
-    /// NT-Xent; on rows of any length.
+    /// NT-Xent, for rows of any length.
     Xent,
     /// NT-Logistic.
     Logistic {
-        /// Whether a row keeps its semi-hard negative alone.
+        /// Whether a row keeps only its semi-hard negative.
         semi_hard: bool,
     },
     /// The margin triplet loss.
     Margin {
         /// m, >= 0.
         margin: f64,
-        /// Whether a row keeps its semi-hard negative alone.
+        /// Whether a row keeps only its semi-hard negative.
         semi_hard: bool,
     },
 }
@@ -44,17 +44,17 @@ fn no_cuda() -> ! {
     panic!("pair_loss has no CUDA kernels: compute on the CPU")
 }
 
-/// The mean loss over the `2n` rows of `z [2n, d]`; a scalar. `temperature > 0`.
+/// Returns the mean loss over the `2n` rows of `z [2n, d]`, view after view; a scalar. `temperature > 0`.
 ///
 /// # Panics
-/// When the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is
-/// a GPU.
+/// If the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is a
+/// GPU.
 #[track_caller]
 pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
     let [rows, d] = z.value().dims("pair_loss: the embeddings");
     assert!(
         rows.is_multiple_of(2) && rows >= 4,
-        "pair_loss: {rows} rows, not two views of 2 or more"
+        "pair_loss: {rows} rows, expected two views of 2 or more"
     );
     assert!(temperature > 0.0, "pair_loss: temperature {temperature}");
     let device = z.tape().device().clone();

@@ -1,11 +1,11 @@
-//! Row by row, one generic loop for both devices, in f64 between reading and writing.
+//! Loops over rows, generic over the CPU's f32 and the reference device's f64; the arithmetic is in f64.
 
 use rayon::prelude::*;
 
 use super::PairLoss;
 use crate::tensor::Float;
 
-/// Turns similarities `[rows, rows]` into `G` in place, and returns the sum of the rows' losses.
+/// Replaces similarities `[rows, rows]` by `G` and returns the sum of the rows' losses.
 pub(super) fn losses<T: Float>(
     similarities: &mut [T],
     rows: usize,
@@ -23,7 +23,7 @@ pub(super) fn losses<T: Float>(
     each.iter().sum() // in row order
 }
 
-/// The loss of row `i` of similarities `s`, and its derivatives by them in `g`, which comes zeroed.
+/// Returns the loss of row `i` of similarities `s`, and adds its derivatives to `g`, which must be zero.
 fn row_loss(g: &mut [f64], s: &[f64], i: usize, loss: PairLoss, t: f64) -> f64 {
     let positive = (i + s.len() / 2) % s.len();
     let negatives = |semi_hard: bool| -> Vec<usize> {
@@ -89,7 +89,7 @@ mod tests {
         let loss = PairLoss::Margin { margin: 1.0, semi_hard: true };
         assert!((row_loss(&mut g, &s, 0, loss, 1.0) - 0.8).abs() < 1e-12);
         assert_eq!(g, [0.0, 0.0, 0.0, -1.0, 1.0, 0.0]);
-        // Without one that is farther there is nothing to push.
+        // If no negative is farther, nothing is pushed.
         let s = [1.0, 0.8, 0.7, 0.5, 0.9, 0.6];
         assert_eq!(row_loss(&mut [0.0; 6], &s, 0, loss, 1.0), 0.0);
     }

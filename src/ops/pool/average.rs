@@ -1,4 +1,4 @@
-//! Average pooling of small windows; one generic loop serves the CPU and the reference, with sums in f64.
+//! Average pooling of small windows; loops generic over the CPU's f32 and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 
@@ -20,10 +20,10 @@ pub(super) struct AvgPoolDims {
 }
 
 impl AvgPoolDims {
-    /// Pixels of window `o`, and what their sum is divided by.
+    /// Returns the pixels of window `o` and the divisor of their sum.
     ///
-    /// Windows of stride 1 that hang over the edge count the pixels that exist, those of a larger stride count zeros: so do
-    /// TensorFlow's `SAME` and the reference code's explicit padding.
+    /// Windows of stride 1 that extend past the edge count only existing pixels, as TensorFlow's `SAME` does; with a larger
+    /// stride they count zeros, as the reference code's explicit padding does.
     fn window(self, o: usize) -> (impl Iterator<Item = usize>, f64) {
         let (i, j) = (o / self.q * self.stride, o % self.q * self.stride);
         let (rows, columns) = (i..(i + self.size).min(self.h), j..(j + self.size).min(self.w));
@@ -34,12 +34,12 @@ impl AvgPoolDims {
     }
 }
 
-/// Means of `size x size` windows, `stride` apart, over `x [n, h, w, c]` padded below and on the right as far as windows
-/// reach: `[n, ceil(h / stride), ceil(w / stride), c]`. The shortcut of ResNet-D (He et al. 2018, arXiv:1812.01187) as
-/// google-research/simclr has it, `resnet.py`.
+/// Averages `size x size` windows of `x [n, h, w, c]`, `stride` apart, and returns `[n, ceil(h / stride), ceil(w / stride), c]`.
+/// The bottom and right edges are padded. This is the shortcut of ResNet-D (He et al. 2018, arXiv:1812.01187) as in
+/// google-research/simclr, `resnet.py`.
 ///
 /// # Panics
-/// When `x` is not of rank 4, or `size` or `stride` is 0.
+/// If `x` does not have rank 4, or `size` or `stride` is 0.
 #[track_caller]
 pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("avg_pool: the input");

@@ -1,11 +1,11 @@
-//! `kernels/pool.cu`: a thread makes 16 bytes of channels of one pixel of what is written.
+//! Launches `kernels/pool.cu`: a thread writes 16 bytes of channels of one output pixel.
 
 use super::{average, max};
 use crate::device::Device;
 use crate::device::cuda::{Launch, Out};
 use crate::tensor::{DType, Tensor};
 
-/// A launch over the pixels of what is written, `[pixels.., c]`.
+/// A launch over the pixels of the output `to [pixels.., c]`.
 #[track_caller]
 fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
     const THREADS: usize = 256;
@@ -13,7 +13,7 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
     let pixels = to.len() / c.max(1);
     assert!(
         pixels < 1 << 31,
-        "pooling: {pixels} pixels, and a GPU's kernels count to 2^31 - 1: take a smaller batch"
+        "pooling: {pixels} pixels; the kernels support at most 2^31 - 1: use a smaller batch"
     );
     let vectors = c.div_ceil(16 / to.dtype().size());
     let across = vectors.next_power_of_two().min(32);
@@ -22,14 +22,14 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
     Launch::new(device.gpu(), grid, [across, down, 1])
 }
 
-/// The sizes as the kernels take them.
+/// The sizes in the types of the kernels' arguments.
 fn sizes(n: usize, dims: max::MaxPoolDims) -> [i32; 9] {
     let max::MaxPoolDims { h, w, c, p, q, size, stride, pad } = dims;
     [n, h, w, c, p, q, size, stride, pad].map(|size| size as i32)
 }
 
-/// Gives where in its window the largest pixel of each output stands, a byte each; nothing where no gradient is
-/// `wanted`.
+/// Fills `y`. If a gradient is `wanted`, returns the position of the largest pixel in the window of each output, one byte per
+/// output.
 #[track_caller]
 pub(super) fn max_forward(
     y: &mut Tensor,
@@ -39,14 +39,14 @@ pub(super) fn max_forward(
 ) -> Option<Tensor> {
     assert!(
         dims.size <= 16,
-        "max_pool: windows of {0} x {0}, and on a GPU they are 16 x 16 at most",
+        "max_pool: windows of {0} x {0}; a GPU supports at most 16 x 16",
         dims.size
     );
     let device = y.device().clone();
     let mut index = wanted.then(|| Tensor::empty(&device, DType::I32, [y.len().div_ceil(4)]));
     let bytes = index.as_mut().map_or(Out::null(), |index| index.device_out().bytes());
     let (to, [n, h, w, c, p, q, size, stride, pad]) = (over(&device, y), sizes(x.shape()[0], dims));
-    // SAFETY: `x` and `y` have these sizes, `index` a byte for each element of `y`.
+    // SAFETY: `x` and `y` have these sizes, `index` one byte per element of `y`.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -74,7 +74,7 @@ pub(super) fn max_forward(
 pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: max::MaxPoolDims) {
     let to = over(dy.device(), dx);
     let [n, h, w, c, p, q, size, stride, pad] = sizes(dy.shape()[0], dims);
-    // SAFETY: as in the forward pass, which made `index`.
+    // SAFETY: as in the forward pass, which wrote `index`.
     unsafe {
         by_dtype!(
             dy.dtype(),
@@ -124,7 +124,7 @@ pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
     }
 }
 
-/// Means of small windows: `x [n, h, w, c]`, `y [n, p, q, c]`.
+/// The mean of each small window: `x [n, h, w, c]`, `y [n, p, q, c]`.
 pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::AvgPoolDims) {
     let (to, [n, h, w, c, p, q, size, stride]) =
         (over(x.device(), y), average_sizes(x.shape()[0], dims));

@@ -1,4 +1,4 @@
-//! Max pooling; comparisons only, so one generic loop serves the CPU and the reference.
+//! Max pooling. It only compares, so one generic loop serves the CPU and the reference device.
 
 use rayon::prelude::*;
 
@@ -21,13 +21,13 @@ pub(super) struct MaxPoolDims {
 }
 
 impl MaxPoolDims {
-    /// The rows, or columns, of `of` that window `o` covers.
+    /// The rows, or columns, that window `o` covers, of `of` in total.
     fn window(self, o: usize, of: usize) -> std::ops::Range<usize> {
         let start = o * self.stride;
         start.saturating_sub(self.pad)..(start + self.size).saturating_sub(self.pad).min(of)
     }
 
-    /// First elements of the pixels of window `(p, q)`, in row order.
+    /// Index of the first element of each pixel in window `(p, q)`, in row order.
     fn pixels(self, p: usize, q: usize) -> impl Iterator<Item = usize> {
         let columns = self.window(q, self.w);
         self.window(p, self.h)
@@ -35,11 +35,11 @@ impl MaxPoolDims {
     }
 }
 
-/// Largest values of `size x size` windows, `stride` apart, over `x [n, h, w, c]` padded by `pad`.
+/// Returns the maximum of each `size x size` window of `x [n, h, w, c]` padded by `pad`, windows `stride` apart. NaN propagates.
 ///
 /// # Panics
-/// When a window does not fit the padded image, `stride` is 0 or `pad` is more than half of `size`; on a GPU also when
-/// `size` is above 16.
+/// If a window does not fit the padded image, `stride` is 0, `pad` is more than half of `size`, or, on a GPU, `size` is above
+/// 16.
 #[track_caller]
 pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("max_pool: the input");
@@ -64,20 +64,20 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
         let mut dx = Tensor::floats(device, *x_value.shape());
         match device.kind() {
             DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, &x_value, &y_value, dims, device),
-            // Reference: a GPU has returned.
+            // The reference device; the GPU returned above.
             _ => backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device),
         }
         gradients.add(x_id, dx);
     })
 }
 
-/// The same with a byte saved for each output in place of `x` and `y`.
+/// [`max_pool`] on a GPU, which saves one byte per output instead of `x` and `y`.
 #[track_caller]
 fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: MaxPoolDims) -> Var<'t> {
     let index = cuda::max_forward(&mut y, x.value(), dims, x.wants_gradient());
     let (x_id, shape, dtype) = (x.id(), *x.shape(), x.value().dtype());
     x.tape().record("max_pool", y, &[x], move |dy, gradients| {
-        let index = index.expect("made where a gradient is wanted");
+        let index = index.expect("the forward pass saves it if a gradient is wanted");
         let mut dx = Tensor::empty(dy.device(), dtype, shape);
         cuda::max_backward(&mut dx, &dy, &index, dims);
         gradients.add(x_id, dx);
@@ -98,7 +98,7 @@ fn forward<T: Element + PartialOrd>(
             for (o, y) in y.chunks_exact_mut(c).enumerate() {
                 for (i, pixel) in dims.pixels(o / q, o % q).enumerate() {
                     for (y, &x) in y.iter_mut().zip(&x[pixel..pixel + c]) {
-                        // `x != x`: a NaN wins, and stays.
+                        // `x != x`: NaN propagates.
                         #[allow(clippy::eq_op)]
                         if i == 0 || x > *y || x != x {
                             *y = x;
@@ -125,7 +125,7 @@ fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
         let images = x.par_chunks(input).zip(dy.par_chunks(output).zip(y.par_chunks(output)));
         dx.par_chunks_mut(input).zip(images).for_each(|(dx, (x, (dy, y)))| {
             dx.fill(T::default());
-            // What each channel still has to give; its first largest pixel takes all, later ones nothing.
+            // The gradient of each channel that is still to be assigned: the first largest pixel receives all of it.
             let mut rest = vec![T::default(); c];
             let outputs = dy.chunks_exact(c).zip(y.chunks_exact(c));
             for (o, (dy, y)) in outputs.enumerate() {

@@ -1,4 +1,4 @@
-//! Global mean pooling; one generic loop serves the CPU and the reference, with sums in f64.
+//! Global mean pooling; loops generic over the CPU's f32 and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 
@@ -7,10 +7,10 @@ use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
 use crate::tensor::{Float, Tensor};
 
-/// The mean over all pixels: `[n, h, w, c]` to `[n, c]`.
+/// Returns the mean of `x [n, h, w, c]` over all pixels, `[n, c]`.
 ///
 /// # Panics
-/// When `x` is not of rank 4, or has no pixels.
+/// If `x` does not have rank 4 or has no pixels.
 #[track_caller]
 pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("mean_pool: the input");

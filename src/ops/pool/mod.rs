@@ -1,9 +1,8 @@
 //! Pooling of images `[n, h, w, c]`.
 //!
-//! Max pooling takes the largest of each `size x size` window, padding excluded; its gradient goes to the first largest
-//! in row order, as in PyTorch, found again from `x` and `y` instead of saved (a GPU saves a byte for each output). Mean
-//! pooling here is the global one that ends a ResNet: `[n, h, w, c]` to `[n, c]`. Average pooling of small windows is for
-//! shortcuts of ResNet-D.
+//! Max pooling takes the maximum of each `size x size` window, padding excluded. Its gradient goes to the first maximum in row
+//! order, as in PyTorch; the CPU finds it again from `x` and `y`, a GPU saves one byte per output. Mean pooling is global, as at
+//! the end of a ResNet: `[n, h, w, c]` to `[n, c]`. Average pooling of small windows is for the shortcuts of ResNet-D.
 
 mod average;
 mod cuda;

@@ -1,4 +1,4 @@
-//! `kernels/elementwise.cu`, 16 bytes to a thread.
+//! Launches `kernels/elementwise.cu`, 16 bytes per thread.
 
 use crate::device::cuda::Launch;
 use crate::tensor::Tensor;

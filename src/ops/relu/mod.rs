@@ -1,6 +1,6 @@
 //! `y = max(x, 0)`, element by element; `dx = dy` where `y > 0`, else 0.
 //!
-//! The mask is recomputed from `y`, which the next operation keeps anyway. At 0 the gradient is 0, as in PyTorch.
+//! The backward pass recomputes the mask from `y`, which the next operation saves anyway. At 0 the gradient is 0, as in PyTorch.
 
 mod cuda;
 
@@ -10,7 +10,17 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::CHUNK;
 
-/// `max(x, 0)` of any shape.
+/// Returns `max(x, 0)`, element by element. NaN propagates.
+///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [3], &[-1.0, 0.0, 2.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::relu(&tape.input(&x)))?;
+/// assert_eq!(y.to_f64(), [0.0, 0.0, 2.0]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {
     let device = x.tape().device().clone();
     let mut y = x.value().empty_like();
@@ -20,7 +30,7 @@ pub fn relu<'t>(x: &Var<'t>) -> Var<'t> {
             device.run(|| {
                 y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
                     for (y, x) in y.iter_mut().zip(x) {
-                        *y = if *x < 0.0 { 0.0 } else { *x }; // not `max`, which would hide a NaN
+                        *y = if *x < 0.0 { 0.0 } else { *x }; // unlike `max`, propagates NaN
                     }
                 });
             });

@@ -1,10 +1,10 @@
-//! `kernels/rows.cu`: 16 bytes to a thread where addresses allow it.
+//! Launches `kernels/rows.cu`: 16 bytes per thread if the alignment allows it.
 
 use crate::device::Device;
 use crate::device::cuda::Launch;
 use crate::tensor::{DType, Tensor};
 
-/// Threads along rows of `length` elements, as many rows at a time as a block has threads for.
+/// A launch over `rows` rows of `length` elements: threads along a row, and as many rows per block as fit.
 fn over(device: &Device, rows: usize, length: usize, dtype: DType) -> Launch<'_> {
     const THREADS: usize = 256;
     let along = along(length, dtype);
@@ -12,12 +12,12 @@ fn over(device: &Device, rows: usize, length: usize, dtype: DType) -> Launch<'_>
     Launch::new(device.gpu(), [rows.div_ceil(down), 1, 1], [along, down, 1])
 }
 
-/// Threads for the 16-byte vectors of a row.
+/// Number of threads for the 16-byte vectors of a row.
 fn along(length: usize, dtype: DType) -> usize {
     length.div_ceil(16 / dtype.size()).next_power_of_two().min(256)
 }
 
-/// Elements of a row of `x`.
+/// Number of elements in a row of `x`.
 fn row_length(x: &Tensor) -> usize {
     x.shape()[1..].iter().product()
 }
@@ -27,7 +27,7 @@ pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
     let (device, length) = (x.device().clone(), row_length(x));
     let launch = over(&device, index.len(), length, x.dtype());
     let (n, m, length) = (index.len() as i32, x.shape()[0] as i32, length as i64);
-    // SAFETY: `x` has `m` rows of this length and `y` has `n`; the kernel looks at an index before it uses it.
+    // SAFETY: `x` has `m` rows of this length and `y` has `n`; the kernel checks an index before it uses it.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -49,11 +49,11 @@ pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
 pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
     let (device, length) = (dy.device().clone(), row_length(dy));
     let (n, m) = (index.len() as i32, dx.shape()[0] as i32);
-    // A block to a row, in whole warps: they look for it in the index together.
+    // One block per row, in full warps, which search the index together.
     let threads = along(length, dy.dtype()).max(32);
     let launch = Launch::new(device.gpu(), [dx.shape()[0], 1, 1], [threads, 1, 1]);
     let (length, dtype) = (length as i64, dy.dtype());
-    // SAFETY: as above, the other way.
+    // SAFETY: as in `gather`, with source and destination exchanged.
     unsafe {
         by_dtype!(
             dtype,
@@ -71,12 +71,12 @@ pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
     }
 }
 
-/// Rows `at..` of `to` become `rows`, `at` a number on the GPU; past the end they go on at the front.
+/// Writes `rows` to rows `at..` of `to`, wrapping at the end; `at` is an element on the GPU.
 pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
     let (n, m, length) = (rows.shape()[0] as i32, to.shape()[0] as i32, length as i64);
-    // SAFETY: `to` has `m` rows of this length, `rows` has `n`; the kernel takes places modulo `m`.
+    // SAFETY: `to` has `m` rows of this length, `rows` has `n`; the kernel takes row numbers modulo `m`.
     unsafe {
         by_dtype!(
             rows.dtype(),
@@ -94,12 +94,12 @@ pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     }
 }
 
-/// `rows` go to the front of `queue`, the others back by as many.
+/// Inserts `rows` at the front of `queue` and moves the others back; the oldest drop out.
 pub(super) fn push(queue: &mut Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
     let (n, m, length) = (rows.shape()[0] as i32, queue.shape()[0] as i32, length as i64);
-    // SAFETY: `queue` has `m` rows of this length, `rows` has `n`, which is no more.
+    // SAFETY: `queue` has `m` rows of this length, `rows` has `n <= m`.
     unsafe {
         by_dtype!(
             rows.dtype(),

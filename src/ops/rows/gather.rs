@@ -1,6 +1,6 @@
-//! Rows picked, cut out and put together; no arithmetic but the sums of gradients.
+//! Gathers, slices and concatenates rows; the only arithmetic is the sum of gradients.
 //!
-//! A row is all that lies under one index of the outermost size, an image as well as an embedding.
+//! A row is everything under one index of the outermost dimension: an image or an embedding.
 
 use super::cuda;
 use crate::device::DeviceKind;
@@ -8,13 +8,13 @@ use crate::tape::Var;
 use crate::tensor::{Element, Float, Tensor};
 use crate::tensor::{add_into, row_shape};
 
-/// Row `i` of the result is row `index[i]` of `x [m, …]`; `index [n]` is of i32, and its rows may come several times or
-/// never. MoCo shuffles the keys' images so, and puts their keys back in order.
+/// Gathers rows: row `i` of the result is row `index[i]` of `x [m, …]`. `index [n]` is i32 and may repeat or omit rows. MoCo
+/// uses this to shuffle the images of the keys and to restore the order of the keys.
 ///
-/// A GPU cannot tell the host of an index that is out of range: its row is NaN then, and its gradient is lost.
+/// A GPU cannot report an index that is out of range: that row is NaN, and its gradient is lost.
 ///
 /// # Panics
-/// When `x` has no rows' size or, on the host, an index is out of range.
+/// If `x` is a scalar or, on the host, an index is out of range.
 #[track_caller]
 pub fn gather_rows<'t>(x: &Var<'t>, index: &Tensor) -> Var<'t> {
     let rows = *x.shape().first().expect("gather_rows: a scalar has no rows");
@@ -51,7 +51,7 @@ fn pick<T: Element>(y: &mut Tensor, x: &Tensor, index: &[i32]) {
     }
 }
 
-/// In the order of the index, so that rows picked twice are summed in one order.
+/// Adds in the order of the index, so that the sum over a repeated row has one order.
 fn scatter<T: Float>(dx: &mut Tensor, dy: &Tensor, index: &[i32]) {
     let row = dx.len() / dx.shape()[0].max(1);
     let (dx, dy) = (dx.data_mut::<T>(), dy.data::<T>());
@@ -63,10 +63,10 @@ fn scatter<T: Float>(dx: &mut Tensor, dy: &Tensor, index: &[i32]) {
     }
 }
 
-/// Rows `from..from + count` of `x [m, …]`, sharing its memory.
+/// Returns rows `from..from + count` of `x [m, …]`, which share its memory.
 ///
 /// # Panics
-/// When there are not so many rows.
+/// If `x` has fewer rows.
 #[track_caller]
 pub fn slice_rows<'t>(x: &Var<'t>, from: usize, count: usize) -> Var<'t> {
     let y = x.value().rows(from, count);
@@ -83,13 +83,13 @@ pub fn slice_rows<'t>(x: &Var<'t>, from: usize, count: usize) -> Var<'t> {
     })
 }
 
-/// The rows of all `parts`, one after another; the parts agree in all sizes but the outermost.
+/// Concatenates the rows of all `parts`, which must agree in all dimensions but the outermost.
 ///
 /// # Panics
-/// When there are no parts or their rows differ in shape.
+/// If `parts` is empty or their rows differ in shape.
 #[track_caller]
 pub fn concat_rows<'t>(parts: &[Var<'t>]) -> Var<'t> {
-    let first = parts.first().expect("concat_rows: of no parts");
+    let first = parts.first().expect("concat_rows: no parts");
     let inner = &first.shape()[1..];
     for part in parts {
         assert_eq!(&part.shape()[1..], inner, "concat_rows: rows of different shapes");
@@ -107,7 +107,7 @@ pub fn concat_rows<'t>(parts: &[Var<'t>]) -> Var<'t> {
     })
 }
 
-/// [`concat_rows`] of tensors; no gradient.
+/// [`concat_rows`] for tensors, without a gradient.
 #[track_caller]
 fn concat(parts: &[&Tensor]) -> Tensor {
     let rows = parts.iter().map(|part| part.shape()[0]).sum();
@@ -122,17 +122,17 @@ fn concat(parts: &[&Tensor]) -> Tensor {
     y
 }
 
-/// Overwrites rows `at..` of `to [m, …]` with `rows [n, …]`: how a queue takes keys. `at` is one i32 on the device, so that a
-/// step that is replayed finds the place of its turn there.
+/// Overwrites rows `at..` of `to [m, …]` with `rows [n, …]`, as a queue takes keys. `at` is one i32 on the device, so that a
+/// replayed step reads its current value.
 ///
-/// A GPU goes on at the front where rows reach past the end; on the host that is a mistake.
+/// A GPU wraps around at the end; the host panics.
 ///
 /// # Panics
-/// When shapes or types differ, another tensor shares `to`'s memory, or, on the host, the rows do not fit.
+/// If shapes or types differ, another tensor shares the memory of `to`, or, on the host, the rows do not fit.
 #[track_caller]
 pub fn write_rows(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     check_rows("write_rows", to, rows);
-    assert_eq!(at.len(), 1, "write_rows: the place is one number, not {:?}", at.shape());
+    assert_eq!(at.len(), 1, "write_rows: the position must be one element, not {:?}", at.shape());
     if to.device().kind() == DeviceKind::Cuda {
         return cuda::write(to, at, rows);
     }
@@ -147,10 +147,10 @@ pub fn write_rows(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     to.view_mut().slice(offset, *rows.shape()).copy_from(rows);
 }
 
-/// Moves the rows of `queue [m, …]` back by as many as `rows [n, …]` has, and puts these in front; the oldest leave.
+/// Inserts `rows [n, …]` at the front of `queue [m, …]` and moves the others back by `n`; the oldest drop out.
 ///
 /// # Panics
-/// When shapes or types differ, the rows do not fit, or another tensor shares the queue's memory.
+/// If shapes or types differ, the rows do not fit, or another tensor shares the queue's memory.
 #[track_caller]
 pub fn push_rows(queue: &mut Tensor, rows: &Tensor) {
     check_rows("push_rows", queue, rows);
@@ -163,7 +163,7 @@ pub fn push_rows(queue: &mut Tensor, rows: &Tensor) {
     queue.view_mut().slice(0, *rows.shape()).copy_from(rows);
 }
 
-/// Fails unless `rows` can be written into `to`.
+/// Panics unless `rows` can be written into `to`.
 #[track_caller]
 fn check_rows(what: &str, to: &Tensor, rows: &Tensor) {
     assert_eq!(to.shape()[1..], rows.shape()[1..], "{what}: rows of different shapes");

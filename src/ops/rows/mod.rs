@@ -1,4 +1,4 @@
-//! Moving rows: by index, and in and out of queues; no arithmetic.
+//! Moves of rows, without arithmetic: by index, and into queues.
 
 mod cuda;
 mod gather;

@@ -1,4 +1,4 @@
-//! `y = factor x`, and the mean of scalars: how losses are put together.
+//! `y = factor x`, and the mean of scalars, which combine losses.
 
 mod cuda;
 
@@ -10,7 +10,7 @@ use crate::tape::Var;
 use crate::tensor::CHUNK;
 use crate::tensor::Tensor;
 
-/// `factor x`, of any shape.
+/// Returns `factor x`, element by element.
 pub fn scale<'t>(x: &Var<'t>, factor: f64) -> Var<'t> {
     let y = scaled(x.value(), factor);
     let x_id = x.id();
@@ -19,13 +19,13 @@ pub fn scale<'t>(x: &Var<'t>, factor: f64) -> Var<'t> {
     })
 }
 
-/// The mean of scalars.
+/// Returns the mean of scalars, for instance of several losses.
 ///
 /// # Panics
-/// When there are none, or their shapes differ.
+/// If `terms` is empty or the shapes differ.
 #[track_caller]
 pub fn mean<'t>(terms: &[Var<'t>]) -> Var<'t> {
-    let (first, rest) = terms.split_first().expect("mean: of no terms");
+    let (first, rest) = terms.split_first().expect("mean: no terms");
     let sum = rest.iter().fold(first.clone(), |sum, term| add(&sum, term));
     scale(&sum, 1.0 / terms.len() as f64)
 }

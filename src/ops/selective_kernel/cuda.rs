@@ -1,4 +1,4 @@
-//! `kernels/selective_kernel.cu`: a thread has 16 bytes of channels of every eighth pixel.
+//! Launches `kernels/selective_kernel.cu`: a thread handles 16 bytes of channels of every eighth pixel.
 
 use crate::device::Device;
 use crate::device::cuda::Launch;
@@ -11,7 +11,7 @@ fn over(device: &Device, n: usize, c: usize, dtype: DType) -> Launch<'_> {
     Launch::new(device.gpu(), [vectors.div_ceil(32), n, 1], [32, 8, 1])
 }
 
-/// Pixels and channels as the kernels take them.
+/// Pixels and channels in the types of the kernels' arguments.
 fn sizes([_, pixels, c]: [usize; 3]) -> (i64, i32) {
     (pixels as i64, c as i32)
 }
@@ -19,7 +19,7 @@ fn sizes([_, pixels, c]: [usize; 3]) -> (i64, i32) {
 pub(super) fn mean(g: &mut Tensor, x: &Tensor, dims: [usize; 3]) {
     let [n, _, c] = dims;
     let (launch, (pixels, c)) = (over(x.device(), n, c, x.dtype()), sizes(dims));
-    // SAFETY: `x` has `n` images of so many pixels of `2c`, `g` has `n` rows of `c`.
+    // SAFETY: `x` has `n` images with `pixels` pixels of `2c`, `g` has `n` rows of `c`.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -44,7 +44,7 @@ pub(super) fn mean_gradient(dx: &mut Tensor, dg: &Tensor, dims: [usize; 3]) {
 pub(super) fn select(y: &mut Tensor, x: &Tensor, logits: &Tensor, dims: [usize; 3]) {
     let [n, _, c] = dims;
     let (launch, (pixels, c)) = (over(x.device(), n, c, x.dtype()), sizes(dims));
-    // SAFETY: `x` has `n` images of so many pixels of `2c`, `logits` `n` rows of `2c`, and `y` the pixels with `c`.
+    // SAFETY: `x` has `n` images with `pixels` pixels of `2c`, `logits` has `n` rows of `2c`, `y` has the pixels of `x` with `c`.
     unsafe {
         by_dtype!(
             x.dtype(),

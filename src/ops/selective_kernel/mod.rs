@@ -1,8 +1,8 @@
-//! Selective kernels (Li et al. 2019, arXiv:1903.06586) as SimCLR v2 has them: attention over two streams of channels.
+//! Selective kernels (Li et al. 2019, arXiv:1903.06586) as in SimCLR v2: attention over two streams of channels.
 //!
-//! `x [n, h, w, 2c]` holds stream 0 in the first `c` channels and stream 1 in the last. [`stream_mean`] is what attention
-//! looks at: `g [n, c]`, the mean over pixels of the sum of both. [`stream_select`] weighs them by `logits [n, 2c]`: with
-//! `a = sigmoid(logit_0 - logit_1)`, which is the softmax over two, `y = a x_0 + (1 - a) x_1`, `[n, h, w, c]`
+//! `x [n, h, w, 2c]` holds stream 0 in the first `c` channels and stream 1 in the last. [`stream_mean`] is the input
+//! of the attention: `g [n, c]`, the mean over pixels of the sum of both. [`stream_select`] weights them by `logits [n, 2c]`:
+//! with `a = sigmoid(logit_0 - logit_1)`, the softmax over two, `y = a x_0 + (1 - a) x_1`, `[n, h, w, c]`
 //! (google-research/simclr, `resnet.py`: `sk_conv2d`; both of its streams are 3x3, without dilation).
 //!
 //! Backward: `dx_0 = a dy`, `dx_1 = (1 - a) dy`, `dlogit_0 = -dlogit_1 = a (1 - a) Σ_hw dy (x_0 - x_1)`; of the mean,
@@ -26,10 +26,10 @@ fn streams_of(x: &Var<'_>, what: &str) -> [usize; 3] {
     [n, h * w, channels / 2]
 }
 
-/// The mean over pixels of the sum of both streams: `x [n, h, w, 2c]` to `[n, c]`.
+/// Returns the mean over pixels of the sum of both streams of `x [n, h, w, 2c]`, `[n, c]`.
 ///
 /// # Panics
-/// When the number of channels is odd or there are no pixels.
+/// If the number of channels is odd or there are no pixels.
 #[track_caller]
 pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
     let dims @ [n, _, c] = streams_of(x, "stream_mean: the input");
@@ -61,10 +61,10 @@ pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
     })
 }
 
-/// Both streams of `x [n, h, w, 2c]` weighed by the softmax, per channel, of `logits [n, 2c]`: `[n, h, w, c]`.
+/// Returns both streams of `x [n, h, w, 2c]` weighted by the softmax, per channel, of `logits [n, 2c]`: `[n, h, w, c]`.
 ///
 /// # Panics
-/// When the shapes do not fit, the number of channels is odd or there are no pixels.
+/// If the shapes do not fit, the number of channels is odd or there are no pixels.
 #[track_caller]
 pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
     let dims @ [n, _, c] = streams_of(x, "stream_select: the input");

@@ -1,10 +1,10 @@
-//! Image by image, one generic loop for both devices, sums in f64.
+//! Loops over images, generic over the CPU's f32 and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 
 use crate::tensor::Float;
 
-/// Images of as many rows as `rows` has rows of `c`.
+/// Number of elements in one of `rows` images.
 fn image<T>(x: &[T], rows: usize) -> usize {
     x.len() / rows.max(1)
 }
@@ -32,7 +32,7 @@ pub(super) fn mean_gradient<T: Float>(dx: &mut [T], dg: &[T], c: usize) {
     });
 }
 
-/// The weight of stream 0 for each channel.
+/// Returns the weight of stream 0 for each channel.
 fn weights<T: Float>(logits: &[T], c: usize) -> Vec<f64> {
     let (first, second) = logits.split_at(c);
     let sigmoid = |(a, b): (&T, &T)| 1.0 / (1.0 + (b.widen() - a.widen()).exp());

@@ -1,5 +1,5 @@
-//! `Q_ij = v_i E_ij u_j` with `E` in f32 and the factors `u` of prototypes and `v` of rows in f64: an iteration reads `E` once
-//! and writes nothing of its size.
+//! The f32 path: `Q_ij = v_i E_ij u_j` with `E` in f32, and the factors `u` of prototypes and `v` of rows in f64. An iteration
+//! reads `E` once and writes only the factors.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -8,7 +8,7 @@ use super::{SinkhornDims, share};
 use crate::cpu::exp::exp_into;
 use crate::device::Group;
 
-/// Rows of a task: fixed, so that no sum depends on the number of threads.
+/// Rows in a parallel task: fixed, so that no sum depends on the number of threads.
 const ROWS: usize = 64;
 
 pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &Group) {
@@ -20,7 +20,7 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
     e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).for_each(|(e, s)| {
         exp_into(e, s, inv, f64::from(max[0]) * inv);
     });
-    // What `Q` is divided by at first cancels in the first division by column.
+    // The initial division of `Q` by its sum cancels in the first division by column.
     let (mut u, mut v) = (vec![1.0; k], vec![1.0; b]);
     for _ in 0..iterations {
         let mut sums = column_sums(e, &v, k);
@@ -37,7 +37,7 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
     });
 }
 
-/// `Σ_j E_ij u_j` of a row, in lanes that are added in order.
+/// Returns `Σ_j E_ij u_j` of a row, in lanes that are added in order.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn dot(row: &[f32], u: &[f64]) -> f64 {
     const LANES: usize = 16;
@@ -60,7 +60,7 @@ fn scale(row: &mut [f32], u: &[f64], v: f64) {
     row.iter_mut().zip(u).for_each(|(e, u)| *e = (f64::from(*e) * u * v) as f32);
 }
 
-/// `Σ_i v_i E_ij` for each column, partial sums of blocks added in order.
+/// Returns `Σ_i v_i E_ij` for each column; the partial sums of blocks are added in order.
 fn column_sums(e: &[f32], v: &[f64], k: usize) -> Vec<f64> {
     let blocks: Vec<Vec<f64>> = e
         .par_chunks(ROWS * k)

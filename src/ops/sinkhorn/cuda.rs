@@ -1,4 +1,4 @@
-//! `kernels/sinkhorn.cu`: exponentials in f32, made anew in each pass, column and row sums of them in f64.
+//! Launches `kernels/sinkhorn.cu`: exponentials in f32, recomputed in each pass, with column and row sums in f64.
 
 use super::SinkhornDims;
 use crate::device::cuda::{self, In, Launch};
@@ -6,16 +6,16 @@ use crate::tensor::{DType, Tensor};
 
 const THREADS: [usize; 3] = [256, 1, 1];
 
-/// Blocks of the first pass for the largest score.
+/// Maximum number of blocks in the first pass of the maximum.
 const MAXIMA: usize = 256;
 
-/// Rows of a block that sums columns: by the shape alone, so that sums have one order on every chip. Few rows get more
-/// blocks, and sixteen, all that the kernel takes, make partial sums a quarter of what scores of bf16 are.
+/// Rows in a block that sums columns. Depends on the shape alone, so that sums have the same order on every chip. Few rows are
+/// spread over more blocks; with sixteen, the kernel's maximum, partial sums take a quarter of the memory of bf16 scores.
 pub(crate) fn rows_per_chunk(b: usize) -> usize {
     if b < 2048 { 8 } else { 16 }
 }
 
-/// Fills `q [b, k]`, of f32.
+/// Fills `q [b, k]`, f32.
 pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
     let SinkhornDims { b, k, epsilon, iterations } = dims;
     let device = scores.device();
@@ -31,7 +31,7 @@ pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
     let [b, k, rows, chunks] = [b, k, rows, chunks].map(|size| size as i32);
     for iteration in 0..iterations {
         let factors = if iteration == 0 { In::null() } else { u.device_in() };
-        // SAFETY: scores are `b` rows of `k`, `u` a number for each column, `partial` a row of `k` for each chunk of rows.
+        // SAFETY: `scores` has `b` rows of `k`, `u` has `k` elements, `partial` has one row of `k` per chunk of rows.
         unsafe {
             by_dtype!(
                 scores.dtype(),
@@ -79,7 +79,7 @@ pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
     }
 }
 
-/// The largest score, on the GPU.
+/// Returns the largest score, on the GPU.
 fn largest(scores: &Tensor) -> Tensor {
     let (device, count) = (scores.device(), scores.len());
     let blocks = count.div_ceil(8 * THREADS[0]).min(MAXIMA);
@@ -87,7 +87,7 @@ fn largest(scores: &Tensor) -> Tensor {
     let mut max = Tensor::empty(device, DType::F32, []);
     let flat = |blocks: usize| Launch::new(device.gpu(), [blocks, 1, 1], THREADS);
     let n = count as i64;
-    // SAFETY: there are `n` scores, and `maxima` has one for each block.
+    // SAFETY: `scores` has `n` elements, and `maxima` has one per block.
     unsafe {
         by_dtype!(
             scores.dtype(),

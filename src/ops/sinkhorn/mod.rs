@@ -1,13 +1,13 @@
-//! Sinkhorn-Knopp: soft assignments of rows to prototypes that use all prototypes alike (SwAV, section 3.1,
+//! Sinkhorn-Knopp: soft assignments of rows to prototypes that use all prototypes equally (SwAV, section 3.1,
 //! arXiv:2006.09882; Cuturi 2013, arXiv:1306.0895). No gradient.
 //!
 //! Scores `s [b, k]`: `Q = exp(s / epsilon)`, divided by its sum; then `iterations` times: each prototype's column is
 //! divided by its sum and by `k`, each row by its sum and by `b`; the result is `b Q`, whose rows sum to 1.
 //!
-//! The largest score of all is removed first, which is exact, because a factor of `Q` cancels; each row's own would not do:
-//! the first step weighs rows against each other (facebookresearch/dinov2, pull request 583, changes results so).
-//! Exponentials stay in f32's range for `epsilon >= 0.023` where scores are cosines; a prototype whose column underflows to
-//! zero is assigned nothing. Several processes share sums and maximum through their [`Group`].
+//! The maximum over all scores is subtracted first. This is exact, because a factor of `Q` cancels. Subtracting each row's own
+//! maximum would change the result, since the first step weights rows against each other (facebookresearch/dinov2, pull request
+//! 583, does that). For scores that are cosines, exponentials stay in the range of f32 for `epsilon >= 0.023`. A prototype whose
+//! column underflows to zero is assigned nothing. Several processes share sums and maximum through their [`Group`].
 
 mod cpu;
 mod cuda;
@@ -21,23 +21,23 @@ use crate::tensor::Tensor;
 /// The sizes and settings.
 #[derive(Clone, Copy, Debug)]
 struct SinkhornDims {
-    /// Rows of this process.
+    /// Number of rows of this process.
     b: usize,
-    /// Prototypes.
+    /// Number of prototypes.
     k: usize,
     epsilon: f64,
     iterations: usize,
 }
 
-/// Assignments `[b, k]` of `scores [b, k]`, each row summing to 1; in f32 where scores are bf16. `epsilon > 0` (0.05 in the
-/// paper), `iterations >= 1` (3 in the paper).
+/// Returns assignments `[b, k]` of `scores [b, k]`, each row summing to 1; f32 on a GPU, even if scores are bf16. `epsilon > 0`
+/// (0.05 in the paper), `iterations >= 1` (3 in the paper).
 ///
 /// # Panics
-/// When `scores` is empty or not of rank 2, or a setting is out of range.
+/// If `scores` is empty or does not have rank 2, or a setting is out of range.
 #[track_caller]
 pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group) -> Tensor {
     let [b, k] = scores.dims("sinkhorn: the scores");
-    assert!(b > 0 && k > 0, "sinkhorn: no scores in [{b}, {k}]");
+    assert!(b > 0 && k > 0, "sinkhorn: the scores [{b}, {k}] are empty");
     assert!(
         epsilon > 0.0 && iterations > 0,
         "sinkhorn: epsilon {epsilon}, {iterations} iterations"
@@ -50,7 +50,7 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
             scores.device().run(|| cpu::assign(q, scores_data, dims, group));
         }
         DeviceKind::Cuda => {
-            assert_eq!(group.size(), 1, "sinkhorn: sums over several processes");
+            assert_eq!(group.size(), 1, "sinkhorn: does not sum over several processes on a GPU");
             cuda::assign(&mut q, scores, dims);
         }
         DeviceKind::Reference => reference::assign(q.data_mut(), scores.data(), dims, group),
@@ -58,7 +58,7 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
     q
 }
 
-/// `1 / (parts sum)`; nothing where there is nothing to share out.
+/// Returns `1 / (parts sum)`, or 0 if `sum` is 0.
 fn share(sum: f64, parts: f64) -> f64 {
     if sum > 0.0 { 1.0 / (parts * sum) } else { 0.0 }
 }
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_sum_to_one_and_prototypes_are_used_alike() {
+    fn rows_sum_to_one_and_prototypes_are_used_equally() {
         let q = sinkhorn(&scores(&Device::reference(), 24, 6), 0.5, 50, &Group::alone());
         let q = q.data::<f64>();
         assert!(q.chunks(6).all(|row| (row.iter().sum::<f64>() - 1.0).abs() < 1e-12));
@@ -86,14 +86,14 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_agrees_with_the_definition() {
+    fn the_cpu_agrees_with_the_reference() {
         for (b, k, epsilon, iterations) in
             [(1, 1, 0.05, 3), (7, 13, 0.05, 3), (130, 67, 0.03, 1), (300, 5, 1.0, 10)]
         {
             let cpu = Device::cpu(2).unwrap().poisoned();
             let got = sinkhorn(&scores(&cpu, b, k), epsilon, iterations, &Group::alone()).to_f64();
-            let truth = Device::reference().poisoned();
-            let want = sinkhorn(&scores(&truth, b, k), epsilon, iterations, &Group::alone());
+            let reference = Device::reference().poisoned();
+            let want = sinkhorn(&scores(&reference, b, k), epsilon, iterations, &Group::alone());
             for (i, (got, want)) in got.iter().zip(want.data::<f64>()).enumerate() {
                 assert!((got - want).abs() < 1e-5, "[{b}, {k}] at {i}: {got}, expected {want}");
             }

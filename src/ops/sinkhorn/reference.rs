@@ -1,4 +1,4 @@
-//! The definition, in f64.
+//! The naive f64 path.
 
 use super::{SinkhornDims, share};
 use crate::device::Group;

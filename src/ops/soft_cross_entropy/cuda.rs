@@ -1,4 +1,4 @@
-//! `kernels/soft_cross_entropy.cu`: a warp to a row. Targets are f32 whatever the scores are.
+//! Launches `kernels/soft_cross_entropy.cu`: one warp per row. Targets are f32 for any type of scores.
 
 use crate::device::cuda::Launch;
 use crate::ops::row_losses;
@@ -12,11 +12,11 @@ fn sizes(x: &Tensor) -> (i64, i32) {
     (x.shape()[0] as i64, x.shape()[1] as i32)
 }
 
-/// The mean loss of `x [n, k]` against `q [n, k]`.
+/// Returns the mean loss of `x [n, k]` and targets `q [n, k]`.
 pub(super) fn forward(x: &Tensor, q: &Tensor, temperature: f64) -> Tensor {
     let (n, k) = sizes(x);
     let mut row_losses = Tensor::empty(x.device(), DType::F32, [x.shape()[0]]);
-    // SAFETY: both have `n` rows of `k`, and there is a number for each row.
+    // SAFETY: `x` and `q` have `n` rows of `k`, `row_losses` has `n` elements.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -35,10 +35,10 @@ pub(super) fn forward(x: &Tensor, q: &Tensor, temperature: f64) -> Tensor {
     row_losses::mean(&row_losses)
 }
 
-/// `dx`, in the type of `x`, from `dy`, the gradient of the loss, which stays where it is.
+/// Fills `dx`. `dy`, the gradient of the loss, is read on the device.
 pub(super) fn backward(dx: &mut Tensor, x: &Tensor, q: &Tensor, dy: &Tensor, temperature: f64) {
     let (n, k) = sizes(x);
-    // SAFETY: as in the forward.
+    // SAFETY: as in the forward pass.
     unsafe {
         by_dtype!(
             x.dtype(),
@@ -57,7 +57,7 @@ pub(super) fn backward(dx: &mut Tensor, x: &Tensor, q: &Tensor, dy: &Tensor, tem
     }
 }
 
-/// `y [n, k]` of f32, `softmax(x / T)` by rows.
+/// Fills `y [n, k]`, f32, with `softmax(x / T)` of each row.
 pub(super) fn softmax(y: &mut Tensor, x: &Tensor, temperature: f64) {
     let (n, k) = sizes(x);
     // SAFETY: both have `n` rows of `k`.

@@ -1,5 +1,5 @@
-//! Cross-entropy against soft targets, at a temperature: SwAV's swapped prediction (eq. 2, arXiv:2006.09882), distillation
-//! and smoothed labels.
+//! Cross-entropy with soft targets at a temperature: SwAV's swapped prediction (eq. 2, arXiv:2006.09882), distillation and
+//! label smoothing.
 //!
 //! `x [n, k]` scores, `q [n, k]` targets: `L = -mean_i Σ_j q_ij log softmax(x_i / T)_j`; a scalar.
 //! `dx_i = (Σ_j q_ij softmax(x_i / T) - q_i) dL / (n T)`. Targets need not sum to 1, and have no gradient.
@@ -13,10 +13,10 @@ use crate::ops::scale;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-/// The mean cross-entropy of scores `x [n, k]`, divided by `temperature > 0`, against `targets [n, k]`; a scalar.
+/// Returns the mean cross-entropy of scores `x [n, k]`, divided by `temperature > 0`, and `targets [n, k]`; a scalar.
 ///
 /// # Panics
-/// When the shapes differ, there are no rows, or the temperature is not positive.
+/// If the shapes differ or are empty, or the temperature is not positive.
 #[track_caller]
 pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -> Var<'t> {
     let [n, k] = x.value().dims("soft_cross_entropy: the scores");
@@ -27,7 +27,7 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
         x.shape(),
         targets.shape()
     );
-    assert!(n > 0 && k > 0, "soft_cross_entropy: no numbers in {:?}", x.shape());
+    assert!(n > 0 && k > 0, "soft_cross_entropy: the shape {:?} is empty", x.shape());
     assert!(temperature > 0.0, "soft_cross_entropy: temperature {temperature}");
     let device = x.tape().device().clone();
     let (x_value, q) = (x.value().clone(), targets.clone());
@@ -45,7 +45,7 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
     let x_id = x.id();
     x.tape().record("soft_cross_entropy", y, &[x], move |dy, gradients| {
         let mut dx = x_value.empty_like();
-        let scale = || dy.scalar() / (n as f64 * temperature); // on a GPU it stays there
+        let scale = || dy.scalar() / (n as f64 * temperature); // not on a GPU, which would have to wait
         match device.kind() {
             DeviceKind::Cpu => {
                 let (dx, x, q) = (dx.data_mut::<f32>(), x_value.data(), q.data());
@@ -66,21 +66,22 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
     })
 }
 
-/// `T²` times the cross-entropy of `student [n, k]` against `softmax(teacher / T)`, both logits, both at `temperature > 0`:
-/// the factor keeps gradients as large at every temperature (google-research/simclr, distillation colab).
+/// Returns `T²` times the cross-entropy of `student [n, k]` and `softmax(teacher / T)`; a scalar. Both arguments are logits, both
+/// are divided by `temperature > 0`. The factor keeps gradients independent of the temperature (google-research/simclr,
+/// distillation colab).
 ///
 /// # Panics
-/// When the shapes differ, there are no rows, or the temperature is not positive.
+/// If the shapes differ or are empty, or the temperature is not positive.
 #[track_caller]
 pub fn distillation<'t>(student: &Var<'t>, teacher: &Tensor, temperature: f64) -> Var<'t> {
     let targets = softmax(teacher, temperature);
     scale(&soft_cross_entropy(student, &targets, temperature), temperature * temperature)
 }
 
-/// `softmax(x_i / T)` of the rows of `x [n, k]`, in f32 where `x` is bf16; no gradient.
+/// Returns `softmax(x_i / T)` of the rows of `x [n, k]`, without a gradient; f32 on a GPU, even if `x` is bf16.
 ///
 /// # Panics
-/// When `x` is not of rank 2 or the temperature is not positive.
+/// If `x` does not have rank 2 or the temperature is not positive.
 #[track_caller]
 pub fn softmax(x: &Tensor, temperature: f64) -> Tensor {
     let [_, k] = x.dims("softmax: the scores");

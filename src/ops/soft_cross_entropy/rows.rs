@@ -1,4 +1,5 @@
-//! Row by row, for both devices: exponentials in the device's type, sums in f64, in lanes that are added in order.
+//! Loops over rows, generic over the CPU's f32 and the reference device's f64: exponentials in that type, sums in f64 in lanes
+//! that are added in order.
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use multiversion::multiversion;
@@ -7,11 +8,11 @@ use rayon::prelude::*;
 use crate::cpu::exp;
 use crate::tensor::{DType, Float};
 
-/// Rows of one partial sum: fixed, so that no result depends on the number of threads.
+/// Rows in one partial sum: fixed, so that no result depends on the number of threads.
 const ROWS: usize = 32;
 const LANES: usize = 16;
 
-/// `Σ exp(factor x - shift)`.
+/// Returns `Σ exp(factor x - shift)`.
 fn sum_of_exp<T: Float>(x: &[T], factor: f64, shift: f64) -> f64 {
     match T::DTYPE {
         DType::F64 => x.iter().map(|v| (v.widen() * factor - shift).exp()).sum(),
@@ -19,7 +20,7 @@ fn sum_of_exp<T: Float>(x: &[T], factor: f64, shift: f64) -> f64 {
     }
 }
 
-/// `y = exp(factor x - shift)`.
+/// Fills `y = exp(factor x - shift)`.
 fn exp_into<T: Float>(y: &mut [T], x: &[T], factor: f64, shift: f64) {
     match T::DTYPE {
         DType::F64 => {
@@ -30,13 +31,13 @@ fn exp_into<T: Float>(y: &mut [T], x: &[T], factor: f64, shift: f64) {
     }
 }
 
-/// `log Σ exp(factor x)`.
+/// Returns `log Σ exp(factor x)`.
 fn log_sum_exp<T: Float>(x: &[T], factor: f64) -> f64 {
     let max = x.iter().fold(f64::NEG_INFINITY, |max, v| max.max(v.widen()));
     sum_of_exp(x, factor, max * factor).ln() + max * factor
 }
 
-/// `Σ q (lse - factor x)`.
+/// Returns `Σ q (lse - factor x)`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn loss<T: Float>(x: &[T], q: &[T], factor: f64, lse: f64) -> f64 {
     let mut sums = [0.0; LANES];
@@ -48,7 +49,7 @@ fn loss<T: Float>(x: &[T], q: &[T], factor: f64, lse: f64) -> f64 {
     sums.iter().sum()
 }
 
-/// `dx = scale (mass p - q)`, `p` in `dx`.
+/// Replaces `p` in `dx` by `scale (mass p - q)`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn difference<T: Float>(dx: &mut [T], q: &[T], mass: f64, scale: f64) {
     for (dx, q) in dx.iter_mut().zip(q) {
