@@ -2,10 +2,10 @@
 //!
 //! A network is a description; its layers hold [`Param`] and [`Stat`] handles into a [`Layout`]. An [`Arena`] gives the
 //! layout values, gradients and running statistics, each one contiguous tensor, so that an optimiser, a momentum update,
-//! a checkpoint and an all-reduce see one array. A momentum encoder is a second arena of the same layout.
+//! a checkpoint or an all-reduce handles one array. A momentum encoder is a second arena of the same layout.
 //!
-//! All of them are f32 (f64 on the reference device). A GPU that multiplies in bf16 has a working copy of the values
-//! beside them, which tapes hand out for filters and matrices; gains, shifts and biases are used as they are.
+//! All of them are f32 (f64 on the reference device). A GPU that multiplies in bf16 also keeps a working copy of the values,
+//! which tapes hand out for filters and matrices; gains, shifts and biases stay f32.
 
 use std::cell::{Cell, Ref, RefCell};
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use std::sync::Arc;
 use crate::device::{Device, Group, Philox, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Every slot starts at a multiple of this many elements, so that a vectorised kernel may treat a whole arena alike.
+/// Every slot starts at a multiple of this many elements, so that vectorised kernels can process an arena as one array.
 pub const SLOT_ALIGNMENT: usize = 16;
 
-/// What a slot holds: optimisers decide by it what to decay, files decide by it how to transpose.
+/// What a slot holds. Optimisers use it to choose what to decay, weight files to choose how to transpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SlotKind {
     /// A convolution's filters `[k, r, s, c]`.
@@ -36,27 +36,27 @@ pub enum SlotKind {
 }
 
 impl SlotKind {
-    /// True of what is multiplied by tensor cores, from a working copy where the device has one.
+    /// Whether tensor cores multiply it, from the working copy if the device has one.
     fn is_multiplied(self) -> bool {
         matches!(self, SlotKind::Filter | SlotKind::Matrix)
     }
 
-    /// True of biases and of batch norm's parameters, which most recipes exempt from weight decay and LARS.
+    /// Whether it is a bias or a batch norm parameter, which most recipes exempt from weight decay and LARS.
     pub fn is_bias_or_norm(self) -> bool {
         matches!(self, SlotKind::Bias | SlotKind::Gain | SlotKind::Shift)
     }
 }
 
-/// How a slot starts.
+/// The initial values of a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// All the same.
+    /// This value everywhere.
     Constant(f64),
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
     /// Uniform in `[-bound, bound)`.
     Uniform(f64),
-    /// Normal with mean 0 and this standard deviation, drawn again beyond two of them: what is left has 0.88 of it.
+    /// Normal with mean 0 and this standard deviation, redrawn beyond two standard deviations, which leaves 0.88 of it.
     TruncatedNormal(f64),
 }
 
@@ -71,9 +71,9 @@ pub struct Slot {
     pub shape: Shape,
     /// What it holds.
     pub kind: SlotKind,
-    /// How it starts.
+    /// Its initial values.
     pub init: Init,
-    /// Channels that exist on disk, where the device pads the innermost size (an RGB stem: 3 of 4).
+    /// Innermost size in files, without the device's padding (an RGB stem: 3 of 4).
     pub channels: usize,
 }
 
@@ -103,7 +103,7 @@ pub struct Stat {
     shape: Shape,
 }
 
-/// The slots of a network in the order in which its layers asked for them.
+/// The slots of a network, in the order in which its layers added them.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     params: Vec<Slot>,
@@ -111,15 +111,15 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// No slots yet.
+    /// A layout without slots.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a parameter. Use [`Layout::padded_param`] where files hold fewer channels than the device.
+    /// Adds a parameter. Use [`Layout::padded_param`] if files hold fewer channels than the device.
     ///
     /// # Panics
-    /// When the name is taken.
+    /// If the name is taken.
     pub fn param(
         &mut self,
         name: impl Into<String>,
@@ -135,7 +135,7 @@ impl Layout {
     /// Adds a parameter whose innermost size is padded with zeros from `channels` up.
     ///
     /// # Panics
-    /// When the name is taken.
+    /// If the name is taken.
     pub fn padded_param(
         &mut self,
         name: impl Into<String>,
@@ -154,7 +154,7 @@ impl Layout {
     /// Adds a running statistic of `c` channels that starts at `value`.
     ///
     /// # Panics
-    /// When the name is taken.
+    /// If the name is taken.
     pub fn stat(&mut self, name: impl Into<String>, c: usize, kind: SlotKind, value: f64) -> Stat {
         let name = self.fresh(name.into());
         let (offset, shape) = (end(&self.stats), Shape::from([c]));
@@ -163,8 +163,8 @@ impl Layout {
         Stat { offset, shape }
     }
 
-    /// Lets the parameters of these kinds start truncated normal, `gain / sqrt(inputs of an output)` their standard deviation
-    /// before truncation: TensorFlow's and Haiku's initialisation of filters and matrices.
+    /// Initialises the parameters of these kinds from a truncated normal with standard deviation `gain / sqrt(fan_in)` before
+    /// truncation: TensorFlow's and Haiku's initialisation of filters and matrices.
     pub fn start_truncated(&mut self, kinds: &[SlotKind], gain: f64) {
         for slot in self.params.iter_mut().filter(|slot| kinds.contains(&slot.kind)) {
             let inner = slot.shape.last().copied().unwrap_or(1);
@@ -183,7 +183,7 @@ impl Layout {
         &self.stats
     }
 
-    /// Number of weights, padding not counted.
+    /// Number of weights, without padding.
     pub fn weights(&self) -> usize {
         self.params
             .iter()
@@ -193,7 +193,7 @@ impl Layout {
 
     fn fresh(&self, name: String) -> String {
         let taken = self.params.iter().chain(&self.stats).any(|s| s.name == name);
-        assert!(!taken, "layout: two slots are named {name}");
+        assert!(!taken, "layout: two slots are named {name}: slot names are unique");
         name
     }
 }
@@ -211,14 +211,14 @@ fn end(slots: &[Slot]) -> usize {
     slots.last().map_or(0, |s| (s.offset + s.shape.elements()).next_multiple_of(SLOT_ALIGNMENT))
 }
 
-/// Values, gradients and running statistics of one layout.
+/// The values, gradients and running statistics of a layout.
 #[derive(Debug)]
 pub struct Arena {
     layout: Arc<Layout>,
     values: Tensor,
-    /// The values in the type of activations, where that is another.
+    /// The values in the type of activations, if that type is not the values' own.
     working: RefCell<Option<Tensor>>,
-    /// The values have been written since.
+    /// The values have been written since the working copy was made.
     stale: Cell<bool>,
     gradients: RefCell<Tensor>,
     statistics: RefCell<Tensor>,
@@ -226,7 +226,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// An arena with freshly drawn values: the same seed draws the same numbers on every device.
+    /// Makes an arena with random initial values. The same seed draws the same numbers on every device.
     pub fn new(layout: &Arc<Layout>, device: &Device, seed: u64) -> Self {
         let mut values = vec![0.0; end(&layout.params)];
         for (index, slot) in layout.params.iter().enumerate() {
@@ -235,7 +235,7 @@ impl Arena {
             for (i, value) in values[slot.offset..][..slot.shape.elements()].iter_mut().enumerate()
             {
                 if i % inner >= slot.channels {
-                    continue; // padding stays zero: its inputs are zero, so its gradient is, too
+                    continue; // padding stays zero: its inputs are zero, and so are its gradients
                 }
                 // Rounded to f32, so that the reference device starts from the CPU's weights exactly.
                 *value = f64::from(match slot.init {
@@ -263,7 +263,7 @@ impl Arena {
         }
     }
 
-    /// Another arena of the same layout with the same values and statistics: how a momentum encoder starts.
+    /// Makes an arena of the same layout with the same values and statistics, for a momentum encoder.
     pub fn twin(&self) -> Self {
         Self {
             layout: self.layout.clone(),
@@ -281,12 +281,12 @@ impl Arena {
         &self.layout
     }
 
-    /// Where it lives.
+    /// The device it lives on.
     pub fn device(&self) -> &Device {
         self.values.device()
     }
 
-    /// The processes that share its gradients and batch statistics.
+    /// The group of processes that share its gradients and batch statistics.
     pub fn group(&self) -> &Group {
         &self.group
     }
@@ -296,13 +296,13 @@ impl Arena {
         &self.values
     }
 
-    /// All values, to write.
+    /// All values, for writing.
     pub fn values_mut(&mut self) -> &mut Tensor {
         self.stale.set(true);
         &mut self.values
     }
 
-    /// All gradients, laid out as the values.
+    /// All gradients, in the layout of the values.
     pub fn gradients(&self) -> Ref<'_, Tensor> {
         self.gradients.borrow()
     }
@@ -312,20 +312,21 @@ impl Arena {
         self.statistics.borrow()
     }
 
-    /// All running statistics, to write.
+    /// All running statistics, for writing.
     pub fn statistics_mut(&mut self) -> &mut Tensor {
         self.statistics.get_mut()
     }
 
-    /// Values, to write, and gradients beside them: what an optimiser sees.
+    /// The values, for writing, and the gradients, for optimisers.
     pub fn values_and_gradients(&mut self) -> (&mut Tensor, &Tensor) {
         self.stale.set(true);
         (&mut self.values, self.gradients.get_mut())
     }
 
-    /// What an update on a GPU reads and writes. The working copy is up to date before, and must be after.
+    /// The tensors that an update on a GPU reads and writes. The working copy is up to date before the update, which must
+    /// keep it so.
     pub(crate) fn parts(&mut self) -> Parts<'_> {
-        self.refresh(); // an update need not write all of it
+        self.refresh(); // an update may skip parts of the working copy
         Parts {
             values: &mut self.values,
             working: self.working.get_mut().as_mut(),
@@ -343,22 +344,22 @@ impl Arena {
         self.values.slice(param.offset, param.shape)
     }
 
-    /// A parameter's value as a tape hands it out.
+    /// A parameter's value for use on a tape.
     pub(crate) fn working_value(&self, param: Param) -> Tensor {
         match &*self.working.borrow() {
             Some(working) if param.kind.is_multiplied() => {
-                debug_assert!(!self.stale.get(), "a tape brings the working copy up to date first");
+                debug_assert!(!self.stale.get(), "a tape refreshes the working copy first");
                 working.slice(param.offset, param.shape)
             }
             _ => self.value(param),
         }
     }
 
-    /// Brings the working copy up to date. A tape does so when it begins; what updates values inside a step does so
-    /// itself, so that a captured step does not depend on what came before it.
+    /// Brings the working copy up to date. A tape does so when it is made. Code that updates values inside a step does so
+    /// itself, so that a captured step does not depend on earlier host work.
     ///
     /// # Panics
-    /// When the values were written while somebody kept a parameter of the working copy.
+    /// If a tensor still shares the memory of the working copy.
     pub(crate) fn refresh(&self) {
         if let Some(working) = &mut *self.working.borrow_mut()
             && self.stale.get()
@@ -368,16 +369,16 @@ impl Arena {
         self.stale.set(false);
     }
 
-    /// A parameter's value, to write.
+    /// A parameter's value, for writing.
     ///
     /// # Panics
-    /// When a tensor still shares the arena's memory.
+    /// If a tensor still shares the arena's memory.
     pub fn value_mut(&mut self, param: Param) -> crate::tensor::TensorMut<'_> {
         self.stale.set(true);
         self.values.view_mut().slice(param.offset, param.shape)
     }
 
-    /// A parameter's gradient, copied.
+    /// A copy of a parameter's gradient.
     pub fn gradient(&self, param: Param) -> Tensor {
         self.gradients.borrow().slice(param.offset, param.shape).copy()
     }
@@ -406,15 +407,15 @@ impl Arena {
     }
 }
 
-/// An arena's tensors, borrowed apart.
+/// An arena's tensors, borrowed separately.
 pub(crate) struct Parts<'a> {
     pub(crate) values: &'a mut Tensor,
-    /// The values in the type of activations, where that is another.
+    /// The values in the type of activations, if that type is not the values' own.
     pub(crate) working: Option<&'a mut Tensor>,
     pub(crate) gradients: &'a Tensor,
 }
 
-/// Room for a working copy, where activations have another type than values.
+/// Memory for a working copy, if activations have another type than values.
 fn working_copy(device: &Device, len: usize) -> Option<Tensor> {
     let dtype = DType::of_activations(device);
     (dtype != DType::of(device)).then(|| Tensor::empty(device, dtype, [len]))
@@ -467,7 +468,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "two slots are named gain")]
-    fn a_name_is_used_once() {
+    fn slot_names_are_unique() {
         let mut layout = Layout::new();
         layout.param("gain", [1], SlotKind::Gain, Init::Constant(1.0));
         layout.param("gain", [1], SlotKind::Gain, Init::Constant(1.0));

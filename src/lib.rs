@@ -1,21 +1,21 @@
 //! selfsup: a compute engine for self-supervised vision.
 //!
 //! Primitives (convolution, batch norm, contrastive losses, optimiser updates) under a small autograd tape, and methods as
-//! thin graphs over them. This page is the architecture; the README shows how to run it.
+//! short compositions of them. This page is the architecture; the README shows how to run the program.
 //!
 //! # Layers
 //!
-//! Modules form a chain: each imports only modules below it, and a test fails if one does not.
+//! The modules form a total order: each imports only modules below it. `tests/suite/layers.rs` enforces the order.
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`cli`] | the `selfsup` program |
-//! | [`mod@bench`] | how fast the primitives are, next to their rooflines |
+//! | [`mod@bench`] | the speed of the primitives, compared with their rooflines |
 //! | [`train`] | the training loop, checkpoints, resuming, metrics, reports, studies |
 //! | [`eval`] | kNN, linear probes, fine-tuning protocols, the collapse monitor |
 //! | `weights` | weight files: safetensors with torchvision's names and layout |
-//! | [`recipes`] | everything that decides a run, as one TOML file |
-//! | [`methods`] | each method one file |
+//! | [`recipes`] | all settings of a run, as one TOML file |
+//! | [`methods`] | the methods, one file each |
 //! | [`data`] | sources, augmentation, loading |
 //! | [`optim`] | SGD, LARS, momentum encoders, learning-rate schedules |
 //! | [`nn`] | layers, ResNets, heads |
@@ -24,52 +24,53 @@
 //! | [`arena`] | all weights of a network in one allocation |
 //! | [`tensor`] | shape, dtype, memory |
 //! | `cpu` | f32 kernels for the CPU over slices, the twin of `kernels/` |
-//! | [`device`] | where memory lives and operations run: pool, threads, GPUs, Philox, the seam between processes |
+//! | [`device`] | where memory lives and operations run: memory pool, threads, GPUs, Philox, the group of processes |
 //! | `settings` | TOML tables with `--set` overrides, and errors that suggest the nearest key |
-//! | `files` | files that are written completely or not at all |
-//! | [`error`] | what can fail at run time |
+//! | `files` | files written completely or not at all |
+//! | [`error`] | errors of the run time |
 //!
-//! # How the parts meet
+//! # How the parts work together
 //!
-//! **A network is a description; its weights are an arena.** Layers hold [`Param`](arena::Param) handles into a
-//! [`Layout`](arena::Layout); an [`Arena`](arena::Arena) gives the layout values, gradients and running statistics, each one
-//! contiguous tensor. An optimiser, a momentum encoder ([`optim::ema`]), a checkpoint see one array. A momentum encoder is a
-//! second arena run through the same description.
+//! **A network is a description; its weights live in an arena.** Layers hold [`Param`](arena::Param) handles into a
+//! [`Layout`](arena::Layout). An [`Arena`](arena::Arena) provides values, gradients and running statistics for a layout, each
+//! as one contiguous tensor, so optimisers, momentum encoders ([`optim::ema`]) and checkpoints process one array. A momentum
+//! encoder is a second arena with the same layout.
 //!
-//! **A tape lives inside a step.** [`tape::step`] makes a tape over an arena, lets a closure build the loss, runs backward into
-//! the arena's gradients and drops the graph. Values borrow the tape, so a graph cannot outlive the weights it was made from.
-//! [`tape::cached_step`] does the same over micro-batches, exactly, for losses that couple all rows
-//! ([GradCache](https://arxiv.org/abs/2101.06983)).
+//! **A tape lives inside a step.** [`tape::step`] makes a tape over an arena, calls a closure that builds the loss, runs the
+//! backward pass into the arena's gradients and drops the graph. Values borrow the tape, so a graph cannot outlive the weights
+//! that it was built from. [`tape::cached_step`] computes the same gradients over micro-batches for losses that couple all
+//! rows ([GradCache](https://arxiv.org/abs/2101.06983)).
 //!
-//! **A primitive is one folder** of [`ops`]: maths, shape rule, gradient, CPU path and naive f64 reference. It is public, and
-//! so is what it is made of: a program can record an operation of its own (`examples/custom_op.rs`).
+//! **A primitive is one folder** of [`ops`]: maths, shape checks, gradient, CPU implementation, CUDA launch and a naive f64
+//! reference. The interface that primitives use is public, so a program can record operations of its own
+//! (`examples/custom_op.rs`).
 //!
-//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) queues the kernels of `kernels/`, compiled and embedded by
-//! `build.rs`, which also writes a typed launch function for each; an operation's `cuda.rs` has its launch lines. Activations and
-//! working copies of weights are bf16 (or f32, as [asked](device::Precision)), sums, statistics and weights are f32. Operations
-//! are queued and do not fail; [`Device::check`](device::Device::check), which every step asks, says what did. A training step
-//! is recorded once and replayed as one call ([`train::Steps`]); what changes from step to step are
-//! [`Numbers`](tensor::Numbers) that kernels read from memory.
+//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) runs the kernels in `kernels/`. `build.rs` compiles and embeds
+//! them and generates a typed launch function for each; an operation's `cuda.rs` calls these functions. Activations and working
+//! copies of weights are bf16 (or f32, see [`Precision`](device::Precision)); sums, statistics and weights are f32. Operations
+//! are queued and return no errors; [`Device::check`](device::Device::check), which every step calls, reports the first
+//! failure. A training step is captured once as a CUDA graph and replayed as one call ([`train::Steps`]). Numbers that change
+//! from step to step are [`Numbers`](tensor::Numbers), which kernels read from memory.
 //!
-//! **Truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64; tests hold every
-//! primitive, whole networks and whole training steps against it, and it against PyTorch's f64.
+//! **Ground truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64. Tests
+//! compare every primitive, complete networks and complete training steps with it, and compare it with PyTorch in f64.
 //!
-//! **The same seed gives the same run**, to the last bit on one machine, whatever the number of threads: work is cut by shape,
-//! sums have one order, random numbers are counter-based ([Philox](device::Philox), keyed by seed, epoch and sample).
+//! **The same seed gives the same run**, bit for bit on one machine, with any number of threads: work is partitioned by shape,
+//! sums have a fixed order, and random numbers are counter-based ([Philox](device::Philox), keyed by seed, epoch and sample).
 //!
-//! **A method is one file** that reads like its paper: [`methods::moco`] ([v1](https://arxiv.org/abs/1911.05722),
+//! **A method is one file** that follows its paper: [`methods::moco`] ([v1](https://arxiv.org/abs/1911.05722),
 //! [v2](https://arxiv.org/abs/2003.04297)), [`methods::simclr`] ([paper](https://arxiv.org/abs/2002.05709)),
 //! [`methods::simclr_v2`] ([paper](https://arxiv.org/abs/2006.10029)), [`methods::swav`]
-//! ([paper](https://arxiv.org/abs/2006.09882)), [`methods::byol`] ([paper](https://arxiv.org/abs/2006.07733)),
-//! [`methods::simsiam`] ([paper](https://arxiv.org/abs/2011.10566)); [`methods::supervised`] and [`methods::distill`] beside
-//! them. What each needs from the outside is the [`Method`](methods::Method) trait. What the papers compare are settings of theirs,
-//! and a [`Study`](train::Study) is a file of such comparisons.
+//! ([paper](https://arxiv.org/abs/2006.09882)), [`methods::byol`] ([paper](https://arxiv.org/abs/2006.07733)) and
+//! [`methods::simsiam`] ([paper](https://arxiv.org/abs/2011.10566)), plus [`methods::supervised`] and [`methods::distill`]. The
+//! [`Method`](methods::Method) trait is the interface of a method. The variants that the papers compare are settings, and a
+//! [`Study`](train::Study) is a file of such comparisons.
 //!
 //! # Panics and errors
 //!
-//! A caller's bug panics, with the operation's name and the shapes: shapes that do not fit, a temperature of zero, a tensor
-//! written while shared. What a correct program can meet is an [`Error`]: files, recipes, devices, diverging runs. Below
-//! [`cli`] nothing prints and nothing exits.
+//! API misuse panics, with the operation's name and the shapes: shapes that do not match, a temperature of zero, a tensor of
+//! another device, a write to a tensor that is shared. Runtime failures return an [`Error`]: files, recipes, devices, diverging
+//! runs. Only [`cli`] prints and exits.
 
 pub mod arena;
 pub mod bench;

@@ -1,9 +1,9 @@
 //! The autograd tape.
 //!
-//! An operation computes its value, then records how gradients flow back:
-//! `tape.record("conv2d", y, &[x, w], move |dy, grads| …)`. What the closure captures is exactly what is saved, and
-//! dropping closures as the backward pass runs frees it. A [`Var`] borrows its tape, and a tape lives inside [`step`],
-//! which builds it, runs backward and drops it: a graph cannot be used after the optimiser changed the weights.
+//! An operation computes its value, then records its backward pass:
+//! `tape.record("conv2d", y, &[x, w], move |dy, grads| …)`. The closure's captures are exactly the saved tensors; they are
+//! freed as the backward pass consumes the closures. A [`Var`] borrows its tape, and a tape lives inside [`step`], which
+//! builds it, runs backward and drops it: a graph cannot be used after the optimiser changed the weights.
 //!
 //! ```compile_fail
 //! # use selfsup::{arena::Arena, tape::{step, Var}};
@@ -21,14 +21,14 @@ use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span
 use crate::error::Result;
 use crate::tensor::{DType, Shape, Tensor, TensorMut};
 
-/// How a tape's operations behave.
+/// The mode of a tape's operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mode {
     /// Record closures for the backward pass.
     gradients: bool,
-    /// Batch norm normalises by its batch, not by running statistics.
+    /// Batch norm normalises with batch statistics, not with running statistics.
     batch_statistics: bool,
-    /// Batch norm moves its running statistics.
+    /// Batch norm updates its running statistics.
     update_running: bool,
 }
 
@@ -42,8 +42,8 @@ pub struct Tape<'a> {
     nodes: RefCell<Vec<Node>>,
 }
 
-/// What the backward pass of an operation does with the gradient of its value. It owns what it saved, and nothing that
-/// borrows the tape.
+/// The backward pass of an operation: gets the gradient of the operation's value. It owns its saved tensors and does not
+/// borrow the tape.
 type Backward = Box<dyn FnOnce(Tensor, &mut Gradients<'_>)>;
 
 struct Node {
@@ -59,7 +59,7 @@ impl std::fmt::Debug for Node {
     }
 }
 
-/// One recorded operation, for people to look at.
+/// A description of a recorded operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeInfo {
     /// The operation.
@@ -70,14 +70,14 @@ pub struct NodeInfo {
     pub bytes: usize,
 }
 
-/// Where a gradient goes.
+/// The destination of a value's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VarId {
-    /// Nowhere: a constant, or anything on a tape that records no gradients.
+    /// None: a constant, or any value on a tape that records no gradients.
     Constant,
-    /// To the operation that made the value.
+    /// The operation that made the value.
     Node(usize),
-    /// Into the arena.
+    /// The arena.
     Param(Param),
 }
 
@@ -105,17 +105,17 @@ impl<'t> Var<'t> {
         self.tape
     }
 
-    /// Where its gradient goes, for the closure of an operation that takes it.
+    /// The destination of its gradient, for the backward closure of an operation that takes it.
     pub fn id(&self) -> VarId {
         self.id
     }
 
-    /// Whether a gradient flows back through it.
+    /// Whether a gradient flows through it.
     pub fn wants_gradient(&self) -> bool {
         self.id != VarId::Constant
     }
 
-    /// The same value, through which no gradient flows: the papers' stop-gradient.
+    /// The same value without gradient flow: the papers' stop-gradient.
     pub fn detach(&self) -> Var<'t> {
         Var { id: VarId::Constant, ..self.clone() }
     }
@@ -127,58 +127,58 @@ impl<'a> Tape<'a> {
         Self { arena, mode, nodes: RefCell::default() }
     }
 
-    /// Where its operations run.
+    /// The device that its operations run on.
     pub fn device(&self) -> &Device {
         self.arena.device()
     }
 
-    /// The processes that share the batch.
+    /// The group of processes that share the batch.
     pub fn group(&self) -> &Group {
         self.arena.group()
     }
 
-    /// Whether batch norm uses its batch's statistics.
+    /// Whether batch norm uses batch statistics.
     pub fn batch_statistics(&self) -> bool {
         self.mode.batch_statistics
     }
 
-    /// A value that no gradient flows to.
+    /// Puts a tensor on the tape as a constant.
     ///
     /// # Panics
-    /// When the tensor lives on another device than the arena.
+    /// If the tensor lives on another device than the arena.
     #[track_caller]
     pub fn input<'t>(&'t self, value: &Tensor) -> Var<'t> {
         assert!(value.device().same(self.device()), "input: the tensor lives on another device");
         Var { tape: self, value: value.clone(), id: VarId::Constant }
     }
 
-    /// A scalar that no gradient flows to.
+    /// Puts a scalar on the tape as a constant.
     pub fn constant(&self, value: f64) -> Var<'_> {
         let mut scalar = Tensor::floats(self.device(), []);
         scalar.view_mut().fill(value);
         self.input(&scalar)
     }
 
-    /// A parameter of the arena.
+    /// Puts a parameter of the arena on the tape.
     pub fn param<'t>(&'t self, param: Param) -> Var<'t> {
         let id = if self.mode.gradients { VarId::Param(param) } else { VarId::Constant };
         Var { tape: self, value: self.arena.working_value(param), id }
     }
 
-    /// A running statistic as it stands.
+    /// The current value of a running statistic.
     pub fn stat(&self, stat: Stat) -> Tensor {
         self.arena.stat(stat)
     }
 
-    /// Moves a running statistic, unless this tape leaves them alone.
+    /// Updates a running statistic, unless the tape's mode leaves running statistics unchanged.
     pub fn update_stat(&self, stat: Stat, f: impl FnOnce(TensorMut<'_>)) {
         if self.mode.update_running {
             self.arena.update_stat(stat, f);
         }
     }
 
-    /// Records an operation on `inputs` that made `value`; `backward` gets the gradient of `value` and adds to those of
-    /// the inputs. If no input wants a gradient, `backward` is dropped at once with all that it saved.
+    /// Records an operation that made `value` from `inputs`. `backward` gets the gradient of `value` and adds to the gradients
+    /// of the inputs. If no input wants a gradient, `backward` and its saved tensors are dropped at once.
     pub fn record<'t>(
         &'t self,
         name: &'static str,
@@ -194,7 +194,7 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// What has been recorded so far, in order.
+    /// The operations recorded so far, in order.
     pub fn nodes(&self) -> Vec<NodeInfo> {
         let bytes = |n: &Node| n.shape.elements() * n.dtype.size();
         let info = |n: &Node| NodeInfo { name: n.name, shape: n.shape, bytes: bytes(n) };
@@ -213,7 +213,8 @@ impl<'a> Tape<'a> {
         Var { tape: self, value, id: VarId::Node(nodes.len() - 1) }
     }
 
-    /// Runs the backward pass from `root`, whose gradient is `seed`, and returns the gradients of leaves.
+    /// Runs the backward pass from `root`, whose gradient is `seed`, and returns the gradients of nodes without a backward
+    /// closure.
     fn backward(&self, root: VarId, seed: Tensor) -> Vec<Option<Tensor>> {
         let mut nodes = std::mem::take(&mut *self.nodes.borrow_mut());
         let mut gradients = Gradients {
@@ -236,23 +237,23 @@ impl<'a> Tape<'a> {
     }
 }
 
-/// The gradients of a backward pass under way.
+/// The gradients of a backward pass in progress.
 #[derive(Debug)]
 pub struct Gradients<'g> {
     device: &'g Device,
     nodes: Vec<Option<Tensor>>,
-    /// Of the nodes' values.
+    /// The dtypes of the nodes' values.
     dtypes: Vec<DType>,
     arena: RefMut<'g, Tensor>,
 }
 
 impl Gradients<'_> {
-    /// Where to write the gradient of `id`, and whether to add to what is there (`true`) or to overwrite contents that
-    /// are unspecified (`false`). `None` when no gradient is wanted. Parameters' gradients have the arena's type, others
-    /// that of the value they belong to.
+    /// The destination for the gradient of `id`, and whether to add to its contents (`true`) or to overwrite unspecified
+    /// contents (`false`). `None` if no gradient is wanted. Gradients of parameters have the arena's dtype, others the dtype
+    /// of their value.
     ///
     /// # Panics
-    /// When `shape` is not that of the gradients already added.
+    /// If `shape` is not the shape of the value.
     #[track_caller]
     pub fn target(&mut self, id: VarId, shape: &Shape) -> Option<(TensorMut<'_>, bool)> {
         match id {
@@ -275,8 +276,8 @@ impl Gradients<'_> {
         }
     }
 
-    /// [`Gradients::target`] for a kernel that writes the type of `like`, and its shape. Where the gradient has another
-    /// type (a parameter's own, which is f32) the target is made in `own`, to be [added](Gradients::add) after.
+    /// [`Gradients::target`] for a kernel that writes the dtype and shape of `like`. If the gradient has another dtype (f32
+    /// for a parameter), the target is made in `own`, for the caller to [add](Gradients::add) afterwards.
     #[track_caller]
     pub(crate) fn target_like<'t>(
         &'t mut self,
@@ -295,7 +296,7 @@ impl Gradients<'_> {
         Some((own.insert(like.empty_like()).view_mut(), false))
     }
 
-    /// Adds `dx` to the gradient of `id`, in its type; the first to come is kept without a copy where it has that type.
+    /// Adds `dx` to the gradient of `id`, in the gradient's dtype. The first one of that dtype is kept without a copy.
     #[track_caller]
     pub fn add(&mut self, id: VarId, dx: Tensor) {
         if let VarId::Node(index) = id
@@ -311,14 +312,30 @@ impl Gradients<'_> {
     }
 }
 
-/// One training step's forward and backward pass: `loss` builds the graph over the arena's parameters, and the
-/// gradients of its value replace those in the arena. Returns the loss, a scalar still on the device.
+/// Runs one training step's forward and backward pass. `loss` builds the graph over the arena's parameters; its gradients
+/// replace those in the arena. Returns the loss, a scalar still on the device.
+///
+/// ```
+/// use std::sync::Arc;
+/// use selfsup::arena::{Arena, Init, Layout, SlotKind};
+/// use selfsup::{device::Device, ops, tape::step, tensor::Tensor};
+///
+/// let device = Device::cpu(1)?;
+/// let mut layout = Layout::new();
+/// let w = layout.param("w", [1, 2], SlotKind::Matrix, Init::Constant(3.0));
+/// let mut arena = Arena::new(&Arc::new(layout), &device, 0);
+/// let x = Tensor::from_slice(&device, [1, 2], &[1.0_f32, 2.0]);
+/// let loss = step(&mut arena, |tape| ops::linear(&tape.input(&x), &tape.param(w), None))?;
+/// assert_eq!(loss.scalar(), 9.0);
+/// assert_eq!(arena.gradient(w).to_f64(), [1.0, 2.0]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 ///
 /// # Panics
-/// When the value is not a scalar.
+/// If the loss is not a scalar.
 pub fn step(
     arena: &mut Arena,
     loss: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
@@ -329,11 +346,11 @@ pub fn step(
     loss
 }
 
-/// [`step`] that adds to the gradients in the arena: the caller zeroes them first ([`Arena::zero_gradients`]) and
-/// weights each loss. For losses that are means over samples; contrastive ones need [`cached_step`].
+/// Like [`step`], but adds to the gradients in the arena. The caller zeroes them first ([`Arena::zero_gradients`]) and
+/// weights each loss. For losses that are means over samples; contrastive losses need [`cached_step`].
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 pub fn backward_pass(
     arena: &mut Arena,
     loss: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
@@ -346,10 +363,10 @@ pub fn backward_pass(
     Ok(loss.value.clone())
 }
 
-/// [`step`] over `count` micro-batches whose losses, `loss(tape, i)`, add up. Returns their sum.
+/// Runs a [`step`] over `count` micro-batches whose losses, `loss(tape, i)`, add up. Returns the sum of the losses.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 pub fn summed_step(
     arena: &mut Arena,
     count: usize,
@@ -365,19 +382,19 @@ pub fn summed_step(
     Ok(sum)
 }
 
-/// A step over micro-batches whose loss couples all rows, with exact gradients (GradCache, Gao et al. 2021,
+/// Runs a step over micro-batches with a loss that couples all rows, with exact gradients (GradCache, Gao et al. 2021,
 /// arXiv:2101.06983).
 ///
-/// `embed(tape, i)` embeds micro-batch `i` of `count` into `[views * m, d]`, view after view; `loss` gets the embeddings
-/// of the whole batch, `[views * n, d]`, again view after view. The embeddings are computed twice: once without saving
-/// anything, then with a tape for each micro-batch in turn. Batch norm sees the rows of a micro-batch, and
-/// running statistics move once for each, in the second pass.
+/// `embed(tape, i)` embeds micro-batch `i` of `count` into `[views * m, d]`, view after view; `loss` gets the embeddings of
+/// the full batch, `[views * n, d]`, also view after view. The embeddings are computed twice: first without saving anything,
+/// then with one tape per micro-batch. Batch norm sees the rows of one micro-batch, and running statistics are updated once
+/// per micro-batch, in the second pass.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 ///
 /// # Panics
-/// When micro-batches differ in shape.
+/// If micro-batches differ in shape.
 pub fn cached_step(
     arena: &mut Arena,
     count: usize,
@@ -387,8 +404,8 @@ pub fn cached_step(
 ) -> Result<Tensor> {
     use crate::tensor::{interleave_views, pick_views};
     arena.zero_gradients();
-    let look = Mode { gradients: false, batch_statistics: true, update_running: false };
-    let parts: Vec<Tensor> = (0..count).map(|i| embed(&Tape::new(arena, look), i).value).collect();
+    let first = Mode { gradients: false, batch_statistics: true, update_running: false };
+    let parts: Vec<Tensor> = (0..count).map(|i| embed(&Tape::new(arena, first), i).value).collect();
     let all = interleave_views(&parts, views);
     drop(parts);
     let (loss, dz) = {
@@ -412,7 +429,7 @@ pub fn cached_step(
     Ok(loss)
 }
 
-/// The gradient of a loss.
+/// The gradient of a loss with respect to itself.
 fn one(loss: &Var<'_>) -> Tensor {
     let mut one = loss.value.empty_like();
     one.view_mut().fill(1.0);
@@ -428,11 +445,11 @@ fn reduce_gradients(arena: &mut Arena) {
     }
 }
 
-/// A forward pass as in training, without gradients: batch norm uses and records batch statistics. For momentum
-/// encoders.
+/// Runs a forward pass as in training, without gradients: batch norm uses batch statistics and updates the running ones. For
+/// momentum encoders.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 pub fn forward(
     arena: &mut Arena,
     f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
@@ -442,7 +459,7 @@ pub fn forward(
     Ok(value)
 }
 
-/// [`forward`] inside a step, which tells itself when the device has failed.
+/// [`forward`] inside a step, which checks the device itself.
 pub(crate) fn forward_in_step(
     arena: &mut Arena,
     f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
@@ -450,17 +467,17 @@ pub(crate) fn forward_in_step(
     f(&Tape::new(arena, Mode { gradients: false, ..TRAIN })).value
 }
 
-/// A forward pass for evaluation: running statistics, no gradients, nothing saved.
+/// Runs a forward pass for evaluation: with running statistics, without gradients, saving nothing.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 pub fn evaluate(arena: &Arena, f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>) -> Result<Tensor> {
     let value = evaluate_in_step(arena, f);
     arena.device().check()?;
     Ok(value)
 }
 
-/// [`evaluate`] inside a step, which tells itself when the device has failed.
+/// [`evaluate`] inside a step, which checks the device itself.
 pub(crate) fn evaluate_in_step(
     arena: &Arena,
     f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,

@@ -201,7 +201,7 @@ pub(super) fn of_product(
 }
 
 fn form_of(tile: &Tile) -> String {
-    match tile.form {
+    match tile.shape {
         TileShape::Stem => "stem".into(),
         _ => format!("{}x{}", tile.m, tile.n),
     }

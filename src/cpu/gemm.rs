@@ -1,10 +1,10 @@
-//! Matrix products in f32 over slices, on the `gemm` crate: the one place that hands it raw pointers.
+//! GEMM in f32 over slices, on the `gemm` crate: the only place that passes it raw pointers.
 
 use rayon::prelude::*;
 
-/// Rows of the result that one task computes, and columns where there are no more rows than that: fixed, so that no sum depends
-/// on the number of threads.
+/// Rows of the result per task. Fixed, like `COLUMNS`, so that sums do not depend on the number of threads.
 const BLOCK: usize = 64;
+/// Columns of the result per task, for results of at most `BLOCK` rows.
 const COLUMNS: usize = 128;
 
 /// A matrix inside a slice: element `(i, j)` at `i * row + j * column`.
@@ -31,22 +31,22 @@ impl<'a> Matrix<'a> {
         Self { data, rows: columns, columns: rows, row: column, column: row }
     }
 
-    /// `count` rows from `from` on.
+    /// `count` rows, starting at `from`.
     fn rows_from(self, from: usize, count: usize) -> Self {
         Self { data: &self.data[from * self.row..], rows: count, ..self }
     }
 
-    /// `count` columns from `from` on.
+    /// `count` columns, starting at `from`.
     fn columns_from(self, from: usize, count: usize) -> Self {
         Self { data: &self.data[from * self.column..], columns: count, ..self }
     }
 }
 
-/// `c = a b`, or `c += a b`; `c` row-major. In parallel over blocks of rows, or of columns where rows are few, each product's terms
-/// in one fixed order.
+/// `c = a b`, or `c += a b` if `accumulate`; `c` row-major. Parallel over blocks of rows, or over blocks of columns if rows are
+/// few; the terms of each sum are added in a fixed order.
 ///
 /// # Panics
-/// When the sizes do not fit.
+/// If the sizes do not fit.
 pub(crate) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     assert_eq!(c.len(), a.rows * b.columns, "gemm: the result is {} x {}", a.rows, b.columns);
     if c.is_empty() {
@@ -54,12 +54,12 @@ pub(crate) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool
     }
     let n = b.columns;
     if a.rows <= BLOCK && a.columns > 0 && n >= 2 * COLUMNS {
-        let place = Place(c.as_mut_ptr());
+        let start = SharedPointer(c.as_mut_ptr());
         (0..n.div_ceil(COLUMNS)).into_par_iter().for_each(|i| {
             let first = i * COLUMNS;
             let b = b.columns_from(first, COLUMNS.min(n - first));
-            // SAFETY: these columns of `c`, which is `a.rows` rows of `n`, are no other task's.
-            unsafe { gemm_at(place.at(first), n, a, b, accumulate) };
+            // SAFETY: `c` has `a.rows` rows of `n`, and only this task accesses these columns of it.
+            unsafe { gemm_at(start.at(first), n, a, b, accumulate) };
         });
         return;
     }
@@ -77,15 +77,15 @@ pub(crate) fn gemm_sequential(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accum
     unsafe { gemm_at(c.as_mut_ptr(), n, a, b, accumulate) };
 }
 
-/// Where a result begins, for tasks that write other columns of it each.
+/// The start of a result, for tasks that each write different columns of it.
 #[derive(Clone, Copy)]
-struct Place(*mut f32);
-// SAFETY: a pointer into memory that outlives the tasks, of which each writes its own part.
-unsafe impl Send for Place {}
+struct SharedPointer(*mut f32);
+// SAFETY: the memory outlives the tasks, and each task accesses its own part only.
+unsafe impl Send for SharedPointer {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl Sync for SharedPointer {}
 
-impl Place {
+impl SharedPointer {
     fn at(self, offset: usize) -> *mut f32 {
         self.0.wrapping_add(offset)
     }
@@ -94,7 +94,7 @@ impl Place {
 /// [`gemm_sequential`] into rows that are `row` elements apart.
 ///
 /// # Safety
-/// `c` points to `a.rows` such rows of `b.columns` elements each, which nothing else reads or writes meanwhile.
+/// `c` points to `a.rows` such rows of `b.columns` initialised elements each, which nothing else accesses during the call.
 unsafe fn gemm_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert_eq!(k, b.rows, "gemm: {m} x {k} times {} x {n}", b.rows);
@@ -103,7 +103,7 @@ unsafe fn gemm_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumul
     }
     if k == 0 {
         for i in 0..if accumulate { 0 } else { m } {
-            // SAFETY: as this function's.
+            // SAFETY: the caller vouches for these rows.
             unsafe { std::slice::from_raw_parts_mut(c.add(i * row), n) }.fill(0.0);
         }
         return;
@@ -112,8 +112,8 @@ unsafe fn gemm_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumul
         let last = (x.rows - 1) * x.row + (x.columns - 1) * x.column;
         assert!(last < x.data.len(), "gemm: the {what} matrix ends past its slice");
     }
-    // SAFETY: the assertions above keep every element that `gemm` reads inside the slices; what it writes is this function's
-    // caller's to answer for.
+    // SAFETY: the assertions above keep every element that `gemm` reads inside the slices; the caller vouches for what it
+    // writes.
     unsafe {
         gemm::gemm(
             m,
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_are_cut_along_their_columns() {
+    fn results_of_few_rows_are_split_by_columns() {
         for (m, n, k) in [(1, 256, 5), (16, 301, 7), (64, 1000, 3), (3, 300, 0)] {
             let values = |len: usize| (0..len).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>();
             let (a, b) = (values(m * k), values(n * k));

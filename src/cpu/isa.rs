@@ -1,8 +1,7 @@
-//! Which instruction set the convolution runs on, decided once per process.
+//! The instruction set of the CPU kernels, chosen once per process.
 //!
-//! The three sets run the same drivers and the same generic tile kernels; they differ in the vector
-//! type and in the size of a tile. Results are equal to the last bit for one set, and differ in
-//! rounding between sets.
+//! The three sets run the same drivers and the same generic tile kernels; they differ in vector type
+//! and tile size. One set always gives the same bits; different sets differ in rounding.
 
 use std::sync::OnceLock;
 
@@ -58,7 +57,7 @@ impl Isa {
         fastest_first.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
     }
 
-    /// Floats in one vector.
+    /// Floats per vector.
     pub fn lanes(self) -> usize {
         match self {
             Isa::Portable => 4,
@@ -67,8 +66,8 @@ impl Isa {
         }
     }
 
-    /// The most rows a tile may have when each is `vectors` (1 or 2) vectors wide: the
-    /// accumulators, `vectors` operands and one broadcast have to fit the registers.
+    /// The most rows of a tile whose rows are `vectors` (1 or 2) vectors wide: the accumulators,
+    /// `vectors` operands and one broadcast have to fit into the registers.
     pub fn tile_rows(self, vectors: usize) -> usize {
         match self {
             Isa::Portable | Isa::Avx2 => 12 / vectors,

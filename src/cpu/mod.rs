@@ -1,8 +1,8 @@
 //! f32 kernels for the CPU, as functions of slices: the twin of `kernels/`.
 //!
-//! Nothing here knows of tensors or of the tape: an operation of [`ops`](crate::ops) checks shapes, then calls these inside the
-//! device's thread pool. Work is partitioned by shape and instruction set, never by thread count, so results do not depend on
-//! the number of threads.
+//! This module does not know tensors or the tape: an operation of [`ops`](crate::ops) checks shapes, then calls these functions
+//! inside the device's thread pool. Work is partitioned by shape and instruction set, never by thread count, so results do not
+//! depend on the number of threads.
 
 pub(crate) mod conv2d;
 pub(crate) mod exp;

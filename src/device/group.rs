@@ -1,27 +1,27 @@
-//! The seam between processes.
+//! The interface for multi-process training.
 //!
-//! Whatever sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) asks a [`Group`].
-//! Alone, which is all there is today, every call returns what it was given. Several processes will answer here and
-//! nowhere else, and N of them must equal one to rounding.
+//! Everything that sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) goes through a
+//! [`Group`]. Only groups of one process exist today, whose calls return their input. Multi-process training will be
+//! implemented here and nowhere else; N processes must agree with one up to rounding.
 
-/// The processes that share one batch.
+/// A group of processes that share one batch.
 #[derive(Clone, Debug, Default)]
 pub struct Group {
     _private: (),
 }
 
 impl Group {
-    /// A group of one.
+    /// A group of one process.
     pub fn alone() -> Self {
         Self::default()
     }
 
-    /// This process's number, `0..size`.
+    /// The rank of this process, in `0..size`.
     pub fn rank(&self) -> usize {
         0
     }
 
-    /// How many processes there are.
+    /// The number of processes.
     pub fn size(&self) -> usize {
         1
     }
@@ -36,7 +36,7 @@ impl Group {
         let _ = values;
     }
 
-    /// The rows of every rank, rank after rank; `None` when the caller's own rows are all there are.
+    /// Gathers the rows of every rank, in rank order. Returns `None` in a group of one, where `rows` are all the rows.
     pub fn all_gather<T>(&self, rows: &[T]) -> Option<Vec<T>> {
         let _ = rows;
         None

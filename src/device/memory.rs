@@ -1,8 +1,8 @@
 //! Memory and the exact-size free list, on the host and on GPUs.
 //!
-//! A training step asks for the same sizes in the same order every time, so a list of freed blocks by exact size
-//! serves every request after the first step without asking the system, without splitting and without search.
-//! On a GPU a freed block may still be in use by queued work; whoever gets it next is queued behind that work.
+//! A training step requests the same sizes in the same order every time. A free list keyed by exact size therefore serves
+//! every request after the first step, without system calls, without splitting blocks and without a search.
+//! On a GPU a freed block may still be in use by queued work; the next owner's work is queued behind it.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::HashMap;
@@ -17,27 +17,27 @@ use super::{Device, gib};
 /// Alignment of every block in bytes: a cache line, and a full vector of the widest instruction set.
 const ALIGNMENT: usize = 64;
 
-/// Bytes of a huge page. Host memory of this size and more asks for them: a network's activations are megabytes, and with small
-/// pages every other cache line that a convolution reads has to look up its page.
+/// Bytes of a huge page. Host blocks of this size and larger request huge pages: activations take megabytes, and with small
+/// pages every other cache line that a convolution reads costs a TLB miss.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// What a device's pool has done so far.
+/// Statistics of a device's memory pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
     /// Bytes held by live tensors.
     pub live: usize,
-    /// The most that `live` has been.
+    /// The peak of `live`.
     pub peak: usize,
-    /// Bytes taken from the system, live or on the free list.
+    /// Bytes obtained from the system, live or on the free list.
     pub reserved: usize,
-    /// How often the system was asked.
+    /// Number of allocations requested from the system.
     pub allocations: usize,
 }
 
 #[derive(Debug)]
 pub(crate) struct Pool {
     poison: bool,
-    /// Where memory comes from: a GPU, or the host.
+    /// The GPU that memory comes from; `None` for host memory.
     gpu: Option<Arc<Gpu>>,
     state: Mutex<State>,
 }
@@ -48,27 +48,27 @@ type FreeList = HashMap<usize, Vec<Block>>;
 #[derive(Debug, Default)]
 struct State {
     free: FreeList,
-    /// Freed blocks that recorded work writes whenever it is replayed, by recording: for that recording alone.
-    recorded: HashMap<u64, FreeList>,
-    /// Which recording a block belongs to, by its address; most belong to none.
+    /// Freed blocks of each captured graph. Every replay writes them, so only that graph may reuse them.
+    captured: HashMap<u64, FreeList>,
+    /// The graph that owns a block, by the block's address; most blocks have no owner.
     owners: HashMap<usize, u64>,
-    /// The recording under way.
-    recording: Option<u64>,
-    recordings: u64,
+    /// The capture in progress.
+    capture: Option<u64>,
+    captures: u64,
     usage: MemoryUse,
-    /// Where the large blocks of the host lie, until the pool goes.
+    /// Mappings of the large host blocks; unmapped when the pool is dropped.
     maps: Vec<MmapMut>,
-    /// Bytes and number of live blocks by the place in the source that asked for them; kept for GPUs, whose memory
-    /// runs out first.
+    /// Bytes and number of live blocks by the source location that requested them. Kept for GPUs only, whose memory runs
+    /// out first.
     holders: HashMap<&'static Location<'static>, (usize, usize)>,
 }
 
-/// An owned block, `ALIGNMENT`-aligned: initialised host memory, or an address on a GPU. Null where a GPU had none left,
-/// which has failed the GPU: nothing will be done with it.
+/// An owned block, `ALIGNMENT`-aligned: initialised host memory, or an address on a GPU. Null if the GPU ran out of memory;
+/// the GPU is in its failed state then, and no operation touches the block.
 #[derive(Debug)]
 struct Block(*mut u8);
 
-// SAFETY: a block is plain owned memory; nothing about it is tied to a thread.
+// SAFETY: a block is plain owned memory, not tied to a thread.
 unsafe impl Send for Block {}
 
 impl Pool {
@@ -85,7 +85,7 @@ impl Pool {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // A panic elsewhere cannot leave the counters half-changed: nothing below panics while it holds the lock.
+        // Nothing below panics while it holds the lock, so a poisoned lock still guards consistent counters.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -110,8 +110,8 @@ impl Pool {
         }
         let layout = layout(bytes);
         let pointer = if bytes < HUGE_PAGE {
-            // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over memory that
-            // nobody wrote would be undefined behaviour.
+            // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over uninitialised
+            // memory would be undefined behaviour.
             unsafe { alloc_zeroed(layout) }
         } else {
             self.map(bytes).unwrap_or(std::ptr::null_mut())
@@ -122,12 +122,12 @@ impl Pool {
         Block(pointer)
     }
 
-    /// Zeros that start on a huge page, if the system has them.
+    /// Maps zeroed memory that starts on a huge page, if the system provides huge pages.
     fn map(&self, bytes: usize) -> std::io::Result<*mut u8> {
-        // what lies before the first boundary is never touched, and so takes no memory
+        // the part before the first boundary is never touched, so it takes no physical memory
         let mut map = MmapMut::map_anon(bytes + HUGE_PAGE)?;
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage); // a system without them works all the same
+        let _ = map.advise(memmap2::Advice::HugePage); // an optimisation: failure is harmless
         let start = map.as_ptr().align_offset(HUGE_PAGE);
         let pointer = map[start..].as_mut_ptr();
         self.lock().maps.push(map);
@@ -139,8 +139,9 @@ impl Pool {
         if let Some(address) = gpu.allocate(bytes) {
             return block(address);
         }
-        // What is kept for reuse may be of the wrong sizes. What is being recorded may still need it.
-        if self.lock().recording.is_none() {
+        // The free list may hold blocks of other sizes: return them to the driver and try again. Not during a capture,
+        // whose launches may refer to them.
+        if self.lock().capture.is_none() {
             self.trim(gpu);
             if let Some(address) = gpu.allocate(bytes) {
                 return block(address);
@@ -150,7 +151,7 @@ impl Pool {
         block(0)
     }
 
-    /// Gives the free list back to the GPU.
+    /// Returns the free list to the GPU.
     fn trim(&self, gpu: &Gpu) {
         gpu.wait();
         let mut state = self.lock();
@@ -177,7 +178,7 @@ impl Pool {
         };
         let holders: Vec<String> = holders.iter().take(5).map(holder).collect();
         format!(
-            "GPU {}: out of memory: wanted {}, free {} of {}, held by tensors {}; largest holders: {}; a smaller batch, or micro-batches, needs less",
+            "GPU {}: out of memory: wanted {}, free {} of {}, held by tensors {}; largest holders: {}; use a smaller batch or more micro-batches",
             gpu.ordinal(),
             gib(bytes),
             gib(free),
@@ -194,58 +195,57 @@ impl Pool {
             *holder = (holder.0 - bytes, holder.1 - 1);
         }
         if !block.0.is_null() {
-            // Work that is recorded may have touched whatever it frees.
+            // Captured work may have touched the blocks that it frees.
             state.claim(&block);
             state.list_of(&block).entry(bytes).or_default().push(block);
         }
     }
 
-    /// From now on blocks that are taken or given back belong to a recording, whose name this is.
-    pub(super) fn begin_recording(&self) -> u64 {
+    /// Starts a capture: until [`Pool::end_capture`], blocks that are taken or given back belong to the returned id.
+    pub(super) fn begin_capture(&self) -> u64 {
         let mut state = self.lock();
-        let name = state.recordings;
-        state.recordings += 1;
-        state.recorded.insert(name, FreeList::new());
-        state.recording = Some(name);
-        name
+        let id = state.captures;
+        state.captures += 1;
+        state.captured.insert(id, FreeList::new());
+        state.capture = Some(id);
+        id
     }
 
-    /// Blocks belong to nobody again that are taken from now on.
-    pub(super) fn end_recording(&self) {
-        self.lock().recording = None;
+    /// Ends the capture: blocks taken from now on have no owner.
+    pub(super) fn end_capture(&self) {
+        self.lock().capture = None;
     }
 
-    /// Lets everybody have the blocks of a recording that will not be replayed any more.
-    pub(super) fn release_recorded(&self, name: u64) {
+    /// Makes the blocks of a graph that will not be replayed again available to everyone.
+    pub(super) fn release_captured(&self, id: u64) {
         let mut state = self.lock();
-        for (bytes, mut blocks) in state.recorded.remove(&name).unwrap_or_default() {
+        for (bytes, mut blocks) in state.captured.remove(&id).unwrap_or_default() {
             state.free.entry(bytes).or_default().append(&mut blocks);
         }
-        state.owners.retain(|_, owner| *owner != name);
+        state.owners.retain(|_, owner| *owner != id);
     }
 }
 
 impl State {
-    /// A freed block of this size: the recording's own if there is one under way, else one that will be.
+    /// A freed block of this size. During a capture, a block that the capture already owns is preferred.
     fn reuse(&mut self, bytes: usize) -> Option<Block> {
-        let own =
-            self.recording.and_then(|name| self.recorded.get_mut(&name)?.get_mut(&bytes)?.pop());
+        let own = self.capture.and_then(|id| self.captured.get_mut(&id)?.get_mut(&bytes)?.pop());
         let block = own.or_else(|| self.free.get_mut(&bytes)?.pop())?;
         self.claim(&block);
         Some(block)
     }
 
-    /// Notes that a block belongs to the recording under way.
+    /// Marks a block as owned by the capture in progress.
     fn claim(&mut self, block: &Block) {
-        if let Some(name) = self.recording {
-            self.owners.insert(block.0.addr(), name);
+        if let Some(id) = self.capture {
+            self.owners.insert(block.0.addr(), id);
         }
     }
 
-    /// Where a block goes when it is given back.
+    /// The free list that a block returns to.
     fn list_of(&mut self, block: &Block) -> &mut FreeList {
         let owner = self.owners.get(&block.0.addr());
-        match owner.and_then(|name| self.recorded.get_mut(name)) {
+        match owner.and_then(|id| self.captured.get_mut(id)) {
             Some(list) => list,
             None => &mut self.free,
         }
@@ -271,7 +271,7 @@ fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, ALIGNMENT).expect("a tensor's size fits the address space")
 }
 
-/// Room for at least one byte, and whole cache lines, so that neighbours never share one.
+/// At least one byte, rounded up to whole cache lines so that neighbouring blocks never share a line.
 fn rounded(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(ALIGNMENT)
 }
@@ -283,7 +283,7 @@ pub(crate) struct Memory {
     bytes: usize,
     device: Device,
     place: &'static Location<'static>,
-    /// It lies among a GPU's numbers, which the host sets.
+    /// Allocated in the GPU's region of host-set numbers.
     numbers: bool,
 }
 
@@ -294,7 +294,7 @@ impl Memory {
     /// At least `bytes` of memory with unspecified (on a poisoned device: NaN) contents.
     #[track_caller]
     pub(crate) fn new(device: &Device, bytes: usize) -> Self {
-        // Exact on a GPU, whose driver aligns: what checks accesses there knows where a tensor ends.
+        // Exact on a GPU, whose driver aligns: memory checkers then know where a tensor ends.
         let bytes = if device.pool().gpu.is_some() { bytes.max(1) } else { rounded(bytes) };
         let place = Location::caller();
         let block = device.pool().take(bytes, place);
@@ -311,7 +311,7 @@ impl Memory {
         memory
     }
 
-    /// Room for `bytes` of numbers on a GPU that [`Memory::set_numbers`] sets.
+    /// `bytes` of GPU memory for numbers that [`Memory::set_numbers`] sets.
     #[track_caller]
     pub(crate) fn for_numbers(device: &Device, bytes: usize) -> Self {
         let address = device.gpu().take_numbers(bytes).unwrap_or(0);
@@ -319,9 +319,9 @@ impl Memory {
         Self { block, bytes, device: device.clone(), place: Location::caller(), numbers: true }
     }
 
-    /// Sets all of memory for numbers, for what is queued from now on.
+    /// Sets all the numbers, for work queued from now on.
     pub(crate) fn set_numbers(&self, bytes: &[u8]) {
-        assert!(self.numbers && bytes.len() == self.bytes, "numbers keep their length");
+        assert!(self.numbers && bytes.len() == self.bytes, "numbers: the length cannot change");
         self.device.gpu().set_numbers(self.address(), bytes);
     }
 
@@ -333,7 +333,7 @@ impl Memory {
         self.block.as_ref().expect("present until dropped").0
     }
 
-    /// Where it lies on its GPU.
+    /// Its address on the GPU.
     pub(crate) fn address(&self) -> u64 {
         self.pointer().addr() as u64
     }
@@ -342,7 +342,7 @@ impl Memory {
     fn assert_on_host(&self) {
         assert!(
             self.device.pool().gpu.is_none(),
-            "the host cannot look at a tensor on a GPU: copy it with to_vec, to_f64 or to_device"
+            "the host cannot read a tensor on a GPU: copy it with to_vec, to_f64 or to_device"
         );
     }
 
@@ -360,7 +360,7 @@ impl Memory {
         unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes) }
     }
 
-    /// Copies `to.len()` bytes from byte `from` on to the host, waiting for a GPU.
+    /// Copies `to.len()` bytes, starting at byte `from`, to the host. Waits for a GPU.
     #[track_caller]
     pub(crate) fn read(&self, from: usize, to: &mut [u8]) {
         assert!(from + to.len() <= self.bytes, "a read beyond the memory's end");
@@ -371,7 +371,7 @@ impl Memory {
         }
     }
 
-    /// Copies `from` from the host to byte `at` on, behind whatever a GPU has queued.
+    /// Copies `from` from the host to byte offset `at`, queued behind earlier work on a GPU.
     #[track_caller]
     pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
         assert!(at + from.len() <= self.bytes, "a write beyond the memory's end");
@@ -382,7 +382,7 @@ impl Memory {
         }
     }
 
-    /// Copies `bytes` from byte `from` of other memory of the same device to byte `at` on.
+    /// Copies `bytes` bytes from offset `from` of other memory of the same device to offset `at`.
     #[track_caller]
     pub(crate) fn copy_from(&mut self, at: usize, other: &Memory, from: usize, bytes: usize) {
         assert!(
@@ -392,7 +392,7 @@ impl Memory {
             "a copy beyond the memory's end or between devices"
         );
         match self.device.pool().gpu() {
-            // SAFETY: the bytes lie in both blocks, as asserted, which are two: one is borrowed mutably.
+            // SAFETY: the bytes lie in both blocks, as asserted; the blocks are distinct, because one is borrowed mutably.
             Some(gpu) => unsafe {
                 gpu.copy(self.address() + at as u64, other.address() + from as u64, bytes);
             },

@@ -1,8 +1,8 @@
-//! Where memory lives and operations run.
+//! Devices: where memory lives and operations run.
 //!
-//! A [`Device`] is a handle on a pool of memory, a pool of threads and a kind. Three kinds exist: the CPU, which
-//! computes in f32; an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same
-//! operations naively in f64 and is what everything else is compared with. Operations run in launch order on all.
+//! A [`Device`] is a handle on a memory pool, a thread pool and a kind. Three kinds exist: the CPU, which computes in f32;
+//! an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same operations naively in
+//! f64 and which the other two are compared with. Operations run in launch order on all three.
 
 pub(crate) mod cuda;
 mod group;
@@ -29,14 +29,14 @@ use crate::error::{Error, Result};
 use memory::Pool;
 use threads::Threads;
 
-/// What a device is, which decides the code an operation runs.
+/// The kind of a device; it selects the code that an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
     /// f32 on the processor's cores.
     Cpu,
     /// bf16 or f32 on an NVIDIA GPU.
     Cuda,
-    /// Naive f64, the truth for tests: never fast, never approximate.
+    /// Naive f64, the ground truth of the tests: never fast, never approximate.
     Reference,
 }
 
@@ -49,7 +49,7 @@ struct Inner {
     kind: DeviceKind,
     pool: Pool,
     threads: Option<Threads>,
-    /// Where a GPU's host prepares and finishes what the GPU computes.
+    /// The CPU device on which a GPU's inputs are prepared and its results finished.
     host: Option<Device>,
 }
 
@@ -57,36 +57,37 @@ impl Device {
     /// The processor, with `threads` compute threads, the calling one among them; 0 takes one per core.
     ///
     /// # Errors
-    /// When the operating system refuses the threads.
+    /// If the operating system refuses the threads.
     pub fn cpu(threads: usize) -> Result<Self> {
         Self::build(DeviceKind::Cpu, threads, false)
     }
 
-    /// The f64 reference device.
+    /// Makes an f64 reference device.
     pub fn reference() -> Self {
         Self::reference_with(false)
     }
 
-    /// The NVIDIA GPU with this number, counted from 0.
+    /// Opens the NVIDIA GPU with this number, counted from 0.
     ///
     /// # Errors
-    /// When there is no driver, no such GPU, or no kernels in this build, with what to do about it.
+    /// If there is no driver, no such GPU, or this build has no kernels; the message says what to do.
     pub fn cuda(ordinal: usize, precision: Precision) -> Result<Self> {
         Ok(Self::gpu_with_host(Gpu::new(ordinal, precision)?, Self::cpu(0)?, false))
     }
 
-    /// This kind of device anew, with memory that is filled with NaN before each use: an operation that leaves a
-    /// part of its output unwritten, or reads what nobody wrote, then shows. For tests.
+    /// A new device of the same kind whose memory is filled with NaN before each use. For tests: an operation that leaves
+    /// part of its output unwritten, or reads uninitialised memory, then produces NaN.
     ///
     /// # Panics
-    /// When a GPU that was there is not there any more.
+    /// If the GPU cannot be opened again.
     pub fn poisoned(&self) -> Self {
         match (self.kind(), self.0.pool.gpu()) {
             (DeviceKind::Cpu, _) => Self::build(DeviceKind::Cpu, self.threads(), true)
-                .expect("as many threads as before"),
+                .expect("the same number of threads as before"),
             (_, None) => Self::reference_with(true),
             (_, Some(gpu)) => {
-                let again = Gpu::new(gpu.ordinal(), gpu.precision()).expect("it was there before");
+                let again =
+                    Gpu::new(gpu.ordinal(), gpu.precision()).expect("the GPU was open before");
                 Self::gpu_with_host(again, self.host().poisoned(), true)
             }
         }
@@ -109,12 +110,12 @@ impl Device {
         Ok(Self(Arc::new(Inner { kind, pool, threads: Some(threads), host: None })))
     }
 
-    /// What this device is.
+    /// Its kind.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
     }
 
-    /// Where the host prepares what this device will compute with: for a GPU a CPU device of its own, else itself.
+    /// The device on which the host prepares this device's inputs: a CPU device for a GPU, otherwise the device itself.
     pub fn host(&self) -> &Device {
         self.0.host.as_ref().unwrap_or(self)
     }
@@ -124,7 +125,7 @@ impl Device {
         self.host().0.threads.as_ref().map_or(1, Threads::count)
     }
 
-    /// Runs `f` where rayon's parallel iterators use this device's threads on the host.
+    /// Runs `f` so that rayon's parallel iterators inside it use this device's host threads.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         match &self.host().0.threads {
             Some(threads) => threads.run(f),
@@ -132,37 +133,38 @@ impl Device {
         }
     }
 
-    /// How much memory the device's pool has handed out, and how often it had to ask the system.
+    /// Statistics of the device's memory pool.
     pub fn memory_use(&self) -> MemoryUse {
         self.0.pool.usage()
     }
 
-    /// The first thing that went wrong on a GPU, where operations are queued and do not say so themselves; after it
-    /// the device does nothing, and what is read from it is NaN. Does not wait.
+    /// Reports the first failure of a GPU. GPU operations are queued and return no error themselves; after a failure the
+    /// device ignores further work, and reads from it return NaN. Does not wait. Always succeeds on other devices.
     ///
     /// # Errors
-    /// That thing.
+    /// If an operation has failed.
     pub fn check(&self) -> Result<()> {
         self.0.pool.gpu().map_or(Ok(()), Gpu::check)
     }
 
-    /// Runs every instruction and every warp and block primitive that kernels rely on, and compares with what it is documented
-    /// to do: the first thing to run on a chip that nobody has tried. Gives how many there are; none but on a GPU. Waits.
+    /// Runs every instruction and every warp and block primitive that the kernels rely on, and compares the results with the
+    /// documentation. Run it first on a chip that has not been tried before. Returns the number of checks, 0 on devices other
+    /// than a GPU. Waits.
     ///
     /// # Errors
-    /// When the device fails, or the first that does something else.
+    /// If the device fails or a check disagrees; the message names the first.
     pub fn conformance(&self) -> Result<usize> {
         if self.kind() == DeviceKind::Cuda { cuda::conformance(self) } else { Ok(0) }
     }
 
-    /// Waits for all queued work, for timing and before [`Device::check`]; nothing is ever queued on a CPU.
+    /// Waits for all queued work, for timing and before [`Device::check`]. Returns at once on a CPU, which queues nothing.
     pub fn wait(&self) {
         if let Some(gpu) = self.0.pool.gpu() {
             gpu.wait();
         }
     }
 
-    /// Whether two handles are the same device.
+    /// Whether both handles refer to the same device.
     pub fn same(&self, other: &Device) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -171,13 +173,13 @@ impl Device {
         &self.0.pool
     }
 
-    /// The GPU that this is.
+    /// The GPU behind this device.
     ///
     /// # Panics
-    /// When it is none.
+    /// If the device is not a GPU.
     #[track_caller]
     pub(crate) fn gpu(&self) -> &Gpu {
-        self.0.pool.gpu().expect("asked for a GPU on a device of another kind")
+        self.0.pool.gpu().expect("this operation needs a GPU, and the device is not one")
     }
 }
 
@@ -193,12 +195,12 @@ impl fmt::Display for Device {
     }
 }
 
-/// What there is of GPUs, driver and kernels, a line each; or what is missing, and the one thing to do.
+/// Describes GPUs, driver and kernels, one line each; or says what is missing and what to do about it.
 pub fn gpus() -> Vec<String> {
     cuda::describe()
 }
 
-/// Bytes for people to read.
+/// A number of bytes in a readable unit.
 pub(crate) fn gib(bytes: usize) -> String {
     let bytes = bytes as f64;
     match bytes {

@@ -1,8 +1,7 @@
 //! Philox4x32-10: random numbers that are a pure function of a key and a counter.
 //!
-//! Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A stream is named by a seed, what it is
-//! for, and two indices (an epoch and a sample, say), so that any draw can be repeated without drawing those
-//! before it, on any number of threads.
+//! Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A stream is identified by a seed, a purpose and
+//! two indices (an epoch and a sample, say). Any draw can be repeated without the draws before it, on any number of threads.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -25,7 +24,7 @@ fn wide_product(a: u32, b: u32) -> [u32; 2] {
     [product as u32, (product >> 32) as u32]
 }
 
-/// What a stream of random numbers is for; part of its key, so that no two uses share numbers.
+/// The use of a stream of random numbers. It is part of the stream's counter, so that no two uses share numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
@@ -39,9 +38,9 @@ pub enum Purpose {
     Labels = 4,
     /// Shuffles within a batch (MoCo's keys); indexed by step.
     Shuffle = 6,
-    /// What a queue holds before keys do; indexed by row.
+    /// Initial contents of a queue of negatives; indexed by row.
     Queue = 7,
-    /// Anything drawn in tests and examples.
+    /// Draws of tests and examples.
     Test = 5,
 }
 
@@ -57,7 +56,7 @@ pub struct Philox {
 impl Philox {
     /// The stream of `seed` for `purpose` at indices `major` (an epoch) and `minor` (a sample).
     ///
-    /// A stream is `2^32` blocks of four words long; two streams with any difference share no block.
+    /// A stream has `2^32` blocks of four words; streams that differ in any argument share no block.
     pub fn new(seed: u64, purpose: Purpose, major: u32, minor: u32) -> Self {
         Self {
             key: [seed as u32, (seed >> 32) as u32],
@@ -95,7 +94,7 @@ impl Philox {
 
     /// Uniform in `0..n`, without bias (Lemire's multiplication with rejection). `n > 0`.
     pub fn below(&mut self, n: u32) -> u32 {
-        assert!(n > 0, "philox: below(0) has nothing to draw from");
+        assert!(n > 0, "philox: below(0) has no values to draw from");
         let threshold = n.wrapping_neg() % n;
         loop {
             let product = u64::from(self.next_u32()) * u64::from(n);
@@ -105,7 +104,7 @@ impl Philox {
         }
     }
 
-    /// Standard normal (Box-Muller, both halves from one block's words; f64 inside).
+    /// Standard normal (Box-Muller in f64, from two consecutive words).
     pub fn normal(&mut self) -> f64 {
         let u = (f64::from(self.next_u32()) + 1.0) / 4_294_967_296.0; // (0, 1]
         let v = f64::from(self.next_u32()) / 4_294_967_296.0;

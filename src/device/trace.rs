@@ -1,6 +1,6 @@
-//! What ran when, as `train --trace` writes it: phases and operations by the host's clock, kernels by a GPU's.
+//! Timelines for `train --trace`: phases and operations by the host's clock, kernels by the GPU's clock.
 //!
-//! One thread records its own spans. Where nothing is recorded, a span costs a look at a flag.
+//! Each thread traces its own spans. A span costs one flag check when tracing is off.
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
@@ -9,33 +9,33 @@ use std::time::Instant;
 use super::cuda::Marks;
 use super::{Device, DeviceKind};
 
-/// Something that took time.
+/// A named interval of time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// A phase, an operation or a kernel.
+    /// The phase, operation or kernel.
     pub name: Cow<'static, str>,
-    /// Whose it is.
+    /// The row it is drawn in.
     pub row: Row,
-    /// When it began, in seconds from the beginning of the recording.
+    /// Start, in seconds since tracing began.
     pub begin: f64,
-    /// When it ended.
+    /// End, in seconds since tracing began.
     pub end: f64,
 }
 
-/// Where a span is drawn.
+/// The row of the timeline that a span is drawn in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Row {
-    /// Parts of a step.
+    /// Phases of a step.
     Phases,
-    /// Operations of the tape: the time in which the host computes them, or on a GPU asks for them.
+    /// Operations of the tape: the time in which the host computes them or, for a GPU, queues them.
     Operations,
-    /// A GPU's kernels.
+    /// Kernels of a GPU.
     Kernels,
 }
 
-struct Recording {
+struct Trace {
     start: Instant,
-    /// The end of the last operation, or the beginning of the phase that it is in.
+    /// End of the last operation, or start of the current phase.
     mark: Instant,
     spans: Vec<Span>,
     marks: Option<Marks>,
@@ -43,75 +43,74 @@ struct Recording {
 
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
-    static RECORDING: RefCell<Option<Recording>> = const { RefCell::new(None) };
+    static TRACE: RefCell<Option<Trace>> = const { RefCell::new(None) };
 }
 
-fn with<R>(f: impl FnOnce(&mut Recording) -> R) -> Option<R> {
+fn with<R>(f: impl FnOnce(&mut Trace) -> R) -> Option<R> {
     if !ON.get() {
         return None;
     }
-    RECORDING.with_borrow_mut(|recording| recording.as_mut().map(f))
+    TRACE.with_borrow_mut(|trace| trace.as_mut().map(f))
 }
 
-/// Records what this thread does from here on, and the kernels that it launches.
+/// Starts tracing this thread's spans and the kernels that it launches.
 pub(crate) fn begin(device: &Device) {
     let marks = (device.kind() == DeviceKind::Cuda).then(|| Marks::new(device));
     let start = Instant::now();
-    let recording = Recording { start, mark: start, spans: Vec::new(), marks };
-    RECORDING.set(Some(recording));
+    TRACE.set(Some(Trace { start, mark: start, spans: Vec::new(), marks }));
     ON.set(true);
 }
 
-/// Ends the recording, and waits for a GPU whose kernels are in it.
+/// Stops tracing and returns the spans. Waits for the GPU whose kernels were traced.
 pub(crate) fn end() -> Vec<Span> {
     ON.set(false);
-    let Some(mut recording) = RECORDING.take() else { return Vec::new() };
-    let kernels = recording.marks.take().map(Marks::spans).unwrap_or_default();
+    let Some(mut trace) = TRACE.take() else { return Vec::new() };
+    let kernels = trace.marks.take().map(Marks::spans).unwrap_or_default();
     let span =
         |(name, begin, end)| Span { name: Cow::Borrowed(name), row: Row::Kernels, begin, end };
-    recording.spans.extend(kernels.into_iter().map(span));
-    recording.spans
+    trace.spans.extend(kernels.into_iter().map(span));
+    trace.spans
 }
 
-/// Does something as a span of a row.
+/// Runs `f` and traces it as a span of `row`.
 pub(crate) fn span<R>(
     row: Row,
     name: impl FnOnce() -> Cow<'static, str>,
     f: impl FnOnce() -> R,
 ) -> R {
     let begin = Instant::now();
-    with(|recording| recording.mark = begin);
-    let done = f();
-    with(|recording| {
+    with(|trace| trace.mark = begin);
+    let result = f();
+    with(|trace| {
         let end = Instant::now();
-        let [from, to] = [begin, end].map(|at| (at - recording.start).as_secs_f64());
-        recording.spans.push(Span { name: name(), row, begin: from, end: to });
-        recording.mark = end;
+        let [from, to] = [begin, end].map(|at| (at - trace.start).as_secs_f64());
+        trace.spans.push(Span { name: name(), row, begin: from, end: to });
+        trace.mark = end;
     });
-    done
+    result
 }
 
-/// A phase of a step.
+/// Runs `f` and traces it as a phase of a step.
 pub(crate) fn phase<R>(name: &'static str, f: impl FnOnce() -> R) -> R {
     span(Row::Phases, || Cow::Borrowed(name), f)
 }
 
-/// An operation that began when the one before it ended, and has ended now.
+/// Traces an operation that started when the previous one ended and ends now.
 pub(crate) fn operation(name: &'static str) {
-    with(|recording| {
+    with(|trace| {
         let end = Instant::now();
-        let [begin, to] = [recording.mark, end].map(|at| (at - recording.start).as_secs_f64());
-        recording.spans.push(Span { name: name.into(), row: Row::Operations, begin, end: to });
-        recording.mark = end;
+        let [begin, to] = [trace.mark, end].map(|at| (at - trace.start).as_secs_f64());
+        trace.spans.push(Span { name: name.into(), row: Row::Operations, begin, end: to });
+        trace.mark = end;
     });
 }
 
-/// A launch of a kernel, between two marks in the GPU's stream.
+/// Runs `launch`, which launches a kernel, between two events in the GPU's stream.
 pub(super) fn kernel<R>(name: &'static str, launch: impl FnOnce() -> R) -> R {
-    let first = with(|recording| recording.marks.as_mut().map(Marks::mark)).flatten();
-    let done = launch();
+    let first = with(|trace| trace.marks.as_mut().map(Marks::mark)).flatten();
+    let result = launch();
     if first.is_some() {
-        with(|recording| recording.marks.as_mut().map(|marks| marks.end(name)));
+        with(|trace| trace.marks.as_mut().map(|marks| marks.end(name)));
     }
-    done
+    result
 }

@@ -1,4 +1,4 @@
-//! Batch norm as a layer, and convolution, batch norm, residual and ReLU as one unit.
+//! Batch norm as a layer; and convolution, batch norm, residual and ReLU as one unit.
 
 use crate::arena::{Init, Layout, Param, SlotKind};
 use crate::ops::{self, BatchNorm, Moments, Running};
@@ -14,9 +14,10 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// Adds the slots of a batch norm of `c` channels under `name`, normalising `groups` runs of rows apart.
+    /// Adds the slots of a batch norm of `c` channels under `name`. It normalises `groups` groups of consecutive rows
+    /// separately.
     ///
-    /// `gain` is what the scale starts at, `None` for no scale; `shift` whether there is one.
+    /// `gain` is the initial scale, `None` for no scale; `shift` says whether there is a shift.
     pub fn new(
         layout: &mut Layout,
         name: &str,
@@ -38,15 +39,15 @@ impl Norm {
         Self { gain, shift, running, groups }
     }
 
-    /// Normalises `x`, then adds `residual`, then applies a ReLU if asked to.
+    /// Normalises `x`, then adds `residual`, then applies a ReLU if `relu`.
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
-        self.by(None, x, residual, relu)
+        self.forward_with_moments(None, x, residual, relu)
     }
 
-    /// The same, by moments of `x` that came along with it.
+    /// [`Norm::forward`] with the moments of `x`, if the operation that made `x` computed them.
     #[track_caller]
-    fn by<'t>(
+    fn forward_with_moments<'t>(
         &self,
         moments: Option<Moments>,
         x: &Var<'t>,
@@ -70,9 +71,9 @@ impl Norm {
     }
 }
 
-/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the unit that ResNets are made of. On a GPU
-/// the convolution brings the batch's statistics along, so that its output is read once less; [`ops::conv2d`] and
-/// [`Norm::forward`] one after the other give the same.
+/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the building block of ResNets. On a GPU the
+/// convolution's epilogue computes the batch statistics, which saves one read of its output; [`ops::conv2d`] followed by
+/// [`Norm::forward`] gives the same result.
 #[derive(Clone, Copy, Debug)]
 pub struct ConvBn {
     filters: Param,
@@ -83,10 +84,10 @@ pub struct ConvBn {
 
 impl ConvBn {
     /// Adds the slots for `k` filters of `size x size` over `c` channels, padded so that stride 1 keeps the image's size.
-    /// `names` are the convolution's and the batch norm's; `gain` what the batch norm's scale starts at.
+    /// `names` are the names of convolution and batch norm; `gain` is the batch norm's initial scale.
     ///
-    /// Filters start as torchvision's (`kaiming_normal`, fan out: He et al. 2015): std `sqrt(2 / (k size²))`.
-    #[allow(clippy::too_many_arguments)] // each is one fact of the layer; a struct would only rename them
+    /// Filters are initialised like torchvision's (`kaiming_normal`, fan out: He et al. 2015): std `sqrt(2 / (k size²))`.
+    #[allow(clippy::too_many_arguments)] // each is one property of the layer; a struct would only rename them
     pub fn new(
         layout: &mut Layout,
         names: (&str, &str),
@@ -99,7 +100,7 @@ impl ConvBn {
     ) -> Self {
         let init = Init::Normal((2.0 / (k * size * size) as f64).sqrt());
         let name = format!("{}.weight", names.0);
-        // Images have three channels on disk and four on a device.
+        // Images have three channels in files and four on a device.
         let device_c = if c == 3 { 4 } else { c };
         let shape = [k, size, size, device_c];
         let filters = layout.padded_param(name, shape, SlotKind::Filter, init, c);
@@ -107,13 +108,13 @@ impl ConvBn {
         Self { filters, stride, pad: size / 2, norm }
     }
 
-    /// `relu(norm(conv(x)) + residual)`, residual and ReLU as asked for.
+    /// `relu(norm(conv(x)) + residual)`, with residual and ReLU optional.
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>, residual: Option<&Var<'t>>, relu: bool) -> Var<'t> {
         let tape = x.tape();
         let groups = tape.batch_statistics().then_some(self.norm.groups);
         let (y, moments) =
             ops::conv2d_with_moments(x, &tape.param(self.filters), self.stride, self.pad, groups);
-        self.norm.by(moments, &y, residual, relu)
+        self.norm.forward_with_moments(moments, &y, residual, relu)
     }
 }

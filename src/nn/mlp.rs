@@ -8,13 +8,13 @@ use crate::tape::Var;
 /// The batch norm after a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
-    /// None.
+    /// No batch norm.
     None,
     /// With scale and shift.
     Affine,
     /// With scale, without shift (SimCLR's last layer).
     ScaleOnly,
-    /// Without either (SimSiam's last layer).
+    /// Without scale and shift (SimSiam's last layer).
     Plain,
 }
 
@@ -29,7 +29,8 @@ pub struct MlpLayer {
     pub norm: NormKind,
     /// Whether a ReLU comes last.
     pub relu: bool,
-    /// How weights start; `None` for PyTorch's default, uniform within `1 / sqrt(inputs)`, biases too.
+    /// Standard deviation of the initial weights, with zero biases; `None` for PyTorch's default, uniform within
+    /// `1 / sqrt(inputs)` for weights and biases.
     pub std: Option<f64>,
 }
 

@@ -1,7 +1,7 @@
-//! Networks as descriptions.
+//! Networks, as descriptions without weights.
 //!
-//! A layer knows its slots and its settings and owns no memory: `forward` takes the weights of the arena that the tape was
-//! made over, so that an online and a momentum encoder are one description run on two arenas.
+//! A layer knows its slots and settings and owns no memory: `forward` uses the weights of the tape's arena, so an online
+//! encoder and its momentum encoder are one description run on two arenas.
 
 mod conv_bn;
 mod mlp;

@@ -1,6 +1,6 @@
-//! ResNets (He et al. 2016, arXiv:1512.03385) as torchvision has them: 18 and 34 of basic blocks, 50, 101 and 152 of
-//! bottlenecks with the stride in the 3x3 convolution ("v1.5"), without the classifier; 200 as SimCLR v2 has it. With
-//! selective kernels they are SimCLR v2's (google-research/simclr, `resnet.py`).
+//! ResNets (He et al. 2016, arXiv:1512.03385) as in torchvision, without the classifier: 18 and 34 with basic blocks, 50, 101
+//! and 152 with bottlenecks and the stride in the 3x3 convolution ("v1.5"); 200 as in SimCLR v2. With selective kernels they
+//! are SimCLR v2's (google-research/simclr, `resnet.py`).
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +19,7 @@ pub enum Stem {
     Small,
 }
 
-/// Depths that exist.
+/// Supported depths.
 const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
 
 /// The settings of a ResNet.
@@ -28,21 +28,21 @@ const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
 pub struct ResNetConfig {
     /// 18, 34, 50, 101, 152 or 200.
     pub depth: usize,
-    /// Channels of the first stage: 64 as published, 128 for SimCLR's 2x, less for small machines.
+    /// Channels of the first stage: 64 as published, 128 for SimCLR's 2x, fewer for small machines.
     pub width: usize,
     /// The layers before the first block.
     pub stem: Stem,
-    /// Start the last gain of every residual branch at 0, so that blocks start as identities.
+    /// Initialise the last gain of every residual branch to 0, so that blocks start as identities.
     pub zero_init_residual: bool,
-    /// Runs of rows that batch norm treats apart: 1, or MoCo's split on one device.
+    /// Groups of rows that batch norm normalises separately: 1, or more to emulate MoCo's per-GPU statistics on one device.
     #[serde(default = "one")]
     pub norm_groups: usize,
-    /// Above 0: selective kernels in every bottleneck, their attention this share of the channels wide but at least 32,
-    /// and with them, as in SimCLR v2's reference code, ResNet-D's stem and shortcuts. Published: 0.0625.
+    /// Above 0: selective kernels in every bottleneck, with an attention layer of this fraction of the channels (at least
+    /// 32), and, as in SimCLR v2's reference code, ResNet-D's stem and shortcuts. Published: 0.0625.
     #[serde(default)]
     pub sk_ratio: f64,
-    /// How many times as wide as published the inside of a bottleneck is: 1, or 2 in torchvision's `wide_resnet50_2` and
-    /// `wide_resnet101_2` (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
+    /// Width multiplier of the inside of a bottleneck: 1, or 2 in torchvision's `wide_resnet50_2` and `wide_resnet101_2`
+    /// (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
     #[serde(default = "one")]
     pub bottleneck: usize,
 }
@@ -51,7 +51,7 @@ fn one() -> usize {
     1
 }
 
-/// torchvision's names, which timm has too: depth, and how many times as wide bottlenecks are.
+/// torchvision's names, shared by timm, with depth and bottleneck width multiplier.
 const NAMES: [(&str, usize, usize); 7] = [
     ("resnet18", 18, 1),
     ("resnet34", 34, 1),
@@ -66,7 +66,7 @@ impl ResNetConfig {
     /// The network that torchvision and timm call `name`.
     ///
     /// # Errors
-    /// When there is none; the message lists those that there are.
+    /// If the name is unknown; the message lists the valid names.
     pub fn named(name: &str) -> crate::Result<Self> {
         let found = NAMES.iter().find(|(known, ..)| *known == name);
         let &(_, depth, bottleneck) = found.ok_or_else(|| {
@@ -78,13 +78,13 @@ impl ResNetConfig {
         Ok(Self { depth, width, stem, zero_init_residual, norm_groups, sk_ratio, bottleneck })
     }
 
-    /// Its name in torchvision, if it is one of theirs.
+    /// Its name in torchvision, if torchvision has this network.
     pub fn name(&self) -> Option<&'static str> {
-        let theirs = self.width == 64 && self.stem == Stem::Image && !self.selective();
+        let in_torchvision = self.width == 64 && self.stem == Stem::Image && !self.selective();
         let same = |&&(_, depth, bottleneck): &&(&str, usize, usize)| {
             [depth, bottleneck] == [self.depth, self.bottleneck]
         };
-        NAMES.iter().filter(|_| theirs).find(same).map(|&(name, ..)| name)
+        NAMES.iter().filter(|_| in_torchvision).find(same).map(|&(name, ..)| name)
     }
 
     /// Blocks of each stage, and whether they are bottlenecks.
@@ -109,10 +109,10 @@ impl ResNetConfig {
         ((c as f64 * self.sk_ratio) as usize).max(32)
     }
 
-    /// What a recipe may ask for.
+    /// Checks the settings of a recipe.
     ///
     /// # Errors
-    /// When the depth does not exist or the width is 0.
+    /// If a setting is out of range or two settings contradict each other.
     pub fn check(&self) -> crate::Result<()> {
         if !DEPTHS.contains(&self.depth) {
             let message = format!("network.depth is {}, not one of {DEPTHS:?}", self.depth);
@@ -124,7 +124,7 @@ impl ResNetConfig {
             ));
         }
         if self.selective() && self.depth < 50 {
-            // The reference code pools basic blocks twice, which nobody can have meant.
+            // The reference code pools basic blocks twice, which is surely a bug.
             return Err(crate::Error::config(
                 "network.sk_ratio needs bottlenecks: network.depth of 50 or more",
             ));
@@ -134,7 +134,7 @@ impl ResNetConfig {
                 "network.width, network.norm_groups and network.bottleneck start at 1",
             ));
         }
-        // 192 is the widest that was published; sizes of what is wider than this would overflow.
+        // The widest published network has width 192; sizes beyond these limits would overflow.
         if self.width > 4096 || self.bottleneck > 64 {
             return Err(crate::Error::config(
                 "network.width is at most 4096 and network.bottleneck at most 64",
@@ -165,7 +165,7 @@ impl Unit {
     }
 }
 
-/// A residual block: convolutions in a row, the last of which joins the shortcut, and a projection where shapes change.
+/// A residual block: a chain of convolutions, the last of which adds the shortcut, and a projection if shapes change.
 #[derive(Clone, Debug)]
 struct Block {
     first: Vec<Unit>,
@@ -233,7 +233,7 @@ impl Builder<'_> {
         }
     }
 
-    /// A block called `name` from `c` channels to `k`, the branch `inner` wide.
+    /// A block called `name` from `c` channels to `k`, with `inner` channels inside the branch.
     fn block(
         &mut self,
         name: &str,
@@ -284,7 +284,7 @@ impl ResNet {
     /// Adds the slots of a ResNet, each name after `prefix`.
     ///
     /// # Panics
-    /// When [`ResNetConfig::check`] would have complained.
+    /// If [`ResNetConfig::check`] fails.
     pub fn new(layout: &mut Layout, prefix: &str, config: &ResNetConfig) -> Self {
         let (stages, bottleneck) = config.blocks();
         let expansion = if bottleneck { 4 } else { 1 };
@@ -305,7 +305,7 @@ impl ResNet {
         Self { stem, pool: config.stem == Stem::Image, blocks, features: c }
     }
 
-    /// How many features it ends in.
+    /// The number of output features.
     pub fn features(&self) -> usize {
         self.features
     }
@@ -338,7 +338,7 @@ mod tests {
 
     /// torchvision's parameter counts less those of the classifier, `features * 1000 + 1000`.
     #[test]
-    fn weights_are_as_many_as_torchvisions() {
+    fn the_number_of_weights_is_torchvisions() {
         assert_eq!(weights(18, 0.0, 1), 11_689_512 - 513_000);
         assert_eq!(weights(34, 0.0, 1), 21_797_672 - 513_000);
         assert_eq!(weights(50, 0.0, 1), 25_557_032 - 2_049_000);
@@ -349,10 +349,10 @@ mod tests {
         assert_eq!(wide("wide_resnet101_2"), 126_886_696 - 2_049_000);
     }
 
-    /// Parameters in millions of the paper's table 1, which counts backbone and classifier (2048 features a width to 1000
+    /// Parameters in millions from the paper's table 1, which counts backbone and classifier (2048 features per width to 1000
     /// classes): 24, 35, 94, 140, 355 and 795 (arXiv:2006.10029).
     #[test]
-    fn weights_are_as_many_as_simclr_v2s() {
+    fn the_number_of_weights_is_simclr_v2s() {
         for (depth, widths, sk_ratio, millions) in [
             (50, 1, 0.0, 24),
             (50, 1, 0.0625, 35),

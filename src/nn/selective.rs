@@ -1,4 +1,4 @@
-//! A convolution with selective kernels: two streams, and attention that weighs them channel by channel.
+//! A convolution with selective kernels: two streams and attention that weights them per channel.
 
 use crate::arena::Layout;
 use crate::nn::{ConvBn, Mlp, MlpLayer, NormKind};
@@ -6,7 +6,7 @@ use crate::ops;
 use crate::tape::Var;
 
 /// `sk_conv2d` of google-research/simclr, `resnet.py`: a 3x3 convolution to twice the channels with batch norm and ReLU;
-/// from the mean of both streams a narrow layer with batch norm and ReLU, then one logit a stream and channel.
+/// then a narrow layer with batch norm and ReLU over the mean of both streams, and one logit per stream and channel.
 #[derive(Clone, Debug)]
 pub struct SelectiveConv {
     streams: ConvBn,

@@ -1,6 +1,7 @@
-//! `kernels/optimizer.cu` and `kernels/ema.cu`: one launch over a whole arena for SGD and momentum encoders, two for LARS.
+//! Optimiser updates on a GPU (`kernels/optimizer.cu`, `kernels/ema.cu`): one launch over the arena for SGD and momentum
+//! encoders, two for LARS.
 //!
-//! They write the bf16 working copy along with the values, so that nothing has to be cast afterwards.
+//! The kernels also write the bf16 working copy of the values, so that no cast has to follow.
 
 use half::bf16;
 
@@ -10,18 +11,18 @@ use crate::device::Device;
 use crate::device::cuda::{self, In, Launch, Out, Table};
 use crate::tensor::{DType, Tensor};
 
-/// Elements that a block updates: `OPTIMIZER_CHUNK` of the kernels.
+/// Elements that a block updates: the kernels' `OPTIMIZER_CHUNK`.
 const CHUNK: usize = 8192;
 
-/// The `policies` of slots in `kernels/optimizer.cu`.
+/// The policies of slots in `kernels/optimizer.cu`.
 const DEFAULT: i32 = 0;
-const EXEMPT: i32 = 1;
+const NO_DECAY: i32 = 1;
 const FROZEN: i32 = 2;
 
-/// In the place of a slot's own learning rate: once the rate of all.
-const NO_RATE: f64 = -1.0;
+/// A slot's rate in the kernels' table: a negative rate is a multiplier of the optimiser's learning rate, here 1.
+const OPTIMIZER_RATE: f64 = -1.0;
 
-/// What the kernels know of an arena's slots, on its GPU.
+/// Tables of an arena's slots on its GPU, for the kernels.
 #[derive(Debug)]
 pub(super) struct Tables {
     /// First element, number of elements and first chunk of each slot.
@@ -50,14 +51,14 @@ impl Tables {
         }
     }
 
-    /// Takes over how each slot is treated in the steps to come.
+    /// Replaces the policies of all slots, for later steps.
     pub(super) fn set_policies(&mut self, segments: &[Segment]) {
         let (policies, rates) = policies_and_rates(segments);
         self.policies.write(&policies);
         self.rates.write(&rates);
     }
 
-    /// Moves the arena's values along its gradients: launches alone, which a graph can hold.
+    /// Updates the arena's values along its gradients. Consists of launches only, so that a graph can capture it.
     pub(super) fn step(
         &self,
         rule: Rule,
@@ -77,7 +78,7 @@ impl Tables {
 
     fn sgd(&self, rule: Sgd, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
         let Parts { values, working, gradients } = arena;
-        // SAFETY: the tables are those of the arena's layout, which values, copy, momentum and gradients have.
+        // SAFETY: the tables, values, working copy, momentum and gradients all have the arena's layout.
         unsafe {
             cuda::sgd_step(
                 self.launch(gradients),
@@ -101,7 +102,7 @@ impl Tables {
     fn lars(&self, rule: Lars, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
         let Parts { values, working, gradients } = arena;
         let mut partial = Tensor::empty(gradients.device(), DType::F64, [self.count, 3]);
-        // SAFETY: as for SGD; `partial` has three numbers for each chunk.
+        // SAFETY: as for SGD; `partial` has three numbers per chunk.
         unsafe {
             cuda::lars_norms(
                 self.launch(gradients),
@@ -141,13 +142,13 @@ impl Tables {
 /// The `policies` and `rates` of `kernels/optimizer.cu`.
 fn policies_and_rates(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
     let of = |segment: &Segment| {
-        let default = if segment.exempt { EXEMPT } else { DEFAULT };
+        let default = if segment.exempt { NO_DECAY } else { DEFAULT };
         match segment.policy {
-            ParamPolicy::Default => (default, NO_RATE),
+            ParamPolicy::Default => (default, OPTIMIZER_RATE),
             ParamPolicy::FixedLr(rate) => (default, rate),
             ParamPolicy::LrMultiplier(factor) => (default, -factor),
-            ParamPolicy::Frozen => (FROZEN, NO_RATE),
-            ParamPolicy::Exempt => (EXEMPT, NO_RATE),
+            ParamPolicy::Frozen => (FROZEN, OPTIMIZER_RATE),
+            ParamPolicy::Exempt => (NO_DECAY, OPTIMIZER_RATE),
         }
     };
     segments.iter().map(of).unzip()
@@ -162,7 +163,7 @@ pub(super) fn ema(target: &mut Arena, online: &Arena, momentum: In<'_, f64>) {
     let (online, n) = (online.values(), online.values().len());
     let Parts { values, working, .. } = target.parts();
     let launch = Launch::over(online.device().gpu(), n, 8);
-    // SAFETY: all have `n` elements, being of one layout.
+    // SAFETY: all have `n` elements: `ema` has checked that the arenas have one layout.
     unsafe {
         cuda::ema(
             launch,

@@ -1,6 +1,7 @@
-//! The momentum encoder's update: `target = m target + (1 - m) online` over every parameter, batch norm's included.
+//! The momentum encoder's update: `target = m target + (1 - m) online` for every parameter, including batch norm's.
 //!
-//! Running statistics are not averaged: the target keeps its own (MoCo and BYOL alike, methods.md 1.0).
+//! Running statistics are not averaged: the target keeps its own, as in facebookresearch/moco (`moco/builder.py` averages
+//! parameters only) and BYOL.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -10,14 +11,14 @@ use crate::device::DeviceKind;
 use crate::tensor::CHUNK;
 use crate::tensor::{Float, Numbers};
 
-/// Moves `target` towards `online`; `momentum`, one number in `0..=1`, is the weight of the old value.
+/// Moves `target` towards `online`. `momentum`, one number in `0..=1`, is the weight of the old value.
 ///
 /// # Panics
-/// When the arenas have different layouts or the momentum is out of range.
+/// If the arenas have different layouts or devices, or the momentum is out of range.
 #[track_caller]
 pub fn ema(target: &mut Arena, online: &Arena, momentum: &Numbers<f64>) {
     let on_device = momentum.tensor();
-    let [momentum] = *momentum.values() else { panic!("ema: the momentum is one number") };
+    let [momentum] = *momentum.values() else { panic!("ema: the momentum must be one number") };
     assert!((0.0..=1.0).contains(&momentum), "ema: momentum {momentum} is not in 0..=1");
     assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
     match online.device().kind() {

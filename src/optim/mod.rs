@@ -1,4 +1,4 @@
-//! Updates over whole arenas: SGD, LARS, the momentum encoder, learning-rate schedules.
+//! Updates of arenas: SGD, LARS, momentum encoders; and learning-rate schedules.
 
 mod cuda;
 mod ema;

@@ -1,9 +1,9 @@
 //! SGD and LARS over an arena.
 //!
-//! SGD as PyTorch has it: `g += wd w; m = mu m + g; w -= lr m` (Nesterov: `w -= lr (g + mu m)`).
-//! LARS (You et al. 2017, arXiv:1708.03888) scales each slot's gradient by `eta |w| / |g|` first. Five published codes
-//! disagree on the rest; [`Lars`] has a setting for each point and a constructor for each code
-//! (sources: methods.md 1.0, which names repository and file for each).
+//! SGD as in PyTorch: `g += wd w; m = mu m + g; w -= lr m` (Nesterov: `w -= lr (g + mu m)`).
+//! LARS (You et al. 2017, arXiv:1708.03888) first scales each slot's gradient by `eta |w| / |g|`. Five published
+//! implementations disagree on the details; [`Lars`] has a setting for each difference and a constructor for each
+//! implementation, which names its repository and file.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -15,13 +15,13 @@ use crate::device::DeviceKind;
 use crate::tensor::CHUNK;
 use crate::tensor::{Float, Numbers, Tensor};
 
-/// Which slots are exempt.
+/// Which slots are exempt from weight decay and LARS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exclude {
-    /// None: biases and batch norm are treated as all others.
+    /// No slots.
     Nothing,
-    /// Biases and batch norm's gains and shifts have no weight decay and, in LARS, no trust ratio.
+    /// Biases and batch norm's gains and shifts: no weight decay and, in LARS, no trust ratio.
     BiasAndNorm,
 }
 
@@ -35,23 +35,23 @@ impl Exclude {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sgd {
-    /// The share of the old direction that is kept, in `0..1`.
+    /// The momentum coefficient, in `0..1`.
     pub momentum: f64,
-    /// Look ahead along the new direction.
+    /// Use Nesterov momentum.
     pub nesterov: bool,
-    /// Added to the gradient, times the weight.
+    /// The weight decay coefficient: `weight_decay * w` is added to the gradient.
     pub weight_decay: f64,
     /// Slots without weight decay.
     pub exclude: Exclude,
 }
 
-/// What the weight's norm is divided by.
+/// The denominator of the trust ratio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrustNorm {
-    /// `|g + wd w|`; where either norm is 0 the ratio is 1 (SimCLR, BYOL).
+    /// `|g + wd w|`; if either norm is 0, the ratio is 1 (SimCLR, BYOL).
     OfDecayed,
-    /// `|g| + wd |w| + 1e-8`; where either norm is 0 the gradient stays as it is, without decay (LARC and its heirs).
+    /// `|g| + wd |w| + 1e-8`; if either norm is 0, the gradient is used unscaled and without decay (LARC and derivatives).
     SumOfNorms,
 }
 
@@ -61,15 +61,15 @@ pub enum TrustNorm {
 pub struct Lars {
     /// The trust coefficient, eta.
     pub trust: f64,
-    /// What the weight's norm is divided by.
+    /// The denominator of the trust ratio.
     pub norm: TrustNorm,
-    /// Never scale beyond plain SGD: the ratio is `min(ratio / lr, 1)`.
+    /// Limit the effective rate to that of SGD: the ratio is `min(ratio / lr, 1)`.
     pub clip: bool,
-    /// The learning rate goes into the momentum (`m = mu m + lr g; w -= m`) instead of onto it.
+    /// Apply the learning rate inside the momentum (`m = mu m + lr g; w -= m`) instead of outside.
     pub lr_in_momentum: bool,
-    /// The share of the old direction that is kept, in `0..1`.
+    /// The momentum coefficient, in `0..1`.
     pub momentum: f64,
-    /// Added to the gradient, times the weight.
+    /// The weight decay coefficient: `weight_decay * w` is added to the gradient.
     pub weight_decay: f64,
     /// Slots without weight decay and without trust ratio.
     pub exclude: Exclude,
@@ -78,7 +78,7 @@ pub struct Lars {
 const EPS: f64 = 1e-8;
 
 impl Lars {
-    /// google-research/simclr, `lars_optimizer.py`.
+    /// As in google-research/simclr, `lars_optimizer.py`.
     pub fn simclr(momentum: f64, weight_decay: f64) -> Self {
         Self {
             trust: 1e-3,
@@ -91,12 +91,12 @@ impl Lars {
         }
     }
 
-    /// deepmind-research, `byol/utils/optimizers.py`.
+    /// As in deepmind-research, `byol/utils/optimizers.py`.
     pub fn byol(momentum: f64, weight_decay: f64) -> Self {
         Self { lr_in_momentum: false, ..Self::simclr(momentum, weight_decay) }
     }
 
-    /// apex `LARC` around SGD, as SwAV and SimSiam's linear evaluation use it: nothing is excluded.
+    /// As NVIDIA/apex, `apex/parallel/LARC.py`, around SGD, as used by SwAV and SimSiam's linear evaluation: no exclusions.
     pub fn larc(momentum: f64, weight_decay: f64) -> Self {
         Self {
             norm: TrustNorm::SumOfNorms,
@@ -105,12 +105,12 @@ impl Lars {
         }
     }
 
-    /// lightly, `utils/lars.py`, with biases and batch norm in its group without weight decay.
+    /// As in lightly, `utils/lars.py`, with biases and batch norm in its group without weight decay.
     pub fn lightly(momentum: f64, weight_decay: f64) -> Self {
         Self { exclude: Exclude::BiasAndNorm, ..Self::larc(momentum, weight_decay) }
     }
 
-    /// solo-learn, `utils/lars.py`, with the settings of its CIFAR recipes: `eta` 0.02 and clipping.
+    /// As in solo-learn, `utils/lars.py`, with the settings of its CIFAR recipes: `eta` 0.02 and clipping.
     pub fn solo_learn(momentum: f64, weight_decay: f64) -> Self {
         Self { trust: 0.02, clip: true, ..Self::lightly(momentum, weight_decay) }
     }
@@ -143,33 +143,33 @@ pub enum Rule {
     Lars(Lars),
 }
 
-/// How a method wants a slot treated, beyond what its kind decides.
+/// A method's policy for a parameter, beyond what follows from the slot's kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum ParamPolicy {
-    /// As all others.
+    /// The optimiser's settings.
     #[default]
     Default,
-    /// Always with this learning rate (SimSiam's predictor).
+    /// A fixed learning rate (SimSiam's predictor).
     FixedLr(f64),
-    /// With so many times the learning rate of the others, > 0 (the new classifier where SwAV fine-tunes).
+    /// A positive multiplier of the learning rate (the new classifier when SwAV fine-tunes).
     LrMultiplier(f64),
-    /// Not moved at all, nor its momentum (SwAV's prototypes at first).
+    /// Neither value nor momentum is updated (SwAV's prototypes during the first steps).
     Frozen,
-    /// Without weight decay and trust ratio, whatever its kind (SimCLR's supervised head).
+    /// No weight decay and no trust ratio, whatever its kind (SimCLR's supervised head).
     Exempt,
 }
 
-/// One slot as the optimiser sees it.
+/// A slot, as the optimiser uses it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Segment {
     pub(super) offset: usize,
     pub(super) len: usize,
-    /// By its kind.
+    /// Exempt by its kind.
     pub(super) exempt: bool,
     pub(super) policy: ParamPolicy,
 }
 
-/// What an element's update needs: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
+/// The coefficients of an element's update: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     scale: f64,
@@ -180,7 +180,7 @@ struct Step {
     out_lr: f64,
 }
 
-/// A rule and its momentum, one value for each weight.
+/// An update rule with its state: one momentum value per weight.
 #[derive(Debug)]
 pub struct Optimizer {
     rule: Rule,
@@ -188,12 +188,12 @@ pub struct Optimizer {
     segments: Vec<Segment>,
     /// The learning rate of the next update.
     rate: Numbers<f64>,
-    /// On a GPU.
+    /// For a GPU.
     tables: Option<Tables>,
 }
 
 impl Optimizer {
-    /// An optimiser for an arena, its momentum zero.
+    /// Makes an optimiser for an arena, with zero momentum.
     pub fn new(rule: Rule, arena: &Arena) -> Self {
         let exclude = match rule {
             Rule::Sgd(sgd) => sgd.exclude,
@@ -216,20 +216,20 @@ impl Optimizer {
         }
     }
 
-    /// The momentum, laid out as the arena's values.
+    /// The momentum, in the layout of the arena's values.
     pub fn momentum(&self) -> &Tensor {
         &self.momentum
     }
 
-    /// The momentum, to restore.
+    /// The momentum, for restoring a checkpoint.
     pub fn momentum_mut(&mut self) -> &mut Tensor {
         &mut self.momentum
     }
 
-    /// Decides anew how each slot is treated, until it is decided again.
+    /// Sets the policy of every slot, until the next call.
     ///
     /// # Panics
-    /// When the layout is not that of the optimiser's arena.
+    /// If the layout is not that of the optimiser's arena.
     pub fn set_policies(&mut self, layout: &Layout, policy: impl Fn(&Slot) -> ParamPolicy) {
         assert_eq!(layout.params().len(), self.segments.len(), "optimizer: another layout");
         for (segment, slot) in self.segments.iter_mut().zip(layout.params()) {
@@ -240,7 +240,7 @@ impl Optimizer {
         }
     }
 
-    /// Moves the arena's values along its gradients with learning rate `lr >= 0`.
+    /// Updates the arena's values along its gradients with learning rate `lr >= 0`.
     ///
     /// # Panics
     /// As [`Optimizer::update`].
@@ -249,15 +249,15 @@ impl Optimizer {
         self.update(arena);
     }
 
-    /// Sets the learning rate of updates to come, `lr >= 0`.
+    /// Sets the learning rate of later updates, `lr >= 0`.
     pub fn set_rate(&mut self, lr: f64) {
         self.rate.set(&[lr]);
     }
 
-    /// Moves the arena's values along its gradients with the learning rate as it was set.
+    /// Updates the arena's values along its gradients with the rate from [`Optimizer::set_rate`].
     ///
     /// # Panics
-    /// When the arena is on another kind of device than the one that the optimiser was made for.
+    /// If the arena's device or layout is not that of the optimiser.
     pub fn update(&mut self, arena: &mut Arena) {
         let lr = self.rate.values()[0];
         match arena.device().kind() {
@@ -278,7 +278,7 @@ impl Optimizer {
         let (w, g) = (values.data_mut::<T>(), gradients.data::<T>());
         let m = self.momentum.data_mut::<T>();
         let rule = self.rule;
-        // Slots lie one after another, so each takes its part off the front.
+        // Slots are in order of their offsets, so each splits its part off the front.
         let (mut rest_w, mut rest_m, mut at) = (w, m, 0);
         let mut slots = Vec::with_capacity(self.segments.len());
         for segment in &self.segments {
@@ -341,7 +341,7 @@ fn update<T: Float>(w: &mut [T], m: &mut [T], g: &[T], step: Step) {
     }
 }
 
-/// `|w|`, `|g|` and `|g + wd w|`, chunk sums added in order.
+/// `|w|`, `|g|` and `|g + wd w|`, with the sums of chunks added in order.
 fn norms<T: Float>(w: &[T], g: &[T], weight_decay: f64) -> [f64; 3] {
     let partial: Vec<[f64; 3]> = w
         .par_chunks(CHUNK)

@@ -1,8 +1,8 @@
-//! Learning rates: what the batch size makes of a base rate, and how the rate moves step by step.
+//! Learning rates: scaling with the batch size, and schedules over steps.
 
 use serde::{Deserialize, Serialize};
 
-/// How the base learning rate depends on the batch size `B`.
+/// How the base learning rate scales with the batch size `B`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LrRule {
@@ -25,22 +25,22 @@ impl LrRule {
     }
 }
 
-/// How the rate falls after the warm-up.
+/// How the rate decays after the warm-up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Decay {
     /// Half a cosine, step by step (SimCLR, BYOL, SwAV).
     #[default]
     Cosine,
-    /// Half a cosine that moves at the start of each epoch only (MoCo v2, SimSiam).
+    /// Half a cosine, updated at the start of each epoch only (MoCo v2, SimSiam).
     CosinePerEpoch,
-    /// Not at all.
+    /// No decay.
     Constant,
-    /// Times `factor` at the start of each of these epochs, which count from 0 (MoCo v1: 120 and 160).
+    /// Multiplied by `factor` at the start of each of these epochs, counted from 0 (MoCo v1: 120 and 160).
     Steps {
-        /// Epochs, rising.
+        /// Epochs, in ascending order.
         epochs: Vec<u64>,
-        /// What the rate is multiplied by.
+        /// The factor that the rate is multiplied by.
         factor: f64,
     },
 }
@@ -52,21 +52,22 @@ pub struct Schedule {
     pub peak: f64,
     /// Steps of warm-up; may be 0.
     pub warmup: u64,
-    /// All steps, warm-up included.
+    /// Number of steps, including warm-up.
     pub total: u64,
-    /// Where the warm-up starts. `None`: at zero, the peak coming with the first step after it (google-research/simclr,
-    /// `model_util.py`). A rate: there, the peak coming with the last step of it (SwAV's `linspace`).
+    /// The initial rate of the warm-up. `None` starts at zero and reaches the peak at the first step after the warm-up
+    /// (google-research/simclr, `model_util.py`). A rate starts there and reaches the peak at the last step of the warm-up
+    /// (SwAV's `linspace`).
     pub warmup_from: Option<f64>,
-    /// Where a cosine ends.
+    /// The final rate of a cosine.
     pub end: f64,
-    /// How the rate falls.
+    /// How the rate decays.
     pub decay: Decay,
-    /// Steps of an epoch, for decays that move by epochs; 0 counts as 1.
+    /// Steps per epoch, for decays per epoch; 0 counts as 1.
     pub per_epoch: u64,
 }
 
 impl Schedule {
-    /// The learning rate of `step`, which counts from 0.
+    /// The learning rate of `step`, counted from 0.
     pub fn lr(&self, step: u64) -> f64 {
         if step < self.warmup {
             let (step, warmup) = (step as f64, self.warmup as f64);
@@ -76,10 +77,10 @@ impl Schedule {
             };
         }
         let per_epoch = self.per_epoch.max(1);
-        let whole_epochs = step - step % per_epoch;
+        let epoch_start = step - step % per_epoch;
         match &self.decay {
             Decay::Cosine => self.cosine(step),
-            Decay::CosinePerEpoch => self.cosine(whole_epochs.max(self.warmup)),
+            Decay::CosinePerEpoch => self.cosine(epoch_start.max(self.warmup)),
             Decay::Constant => self.peak,
             Decay::Steps { epochs, factor } => {
                 let passed = epochs.iter().filter(|&&epoch| step / per_epoch >= epoch).count();
@@ -90,8 +91,8 @@ impl Schedule {
 
     fn cosine(&self, step: u64) -> f64 {
         let span = (self.total - self.warmup.min(self.total)).max(1);
-        let done = ((step - self.warmup) as f64 / span as f64).min(1.0);
-        self.end + (self.peak - self.end) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+        let progress = ((step - self.warmup) as f64 / span as f64).min(1.0);
+        self.end + (self.peak - self.end) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 }
 

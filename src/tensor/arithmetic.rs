@@ -1,4 +1,4 @@
-//! Arithmetic on tensors below the tape: what arenas and the accumulation of gradients need.
+//! Arithmetic on tensors below the tape, for arenas and for accumulating gradients.
 
 use rayon::prelude::*;
 
@@ -6,10 +6,10 @@ use super::{DType, Element, Tensor, TensorMut};
 use crate::device::cuda::{In, Launch, Out};
 use crate::device::{Device, DeviceKind};
 
-/// Elements of a parallel task over a flat array: fixed, so that no result depends on the number of threads.
+/// Elements per parallel task over a flat array. Fixed, so that results do not depend on the number of threads.
 pub(crate) const CHUNK: usize = 1 << 14;
 
-/// Sets every element of a float tensor, in parallel: a whole network's gradients are worth more than one thread.
+/// Sets every element of a float tensor. Parallel on the CPU, because a network's gradients are large.
 pub(crate) fn fill(x: &mut Tensor, value: f64) {
     let device = x.device().clone();
     match device.kind() {
@@ -21,7 +21,7 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
     }
 }
 
-/// `sum += x`, in the type of `sum`.
+/// `sum += x`, in the dtype of `sum`.
 pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
     match device.kind() {
         DeviceKind::Cpu => {
@@ -43,7 +43,7 @@ pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
     }
 }
 
-/// `sum += x`, of one dtype.
+/// `sum += x`, both of one dtype.
 fn add_into_on_gpu(sum: &mut TensorMut<'_>, x: &Tensor) {
     fn in_place<T: Element>(sum: Out<'_, T>) -> (Out<'_, T>, In<'_, T>) {
         let also = sum.also_in();
@@ -51,7 +51,7 @@ fn add_into_on_gpu(sum: &mut TensorMut<'_>, x: &Tensor) {
     }
     let launch = Launch::over(x.device().gpu(), x.len(), 16 / x.dtype().size());
     let n = x.len() as i64;
-    // SAFETY: both have `n` elements, and the kernel allows its output to be an input.
+    // SAFETY: both have `n` elements, and the kernel may work in place.
     unsafe {
         match x.dtype() {
             DType::Bf16 => {

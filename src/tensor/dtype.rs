@@ -29,7 +29,7 @@ impl DType {
         }
     }
 
-    /// The float type that a device sums in and keeps weights, statistics and losses in.
+    /// The float type of a device's weights, statistics, losses and sums.
     pub fn of(device: &Device) -> Self {
         match device.kind() {
             DeviceKind::Cpu | DeviceKind::Cuda => DType::F32,
@@ -37,7 +37,7 @@ impl DType {
         }
     }
 
-    /// The float type that a device multiplies: of activations, images and the working copies of filters and matrices.
+    /// The float type of a device's activations, images and working copies of filters and matrices.
     pub fn of_activations(device: &Device) -> Self {
         match device.kind() {
             DeviceKind::Cuda if device.gpu().precision() == Precision::Bf16 => DType::Bf16,
@@ -65,7 +65,7 @@ impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
 
-/// f32 or f64: what generic loops over both widen to and narrow from.
+/// f32 or f64, for generic loops that compute in f64.
 pub(crate) trait Float: Element {
     fn widen(self) -> f64;
     fn narrow(value: f64) -> Self;
@@ -89,7 +89,7 @@ impl Float for f64 {
     }
 }
 
-/// Up to four sizes, outermost first; no sizes is a scalar.
+/// Up to four sizes, outermost first; a shape without sizes is that of a scalar.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
     pub(super) dims: [usize; 4],

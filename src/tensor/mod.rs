@@ -1,11 +1,11 @@
 //! Tensors: a shape, a dtype and a piece of a device's memory.
 //!
-//! Tensors are contiguous and row-major; images are `[n, h, w, c]`. Clones and slices of rows share memory. Writing
-//! needs the only handle: [`Tensor::view_mut`] panics while another tensor still looks at the same memory, so that a
-//! value saved for the backward pass cannot change under it.
+//! Tensors are contiguous and row-major; images are `[n, h, w, c]`. Clones and slices of rows share memory. Writing needs
+//! the only handle: [`Tensor::view_mut`] panics while another tensor shares the memory, so a value saved for the backward
+//! pass cannot change.
 //!
-//! [`Tensor::data`] and [`Tensor::data_mut`] are for the host's own memory; [`Tensor::to_vec`], [`Tensor::from_slice`] and
-//! [`TensorMut::write`] copy to and from any device.
+//! [`Tensor::data`] and [`Tensor::data_mut`] give access to host memory; [`Tensor::to_vec`], [`Tensor::from_slice`] and
+//! [`TensorMut::write`] copy from and to any device.
 
 mod arithmetic;
 mod dtype;
@@ -36,7 +36,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Memory for `shape` whose contents are unspecified: write all of it before reading any.
+    /// A tensor with unspecified contents: write all elements before reading any.
     #[track_caller]
     pub fn empty(device: &Device, dtype: DType, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
@@ -44,19 +44,19 @@ impl Tensor {
         Self { memory: Arc::new(memory), offset: 0, shape, dtype }
     }
 
-    /// A tensor like this one in device, dtype and shape, contents unspecified.
+    /// A tensor with this one's device, dtype and shape, and unspecified contents.
     #[track_caller]
     pub fn empty_like(&self) -> Self {
         Self::empty(self.device(), self.dtype, self.shape)
     }
 
-    /// Floats of the device's own type with unspecified contents.
+    /// A tensor of the device's float type with unspecified contents.
     #[track_caller]
     pub fn floats(device: &Device, shape: impl Into<Shape>) -> Self {
         Self::empty(device, DType::of(device), shape)
     }
 
-    /// All zeros, in the device's float type.
+    /// A tensor of zeros, in the device's float type.
     #[track_caller]
     pub fn zeros(device: &Device, shape: impl Into<Shape>) -> Self {
         let mut tensor = Self::floats(device, shape);
@@ -64,10 +64,18 @@ impl Tensor {
         tensor
     }
 
-    /// A copy of `values` with their own dtype.
+    /// A tensor with a copy of `values`, in their own dtype.
+    ///
+    /// ```
+    /// use selfsup::{device::Device, tensor::Tensor};
+    /// let device = Device::cpu(1)?;
+    /// let x = Tensor::from_slice(&device, [2, 3], &[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    /// assert_eq!(x.rows(1, 1).to_vec::<f32>(), [4.0, 5.0, 6.0]);
+    /// # Ok::<(), selfsup::Error>(())
+    /// ```
     ///
     /// # Panics
-    /// When the number of values is not the shape's.
+    /// If the shape does not hold this number of values.
     #[track_caller]
     pub fn from_slice<T: Element>(device: &Device, shape: impl Into<Shape>, values: &[T]) -> Self {
         let mut tensor = Self::empty(device, T::DTYPE, shape);
@@ -82,7 +90,10 @@ impl Tensor {
         tensor
     }
 
-    /// A copy of `values` in the device's float type.
+    /// A tensor with a copy of `values`, converted to the device's float type.
+    ///
+    /// # Panics
+    /// If the shape does not hold this number of values.
     #[track_caller]
     pub fn from_f64(device: &Device, shape: impl Into<Shape>, values: &[f64]) -> Self {
         match DType::of(device) {
@@ -110,20 +121,20 @@ impl Tensor {
     }
 
     /// The number of elements.
-    #[allow(clippy::len_without_is_empty)] // a scalar is never empty, and an empty tensor is no special case
+    #[allow(clippy::len_without_is_empty)] // an empty tensor is not a special case
     pub fn len(&self) -> usize {
         self.shape.elements()
     }
 
-    /// Bytes of its elements.
+    /// The size of its elements in bytes.
     pub fn size_in_bytes(&self) -> usize {
         self.len() * self.dtype.size()
     }
 
-    /// Sizes of a tensor of rank `N`, named by the caller.
+    /// The sizes of a tensor of rank `N`. `what` names the tensor in the panic message.
     ///
     /// # Panics
-    /// When the rank is another, naming `what`.
+    /// If the rank is not `N`.
     #[track_caller]
     pub fn dims<const N: usize>(&self, what: &str) -> [usize; N] {
         (**self.shape())
@@ -134,26 +145,26 @@ impl Tensor {
     /// The elements.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype, or the tensor is on a GPU.
+    /// If `T` is not the tensor's dtype or the tensor is on a GPU.
     #[track_caller]
     pub fn data<T: Element>(&self) -> &[T] {
-        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than was asked for");
+        assert_eq!(self.dtype, T::DTYPE, "the tensor's dtype is not the requested one");
         &bytemuck::cast_slice(self.memory.bytes())[self.offset..self.offset + self.len()]
     }
 
-    /// The elements, to write.
+    /// The elements, for writing.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype, the tensor is on a GPU, or another tensor shares the memory.
+    /// If `T` is not the tensor's dtype, the tensor is on a GPU, or another tensor shares its memory.
     #[track_caller]
     pub fn data_mut<T: Element>(&mut self) -> &mut [T] {
         self.view_mut().into_data()
     }
 
-    /// A mutable view of the whole tensor.
+    /// A mutable view of all elements.
     ///
     /// # Panics
-    /// When another tensor shares the memory.
+    /// If another tensor shares the memory.
     #[track_caller]
     pub fn view_mut(&mut self) -> TensorMut<'_> {
         let (offset, shape, dtype) = (self.offset, self.shape, self.dtype);
@@ -171,7 +182,7 @@ impl Tensor {
     /// The same elements under another shape.
     ///
     /// # Panics
-    /// When the number of elements differs.
+    /// If the number of elements differs.
     #[track_caller]
     pub fn reshape(&self, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
@@ -184,10 +195,10 @@ impl Tensor {
         Self { shape, ..self.clone() }
     }
 
-    /// `shape` elements from `offset` on, sharing memory.
+    /// A view of the elements from `offset` on under `shape`, sharing memory.
     ///
     /// # Panics
-    /// When they do not lie inside the tensor.
+    /// If the view does not lie inside the tensor.
     #[track_caller]
     pub fn slice(&self, offset: usize, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
@@ -199,7 +210,10 @@ impl Tensor {
         Self { memory: self.memory.clone(), offset: self.offset + offset, shape, dtype: self.dtype }
     }
 
-    /// Rows `from..from + count` of the outermost size, sharing memory.
+    /// Rows `from..from + count` along the outermost dimension, sharing memory.
+    ///
+    /// # Panics
+    /// If the tensor is a scalar or has fewer rows.
     #[track_caller]
     pub fn rows(&self, from: usize, count: usize) -> Self {
         let (rows, inner) = (self.shape[0], &self.shape[1..]);
@@ -209,7 +223,7 @@ impl Tensor {
         self.slice(from * inner.iter().product::<usize>(), shape)
     }
 
-    /// A copy in memory of its own.
+    /// A copy that shares no memory.
     #[track_caller]
     pub fn copy(&self) -> Self {
         let mut copy = self.empty_like();
@@ -217,19 +231,19 @@ impl Tensor {
         copy
     }
 
-    /// The elements in host memory. Waits for the device: not for use inside a step.
+    /// Copies the elements to the host. Waits for the device, so not for use inside a step.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype.
+    /// If `T` is not the tensor's dtype.
     #[track_caller]
     pub fn to_vec<T: Element>(&self) -> Vec<T> {
-        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than was asked for");
+        assert_eq!(self.dtype, T::DTYPE, "the tensor's dtype is not the requested one");
         let mut values = vec![T::zeroed(); self.len()];
         self.memory.read(self.offset * self.dtype.size(), bytemuck::cast_slice_mut(&mut values));
         values
     }
 
-    /// The elements as f64, whatever the dtype. Waits for the device: not for use inside a step.
+    /// Copies the elements of any dtype to the host as f64. Waits for the device, so not for use inside a step.
     pub fn to_f64(&self) -> Vec<f64> {
         match self.dtype {
             DType::Bf16 => self.to_vec::<bf16>().into_iter().map(f64::from).collect(),
@@ -239,14 +253,17 @@ impl Tensor {
         }
     }
 
-    /// The one element of a tensor of length 1. Waits for the device: not for use inside a step.
+    /// The only element of a tensor of length 1. Waits for the device, so not for use inside a step.
+    ///
+    /// # Panics
+    /// If the length is not 1.
     #[track_caller]
     pub fn scalar(&self) -> f64 {
         assert_eq!(self.len(), 1, "scalar of a tensor {:?}", self.shape);
         self.to_f64()[0]
     }
 
-    /// The values on another device, in its float type (integers stay integers).
+    /// A copy on another device, in that device's float type (integers stay integers).
     pub fn to_device(&self, device: &Device) -> Self {
         match self.dtype {
             DType::I32 => Self::from_slice(device, self.shape, &self.to_vec::<i32>()),
@@ -257,10 +274,10 @@ impl Tensor {
         }
     }
 
-    /// The values in another float type, rounded to nearest even; shares memory where it is the same type already.
+    /// Converts to another float type, rounding to nearest even. Shares memory if the type is the same.
     ///
     /// # Panics
-    /// When either is no float type, or a GPU is asked for f64.
+    /// If either type is not a float type, or f64 is requested on a GPU.
     #[track_caller]
     pub fn cast(&self, dtype: DType) -> Self {
         if self.dtype == dtype {
@@ -271,20 +288,20 @@ impl Tensor {
         to
     }
 
-    /// Where a kernel reads the elements.
+    /// The address of the elements, for a kernel to read.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype.
+    /// If `T` is not the tensor's dtype.
     #[track_caller]
     pub(crate) fn device_in<T: Element>(&self) -> In<'_, T> {
-        assert_eq!(self.dtype, T::DTYPE, "a kernel reads another dtype than the tensor holds");
+        assert_eq!(self.dtype, T::DTYPE, "a kernel reads a dtype that is not the tensor's");
         In::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
     }
 
-    /// Where a kernel writes the elements.
+    /// The address of the elements, for a kernel to write.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype, or another tensor shares the memory.
+    /// If `T` is not the tensor's dtype, or another tensor shares the memory.
     #[track_caller]
     pub(crate) fn device_out<T: Element>(&mut self) -> Out<'_, T> {
         self.view_mut().into_out()
@@ -300,7 +317,7 @@ impl fmt::Debug for Tensor {
     }
 }
 
-/// A unique, borrowed view of a tensor or of a part of one: what an operation writes to.
+/// An exclusive view of a tensor or of a part of one, for writing.
 #[derive(Debug)]
 pub struct TensorMut<'a> {
     memory: &'a mut Memory,
@@ -315,10 +332,10 @@ impl<'a> TensorMut<'a> {
         &self.shape
     }
 
-    /// The elements, to write.
+    /// The elements, for writing.
     ///
     /// # Panics
-    /// When `T` is not the dtype, or the tensor is on a GPU.
+    /// If `T` is not the dtype or the tensor is on a GPU.
     #[track_caller]
     pub fn data_mut<T: Element>(&mut self) -> &mut [T] {
         self.reborrow().into_data()
@@ -333,21 +350,21 @@ impl<'a> TensorMut<'a> {
         self.memory.copy_from(self.offset * size, &x.memory, x.offset * size, x.size_in_bytes());
     }
 
-    /// Copies values of its own dtype into it.
+    /// Copies values of the view's dtype into it.
     ///
     /// # Panics
-    /// When `T` is not the dtype, or the number of values differs.
+    /// If `T` is not the dtype, or the number of values differs.
     #[track_caller]
     pub fn write<T: Element>(&mut self, values: &[T]) {
-        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than is written");
+        assert_eq!(self.dtype, T::DTYPE, "write: the tensor's dtype is not that of the values");
         assert_eq!(self.shape.elements(), values.len(), "write: into {:?}", self.shape);
         self.memory.write(self.offset * self.dtype.size(), bytemuck::cast_slice(values));
     }
 
-    /// Copies values into it, rounded to its dtype.
+    /// Copies values into it, converted to its dtype.
     ///
     /// # Panics
-    /// When the number of values differs.
+    /// If the number of values differs.
     #[track_caller]
     pub fn write_f64(&mut self, values: &[f64]) {
         match self.dtype {
@@ -361,6 +378,9 @@ impl<'a> TensorMut<'a> {
     }
 
     /// Sets every element of a float tensor.
+    ///
+    /// # Panics
+    /// If the elements are integers.
     #[track_caller]
     pub fn fill(&mut self, value: f64) {
         if self.memory.device().kind() == DeviceKind::Cuda {
@@ -388,7 +408,7 @@ impl<'a> TensorMut<'a> {
         }
     }
 
-    /// Rounds floats of another type into it.
+    /// Copies floats of another type into it, rounding.
     #[track_caller]
     pub(crate) fn cast_from(&mut self, x: &Tensor) {
         assert_eq!(&self.shape, x.shape(), "cast: the shapes differ");
@@ -406,12 +426,12 @@ impl<'a> TensorMut<'a> {
                 (DType::Bf16, DType::F32) => {
                     cuda::cast_bf16_to_f32(launch, self.device_out(), x.device_in(), n as i64);
                 }
-                (from, to) => panic!("no cast from {from:?} to {to:?} on a GPU"),
+                (from, to) => panic!("cast: {from:?} to {to:?} is not supported on a GPU"),
             }
         }
     }
 
-    /// Where a kernel writes the elements.
+    /// The address of the elements, for a kernel to write.
     #[track_caller]
     pub(crate) fn device_out<T: Element>(&mut self) -> Out<'_, T> {
         self.reborrow().into_out()
@@ -419,7 +439,7 @@ impl<'a> TensorMut<'a> {
 
     #[track_caller]
     fn into_out<T: Element>(self) -> Out<'a, T> {
-        assert_eq!(self.dtype, T::DTYPE, "a kernel writes another dtype than the tensor holds");
+        assert_eq!(self.dtype, T::DTYPE, "a kernel writes a dtype that is not the tensor's");
         Out::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
     }
 
@@ -428,7 +448,10 @@ impl<'a> TensorMut<'a> {
         self.dtype
     }
 
-    /// `shape` elements from `offset` on.
+    /// The elements from `offset` on under `shape`.
+    ///
+    /// # Panics
+    /// If they do not lie inside the view.
     #[track_caller]
     pub fn slice(self, offset: usize, shape: Shape) -> TensorMut<'a> {
         assert!(
@@ -445,7 +468,7 @@ impl<'a> TensorMut<'a> {
 
     #[track_caller]
     fn into_data<T: Element>(self) -> &'a mut [T] {
-        assert_eq!(self.dtype, T::DTYPE, "tensor holds another dtype than was asked for");
+        assert_eq!(self.dtype, T::DTYPE, "the tensor's dtype is not the requested one");
         let range = self.offset..self.offset + self.shape.elements();
         &mut bytemuck::cast_slice_mut(self.memory.bytes_mut())[range]
     }
@@ -464,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_share_memory_and_know_their_place() {
+    fn rows_share_memory_and_keep_their_offset() {
         let values: Vec<f64> = (0..12).map(f64::from).collect();
         let x = Tensor::from_f64(&Device::reference(), [4, 3], &values);
         let middle = x.rows(1, 2);

@@ -1,4 +1,4 @@
-//! Numbers that the host sets from step to step.
+//! Numbers that the host sets from step to step and kernels read on the device.
 
 use std::sync::Arc;
 
@@ -6,8 +6,8 @@ use super::{Element, Tensor};
 use crate::device::{Device, DeviceKind, Memory};
 
 /// Numbers that change from step to step and that operations read on their device: a learning rate, a momentum, the rows of a
-/// shuffle, labels. They are set before a step, never inside one: a step that a GPU has recorded runs none of the host's code
-/// when it is replayed, and finds them where they were. All that a GPU's numbers were set to goes there in one copy.
+/// shuffle, labels. Set them before a step, never inside one: the replay of a captured step runs no host code and reads the
+/// numbers from their fixed address. All numbers of a GPU are sent in one copy.
 #[derive(Debug)]
 pub struct Numbers<T> {
     values: Vec<T>,
@@ -15,7 +15,7 @@ pub struct Numbers<T> {
 }
 
 impl<T: Element> Numbers<T> {
-    /// Numbers on a device, `values` at first.
+    /// Numbers on a device, initially `values`.
     #[track_caller]
     pub fn new(device: &Device, values: &[T]) -> Self {
         let shape = [values.len()];
@@ -29,28 +29,28 @@ impl<T: Element> Numbers<T> {
         Self { values: values.to_vec(), tensor }
     }
 
-    /// Sets all of them, for operations from now on; those that a GPU has queued keep what they had.
+    /// Sets all numbers for later operations; operations already queued on a GPU keep the earlier values.
     ///
     /// # Panics
-    /// When there are more or fewer than there were.
+    /// If the count changes.
     #[track_caller]
     pub fn set(&mut self, values: &[T]) {
-        assert_eq!(self.values.len(), values.len(), "numbers: there are as many as at first");
+        assert_eq!(self.values.len(), values.len(), "numbers: the count cannot change");
         self.values.copy_from_slice(values);
         if self.tensor.device().kind() == DeviceKind::Cuda {
             self.tensor.memory.set_numbers(bytemuck::cast_slice(values));
         } else {
-            // A new tensor: somebody may have kept the old one for a backward pass.
+            // A new tensor, because a backward pass may still hold the old one.
             self.tensor = Tensor::from_slice(self.tensor.device(), [values.len()], values);
         }
     }
 
-    /// What they are.
+    /// The current values.
     pub fn values(&self) -> &[T] {
         &self.values
     }
 
-    /// Where operations read them: `[n]`. Ask again after they were set.
+    /// The tensor `[n]` that operations read. Call this again after [`Numbers::set`].
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
     }

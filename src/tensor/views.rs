@@ -1,4 +1,4 @@
-//! The order of rows of several views: micro-batches against the whole batch.
+//! Row orders of several views: micro-batches and the full batch.
 
 use super::{Shape, Tensor};
 
@@ -8,29 +8,32 @@ pub(crate) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     sizes.as_slice().into()
 }
 
-/// Micro-batches, each `[views * m, d]` view after view, as one `[views * n, d]`, view after view.
+/// Joins micro-batches, each `[views * m, d]` view after view, into one `[views * n, d]`, view after view.
 ///
 /// # Panics
-/// When the parts differ in shape or their rows are no multiple of `views`.
+/// If there are no parts, they differ in shape, or their rows are not a multiple of `views`.
 #[track_caller]
 pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
-    let [rows, d] = parts.first().expect("micro-batches: there are none").dims("embeddings");
-    assert!(rows % views == 0, "micro-batches: {rows} rows are not {views} equal views");
+    let [rows, d] = parts.first().expect("micro-batches: none given").dims("embeddings");
+    assert!(
+        rows % views == 0,
+        "micro-batches: {rows} rows cannot be split into {views} equal views"
+    );
     assert!(
         parts.iter().all(|p| p.shape() == parts[0].shape()),
-        "micro-batches must have one shape"
+        "micro-batches: the shapes differ"
     );
     let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
     let (count, block) = (parts.len(), rows / views);
-    for place in 0..count * views {
-        let (view, part) = (place / count, place % count);
-        let to = all.view_mut().slice(place * block * d, [block, d].into());
+    for i in 0..count * views {
+        let (view, part) = (i / count, i % count);
+        let to = all.view_mut().slice(i * block * d, [block, d].into());
         { to }.copy_from(&parts[part].rows(view * block, block));
     }
     all
 }
 
-/// The rows of micro-batch `index` of `count`, out of all rows `[views * n, …]`, images or embeddings: the inverse of
+/// The rows of micro-batch `index` of `count` out of all rows `[views * n, …]` (images or embeddings): the inverse of
 /// [`interleave_views`].
 pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize) -> Tensor {
     let rows = all.shape()[0];

@@ -150,7 +150,7 @@ impl Steps {
         queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
         let provide = (self.captured.is_none() && self.launched == LAUNCHED).then_some(AHEAD + 1);
-        self.device.gpu().end_turn(provide);
+        self.device.gpu().end_step(provide);
         self.known(AHEAD)
     }
 
@@ -202,7 +202,7 @@ impl Steps {
                 let loss = step(method, online, optimizer, &self.views, cut, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
-            let (graph, (loss, embeddings)) = Graph::record(&self.device, work)?;
+            let (graph, (loss, embeddings)) = Graph::capture(&self.device, work)?;
             self.captured = Some(Captured { graph, loss, embeddings });
         }
         let captured = self.captured.as_ref().expect("captured by now");

@@ -306,7 +306,7 @@ fn tensors_travel_to_a_gpu_and_back() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-#[should_panic(expected = "the host cannot look at a tensor on a GPU")]
+#[should_panic(expected = "the host cannot read a tensor on a GPU")]
 fn the_host_cannot_look_into_a_gpu() {
     let _ = Tensor::zeros(&gpu(Precision::F32), [2]).data::<f32>();
 }

@@ -1,11 +1,11 @@
-//! Forward and data gradient: both are correlations of an image with packed filters.
+//! Forward pass and data gradient: both are correlations of an image with packed filters.
 //!
 //! Forward: `y[p, q, k] = sum over r, s, c of x[p t + r - pad, q t + s - pad, c] w[k, r, s, c]`,
 //! stride `t`.
 //!
 //! A lane is a span of images, or some rows of one image. It packs a band of rows of a group of
-//! images into its own piece of the workspace, then walks blocks of outputs, rows and tiles. All of
-//! this is chosen from the shape alone.
+//! images into its own part of the workspace, then loops over blocks of outputs, rows and tiles. The
+//! partition depends on the shape alone.
 
 use rayon::prelude::*;
 
@@ -19,32 +19,33 @@ use super::slots::{self, Slots};
 use super::tile::{Ahead, Correlate, MAX_ROWS};
 use super::vector::Coming;
 
-/// Floats of a slab: with the filters of one block it should stay in the second-level cache.
+/// The most floats of a slab: together with the filters of one block it should stay in the
+/// second-level cache.
 const SLAB_FLOATS: usize = 96 * 1024;
 
-/// Lanes wanted, so that several threads finish together; more cost workspace.
+/// Target number of lanes, so that several threads finish together; more lanes cost workspace.
 const LANES_WANTED: usize = 16;
 
-/// Images in a group from which a tile runs over images and not over columns: then it can leave out
-/// taps that fall outside the image.
+/// Images in a group from which a tile covers images instead of columns: such a tile can skip taps
+/// that fall outside the image.
 const IMAGES_PER_TILE: usize = 7;
 
-/// How a problem is cut, from its shape and the instruction set.
+/// How the work is partitioned, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
 struct CorrelationPlan {
     isa: Isa,
     blocks: Blocks,
-    /// Images in a group, and in the span of a lane.
+    /// Images per group, and per lane.
     group: usize,
     span: usize,
-    /// Output rows (of all phases) in the part of a lane, and parts of an image; whole spans if
-    /// `parts` is 1.
+    /// Output rows (of all phases) per part of an image, and parts per image. With one part, a lane
+    /// covers its whole span.
     part_rows: usize,
     parts: usize,
     /// Floats of all packed filters, and of one lane's slab.
     filters_len: usize,
     slab_len: usize,
-    /// No tap meets any output.
+    /// No output depends on any tap.
     empty: bool,
 }
 
@@ -79,9 +80,9 @@ impl CorrelationPlan {
         p.n.div_ceil(self.span) * self.parts
     }
 
-    /// The runs in a row of block `b`, pixels in a run and tiles in it: a run is a stretch of pixels whose tiles meet the same
-    /// taps.
-    fn cut(&self, f: &Phase, s: &Slab, b: usize) -> (usize, usize, usize) {
+    /// The number of runs in a row of block `b`, pixels per run and tiles per run. A run is a stretch of pixels whose tiles
+    /// use the same taps.
+    fn runs(&self, f: &Phase, s: &Slab, b: usize) -> (usize, usize, usize) {
         let over_images = s.images >= IMAGES_PER_TILE;
         let (runs, length) = if over_images { (f.q, s.images) } else { (1, f.q * s.images) };
         (runs, length, length.div_ceil(self.isa.tile_rows(self.blocks.vectors(b))))
@@ -90,7 +91,7 @@ impl CorrelationPlan {
     /// Tiles of a band.
     fn tiles(&self, f: &Phase, s: &Slab) -> usize {
         let of_block = |b| {
-            let (runs, _, tiles) = self.cut(f, s, b);
+            let (runs, _, tiles) = self.runs(f, s, b);
             s.band * runs * tiles
         };
         (0..self.blocks.count()).map(of_block).sum()
@@ -104,7 +105,7 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
     }
     let quarter = (p.n / 4).max(1);
     if (p.out_h, p.out_w) == (1, 1) {
-        // tiles share the filters of a block while these are close: as many tiles as the slab holds
+        // tiles share the filters of a block while these are in a close cache: as many tiles as the slab holds
         let most = (SLAB_FLOATS / p.c.max(1)).min(256) / tile_rows * tile_rows;
         let wanted = p.n.div_ceil(LANES_WANTED).next_multiple_of(tile_rows);
         return wanted.min(most.max(tile_rows));
@@ -115,8 +116,8 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
         return quarter.min(2);
     }
     if quarter >= 8 && columns <= 32 {
-        // groups come in twos, so that two threads finish together; a tile has the overhead of two
-        // rows
+        // an even number of groups, so that two threads finish together; a tile has an overhead of
+        // about two rows
         let cost = |g: usize| p.n.div_ceil(g).next_multiple_of(2) * (g + 2);
         let least = tile_rows.min(8);
         return (least..=tile_rows).min_by_key(|&g| cost(g)).unwrap_or(least);
@@ -127,7 +128,7 @@ fn group_images(p: &Problem, tile_rows: usize) -> usize {
 /// The largest slab that one band of a phase needs.
 fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
     let Phase { r, s, stride: stride_y, stride_x, pad_y, pad_x, .. } = *f;
-    // merged taps need every column in its place
+    // merged taps need the columns in their original order
     let (q, block) = if p.merged() { ((f.q - 1) * p.stride + p.s, p.c) } else { (f.q, p.block()) };
     let (c, pitch, band) = (p.c, block, 1);
     let mut slab =
@@ -146,7 +147,7 @@ pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
     plan.filters_len + plan.lanes(p) * plan.slab_len
 }
 
-/// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if
+/// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` in the convolution's own layout; `out +=` if
 /// `accumulate`.
 pub fn run(
     p: &Problem,
@@ -190,7 +191,7 @@ pub fn run(
 struct Lane<'a> {
     p: &'a Problem,
     plan: &'a CorrelationPlan,
-    /// From the first image of the lane.
+    /// Starts at the first image of the lane.
     x: &'a [f32],
     filters: &'a [f32],
     accumulate: bool,
@@ -230,7 +231,7 @@ impl Lane<'_> {
     ) {
         let p = self.p;
         let step = p.step();
-        // the height of a full group: a smaller one might otherwise take a larger slab
+        // the band height of a full group: a smaller group would otherwise get a larger slab
         let shape = Slab { images, ..band_slab(p, f, self.plan.group, self.plan.part_rows) };
         if f.q == 0 {
             return;
@@ -246,7 +247,7 @@ impl Lane<'_> {
                 shape.pack(slab, x, p.h, p.w, first);
                 &*slab
             };
-            // the input of the next band, where it lies in one piece
+            // the input of the next band, if it is contiguous
             let (from, len) = if (p.h, p.w) == (1, 1) {
                 (images * p.c, images * p.c)
             } else if images == 1 {
@@ -275,26 +276,26 @@ struct Band<'a> {
     f: &'a Phase,
     shape: Slab,
     slab: &'a [f32],
-    /// The band's first output row in its phase, and where that row lies in the lane's output of
+    /// The band's first output row in its phase, and the index of that row in the lane's output of
     /// `rows` rows.
     first: usize,
     row0: usize,
     rows: usize,
-    /// Input that will be packed next: the tiles ask for it, a few lines each, so that it arrives
+    /// Input that will be packed next. The tiles prefetch it, a few lines each, so that it arrives
     /// while they compute.
     coming: Coming<'a>,
 }
 
 impl Band<'_> {
-    /// Outputs `b * blocks.full()..` of every pixel of the band.
+    /// Computes outputs `b * blocks.full()..` of every pixel of the band.
     fn run_block(&mut self, out: &mut [f32], filters: &[f32], b: usize) {
         let (p, f, s) = (self.lane.p, self.f, self.shape);
         let blocks = self.lane.plan.blocks;
         let over_images = s.images >= IMAGES_PER_TILE;
-        let (runs, length, tiles) = self.lane.plan.cut(f, &s, b);
+        let (runs, length, tiles) = self.lane.plan.runs(f, &s, b);
         for i in 0..s.band {
-            let taken = ((self.first + i) * f.stride) as isize;
-            let tap_rows = clip(f.r, f.pad_y - taken, p.h);
+            let input_row = ((self.first + i) * f.stride) as isize;
+            let tap_rows = clip(f.r, f.pad_y - input_row, p.h);
             let out_row = self.row0 + i * p.step();
             let slab_row = i * s.output_row_len();
             for run in 0..runs {
@@ -342,9 +343,11 @@ impl Band<'_> {
                         p.pixel_len(),
                     );
                     self.coming.prefetch_share();
-                    // SAFETY: the slab holds every column the tile's taps meet and every row in
-                    // `tap_rows`; the filters of the block are packed whole; the offsets are those
-                    // of existing pixels of `out`, and `live` ends with the last output.
+                    // SAFETY: the slab holds every column that the tile's taps read and every row in
+                    // `tap_rows`; all filters of the block are packed; the offsets are those of
+                    // existing pixels of `out`, and `live` ends with the last output. All sizes come
+                    // from a `Conv2dDims`, whose fields agree, and `checked` has compared the slices'
+                    // lengths with them.
                     unsafe { kernel(&tile) }
                 }
             }

@@ -1,6 +1,6 @@
 //! The sizes of a convolution, shared by every device.
 
-/// The sizes of a convolution.
+/// The sizes of a convolution. Output sizes always agree with input, filters, stride and padding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dDims {
     /// Images.
@@ -31,11 +31,14 @@ impl Conv2dDims {
     /// The sizes for an input `[n, h, w, c]` and filters `[k, r, s, c]`.
     ///
     /// # Panics
-    /// When the channels differ, `stride` is 0, or the filter does not fit the padded image.
+    /// If the channels differ, `stride` is 0, or the filter is larger than the padded image.
     #[track_caller]
     pub fn new(input: [usize; 4], filters: [usize; 4], stride: usize, pad: usize) -> Self {
         let ([n, h, w, c], [k, r, s, filter_c]) = (input, filters);
-        assert_eq!(c, filter_c, "conv2d: input {input:?} and filters {filters:?} do not fit");
+        assert_eq!(
+            c, filter_c,
+            "conv2d: input {input:?} and filters {filters:?} differ in channels"
+        );
         assert!(stride > 0, "conv2d: stride 0");
         assert!(
             r > 0 && s > 0 && h + 2 * pad >= r && w + 2 * pad >= s,

@@ -1,7 +1,7 @@
 //! Filters packed for the tile kernels: blocks of outputs, each `[c/block][r][s][block][width]`.
 //!
-//! A block of outputs is two vectors wide; a last one that needs only one vector gets one. Outputs
-//! that do not exist are zeros.
+//! A block of outputs is two vectors wide; the last block has one vector if that suffices. Padding
+//! outputs are zeros.
 
 use rayon::prelude::*;
 
@@ -45,7 +45,7 @@ impl Blocks {
     }
 }
 
-/// Where the element for output `o`, tap `(i, j)` and input `c` lies in the unpacked filter:
+/// The index of output `o`, tap `(i, j)` and input `c` in the unpacked filter:
 /// `start + o * output + i * row + j * column + c * input` (steps may be negative).
 #[derive(Clone, Copy, Debug)]
 pub struct FilterView {
@@ -60,7 +60,7 @@ pub struct FilterView {
 }
 
 impl FilterView {
-    /// Packs into `packed`, `blocks.padded() * r * s * c` floats, channels in blocks of `block`.
+    /// Packs `w` into `packed`, `blocks.padded() * r * s * c` floats, with channels in blocks of `block`.
     pub fn pack(&self, packed: &mut [f32], w: &[f32], blocks: Blocks, block: usize) {
         let per_output = self.r * self.s * self.c;
         if per_output == 0 {
@@ -109,8 +109,8 @@ impl FilterView {
             let channels = tap.len() / width;
             let step = self.input as usize;
             let from = |o: usize| (start + o as isize * self.output) as usize;
-            // four filters at a time: one load of each and one store of four, where a filter alone
-            // would store single floats a row apart
+            // four filters at a time: one load of each and one store of four, instead of single stores
+            // a row apart
             let fours = live / 4 * 4;
             for o in (0..fours).step_by(4) {
                 let rows: [&[f32]; 4] =

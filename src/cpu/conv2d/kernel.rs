@@ -1,8 +1,8 @@
-//! Tables of the tile kernels, one instance for every tile height and instruction set, and the way
-//! to call one.
+//! Tables of the tile kernels, with one instance per tile height and instruction set, and functions
+//! that select one.
 //!
-//! The heights are compile-time constants because the accumulators have to be registers. A call
-//! checks the instruction set's tile limits; the addresses are the drivers' business.
+//! The heights are compile-time constants so that the accumulators stay in registers. The selection
+//! checks the instruction set's tile limits; the caller is responsible for the addresses.
 
 use super::Isa;
 use super::tile::{Correlate, Outer};
@@ -11,8 +11,8 @@ use super::transform::{Filters, Gradient, Input, Output};
 /// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
 const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
 
-/// Channels of a tensor whose pixels the kernels can read where they lie. With 1,024 the rows of a
-/// tile would all fall into one set of the first-level cache.
+/// Channel counts of tensors that the kernels can read without packing. With 1,024 the rows of a tile
+/// would all map to one set of the first-level cache.
 pub const DIRECT: [usize; 4] = [64, 128, 256, 512];
 
 type CorrelateKernel = unsafe fn(&Correlate<'_>);
@@ -78,7 +78,7 @@ macro_rules! kernels {
                 unsafe { transform::filters::<$v>(t) }
             }
 
-            /// By the place of the pitch in [`super::PITCHES`].
+            /// Indexed like [`super::PITCHES`].
             pub(super) static CORRELATE_ONE: [&[CorrelateKernel]; super::PITCHES.len()] = [
                 &[$(correlate::<$one, 1, 4>),*],
                 &[$(correlate::<$one, 1, 8>),*],
@@ -137,9 +137,9 @@ pub fn correlate(isa: Isa, rows: usize, vectors: usize, pitch: usize) -> Correla
         2 => &table!(isa, CORRELATE_TWO),
         _ => unreachable!("no tile of {vectors} vectors"),
     };
-    let place = PITCHES.iter().position(|&p| p == pitch);
-    let place = place.unwrap_or_else(|| unreachable!("no tile of pixels {pitch} floats apart"));
-    tables[place][rows - 1]
+    let index = PITCHES.iter().position(|&p| p == pitch);
+    let index = index.unwrap_or_else(|| unreachable!("no tile of pixels {pitch} floats apart"));
+    tables[index][rows - 1]
 }
 
 /// The kernel for `rows` channels and `vectors` vectors of filters.

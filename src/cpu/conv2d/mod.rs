@@ -1,17 +1,17 @@
-//! The convolution on the CPU, in f32, as functions of slices.
+//! Convolution on the CPU, in f32, as functions of slices.
 //!
 //! `y[n, p, q, k] = sum over r, s, c of x[n, p t + r - pad, q t + s - pad, c] w[k, r, s, c]`, its
 //! gradient with respect to `x` and that with respect to `w`.
 //!
-//! A direct convolution: no im2col matrix, one register tile for each direction, as in oneDNN's
+//! A direct convolution without im2col, with one register tile per direction, as in oneDNN's
 //! `jit:avx512_core` (Georganas et al. 2018, "Anatomy of high-performance deep learning
-//! convolutions on SIMD architectures"). Activations stay channels-last outside; a band of rows at
-//! a time is rearranged in the workspace. 3x3 convolutions of stride 1 go through Winograd's
-//! F(2x2, 3x3) where it is the faster one: see `winograd.rs` and `winograd_weight.rs`.
+//! convolutions on SIMD architectures"). Activations are channels-last; one band of rows at a time
+//! is rearranged in the workspace. 3x3 convolutions of stride 1 use Winograd's F(2x2, 3x3) where it
+//! is faster: [`Algorithm::select`] decides.
 //!
-//! The work is cut by shape and instruction set, never by thread count: the same bits on any rayon
-//! pool. Run inside the pool that should do the work. Nothing is allocated. There is no bias, no
-//! dilation, no grouping, no bf16 here.
+//! Work is partitioned by shape and instruction set, never by thread count, so every rayon pool gives
+//! the same bits. Call the functions inside the pool that should do the work. They allocate nothing.
+//! Bias, dilation, groups and bf16 are not supported.
 
 mod correlation;
 mod dims;
@@ -34,7 +34,7 @@ pub use dims::Conv2dDims;
 
 use problem::Problem;
 
-/// Which of the three products a workspace is for.
+/// A direction of the convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// `y` from `x` and `w`.
@@ -45,24 +45,44 @@ pub enum Direction {
     WeightGradient,
 }
 
-/// Floats of scratch that `direction` needs: packed filters, bands of rows or groups of tiles,
-/// partial sums. Depends on the dims and the machine's instruction set only.
+/// The algorithm of a direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Algorithm {
+    /// The direct sum, of `correlation.rs` or `weight.rs`.
+    Direct,
+    /// Winograd's F(2x2, 3x3), of `winograd.rs` or `winograd_weight.rs`.
+    Winograd,
+}
+
+impl Algorithm {
+    /// Selects the algorithm, from the shape alone. The only place that decides.
+    fn select(d: &Conv2dDims, direction: Direction) -> Algorithm {
+        let winograd = match direction {
+            Direction::Forward | Direction::DataGradient => winograd::is_faster(d),
+            Direction::WeightGradient => winograd_weight::is_faster(d),
+        };
+        if winograd { Algorithm::Winograd } else { Algorithm::Direct }
+    }
+}
+
+/// Returns the floats of scratch that `direction` needs: for packed filters, bands of rows or groups
+/// of tiles, and partial sums. Depends on the dims and the machine's instruction set only.
 pub fn workspace_len(d: &Conv2dDims, direction: Direction) -> usize {
     workspace_len_on(Isa::current(), d, direction)
 }
 
-/// x `[n, h, w, c]`; w `[k, r, s, c]`; y `[n, p, q, k]`, overwritten. The workspace may hold
-/// anything.
+/// Computes y `[n, p, q, k]`, which is overwritten, from x `[n, h, w, c]` and w `[k, r, s, c]`. The
+/// workspace may hold any values.
 ///
 /// # Panics
-/// If a slice is not as long as its shape says, or the workspace is shorter than [`workspace_len`].
+/// If the length of a slice is not its shape's, or the workspace is shorter than [`workspace_len`].
 #[track_caller]
 pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], workspace: &mut [f32], d: &Conv2dDims) {
     forward_on(Isa::current(), y, x, w, workspace, d);
 }
 
-/// dy `[n, p, q, k]`; w `[k, r, s, c]`; dx `[n, h, w, c]`, overwritten, or added to if
-/// `accumulate`.
+/// Computes dx `[n, h, w, c]` from dy `[n, p, q, k]` and w `[k, r, s, c]`; dx is overwritten, or added
+/// to if `accumulate`.
 ///
 /// # Panics
 /// As [`forward`].
@@ -78,8 +98,8 @@ pub fn data_gradient(
     data_gradient_on(Isa::current(), dx, dy, w, workspace, d, accumulate);
 }
 
-/// x `[n, h, w, c]`; dy `[n, p, q, k]`; dw `[k, r, s, c]`, overwritten, or added to if
-/// `accumulate`.
+/// Computes dw `[k, r, s, c]` from x `[n, h, w, c]` and dy `[n, p, q, k]`; dw is overwritten, or added
+/// to if `accumulate`.
 ///
 /// # Panics
 /// As [`forward`].
@@ -95,29 +115,26 @@ pub fn weight_gradient(
     weight_gradient_on(Isa::current(), dw, x, dy, workspace, d, accumulate);
 }
 
-/// Floats in a cache line. The pieces of a workspace start on one, or every vector load would touch
+/// Floats per cache line. The parts of a workspace start on a line, or every vector load would access
 /// two lines.
 const LINE: usize = 16;
 
 fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
-    // the caller's slice may start anywhere in a line
+    // the caller's slice may start at any float of a line
     aligned_len(isa, d, direction) + LINE - 1
 }
 
 fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
-    match direction {
-        Direction::Forward if winograd::pays(d) => {
-            winograd::workspace_len(&winograd::Problem::forward(d), isa)
-        }
-        Direction::DataGradient if winograd::pays(d) => {
+    use {Algorithm::*, Direction::*};
+    match (direction, Algorithm::select(d, direction)) {
+        (Forward, Direct) => correlation::workspace_len(&Problem::forward(d), isa),
+        (Forward, Winograd) => winograd::workspace_len(&winograd::Problem::forward(d), isa),
+        (DataGradient, Direct) => correlation::workspace_len(&Problem::data_gradient(d), isa),
+        (DataGradient, Winograd) => {
             winograd::workspace_len(&winograd::Problem::data_gradient(d), isa)
         }
-        Direction::Forward => correlation::workspace_len(&Problem::forward(d), isa),
-        Direction::DataGradient => correlation::workspace_len(&Problem::data_gradient(d), isa),
-        Direction::WeightGradient if winograd_weight::pays(d) => {
-            winograd_weight::workspace_len(d, isa)
-        }
-        Direction::WeightGradient => weight::workspace_len(d, isa),
+        (WeightGradient, Direct) => weight::workspace_len(d, isa),
+        (WeightGradient, Winograd) => winograd_weight::workspace_len(d, isa),
     }
 }
 
@@ -131,10 +148,13 @@ fn forward_on(
     d: &Conv2dDims,
 ) {
     let workspace = checked(isa, d, Direction::Forward, [x.len(), w.len(), y.len()], workspace);
-    if winograd::pays(d) {
-        winograd::run(&winograd::Problem::forward(d), isa, y, x, w, workspace, false);
-    } else {
-        correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
+    match Algorithm::select(d, Direction::Forward) {
+        Algorithm::Direct => {
+            correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
+        }
+        Algorithm::Winograd => {
+            winograd::run(&winograd::Problem::forward(d), isa, y, x, w, workspace, false);
+        }
     }
 }
 
@@ -150,11 +170,14 @@ fn data_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::DataGradient, [dx.len(), w.len(), dy.len()], workspace);
-    if winograd::pays(d) {
-        let p = winograd::Problem::data_gradient(d);
-        winograd::run(&p, isa, dx, dy, w, workspace, accumulate);
-    } else {
-        correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
+    match Algorithm::select(d, Direction::DataGradient) {
+        Algorithm::Direct => {
+            correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
+        }
+        Algorithm::Winograd => {
+            let p = winograd::Problem::data_gradient(d);
+            winograd::run(&p, isa, dx, dy, w, workspace, accumulate);
+        }
     }
 }
 
@@ -170,15 +193,16 @@ fn weight_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::WeightGradient, [x.len(), dw.len(), dy.len()], workspace);
-    if winograd_weight::pays(d) {
-        winograd_weight::run(d, isa, dw, x, dy, workspace, accumulate);
-    } else {
-        weight::run(d, isa, dw, x, dy, workspace, accumulate);
+    match Algorithm::select(d, Direction::WeightGradient) {
+        Algorithm::Direct => weight::run(d, isa, dw, x, dy, workspace, accumulate),
+        Algorithm::Winograd => {
+            winograd_weight::run(d, isa, dw, x, dy, workspace, accumulate);
+        }
     }
 }
 
-/// The part of the workspace that is used, from the start of a cache line, once the lengths of
-/// image, filter and output are found right.
+/// Checks the lengths of image, filter and output, and returns the part of the workspace to use,
+/// which starts on a cache line.
 #[track_caller]
 fn checked<'a>(
     isa: Isa,
@@ -192,7 +216,7 @@ fn checked<'a>(
         lens, expected,
         "conv2d {direction:?}: floats of image, filter and output for {d:?}"
     );
-    assert!(isa.is_available(), "conv2d {direction:?}: this machine has no {isa:?}");
+    assert!(isa.is_available(), "conv2d {direction:?}: this machine does not support {isa:?}");
     let needed = workspace_len_on(isa, d, direction);
     assert!(
         workspace.len() >= needed,

@@ -1,15 +1,15 @@
-//! Forward and data gradient as correlations.
+//! Forward pass and data gradient as correlations.
 //!
-//! Data gradient: the row `h = i t + a` of `dx` meets only the filter rows `r` with `r = a + pad
-//! (mod t)`, at `p = (h + pad - r) / t`. So the rows of one phase `a` are a correlation of `dy`
-//! with stride 1 and every `t`-th filter row, last row first; likewise columns. The `t * t` phases
-//! fill `dx` between them, and no zero is multiplied.
+//! Data gradient: the row `h = i t + a` of `dx` depends only on the filter rows `r` with `r = a +
+//! pad (mod t)`, at `p = (h + pad - r) / t`. The rows of one phase `a` are therefore a correlation
+//! of `dy` with stride 1 and every `t`-th filter row, last row first; likewise columns. The `t * t`
+//! phases together fill `dx`, without multiplications by zero.
 
 use super::Conv2dDims;
 use super::filter::FilterView;
 use super::kernel;
 
-/// A set of correlations that fill one output between them, one for each phase.
+/// A set of correlations, one per phase, that together fill one output.
 #[derive(Clone, Copy, Debug)]
 pub struct Problem {
     /// Images; input `[n, h, w, c]`; output `[n, out_h, out_w, k]`.
@@ -20,7 +20,7 @@ pub struct Problem {
     pub out_h: usize,
     pub out_w: usize,
     pub k: usize,
-    /// The filter as it lies in memory, before it is split into phases: `[_, r, s, _]`.
+    /// The filter in memory, before it is split into phases: `[_, r, s, _]`.
     pub r: usize,
     pub s: usize,
     pub stride: usize,
@@ -28,15 +28,15 @@ pub struct Problem {
     pub gradient: bool,
 }
 
-/// One of them: outputs at rows `row0 + i * step`, columns `column0 + j * step`.
+/// One of the correlations: outputs at rows `row0 + i * step`, columns `column0 + j * step`.
 #[derive(Clone, Copy, Debug)]
 pub struct Phase {
     pub row0: usize,
     pub column0: usize,
     /// Outputs across.
     pub q: usize,
-    /// Input channels, taps and column stride as the tiles see them: with few channels a row of
-    /// taps is one tap.
+    /// Input channels, taps and column stride of the tile kernels: with few channels a row of taps
+    /// is one tap.
     pub c: usize,
     pub r: usize,
     pub s: usize,
@@ -48,7 +48,7 @@ pub struct Phase {
     pub view: FilterView,
 }
 
-/// Taps that an output phase meets, the first of them, and the padding of their correlation.
+/// The number of taps of an output phase, the first of them, and the padding of their correlation.
 fn phase_taps(phase: usize, taps: usize, stride: usize, pad: usize) -> (usize, usize, isize) {
     let first = (phase + pad) % stride;
     let count = if first < taps { (taps - first).div_ceil(stride) } else { 0 };
@@ -69,7 +69,7 @@ impl Problem {
             .flattened()
     }
 
-    /// A 1x1 convolution is a matrix product: every pixel is an image of its own.
+    /// A 1x1 convolution is a GEMM: every pixel becomes an image of one pixel.
     pub fn flattened(self) -> Problem {
         if (self.r, self.s, self.stride, self.pad) == (1, 1, 1, 0) {
             Problem { n: self.n * self.h * self.w, h: 1, w: 1, out_h: 1, out_w: 1, ..self }
@@ -128,21 +128,20 @@ impl Problem {
         self.out_h * self.out_w * self.k
     }
 
-    /// Whether the taps of a filter row are read as one: a stem's four channels make loops that are
-    /// too short, but its pixels lie side by side, so that `s` taps of 4 channels are one tap of `4
-    /// s`.
+    /// Whether the taps of a filter row are read as one. A stem's four channels make loops too
+    /// short, but its pixels are contiguous, so that `s` taps of 4 channels are one tap of `4 s`.
     pub fn merged(&self) -> bool {
         !self.gradient && self.c == 4 && self.s > 1 && self.stride <= 2
     }
 
-    /// Whether the tiles read the tensor itself, a product's rows of a length that the kernels know:
-    /// packing costs up to a fifth (256 to 64 channels).
+    /// Whether the tiles read the tensor itself: the rows of a GEMM, of a length that the kernels
+    /// have instances for. Packing costs up to a fifth (256 to 64 channels).
     pub fn direct(&self) -> bool {
         (self.r, self.s, self.h, self.w, self.stride, self.pad) == (1, 1, 1, 1, 1, 0)
             && kernel::DIRECT.contains(&self.c)
     }
 
-    /// Channels in a block, as the tiles see them.
+    /// Channels per block of the tile kernels.
     pub fn block(&self) -> usize {
         match self.c {
             c if self.direct() => c,
@@ -152,7 +151,7 @@ impl Problem {
         }
     }
 
-    /// Floats between neighbouring outputs' pixels in a slab.
+    /// Floats from one output's pixel to the next output's in a slab.
     pub fn pixel_len(&self) -> usize {
         if self.merged() { self.c * self.stride } else { self.block() }
     }

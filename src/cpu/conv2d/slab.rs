@@ -1,30 +1,30 @@
-//! Input pixels of a band of rows, rearranged so that the tile kernels meet them at constant
+//! Input pixels of a band of rows, rearranged so that the tile kernels read them at constant
 //! distances.
 //!
-//! Layout `[c/block][row][column phase][column][image][pitch]`, of which the first `block` floats
-//! are channels. Rows and columns that one filter tap meets at successive outputs are neighbours:
-//! with stride `t` there are `min(t, taps)` phases, and tap `i` is phase `i % t`, place `i / t`.
-//! Columns outside the image are zeros. Rows outside it stay unwritten: whoever reads a slab skips
-//! their taps. Channels that a block does not have may hold anything.
+//! Layout `[c/block][row][column phase][column][image][pitch]`; the first `block` of `pitch` floats
+//! are channels. Rows and columns that one filter tap reads at successive outputs are neighbours:
+//! with stride `t` there are `min(t, taps)` phases, and tap `i` has phase `i % t`, index `i / t`.
+//! Columns outside the image are zeros. Rows outside the image stay unwritten: readers skip their
+//! taps. Padding channels of a block may hold any values.
 
-/// The extent of a slab; [`Slab::pack`] fills one.
+/// The dimensions of a slab; [`Slab::pack`] fills one.
 #[derive(Clone, Copy, Debug)]
 pub struct Slab {
-    /// Channels taken, and channels of a pixel of the tensor.
+    /// Channels packed, and channels of a pixel of the tensor.
     pub c: usize,
     pub of: usize,
-    /// Channels in a block, and floats from a pixel to the next, at least as many: 4, 8, 16 or 32.
+    /// Channels per block, and floats from one pixel to the next, at least `block`: 4, 8, 16 or 32.
     pub block: usize,
     pub pitch: usize,
     pub images: usize,
-    /// Filter taps down and across; none make an empty slab.
+    /// Filter taps down and across; without taps the slab is empty.
     pub r: usize,
     pub s: usize,
     pub stride_y: usize,
     pub stride_x: usize,
     pub pad_y: isize,
     pub pad_x: isize,
-    /// Outputs that the band computes per image, down and across.
+    /// Outputs of the band per image, down and across.
     pub band: usize,
     pub q: usize,
 }
@@ -34,10 +34,10 @@ impl Slab {
         self.stride_y.min(self.r)
     }
 
-    /// Column phases times places, and places of one phase.
+    /// Columns of all phases, and columns of one phase.
     fn columns(&self) -> (usize, usize) {
-        let places = if self.s == 0 { 0 } else { self.q + (self.s - 1) / self.stride_x };
-        (self.stride_x.min(self.s) * places, places)
+        let columns = if self.s == 0 { 0 } else { self.q + (self.s - 1) / self.stride_x };
+        (self.stride_x.min(self.s) * columns, columns)
     }
 
     fn rows(&self) -> usize {
@@ -54,12 +54,12 @@ impl Slab {
         self.columns().1 * self.column_len()
     }
 
-    /// Floats from the row of one tap to that of the next.
+    /// Floats from the row of one tap to the row of the next.
     pub fn row_len(&self) -> usize {
         self.columns().0 * self.column_len()
     }
 
-    /// Floats from the first row of one output row to that of the next.
+    /// Floats from the first input row of one output row to that of the next output row.
     pub fn output_row_len(&self) -> usize {
         self.row_phases() * self.row_len()
     }
@@ -74,32 +74,36 @@ impl Slab {
         self.c.div_ceil(self.block) * self.block_len()
     }
 
-    /// Fills `slab` from the first `self.images` images of `x` `[_, h, w, c]`, for outputs from row
+    /// Fills `slab` from the first `self.images` images of `x` `[_, h, w, c]`, for output rows from
     /// `first` on.
     pub fn pack(&self, slab: &mut [f32], x: &[f32], h: usize, w: usize, first: usize) {
         let (row_len, block_len) = (self.row_len(), self.block_len());
-        let places = self.columns().1;
+        let columns = self.columns().1;
         let slab = &mut slab[..self.len()];
         for row in 0..self.rows() {
-            let (place, phase) = (row / self.row_phases(), row % self.row_phases());
-            let y = ((first + place) * self.stride_y + phase) as isize - self.pad_y;
+            let (i, phase) = (row / self.row_phases(), row % self.row_phases());
+            let y = ((first + i) * self.stride_y + phase) as isize - self.pad_y;
             if !(0..h as isize).contains(&y) {
                 continue;
             }
             let x_row = &x[y as usize * w * self.of..];
             for phase in 0..self.stride_x.min(self.s) {
-                // the column of place i is i * stride + phase - pad: inside for left <= i < right
+                // index i of the phase is column i * stride + phase - pad: inside for left <= i < right
                 let before = self.pad_x - phase as isize;
-                let places_up_to = |column: isize| {
+                let columns_up_to = |column: isize| {
                     let stride = self.stride_x as isize;
-                    (column + stride - 1).div_euclid(stride).clamp(0, places as isize) as usize
+                    (column + stride - 1).div_euclid(stride).clamp(0, columns as isize) as usize
                 };
-                let left = places_up_to(before);
-                let right = places_up_to(w as isize + before).max(left);
+                let left = columns_up_to(before);
+                let right = columns_up_to(w as isize + before).max(left);
                 let start = row * row_len + phase * self.phase_len();
                 let column_len = self.column_len();
                 self.zero(&mut slab[start..], 0..left * self.images, block_len);
-                self.zero(&mut slab[start..], right * self.images..places * self.images, block_len);
+                self.zero(
+                    &mut slab[start..],
+                    right * self.images..columns * self.images,
+                    block_len,
+                );
                 if left == right {
                     continue;
                 }
@@ -111,7 +115,7 @@ impl Slab {
         }
     }
 
-    /// Zeros for a range of pixels of all blocks, `block_len` apart.
+    /// Zeroes a range of pixels in all blocks, which are `block_len` apart.
     fn zero(&self, slab: &mut [f32], pixels: std::ops::Range<usize>, block_len: usize) {
         if pixels.is_empty() {
             return;
@@ -122,8 +126,8 @@ impl Slab {
         }
     }
 
-    /// `columns` columns of every image, `stride` columns apart in `x` (which starts at the first;
-    /// an image has `image_len` floats), to adjacent pixels of all blocks.
+    /// Copies `columns` columns of every image to adjacent pixels of all blocks. They are `stride`
+    /// columns apart in `x`, which starts at the first of them; an image has `image_len` floats.
     fn copy(
         &self,
         slab: &mut [f32],
@@ -133,7 +137,7 @@ impl Slab {
         block_len: usize,
     ) {
         if (self.images, self.stride_x) == (1, 1) && self.c == self.pitch && self.of == self.c {
-            // a row as it is
+            // slab and tensor have the same layout
             let len = columns * self.c;
             slab[..len].copy_from_slice(&x[..len]);
             return;
@@ -161,8 +165,8 @@ impl Slab {
                 let mut start = (column * self.images + image) * PITCH;
                 for c in (0..self.c).step_by(self.block) {
                     let from = pixel + c;
-                    // a length known to the compiler makes a copy a few moves in place of a call:
-                    // take what follows the block along
+                    // a length known at compile time makes the copy a few moves instead of a call;
+                    // it may also copy floats that follow the block, into padding
                     if let Some(channels) = x.get(from..from + PITCH) {
                         slab[start..start + PITCH].copy_from_slice(channels);
                     } else {

@@ -1,13 +1,13 @@
 //! Scratch that tasks borrow while they run.
 //!
-//! There is one slot for every task, so that any number of threads can run; but a task takes the
-//! first free one. Two threads then share two slots, which stay in the caches, where a slot per
-//! task would be cold each time (that cost as much as reading the input). Which slot a task gets
-//! does not show in its results.
+//! There is one slot per task, so that any number of threads can run, but a task takes the first
+//! free one. Two threads then use only two slots, which stay in the caches; a fixed slot per task
+//! would be cold each time (that cost as much as reading the input). The slot does not affect the
+//! results.
 
 use std::sync::Mutex;
 
-/// The most tasks that may share a workspace.
+/// The most tasks that share a workspace.
 pub const MOST: usize = 64;
 
 pub struct Slots<'a> {
@@ -15,7 +15,7 @@ pub struct Slots<'a> {
 }
 
 impl<'a> Slots<'a> {
-    /// Cuts `scratch` into slots of `len` floats, `MOST` at most.
+    /// Splits `scratch` into at most `MOST` slots of `len` floats.
     pub fn new(scratch: &'a mut [f32], len: usize) -> Slots<'a> {
         let mut slots = scratch.chunks_exact_mut(len.max(1));
         Slots { free: Mutex::new(std::array::from_fn(|_| slots.next())) }

@@ -10,7 +10,7 @@ fn sets() -> impl Iterator<Item = Isa> {
     [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available())
 }
 
-/// A small generator of its own, so that the shapes never change under us.
+/// A random generator of its own, so that the shapes never change.
 struct Random(u64);
 
 impl Random {
@@ -32,7 +32,7 @@ impl Random {
     }
 }
 
-/// `[n, h, w, c]`, `[k, r, s]`, stride and padding; the output follows, one place at least.
+/// The dims for `[n, h, w, c]`, `[k, r, s]`, stride and padding.
 fn dims(image: [usize; 4], filter: [usize; 3], stride: usize, pad: usize) -> Conv2dDims {
     let ([n, h, w, c], [k, r, s]) = (image, filter);
     let outputs =
@@ -126,7 +126,7 @@ impl Case {
 }
 
 impl Case {
-    /// As [`Case::run`], by [`winograd`] whether it pays or not.
+    /// As [`Case::run`], with [`winograd`] even if it is slower.
     fn run_winograd(&self, isa: Isa, direction: Direction, before: Option<&[f32]>) -> Vec<f32> {
         let Case { d, x, w, dy } = self;
         let output = |len| before.map_or(vec![f32::NAN; len], <[f32]>::to_vec);
@@ -188,17 +188,17 @@ fn check_run(
     }
 }
 
-/// Shapes with something to get wrong.
+/// Shapes with special cases.
 fn table() -> Vec<Conv2dDims> {
     vec![
         dims([0, 4, 4, 3], [5, 3, 3], 1, 1),
         dims([1, 1, 1, 1], [1, 1, 1], 1, 0),
-        // images of one pixel, strides that meet no other
+        // images of one pixel with a stride
         dims([9, 1, 1, 16], [32, 1, 1], 2, 0),
         dims([9, 1, 1, 14], [32, 3, 3], 2, 1),
         dims([1, 2, 2, 1], [1, 7, 7], 1, 3), // image smaller than the filter
-        dims([2, 1, 1, 4], [16, 3, 3], 1, 1), // one tap meets the image
-        dims([1, 3, 2, 3], [4, 3, 3], 3, 5), // whole outputs in the padding
+        dims([2, 1, 1, 4], [16, 3, 3], 1, 1), // one tap inside the image
+        dims([1, 3, 2, 3], [4, 3, 3], 3, 5), // outputs entirely in the padding
         dims([2, 8, 8, 4], [16, 3, 3], 1, 1), // stem of small images
         dims([1, 21, 19, 4], [64, 7, 7], 2, 3), // stem of large images
         dims([2, 7, 9, 4], [20, 2, 3], 3, 2), // a stem of stride 3
@@ -206,8 +206,8 @@ fn table() -> Vec<Conv2dDims> {
         dims([2, 9, 9, 16], [16, 3, 3], 1, 1), // one vector of filters
         dims([2, 9, 9, 16], [32, 3, 3], 2, 1), // stride 2, odd
         dims([2, 8, 8, 32], [64, 3, 3], 2, 1), // stride 2, a row and a column unused
-        dims([2, 8, 8, 32], [64, 1, 1], 2, 0), // projection: three phases of dx meet no tap
-        dims([3, 7, 7, 64], [48, 1, 1], 1, 0), // matrix product, one block and a half
+        dims([2, 8, 8, 32], [64, 1, 1], 2, 0), // projection: three phases of dx have no tap
+        dims([3, 7, 7, 64], [48, 1, 1], 1, 0), // GEMM, one block and a half
         dims([1, 5, 5, 67], [17, 3, 3], 1, 1), // primes
         dims([2, 6, 11, 17], [67, 3, 5], 2, 2), // not square
         dims([1, 10, 10, 2], [3, 1, 7], 4, 0), // stride beyond the taps
@@ -220,17 +220,17 @@ fn table() -> Vec<Conv2dDims> {
         dims([1, 40, 3, 8], [8, 3, 3], 1, 1), // rows of one image over lanes
         dims([1, 3, 70, 5], [40, 3, 3], 2, 0), // long rows
         dims([1, 4, 4, 300], [40, 1, 1], 1, 0), // many channels
-        dims([34, 12, 30, 48], [17, 3, 1], 1, 1), // the last group is smaller, its bands no higher
-        dims([4, 8, 8, 64], [32, 3, 3], 1, 1), // Winograd
+        dims([34, 12, 30, 48], [17, 3, 1], 1, 1), // the last group is smaller, with bands of equal height
+        dims([4, 8, 8, 64], [32, 3, 3], 1, 1),    // Winograd
     ]
 }
 
-/// Shapes for Winograd, most of which it would not be chosen for.
+/// Shapes that Winograd supports; for most of them it would not be selected.
 fn winograd_table() -> Vec<Conv2dDims> {
     let dims = |image, k| dims(image, [k, 3, 3], 1, 1);
     vec![
         dims([0, 4, 4, 16], 16),
-        dims([1, 1, 1, 16], 16),  // most of a tile lies outside
+        dims([1, 1, 1, 16], 16),  // most of a tile is outside the image
         dims([3, 1, 2, 16], 32),  // the same in one direction
         dims([2, 3, 7, 32], 16),  // odd
         dims([1, 7, 5, 16], 48),  // a block and a half of outputs
@@ -240,7 +240,7 @@ fn winograd_table() -> Vec<Conv2dDims> {
         dims([3, 13, 17, 32], 32), // groups of rows
         dims([2, 5, 139, 16], 16), // rows longer than a group
         dims([70, 9, 15, 16], 16), // several images in a lane
-        dims([7, 6, 3, 272], 16), // filters asked for ahead
+        dims([7, 6, 3, 272], 16), // filters prefetched
         dims([19, 4, 5, 16], 272), // many blocks; the same for the gradient
         dims([41, 4, 4, 512], 16), // wide: groups of twice as many tiles
     ]
@@ -262,7 +262,7 @@ fn winograd_agrees_with_the_f64_sum() {
 }
 
 #[test]
-fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
+fn winograd_is_selected_where_it_was_measured_to_be_faster() {
     let square = |n, size, c, k| dims([n, size, size, c], [k, 3, 3], 1, 1);
     let faster = [
         square(128, 32, 64, 64), // ResNet-18 with the small stem, batch 64 in two views
@@ -275,7 +275,7 @@ fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
         square(64, 32, 16, 16), // a quarter of its width
     ];
     let slower = [
-        square(16, 4, 512, 512), // the filters cost more than the products save
+        square(16, 4, 512, 512), // the filter transform costs more than Winograd saves
         square(8, 7, 512, 512),
         square(32, 5, 256, 256),
         square(128, 1, 64, 64),
@@ -283,11 +283,15 @@ fn winograd_is_chosen_where_it_was_measured_to_be_faster() {
         dims([128, 32, 32, 64], [64, 3, 3], 1, 0),
         dims([128, 32, 32, 64], [40, 3, 3], 1, 1),
     ];
-    faster.iter().for_each(|d| assert!(winograd::pays(d), "{d:?}"));
-    slower.iter().for_each(|d| assert!(!winograd::pays(d), "{d:?}"));
+    let selected = |d, direction| Algorithm::select(d, direction) == Algorithm::Winograd;
+    for direction in [Direction::Forward, Direction::DataGradient] {
+        faster.iter().for_each(|d| assert!(selected(d, direction), "{d:?}"));
+        slower.iter().for_each(|d| assert!(!selected(d, direction), "{d:?}"));
+    }
     let (weight_faster, weight_slower) = ([0, 1, 2, 4, 6], [3, 5, 7]);
-    weight_faster.iter().for_each(|&i| assert!(winograd_weight::pays(&faster[i]), "{i}"));
-    weight_slower.iter().for_each(|&i| assert!(!winograd_weight::pays(&faster[i]), "{i}"));
+    let selected = |i: usize| selected(&faster[i], Direction::WeightGradient);
+    weight_faster.iter().for_each(|&i| assert!(selected(i), "{i}"));
+    weight_slower.iter().for_each(|&i| assert!(!selected(i), "{i}"));
 }
 
 #[test]

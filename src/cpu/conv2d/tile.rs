@@ -16,9 +16,9 @@ use super::vector::{Vector, prefetch};
 /// The most rows of a tile, on any instruction set.
 pub const MAX_ROWS: usize = 28;
 
-/// Runs a block for every row below `$rows`, a constant, with the row a literal: a loop left over
-/// by the compiler would keep the accumulators in memory (it did from 12 rows of two vectors on, at
-/// a third of the speed).
+/// Runs a block for every row below `$rows`, a constant, with the row as a literal. A loop that the
+/// compiler does not unroll keeps the accumulators in memory (it happened from 12 rows of two vectors
+/// on, at a third of the speed).
 macro_rules! each_row {
     ($rows:expr, |$m:ident| $block:block) => {
         each_row!(@ $rows, $m, $block,
@@ -32,27 +32,26 @@ macro_rules! each_row {
     };
 }
 
-/// Steps by which the filters are asked for before they are used. They stream from the second-level
-/// cache.
+/// Prefetch distance of the filters, in channels. They stream from the second-level cache.
 const AHEAD: usize = 16;
 
 /// One tile of a correlation: `y[m] = sum over taps and channels of x[m + tap, channel] * w[tap,
 /// channel]`.
 pub struct Correlate<'a> {
-    /// Slab position of the tile's first pixel at tap (0, 0), channel 0.
+    /// Address in the slab of the tile's first pixel at tap (0, 0), channel 0.
     pub x: *const f32,
     /// Packed filters of this block of outputs: `[c/block][r][s][block][NV * LANES]`.
     pub w: *const f32,
     pub y: *mut f32,
-    /// Where pixel `m` of the tile is written, in floats from `y`.
+    /// Offset of pixel `m` of the tile from `y`, in floats.
     pub y_offsets: &'a [usize; MAX_ROWS],
-    /// How many of the `NV * LANES` outputs exist; the rest are packed as zeros and not stored.
+    /// How many of the `NV * LANES` outputs exist; the others are packed as zeros and not stored.
     pub live: usize,
     pub accumulate: bool,
-    /// Input channels, and channels in a block of the slab.
+    /// Input channels, and channels per block of the slab.
     pub c: usize,
     pub block: usize,
-    /// Taps of the whole filter, and the half-open ranges of those that meet the image.
+    /// Taps of the filter, and the half-open ranges of those inside the image.
     pub taps: (usize, usize),
     pub tap_rows: (usize, usize),
     pub tap_columns: (usize, usize),
@@ -67,8 +66,8 @@ pub struct Correlate<'a> {
     pub ahead: Ahead,
 }
 
-/// What a tile asks for while it computes: `pairs` pairs of cache lines with each block of channels,
-/// `step` floats apart. Any address will do.
+/// What a tile prefetches while it computes: `pairs` pairs of cache lines per block of channels,
+/// `step` floats apart. The address may be invalid.
 #[derive(Clone, Copy)]
 pub struct Ahead {
     pub from: *const f32,
@@ -92,7 +91,7 @@ pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH:
     unsafe {
         let width = NV * V::LANES;
         let mut acc = [[V::zero(); NV]; M];
-        // the outputs are asked for now, so that the stores at the end find them
+        // prefetch the outputs, so that the stores at the end hit the cache
         for offset in &t.y_offsets[..M] {
             for j in 0..NV {
                 prefetch(t.y.wrapping_add(offset + j * V::LANES));
@@ -172,7 +171,7 @@ unsafe fn store_row<V: Vector, const NV: usize>(
     for (j, a) in row.into_iter().enumerate() {
         let live = live.saturating_sub(j * V::LANES).min(V::LANES);
         let y = y.wrapping_add(j * V::LANES);
-        // SAFETY: no more than the first `live` floats of the row are touched.
+        // SAFETY: at most the first `live` floats of the row are accessed.
         unsafe {
             let sum = if accumulate { V::load_first(y, live).add(a) } else { a };
             sum.store_first(y, live);

@@ -1,7 +1,7 @@
 //! The transforms of Winograd's F(2x2, 3x3), on vectors of channels.
 //!
-//! A tile of 2x2 outputs meets 4x4 inputs `d` and 3x3 taps `g`. With the matrices of Lavin and Gray
-//! 2016, "Fast algorithms for convolutional neural networks" (section 4.1),
+//! A tile of 2x2 outputs depends on 4x4 inputs `d` and 3x3 taps `g`. With the matrices of Lavin and
+//! Gray 2016, "Fast algorithms for convolutional neural networks" (section 4.1),
 //!
 //! ```text
 //!       1  0 -1  0          1    0    0            1  1  1  0
@@ -10,27 +10,27 @@
 //!       0  1  0 -1          0    0    1
 //! ```
 //!
-//! the outputs are `A' [(G g G') . (B' d B)] A`: 16 products in place of 36. The 16 places of a
-//! transformed tile are its components; component `4 i + j` stands in row `i`, column `j`.
+//! the outputs are `A' [(G g G') . (B' d B)] A`: 16 products instead of 36. The 16 elements of a
+//! transformed tile are its components; component `4 i + j` is in row `i`, column `j`.
 //!
 //! The outputs are linear in `g`, so their gradient `dy` gives that of the taps as
-//! `G' [(A dy A') . (B' d B)] G`, summed over tiles in the middle.
+//! `G' [(A dy A') . (B' d B)] G`, with the bracket summed over tiles.
 //!
-//! Generic over the vector like `tile.rs`; `kernel.rs` instantiates them.
+//! Generic over the vector type, like `tile.rs`; `kernel.rs` instantiates the functions.
 
 use super::vector::Vector;
 
-/// Channels that lie together in the transformed input. A multiple of every vector's lanes.
+/// Contiguous channels of the transformed input. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
 
 pub const COMPONENTS: usize = 16;
 
-/// Zeros to read in place of pixels outside the image: as many as the widest vector has lanes.
+/// Zeros to read instead of pixels outside the image: as wide as the widest vector.
 static OUTSIDE: [f32; BLOCK] = [0.0; BLOCK];
 
 /// A row of tiles to transform into `[16 components][c / BLOCK][tile][BLOCK]`.
 pub struct Input {
-    /// The first pixel of the four rows of the image that the tiles meet; null for a row outside.
+    /// The first pixel of the four image rows that the tiles read; null for a row outside the image.
     pub rows: [*const f32; 4],
     /// Columns of the image, and channels: a multiple of `BLOCK`.
     pub w: usize,
@@ -49,7 +49,7 @@ pub struct Output {
     /// Floats from a component to the next, and from a tile to the next: a multiple of `LANES`.
     pub component: usize,
     pub width: usize,
-    /// The first pixel of the two rows of the image; null for a row outside.
+    /// The first pixel of the two image rows; null for a row outside the image.
     pub rows: [*mut f32; 2],
     /// Columns of the image, and floats between them.
     pub w: usize,
@@ -59,7 +59,7 @@ pub struct Output {
 
 /// A row of tiles of the gradient of the outputs, to transform into `[16 components][tile][width]`.
 pub struct Gradient {
-    /// The first pixel of the two rows of the image; null for a row outside.
+    /// The first pixel of the two image rows; null for a row outside the image.
     pub rows: [*const f32; 2],
     /// Columns of the image, and floats between them.
     pub w: usize,
@@ -138,7 +138,7 @@ pub unsafe fn input<V: Vector>(t: &Input) {
         for c in (0..t.c).step_by(V::LANES) {
             let mut pixels =
                 t.rows.map(|row| if row.is_null() { OUTSIDE.as_ptr() } else { row.add(c) });
-            // column transforms, each of which two tiles share
+            // column transforms; two tiles share each
             let mut next = || {
                 let column = into_components(pixels.map(|p| V::load(p)));
                 for (p, step) in pixels.iter_mut().zip(steps) {
@@ -177,7 +177,7 @@ pub unsafe fn output<V: Vector>(t: &Output) {
             let inside = (t.w - 2 * tile).min(2);
             for lane in (0..t.width).step_by(V::LANES) {
                 let m = t.m.add(tile * t.width + lane);
-                // plain loops: with closures the whole convolution took 1.6 times as long
+                // plain loops: with closures the convolution took 1.6 times as long
                 let (mut upper, mut lower) = ([V::zero(); 4], [V::zero(); 4]);
                 for j in 0..4 {
                     let mut column = [V::zero(); 4];

@@ -1,4 +1,4 @@
-//! The few vector operations that the tile kernels are written in, once per instruction set.
+//! The vector operations that the tile kernels use, implemented once per instruction set.
 //!
 //! Every method is `#[inline(always)]` and is meant to end up inside a function that enables the
 //! instruction set (`kernel.rs`): only there do the intrinsics become single instructions.
@@ -54,7 +54,7 @@ pub trait Vector: Copy {
     unsafe fn mul_add(self, factor: Self, sum: Self) -> Self;
 }
 
-/// Asks for the cache line at `p`, which may be any address.
+/// Prefetches the cache line at `p`, which may be an invalid address.
 #[inline(always)]
 pub fn prefetch(p: *const f32) {
     #[cfg(target_arch = "x86_64")]
@@ -66,7 +66,7 @@ pub fn prefetch(p: *const f32) {
     let _ = p;
 }
 
-/// Floats of memory that will be read next, asked for a share at a time, so that they arrive while tiles are computed.
+/// Memory that will be read next, prefetched in shares, so that it arrives while tiles are computed.
 #[derive(Clone, Copy)]
 pub struct Coming<'a> {
     floats: &'a [f32],
@@ -79,7 +79,7 @@ impl<'a> Coming<'a> {
         Self { floats, share: floats.len().div_ceil(shares.max(1)).next_multiple_of(LINE) }
     }
 
-    /// Asks for the next share.
+    /// Prefetches the next share.
     #[inline]
     pub fn prefetch_share(&mut self) {
         let (now, later) = self.floats.split_at(self.share.min(self.floats.len()));
@@ -88,7 +88,7 @@ impl<'a> Coming<'a> {
     }
 }
 
-/// Four floats that the compiler maps to whatever the target has.
+/// Four floats, for any target.
 #[derive(Clone, Copy)]
 pub struct Plain([f32; 4]);
 
@@ -210,13 +210,13 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_first(p: *const f32, live: usize) -> Self {
-            // SAFETY: AVX2 is enabled; masked lanes are not touched.
+            // SAFETY: AVX2 is enabled; masked lanes are not accessed.
             Ymm(unsafe { _mm256_maskload_ps(p, first_of_eight(live)) })
         }
 
         #[inline(always)]
         unsafe fn store_first(self, p: *mut f32, live: usize) {
-            // SAFETY: AVX2 is enabled; masked lanes are not touched.
+            // SAFETY: AVX2 is enabled; masked lanes are not accessed.
             unsafe { _mm256_maskstore_ps(p, first_of_eight(live), self.0) }
         }
 
@@ -272,13 +272,13 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_first(p: *const f32, live: usize) -> Self {
-            // SAFETY: AVX-512F is enabled; masked lanes are not touched.
+            // SAFETY: AVX-512F is enabled; masked lanes are not accessed.
             Zmm(unsafe { _mm512_maskz_loadu_ps(((1u32 << live) - 1) as __mmask16, p) })
         }
 
         #[inline(always)]
         unsafe fn store_first(self, p: *mut f32, live: usize) {
-            // SAFETY: AVX-512F is enabled; masked lanes are not touched.
+            // SAFETY: AVX-512F is enabled; masked lanes are not accessed.
             unsafe { _mm512_mask_storeu_ps(p, ((1u32 << live) - 1) as __mmask16, self.0) }
         }
 

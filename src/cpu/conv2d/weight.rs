@@ -1,13 +1,13 @@
 //! Weight gradient: `dw[k, r, s, c] = sum over n, p, q of x[n, p t + r - pad, q t + s - pad, c]
 //! dy[n, p, q, k]`.
 //!
-//! For one tap it is a matrix product over pixels. The pixels are cut into chunks and the filters
-//! into sets; a task owns one set on one chunk and adds into its own partial sum, `[block of
-//! k][r][s][c][width]`. The chunks are then summed in order. Chunks and sets follow from the shape,
-//! so the sum has one order whatever the threads.
+//! For one tap it is a GEMM whose sum runs over pixels. The pixels are split into chunks and the
+//! filters into sets; a task owns one set on one chunk and adds into its own partial sum, `[block of
+//! k][r][s][c][width]`. The chunks are then summed in order. Chunks and sets depend on the shape
+//! alone, so the order of the sum does not depend on the number of threads.
 //!
 //! A task packs a band of rows of `x` (`slab.rs`) and the same band of `dy`, then runs every tap
-//! and block over it while they are in the cache. Taps outside the image are left out.
+//! and block over them while they are in the cache. Taps outside the image are skipped.
 
 use rayon::prelude::*;
 
@@ -20,33 +20,33 @@ use super::slab::Slab;
 use super::slots::{self, Slots};
 use super::tile::Outer;
 
-/// Pixels in a band: so many that adding a tile to the partial sum costs little, so few that both
+/// Pixels in a band: enough that adding a tile to the partial sum is cheap, few enough that both
 /// operands of a tile stay near the first-level cache.
 const BAND_PIXELS: usize = 256;
 
-/// Floats of the slab of `x`, at most (one row is always allowed).
+/// The most floats of the slab of `x` (one row is always allowed).
 const SLAB_FLOATS: usize = 160 * 1024;
 
-/// Floats of all partial sums, at most (one chunk is always allowed).
+/// The most floats of all partial sums (one chunk is always allowed).
 const PARTIAL_FLOATS: usize = 4 * 1024 * 1024;
 
-/// Tasks wanted, so that several threads finish together.
+/// Target number of tasks, so that several threads finish together.
 const TASKS_WANTED: usize = 32;
 
-/// Blocks of filters that share one packed band of `x`, at most.
+/// The most blocks of filters that share one packed band of `x`.
 const BLOCKS_PER_SET: usize = 4;
 
-/// How the sum is cut, from the shape and the instruction set.
+/// How the sum is partitioned, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
 struct WeightGradientPlan {
     isa: Isa,
     blocks: Blocks,
     /// Blocks of filters in a set.
     set: usize,
-    /// Images in a group, output rows in a band.
+    /// Images per group, output rows per band.
     group: usize,
     band: usize,
-    /// Bands in a chunk, and chunks.
+    /// Bands per chunk, and number of chunks.
     chunk: usize,
     chunks: usize,
     /// Channels of a tile.
@@ -81,7 +81,7 @@ impl WeightGradientPlan {
         let bands = d.p.div_ceil(band);
         let units = d.n.div_ceil(group) * bands;
         let sums = blocks.padded() * d.r * d.s * d.c;
-        // a chunk has a few bands, or the partial sums cost more than they bring
+        // a chunk has several bands, or the partial sums cost more than they save
         let chunks_most = units.div_ceil(2).min(PARTIAL_FLOATS / sums.max(1)).max(1);
         let least = blocks.count().div_ceil(slots::MOST).max(1);
         let mut set = blocks.count().min(BLOCKS_PER_SET).max(least);
@@ -90,13 +90,13 @@ impl WeightGradientPlan {
         }
         let sets = blocks.count().div_ceil(set).max(1);
         let chunk = units.div_ceil(TASKS_WANTED.div_ceil(sets).min(chunks_most)).max(1);
-        // a single tile or block of a run lies in the tensor as it would lie packed, unless images
-        // are interleaved; of a product the channels are read where they lie, gradients are not
-        // (lines far apart share sets of the first-level cache, and tiles take two of each)
-        let product = (d.r, d.s, d.stride, d.pad, d.h, d.w) == (1, 1, 1, 0, 1, 1);
-        let x_in_order = product || group == 1 && d.c == tile && !merged(d);
+        // a single tile or block of a run has the same layout in the tensor as packed, unless images
+        // are interleaved; in a GEMM the channels are read from the tensor, gradients are not (distant
+        // lines share sets of the first-level cache, and tiles use two of each)
+        let is_gemm = (d.r, d.s, d.stride, d.pad, d.h, d.w) == (1, 1, 1, 0, 1, 1);
+        let x_in_order = is_gemm || group == 1 && d.c == tile && !merged(d);
         let slab_len = if x_in_order { 0 } else { slab(band).len() };
-        let dy_in_order = (group == 1 || product) && blocks.count() == 1 && d.k == blocks.padded();
+        let dy_in_order = (group == 1 || is_gemm) && blocks.count() == 1 && d.k == blocks.padded();
         let dy_len =
             if dy_in_order { 0 } else { gradient_slab(d, blocks, 0..set, group, band).len() };
         WeightGradientPlan {
@@ -153,8 +153,8 @@ fn gradient_pitch(blocks: Blocks) -> usize {
     blocks.full().min(blocks.padded())
 }
 
-/// The gradients of a set of blocks. Filters that do not exist are left as they come: they only
-/// meet their like.
+/// The gradients of a set of blocks. Padding filters hold arbitrary values, which only affect
+/// padding sums.
 fn gradient_slab(
     d: &Conv2dDims,
     blocks: Blocks,
@@ -169,18 +169,18 @@ fn gradient_slab(
     Slab { c, of, block, pitch, images, r, s, stride_y, stride_x, pad_y, pad_x, band, q }
 }
 
-/// Whether the taps of a filter row are read as one: a stem's four channels make tiles that are too
-/// small, but its pixels lie side by side, so that `s` taps of 4 channels are one tap of `4 s`.
+/// Whether the taps of a filter row are read as one. A stem's four channels make tiles too small,
+/// but its pixels are contiguous, so that `s` taps of 4 channels are one tap of `4 s`.
 fn merged(d: &Conv2dDims) -> bool {
     d.c == 4 && d.s > 1
 }
 
-/// Taps of a filter row and channels, as the tiles see them.
+/// Taps per filter row and channels, for the tile kernels.
 fn taps(d: &Conv2dDims) -> (usize, usize) {
     if merged(d) { (1, d.s * d.c) } else { (d.s, d.c) }
 }
 
-/// A 1x1 convolution is a matrix product: every pixel is an image of its own.
+/// A 1x1 convolution is a GEMM: every pixel becomes an image of one pixel.
 fn flattened(d: &Conv2dDims) -> Conv2dDims {
     if (d.r, d.s, d.stride, d.pad) == (1, 1, 1, 0) {
         Conv2dDims { n: d.n * d.h * d.w, h: 1, w: 1, p: 1, q: 1, ..*d }
@@ -229,7 +229,7 @@ pub fn run(
     finish(d, &plan, dw, sums, accumulate);
 }
 
-/// Sums the chunks in order and puts the filters into their own layout.
+/// Sums the chunks in order and stores the filters in their own layout.
 fn finish(
     d: &Conv2dDims,
     plan: &WeightGradientPlan,
@@ -252,7 +252,7 @@ fn finish(
     dw.par_chunks_mut(full * per_filter).enumerate().for_each(|(b, dw)| {
         let width = plan.blocks.width(b);
         let sums = &total[b * full * per_filter..][..width * per_filter];
-        // squares, so that a line of either side is used up while it is in the cache
+        // square blocks, so that every line of both sides is used completely while it is in the cache
         for start in (0..per_filter).step_by(16) {
             let end = per_filter.min(start + 16);
             for (o, dw) in dw.chunks_exact_mut(per_filter).enumerate() {
@@ -370,8 +370,9 @@ impl Task<'_> {
                         let kernel = kernel::outer(plan.isa, channels, plan.blocks.vectors(b));
                         // SAFETY: rows `from..to` and columns `left..right` are those whose tap
                         // lies inside the image, which tensor and slab hold; `dy` is packed for the
-                        // whole band, or is read where blocks have no padding; the tile of `sums`
-                        // was sliced to its length.
+                        // whole band, or is read from the tensor if blocks have no padding; the tile
+                        // of `sums` was sliced to its length. All sizes come from a `Conv2dDims`, whose
+                        // fields agree, and `checked` has compared the slices' lengths with them.
                         unsafe { kernel(&tile) }
                         dy_start += shape.band * row_pixels * pitch;
                         sum_start += width * d.r * d.s * d.c;
@@ -382,8 +383,8 @@ impl Task<'_> {
     }
 }
 
-/// The outputs `lo..hi` of `count` from `first` on (counted from `first`) whose tap lies inside
-/// `len` inputs.
+/// The outputs `lo..hi`, counted from `first`, of the `count` outputs from `first` on whose tap lies
+/// inside `len` inputs.
 fn valid(
     first: usize,
     count: usize,

@@ -1,13 +1,13 @@
-//! Forward and data gradient of 3x3 convolutions of stride 1, padded by 1, with Winograd's
-//! F(2x2, 3x3): 16 products for four outputs, where the sum of `correlation.rs` has 36.
+//! Forward pass and data gradient of 3x3 convolutions of stride 1, padded by 1, with Winograd's
+//! F(2x2, 3x3): 16 products for four outputs instead of the 36 of `correlation.rs`.
 //!
-//! `transform.rs` has the maths. The filters are transformed once a call. A group of tiles is
+//! `transform.rs` has the maths. The filters are transformed once per call. A group of tiles is
 //! transformed into the workspace; then, for one block of outputs at a time, each of the sixteen
-//! components is a matrix product (the tile kernel of a 1x1 convolution), and the block is
-//! transformed back while it is in the caches.
+//! components is a GEMM (the tile kernel of a 1x1 convolution), and the block is transformed back
+//! while it is in the caches.
 //!
-//! The error is about that of the direct sum: the transforms add theirs, and the sums are a ninth
-//! as long.
+//! The error is similar to the direct sum's: the transforms add rounding errors, but the sums are a
+//! ninth as long.
 
 use rayon::prelude::*;
 
@@ -21,9 +21,9 @@ use super::tile::{Ahead, Correlate, MAX_ROWS};
 use super::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
 use super::vector::Coming;
 
-/// Tiles in a group: transformed, with as many as this they stay in the second-level cache next to
-/// the filters of a component. Twice as many from `WIDE` channels on, whose filters have to come
-/// from farther away for every group.
+/// Tiles in a group: the transformed tiles stay in the second-level cache together with the filters
+/// of a component. Twice as many from `WIDE` channels on, whose filters have to be fetched from
+/// beyond that cache for every group.
 const TILES: usize = 64;
 const WIDE: usize = 512;
 
@@ -31,20 +31,20 @@ const WIDE: usize = 512;
 /// group to the next.
 const STREAMED: usize = 256;
 
-/// Lanes wanted, so that several threads finish together; more cost workspace.
+/// Target number of lanes, so that several threads finish together; more lanes cost workspace.
 const LANES_WANTED: usize = 16;
 
-/// Whether the convolution can be computed here.
+/// Whether this algorithm supports the convolution.
 pub fn fits(d: &Conv2dDims) -> bool {
     (d.r, d.s, d.stride, d.pad) == (3, 3, 1, 1)
         && d.c.is_multiple_of(BLOCK)
         && d.k.is_multiple_of(BLOCK)
 }
 
-/// Whether that is faster than the direct sum. Measured with AVX-512, direct sum over this: 1.2 with
-/// 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3 with 512; no gain with 5x5
-/// pixels, and where too few tiles share the transformed filters.
-pub fn pays(d: &Conv2dDims) -> bool {
+/// Whether this algorithm is faster than the direct sum. Measured with AVX-512, time of the direct
+/// sum over time of this: 1.2 with 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3
+/// with 512; no gain with 5x5 pixels, or if too few tiles share the transformed filters.
+pub fn is_faster(d: &Conv2dDims) -> bool {
     // products for each pair of channels; the direct sum skips taps outside the image
     let taps = |len: usize| (3 * len).saturating_sub(2);
     let direct = d.n * taps(d.h) * taps(d.w);
@@ -64,7 +64,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// `d` has to [fit](fits).
+    /// `d` must [fit](fits).
     pub fn forward(d: &Conv2dDims) -> Problem {
         let Conv2dDims { n, h, w, c, k, .. } = *d;
         let (row, column) = (3 * c as isize, c as isize);
@@ -73,7 +73,7 @@ impl Problem {
         Problem { n, h, w, c, k, view }
     }
 
-    /// The same filters read backwards, from `k` channels to `c`. `d` has to [fit](fits).
+    /// The flipped filters, from `k` channels to `c`. `d` must [fit](fits).
     pub fn data_gradient(d: &Conv2dDims) -> Problem {
         let Conv2dDims { n, h, w, c, k, .. } = *d;
         let (row, column) = (3 * c as isize, c as isize);
@@ -93,16 +93,16 @@ impl Problem {
     }
 }
 
-/// How a problem is cut, from its shape and the instruction set.
+/// How the work is partitioned, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
 struct WinogradPlan {
     isa: Isa,
     blocks: Blocks,
-    /// Images in the span of a lane, and in a group.
+    /// Images per lane, and per group.
     span: usize,
     group: usize,
-    /// Rows of tiles of an image in a lane and in a group; fewer than the image has only where
-    /// span or group is one image.
+    /// Rows of tiles of an image per lane and per group; fewer than all only if a lane or a group
+    /// covers one image.
     lane_rows: usize,
     group_rows: usize,
     /// Tiles in a full group.
@@ -116,7 +116,7 @@ impl WinogradPlan {
         let (rows, across) = p.tiles();
         let image = (rows * across).max(1);
         let (group, group_rows) = if 2 * image <= most {
-            // groups come in twos, so that two threads finish together
+            // an even number of groups, so that two threads finish together
             let groups = p.n.div_ceil(most / image).next_multiple_of(2).max(1);
             (p.n.div_ceil(groups).max(1), rows)
         } else {
@@ -143,8 +143,8 @@ impl WinogradPlan {
         COMPONENTS * self.blocks.padded() * p.c
     }
 
-    /// Floats from a component to the next, of the input and of a block of outputs. The line in
-    /// between keeps sixteen stores from falling into one set of the cache.
+    /// Floats from one component to the next, of the input and of a block of outputs. The extra
+    /// cache line keeps sixteen stores from mapping to the same cache set.
     fn components(&self, p: &Problem) -> (usize, usize) {
         (self.tiles * p.c + LINE, self.tiles * self.blocks.width(0) + LINE)
     }
@@ -155,13 +155,13 @@ impl WinogradPlan {
     }
 }
 
-/// Floats of scratch: the transformed filters, and a group of tiles for every lane.
+/// Floats of scratch: the transformed filters, and one group of tiles per lane.
 pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
     let plan = WinogradPlan::new(p, isa);
     plan.filters_len(p) + plan.lanes(p) * plan.slot_len(p)
 }
 
-/// `out` `[n, h, w, k]`, `x` `[n, h, w, c]`, `w` as the convolution has it; `out +=` if
+/// `out` `[n, h, w, k]`, `x` `[n, h, w, c]`, `w` in the convolution's own layout; `out +=` if
 /// `accumulate`.
 pub fn run(
     p: &Problem,
@@ -180,9 +180,9 @@ pub fn run(
     transform_filters(p, &plan, filters, w);
     let lane = Lane { p, plan: &plan, filters, accumulate };
     let slots = Slots::new(slots, plan.slot_len(p));
-    let whole = plan.lane_rows == p.tiles().0;
+    let whole_images = plan.lane_rows == p.tiles().0;
     let span_len = plan.span * p.image_len();
-    let lane_len = if whole { span_len } else { 2 * plan.lane_rows * p.w * p.k };
+    let lane_len = if whole_images { span_len } else { 2 * plan.lane_rows * p.w * p.k };
     out.par_chunks_mut(span_len).enumerate().for_each(|(span, out)| {
         let x = &x[span * plan.span * p.h * p.w * p.c..];
         out.par_chunks_mut(lane_len).enumerate().for_each(|(part, out)| {
@@ -206,8 +206,8 @@ fn transform_filters(p: &Problem, plan: &WinogradPlan, filters: &mut [f32], w: &
             view.pack_block(taps, w, b * blocks.full(), blocks.live(b), width, BLOCK);
             let component = p.c * width;
             let (g, u) = (taps.as_ptr(), out[c * width..].as_mut_ptr());
-            // SAFETY: `taps` is nine times `len` floats; the last of the sixteen components of
-            // `BLOCK` channels from `c` on ends within `out`.
+            // SAFETY: `taps` has nine times `len` floats; the last of the sixteen components of the
+            // `BLOCK` channels from `c` on ends within `out`, because `p.c` is a multiple of `BLOCK`.
             unsafe { transform(&Filters { g, tap: len, u, component, len }) }
         }
     });
@@ -221,8 +221,8 @@ struct Lane<'a> {
 }
 
 impl Lane<'_> {
-    /// Fills `out`: whole images, or the rows of one image from those of the tiles in row
-    /// `first_row` on. `x` starts with the first image.
+    /// Fills `out`: whole images, or the rows of one image that start at the tiles of row
+    /// `first_row`. `x` starts with the first image.
     fn run(&self, out: &mut [f32], x: &[f32], slot: &mut [f32], first_row: usize) {
         let (p, images) = (self.p, self.plan.group);
         let (v_component, m_component) = self.plan.components(p);
@@ -256,7 +256,7 @@ impl Lane<'_> {
 #[derive(Clone, Copy)]
 pub struct Tiles {
     pub images: usize,
-    /// Row of tiles in each image, and rows from there on.
+    /// First row of tiles in each image, and number of rows.
     pub first_row: usize,
     pub rows: usize,
     /// Tiles that the transformed input has room for.
@@ -264,8 +264,8 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Floats from a component of the transformed input to the next. The line in between keeps
-    /// sixteen stores from falling into one set of the cache.
+    /// Floats from one component of the transformed input to the next. The extra cache line keeps
+    /// sixteen stores from mapping to the same cache set.
     pub fn component(&self, c: usize) -> usize {
         self.most * c + LINE
     }
@@ -282,8 +282,8 @@ impl Tiles {
             let tile = row * w.div_ceil(2);
             let (component, block) = (self.component(c), self.most * BLOCK);
             let v = v[tile * BLOCK..].as_mut_ptr();
-            // SAFETY: the rows are whole rows of `x`; a component holds `most` tiles of every
-            // block, and those of this row are among them.
+            // SAFETY: the rows are complete rows of `x`; a component of `v` holds `most` tiles of
+            // every block of channels, including the tiles of this row.
             unsafe { transform(&Input { rows, w, c, v, component, block }) }
         }
     }
@@ -293,10 +293,10 @@ impl Tiles {
 struct Group<'a> {
     lane: &'a Lane<'a>,
     images: usize,
-    /// Row of tiles in its image, and rows of outputs from there on in each image.
+    /// First row of tiles in its image, and number of rows of outputs in each image.
     first_row: usize,
     out_rows: usize,
-    /// Input of the next group: the products ask for it, a few lines each.
+    /// Input of the next group, which the GEMMs prefetch, a few lines each.
     coming: Coming<'a>,
 }
 
@@ -309,7 +309,7 @@ impl<'a> Group<'a> {
         self.images * self.rows() * self.lane.p.tiles().1
     }
 
-    /// `x`, from the group's first image on, into `[component][c / BLOCK][tile][BLOCK]`.
+    /// Transforms `x`, which starts at the group's first image, into `[component][c / BLOCK][tile][BLOCK]`.
     fn transform_input(&self, v: &mut [f32], x: &[f32]) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let tiles = Tiles {
@@ -321,7 +321,7 @@ impl<'a> Group<'a> {
         tiles.transform(plan.isa, v, x, [p.h, p.w, p.c]);
     }
 
-    /// Products that a component of block `b` takes.
+    /// Tile kernel calls per component of block `b`.
     fn runs(&self, b: usize) -> usize {
         let plan = self.lane.plan;
         self.tiles().div_ceil(plan.isa.tile_rows(plan.blocks.vectors(b)))
@@ -336,22 +336,22 @@ impl<'a> Group<'a> {
         self.coming = Coming::new(&x[from.min(x.len())..(from + len).min(x.len())], calls);
     }
 
-    /// The products of all components with the filters of block `b`, into
-    /// `[component][tile][width]`. `out` is only asked for.
+    /// Multiplies all components by the filters of block `b`, into `[component][tile][width]`.
+    /// `out` is only prefetched.
     fn multiply(&mut self, m: &mut [f32], v: &[f32], filters: &[f32], b: usize, out: &[f32]) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let (v_component, m_component) = plan.components(p);
         let (width, vectors) = (plan.blocks.width(b), plan.blocks.vectors(b));
         let (tiles, runs) = (self.tiles(), self.runs(b));
-        // what a product asks for while it computes: a share of the next component's filters, or of the outputs that the
-        // block will be stored to
+        // prefetched during each call: a share of the next component's filters, or of the outputs that
+        // the block will be stored to
         let steps = p.c / BLOCK;
         let filter_pairs = width.div_ceil(2 * runs);
         let pixels = (out.len() / p.k).div_ceil(COMPONENTS * runs);
         let pixel_pairs = pixels.div_ceil(steps);
         let mut y_offsets = [0; MAX_ROWS];
         y_offsets.iter_mut().enumerate().for_each(|(i, offset)| *offset = i * width);
-        // with few channels a product takes no longer than some divisions: none below
+        // with few channels a call takes no longer than some divisions, so there are none in the loops below
         let (least, longer) = (tiles / runs, tiles % runs);
         for component in 0..COMPONENTS {
             let filters = &filters[component * p.c * width..];
@@ -390,15 +390,15 @@ impl<'a> Group<'a> {
                     ahead,
                 };
                 let kernel = kernel::correlate(plan.isa, rows, vectors, BLOCK);
-                // SAFETY: the `rows` tiles from `from` on are there in every block of the component of `v` and in that of
-                // `m`; its filters are `c` rows of `width`, which is `live` (`k` is a multiple of a vector).
+                // SAFETY: every block of the component of `v`, and the component of `m`, holds the `rows` tiles from `from`
+                // on; the component's filters are `c` rows of `width`, which is `live` (`k` is a multiple of a vector).
                 unsafe { kernel(&tile) }
                 from += rows;
             }
         }
     }
 
-    /// Block `b` of the group's outputs.
+    /// Transforms block `b` of the group's outputs back.
     fn transform_output(&self, out: &mut [f32], m: &[f32], b: usize) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let transform = kernel::output(plan.isa);
@@ -415,8 +415,8 @@ impl<'a> Group<'a> {
             });
             let m = m[row * p.tiles().1 * width..].as_ptr();
             let (component, accumulate) = (plan.components(p).1, self.lane.accumulate);
-            // SAFETY: a component holds `width` floats of every tile of the group; the rows are
-            // rows of `out`, each pixel of which has `width` outputs from the block's first on.
+            // SAFETY: a component holds `width` floats of every tile of the group; the rows are rows
+            // of `out`, whose pixels have `width` outputs from the block's first on.
             unsafe { transform(&Output { m, component, width, rows, w: p.w, k: p.k, accumulate }) }
         }
     }

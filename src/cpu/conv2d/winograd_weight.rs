@@ -1,11 +1,11 @@
 //! Weight gradient of 3x3 convolutions of stride 1, padded by 1, with Winograd's F(2x2, 3x3): 16
-//! products for four outputs, where the sum of `weight.rs` has 36.
+//! products for four outputs instead of the 36 of `weight.rs`.
 //!
-//! `transform.rs` has the maths. Groups of tiles are cut into chunks; a task owns a chunk and a sum
-//! of its own, `[block of k][component][c][width]`. It transforms a group of both operands into the
-//! workspace, then adds each component's matrix product over tiles. The chunks are summed in order
-//! and transformed back once. Chunks follow from the shape, so the sum has one order whatever the
-//! threads.
+//! `transform.rs` has the maths. Groups of tiles are split into chunks; a task owns a chunk and its
+//! own sum, `[block of k][component][c][width]`. It transforms a group of both operands into the
+//! workspace, then adds each component's GEMM over tiles. The chunks are summed in order and
+//! transformed back once. Chunks depend on the shape alone, so the order of the sum does not depend
+//! on the number of threads.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -20,36 +20,40 @@ use super::tile::Outer;
 use super::transform::{BLOCK, COMPONENTS, Gradient};
 use super::winograd::{self, Tiles};
 
-/// Tiles in a group: transformed, with as many as this both operands stay in the second-level cache.
+/// Tiles in a group: both transformed operands of this many tiles stay in the second-level cache.
 const TILES: usize = 64;
 
-/// Floats of all sums, at most (one chunk is always allowed).
+/// The most floats of all sums (one chunk is always allowed).
 const SUMS_FLOATS: usize = 4 * 1024 * 1024;
 
-/// Filters of a block, at most: two vectors of any instruction set.
+/// The most filters of a block: two vectors of any instruction set.
 const MOST_WIDE: usize = 32;
 
-/// Chunks wanted, so that several threads finish together.
+/// Target number of chunks, so that several threads finish together.
 const CHUNKS_WANTED: usize = 16;
 
-/// Whether that is faster than the sum of `weight.rs`. Measured with AVX-512, that sum over this: 1.5
-/// to 1.8 with 32 to 256 channels; 0.9 with 16, whose transforms are most of the work, 0.7 with 512,
-/// whose sums no longer stay in the second-level cache, and 0.6 where few tiles share them.
-pub fn pays(d: &Conv2dDims) -> bool {
+/// Whether this algorithm is faster than the sum of `weight.rs`. Measured with AVX-512, time of that
+/// sum over time of this: 1.5 to 1.8 with 32 to 256 channels; 0.9 with 16, whose transforms are most
+/// of the work; 0.7 with 512, whose sums no longer stay in the second-level cache; 0.6 if few tiles
+/// share the sums.
+pub fn is_faster(d: &Conv2dDims) -> bool {
     let tiles = d.n * d.h.div_ceil(2) * d.w.div_ceil(2);
-    winograd::pays(d) && d.c.min(d.k) >= 2 * BLOCK && d.c * d.k <= 256 * 256 && tiles >= 4 * TILES
+    winograd::is_faster(d)
+        && d.c.min(d.k) >= 2 * BLOCK
+        && d.c * d.k <= 256 * 256
+        && tiles >= 4 * TILES
 }
 
-/// How the sum is cut, from the shape and the instruction set.
+/// How the sum is partitioned, from the shape and the instruction set.
 #[derive(Clone, Copy, Debug)]
 struct WinogradWeightPlan {
     isa: Isa,
     blocks: Blocks,
-    /// Images in a group, rows of tiles of each, and groups an image is cut into.
+    /// Images per group, rows of tiles of each, and groups per image.
     images: usize,
     rows: usize,
     parts: usize,
-    /// Groups in a chunk, and chunks.
+    /// Groups per chunk, and number of chunks.
     chunk: usize,
     chunks: usize,
 }
@@ -63,7 +67,7 @@ impl WinogradWeightPlan {
         let groups = d.n.div_ceil(images) * parts;
         let sums = COMPONENTS * d.c * blocks.padded();
         let chunks = CHUNKS_WANTED.min(SUMS_FLOATS / sums.max(1)).clamp(1, slots::MOST);
-        // a chunk of one group would cost more in its sum than the products save
+        // the sum of a chunk of one group would cost more than Winograd saves
         let chunk = groups.div_ceil(chunks).max(2);
         let (rows, chunks) = (rows.div_ceil(parts), groups.div_ceil(chunk));
         WinogradWeightPlan { isa, blocks, images, rows, parts, chunk, chunks }
@@ -89,7 +93,7 @@ pub fn workspace_len(d: &Conv2dDims, isa: Isa) -> usize {
     plan.chunks * (plan.sums_len(d) + plan.scratch_len(d))
 }
 
-/// `dw` `[k, 3, 3, c]`; `dw +=` if `accumulate`. `d` has to [fit](winograd::fits).
+/// `dw` `[k, 3, 3, c]`; `dw +=` if `accumulate`. `d` must [fit](winograd::fits).
 pub fn run(
     d: &Conv2dDims,
     isa: Isa,
@@ -126,7 +130,7 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The sum over one chunk of groups.
+    /// Computes the sum over one chunk of groups.
     fn run(&self, sums: &mut [f32], scratch: &mut [f32], chunk: usize) {
         let (d, plan) = (self.d, self.plan);
         sums.fill(0.0);
@@ -154,7 +158,7 @@ impl Task<'_> {
         }
     }
 
-    /// Block `b` of `dy`, from the group's first image on, into `[component][tile][width]`.
+    /// Transforms block `b` of `dy`, which starts at the group's first image, into `[component][tile][width]`.
     fn transform_gradient(&self, m: &mut [f32], dy: &[f32], tiles: &Tiles, b: usize) {
         let (d, blocks) = (self.d, self.plan.blocks);
         let transform = kernel::gradient(self.plan.isa);
@@ -170,14 +174,13 @@ impl Task<'_> {
                 }
             });
             let m = m[row * d.w.div_ceil(2) * width..].as_mut_ptr();
-            // SAFETY: the rows are rows of `dy`, each pixel of which has `width` outputs from the
-            // block's first on (`k` is a multiple of a vector); a component holds the tiles of the
-            // group.
+            // SAFETY: the rows are rows of `dy`, whose pixels have `width` outputs from the block's
+            // first on (`k` is a multiple of a vector); a component holds the tiles of the group.
             unsafe { transform(&Gradient { rows, w: d.w, k: d.k, m, component, width }) }
         }
     }
 
-    /// `sums[component][c][width] +=` the products of all components over the group's tiles.
+    /// `sums[component][c][width] +=` the GEMMs of all components over the group's tiles.
     fn multiply(&self, sums: &mut [f32], v: &[f32], m: &[f32], tiles: &Tiles, b: usize) {
         let (d, plan) = (self.d, self.plan);
         let (width, vectors) = (plan.blocks.width(b), plan.blocks.vectors(b));
@@ -203,8 +206,9 @@ impl Task<'_> {
                         dy_pixel: width,
                     };
                     let kernel = kernel::outer(plan.isa, to - from, vectors);
-                    // SAFETY: both operands are sliced to `length` tiles, of `BLOCK` channels of
-                    // which the kernel reads `from..to`, and of `width` filters; so is the sum.
+                    // SAFETY: both operands are sliced to `length` tiles: `v` with `BLOCK` channels
+                    // per tile, of which the kernel reads `from..to`, and `m` with `width` filters. The
+                    // sum is sliced to `to - from` rows of `width`.
                     unsafe { kernel(&tile) }
                 }
             }
@@ -212,7 +216,7 @@ impl Task<'_> {
     }
 }
 
-/// Sums the chunks in order, transforms back, and puts the filters into their own layout.
+/// Sums the chunks in order, transforms back, and stores the filters in their own layout.
 fn finish(
     d: &Conv2dDims,
     plan: &WinogradWeightPlan,
@@ -235,7 +239,7 @@ fn finish(
         let width = plan.blocks.width(b);
         let sums = &total[b * full * COMPONENTS * d.c..][..COMPONENTS * d.c * width];
         let mut taps = [[[0.0; MOST_WIDE]; 9]; BLOCK];
-        // a line of channels at a time, so that a line of `dw` is written whole
+        // one block of channels at a time, so that complete cache lines of `dw` are written
         for c in (0..d.c).step_by(BLOCK) {
             for (i, taps) in taps.iter_mut().enumerate() {
                 let line = |component| &sums[(component * d.c + c + i) * width..][..width];
@@ -253,7 +257,7 @@ fn finish(
     });
 }
 
-/// `G' u G` for each filter of a line.
+/// `G' u G` for each filter of a block.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn back(taps: &mut [[f32; MOST_WIDE]; 9], u: [&[f32]; COMPONENTS]) {
     let line = |u: [f32; 4]| {

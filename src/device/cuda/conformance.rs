@@ -1,6 +1,6 @@
-//! What `kernels/conformance.cu` runs on a GPU, against host maths written from the layouts of the PTX manual: every
-//! instruction that kernels reach through `kernels/ptx.cuh`, and every warp and block primitive, on random bits, to the bit.
-//! The first thing to run on a chip that nobody has tried. Not here: the grid's barrier, which no kernel of the engine uses.
+//! Runs `kernels/conformance.cu` and compares it with host maths written from the layouts in the PTX manual: every
+//! instruction that kernels use through `kernels/ptx.cuh` and every warp and block primitive, on random bits, bit for bit.
+//! Run it first on an untried chip. The grid barrier is not covered, because no kernel of the engine uses it.
 
 use half::bf16;
 
@@ -12,10 +12,10 @@ use super::{
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 
-/// Runs all of it, several times on other bits; gives how many instructions and primitives were looked at.
+/// Runs all checks, each on several random inputs, and returns the number of checks.
 ///
 /// # Errors
-/// When the device fails, or the first thing that does not do what it is documented to do.
+/// If the device fails or a check disagrees; the message names the first.
 pub(crate) fn check(gpu: &Device) -> Result<usize> {
     type Case = fn(&Device, Bits) -> bool;
     let cases: [(&str, Case); 7] = [
@@ -32,7 +32,9 @@ pub(crate) fn check(gpu: &Device) -> Result<usize> {
             let agrees = case(gpu, Bits(Philox::new(seed, Purpose::Test, 0, 0)));
             gpu.check()?;
             if !agrees {
-                return Err(Error::Device(format!("{gpu}: {name} does not do what it should")));
+                return Err(Error::Device(format!(
+                    "{gpu}: {name} disagrees with its documentation"
+                )));
             }
         }
     }
@@ -51,13 +53,13 @@ fn launch(gpu: &Device, blocks: usize, threads: usize) -> Launch<'_> {
     Launch::new(gpu.gpu(), [blocks, 1, 1], [threads, 1, 1])
 }
 
-/// Halves between -4 and 4: sums of their products are exact.
+/// Multiples of 0.5 between -4 and 4: sums of their products are exact.
 fn small(bits: u32) -> f32 {
     (bits % 17) as f32 / 2.0 - 4.0
 }
 
-/// `d + A B` of whole matrices, `A [16, depth]`, `B [depth, 8]`, in the layout of the accumulators: lane after lane.
-fn product(
+/// `d + A B` for `A [16, depth]` and `B [depth, 8]`, in the layout of the accumulator fragments, lane after lane.
+fn mma(
     d: &[f32],
     depth: usize,
     a: impl Fn(usize, usize) -> f32,
@@ -96,13 +98,13 @@ fn mma_of_bf16(gpu: &Device, mut bits: Bits) -> bool {
     unsafe {
         conform_mma_bf16(launch(gpu, 1, 32), out.device_out(), fa.device_in(), fb.device_in())
     };
-    out.read() == product(&d, 16, of_a, of_b)
+    out.read() == mma(&d, 16, of_a, of_b)
 }
 
 fn mma_of_tf32(gpu: &Device, mut bits: Bits) -> bool {
     let [d, a, b] = [128, 128, 64].map(|n| bits.take(n).into_iter().map(small).collect::<Vec<_>>());
     let (of_a, of_b) = (|row: usize, k: usize| a[row * 8 + k], |k: usize, j: usize| b[k * 8 + j]);
-    // The 13 lowest bits do not count.
+    // tf32 ignores the 13 lowest bits.
     let mut dirty = |x: f32| x.to_bits() | bits.0.next_u32() >> 19;
     let (mut fa, mut fb) = (Vec::new(), Vec::new());
     for lane in 0..32 {
@@ -115,10 +117,10 @@ fn mma_of_tf32(gpu: &Device, mut bits: Bits) -> bool {
     unsafe {
         conform_mma_tf32(launch(gpu, 1, 32), out.device_out(), fa.device_in(), fb.device_in())
     };
-    out.read() == product(&d, 8, of_a, of_b)
+    out.read() == mma(&d, 8, of_a, of_b)
 }
 
-/// Four matrices of 8 x 8 pairs of bytes, as they are and transposed, four at once and two.
+/// Four matrices of 8 x 8 two-byte elements, plain and transposed, loaded four at a time and two at a time.
 fn ldmatrix(gpu: &Device, mut bits: Bits) -> bool {
     let m = bits.take(128);
     let element = |matrix: usize, i: usize, j: usize| {
@@ -140,7 +142,7 @@ fn ldmatrix(gpu: &Device, mut bits: Bits) -> bool {
     out.read() == (0..512).map(register).collect::<Vec<_>>()
 }
 
-/// Each lane finds what its neighbour copied; odd lanes' copies are not valid, and zeros.
+/// Each lane reads its neighbour's copy. The copies of odd lanes are predicated off and write zeros.
 fn cp_async(gpu: &Device, mut bits: Bits) -> bool {
     let x = bits.take(256);
     let want = (0..256).map(|i: usize| if i / 4 % 2 == 1 { x[i ^ 4] } else { 0 });
@@ -194,6 +196,6 @@ fn block(gpu: &Device, mut bits: Bits) -> bool {
     }
     let odd = x.chunks(96).map(|block| block.iter().filter(|v| *v % 2 == 1).count() as i32);
     sums.read() == [x.iter().map(|v| u64::from(*v)).sum::<u64>()]
-        && extremes.read() == [x.iter().max(), x.iter().min()].map(|v| *v.expect("there are some"))
+        && extremes.read() == [x.iter().max(), x.iter().min()].map(|v| *v.expect("288 numbers"))
         && counts.read() == odd.collect::<Vec<_>>()
 }

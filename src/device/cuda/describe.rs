@@ -1,4 +1,4 @@
-//! What `selfsup devices` says about GPUs.
+//! The GPU part of `selfsup devices`.
 
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
@@ -7,11 +7,11 @@ use super::driver;
 use super::gpu::attribute;
 use super::kernels::{COMPILER, FILES, KERNELS};
 
-/// A line for each thing that is there, or the one thing to do.
+/// Describes driver, GPUs and kernels, one line each; or says what is missing and what to do about it.
 pub(crate) fn describe() -> Vec<String> {
     let mut lines = Vec::new();
     match driver::start() {
-        Err(reason) => lines.push(format!("cuda: none; {reason}")),
+        Err(reason) => lines.push(format!("cuda: not available; {reason}")),
         Ok(version) => {
             let (major, minor) = (version / 1000, version % 1000 / 10);
             let count = result::device::get_count().unwrap_or(0);
@@ -27,7 +27,7 @@ pub(crate) fn describe() -> Vec<String> {
             KERNELS.len(),
             FILES.len()
         ),
-        None => "kernels: none, for want of nvcc when this was built; run scripts/fetch-nvcc and build again".into(),
+        None => "kernels: none, because nvcc was missing at build time; run scripts/fetch-nvcc and build again".into(),
     });
     lines
 }

@@ -1,4 +1,4 @@
-//! One GPU: its context, its stream, its kernels, and the first thing that went wrong.
+//! One GPU: its context, stream, kernels, and first failure.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,7 @@ use super::numbers::Region;
 use super::staging::{PIECE, Staging};
 use crate::error::{Error, Result};
 
-/// A GPU in use. What it is asked to do happens in the order of the asking, some time later.
+/// An open GPU. Requests are queued and run later, in the order in which they were made.
 pub(crate) struct Gpu {
     ordinal: usize,
     name: String,
@@ -28,11 +28,11 @@ pub(crate) struct Gpu {
     kernels: Loaded,
     staging: Mutex<Staging>,
     numbers: Mutex<Region>,
-    /// Numbers have been set that are not on their way yet.
+    /// Numbers have been set and not yet queued for copying.
     unsent: AtomicBool,
-    /// What is queued goes into a graph.
-    recording: AtomicBool,
-    /// `SELFSUP_SYNC=1`: wait after each launch, to know which kernel failed.
+    /// Queued work goes into a graph.
+    capturing: AtomicBool,
+    /// `SELFSUP_SYNC=1`: wait after each launch, to find out which kernel failed.
     synchronous: bool,
     failed: AtomicBool,
     failure: Mutex<Option<String>>,
@@ -50,10 +50,10 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Takes a GPU by its number.
+    /// Opens a GPU by its number.
     ///
     /// # Errors
-    /// When there is no driver, no such GPU, or no kernels for it, with what to do about it.
+    /// If there is no driver, no such GPU, or there are no kernels for it; the message says what to do.
     pub(crate) fn new(ordinal: usize, precision: Precision) -> Result<Self> {
         driver::start()?;
         let failed = |what: &str| {
@@ -65,7 +65,7 @@ impl Gpu {
             let there =
                 if count == 1 { "only GPU 0".into() } else { format!("GPUs 0 to {}", count - 1) };
             return Err(Error::Device(format!(
-                "there is no GPU {ordinal}: the driver knows {there}"
+                "there is no GPU {ordinal}: the driver reports {there}"
             )));
         }
         let device = result::device::get(ordinal as i32).map_err(failed("opening it"))?;
@@ -82,7 +82,7 @@ impl Gpu {
             )));
         }
         let multiprocessors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        // SAFETY: the device exists; `Drop` releases what is retained here.
+        // SAFETY: the device exists; `Drop` releases the context.
         let context =
             unsafe { result::primary_ctx::retain(device) }.map_err(failed("making its context"))?;
         let release = |error| {
@@ -93,7 +93,7 @@ impl Gpu {
         let start = || {
             // SAFETY: the context is alive.
             unsafe { result::ctx::set_current(context) }.map_err(failed("using its context"))?;
-            // Not the default stream: that one waits for all others, and cannot be captured.
+            // Not the default stream, which waits for all others and cannot be captured.
             let compute = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(failed("making a stream"))?;
             Ok((compute, kernels::load(capability)?))
@@ -111,14 +111,14 @@ impl Gpu {
             staging: Mutex::default(),
             numbers: Mutex::default(),
             unsent: AtomicBool::new(false),
-            recording: AtomicBool::new(false),
+            capturing: AtomicBool::new(false),
             synchronous: std::env::var_os("SELFSUP_SYNC").is_some_and(|v| v == "1"),
             failed: AtomicBool::new(false),
             failure: Mutex::default(),
         })
     }
 
-    /// What its maker calls it.
+    /// Its product name.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
@@ -143,7 +143,7 @@ impl Gpu {
         self.compute
     }
 
-    /// The first thing that went wrong.
+    /// Reports the first failure.
     pub(crate) fn check(&self) -> Result<()> {
         if !self.failed.load(Ordering::Acquire) {
             return Ok(());
@@ -151,13 +151,13 @@ impl Gpu {
         Err(Error::Device(lock(&self.failure).clone().unwrap_or_default()))
     }
 
-    /// Keeps what went wrong, if it is the first thing; from now on the GPU does nothing.
+    /// Records a failure if it is the first. From now on the GPU ignores all work.
     pub(crate) fn fail(&self, reason: String) {
         lock(&self.failure).get_or_insert(reason);
         self.failed.store(true, Ordering::Release);
     }
 
-    /// Does something to the driver with the context current, or nothing if something has failed before.
+    /// Runs driver calls with the context current, or does nothing after a failure.
     pub(super) fn attempt<T>(
         &self,
         what: impl FnOnce() -> String,
@@ -174,7 +174,7 @@ impl Gpu {
                 let hint = if self.synchronous {
                     ""
                 } else {
-                    " (an error of earlier work may come out here; SELFSUP_SYNC=1 names the kernel)"
+                    " (earlier work may have caused this error; SELFSUP_SYNC=1 names the kernel)"
                 };
                 let (gpu, name, what) = (self.ordinal, &self.name, what());
                 self.fail(format!("GPU {gpu} ({name}): {what}: {}{hint}", words(e)));
@@ -183,18 +183,18 @@ impl Gpu {
         }
     }
 
-    /// Whether it waits after each launch, so that nothing can be recorded.
+    /// Whether it waits after each launch, in which case nothing can be captured.
     pub(crate) fn is_synchronous(&self) -> bool {
         self.synchronous
     }
 
-    /// Waits for a launch if that was asked for.
-    pub(super) fn settle(&self) -> Result<(), DriverError> {
+    /// Waits for a launch if `SELFSUP_SYNC=1`.
+    pub(super) fn wait_if_synchronous(&self) -> Result<(), DriverError> {
         // SAFETY: the stream lives as long as `self`.
         if self.synchronous { unsafe { result::stream::synchronize(self.compute) } } else { Ok(()) }
     }
 
-    /// Waits for all that was asked for.
+    /// Waits for all queued work.
     pub(crate) fn wait(&self) {
         // SAFETY: the stream lives as long as `self`.
         self.attempt(
@@ -203,7 +203,7 @@ impl Gpu {
         );
     }
 
-    /// Device memory from the driver; `None` when it has none left, in which case the caller decides what to say.
+    /// Allocates device memory from the driver. Returns `None` if none is left; the caller reports it.
     pub(crate) fn allocate(&self, bytes: usize) -> Option<u64> {
         self.attempt(
             || format!("allocation of {bytes} bytes"),
@@ -216,50 +216,50 @@ impl Gpu {
         .flatten()
     }
 
-    /// Gives memory back to the driver.
+    /// Returns memory to the driver.
     ///
     /// # Safety
     /// It came from `allocate`, and no queued work uses it.
     pub(crate) unsafe fn free(&self, address: u64) {
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for it.
         self.attempt(|| "freeing memory".into(), |_| unsafe { result::free_sync(address) });
     }
 
-    /// Bytes that are free and bytes that there are.
+    /// Free bytes and total bytes.
     pub(crate) fn memory(&self) -> (usize, usize) {
-        self.attempt(|| "asking for free memory".into(), |_| result::mem_get_info())
+        self.attempt(|| "querying free memory".into(), |_| result::mem_get_info())
             .unwrap_or_default()
     }
 
-    /// Sets bytes in the stream's order.
+    /// Queues setting `bytes` bytes.
     ///
     /// # Safety
-    /// There is room for that many at `to`.
+    /// There are that many bytes at `to`.
     pub(crate) unsafe fn set(&self, to: u64, byte: u8, bytes: usize) {
         self.attempt(
             || "filling memory".into(),
-            // SAFETY: as this function's.
+            // SAFETY: the caller vouches for `to`.
             |gpu| unsafe { result::memset_d8_async(to, byte, bytes, gpu.compute) },
         );
     }
 
-    /// Copies from the host in the stream's order. Not while work is recorded: it would be repeated with what is here now.
+    /// Queues a copy from the host. Fails the GPU during a capture: every replay would copy the bytes of now.
     ///
     /// # Safety
-    /// There is room for that many bytes at `to`.
+    /// There are that many bytes at `to`.
     pub(crate) unsafe fn upload(&self, to: u64, from: &[u8]) {
-        if self.recording.load(Ordering::Acquire) {
+        if self.capturing.load(Ordering::Acquire) {
             self.refuse("copies from the host");
         }
         self.attempt(
             || format!("copy of {} bytes to the GPU", from.len()),
-            // SAFETY: as this function's.
+            // SAFETY: the caller vouches for `to`; the context is current and owns the stream.
             |gpu| unsafe { lock(&gpu.staging).upload(to, from, gpu.compute) },
         );
     }
 
-    /// Copies to the host and waits for it. After a failure the bytes are all ones, which is NaN in every float type:
-    /// nobody takes them for a result.
+    /// Copies to the host and waits. After a failure all bits of the result are set, which is NaN in every float type, so
+    /// that it cannot be taken for a result.
     ///
     /// # Safety
     /// There are that many bytes at `from`.
@@ -269,7 +269,7 @@ impl Gpu {
             || format!("copy of {bytes} bytes from the GPU"),
             |gpu| {
                 gpu.send_numbers()?;
-                // SAFETY: as this function's; the wait is for the copies into memory that is borrowed until then.
+                // SAFETY: the caller vouches for `from`; `to` stays borrowed until the copies have been waited for.
                 unsafe {
                     for (i, piece) in to.chunks_mut(PIECE).enumerate() {
                         result::memcpy_dtoh_async(piece, from + (i * PIECE) as u64, gpu.compute)?;
@@ -283,10 +283,10 @@ impl Gpu {
         }
     }
 
-    /// Copies within the GPU in the stream's order.
+    /// Queues a copy within the GPU.
     ///
     /// # Safety
-    /// There are that many bytes at both, and they do not overlap.
+    /// There are that many bytes at both addresses, and they do not overlap.
     pub(crate) unsafe fn copy(&self, to: u64, from: u64, bytes: usize) {
         if bytes == 0 {
             return;
@@ -295,96 +295,96 @@ impl Gpu {
             || format!("copy of {bytes} bytes on the GPU"),
             |gpu| {
                 gpu.send_numbers()?;
-                // SAFETY: as this function's.
+                // SAFETY: the caller vouches for both addresses.
                 unsafe { result::memcpy_dtod_async(to, from, bytes, gpu.compute) }
             },
         );
     }
 
-    /// Room for numbers that the host sets; `None` after a failure.
+    /// Allocates memory for numbers that the host sets; `None` after a failure.
     pub(crate) fn take_numbers(&self, bytes: usize) -> Option<u64> {
-        let place = lock(&self.numbers).take(bytes, |size| self.allocate(size));
-        if place.is_none() {
+        let address = lock(&self.numbers).take(bytes, |size| self.allocate(size));
+        if address.is_none() {
             self.fail(format!("GPU {}: out of memory: {bytes} bytes for numbers", self.ordinal));
         }
-        place
+        address
     }
 
-    /// Takes back what `take_numbers` gave.
-    pub(crate) fn give_back_numbers(&self, place: u64, bytes: usize) {
-        if place != 0 {
-            lock(&self.numbers).give_back(place, bytes);
+    /// Frees memory from `take_numbers`.
+    pub(crate) fn give_back_numbers(&self, address: u64, bytes: usize) {
+        if address != 0 {
+            lock(&self.numbers).give_back(address, bytes);
         }
     }
 
-    /// Sets numbers for all that is queued from now on.
-    pub(crate) fn set_numbers(&self, place: u64, bytes: &[u8]) {
+    /// Sets numbers for all work queued from now on.
+    pub(crate) fn set_numbers(&self, address: u64, bytes: &[u8]) {
         if self.failed.load(Ordering::Acquire) {
-            return; // there may be no such place
+            return; // the address may be 0
         }
-        if self.recording.load(Ordering::Acquire) {
+        if self.capturing.load(Ordering::Acquire) {
             return self.refuse("sets numbers");
         }
-        lock(&self.numbers).set(place, bytes);
+        lock(&self.numbers).set(address, bytes);
         self.unsent.store(true, Ordering::Release);
     }
 
-    /// Sends numbers that have been set, ahead of what is queued next.
+    /// Queues copies of the numbers that have been set, ahead of the next work.
     pub(super) fn send_numbers(&self) -> Result<(), DriverError> {
         if !self.unsent.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         let mut staging = lock(&self.staging);
         lock(&self.numbers).send(|to, bytes| {
-            // SAFETY: the region has these bytes there, and whoever calls this has made the context current.
+            // SAFETY: the region owns these bytes, and the caller has made the context current.
             unsafe { staging.upload(to, bytes, self.compute) }
         })
     }
 
-    /// Ends a turn of copies from the host, and provides for so many turns like it at once.
-    pub(crate) fn end_turn(&self, provide: Option<usize>) {
+    /// Ends a step's copies from the host; see [`Staging::end_step`].
+    pub(crate) fn end_step(&self, steps_in_flight: Option<usize>) {
         self.attempt(
-            || "pinning memory to copy through".into(),
-            |gpu| lock(&gpu.staging).end_turn(provide),
+            || "pinning staging memory".into(),
+            |gpu| lock(&gpu.staging).end_step(steps_in_flight),
         );
     }
 
     fn refuse(&self, what: &str) {
         self.fail(format!(
-            "GPU {}: a step that is recorded {what}, which a replay would not: such numbers are set before the step",
+            "GPU {}: a captured step {what}, which a replay would not repeat: set such numbers before the step",
             self.ordinal
         ));
     }
 
-    /// From now on what is queued is recorded.
-    pub(super) fn begin_recording(&self) {
+    /// Starts capturing queued work.
+    pub(super) fn begin_capture(&self) {
         self.attempt(
-            || "beginning to record a step".into(),
+            || "starting to capture a step".into(),
             |gpu| {
                 gpu.send_numbers()?;
-                // Relaxed: memory that the pool has not got yet may be allocated meanwhile.
+                // Relaxed: the pool may have to allocate memory meanwhile.
                 let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-                // SAFETY: the stream lives as long as `self`, and is not the default one.
+                // SAFETY: the stream lives as long as `self` and is not the default stream.
                 unsafe { result::stream::begin_capture(gpu.compute, mode)? };
-                gpu.recording.store(true, Ordering::Release);
+                gpu.capturing.store(true, Ordering::Release);
                 Ok(())
             },
         );
     }
 
-    /// Ends recording; `None` if nothing was being recorded, or something has failed.
-    pub(super) fn end_recording(&self) -> Option<CUgraphExec> {
-        if !self.recording.swap(false, Ordering::AcqRel) {
+    /// Ends a capture and returns its graph; `None` if no capture is in progress or the GPU has failed.
+    pub(super) fn end_capture(&self) -> Option<CUgraphExec> {
+        if !self.capturing.swap(false, Ordering::AcqRel) {
             return None;
         }
         let mut executable = None;
-        // After a failure, too: a stream that records does nothing else.
+        // Even after a failure: a capturing stream runs nothing.
         self.finish(|| {
-            // SAFETY: the stream has been recording; the graph is not used after it is destroyed.
+            // SAFETY: the stream is capturing; the graph is not used after it is destroyed.
             unsafe {
                 let graph = result::stream::end_capture(self.compute);
                 executable = self.attempt(
-                    || "making a graph of a step".into(),
+                    || "instantiating the graph of a step".into(),
                     |_| result::graph::instantiate(graph?, CUgraphInstantiate_flags(0)),
                 );
                 if let Ok(graph) = graph {
@@ -395,29 +395,29 @@ impl Gpu {
         executable
     }
 
-    /// Queues recorded work.
+    /// Queues a graph.
     pub(super) fn replay(&self, executable: CUgraphExec) {
         self.attempt(
             || "replay of a step".into(),
             |gpu| {
                 gpu.send_numbers()?;
-                // SAFETY: the graph is one of this context, and alive.
+                // SAFETY: the graph belongs to this context and is alive.
                 unsafe { result::graph::launch(executable, gpu.compute) }
             },
         );
     }
 
-    /// Destroys recorded work; what is queued of it still runs.
-    pub(super) fn forget(&self, executable: CUgraphExec) {
+    /// Destroys a graph; replays that are already queued still run.
+    pub(super) fn destroy(&self, executable: CUgraphExec) {
         self.finish(|| {
-            // SAFETY: nobody has the graph any more. An error has nobody left to tell.
+            // SAFETY: the caller owned the graph and gives it up. An error is ignored: nothing depends on the graph.
             let _ = unsafe { result::graph::exec_destroy(executable) };
         });
     }
 
-    /// Gives something back to the driver with the context current, also after a failure.
+    /// Releases resources with the context current, even after a failure.
     pub(super) fn finish(&self, f: impl FnOnce()) {
-        // SAFETY: the context lives as long as `self`. An error has nobody left to tell.
+        // SAFETY: the context lives as long as `self`. An error is ignored: `f` only releases.
         let _ = unsafe { result::ctx::set_current(self.context) };
         f();
     }
@@ -425,8 +425,8 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // SAFETY: nobody has the GPU any more, so nothing new is queued, and everything here was made by `new`. Errors
-        // have nobody left to tell.
+        // SAFETY: this is the last handle, so nothing new is queued, and everything here was created by `new`. Errors are
+        // ignored: nothing uses the GPU any more.
         unsafe {
             let _ = result::ctx::set_current(self.context);
             let _ = result::stream::synchronize(self.compute);
@@ -450,6 +450,6 @@ pub(super) fn attribute(device: CUdevice, what: CUdevice_attribute) -> Result<i3
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while it holds one of these locks.
+    // Nothing panics while it holds one of these locks, so a poisoned lock still guards consistent data.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

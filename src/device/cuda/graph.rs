@@ -1,27 +1,27 @@
-//! Work recorded once and queued again as a whole.
+//! CUDA graphs: work captured once and replayed as a whole.
 //!
-//! A graph repeats launches with the addresses that they had when they were recorded. So it owns the memory that its work
-//! used ([`Pool`](crate::device::memory::Pool) keeps that apart), and numbers that change must be read from the device.
+//! A graph replays launches with the addresses that they had during the capture. It therefore owns the memory that its work
+//! used ([`Pool`](crate::device::memory::Pool) sets that memory aside), and numbers that change must be read from the device.
 
 use cudarc::driver::sys::CUgraphExec;
 
 use crate::device::Device;
 use crate::error::Result;
 
-/// Recorded work of a device.
+/// Captured work of a device.
 #[derive(Debug)]
 pub(crate) struct Graph {
     device: Device,
     executable: CUgraphExec,
-    /// The pool's name for the memory that it owns.
+    /// The pool's id of the memory that it owns.
     memory: u64,
 }
 
 // SAFETY: a graph belongs to its context, not to a thread.
 unsafe impl Send for Graph {}
 
-/// Recording under way; ends with it, also when the work panics.
-struct Recording<'a> {
+/// A capture in progress. Dropping it ends the capture, even if the work panics.
+struct Capture<'a> {
     device: &'a Device,
     memory: u64,
     executable: Option<CUgraphExec>,
@@ -29,50 +29,50 @@ struct Recording<'a> {
 }
 
 impl Graph {
-    /// Records what `work` queues on the device, which does not happen yet. What `work` gives may hold tensors: each replay
-    /// writes them anew, as long as the graph lives.
+    /// Captures the work that `work` queues on the device, without running it. The result of `work` may hold tensors: each
+    /// replay writes them again, as long as the graph lives.
     ///
     /// # Errors
-    /// Those of `work`, and when the device fails or what was queued cannot be repeated.
-    pub(crate) fn record<R>(
+    /// If `work` fails, the device fails, or the queued work cannot be captured.
+    pub(crate) fn capture<R>(
         device: &Device,
         work: impl FnOnce() -> Result<R>,
     ) -> Result<(Self, R)> {
-        device.gpu().begin_recording();
-        let memory = device.pool().begin_recording();
-        let mut recording = Recording { device, memory, executable: None, kept: false };
+        device.gpu().begin_capture();
+        let memory = device.pool().begin_capture();
+        let mut capture = Capture { device, memory, executable: None, kept: false };
         let result = work()?;
-        recording.executable = device.gpu().end_recording();
+        capture.executable = device.gpu().end_capture();
         device.check()?;
-        recording.kept = true;
-        let executable = recording.executable.expect("a device without a failure has recorded");
+        capture.kept = true;
+        let executable = capture.executable.expect("a device without a failure has captured");
         Ok((Self { device: device.clone(), executable, memory }, result))
     }
 
-    /// Queues the work again.
+    /// Queues the captured work.
     pub(crate) fn replay(&self) {
         self.device.gpu().replay(self.executable);
     }
 }
 
-impl Drop for Recording<'_> {
+impl Drop for Capture<'_> {
     fn drop(&mut self) {
-        self.device.pool().end_recording();
+        self.device.pool().end_capture();
         if self.kept {
             return;
         }
-        let executable = self.executable.or_else(|| self.device.gpu().end_recording());
+        let executable = self.executable.or_else(|| self.device.gpu().end_capture());
         if let Some(executable) = executable {
-            self.device.gpu().forget(executable);
+            self.device.gpu().destroy(executable);
         }
-        self.device.pool().release_recorded(self.memory);
+        self.device.pool().release_captured(self.memory);
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // The driver keeps what is queued until it has run, and memory is given to others behind it.
-        self.device.gpu().forget(self.executable);
-        self.device.pool().release_recorded(self.memory);
+        // The driver keeps queued work until it has run, and the memory's next user is queued behind it.
+        self.device.gpu().destroy(self.executable);
+        self.device.pool().release_captured(self.memory);
     }
 }

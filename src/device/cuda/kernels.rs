@@ -1,4 +1,4 @@
-//! The program's kernels: their generated launch functions, and the check that they are what the driver loaded.
+//! The program's kernels: their generated launch functions, and the check that these match what the driver loaded.
 //!
 //! `build.rs` reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments have the
 //! kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
@@ -14,7 +14,7 @@ use super::driver::words;
 use crate::error::{Error, Result};
 pub use sass::Counts;
 
-/// What the build counts (`build/sass.rs`).
+/// Instruction counts, made by the build (`build/sass.rs`).
 #[path = "../../../build/sass.rs"]
 #[allow(dead_code)] // the build parses, the program reads
 mod sass;
@@ -24,20 +24,20 @@ pub(crate) struct File {
     pub(super) name: &'static str,
     /// Written for compute capability 9.0 and compiled for nothing else.
     pub(super) hopper_only: bool,
-    /// What nvcc made of it; empty if there was no nvcc.
+    /// nvcc's output; empty if nvcc was missing at build time.
     pub(super) image: &'static [u8],
 }
 
 /// An entry point.
 pub(crate) struct Kernel {
     pub(super) name: &'static str,
-    /// Its place in [`FILES`].
+    /// Its index in [`FILES`].
     pub(super) file: usize,
     /// Bytes of each argument.
     pub(super) sizes: &'static [usize],
 }
 
-/// What a kernel takes of a chip, as the assembler printed it.
+/// The resources that a kernel uses, as printed by the assembler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// The kernel.
@@ -54,21 +54,21 @@ pub struct Resources {
     pub spill_stores: usize,
     /// Bytes of registers read back.
     pub spill_loads: usize,
-    /// What its code is made of; none where the build had no disassembler.
+    /// Its instruction mix; `None` if the build had no disassembler.
     pub mix: Option<Mix>,
 }
 
-/// What a kernel's machine code is made of.
+/// The instruction mix of a kernel's machine code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mix {
-    /// All of it.
+    /// The entire kernel.
     pub whole: Counts,
-    /// The hot loop: of the innermost loops with mma or, if there is none, with accesses to global memory, the one with the most of
-    /// them; the entire kernel if it has no loop.
+    /// The hot loop: the innermost loop with the most mma instructions or, without mma, with the most accesses to global
+    /// memory; the entire kernel if it has no loop.
     pub hot: Counts,
 }
 
-/// A device pointer that a kernel reads `T` from; may be null where the kernel says so.
+/// A device pointer that a kernel reads `T` from; may be null where the kernel allows it.
 #[derive(Debug)]
 #[repr(transparent)]
 pub(crate) struct In<'a, T>(u64, PhantomData<&'a [T]>);
@@ -90,7 +90,7 @@ impl<T> In<'_, T> {
         Self(address, PhantomData)
     }
 
-    /// For what a kernel can do without.
+    /// A null pointer, for an optional argument.
     pub(crate) fn null() -> Self {
         Self::new(0)
     }
@@ -99,21 +99,21 @@ impl<T> In<'_, T> {
         self.0
     }
 
-    /// Whether pieces of 16 bytes start here.
+    /// Whether the address is aligned for 16-byte accesses.
     pub(crate) fn is_aligned_16(self) -> bool {
         self.0.is_multiple_of(16)
     }
 }
 
 impl<'a> In<'a, i32> {
-    /// The same place as bytes, which no tensor is of.
+    /// The same address as bytes, which are not a tensor type.
     pub(crate) fn bytes(self) -> In<'a, u8> {
         In::new(self.0)
     }
 }
 
 impl<'a> Out<'a, i32> {
-    /// The same place as bytes, which no tensor is of.
+    /// The same address as bytes, which are not a tensor type.
     pub(crate) fn bytes(self) -> Out<'a, u8> {
         Out::new(self.0)
     }
@@ -124,23 +124,23 @@ impl<'a, T> Out<'a, T> {
         Self(address, PhantomData)
     }
 
-    /// For what a kernel can do without.
+    /// A null pointer, for an optional argument.
     pub(crate) fn null() -> Self {
         Self::new(0)
     }
 
-    /// The same place to read, for kernels that work in place.
+    /// The same address to read, for kernels that work in place.
     pub(crate) fn also_in(&self) -> In<'a, T> {
         In::new(self.0)
     }
 
-    /// The pointer without its borrow, for a launch that writes two gradients: they come one at a time.
+    /// The pointer without its borrow, for a launch that writes two gradients, which can only be borrowed one at a time.
     pub(crate) fn unbound<'b>(self) -> Out<'b, T> {
         Out::new(self.0)
     }
 }
 
-/// Where and how wide a kernel runs.
+/// A launch configuration: GPU, grid and block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Launch<'d> {
     gpu: &'d Gpu,
@@ -153,28 +153,29 @@ impl<'d> Launch<'d> {
     /// `grid` blocks of `block` threads.
     ///
     /// # Panics
-    /// When a size of the grid is beyond what a GPU takes.
+    /// If the grid is larger than a GPU supports.
     #[track_caller]
     pub(crate) fn new(gpu: &'d Gpu, grid: [usize; 3], block: [usize; 3]) -> Self {
         assert!(
             grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16,
-            "a grid of {grid:?} blocks is larger than a GPU takes"
+            "a grid of {grid:?} blocks is larger than a GPU supports"
         );
         let [grid, block] = [grid, block].map(|sizes| sizes.map(|size| size as u32));
         Self { gpu, grid, block, shared: 0 }
     }
 
-    /// Enough threads for a loop over `n` elements, `each` of them at a time: enough blocks to fill the GPU, not more.
+    /// A one-dimensional launch for a grid-stride loop over `n` elements, `each` of them per thread and iteration, with at
+    /// most as many blocks as fill the GPU.
     pub(crate) fn over(gpu: &'d Gpu, n: usize, each: usize) -> Self {
         const THREADS: usize = 256;
         let blocks = n.div_ceil(THREADS * each).min(8 * gpu.multiprocessors());
         Self::new(gpu, [blocks, 1, 1], [THREADS, 1, 1])
     }
 
-    /// Queues kernel number `index`. An empty grid is no work, and no error.
+    /// Queues kernel number `index`. Does nothing for an empty grid.
     ///
     /// # Safety
-    /// The arguments have the kernel's types, and the kernel stays within what its pointers point to.
+    /// The arguments have the kernel's types, and the kernel stays within the memory behind its pointers.
     unsafe fn run(&self, index: usize, arguments: &[*mut c_void]) {
         if self.grid.contains(&0) {
             return;
@@ -196,7 +197,7 @@ impl<'d> Launch<'d> {
                 let mut arguments = arguments.to_vec();
                 let stream = gpu.stream();
                 crate::device::trace::kernel(kernel.name, || {
-                    // SAFETY: as this function's; the function belongs to the current context.
+                    // SAFETY: the caller vouches for the arguments; the function belongs to the current context.
                     unsafe {
                         result::launch_kernel(
                             function,
@@ -208,22 +209,22 @@ impl<'d> Launch<'d> {
                         )
                     }
                 })?;
-                gpu.settle()
+                gpu.wait_if_synchronous()
             },
         );
     }
 }
 
-/// An argument as a launch takes it: the address of its value.
+/// An argument in the form that a launch takes: the address of its value.
 fn argument<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
-/// A fatbin begins with numbers that the driver reads as such.
+/// Alignment for a fatbin, whose header the driver reads as integers.
 #[repr(C, align(16))]
 struct Aligned<T>(T);
 
-#[allow(clippy::too_many_arguments, dead_code)] // kernels have as many as they have
+#[allow(clippy::too_many_arguments, dead_code)] // the functions mirror the kernels' signatures
 mod generated {
     #[allow(unused_imports)] // without nvcc there are no images
     use super::{Aligned, Counts, File, In, Kernel, Launch, Mix, Out, Resources, argument};
@@ -231,7 +232,7 @@ mod generated {
 }
 pub(crate) use generated::*;
 
-/// The kernels of this program: one function for each of [`KERNELS`], none where the chip is the wrong one.
+/// The loaded kernels: one function for each of [`KERNELS`], `None` for kernels of another chip.
 pub(super) struct Loaded {
     pub(super) modules: Vec<CUmodule>,
     pub(super) functions: Vec<Option<CUfunction>>,
@@ -240,11 +241,11 @@ pub(super) struct Loaded {
 /// Loads every kernel into the current context and compares its arguments with those of its launch function.
 ///
 /// # Errors
-/// When the program has no kernels, the driver refuses them, or they are not what this program was built with.
+/// If the program has no kernels, the driver refuses them, or they are not what this program was built with.
 pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
     if COMPILER.is_none() {
         return Err(Error::Device(
-            "this program was built without CUDA kernels, for want of nvcc: run scripts/fetch-nvcc and build again".into(),
+            "this program was built without CUDA kernels, because nvcc was missing: run scripts/fetch-nvcc and build again".into(),
         ));
     }
     let mut loaded = Loaded { modules: Vec::new(), functions: vec![None; KERNELS.len()] };
@@ -260,14 +261,14 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
                 words(e)
             ))
         };
-        // SAFETY: the image is a whole fatbin, which says how long it is.
+        // SAFETY: the image is a complete fatbin, whose header holds its length.
         let module =
             unsafe { result::module::load_data(file.image.as_ptr().cast()) }.map_err(refused)?;
         loaded.modules.push(module);
         for (kernel, function) in KERNELS.iter().zip(&mut loaded.functions) {
             if kernel.file == index {
                 let name = CString::new(kernel.name).expect("a kernel's name holds no zero");
-                // SAFETY: the module is loaded, and is unloaded only with the context.
+                // SAFETY: the module is loaded, and stays loaded until the context is released.
                 let found =
                     unsafe { result::module::get_function(module, name) }.map_err(refused)?;
                 check_arguments(kernel, found)?;
@@ -278,7 +279,7 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
     Ok(loaded)
 }
 
-/// Compares number, places and sizes of a loaded kernel's arguments with those that its launch function passes.
+/// Compares number, offsets and sizes of a loaded kernel's arguments with those that its launch function passes.
 fn check_arguments(kernel: &Kernel, function: CUfunction) -> Result<()> {
     let ask = |index| {
         let (mut offset, mut size) = (0, 0);

@@ -1,22 +1,22 @@
-//! Times of kernels, from events before and after each.
+//! Kernel times, from events before and after each kernel.
 
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUevent};
 
 use crate::device::Device;
 
-/// Events in a GPU's stream, in order; the first is the beginning.
+/// Events in a GPU's stream, in order; times count from the first.
 pub(crate) struct Marks {
     device: Device,
     events: Vec<CUevent>,
-    /// Names, and the places of the events before and after.
+    /// Kernel names, and the index of the event before each.
     kernels: Vec<(&'static str, usize)>,
 }
 
 impl Marks {
     pub(crate) fn new(device: &Device) -> Self {
         let mut marks = Self { device: device.clone(), events: Vec::new(), kernels: Vec::new() };
-        // What was queued before is no part of it.
+        // Work queued earlier must not be measured.
         device.wait();
         marks.mark();
         marks
@@ -29,7 +29,7 @@ impl Marks {
             || "marking a time".into(),
             |gpu| {
                 let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
-                // SAFETY: event and stream are of this context, and live as long as it.
+                // SAFETY: event and stream belong to this context and live as long as it.
                 unsafe { result::event::record(event, gpu.stream()) }?;
                 Ok(event)
             },
@@ -37,20 +37,20 @@ impl Marks {
         self.events.extend(event);
     }
 
-    /// Adds the event after a kernel, whose first event was the last to be added.
+    /// Adds the event after a kernel; the last event added is the one before it.
     pub(crate) fn end(&mut self, kernel: &'static str) {
         self.kernels.push((kernel, self.events.len().saturating_sub(1)));
         self.mark();
     }
 
-    /// Kernels with their beginnings and ends in seconds. Waits for them.
+    /// Kernels with start and end in seconds. Waits for them.
     pub(crate) fn spans(self) -> Vec<(&'static str, f64, f64)> {
         self.device.wait();
         let at = |event: usize| {
             let (first, event) = (*self.events.first()?, *self.events.get(event)?);
             let elapsed = self.device.gpu().attempt(
                 || "reading a time".into(),
-                // SAFETY: both have been recorded, and waited for.
+                // SAFETY: both events were recorded and waited for.
                 |_| unsafe { result::event::elapsed(first, event) },
             );
             elapsed.map(|milliseconds| f64::from(milliseconds) / 1e3)
@@ -64,9 +64,9 @@ impl Marks {
 impl Drop for Marks {
     fn drop(&mut self) {
         for &event in &self.events {
-            // SAFETY: they were made here, and nothing records them any more.
+            // SAFETY: created by `mark`, and no longer recorded.
             let destroy = |_: &_| unsafe { result::event::destroy(event) };
-            self.device.gpu().attempt(|| "giving events back".into(), destroy);
+            self.device.gpu().attempt(|| "destroying events".into(), destroy);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! NVIDIA GPUs, through the driver alone.
 //!
-//! [`Gpu`] is one device's context with a stream that computes, pinned memory to copy through and every kernel of the
-//! program, loaded and checked. All work is queued on the compute stream, so memory that one operation frees may serve
-//! the next without waiting. A [`Graph`] is work queued once and repeated as a whole. Operations do not return errors: the first error is kept, everything after it does nothing,
-//! and [`Device::check`](super::Device::check) says what it was. Nothing here panics because of the machine.
+//! [`Gpu`] holds one device's context, its compute stream, pinned staging memory and all kernels of the program, loaded and
+//! checked. All work is queued on the compute stream, so memory that one operation frees may serve the next without waiting.
+//! A [`Graph`] is work captured once and replayed as a whole. Operations do not return errors: the first error is kept, later
+//! work is ignored, and [`Device::check`](super::Device::check) reports the error. No failure of the machine panics here.
 
 mod conformance;
 mod describe;
@@ -23,7 +23,7 @@ pub(crate) use describe::describe;
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;
 pub(crate) use kernels::*;
-#[allow(unused_imports)] // which kernels have a launch line yet is a test's business
+#[allow(unused_imports)] // a test checks that every kernel has a caller
 pub use kernels::{Counts, Mix, Resources};
 pub(crate) use marks::Marks;
 pub(crate) use ring::Ring;
@@ -32,12 +32,12 @@ pub(crate) use timer::Timer;
 
 use serde::{Deserialize, Serialize};
 
-/// What a GPU stores activations and the working copies of weights in. Sums, statistics, losses, master weights and
-/// optimisers are f32 in both.
+/// The type in which a GPU stores activations and the working copies of weights. Sums, statistics, losses, master weights
+/// and optimiser state are f32 in both cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16, multiplied by tensor cores: what one trains in.
+    /// bf16 on tensor cores: the usual choice for training.
     Bf16,
     /// f32 throughout.
     F32,

@@ -1,44 +1,44 @@
-//! Numbers that the host sets from step to step, in one block of a GPU's memory.
+//! Numbers that the host sets from step to step, in one block of GPU memory.
 //!
-//! The host writes to a copy of its own; what it wrote goes to the GPU in one piece, through pinned memory, ahead of whatever
-//! is queued next. So a captured step reads the numbers of its turn, and steps under way keep those of theirs.
+//! The host writes to a shadow copy. Its changes go to the GPU in one piece, through pinned memory, ahead of the next queued
+//! work. A replayed step therefore reads the numbers of its own step, and steps in flight keep theirs.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Bytes of a block; one set of numbers that is larger has a block of its own.
+/// Bytes of a block; a larger set of numbers gets a block of its own.
 const BLOCK: usize = 64 << 10;
-/// Every set of numbers starts at a multiple of this, as vectors of 16 bytes need.
+/// Every set of numbers starts at a multiple of this, for loads of 16-byte vectors.
 const ALIGNMENT: usize = 16;
 
-/// The blocks of a GPU, in most runs one.
+/// The blocks of a GPU; most runs need one.
 #[derive(Debug, Default)]
 pub(super) struct Region {
     blocks: Vec<Block>,
-    /// Places that were given back, by size.
+    /// Freed addresses, by size.
     free: HashMap<usize, Vec<u64>>,
 }
 
 #[derive(Debug)]
 struct Block {
     address: u64,
-    /// What is there, or will be after the next copy.
+    /// The contents on the GPU after the next copy.
     host: Vec<u8>,
     used: usize,
-    /// What has been set since the last copy.
+    /// The range that was set since the last copy.
     set: Range<usize>,
 }
 
 impl Region {
-    /// Room for `bytes`; `allocate` gives device memory, or `None` where there is none left.
+    /// Allocates `bytes`. `allocate` provides device memory, or `None` if there is none left.
     pub(super) fn take(
         &mut self,
         bytes: usize,
         allocate: impl FnOnce(usize) -> Option<u64>,
     ) -> Option<u64> {
         let bytes = rounded(bytes);
-        if let Some(place) = self.free.get_mut(&bytes).and_then(Vec::pop) {
-            return Some(place);
+        if let Some(address) = self.free.get_mut(&bytes).and_then(Vec::pop) {
+            return Some(address);
         }
         if self.blocks.last().is_none_or(|block| block.used + bytes > block.host.len()) {
             let size = bytes.max(BLOCK);
@@ -50,25 +50,25 @@ impl Region {
         Some(block.address + (block.used - bytes) as u64)
     }
 
-    /// Takes a place back.
-    pub(super) fn give_back(&mut self, place: u64, bytes: usize) {
-        self.free.entry(rounded(bytes)).or_default().push(place);
+    /// Frees an allocation.
+    pub(super) fn give_back(&mut self, address: u64, bytes: usize) {
+        self.free.entry(rounded(bytes)).or_default().push(address);
     }
 
-    /// Sets the numbers at `place`, which `take` gave.
-    pub(super) fn set(&mut self, place: u64, bytes: &[u8]) {
+    /// Sets the numbers at `address`, which `take` returned.
+    pub(super) fn set(&mut self, address: u64, bytes: &[u8]) {
         let holds = |block: &&mut Block| {
-            (block.address..block.address + block.host.len() as u64).contains(&place)
+            (block.address..block.address + block.host.len() as u64).contains(&address)
         };
-        let block = self.blocks.iter_mut().find(holds).expect("a place of this region");
-        let at = (place - block.address) as usize;
+        let block = self.blocks.iter_mut().find(holds).expect("an address of this region");
+        let at = (address - block.address) as usize;
         block.host[at..][..bytes.len()].copy_from_slice(bytes);
         let end = at + bytes.len();
         let set = &block.set;
         block.set = if set.is_empty() { at..end } else { set.start.min(at)..set.end.max(end) };
     }
 
-    /// Calls `copy` with place and contents of what has been set since the last time.
+    /// Calls `copy` with address and contents of each range that was set since the last call.
     pub(super) fn send<E>(
         &mut self,
         mut copy: impl FnMut(u64, &[u8]) -> Result<(), E>,
@@ -82,7 +82,7 @@ impl Region {
         Ok(())
     }
 
-    /// Addresses of all blocks, for whoever frees them.
+    /// Addresses of all blocks, for freeing them.
     pub(super) fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
         self.blocks.iter().map(|block| block.address)
     }
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_set_goes_in_one_piece() {
+    fn numbers_set_together_are_sent_in_one_piece() {
         let mut region = Region::default();
         let mut asked = Vec::new();
         let mut take = |region: &mut Region, bytes| {
@@ -113,8 +113,8 @@ mod tests {
         let sent = |region: &mut Region| {
             let mut sent = Vec::new();
             region
-                .send(|place, bytes| {
-                    sent.push((place, bytes.to_vec()));
+                .send(|address, bytes| {
+                    sent.push((address, bytes.to_vec()));
                     Ok::<_, ()>(())
                 })
                 .unwrap();

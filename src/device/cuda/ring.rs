@@ -1,4 +1,4 @@
-//! Numbers on their way from a GPU, which the host looks at without waiting.
+//! A ring of numbers in flight from a GPU, which the host polls without waiting.
 
 use std::ffi::c_void;
 
@@ -8,11 +8,11 @@ use cudarc::driver::sys::{self, CUevent, CUresult};
 use super::In;
 use crate::device::Device;
 
-/// A few places in pinned memory, each with the event after which its number is there.
+/// Slots in pinned memory, each with an event that marks its number as arrived.
 #[derive(Debug)]
 pub(crate) struct Ring {
     device: Device,
-    /// Null if there was no memory, which has failed the device.
+    /// Null if pinning failed; the device is in its failed state then.
     numbers: *mut f32,
     events: Vec<CUevent>,
     sent: usize,
@@ -23,51 +23,51 @@ pub(crate) struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// Room for `places` numbers that are under way at once.
-    pub(crate) fn new(device: &Device, places: usize) -> Self {
+    /// A ring for up to `slots` numbers in flight.
+    pub(crate) fn new(device: &Device, slots: usize) -> Self {
         let made = device.gpu().attempt(
-            || format!("pinning memory for {places} numbers"),
+            || format!("pinning memory for {slots} numbers"),
             |_| {
                 // SAFETY: plain pinned memory of this size, which `drop` frees.
-                let numbers = unsafe { result::malloc_host(places * size_of::<f32>(), 0)? };
+                let numbers = unsafe { result::malloc_host(slots * size_of::<f32>(), 0)? };
                 let event = |_| result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-                Ok((numbers.cast(), (0..places).map(event).collect::<Result<_, _>>()?))
+                Ok((numbers.cast(), (0..slots).map(event).collect::<Result<_, _>>()?))
             },
         );
         let (numbers, events) = made.unwrap_or((std::ptr::null_mut(), Vec::new()));
         Self { device: device.clone(), numbers, events, sent: 0, seen: 0 }
     }
 
-    /// Sends a number, as it will be when all that is queued has run.
+    /// Queues a copy of a number to the host, behind all queued work.
     ///
     /// # Panics
-    /// When all places are under way.
+    /// If every slot is in flight.
     pub(crate) fn send(&mut self, number: In<'_, f32>) {
         assert!(self.events.is_empty() || self.sent - self.seen < self.events.len(), "ring: full");
-        let place = self.sent % self.events.len().max(1);
+        let slot = self.sent % self.events.len().max(1);
         self.device.gpu().attempt(
-            || "copy of a number from the GPU".into(),
+            || "copying a number from the GPU".into(),
             |gpu| {
-                // SAFETY: the place is in the pinned memory, and no copy to it is under way.
+                // SAFETY: the slot lies in the pinned memory, and no copy to it is in flight.
                 unsafe {
-                    let to = std::slice::from_raw_parts_mut(self.numbers.add(place), 1);
+                    let to = std::slice::from_raw_parts_mut(self.numbers.add(slot), 1);
                     let to = bytemuck::cast_slice_mut::<f32, u8>(to);
                     result::memcpy_dtoh_async(to, number.address(), gpu.stream())?;
-                    result::event::record(self.events[place], gpu.stream())
+                    result::event::record(self.events[slot], gpu.stream())
                 }
             },
         );
         self.sent += 1;
     }
 
-    /// The oldest number under way, if it has arrived. An error that comes out here is told as one of `what`.
+    /// The oldest number in flight, if it has arrived. An error that surfaces here is reported as an error of `what`.
     pub(crate) fn poll(&mut self, what: impl FnOnce() -> String) -> Option<f32> {
-        let place = self.seen % self.events.len().max(1);
+        let slot = self.seen % self.events.len().max(1);
         let arrived = self.device.gpu().attempt(what, |_| {
-            // SAFETY: the event is one of this context; the number is not being written once it has passed.
+            // SAFETY: the event belongs to this context; once it has passed, the number is not being written.
             unsafe {
-                match result::event::query(self.events[place]) {
-                    Ok(()) => Ok(Some(self.numbers.add(place).read_volatile())),
+                match result::event::query(self.events[slot]) {
+                    Ok(()) => Ok(Some(self.numbers.add(slot).read_volatile())),
                     Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(None),
                     Err(e) => Err(e),
                 }
@@ -82,7 +82,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         self.device.gpu().finish(|| {
-            // SAFETY: no copy is under way any more after the wait. An error has nobody left to tell.
+            // SAFETY: no copy is in flight after the wait. Errors are ignored: nothing uses the ring any more.
             unsafe {
                 let _ = result::stream::synchronize(self.device.gpu().stream());
                 for &event in &self.events {

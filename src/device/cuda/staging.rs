@@ -1,4 +1,4 @@
-//! Pinned host memory that copies go through, so that queueing one does not wait.
+//! Pinned host memory for staging copies, so that queueing a copy does not wait.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -6,9 +6,9 @@ use std::ffi::c_void;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUevent, CUstream};
 
-/// A copy goes in pieces of at most this many bytes.
+/// The largest piece of a copy, in bytes.
 pub(super) const PIECE: usize = 8 << 20;
-/// With this many bytes pinned, a copy waits for an earlier one rather than pinning more.
+/// The most bytes pinned: beyond this, a copy waits for an earlier one instead of pinning more.
 const MOST: usize = 64 << 20;
 
 /// Blocks of pinned memory, each with the event after which it is free again.
@@ -16,7 +16,7 @@ const MOST: usize = 64 << 20;
 pub(super) struct Staging {
     blocks: Vec<Block>,
     pinned: usize,
-    /// How many blocks of each size copies have taken in this turn.
+    /// How many blocks of each size copies have taken in this step.
     taken: HashMap<usize, usize>,
 }
 
@@ -31,10 +31,10 @@ struct Block {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    /// Copies `from` to the device at `to` in the stream's order; `from` may change as soon as this returns.
+    /// Queues a copy of `from` to device address `to`. `from` may change as soon as this returns.
     ///
     /// # Safety
-    /// `to` has room for it, the context is current, and so the stream is one of it.
+    /// `to` has room for it, the context is current, and `stream` belongs to the context.
     pub(super) unsafe fn upload(
         &mut self,
         to: u64,
@@ -43,12 +43,12 @@ impl Staging {
     ) -> Result<(), DriverError> {
         for (i, piece) in from.chunks(PIECE).enumerate() {
             let block = self.free_block(piece.len())?;
-            // SAFETY: no copy is under way from this block, which is no smaller than the piece.
+            // SAFETY: no copy from this block is in flight, and the block is at least as large as the piece.
             let pinned = unsafe {
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), block.at.cast(), piece.len());
                 std::slice::from_raw_parts(block.at.cast::<u8>(), piece.len())
             };
-            // SAFETY: as this function's, and the block is not written before its event.
+            // SAFETY: the caller vouches for `to` and `stream`; the block is not written again before its event has passed.
             unsafe {
                 result::memcpy_htod_async(to + (i * PIECE) as u64, pinned, stream)?;
                 result::event::record(block.done, stream)?;
@@ -57,7 +57,7 @@ impl Staging {
         Ok(())
     }
 
-    /// A block of at least `bytes` that no copy uses.
+    /// A block of at least `bytes` that no copy is using.
     fn free_block(&mut self, bytes: usize) -> Result<&Block, DriverError> {
         let bytes = bytes.next_power_of_two().max(4096);
         *self.taken.entry(bytes).or_default() += 1;
@@ -88,14 +88,14 @@ impl Staging {
         Ok(())
     }
 
-    /// Ends a turn, of which there are many alike: a training step. With `provide`, pins what as many
-    /// copies need in so many turns at once: none has to be pinned later because a copy is slower one day.
-    pub(super) fn end_turn(&mut self, provide: Option<usize>) -> Result<(), DriverError> {
+    /// Ends a training step. With `steps_in_flight`, pins now what that many steps like this one need at the same time, so
+    /// that a slow copy never causes pinning in a later step.
+    pub(super) fn end_step(&mut self, steps_in_flight: Option<usize>) -> Result<(), DriverError> {
         let taken = std::mem::take(&mut self.taken);
-        let Some(turns) = provide else { return Ok(()) };
+        let Some(steps) = steps_in_flight else { return Ok(()) };
         for (bytes, count) in taken {
-            let there = self.blocks.iter().filter(|block| block.bytes == bytes).count();
-            for _ in there..turns * count {
+            let pinned = self.blocks.iter().filter(|block| block.bytes == bytes).count();
+            for _ in pinned..steps * count {
                 if self.pinned + bytes <= MOST {
                     self.pin(bytes)?;
                 }
@@ -107,10 +107,10 @@ impl Staging {
     /// Frees everything.
     ///
     /// # Safety
-    /// No copy is under way, and the context is current.
+    /// No copy is in flight, and the context is current.
     pub(super) unsafe fn free(&mut self) {
         for block in self.blocks.drain(..) {
-            // SAFETY: as this function's. An error here has nobody left to tell.
+            // SAFETY: the caller vouches for it. Errors are ignored: the device is being dropped.
             unsafe {
                 let _ = result::event::destroy(block.done);
                 let _ = result::free_host(block.at);

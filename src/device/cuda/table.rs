@@ -1,11 +1,11 @@
-//! Numbers in a GPU's memory that are no tensor: what a launch reads anew each time, so that a captured one follows them.
+//! Arrays in GPU memory that are not tensors. A launch reads them each time it runs, so a replayed launch sees new values.
 
 use std::marker::PhantomData;
 
 use super::{In, Out};
 use crate::device::{Device, Memory};
 
-/// Numbers of one type, written by the host and read by kernels.
+/// An array written by the host and read by kernels.
 #[derive(Debug)]
 pub(crate) struct Table<T> {
     memory: Memory,
@@ -23,7 +23,7 @@ impl<T: bytemuck::Pod> Table<T> {
         table
     }
 
-    /// Room for `len` values, which are unspecified.
+    /// A table of `len` unspecified values.
     #[track_caller]
     pub(crate) fn room(gpu: &Device, len: usize) -> Self {
         Self { memory: Memory::new(gpu, len * size_of::<T>()), len, element: PhantomData }
@@ -34,37 +34,40 @@ impl<T: bytemuck::Pod> Table<T> {
         self.len
     }
 
-    /// Replaces the values from place `at` on, behind whatever is queued.
+    /// Replaces the values from index `at` on, behind all queued work.
     ///
     /// # Panics
-    /// When they do not lie in it.
+    /// If they do not fit.
     #[track_caller]
     pub(crate) fn write_at(&mut self, at: usize, values: &[T]) {
-        assert!(at + values.len() <= self.len, "a write beyond the table's end");
+        assert!(
+            at.checked_add(values.len()).is_some_and(|end| end <= self.len),
+            "a write beyond the table's end"
+        );
         self.memory.write(at * size_of::<T>(), bytemuck::cast_slice(values));
     }
 
-    /// Replaces all of it, behind whatever is queued.
+    /// Replaces all values, behind all queued work.
     ///
     /// # Panics
-    /// When there are more or fewer values than there were.
+    /// If the number of values changes.
     #[track_caller]
     pub(crate) fn write(&mut self, values: &[T]) {
-        assert_eq!(self.len, values.len(), "a table keeps its length");
+        assert_eq!(self.len, values.len(), "table: the length cannot change");
         self.memory.write(0, bytemuck::cast_slice(values));
     }
 
-    /// Where a kernel reads it.
+    /// Its address, for a kernel to read.
     pub(crate) fn device_in(&self) -> In<'_, T> {
         In::new(self.memory.address())
     }
 
-    /// Where a kernel writes it.
+    /// Its address, for a kernel to write.
     pub(crate) fn device_out(&mut self) -> Out<'_, T> {
         Out::new(self.memory.address())
     }
 
-    /// What it holds. Waits for the GPU: not for use inside a step.
+    /// Its values. Waits for the GPU, so not for use inside a step.
     pub(crate) fn read(&self) -> Vec<T> {
         let mut values = vec![T::zeroed(); self.len];
         self.memory.read(0, bytemuck::cast_slice_mut(&mut values));

@@ -80,7 +80,7 @@ fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
                 rows as i32,
                 columns as i32,
                 chunk.pitch(),
-                chunk.count(),
+                chunk.terms(),
             );
             cuda::knn_top_k(
                 each,

@@ -1,5 +1,5 @@
-//! `kernels/conv2d.cu`: implicit matrix products, bf16 on tensor cores with f32 sums, or f32 throughout. 1x1 of stride 1 is
-//! a plain product, of `kernels/matmul.cu`.
+//! Convolution on a GPU by implicit GEMM (`kernels/conv2d.cu`): bf16 on tensor cores with f32 accumulators, or f32 throughout.
+//! A 1x1 convolution of stride 1 is a plain GEMM (`kernels/matmul.cu`).
 
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
@@ -9,7 +9,7 @@ use crate::ops::gemm::{
 };
 use crate::tensor::{DType, Tensor, TensorMut};
 
-/// Calls a kernel with the sizes where all directions have them: after the pointers.
+/// Calls a kernel with the sizes after the pointers, where all directions have them.
 macro_rules! call {
     ($kernel:ident, $launch:expr, $d:ident, ($($pointer:expr),*) $(, $rest:expr)*) => {{
         let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *$d;
@@ -19,7 +19,7 @@ macro_rules! call {
     }};
 }
 
-/// The kernels count in 31 bits.
+/// Refuses sizes that the kernels' 31-bit indices cannot hold.
 #[track_caller]
 pub(super) fn check(d: &Conv2dDims) {
     for (what, count) in [
@@ -31,17 +31,17 @@ pub(super) fn check(d: &Conv2dDims) {
     ] {
         assert!(
             count < 1 << 31,
-            "conv2d: {count} {what}, and a GPU's kernels count to 2^31 - 1: take a smaller batch or smaller images"
+            "conv2d: {count} {what}, and the GPU kernels support at most 2^31 - 1: use a smaller batch or smaller images"
         );
     }
 }
 
-/// Whether pixels are rows of one matrix and the filters another.
+/// Whether it is a plain GEMM: pixels are the rows of one matrix, filters those of the other.
 fn is_plain(d: &Conv2dDims) -> bool {
     d.r == 1 && d.s == 1 && d.stride == 1 && d.pad == 0
 }
 
-/// What the table has for operands at these places.
+/// The tile table's key for operands at these addresses.
 fn table(gemm: Gemm, operands: [&Tensor; 2]) -> Gemm {
     let run = if operands.into_iter().all(is_aligned) { gemm.run } else { 1 };
     Gemm { run, ..gemm }
@@ -52,7 +52,7 @@ fn threads(dtype: DType) -> [usize; 3] {
     [if dtype == DType::Bf16 { 128 } else { 256 }, 1, 1]
 }
 
-/// With `groups`, also the moments of `y` for a batch norm of so many, where the kernel can bring them along.
+/// Computes `y` and, with `groups`, its moments for a batch norm of that many groups, if the tile supports them.
 pub(super) fn forward(
     y: &mut Tensor,
     x: &Tensor,
@@ -72,15 +72,15 @@ pub(super) fn forward(
     let tile = table(Gemm::convolution(d), [x, filters]).tile();
     let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
     let mut moments = groups.and_then(|groups| Moments::new(y, rows, groups, &tile));
-    let to = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
+    let partial = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
     macro_rules! of_bf16 {
         ($kernel:ident) => {
-            call!($kernel, launch, d, (y.device_out(), to, x.device_in(), filters.device_in()))
+            call!($kernel, launch, d, (y.device_out(), partial, x.device_in(), filters.device_in()))
         };
     }
-    // SAFETY: the tensors have these sizes, and `check` has seen them; large tiles get what the table says that they take.
+    // SAFETY: the tensors have these sizes, which `check` has accepted; the table picks only tiles that support them.
     unsafe {
-        match (x.dtype(), tile.form) {
+        match (x.dtype(), tile.shape) {
             (DType::F32, _) => {
                 call!(conv2d_f32, launch, d, (y.device_out(), x.device_in(), filters.device_in()));
             }
@@ -104,7 +104,7 @@ pub(super) fn data_gradient(
         let sizes = GemmSize { m: d.n * d.h * d.w, n: d.c, k: d.k };
         return gemm(GemmKind::Nn, dx, dy, filters, None, sizes, accumulate);
     }
-    // A phase of the stride has its own taps; the first has the most pixels.
+    // Each phase of the stride has its own taps; the first phase has the most pixels.
     let phases = table(Gemm::data_gradient(d), [dy, filters]);
     let tile = phases.tile();
     let grid = [tile.tiles / phases.count, 1, phases.count];
@@ -122,7 +122,7 @@ pub(super) fn data_gradient(
     }
     // SAFETY: as in `forward`.
     unsafe {
-        match (dy.dtype(), tile.form) {
+        match (dy.dtype(), tile.shape) {
             (DType::F32, _) => run!(conv2d_data_gradient_f32),
             (_, TileShape::Large) => run!(conv2d_data_gradient_bf16_128x128),
             (_, TileShape::Half) => run!(conv2d_data_gradient_bf16_128x64),
@@ -131,7 +131,7 @@ pub(super) fn data_gradient(
     }
 }
 
-/// The sum runs over all output pixels, in slices where there are many of them and few tiles to keep a GPU busy.
+/// The sum runs over all output pixels, with split-K if pixels are many and tiles too few to fill a GPU.
 pub(super) fn weight_gradient(
     dw: &mut TensorMut<'_>,
     x: &Tensor,
@@ -159,9 +159,9 @@ pub(super) fn weight_gradient(
                 )
             };
         }
-        // SAFETY: as in `forward`; `out` has the filters' size for each slice.
+        // SAFETY: as in `forward`; `out` holds the filters once per split.
         unsafe {
-            match (x.dtype(), tile.form) {
+            match (x.dtype(), tile.shape) {
                 (DType::F32, _) => run!(conv2d_weight_gradient_f32),
                 (_, TileShape::Large) => run!(conv2d_weight_gradient_bf16_128x128),
                 (_, TileShape::Half) => run!(conv2d_weight_gradient_bf16_64x128),
@@ -183,8 +183,10 @@ mod tests {
     use super::*;
 
     #[test]
-    #[should_panic(expected = "conv2d: 2147483648 pixels, and a GPU's kernels count to 2^31 - 1")]
-    fn more_pixels_than_the_kernels_count_are_refused() {
+    #[should_panic(
+        expected = "conv2d: 2147483648 pixels, and the GPU kernels support at most 2^31 - 1"
+    )]
+    fn more_pixels_than_the_kernels_support_are_refused() {
         check(&Conv2dDims::new([1 << 11, 1 << 10, 1 << 10, 4], [8, 3, 3, 4], 1, 1));
     }
 }

@@ -1,7 +1,7 @@
 //! Convolution of images `x [n, h, w, c]` with filters `w [k, r, s, c]`, without bias:
 //! `y[n, p, q, k] = Σ_{r, s, c} x[n, p stride + r - pad, q stride + s - pad, c] w[k, r, s, c]`, zero outside the image.
 //!
-//! `dx` is the correlation of `dy` with the same filters read backwards, `dw` that of `x` with `dy`.
+//! `dx` is the correlation of `dy` with the flipped filters, `dw` the correlation of `x` with `dy`.
 
 mod cuda;
 mod reference;
@@ -13,23 +13,23 @@ use crate::device::DeviceKind;
 use crate::tape::Var;
 use crate::tensor::{Tensor, TensorMut};
 
-/// What [`kernels`](super::kernels) shows of this operation.
+/// The part of this operation that [`kernels`](super::kernels) exports.
 pub(super) mod kernels {
     pub use crate::cpu::conv2d::{
         Direction, data_gradient, forward, weight_gradient, workspace_len,
     };
 }
 
-/// The convolution of `x [n, h, w, c]` with `w [k, r, s, c]`.
+/// Convolves `x [n, h, w, c]` with `w [k, r, s, c]`. Returns `[n, p, q, k]`.
 ///
 /// # Panics
-/// As [`Conv2dDims::new`]; on a GPU also where its kernels cannot count so far, with what they can.
+/// As [`Conv2dDims::new`]; on a GPU also if the sizes exceed its kernels' 31-bit indices.
 #[track_caller]
 pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t> {
     conv2d_with_moments(x, w, stride, pad, None).0
 }
 
-/// [`conv2d`], and where a GPU's kernel can bring them along, the moments of its output for a batch norm of so many groups.
+/// [`conv2d`] that also returns the moments of its output for a batch norm of `groups` groups, if a GPU kernel supports them.
 #[track_caller]
 pub(crate) fn conv2d_with_moments<'t>(
     x: &Var<'t>,
@@ -65,7 +65,7 @@ pub(crate) fn conv2d_with_moments<'t>(
     (y, moments)
 }
 
-/// `y` of `x` and `w`, and its moments as [`conv2d_with_moments`].
+/// Computes `y` from `x` and `w`, and its moments as [`conv2d_with_moments`].
 #[track_caller]
 pub(crate) fn forward(
     y: &mut Tensor,
@@ -89,7 +89,7 @@ pub(crate) fn forward(
     None
 }
 
-/// `dw` of `x` and `dy`, or what it holds and more.
+/// Computes `dw` from `x` and `dy`, or adds it to the contents of `dw` if `accumulate`.
 pub(crate) fn weight_gradient(
     dw: &mut TensorMut<'_>,
     x: &Tensor,
@@ -111,7 +111,7 @@ pub(crate) fn weight_gradient(
     }
 }
 
-/// `dx` of `dy` and `w`, or what it holds and more.
+/// Computes `dx` from `dy` and `w`, or adds it to the contents of `dx` if `accumulate`.
 pub(crate) fn data_gradient(
     dx: &mut TensorMut<'_>,
     dy: &Tensor,

@@ -1,4 +1,4 @@
-//! The definition, in f64: one walk over all products, and what is summed where.
+//! The definition, in f64: one loop over all products, summed into a different array for each direction.
 
 use super::Conv2dDims;
 

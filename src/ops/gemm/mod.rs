@@ -1,4 +1,4 @@
-//! `kernels/matmul.cu`: matrix products on a GPU, of linear layers and of 1x1 convolutions.
+//! GEMMs on a GPU (`kernels/matmul.cu`), for linear layers and 1x1 convolutions.
 
 pub(crate) mod similarity;
 mod tiles;
@@ -15,17 +15,17 @@ pub(super) struct GemmSize {
     pub(super) k: usize,
 }
 
-/// What a product brings along for a batch norm: mean and squared deviations of each column, for runs of rows.
+/// Batch norm statistics from a GEMM's epilogue: mean and sum of squared deviations of each column, per block of rows.
 pub(crate) struct Moments {
-    /// `[runs, 2, columns]`
+    /// `[blocks, 2, columns]`
     pub(crate) partial: Tensor,
-    /// Rows of a run; the last may have fewer.
+    /// Rows of a block; the last may have fewer.
     pub(crate) rows: usize,
 }
 
 impl Moments {
-    /// Room for those of `rows` rows in `groups` equal groups, made by tiles of `tile` rows; none where a tile would have rows
-    /// of two groups.
+    /// Memory for the moments of `rows` rows in `groups` equal groups, computed by `tile`. `None` if a tile would span two
+    /// groups.
     pub(super) fn new(y: &Tensor, rows: usize, groups: usize, tile: &Tile) -> Option<Self> {
         let fits = y.dtype() == DType::Bf16 && rows > 0 && rows.is_multiple_of(groups);
         let aligned = groups == 1 || (rows / groups).is_multiple_of(tile.m);
@@ -37,7 +37,7 @@ impl Moments {
     }
 }
 
-/// The product as the table sees it, of matrices in memory.
+/// The tile table's key for a GEMM of matrices in memory.
 fn table(
     kind: GemmKind,
     GemmSize { m, n, k }: GemmSize,
@@ -47,22 +47,22 @@ fn table(
     for size in [m, n, k] {
         assert!(
             size < 1 << 31,
-            "gemm: {size} rows or columns, and a GPU's kernels count to 2^31 - 1"
+            "gemm: {size} rows or columns, and the GPU kernels support at most 2^31 - 1"
         );
     }
-    // The lengths of the operands' lines.
-    let lines = match kind {
+    // The row lengths of the operands.
+    let rows = match kind {
         GemmKind::Nt => [k, k],
         GemmKind::Nn => [k, n],
         _ => [m, n],
     };
-    let whole =
-        lines.iter().all(|length| length.is_multiple_of(8)) && operands.into_iter().all(is_aligned);
-    Gemm { kind, m, n, k, count: 1, run: if whole { 8 } else { 1 }, splittable }
+    let aligned =
+        rows.iter().all(|length| length.is_multiple_of(8)) && operands.into_iter().all(is_aligned);
+    Gemm { kind, m, n, k, count: 1, run: if aligned { 8 } else { 1 }, splittable }
 }
 
-/// A product in one pass, or, where `k` is long and the tiles are few, in splits of `k` that are summed in order after:
-/// a weight gradient has all rows for its `k`.
+/// Runs a GEMM in one pass or, if `k` is long and the tiles are few (weight gradients, whose `k` is the number of rows), as
+/// split-K with the splits summed in order afterwards.
 pub(super) fn gemm(
     kind: GemmKind,
     c: &mut TensorMut<'_>,
@@ -85,7 +85,7 @@ pub(super) fn gemm(
     split_k_reduce(c, &partial, tile.splits, accumulate);
 }
 
-/// `y [m, n] = x Wᵀ` in one pass, and the moments of its columns for so many groups of rows, where they can be had.
+/// `y [m, n] = x Wᵀ` in one pass, and the moments of its columns in `groups` groups of rows, if the tile supports them.
 pub(super) fn gemm_with_moments(
     y: &mut Tensor,
     x: &Tensor,
@@ -96,12 +96,12 @@ pub(super) fn gemm_with_moments(
     let gemm = table(GemmKind::Nt, sizes, [x, w], false);
     let tile = gemm.tile();
     let mut moments = Moments::new(y, sizes.m, groups, &tile);
-    let (c, to) = (&mut y.view_mut(), moments.as_mut().map(|m| &mut m.partial));
-    Matmul { gemm, tile, c, a: x, b: w, bias: None, moments: to, accumulate: false }.run();
+    let (c, partial) = (&mut y.view_mut(), moments.as_mut().map(|m| &mut m.partial));
+    Matmul { gemm, tile, c, a: x, b: w, bias: None, moments: partial, accumulate: false }.run();
     moments
 }
 
-/// Whether pieces of 16 bytes start where the tensor does.
+/// Whether the tensor is bf16 and aligned for 16-byte accesses.
 pub(super) fn is_aligned(x: &Tensor) -> bool {
     x.dtype() == DType::Bf16 && x.device_in::<half::bf16>().is_aligned_16()
 }
@@ -140,11 +140,11 @@ struct Matmul<'a, 'c> {
     c: &'a mut TensorMut<'c>,
     a: &'a Tensor,
     b: &'a Tensor,
-    /// Of `Nt` alone.
+    /// For `Nt` only.
     bias: Option<&'a Tensor>,
-    /// Of `Nt` in bf16 alone: `[tiles, 2, n]`.
+    /// For `Nt` in bf16 only: `[row tiles, 2, n]`.
     moments: Option<&'a mut Tensor>,
-    /// Adds to what `c` holds; of `Nn` and `Tn` alone.
+    /// Adds to the contents of `c`; for `Nn` and `Tn` only.
     accumulate: bool,
 }
 
@@ -152,8 +152,8 @@ impl Matmul<'_, '_> {
     fn run(self) {
         let Self { gemm, tile, c, a, b, bias, moments, accumulate } = self;
         let is_nt = gemm.kind == GemmKind::Nt;
-        assert!(is_nt || bias.is_none(), "matmul: only y = x Wᵀ has a bias");
-        assert!(!(is_nt && accumulate), "matmul: only gradients accumulate");
+        assert!(is_nt || bias.is_none(), "matmul: only y = x Wᵀ supports a bias");
+        assert!(!(is_nt && accumulate), "matmul: only gradients support accumulation");
         let threads = if a.dtype() == DType::Bf16 { 128 } else { 256 };
         let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.splits], [threads, 1, 1]);
         let bias = bias.map_or(In::null(), Tensor::device_in);
@@ -161,7 +161,7 @@ impl Matmul<'_, '_> {
         let [m, n, k, k_per_split] =
             [gemm.m, gemm.n, gemm.k, tile.k_per_split].map(|size| size as i32);
         let accumulate = i32::from(accumulate);
-        // Inputs that come before the sizes, and flags that come after them.
+        // `$input`: extra inputs before the sizes; `$flag`: flags after them.
         macro_rules! of_f32 {
             ($kernel:ident, [$($input:expr),*], [$($flag:expr),*]) => {{
                 let (c, a, b) = (c.device_out(), a.device_in(), b.device_in());
@@ -180,9 +180,9 @@ impl Matmul<'_, '_> {
                 )
             }};
         }
-        // SAFETY: the operation has checked that the tensors have these sizes; `c` has room for each split.
+        // SAFETY: the operation has checked that the tensors have these sizes; `c` holds all splits.
         unsafe {
-            match (gemm.kind, a.dtype(), tile.form) {
+            match (gemm.kind, a.dtype(), tile.shape) {
                 (GemmKind::Nt, DType::F32, _) => of_f32!(matmul_nt_f32, [bias], []),
                 (GemmKind::Nn, DType::F32, _) => of_f32!(matmul_nn_f32, [], [accumulate]),
                 (_, DType::F32, _) => of_f32!(matmul_tn_f32, [], [accumulate]),

@@ -1,47 +1,50 @@
-//! `kernels/similarity.cu`: f32 rows as the bf16 planes that tensor cores multiply, for the contrastive losses and for
-//! nearest neighbours; how the columns of such a product are cut; and what may be taken out of its exponentials.
+//! Similarity GEMMs on a GPU (`kernels/similarity.cu`), for the contrastive losses and for nearest neighbours: f32 rows split
+//! into bf16 terms for tensor cores, the split of columns over blocks, and the maximum subtracted in the exponentials.
 
 use half::bf16;
 
 use crate::device::cuda::{self, In, Launch, Precision};
 use crate::tensor::{DType, Tensor};
 
-/// Down to this temperature `1 / T`, which no logit of unit rows exceeds, may be taken out of all of them; below it the
-/// exponentials would leave f32's range, and each row's own maximum takes its place.
+/// The lowest temperature at which the fixed maximum `1 / T`, an upper bound on the logits of unit rows, is subtracted from
+/// all logits. Below it the exponentials would leave f32's range, so each row's own maximum is used.
 pub(crate) const FIXED_MAXIMUM_FROM: f64 = 0.025;
 
-/// Rows and columns of a tile of similarities, and threads of its block.
+/// Rows and columns of a tile of similarities.
 pub(crate) const TILE: usize = 128;
-/// Rows and columns of a tile of weights, which gradients sum, columns of its sums, and threads of its block.
+/// Rows and columns of a tile of weights in gradients.
 pub(crate) const WEIGHT_TILE: usize = 64;
+/// Columns of a tile of gradients.
 pub(crate) const WEIGHT_WIDTH: usize = 128;
+/// Threads of a block.
 pub(crate) const THREADS: [usize; 3] = [128, 1, 1];
 
-/// Rows `x [rows, d]`, f32, as `[planes, rows, pitch]`: each plane is the bf16 nearest to what those before it have left.
+/// f32 rows `x [rows, d]` split into bf16 terms `[terms, rows, pitch]`: each term is the bf16 value nearest to the remainder
+/// after the previous terms.
 #[derive(Clone, Debug)]
 pub(crate) struct SplitRows {
     data: Tensor,
-    count: usize,
+    terms: usize,
     pitch: usize,
 }
 
 impl SplitRows {
-    /// As many planes as a run's precision asks for: two (three products) where activations are bf16, and three (six), with
-    /// which a similarity is as good as one of f32 lanes, where they are f32.
+    /// Splits into the number of terms for the run's precision: two terms (three mma per product) if activations are bf16;
+    /// three terms (six mma), which match plain f32 arithmetic, if they are f32.
     pub(crate) fn of(x: &Tensor) -> Self {
         let precise = x.device().gpu().precision() == Precision::F32;
         Self::split(x, if precise { 3 } else { 2 })
     }
 
-    /// So many planes.
-    pub(crate) fn split(x: &Tensor, count: usize) -> Self {
+    /// Splits into `terms` terms.
+    pub(crate) fn split(x: &Tensor, terms: usize) -> Self {
         let [rows, d] = x.dims("rows of similarities");
         let pitch = d.next_multiple_of(8);
-        let mut data = Tensor::empty(x.device(), DType::Bf16, [count, rows, pitch]);
+        let mut data = Tensor::empty(x.device(), DType::Bf16, [terms, rows, pitch]);
         if data.len() > 0 {
             let launch = Launch::over(x.device().gpu(), rows * pitch, 8);
-            let (rows, d, line) = (rows as i64, d as i32, pitch as i32);
-            // SAFETY: `x` has `rows` rows of `d`, `data` so many planes of `rows` lines of `pitch`, `d` rounded up to 8.
+            let (rows, d, row_pitch) = (rows as i64, d as i32, pitch as i32);
+            // SAFETY: `x` is `[rows, d]` and `data` is `[terms, rows, pitch]`, where `pitch` is `d` rounded up to 8.
             unsafe {
                 cuda::split_rows(
                     launch,
@@ -49,42 +52,45 @@ impl SplitRows {
                     x.device_in(),
                     rows,
                     d,
-                    line,
-                    count as i32,
+                    row_pitch,
+                    terms as i32,
                 );
             }
         }
-        Self { data, count, pitch }
+        Self { data, terms, pitch }
     }
 
     pub(crate) fn device_in(&self) -> In<'_, bf16> {
         self.data.device_in()
     }
 
-    pub(crate) fn count(&self) -> i32 {
-        self.count as i32
+    /// Number of terms.
+    pub(crate) fn terms(&self) -> i32 {
+        self.terms as i32
     }
 
-    /// Elements from one row of a plane to the next.
+    /// Elements from one row of a term to the next.
     pub(crate) fn pitch(&self) -> i32 {
         self.pitch as i32
     }
 }
 
-/// How columns are cut: by the shape alone, so that sums have one order on every chip. No columns have no slices.
+/// The split of columns over blocks. It depends on the shape alone, so that sums have the same order on every chip.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ColumnSplits {
+    /// Columns of a split.
     pub(crate) columns: usize,
+    /// Number of splits; 0 without columns.
     pub(crate) count: usize,
 }
 
 impl ColumnSplits {
-    /// Two tiles at least, and so many that tiles of rows times slices are about two waves of two blocks on each of 132
-    /// multiprocessors.
+    /// A split has at least two tiles. The number of row tiles times the number of splits is about two waves of two blocks on
+    /// each of 132 multiprocessors.
     pub(crate) fn new(rows: usize, columns: usize, tile: usize) -> Self {
         const BLOCKS: usize = 528;
-        let (down, across) = (rows.div_ceil(tile), columns.div_ceil(tile).max(1));
-        let tiles = across.div_ceil((BLOCKS / down).max(1)).max(2);
+        let (row_tiles, column_tiles) = (rows.div_ceil(tile), columns.div_ceil(tile).max(1));
+        let tiles = column_tiles.div_ceil((BLOCKS / row_tiles).max(1)).max(2);
         Self { columns: tiles * tile, count: columns.div_ceil(tiles * tile) }
     }
 }
@@ -93,16 +99,16 @@ impl ColumnSplits {
 mod tests {
     use super::*;
 
-    /// Workspaces are rows times slices: they end at a size, or grow with the rows, and never with their square.
+    /// A workspace holds rows times splits values: its size is bounded or grows linearly with the rows, never quadratically.
     #[test]
-    fn slices_times_rows_grow_with_the_rows() {
+    fn splits_times_rows_grow_linearly_with_the_rows() {
         for rows in (4..200_000).step_by(331).chain([1 << 17, 1 << 20]) {
             for tile in [TILE, WEIGHT_TILE] {
-                let slices = ColumnSplits::new(rows, rows, tile);
-                assert!(slices.count * slices.columns >= rows, "{rows}: {slices:?}");
-                let tiles = rows.div_ceil(tile) * slices.count;
-                assert!(tiles <= 528.max(rows.div_ceil(tile)), "{rows}: {slices:?}");
-                assert!(slices.count * rows <= (528 * tile).max(rows), "{rows}: {slices:?}");
+                let splits = ColumnSplits::new(rows, rows, tile);
+                assert!(splits.count * splits.columns >= rows, "{rows}: {splits:?}");
+                let tiles = rows.div_ceil(tile) * splits.count;
+                assert!(tiles <= 528.max(rows.div_ceil(tile)), "{rows}: {splits:?}");
+                assert!(splits.count * rows <= (528 * tile).max(rows), "{rows}: {splits:?}");
             }
         }
         let none = ColumnSplits::new(7, 0, TILE);

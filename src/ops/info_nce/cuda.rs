@@ -61,7 +61,7 @@ pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) 
             n,
             m,
             terms.q.pitch(),
-            terms.q.count(),
+            terms.q.terms(),
             columns,
             inv_t,
         );
@@ -99,7 +99,7 @@ pub(super) fn query_gradient(
     let grid = [dims.n.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
     let gradient =
-        if terms.q.count() == 2 { cuda::info_nce_gradient_2 } else { cuda::info_nce_gradient_3 };
+        if terms.q.terms() == 2 { cuda::info_nce_gradient_2 } else { cuda::info_nce_gradient_3 };
     // SAFETY: sizes as in the forward pass; `partial` has the size of `dq` per terms.
     unsafe {
         gradient(

@@ -45,7 +45,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
                 terms.device_in(),
                 rows,
                 terms.pitch(),
-                terms.count(),
+                terms.terms(),
                 splits.columns as i32,
                 inv_t,
             );
@@ -57,7 +57,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
                 terms.device_in(),
                 rows,
                 terms.pitch(),
-                terms.count(),
+                terms.terms(),
                 tiles_per_group as i32,
                 inv_t,
             );
@@ -94,7 +94,7 @@ pub(super) fn backward(
     let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
     let n = dims.rows * dims.d;
-    let gradient = if z.count() == 2 { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
+    let gradient = if z.terms() == 2 { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
     // SAFETY: sizes as in the forward pass; `partial` has the size of `dz` per split.
     unsafe {
         gradient(
