@@ -1,4 +1,4 @@
-//! The `selfsup` program; all of it is in `selfsup::cli`.
+//! The `selfsup` program, implemented in `selfsup::cli`.
 
 fn main() -> std::process::ExitCode {
     selfsup::cli::main()

@@ -1,17 +1,18 @@
-//! Settings as TOML tables: merging, `--set key.path=value`, and errors that suggest the nearest known key.
+//! Settings as TOML tables: parsing, merging, `--set key.path=value`, and errors that suggest the nearest known key.
 
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 
+/// Parses TOML; `origin` is what the error calls the text.
 pub(crate) fn parsed(text: &str, origin: &str) -> Result<toml::Table> {
-    text.parse().map_err(|e| Error::format(origin, format!("is not TOML: {}", one_line(&e))))
+    text.parse().map_err(|e| Error::format(origin, format!("not valid TOML: {}", one_line(&e))))
 }
 
-/// Tables of which one key is chosen: another choice replaces it.
+/// Tables that hold one of several alternatives: a different alternative replaces the table instead of merging into it.
 const CHOICES: [&str; 2] = ["rule", "decay"];
 
-/// Puts what differs on top of a base. A table on top of an array of tables goes on top of each.
+/// Merges `over` into `base`; `over` wins. A table over an array of tables is merged into each of them.
 pub(crate) fn merge(base: &mut toml::Table, over: toml::Table) {
     use toml::Value::{Array, Table};
     for (key, value) in over {
@@ -32,7 +33,7 @@ pub(crate) fn merge(base: &mut toml::Table, over: toml::Table) {
     }
 }
 
-/// Sets `a.b.c=value` in a table; the value is TOML, or else a string.
+/// Applies `a.b.c=value` to a table. The value is read as TOML, and as a string if it is not valid TOML.
 pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let malformed = || {
         Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
@@ -44,7 +45,7 @@ pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     );
     let keys: Vec<&str> = path.trim().split('.').collect();
     let (last, parents) = keys.split_last().expect("split gives at least one");
-    // `augment.flip=0` reaches every table of an array, `augment.1.flip=0` one.
+    // `augment.flip=0` sets the key in every table of an array, `augment.1.flip=0` in one.
     fn walk(at: &mut toml::Value, path: &[&str], last: &str, value: &toml::Value) -> Option<()> {
         match (at, path) {
             (toml::Value::Array(items), [index, rest @ ..]) if index.parse::<usize>().is_ok() => {
@@ -72,7 +73,7 @@ pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     done.ok_or_else(|| Error::config(format!("--set {setting}: the recipe has no table there")))
 }
 
-/// Reads a table, answering an unknown key with the nearest known one. `place` is the table's own name.
+/// Deserializes a table; the error for an unknown key suggests the nearest known one. `place` is the table's name for messages.
 pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Result<T> {
     T::deserialize(table.clone()).map_err(|error| {
         let message = one_line(&error);
@@ -81,10 +82,10 @@ pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
     })
 }
 
-/// The largest number of anything but a seed: beyond it no memory holds what is asked for, and sizes overflow.
+/// The largest value of any setting but a seed: beyond it nothing fits in memory, and sizes overflow.
 const LARGEST: i64 = 1 << 24;
 
-/// Fails at a whole number beyond [`LARGEST`], and names its key.
+/// Refuses integers above [`LARGEST`]; the error names the key.
 pub(crate) fn check_sizes(table: &toml::Table) -> Result<()> {
     fn walk(key: &str, value: &toml::Value) -> Result<()> {
         let inner = |name: &str| if key.is_empty() { name.into() } else { format!("{key}.{name}") };
@@ -96,7 +97,7 @@ pub(crate) fn check_sizes(table: &toml::Table) -> Result<()> {
                 (0..).zip(items).try_for_each(|(i, value)| walk(&inner(&format!("{i}")), value))
             }
             toml::Value::Integer(v) if *v > LARGEST => {
-                Err(Error::Config(format!("{key} is {v}, and at most {LARGEST} makes sense")))
+                Err(Error::Config(format!("{key} is {v}; the largest accepted value is {LARGEST}")))
             }
             _ => Ok(()),
         }
@@ -105,13 +106,13 @@ pub(crate) fn check_sizes(table: &toml::Table) -> Result<()> {
     sizes.into_iter().try_for_each(|(name, value)| walk(name, value))
 }
 
-/// What an error of `toml` says in one line, without its drawing of the place: `|`, `1 | seed =`, `  |   ^`.
+/// The message of a `toml` error in one line, without its source excerpt: `|`, `1 | seed =`, `  |   ^`.
 fn one_line(error: &toml::de::Error) -> String {
     let text = error.to_string();
-    let drawn = |line: &str| {
+    let is_excerpt = |line: &str| {
         line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start().starts_with('|')
     };
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !drawn(line));
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !is_excerpt(line));
     lines.collect::<Vec<_>>().join("; ")
 }
 
@@ -128,16 +129,16 @@ fn nearest(message: &str) -> String {
         .map_or(String::new(), |known| format!(" (did you mean `{known}`?)"))
 }
 
-/// Levenshtein's distance.
+/// The Levenshtein distance.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {
-        let mut corner = std::mem::replace(&mut row[0], i + 1);
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
         for (j, y) in b.iter().enumerate() {
-            let replace = corner + usize::from(x != *y);
-            corner = row[j + 1];
-            row[j + 1] = replace.min(corner + 1).min(row[j] + 1);
+            let replace = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replace.min(diagonal + 1).min(row[j] + 1);
         }
     }
     row[b.len()]

@@ -1,9 +1,9 @@
 //! Weight files: safetensors in torchvision's names and layout.
 //!
-//! Filters are `[k, c, r, s]` with the channels that exist, so that PyTorch loads a backbone with `load_state_dict`. A file is never
-//! trusted: its header is read alone and held against the file's length, and names, dtypes and shapes against the network's,
-//! before anything is allocated for a tensor. Tensors are read and written one at a time. A file is written under a temporary
-//! name, synced and renamed: there is the old one or the new one, never half of one.
+//! Filters are stored as `[k, c, r, s]` without the device's channel padding, so that PyTorch loads a backbone with
+//! `load_state_dict`. A file is never trusted: its header is read first and compared with the file's length, and names, dtypes
+//! and shapes are compared with the network's before anything is allocated for a tensor. Tensors are read and written one at a
+//! time. A file is written under a temporary name, synced and renamed: a reader sees the old file or the new one, never a part.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -21,33 +21,35 @@ use crate::files::no_room;
 pub(crate) use crate::files::{whole, write_whole};
 use crate::tensor::Tensor;
 
-/// A longer header is none: safetensors' own limit.
+/// The longest header that is accepted: the limit of the safetensors crate.
 const HEADER_LIMIT: u64 = 100_000_000;
 
-/// A weight file that is read tensor by tensor.
+/// A weight file whose header has been read; its tensors are read one at a time.
 pub(super) struct WeightFile {
     path: PathBuf,
     file: File,
     header: Metadata,
-    /// Where tensors begin.
+    /// Offset of the first tensor's bytes.
     data: u64,
 }
 
 impl WeightFile {
-    /// Reads a file's header.
+    /// Opens a file and reads its header.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let damaged =
-            |reason: String| Error::format(path, format!("is no whole safetensors file: {reason}"));
+        let damaged = |reason: String| {
+            Error::format(path, format!("truncated or corrupt safetensors file: {reason}"))
+        };
         let mut file = File::open(path).map_err(Error::io(path))?;
         let length = file.metadata().map_err(Error::io(path))?.len();
         let mut size = [0; 8];
         if length < size.len() as u64 {
-            return Err(damaged(format!("it has {length} bytes")));
+            return Err(damaged(format!("its length is {length} bytes")));
         }
         file.read_exact(&mut size).map_err(Error::io(path))?;
         let size = u64::from_le_bytes(size);
         if size > HEADER_LIMIT.min(length - 8) {
-            let reason = format!("it announces a header of {size} bytes and has {length} in all");
+            let reason =
+                format!("it declares a header of {size} bytes, but its length is {length} bytes");
             return Err(damaged(reason));
         }
         let mut header = vec![0; size as usize];
@@ -57,35 +59,35 @@ impl WeightFile {
         let (announced, there) = (header.data_len() as u64, length - 8 - size);
         if announced != there {
             let reason =
-                format!("its header announces {announced} bytes of tensors, {there} are there");
+                format!("its header declares {announced} bytes of tensors, but {there} follow it");
             return Err(damaged(reason));
         }
         Ok(Self { path: path.to_path_buf(), file, header, data: 8 + size })
     }
 
-    /// Where it is.
+    /// The file's path.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// An entry of the header's own table.
+    /// An entry of the header's `__metadata__` table.
     pub(super) fn note(&self, key: &str) -> Option<&str> {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
-    /// The names of its tensors, sorted.
+    /// The names of all tensors, sorted.
     pub(super) fn names(&self) -> Vec<String> {
         let mut names = self.header.offset_keys();
         names.sort_unstable();
         names
     }
 
-    /// The shape of a tensor, if there is one of this name.
+    /// The shape of the tensor of this name, if the file has it.
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.header.info(name).map(|info| &*info.shape)
     }
 
-    /// Fails unless it has floats of this name and shape; gives dtype and place.
+    /// Checks that the file has floats of this name and shape; returns dtype, offset and length in bytes.
     fn floats(&self, name: &str, shape: &[usize]) -> Result<(Dtype, u64, usize)> {
         let path = self.path.display();
         let info = self.header.info(name).ok_or_else(|| {
@@ -109,7 +111,7 @@ impl WeightFile {
         Ok(bytes)
     }
 
-    /// A tensor of floats of this shape, row-major.
+    /// Reads a tensor of floats of this shape, row-major.
     pub(super) fn numbers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f64>> {
         let (dtype, from, count) = self.floats(name, shape)?;
         let bytes = self.bytes(from, count)?;
@@ -122,13 +124,13 @@ impl WeightFile {
         Ok(bytes.chunks_exact(dtype.bitsize() / 8).map(number).collect())
     }
 
-    /// A counter.
+    /// Reads a counter.
     pub(super) fn count(&mut self, name: &str) -> Result<u64> {
         let info = self.header.info(name).map(|info| (info.dtype, &*info.shape, info.data_offsets));
         let Some((Dtype::U64, [1], (from, _))) = info else {
             let path = self.path.display();
             return Err(Error::Weights(match info {
-                Some(_) => format!("{path}: {name} is no counter"),
+                Some(_) => format!("{path}: {name} is not a counter (U64 [1])"),
                 None => format!("{path}: has no tensor {name}, which this network needs"),
             }));
         };
@@ -136,7 +138,7 @@ impl WeightFile {
         Ok(u64::from_le_bytes(bytes.try_into().expect("8 were asked for")))
     }
 
-    /// Fills the slots for which `name` has one in the file; nothing is changed unless all of them fit.
+    /// Fills the slots that `name` maps to a tensor of the file. The arena is unchanged unless all of them fit.
     pub(super) fn fill(
         &mut self,
         arena: &mut Arena,
@@ -158,7 +160,7 @@ impl WeightFile {
         Ok(())
     }
 
-    /// Reads the slots for which `name` has one into their places in an arena's tensor.
+    /// Reads the slots that `name` maps to a tensor of the file into their places in `into`, an arena's values.
     pub(super) fn read_slots(
         &mut self,
         slots: &[Slot],
@@ -176,7 +178,7 @@ impl WeightFile {
     }
 }
 
-/// A tensor of a file to be written: its bytes are made when its turn comes.
+/// A tensor to be written. Its bytes are made when its turn comes, so that one tensor at a time is in memory.
 pub(crate) struct Entry<'a> {
     name: String,
     dtype: Dtype,
@@ -196,7 +198,7 @@ impl<'a> Entry<'a> {
         Self { name, dtype: Dtype::F32, shape, bytes }
     }
 
-    /// Classes of images, -1 where there is none.
+    /// Classes of images; -1 for an image without a label.
     pub(crate) fn labels(name: String, labels: &'a [i32]) -> Self {
         let le = |&label: &i32| i64::from(label).to_le_bytes();
         let bytes = Box::new(move || labels.iter().flat_map(le).collect());
@@ -209,12 +211,12 @@ impl<'a> Entry<'a> {
         Self { name, dtype: Dtype::U64, shape: vec![1], bytes }
     }
 
-    /// A slot, with values laid out as on the device.
+    /// A slot, from values in the device's layout.
     pub(super) fn slot(name: String, slot: &'a Slot, values: impl Fn() -> Vec<f64> + 'a) -> Self {
         Self::floats(name, disk_shape(slot), move || to_disk(slot, &values()))
     }
 
-    /// The slots of a network that `name` has a name for.
+    /// The slots of a network that `name` maps to a name.
     pub(super) fn network(
         arena: &'a Arena,
         name: impl Fn(&str) -> Option<String>,
@@ -244,7 +246,8 @@ impl View for &Entry<'_> {
     }
 }
 
-/// Writes a weight file, whole or not at all; `sound` is asked when all values have been read from their device.
+/// Writes a weight file atomically. `sound` is called once all values have been read from their device, before the file is
+/// renamed into place: a failed device must not replace a good file.
 pub(crate) fn write_weights(
     path: &Path,
     entries: &[Entry<'_>],
@@ -261,7 +264,7 @@ pub(crate) fn write_weights(
     })
 }
 
-/// A slot's shape in files: filters `[k, c, r, s]`, without the device's padding.
+/// A slot's shape in files: filters are `[k, c, r, s]`, without the device's channel padding.
 fn disk_shape(slot: &Slot) -> Vec<usize> {
     match (slot.kind, &*slot.shape) {
         (SlotKind::Filter, &[k, r, s, _]) => vec![k, slot.channels, r, s],
@@ -269,7 +272,7 @@ fn disk_shape(slot: &Slot) -> Vec<usize> {
     }
 }
 
-/// For each element on disk, its place in the slot.
+/// For each element in the file's order, its index in the slot's device layout.
 fn places(slot: &Slot) -> impl Iterator<Item = usize> {
     let (k, r, s, c, channels) = match (slot.kind, &*slot.shape) {
         (SlotKind::Filter, &[k, r, s, c]) => (k, r, s, c, slot.channels),

@@ -1,4 +1,4 @@
-//! What can be typed.
+//! The command line's arguments and help texts.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use super::study::StudyArgs;
 use crate::data::Split;
 use crate::{eval, train};
 
-/// Self-supervised vision: train, look, evaluate.
+/// Self-supervised vision: train, inspect, evaluate.
 #[derive(Debug, Parser)]
 #[command(name = "selfsup", version, about, long_about = None, arg_required_else_help = true)]
 pub(super) struct Args {
@@ -21,18 +21,18 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Train SimCLR on images that come with the program, and show what it learnt
+    /// Train SimCLR on built-in images, and show what it has learnt
     ///
-    /// Takes minutes on two cores and needs nothing else: no files, no network, no GPU.
+    /// Takes minutes on two cores; needs no files, no network and no GPU.
     Demo(Demo),
-    /// Train by a recipe
+    /// Train with a recipe
     #[command(after_help = "Examples:
   selfsup train simclr-cifar10-small --set data.path=data/cifar10 --out runs/first
   selfsup train my-recipe.toml --set train.epochs=20 --set optim.lr=0.1
   selfsup train --resume runs/first
 
-Ctrl-C or SIGTERM writes a checkpoint and ends the program (exit code 1); --resume goes on from there as if nothing had
-happened. A second Ctrl-C ends it at once.")]
+Ctrl-C or SIGTERM writes a checkpoint and ends the program (exit code 1); --resume continues from there, to the same bits. A
+second Ctrl-C ends it at once.")]
     Train(Train),
     /// Evaluate what a run has learnt
     #[command(after_help = "Examples:
@@ -42,7 +42,7 @@ happened. A second Ctrl-C ends it at once.")]
         #[command(subcommand)]
         what: Eval,
     },
-    /// Write a run's backbone as PyTorch loads it: torchvision's names and layout, safetensors
+    /// Write a run's backbone for PyTorch: safetensors with torchvision's names and layout
     #[command(after_help = "Examples:
   selfsup export runs/first
   selfsup export runs/first/best.safetensors --out resnet18.safetensors
@@ -52,71 +52,71 @@ In PyTorch:
   model.fc = torch.nn.Identity()
   model.load_state_dict(safetensors.torch.load_file('resnet18.safetensors'))")]
     Export(Export),
-    /// Write the features of a folder of images: a run's, or those of weights from torchvision or timm
+    /// Write the features of a folder of images, computed by a run or by weights from torchvision or timm
     #[command(after_help = "Examples:
   selfsup embed runs/first photos --out features.npy
   selfsup embed runs/first data/cifar10 --split test --out features.safetensors
   selfsup embed --weights resnet50.safetensors --arch resnet50 photos --out features.npy
 
-A .npy file has a table of file, label and class beside it (.tsv), in the order of rows; a .safetensors file has `features`
-and `labels`, names and classes as JSON lists in its header.")]
+A .npy file comes with a table of file, label and class (.tsv) in the order of its rows; a .safetensors file holds `features`
+and `labels`, and names and classes as JSON lists in its header.")]
     Embed(Embed),
-    /// Pack a folder of many images into few large files, which list and read faster
+    /// Pack a folder of many images into a few large files, which are faster to list and read
     ///
-    /// The parts train, test and val are packed if there are any, else the folder as one; data.path=DIR then takes the place of
-    /// data.path=FOLDER. Without --size files are copied as they are, or decoded with --raw, and training is the same to
-    /// the bit if no image is broken. Broken images are left out and named at the end.
+    /// Packs the parts train, test and val if the folder has them, else the folder as one part. Train with data.path=DIR instead
+    /// of data.path=FOLDER. Without --size files are copied unchanged, or decoded with --raw, and training gives the same bits
+    /// if no image is broken. Broken images are left out and listed.
     #[command(after_help = "Examples:
   selfsup pack photos --out photos-packed
   selfsup pack data/imagenet --size 256 --out data/imagenet-256
   selfsup pack data/cifar10 --raw --out data/cifar10-raw
   selfsup train simclr-imagenet --set data.path=data/imagenet-256")]
     Pack(PackArgs),
-    /// Say what a recipe or a run comes to: settings, slots, the graph of a step, memory
+    /// Show a recipe or a run in detail: settings, parameters, the graph of a step, memory
     #[command(after_help = "Examples:
   selfsup inspect simclr-cifar10 --set train.batch=1024
   selfsup inspect moco-v2-imagenet --memory
   selfsup inspect runs/first --graph --json")]
     Inspect(Inspect),
-    /// List the recipes that come with the program, or print one
+    /// List the built-in recipes, or print one
     Recipes {
-        /// Print this one
+        /// The recipe to print
         name: Option<String>,
     },
-    /// Make a page of curves, pictures, final figures and settings, of one run or of several over each other
+    /// Write a page with curves, pictures, final figures and settings of one run, or of several runs for comparison
     ///
-    /// A run writes its own report.html after every epoch and when it stops, with new pictures whenever kNN is measured.
+    /// A run writes its own report.html after every epoch and when it stops, with new pictures each time kNN is measured.
     #[command(after_help = "Examples:
   selfsup report runs/first
   selfsup report runs/first runs/second --out compared.html")]
     Report {
-        /// Folders of runs, which may be under way
+        /// Folders of runs, which may still be running
         #[arg(required = true, value_name = "DIR")]
         runs: Vec<PathBuf>,
-        /// The page; report.html, in the run's folder where it is one, if not given
+        /// The page [default: report.html, in the run's folder if there is one run]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
-    /// Ask a question: run a small grid of recipes and print a table
+    /// Answer a question by experiment: run a small grid of recipes and print a table
     ///
-    /// Runs on the images that come with the program unless data.path is set.
+    /// Uses the built-in images unless data.path is set.
     #[command(after_help = "Examples:
   selfsup study                                   # the questions
   selfsup study simclr-head --set data.path=data/cifar10 --seeds 3")]
     Study(StudyArgs),
-    /// Measure the primitives beside the floor that bandwidth and arithmetic set, or print floors and plans
+    /// Measure the primitives against their roofline, or print rooflines and plans
     ///
-    /// Each case is a layer of ResNet-50 or another primitive at one size; times are medians. Shares are of ceilings that are
-    /// measured first, in the same run.
+    /// Each case is a layer of ResNet-50 or another primitive at one size; times are medians. The roofline's bandwidth and
+    /// arithmetic peaks are measured first, in the same run.
     #[command(after_help = "Examples:
   selfsup bench                                   # everything; minutes
   selfsup bench conv2d forward --device cpu --threads 1
   selfsup bench sinkhorn --json
   selfsup bench --paper --chip A100               # no GPU is needed")]
     Bench(BenchArgs),
-    /// Say what this machine has to compute with
+    /// List the devices of this machine
     Devices {
-        /// As one JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
@@ -124,57 +124,57 @@ and `labels`, names and classes as JSON lists in its header.")]
 
 #[derive(Debug, Arguments)]
 pub(super) struct Demo {
-    /// Override a setting of the demo's recipe (see `selfsup recipes demo`)
+    /// Override a setting of the demo's recipe (see `selfsup recipes demo`); may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
     /// Also write recipe, metrics and checkpoints into this folder
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
 }
 
 #[derive(Debug, Arguments)]
 pub(super) struct Train {
-    /// A recipe file, or the name of a recipe that comes with the program
+    /// A recipe file, or the name of a built-in recipe
     #[arg(required_unless_present = "resume")]
     pub(super) recipe: Option<String>,
-    /// Go on with the run in this folder where its last checkpoint left it
+    /// Continue the run in this folder from its last checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "out"])]
     pub(super) resume: Option<PathBuf>,
     /// Override a setting, such as train.epochs=20; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// The run's folder; runs/RECIPE if not given
+    /// The run's folder [default: runs/RECIPE]
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
-    /// Write a few steps as a Chrome trace: phases, operations, a GPU's kernels
+    /// Write a Chrome trace of a few steps: phases, operations, GPU kernels
     #[arg(long, value_name = "FILE")]
     pub(super) trace: Option<PathBuf>,
-    /// Steps of the trace
+    /// Number of steps in the trace
     #[arg(long, value_name = "N", default_value_t = 5, requires = "trace")]
     pub(super) trace_steps: u64,
 }
 
 #[derive(Debug, Arguments)]
 pub(super) struct Inspect {
-    /// A recipe's file or name, a run's folder, or a checkpoint
+    /// A recipe (file or name), a run's folder, or a checkpoint
     #[arg(value_name = "RECIPE|RUN")]
     pub(super) what: String,
     /// Override a setting; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// Run a step on few images and list its graph: operation, shape, bytes
+    /// Run a step on a few images and list its graph: operation, shape, bytes
     #[arg(long)]
     pub(super) graph: bool,
-    /// Run two steps on few images and say what memory the recipe's batch needs
+    /// Run two steps on a few images and estimate the memory that the recipe's batch needs
     #[arg(long)]
     pub(super) memory: bool,
-    /// As one JSON object
+    /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -183,7 +183,7 @@ pub(super) struct Inspect {
 pub(super) struct Export {
     /// A run's folder (its newest checkpoint), or one of its checkpoints
     pub(super) run: PathBuf,
-    /// The file; backbone.safetensors in the run's folder if not given
+    /// The file to write [default: backbone.safetensors in the run's folder]
     #[arg(long, value_name = "FILE")]
     pub(super) out: Option<PathBuf>,
 }
@@ -196,22 +196,22 @@ pub(super) struct Embed {
     /// Weights with torchvision's or timm's names, saved as safetensors
     #[arg(long, value_name = "FILE", requires = "arch")]
     pub(super) weights: Option<PathBuf>,
-    /// Whose: resnet18, 34, 50, 101, 152, wide_resnet50_2, wide_resnet101_2
+    /// The network of the weights: resnet18, resnet34, resnet50, resnet101, resnet152, wide_resnet50_2 or wide_resnet101_2
     #[arg(long, value_name = "NAME", requires = "weights")]
     pub(super) arch: Option<String>,
-    /// Where to: a name that ends in .npy or .safetensors
+    /// The file to write; its name ends in .npy or .safetensors
     #[arg(long, value_name = "FILE")]
     pub(super) out: PathBuf,
-    /// Side of what a network sees, the middle of an image whose shorter side is 8/7 of it; a recipe's, or 224
+    /// Side of the centre crop; the image is resized so that its shorter side is 8/7 of it [default: the recipe's, or 224]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(super) size: Option<u32>,
-    /// The part of a set that has several: train or test
+    /// The part of the data set: train or test
     #[arg(long, default_value = "train")]
     pub(super) split: Split,
-    /// Use this many images, spread over the set; 0 for all
+    /// Use this many images, spread evenly over the set; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(super) limit: usize,
-    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
 }
@@ -220,29 +220,29 @@ pub(super) struct Embed {
 pub(super) enum Eval {
     /// Weighted k-nearest-neighbour accuracy on held-out images
     ///
-    /// Beside the same backbone at random initialisation and the raw pixels. Several values of -k and --temperature make a
-    /// grid, for which neighbours are looked for once.
+    /// Also measures the same backbone at random initialisation, and the raw pixels. Several values of --k and --temperature make
+    /// a grid, for which neighbours are searched once.
     #[command(after_help = "Examples:
   selfsup eval knn runs/first
   selfsup eval knn runs/first --k 10,20,100,200 --temperature 0.07,0.1")]
     Knn(EvalKnn),
     /// Accuracy of a linear classifier on the frozen backbone, by a published protocol
     ///
-    /// Beside the same backbone at random initialisation.
+    /// Also measures the same backbone at random initialisation.
     #[command(after_help = "Examples:
   selfsup eval linear runs/first --sweep
   selfsup eval linear runs/first --protocol moco --labels 10%")]
     Linear(EvalLinear),
-    /// Accuracy after fine-tuning the whole network on labels
+    /// Accuracy after fine-tuning the complete network on labels
     ///
-    /// Beside the same network trained on the same labels from random initialisation.
+    /// Also measures the same network trained on the same labels from random initialisation.
     #[command(after_help = "Examples:
   selfsup eval finetune runs/first --labels 10%
   selfsup eval finetune runs/first --labels 1percent.txt --protocol simclr-v2 --head-layers 1")]
     Finetune(EvalFinetune),
 }
 
-/// What every evaluation takes.
+/// The arguments of every evaluation.
 #[derive(Debug, Arguments)]
 pub(super) struct Evaluated {
     /// The run's folder (its newest checkpoint), or one of its checkpoints
@@ -250,10 +250,10 @@ pub(super) struct Evaluated {
     /// Override a setting of the run's recipe, such as data.path
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// As one JSON object
+    /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
-    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
 }
@@ -262,7 +262,7 @@ pub(super) struct Evaluated {
 pub(super) struct EvalKnn {
     #[command(flatten)]
     pub(super) of: Evaluated,
-    /// Neighbours that vote
+    /// Number of neighbours that vote
     #[arg(long, value_delimiter = ',', default_value = "200", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) k: Vec<u32>,
     /// Temperature of the votes
@@ -274,17 +274,17 @@ pub(super) struct EvalKnn {
 pub(super) struct EvalLinear {
     #[command(flatten)]
     pub(super) of: Evaluated,
-    /// How the classifier is trained: cached (quick, on standardised features of uncropped images), or as the code of moco,
-    /// simclr, swav, byol, simsiam or lightly does it
+    /// How the classifier is trained: cached (quick, on standardised features of centre crops), or as in the published code of
+    /// moco, simclr, swav, byol, simsiam or lightly
     #[arg(long, value_name = "NAME", default_value = eval::PROTOCOLS[0])]
     pub(super) protocol: String,
-    /// Choose the learning rate among 0.03 to 100 on a tenth of the training images
+    /// Choose the learning rate, from 0.03 to 100, by accuracy on a tenth of the training images
     #[arg(long)]
     pub(super) sweep: bool,
-    /// Learn from these training images only: 10% of each class, or a file that names them
+    /// Learn from these training images only: 10% of each class, or a file that lists them
     #[arg(long, value_name = "SHARE|FILE")]
     pub(super) labels: Option<String>,
-    /// Epochs, instead of the protocol's
+    /// Number of epochs [default: the protocol's]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) epochs: Option<u32>,
 }
@@ -293,14 +293,14 @@ pub(super) struct EvalLinear {
 pub(super) struct EvalFinetune {
     #[command(flatten)]
     pub(super) of: Evaluated,
-    /// Settings to start from: lightly (SGD, 30 epochs), simclr-v2 (LARS, 60 epochs), swav-1% or swav-10% (SGD, 20 epochs, the
-    /// classifier at a rate of its own); --set goes on top
+    /// Settings to start from: lightly (SGD, 30 epochs), simclr-v2 (LARS, 60 epochs), swav-1% or swav-10% (SGD, 20 epochs, a
+    /// separate learning rate for the classifier); --set overrides them
     #[arg(long, value_name = "NAME", default_value = train::FINETUNES[0])]
     pub(super) protocol: String,
-    /// Learn from these training images only: 10% of each class, or a file that names them
+    /// Learn from these training images only: 10% of each class, or a file that lists them
     #[arg(long, value_name = "SHARE|FILE")]
     pub(super) labels: Option<String>,
-    /// Layers of a SimCLR v2 head that stay between backbone and classifier
+    /// Layers of a SimCLR v2 head that are kept between backbone and classifier
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) head_layers: usize,
     /// Write the fine-tuned run into this folder

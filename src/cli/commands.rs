@@ -1,4 +1,4 @@
-//! What each command does.
+//! The commands `demo`, `train`, `recipes`, `report` and `devices`.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ use crate::eval::{self, Knn};
 use crate::recipes::{self, Recipe};
 use crate::train::{self, Paused, Run};
 
-/// Labelled images of each class that the demo's linear probe sees.
+/// Labelled images per class for the demo's linear probe.
 const LABELS: usize = 10;
 
 pub(super) fn demo(demo: &Demo) -> Result<()> {
@@ -24,7 +24,7 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let start = Instant::now();
     let device = device::open(demo.device, &recipe.train)?;
     let mut run = Run::new(&recipe, &device, demo.out.as_deref())?;
-    go(&mut run, &recipe)?;
+    run_to_end(&mut run, &recipe)?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
     let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
     compared.print(&["kNN"], |bank, queries| {
@@ -66,16 +66,16 @@ pub(super) fn train(train: &Train) -> Result<()> {
     if let Some(file) = &train.trace {
         run.trace(file, train.trace_steps);
     }
-    go(&mut run, &recipe)?;
+    run_to_end(&mut run, &recipe)?;
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
 }
 
 /// Trains to the end, or until a signal.
-fn go(run: &mut Run, recipe: &Recipe) -> Result<()> {
+fn run_to_end(run: &mut Run, recipe: &Recipe) -> Result<()> {
     let schedule = run.schedule().clone();
     talk(&format!(
-        "{} on {} images; batch {}, learning rate {} by the {:?} rule = {:.4}, {} of {} steps warm-up",
+        "{} on {} images; batch {}, learning rate {} by the {:?} rule = {:.4}, warm-up for {} of {} steps",
         recipe.method.name,
         run.images().train.len(),
         recipe.train.batch,
@@ -98,7 +98,7 @@ pub(super) fn recipes(name: Option<&str>) -> Result<()> {
     };
     let text = recipes::builtin(name).ok_or_else(|| {
         let known = recipes::builtin_names().collect::<Vec<_>>().join(", ");
-        Error::Config(format!("there is no recipe {name}; built in are: {known}"))
+        Error::Config(format!("unknown recipe {name}; built-in recipes: {known}"))
     })?;
     say(text.trim_end())
 }

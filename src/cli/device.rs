@@ -1,4 +1,4 @@
-//! `--device`: where a command computes.
+//! `--device`: the device that a command uses.
 
 use std::str::FromStr;
 
@@ -24,23 +24,23 @@ impl FromStr for Name {
             Some(("cuda", number)) => number.parse().ok(),
             _ => None,
         };
-        number.map(Self::Cuda).ok_or_else(|| "a device is cpu, cuda or cuda:N, from 0".into())
+        number.map(Self::Cuda).ok_or_else(|| "expected cpu, cuda or cuda:N with N from 0".into())
     }
 }
 
-/// The device of that name as a recipe wants it.
+/// Opens the device of that name with a recipe's precision and threads.
 pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Device> {
     choose(name, settings.precision, settings.threads)
 }
 
-/// The device of that name, or else what is there: a GPU, or the CPU. Says which in a line.
+/// Opens the device of that name; without a name, a GPU if there is one, else the CPU. Prints which.
 pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -> Result<Device> {
     let cpu = || Device::cpu(threads);
     let (device, why) = match name {
         Some(Name::Cpu) => (cpu()?, String::new()),
         Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, precision)?, String::new()),
         None => match Device::cuda(0, precision) {
-            Ok(gpu) => (gpu, "; --device cpu for the processor".into()),
+            Ok(gpu) => (gpu, "; choose the processor with --device cpu".into()),
             Err(reason) => (cpu()?, format!("; {reason}")),
         },
     };

@@ -1,4 +1,4 @@
-//! `eval`: what a run has learnt, always beside what costs nothing.
+//! `eval`: what a run has learnt, always next to baselines that need no training.
 
 use serde_json::{Map, Value, json};
 
@@ -15,7 +15,7 @@ use crate::methods::Method;
 use crate::recipes::Recipe;
 use crate::train::{self, Images, Run};
 
-/// A run's network as it was trained, and its images.
+/// A run's trained network and its images.
 struct Networks {
     run: Trained,
     device: Device,
@@ -25,7 +25,7 @@ struct Networks {
 }
 
 impl Networks {
-    /// A checkpoint, its recipe with the settings of the command line and `labels` on top.
+    /// Opens a checkpoint; the settings of the command line and `labels` override its recipe.
     fn open(of: &Evaluated, labels: Option<&str>) -> Result<Self> {
         let mut run = Trained::open(&of.run, &of.set)?;
         run.recipe = with_labels(run.recipe, labels);
@@ -41,8 +41,8 @@ impl Networks {
         Frozen { arena, backbone: self.method.backbone(), policy }
     }
 
-    /// Tells what is evaluated, on how many images, and starts to tell what is found.
-    fn told(&self, json: bool, how: &str) -> Result<Told> {
+    /// Prints what is evaluated and on how many images; returns the printer of results.
+    fn results(&self, json: bool, how: &str) -> Result<Results> {
         let (checkpoint, seed) = (&self.run.checkpoint, self.run.recipe.seed);
         let (train, test) = (self.images.train.len(), self.images.held_out()?.len());
         talk(&format!(
@@ -55,24 +55,24 @@ impl Networks {
             "held_out": test,
             "seed": seed,
         });
-        Ok(Told::new(json, about))
+        Ok(Results::new(json, about))
     }
 }
 
-/// What is found, as it comes or as one JSON object at the end.
-struct Told {
+/// Prints results as they come, or as one JSON object at the end.
+struct Results {
     json: bool,
     about: Value,
     found: Vec<Value>,
 }
 
-impl Told {
+impl Results {
     fn new(json: bool, about: Value) -> Self {
         Self { json, about, found: Vec::new() }
     }
 
-    /// An accuracy in `0..=1` of the network, or whatever it is, that `of` names; `with` are the numbers it was found with.
-    fn tell(&mut self, what: &str, of: &str, with: &[(&str, f64)], accuracy: f64) -> Result<()> {
+    /// Adds the accuracy, in `0..=1`, of the features that `of` names; `with` are the settings it was measured with.
+    fn add(&mut self, what: &str, of: &str, with: &[(&str, f64)], accuracy: f64) -> Result<()> {
         if !self.json {
             return say(&format!("{what} {of}: {:.1}%", 100.0 * accuracy));
         }
@@ -82,7 +82,7 @@ impl Told {
         Ok(())
     }
 
-    fn end(mut self) -> Result<()> {
+    fn finish(mut self) -> Result<()> {
         if !self.json {
             return Ok(());
         }
@@ -112,17 +112,17 @@ pub(super) fn knn(args: &EvalKnn) -> Result<()> {
             (format!("{} settings", grid.len()), grid.iter().map(name).collect())
         }
     };
-    let mut told = all.told(args.of.json, &how)?;
+    let mut results = all.results(args.of.json, &how)?;
     let (train, test) = (&all.images.train, all.images.held_out()?);
     let compared = Compared::new(&all.run.recipe, &*all.method, &all.trained, &**train, &**test)?;
     for (of, bank, queries) in &compared.rows {
         let found = eval::knn_accuracies(bank, queries, &settings, &all.device)?;
         for ((name, &(k, temperature)), accuracy) in names.iter().zip(&grid).zip(found) {
             let with = [("k", f64::from(k)), ("temperature", temperature)];
-            told.tell(name, of, &with, accuracy)?;
+            results.add(name, of, &with, accuracy)?;
         }
     }
-    told.end()
+    results.finish()
 }
 
 pub(super) fn linear(args: &EvalLinear) -> Result<()> {
@@ -133,26 +133,26 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
     let all = Networks::open(&args.of, args.labels.as_deref())?;
     let test = all.images.held_out()?;
     let how = format!("protocol {}, {} epochs", args.protocol, protocol.epochs);
-    let mut told = all.told(args.of.json, &how)?;
+    let mut results = all.results(args.of.json, &how)?;
     let rates: &[f64] = if args.sweep { &eval::RATES } else { &[] };
     let random = Arena::new(all.method.layout(), &all.device, all.run.recipe.seed);
     for (name, arena) in [("random init", &random), ("trained", &all.trained)] {
         let (frozen, train) = (all.frozen(arena), &all.images.train);
         let found =
             eval::linear_accuracy(frozen, train, &**test, &protocol, rates, all.run.recipe.seed)?;
-        for (lr, aside) in &found.swept {
+        for (lr, held_back) in &found.swept {
             talk(&format!(
-                "{name}, learning rate {lr}: {:.1}% of a tenth kept aside",
-                100.0 * aside
+                "{name}, learning rate {lr}: {:.1}% of the tenth that was held back",
+                100.0 * held_back
             ));
         }
         if args.sweep && [rates[0], rates[rates.len() - 1]].contains(&found.lr) {
-            talk(&format!("{name}: the best learning rate is at the end of the sweep"));
+            talk(&format!("{name}: the best learning rate is at the edge of the sweep"));
         }
         let what = format!("linear ({}, learning rate {:.4})", args.protocol, found.lr);
-        told.tell(&what, name, &[("learning_rate", found.lr)], found.accuracy)?;
+        results.add(&what, name, &[("learning_rate", found.lr)], found.accuracy)?;
     }
-    told.end()
+    results.finish()
 }
 
 pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
@@ -182,7 +182,7 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         "held_out": images.held_out()?.len(),
         "seed": tuned.seed,
     });
-    let mut told = Told::new(args.of.json, about);
+    let mut results = Results::new(args.of.json, about);
     let mut untrained = tuned.clone();
     untrained.train.init = None;
     for (name, recipe, out) in
@@ -192,12 +192,12 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         let mut watch = Last(Progress::new(run.schedule().total), None);
         run.train(&mut watch)?;
         let accuracy = watch.1.expect("a supervised run with held-out images is measured");
-        told.tell("fine-tuned", name, &[], accuracy)?;
+        results.add("fine-tuned", name, &[], accuracy)?;
     }
-    told.end()
+    results.finish()
 }
 
-/// Shows a run and keeps its last accuracy.
+/// Shows a run's progress and keeps its last accuracy.
 struct Last(Progress, Option<f64>);
 
 impl train::Watch for Last {
@@ -215,7 +215,7 @@ impl train::Watch for Last {
     }
 }
 
-/// Features of bank and held-out images three ways: nothing is worth a number without the two that cost nothing.
+/// Features of bank and held-out images in three ways. A figure means nothing without the two that need no training.
 pub(super) struct Compared {
     rows: [(&'static str, Features, Features); 3],
 }
@@ -230,20 +230,20 @@ impl Compared {
     ) -> Result<Self> {
         let random = Arena::new(method.layout(), trained.device(), recipe.seed);
         let policy = &recipe.augment[0];
-        let backbone = |arena: &Arena, source: &dyn Source| {
+        let features = |arena: &Arena, source: &dyn Source| {
             eval::backbone_features(arena, method.backbone(), source, policy)
         };
         let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
         Ok(Self {
             rows: [
                 ("raw pixels", pixels(train)?, pixels(test)?),
-                ("random init", backbone(&random, train)?, backbone(&random, test)?),
-                ("trained", backbone(trained, train)?, backbone(trained, test)?),
+                ("random init", features(&random, train)?, features(&random, test)?),
+                ("trained", features(trained, train)?, features(trained, test)?),
             ],
         })
     }
 
-    /// A line for each of the figures that `names` name, for each kind of features.
+    /// Prints one line per name of `names` and kind of features.
     pub(super) fn print(
         &self,
         names: &[impl AsRef<str>],

@@ -1,4 +1,4 @@
-//! `inspect`: what a recipe or a run comes to.
+//! `inspect`: shows a recipe or a run in detail.
 
 use std::path::Path;
 
@@ -49,7 +49,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     if let Some(checkpoint) = checkpoint {
         say(&format!("checkpoint: {}", checkpoint.display()))?;
     }
-    say(&format!("views of an image: {}", method.views()))?;
+    say(&format!("views per image: {}", method.views()))?;
     say(&format!(
         "learning rate: {} by the {:?} rule at batch {} = {:.6}",
         recipe.optim.lr,
@@ -57,12 +57,12 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
         recipe.train.batch,
         peak(&recipe),
     ))?;
-    slots(layout)?;
-    graph.iter().try_for_each(tape)?;
-    memory.iter().try_for_each(|need| told(need, &recipe))
+    print_slots(layout)?;
+    graph.iter().try_for_each(print_graph)?;
+    memory.iter().try_for_each(|need| print_memory(need, &recipe))
 }
 
-/// Whether a name is a run's folder or a checkpoint, not a recipe.
+/// Whether a name means a run's folder or a checkpoint rather than a recipe.
 fn is_run(name: &str) -> bool {
     let path = Path::new(name);
     path.is_dir() || path.extension().is_some_and(|extension| extension == "safetensors")
@@ -72,7 +72,7 @@ fn peak(recipe: &Recipe) -> f64 {
     recipe.optim.lr_rule.apply(recipe.optim.lr, recipe.train.batch)
 }
 
-fn slots(layout: &Layout) -> Result<()> {
+fn print_slots(layout: &Layout) -> Result<()> {
     say(&format!("weights: {}", layout.weights()))?;
     let line = |slot: &Slot| {
         format!("  {:44} {:14} {:?}", slot.name, format!("{:?}", slot.kind), &*slot.shape)
@@ -83,7 +83,7 @@ fn slots(layout: &Layout) -> Result<()> {
     layout.stats().iter().try_for_each(|slot| say(&line(slot)))
 }
 
-fn tape(graph: &Measured) -> Result<()> {
+fn print_graph(graph: &Measured) -> Result<()> {
     let bytes: usize = graph.nodes.iter().map(|node| node.bytes).sum();
     let count = graph.nodes.len();
     say(&format!("graph of {} images: {count} nodes, {}", graph.images, size(bytes)))?;
@@ -93,9 +93,9 @@ fn tape(graph: &Measured) -> Result<()> {
     graph.nodes.iter().try_for_each(|node| say(&line(node)))
 }
 
-fn told(need: &Need, recipe: &Recipe) -> Result<()> {
+fn print_memory(need: &Need, recipe: &Recipe) -> Result<()> {
     say(&format!(
-        "memory in f32: {} for weights, gradients, momentum and state, {} an image ({} of it kept for the backward pass, in bf16 half as much), {} at batch {}",
+        "memory in f32: {} for weights, gradients, momentum and state, {} per image ({} of it saved for the backward pass, half as much in bf16), {} at batch {}",
         size(need.fixed),
         size(need.per_image),
         size(need.saved_per_image),

@@ -1,4 +1,4 @@
-//! Weights and features that leave the program, and weights that come in: `export`, `embed`.
+//! `export` and `embed`: weights and features for other programs, and weights from them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use crate::train;
 pub(super) fn export(args: &Export) -> Result<()> {
     let trained = Trained::open(&args.run, &[])?;
     let (_, arena) = trained.load(&Device::cpu(0)?)?;
-    let beside = || trained.checkpoint.with_file_name("backbone.safetensors");
-    let out = args.out.clone().unwrap_or_else(beside);
+    let in_run = || trained.checkpoint.with_file_name("backbone.safetensors");
+    let out = args.out.clone().unwrap_or_else(in_run);
     train::export_backbone(&out, &arena)?;
     talk(&format!("{}: the backbone of {}", out.display(), trained.checkpoint.display()));
     talk(&in_torchvision(&trained.recipe.network));
     say(&out.display().to_string())
 }
 
-/// How PyTorch loads a backbone.
+/// Describes how to load a backbone in PyTorch.
 fn in_torchvision(network: &ResNetConfig) -> String {
     let large = ResNetConfig { stem: Stem::Image, ..*network };
     match (network.name(), large.name()) {
@@ -41,8 +41,7 @@ fn in_torchvision(network: &ResNetConfig) -> String {
              model.maxpool = model.fc = torch.nn.Identity()"
         ),
         (None, None) => {
-            "torchvision has no network of this width: names and layout are its own all the same"
-                .into()
+            "torchvision has no network of this width; names and layout are torchvision's".into()
         }
     }
 }
@@ -53,18 +52,18 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
         (None, [run, folder]) => (folder, Network::own(args, run)?),
         _ => {
             return Err(Error::config(
-                "embed takes a run and a folder of images, or --weights, --arch and a folder alone",
+                "embed takes a run and a folder of images, or a folder of images with --weights and --arch",
             ));
         }
     };
     let source = images(folder, args.split, args.limit)?;
-    let Network { arena, backbone, mut policy, see } = network;
+    let Network { arena, backbone, mut policy, transform } = network;
     policy.size = args.size.map_or(policy.size, |size| size as usize);
     let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
     let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
     let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
-    let mut all = eval::embed(&arena, &backbone, &*source, &policy, see, done)?;
+    let mut all = eval::embed(&arena, &backbone, &*source, &policy, transform, done)?;
     bar.iter().for_each(ProgressBar::finish_and_clear);
     for name in &mut all.names {
         if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
@@ -84,26 +83,26 @@ fn images(folder: &Path, split: Split, limit: usize) -> Result<Arc<dyn Source>> 
     Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
 }
 
-/// A backbone with weights, and how images come to it.
+/// A backbone with its weights and its input transform.
 struct Network {
     arena: Arena,
     backbone: ResNet,
     policy: Policy,
-    see: Transform,
+    transform: Transform,
 }
 
 impl Network {
-    /// Of a run of ours: as its own evaluation sees images.
+    /// The backbone of a run, with the transform of the run's own evaluation.
     fn own(args: &Embed, run: &Path) -> Result<Self> {
         let trained = Trained::open(run, &[])?;
         let device = device::open(args.device, &trained.recipe.train)?;
         let (method, arena) = trained.load(&device)?;
         talk(&format!("weights: {}", trained.checkpoint.display()));
         let (backbone, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
-        Ok(Self { arena, backbone, policy, see: Transform::Center })
+        Ok(Self { arena, backbone, policy, transform: Transform::Center })
     }
 
-    /// Of a file in torchvision's names: as torchvision's presets see images.
+    /// A backbone from a file with torchvision's names, with the transform of torchvision's presets.
     fn foreign(args: &Embed, file: &Path) -> Result<Self> {
         let name = args.arch.as_deref().unwrap_or_default(); // --weights requires it
         let network = ResNetConfig::named(name)?;
@@ -113,6 +112,6 @@ impl Network {
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
         let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
-        Ok(Self { arena, backbone, policy, see: Transform::ResizedCenter })
+        Ok(Self { arena, backbone, policy, transform: Transform::ResizedCenter })
     }
 }

@@ -1,4 +1,4 @@
-//! The command line: results on stdout, talk on stderr, exit codes 0 (done), 1 (failed), 2 (asked wrongly).
+//! The command line: results go to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage.
 
 mod args;
 mod bench;
@@ -21,7 +21,7 @@ use clap::Parser;
 use crate::error::Error;
 use args::{Args, Command, Eval};
 
-/// The program.
+/// Runs the program: parses the command line and runs the command.
 pub fn main() -> ExitCode {
     let args = Args::parse(); // exits with 2 by itself
     let done = match args.command {
@@ -44,7 +44,7 @@ pub fn main() -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads stdout has had enough: `selfsup recipes demo | head -1`.
+        // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
@@ -55,12 +55,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A line on stderr.
+/// Prints a line on stderr.
 fn talk(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}"); // nobody is left to tell
+    let _ = writeln!(std::io::stderr(), "{line}"); // there is no one left to tell
 }
 
-/// A line of result on stdout.
+/// Prints a line of results on stdout.
 fn say(line: &str) -> crate::Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(Error::io("standard output"))
 }

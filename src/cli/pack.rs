@@ -1,4 +1,4 @@
-//! `selfsup pack`: a folder of images into few large files.
+//! `pack`: packs a folder of images into a few large files.
 
 use std::path::PathBuf;
 
@@ -11,22 +11,22 @@ use crate::error::Result;
 
 #[derive(Debug, Arguments)]
 pub(super) struct PackArgs {
-    /// A folder of JPEG and PNG files, as data.path takes it
+    /// A folder of JPEG and PNG files, as for data.path
     folder: PathBuf,
-    /// Where to: a folder that is empty, or is made
+    /// The folder to write; it must be empty or absent
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Make larger images smaller, so that the shorter side has this many pixels
+    /// Shrink larger images so that their shorter side has this many pixels
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=65_535))]
     size: Option<u32>,
-    /// Store pixels, not JPEG: larger files, and nothing to decode while training
+    /// Store pixels instead of JPEG: larger files, but nothing to decode while training
     #[arg(long)]
     raw: bool,
-    /// JPEG quality of images that were made smaller, 1 to 100
+    /// JPEG quality of shrunk images, 1 to 100
     #[arg(long, value_name = "Q", default_value_t = 95, conflicts_with = "raw", requires = "size",
         value_parser = clap::value_parser!(u8).range(1..=100))]
     quality: u8,
-    /// Begin another file after this many MiB
+    /// Start another file after this many MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     shard_mib: u32,
 }

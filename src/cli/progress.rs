@@ -1,4 +1,4 @@
-//! How a run shows itself: a bar on a terminal, plain lines without one.
+//! Shows a run's progress: a bar on a terminal, plain lines otherwise.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::train::{EpochReport, StepReport, Watch};
 
-/// Lines without a terminal come at most this often.
+/// The shortest time between two plain lines.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) struct Progress {
@@ -67,7 +67,7 @@ impl Watch for Progress {
         }
         self.line(&line);
         if let Some(bar) = self.bar.as_ref().filter(|_| epoch == epochs) {
-            bar.finish_and_clear(); // the lines stay; results follow
+            bar.finish_and_clear(); // the printed lines stay; results follow
         }
     }
 

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and a closed terminal: a wish to stop.
+//! Ctrl-C, SIGTERM and a closed terminal request a stop.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -8,11 +8,11 @@ use signal_hook::flag;
 
 use crate::error::{Error, Result};
 
-/// What becomes true with the first signal to end; the second ends the program at once.
+/// Returns a flag that the first signal sets. The second signal ends the program at once.
 pub(super) fn stop() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for &signal in TERM_SIGNALS.iter().chain(HANG_UP) {
-        // In this order: the first signal finds the flag down.
+        // The order matters: the first signal must find the flag unset.
         flag::register_conditional_shutdown(signal, 1, stop.clone())
             .and_then(|_| flag::register(signal, stop.clone()))
             .map_err(Error::io("signal handler"))?;

@@ -1,4 +1,4 @@
-//! `selfsup study`: a question, its runs and their table.
+//! `study`: runs the arms of a study and prints their table.
 
 use std::path::PathBuf;
 
@@ -12,18 +12,18 @@ use crate::train::{Study, StudyPlan, Watch};
 
 #[derive(Debug, Arguments)]
 pub(super) struct StudyArgs {
-    /// A study that comes with the program, or a file; lists them if not given
+    /// A built-in study, or a study file; lists the built-in studies if absent
     name: Option<String>,
     /// Override a setting of every arm, such as data.path=data/cifar10; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder of the arms' runs and of the table; runs/study-NAME if not given. Arms that have a result there are not run again
+    /// Folder of the arms' runs and of the table [default: runs/study-NAME]. Arms that have a result there are not run again
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Runs of each arm, each from another seed
+    /// Runs of each arm, each with its own seed
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// Where to compute: cpu, cuda or cuda:N; a GPU if there is one, else the CPU, if not given
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     device: Option<device::Name>,
 }

@@ -1,4 +1,4 @@
-//! What was trained, by path: a run's folder, or one checkpoint.
+//! A trained network by path: a run's folder, or one checkpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -9,14 +9,14 @@ use crate::methods::Method;
 use crate::recipes::Recipe;
 use crate::train;
 
-/// A run's recipe and the checkpoint that is meant.
+/// A run's recipe and one of its checkpoints.
 pub(super) struct Trained {
     pub(super) recipe: Recipe,
     pub(super) checkpoint: PathBuf,
 }
 
 impl Trained {
-    /// A folder's newest checkpoint, or the checkpoint named, with `key.path=value` settings on top of its recipe.
+    /// Opens a folder's newest checkpoint, or the given checkpoint, with `key.path=value` settings on top of its recipe.
     pub(super) fn open(path: &Path, settings: &[String]) -> Result<Self> {
         if path.is_file() {
             let recipe = train::recipe_in(path, settings)?;
@@ -25,7 +25,7 @@ impl Trained {
         let file = path.join("recipe.toml");
         if !file.is_file() {
             return Err(Error::Config(format!(
-                "{}: is neither a run's folder (there is no recipe.toml) nor a checkpoint",
+                "{}: neither a run's folder (it has no recipe.toml) nor a checkpoint",
                 path.display()
             )));
         }
@@ -33,7 +33,7 @@ impl Trained {
         Ok(Self { recipe, checkpoint: train::newest(path)? })
     }
 
-    /// The method and its weights.
+    /// Builds the method and loads its weights.
     pub(super) fn load(&self, device: &Device) -> Result<(Box<dyn Method>, Arena)> {
         let method = self.recipe.build_method()?;
         let mut arena = Arena::new(method.layout(), device, self.recipe.seed);

@@ -1,4 +1,4 @@
-//! Features of any images, with or without labels, to be used elsewhere.
+//! Features of any images, with or without labels, written to a file for use elsewhere.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,19 +11,19 @@ use crate::nn::ResNet;
 use crate::tape::evaluate;
 use crate::weights::{Entry, write_weights, write_whole};
 
-/// Images of one forward pass.
+/// Images per forward pass.
 const BATCH: usize = 64;
 
-/// Features of images, and which image each row is of.
+/// Features of images, one row per image, with names and labels.
 #[derive(Clone, Debug)]
 pub struct Embedded {
     /// `[n, d]`, row-major.
     pub values: Vec<f32>,
-    /// Size of a row.
+    /// Length of a row.
     pub d: usize,
-    /// What the source calls each image.
+    /// The source's name of each image.
     pub names: Vec<String>,
-    /// The class of each, -1 where there is none.
+    /// The class of each image; -1 for an image without a label.
     pub labels: Vec<i32>,
     /// Names of the classes.
     pub classes: Vec<String>,
@@ -31,18 +31,20 @@ pub struct Embedded {
     pub skipped: Vec<Skipped>,
 }
 
-/// Features of all images of `source` from `backbone` with the arena's weights: running statistics, the centre of each image
-/// under `see` as `policy` resamples and normalises it. `done` is told after how many images it is.
+/// Computes the features of all images of `source` with `backbone` and the arena's weights, in evaluation mode.
+///
+/// Batch norm uses its running statistics. Each image is the centre crop by `transform`, resampled and normalised by `policy`.
+/// `progress` is called with the number of images done.
 ///
 /// # Errors
-/// When the device fails, or no image can be read.
+/// If the device fails, or no image can be read.
 pub fn embed(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,
     policy: &Policy,
-    see: Transform,
-    mut done: impl FnMut(usize),
+    transform: Transform,
+    mut progress: impl FnMut(usize),
 ) -> Result<Embedded> {
     let mut all = Embedded {
         values: Vec::with_capacity(source.len() * backbone.features()),
@@ -54,16 +56,17 @@ pub fn embed(
     };
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
-        let (batch, skipped) = transformed_batch(see, source, from..to, policy, arena.device());
+        let (batch, skipped) =
+            transformed_batch(transform, source, from..to, policy, arena.device());
         all.skipped.extend(skipped);
         if !batch.indices.is_empty() {
             let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
             all.values.extend(features.to_f64().iter().map(|&v| v as f32));
-            arena.device().check()?; // what a failed device gives is no feature
+            arena.device().check()?; // a failed device yields NaN, not features
             all.names.extend(batch.indices.iter().map(|&index| source.name(index as usize)));
             all.labels.extend(&batch.labels);
         }
-        done(to);
+        progress(to);
     }
     match (all.names.is_empty(), all.skipped.first()) {
         (true, Some(Skipped { reason, .. })) => Err(Error::Config(format!(
@@ -75,12 +78,13 @@ pub fn embed(
 }
 
 impl Embedded {
-    /// Writes the rows, by the name's ending: `.npy`, with a table of file, label and class in the order of rows beside it
-    /// (`.tsv`); or `.safetensors` with tensors `features [n, d]` and `labels [n]`, and `names` and `classes` as JSON lists in
-    /// the header. Whole or not at all. Returns what was written.
+    /// Writes the rows in the format that the file's extension names, atomically, and returns the files written.
+    ///
+    /// `.npy` comes with a table of file, label and class (`.tsv`) in the order of the rows. `.safetensors` holds the tensors
+    /// `features [n, d]` and `labels [n]`, and `names` and `classes` as JSON lists in the header.
     ///
     /// # Errors
-    /// When the name ends otherwise, or the disk is full or gone.
+    /// If the extension is another one, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<Vec<std::path::PathBuf>> {
         let shape = [self.names.len(), self.d];
         match path.extension().and_then(|extension| extension.to_str()) {
@@ -105,7 +109,7 @@ impl Embedded {
                 Ok(vec![path.to_path_buf()])
             }
             _ => Err(Error::Config(format!(
-                "{}: features are written to a name that ends in .npy or .safetensors",
+                "{}: the file's name must end in .npy or .safetensors",
                 path.display()
             ))),
         }
@@ -122,12 +126,12 @@ impl Embedded {
     }
 }
 
-/// NumPy's format, version 1.0 (numpy.lib.format).
+/// Encodes `[n, d]` values in NumPy's format, version 1.0 (numpy.lib.format).
 fn npy([n, d]: [usize; 2], values: &[f32]) -> Vec<u8> {
     let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({n}, {d}), }}");
-    // Magic, version, the header's length and the header are a multiple of 64 bytes, the last a line feed.
-    let whole = (10 + header.len() + 1).next_multiple_of(64);
-    header += &" ".repeat(whole - 10 - header.len() - 1);
+    // Magic, version, header length and header together are a multiple of 64 bytes; the header ends with a line feed.
+    let total = (10 + header.len() + 1).next_multiple_of(64);
+    header += &" ".repeat(total - 10 - header.len() - 1);
     header.push('\n');
     let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
     bytes.extend((header.len() as u16).to_le_bytes());

@@ -1,4 +1,4 @@
-//! Features of images under the evaluation's transform: a backbone's, or the pixels themselves.
+//! Features of images under the evaluation transform: those of a backbone, or the pixels themselves.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use crate::nn::ResNet;
 use crate::tape::evaluate;
 use crate::tensor::Tensor;
 
-/// Images of one forward pass.
+/// Images per forward pass.
 const BATCH: usize = 256;
 
 /// Features of labelled images, on the host.
@@ -20,7 +20,7 @@ const BATCH: usize = 256;
 pub struct Features {
     /// `[n, d]`, row-major.
     pub values: Vec<f32>,
-    /// Size of a row.
+    /// Length of a row.
     pub d: usize,
     /// The class of each row.
     pub labels: Vec<u32>,
@@ -29,37 +29,38 @@ pub struct Features {
 }
 
 impl Features {
-    /// No rows yet, of size `d`.
+    /// Returns features without rows, of row length `d`.
     pub fn none(d: usize) -> Self {
         Self { values: Vec::new(), d, labels: Vec::new(), skipped: Vec::new() }
     }
 
-    /// Which image of the source each row is of.
+    /// Returns the index in the source of each row's image.
     pub fn images(&self) -> Vec<u32> {
         let skipped: HashSet<u32> = self.skipped.iter().map(|skipped| skipped.index).collect();
         let all = 0..(self.labels.len() + self.skipped.len()) as u32;
         all.filter(|index| !skipped.contains(index)).collect()
     }
 
-    /// Adds the rows of more images, in order.
+    /// Appends the rows of the images that follow in the source.
     ///
     /// # Panics
-    /// When rows differ in size.
+    /// If the rows differ in length.
     pub fn append(&mut self, more: Self) {
-        assert_eq!(self.d, more.d, "features: rows of different sizes");
+        assert_eq!(self.d, more.d, "features: rows of different lengths");
         let before = (self.labels.len() + self.skipped.len()) as u32;
-        let moved = |skipped: Skipped| Skipped { index: before + skipped.index, ..skipped };
+        let shifted = |skipped: Skipped| Skipped { index: before + skipped.index, ..skipped };
         self.values.extend(more.values);
         self.labels.extend(more.labels);
-        self.skipped.extend(more.skipped.into_iter().map(moved));
+        self.skipped.extend(more.skipped.into_iter().map(shifted));
     }
 }
 
-/// The features that `backbone` with the arena's weights gives each image: running statistics, the centre of the image as
-/// `policy` resamples and normalises it.
+/// Computes the features of every image with `backbone` and the arena's weights, in evaluation mode.
+///
+/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`.
 ///
 /// # Errors
-/// When an image has no label, or the device fails.
+/// If an image has no label, or the device fails.
 pub fn backbone_features(
     arena: &Arena,
     backbone: &ResNet,
@@ -71,26 +72,27 @@ pub fn backbone_features(
     })
 }
 
-/// The share, in `0..=1`, of images whose largest logit is their class: running statistics, the centre of the
-/// image as `policy` resamples and normalises it.
+/// Returns the share, in `0..=1`, of images whose largest logit is that of their class.
+///
+/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`.
 ///
 /// # Errors
-/// When an image has no label, or the device fails.
+/// If an image has no label, or the device fails.
 pub fn classifier_accuracy(
     arena: &Arena,
     classifier: &Classifier,
     source: &dyn Source,
     policy: &Policy,
 ) -> Result<f64> {
-    let [right, all] = classifier_answers(arena, classifier, source, policy)?;
-    Ok(right as f64 / all.max(1) as f64)
+    let [correct, total] = count_correct(arena, classifier, source, policy)?;
+    Ok(correct as f64 / total.max(1) as f64)
 }
 
-/// How many images [`classifier_accuracy`] counts as right, and of how many.
+/// Returns `[correct, total]`, the counts behind [`classifier_accuracy`].
 ///
 /// # Errors
-/// As that.
-pub(crate) fn classifier_answers(
+/// As [`classifier_accuracy`].
+pub(crate) fn count_correct(
     arena: &Arena,
     classifier: &Classifier,
     source: &dyn Source,
@@ -100,25 +102,25 @@ pub(crate) fn classifier_answers(
     let logits = collect(source, policy, arena.device(), d, |images| {
         evaluate(arena, |tape| classifier.forward(&tape.input(images)))
     })?;
-    Ok([right_answers(&logits.values, &logits.labels), logits.labels.len()])
+    Ok([correct_rows(&logits.values, &logits.labels), logits.labels.len()])
 }
 
-/// How many rows of logits have their largest at their class: the first largest, so that rows which are all alike are not
-/// right for every class.
-pub(super) fn right_answers(logits: &[f32], labels: &[u32]) -> usize {
+/// Counts the rows of logits whose largest is that of their class. Of equal logits the first counts as the largest, so that a
+/// constant row is not correct for every class.
+pub(super) fn correct_rows(logits: &[f32], labels: &[u32]) -> usize {
     let classes = (logits.len() / labels.len().max(1)).max(1);
-    let answer =
+    let argmax =
         |row: &[f32]| (0..classes).fold(0, |best, j| if row[j] > row[best] { j } else { best });
     let rows = logits.chunks_exact(classes).zip(labels);
-    rows.filter(|(row, label)| answer(row) == **label as usize).count()
+    rows.filter(|(row, label)| argmax(row) == **label as usize).count()
 }
 
-/// The pixels, three a position: the baseline that costs nothing.
+/// Returns the pixels as features, three values per position: the baseline that needs no training.
 ///
 /// # Errors
-/// When an image has no label.
+/// If an image has no label.
 pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
-    let device = device.host(); // a GPU has nothing to compute here
+    let device = device.host(); // there is nothing for a GPU to compute here
     collect(source, &Policy::crop(size), device, size * size * 3, |images| {
         let rgb: Vec<f64> =
             images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
@@ -151,7 +153,7 @@ fn collect(
             all.labels.push(label);
         }
         all.values.extend(features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32));
-        device.check()?; // what a failed device gives is no feature
+        device.check()?; // a failed device yields NaN, not features
     }
     Ok(all)
 }

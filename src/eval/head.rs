@@ -1,4 +1,4 @@
-//! A linear classifier on features that are computed elsewhere, and their standardisation.
+//! A linear classifier on features, and the standardisation of features.
 
 use std::sync::Arc;
 
@@ -6,16 +6,16 @@ use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
 use crate::error::Result;
 use crate::eval::Features;
-use crate::eval::features::right_answers;
+use crate::eval::features::correct_rows;
 use crate::ops::{cross_entropy, linear};
 use crate::optim::{Optimizer, Rule};
 use crate::tape::{evaluate, step};
 use crate::tensor::Tensor;
 
-/// Rows whose logits are computed at a time.
+/// Rows per evaluation pass.
 const ROWS: usize = 4096;
 
-/// Weights `[classes, d]`, biases, and their optimiser.
+/// A linear layer, weights `[classes, d]` and biases, with its optimiser.
 pub(super) struct Head {
     arena: Arena,
     optimizer: Optimizer,
@@ -39,7 +39,7 @@ impl Head {
         Self { optimizer: Optimizer::new(rule, &arena), arena, params }
     }
 
-    /// One step of cross-entropy on features `[n, d]` and labels `[n]`; the loss, on the device.
+    /// Takes one step of cross-entropy on features `[n, d]` and labels `[n]`. Returns the loss, on the device.
     pub(super) fn step(&mut self, images: &Tensor, labels: &Tensor, lr: f64) -> Result<Tensor> {
         let params = self.params;
         let loss = step(&mut self.arena, |tape| {
@@ -50,29 +50,29 @@ impl Head {
         Ok(loss)
     }
 
-    /// The share of queries, standardised if asked, whose largest logit is their class.
+    /// Returns the share of queries whose largest logit is that of their class; queries are standardised if `moments` is given.
     pub(super) fn accuracy(&self, queries: &Features, moments: Option<&Moments>) -> Result<f64> {
         let (d, device) = (queries.d, self.arena.device());
-        let mut right = 0;
-        for (rows, truth) in queries.values.chunks(ROWS * d).zip(queries.labels.chunks(ROWS)) {
+        let mut correct = 0;
+        for (rows, labels) in queries.values.chunks(ROWS * d).zip(queries.labels.chunks(ROWS)) {
             let mut rows = rows.to_vec();
             if let Some(moments) = moments {
                 moments.standardise(&mut rows);
             }
-            let rows = Tensor::from_slice(device, [truth.len(), d], &rows);
+            let rows = Tensor::from_slice(device, [labels.len(), d], &rows);
             let logits = evaluate(&self.arena, |tape| {
                 let [w, b] = self.params.map(|param| tape.param(param));
                 linear(&tape.input(&rows), &w, Some(&b))
             })?;
             let logits: Vec<f32> = logits.to_f64().iter().map(|&v| v as f32).collect();
-            device.check()?; // what a failed device gives is no logit
-            right += right_answers(&logits, truth);
+            device.check()?; // a failed device yields NaN, not logits
+            correct += correct_rows(&logits, labels);
         }
-        Ok(right as f64 / queries.labels.len().max(1) as f64)
+        Ok(correct as f64 / queries.labels.len().max(1) as f64)
     }
 }
 
-/// Mean and one over the deviation of each column; a constant column keeps its scale.
+/// Mean and reciprocal standard deviation of each column; a constant column keeps its scale.
 pub(super) struct Moments {
     mean: Vec<f64>,
     scale: Vec<f64>,
@@ -95,7 +95,7 @@ impl Moments {
         Self { scale: var.iter().map(scale).collect(), mean }
     }
 
-    /// Brings rows to mean 0 and deviation 1, as the bank's are.
+    /// Standardises rows in place: with the bank's moments, the bank's own rows have mean 0 and standard deviation 1.
     pub(super) fn standardise(&self, rows: &mut [f32]) {
         for row in rows.chunks_exact_mut(self.mean.len()) {
             for ((v, mean), scale) in row.iter_mut().zip(&self.mean).zip(&self.scale) {
@@ -106,13 +106,13 @@ impl Moments {
 }
 
 impl Features {
-    /// Some rows as features of their own.
-    pub(super) fn some(&self, rows: &[u32]) -> Self {
+    /// Copies some rows into features of their own.
+    pub(super) fn select(&self, rows: &[u32]) -> Self {
         let labels = rows.iter().map(|&i| self.labels[i as usize]).collect();
         Self { values: self.gather(rows).0, d: self.d, labels, skipped: Vec::new() }
     }
 
-    /// Some rows and their labels.
+    /// Copies some rows and their labels.
     pub(super) fn gather(&self, rows: &[u32]) -> (Vec<f32>, Vec<i32>) {
         let values = rows.iter().flat_map(|&i| &self.values[i as usize * self.d..][..self.d]);
         (values.copied().collect(), rows.iter().map(|&i| self.labels[i as usize] as i32).collect())

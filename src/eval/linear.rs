@@ -2,7 +2,7 @@
 //!
 //! Features are standardised by the bank's mean and deviation, since the best learning rate spans 0.1 to 30 between methods
 //! otherwise. The probe is full-batch gradient descent with Nesterov momentum on the engine's own primitives, long enough to
-//! settle; weight decay keeps it unique.
+//! converge; weight decay makes the optimum unique.
 
 use crate::arena::Init;
 use crate::data::of_each_class;
@@ -15,14 +15,14 @@ use crate::tensor::Tensor;
 
 const STEPS: usize = 300;
 const WEIGHT_DECAY: f64 = 1e-2;
-/// Draws of labelled images that are averaged: ten images of a class are a noisy sample.
+/// Draws of labelled images that are averaged, because ten images of a class are a noisy sample.
 const DRAWS: u32 = 5;
 
-/// The share, in `0..=1`, of `queries` that a linear classifier gets right when it has seen `per_class` labelled images of
-/// each class of `bank`, drawn by `seed`; the mean over five draws.
+/// Returns the accuracy on `queries`, in `0..=1`, of a linear classifier trained on `per_class` labelled images of each class
+/// of `bank`, drawn by `seed`; the mean over five draws.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 pub fn few_label_accuracy(
     bank: &Features,
     queries: &Features,
@@ -38,7 +38,7 @@ pub fn few_label_accuracy(
         weight_decay: WEIGHT_DECAY,
         exclude: Exclude::BiasAndNorm,
     });
-    // Rows of d standardised features have |x|² = d, and the loss's curvature is at most |x|² / 2.
+    // Rows of d standardised features have |x|² = d; the curvature of the loss is at most |x|² / 2.
     let lr = 1.0 / d as f64;
     let mut total = 0.0;
     for draw in 0..DRAWS {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn collapsed_features_are_right_by_chance_only() {
+    fn collapsed_features_are_correct_by_chance_only() {
         let labels: Vec<u32> = (0..40).map(|i| i % 4).collect();
         let set = Features { values: vec![0.5; 80], d: 2, labels, skipped: Vec::new() };
         let device = Device::cpu(1).unwrap();

@@ -1,26 +1,27 @@
-//! A map of features: t-SNE (van der Maaten and Hinton 2008, JMLR 9), exact and without chance, so that one set of features
-//! has one map on any number of threads.
+//! A two-dimensional map of features by exact t-SNE (van der Maaten and Hinton 2008, JMLR 9). It uses no random numbers, so
+//! that one set of features has one map on any number of threads.
 
 use rayon::prelude::*;
 
 use crate::cpu::{Matrix, gemm_sequential};
 use crate::device::Device;
 
-/// Effective number of neighbours; less where there are few rows.
+/// Effective number of neighbours; less if there are few rows.
 const PERPLEXITY: f32 = 30.0;
-/// Steps, and those at the beginning whose attraction is exaggerated.
+/// Number of steps, and of those at the beginning whose attraction is exaggerated.
 const STEPS: usize = 400;
 const EXAGGERATED: usize = 100;
 const EXAGGERATION: f32 = 12.0;
 /// Lanes of a sum, so that the compiler may use vectors.
 const LANES: usize = 16;
 
-/// A place in the plane for each of the rows `features [n, d]`, by their cosines; near rows are near, distances between
-/// groups mean little. Costs `O(n^2)` time and room: meant for a thousand rows or two. Starts from the two principal
-/// components.
+/// Returns a point in the plane for each of the rows `features [n, d]`, compared by their cosines.
+///
+/// Near rows are near in the plane; distances between groups mean little. Takes `O(n^2)` time and memory: meant for one or two
+/// thousand rows. Starts from the two principal components.
 ///
 /// # Panics
-/// When the features are no whole number of rows.
+/// If the number of features is not a multiple of `d`.
 pub fn map(features: &[f32], d: usize, device: &Device) -> Vec<[f32; 2]> {
     assert!(d > 0 && features.len().is_multiple_of(d), "map: rows of {d} features");
     let n = features.len() / d;
@@ -44,7 +45,7 @@ fn unit_rows(features: &[f32], d: usize) -> Vec<f32> {
     rows
 }
 
-/// Symmetric probabilities `[n, n]` of being neighbours, which sum to 1.
+/// Returns the symmetric neighbour probabilities `[n, n]`, which sum to 1.
 fn affinities(rows: &[f32], n: usize, d: usize) -> Vec<f32> {
     let mut p = vec![0.0; n * n];
     let all = Matrix::new(rows, n, d);
@@ -63,9 +64,9 @@ fn affinities(rows: &[f32], n: usize, d: usize) -> Vec<f32> {
     p
 }
 
-/// Turns squared distances from row `i` into probabilities whose entropy is as wanted, found by bisection.
+/// Turns squared distances from row `i` into probabilities of the given entropy, by bisection.
 fn conditional(row: &mut [f32], i: usize, entropy: f32) {
-    // Distances beyond the nearest matter: with it taken off, none of the exponentials vanishes.
+    // Only differences of distances matter. With the smallest subtracted, not all exponentials underflow.
     let others = || row.iter().enumerate().filter(move |&(j, _)| j != i).map(|(_, &v)| v);
     let nearest = others().fold(f32::INFINITY, f32::min);
     let (mut beta, mut low, mut high) = (1.0_f32, 0.0_f32, f32::INFINITY);
@@ -87,7 +88,7 @@ fn conditional(row: &mut [f32], i: usize, entropy: f32) {
         }
         beta = if high.is_finite() { (low + high) / 2.0 } else { beta * 2.0 };
         if beta > 1e12 {
-            break; // many rows at one place: no sharpness tells them apart
+            break; // many rows coincide: no sharpness tells them apart
         }
     }
     let sum: f32 = others().map(|v| (-beta * (v - nearest)).exp()).sum();
@@ -96,7 +97,7 @@ fn conditional(row: &mut [f32], i: usize, entropy: f32) {
     }
 }
 
-/// The first two principal components of the rows, scaled to 1e-4.
+/// Returns the scores of the rows on their first two principal components, scaled to 1e-4.
 fn components(rows: &[f32], d: usize) -> [Vec<f32>; 2] {
     let n = rows.len() / d;
     let mut centred = rows.to_vec();
@@ -108,7 +109,7 @@ fn components(rows: &[f32], d: usize) -> [Vec<f32>; 2] {
         row.iter_mut().zip(&mean).for_each(|(v, mean)| *v -= mean);
     }
     [0, 1].map(|which| {
-        // Power iteration from the longest row. What is found is taken out of the rows for the next.
+        // Power iteration from the longest row. The component found is removed from the rows before the next one.
         let length = |row: &[f32]| row.iter().map(|v| v * v).sum::<f32>();
         let rows = || centred.chunks_exact(d);
         let longest = rows().max_by(|a, b| length(a).total_cmp(&length(b)));
@@ -129,22 +130,22 @@ fn components(rows: &[f32], d: usize) -> [Vec<f32>; 2] {
             row.iter_mut().zip(&direction).for_each(|(v, x)| *v -= score * x / norm);
         }
         let scale = (scores.iter().map(|v| v * v).sum::<f32>() / n as f32).sqrt();
-        // Rows that are all alike lie on a spiral: at one place no force would part them.
+        // Identical rows are put on a spiral: at one point no force would separate them.
         let spiral = |i: usize| match which {
             0 => (2.4 * i as f32).cos() * i as f32 / n as f32,
             _ => (2.4 * i as f32).sin() * i as f32 / n as f32,
         };
         let degenerate = scale < 1e-9;
-        let place = |(i, v): (usize, &f32)| if degenerate { spiral(i) } else { v / scale };
-        scores.iter().enumerate().map(|pair| 1e-4 * place(pair)).collect()
+        let position = |(i, v): (usize, &f32)| if degenerate { spiral(i) } else { v / scale };
+        scores.iter().enumerate().map(|pair| 1e-4 * position(pair)).collect()
     })
 }
 
-/// Gradient descent with momentum and van der Maaten's gains.
+/// Gradient descent with momentum and the per-coordinate gains of van der Maaten's implementation.
 fn descend(p: &[f32], [mut x, mut y]: [Vec<f32>; 2]) -> Vec<[f32; 2]> {
     let n = x.len();
     let rate = (n as f32 / EXAGGERATION).max(50.0);
-    let mut moved = vec![[[0.0_f32; 2], [1.0; 2]]; n]; // the last step, and the gains
+    let mut updates = vec![[[0.0_f32; 2], [1.0; 2]]; n]; // the last step, and the gains
     for step in 0..STEPS {
         let (exaggeration, momentum) =
             if step < EXAGGERATED { (EXAGGERATION, 0.5) } else { (1.0, 0.8) };
@@ -153,28 +154,28 @@ fn descend(p: &[f32], [mut x, mut y]: [Vec<f32>; 2]) -> Vec<[f32; 2]> {
             .enumerate()
             .map(|(i, row)| Forces::on([x[i], y[i]], row, &x, &y))
             .collect();
-        // A row's own weight, 1, is in its sum.
-        let whole = forces.iter().map(|f| f64::from(f.weight)).sum::<f64>() - n as f64;
-        let whole = whole.max(1e-12) as f32;
-        for (i, (force, [last, gains])) in forces.iter().zip(&mut moved).enumerate() {
-            for (axis, place) in [&mut x[i], &mut y[i]].into_iter().enumerate() {
+        // Each row's sum includes its own weight, which is 1.
+        let total = forces.iter().map(|f| f64::from(f.weight)).sum::<f64>() - n as f64;
+        let total = total.max(1e-12) as f32;
+        for (i, (force, [last, gains])) in forces.iter().zip(&mut updates).enumerate() {
+            for (axis, coordinate) in [&mut x[i], &mut y[i]].into_iter().enumerate() {
                 let gradient =
-                    4.0 * (exaggeration * force.attraction[axis] - force.repulsion[axis] / whole);
+                    4.0 * (exaggeration * force.attraction[axis] - force.repulsion[axis] / total);
                 let same = (gradient > 0.0) == (last[axis] > 0.0);
                 gains[axis] = if same { (gains[axis] * 0.8).max(0.01) } else { gains[axis] + 0.2 };
                 last[axis] = momentum * last[axis] - rate * gains[axis] * gradient;
-                *place += last[axis];
+                *coordinate += last[axis];
             }
         }
-        for place in [&mut x, &mut y] {
-            let mean = place.iter().sum::<f32>() / n as f32;
-            place.iter_mut().for_each(|v| *v -= mean);
+        for coordinates in [&mut x, &mut y] {
+            let mean = coordinates.iter().sum::<f32>() / n as f32;
+            coordinates.iter_mut().for_each(|v| *v -= mean);
         }
     }
     x.into_iter().zip(y).map(|(x, y)| [x, y]).collect()
 }
 
-/// What draws a point, before exaggeration, and what drives it, before division by the sum of all weights.
+/// The attraction of a point, before exaggeration, and its repulsion, before division by the sum of all weights.
 struct Forces {
     attraction: [f32; 2],
     repulsion: [f32; 2],
@@ -194,14 +195,14 @@ impl Forces {
             sums[3][lane] += far * dy;
             sums[4][lane] += weight;
         };
-        let whole = p.len() / LANES * LANES;
+        let in_chunks = p.len() / LANES * LANES;
         let chunks = p.chunks_exact(LANES).zip(x.chunks_exact(LANES)).zip(y.chunks_exact(LANES));
         for ((p, x), y) in chunks {
             for lane in 0..LANES {
                 add(lane, p[lane], x[lane], y[lane]);
             }
         }
-        (whole..p.len()).for_each(|j| add(j - whole, p[j], x[j], y[j]));
+        (in_chunks..p.len()).for_each(|j| add(j - in_chunks, p[j], x[j], y[j]));
         let [ax, ay, rx, ry, weight] = sums.map(|lanes| lanes.iter().sum::<f32>());
         Self { attraction: [ax, ay], repulsion: [rx, ry], weight }
     }
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_lie_apart_and_threads_do_not_matter() {
+    fn groups_are_separate_and_the_number_of_threads_does_not_matter() {
         let rows = groups(150);
         let places = map(&rows, 8, &Device::cpu(2).unwrap());
         assert_eq!(places, map(&rows, 8, &Device::cpu(1).unwrap()));
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_and_equal_ones_have_places() {
+    fn few_rows_and_identical_rows_have_finite_positions() {
         let device = Device::cpu(1).unwrap();
         for n in [0, 1, 2, 3, 40] {
             let places = map(&[1.0, 0.0].repeat(n), 2, &device);

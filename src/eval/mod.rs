@@ -1,5 +1,5 @@
 //! Evaluation of frozen features: weighted kNN, linear probes by published protocols and on few labels, the collapse
-//! monitor, and a map for the eye.
+//! monitor, and a two-dimensional map (t-SNE).
 
 mod embed;
 mod features;
@@ -12,7 +12,7 @@ mod probe;
 mod protocol;
 
 pub use embed::{Embedded, embed};
-pub(crate) use features::classifier_answers;
+pub(crate) use features::count_correct;
 pub use features::{Features, backbone_features, classifier_accuracy, pixel_features};
 pub use knn::{
     Answer, Knn, accuracies as knn_accuracies, accuracy as knn_accuracy, answers as knn_answers,

@@ -1,34 +1,34 @@
-//! The collapse monitor: how far unit embeddings `z [n, d]` are spread.
+//! The collapse monitor: measures how widely unit embeddings `z [n, d]` are spread.
 
 use serde::{Deserialize, Serialize};
 
 use crate::tensor::Tensor;
 
-/// How far embeddings are spread.
+/// How widely embeddings are spread.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Standard deviation of a channel, averaged over channels, times `sqrt(d)`: about 1 when embeddings fill the sphere, 0 when
     /// they have collapsed to a point (SimSiam, section 4.1).
     pub std: f64,
     /// `exp` of the entropy of the normalised singular values of the centred embeddings (Roy and Vetterli 2007): how many
-    /// directions they use, at most `min(n - 1, d)`.
+    /// directions the embeddings use, at most `min(n - 1, d)`.
     pub effective_rank: f64,
-    /// `ln` of the mean of `exp(-2 |x - y|^2)` over pairs (Wang and Isola 2020, arXiv:2005.10242, equation 6, t = 2): -4 is about
-    /// the least that many channels allow, 0 a point. Absent in checkpoints of versions that did not measure it.
+    /// `ln` of the mean of `exp(-2 |x - y|^2)` over pairs (Wang and Isola 2020, arXiv:2005.10242, equation 6, t = 2): about -4 at
+    /// best with many channels, 0 for a single point. Checkpoints of versions that did not measure it lack it.
     #[serde(default)]
     pub uniformity: f64,
 }
 
-/// Rows that are looked at: the Gram matrix of more would cost more than it tells.
+/// The most rows that are used: the Gram matrix of more would cost more than it tells.
 const ROWS: usize = 128;
 
-/// The spread of `z [n, d]`; `n >= 2`.
+/// Measures the spread of `z [n, d]`; `n >= 2`.
 ///
 /// # Panics
-/// When `z` is not of rank 2.
+/// If `z` is not of rank 2.
 pub fn spread(z: &Tensor) -> Spread {
     let [all, d] = z.dims("spread: the embeddings");
-    // Evenly over the rows: the first half may all be of one view.
+    // Evenly over the rows, because the first half may hold one view only.
     let n = all.min(ROWS);
     let values = z.to_f64();
     let mut rows: Vec<Vec<f64>> =
@@ -63,7 +63,7 @@ fn uniformity(rows: &[Vec<f64>]) -> f64 {
     (sum / count.max(1) as f64).ln()
 }
 
-/// Eigenvalues by Jacobi's rotations.
+/// Eigenvalues of a symmetric matrix by Jacobi rotations.
 fn symmetric_eigenvalues(mut a: Vec<Vec<f64>>) -> Vec<f64> {
     let n = a.len();
     for _sweep in 0..12 {

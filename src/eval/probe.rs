@@ -13,41 +13,41 @@ use crate::optim::Schedule;
 use crate::tape::evaluate;
 use crate::tensor::Tensor;
 
-/// The learning rates of a sweep: published best ones span 0.1 to 30.
+/// The learning rates of a sweep; the best published rates span 0.1 to 30.
 pub const RATES: [f64; 8] = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0];
 
-/// Images of one forward pass of the backbone.
+/// Images per forward pass of the backbone.
 const FORWARD: usize = 256;
 
-/// A backbone that is not trained any more, and how it sees images.
+/// A frozen backbone, with its weights and its input transform.
 #[derive(Clone, Copy)]
 pub struct Frozen<'a> {
     /// Its weights.
     pub arena: &'a Arena,
-    /// Its description.
+    /// Its layers.
     pub backbone: &'a ResNet,
-    /// How images come to it: size, resampling, pixels and normalisation of this.
+    /// The input transform: size, resampling, pixels and normalisation are used.
     pub policy: &'a Policy,
 }
 
-/// What a probe found.
+/// The result of a linear probe.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probed {
-    /// The share of held-out images that are right, in `0..=1`.
+    /// Accuracy on the held-out images, in `0..=1`.
     pub accuracy: f64,
-    /// The learning rate that the classifier started with.
+    /// The learning rate at the classifier's first step.
     pub lr: f64,
-    /// The rates of a sweep, and the share of a tenth of the training images, kept aside, that each got right.
+    /// The rates of a sweep, each with its accuracy on the tenth of the training images that was held back.
     pub swept: Vec<(f64, f64)>,
 }
 
-/// Trains a linear classifier of `train`'s images on the backbone's features and tells how many of `test`'s it gets right.
+/// Trains a linear classifier on the frozen features of `train` and measures it on `test`.
 ///
-/// With `rates`, one classifier for each learns from nine tenths of the training images, the best on the rest decides the
-/// rate, and the classifier that is measured learns from all of them with it; held-out images decide nothing.
+/// With `rates`, one classifier per rate is trained on nine tenths of the training images. The rate whose classifier does best
+/// on the remaining tenth is used to train the measured classifier on all training images; held-out images decide nothing.
 ///
 /// # Errors
-/// When images have no labels or cannot be read, or the device fails.
+/// If images have no labels or cannot be read, or the device fails.
 pub fn linear_accuracy(
     frozen: Frozen<'_>,
     train: &Arc<dyn Source>,
@@ -63,7 +63,7 @@ pub fn linear_accuracy(
     };
     let moments = bank.as_ref().filter(|_| protocol.standardise).map(Moments::of);
     let kept = bank.filter(|_| !protocol.augment);
-    // Images that cannot be read have no features: rows are then those of the features.
+    // Unreadable images have no features: the rows are then those of the features.
     let labels = kept.as_ref().map_or(labels, |kept| kept.labels.clone());
     let shape = [train.classes().len(), frozen.backbone.features()];
     let probe = Probe { frozen, train, kept, moments, shape, protocol, seed };
@@ -72,24 +72,24 @@ pub fn linear_accuracy(
     let mut best = None;
     if !rates.is_empty() {
         let tenth = |members: usize| members.div_ceil(10).min(members.saturating_sub(1));
-        let aside = of_each_class(&labels, tenth, seed, u32::MAX);
-        if aside.is_empty() {
+        let held_back = of_each_class(&labels, tenth, seed, u32::MAX);
+        if held_back.is_empty() {
             return Err(Error::config(
-                "a sweep keeps a tenth of the training images aside and needs two of a class: name a rate, or give more labels",
+                "a sweep holds back a tenth of the training images and needs two images of a class: leave out --sweep, or give more labels",
             ));
         }
-        let mut is_aside = vec![false; labels.len()];
-        aside.iter().for_each(|&i| is_aside[i as usize] = true);
-        let rest = all.iter().copied().filter(|&i| !is_aside[i as usize]).collect();
+        let mut is_held_back = vec![false; labels.len()];
+        held_back.iter().for_each(|&i| is_held_back[i as usize] = true);
+        let rest = all.iter().copied().filter(|&i| !is_held_back[i as usize]).collect();
         let queries = match &probe.kept {
-            Some(kept) => kept.some(&aside),
-            None => frozen.features(&Subset::new(train.clone(), aside))?,
+            Some(kept) => kept.select(&held_back),
+            None => frozen.features(&Subset::new(train.clone(), held_back))?,
         };
         let heads = probe.train(rest, &rates.iter().copied().map(Some).collect::<Vec<_>>())?;
         for (&lr, head) in rates.iter().zip(&heads) {
             swept.push((lr, head.accuracy(&queries, probe.moments.as_ref())?));
         }
-        // The lowest of equals, and no rate that made numbers infinite can win by being first.
+        // The lowest of equals; a rate whose numbers became infinite cannot win by being first.
         let better = |best: (f64, f64), &one: &(f64, f64)| if one.1 > best.1 { one } else { best };
         best = Some(swept.iter().fold((rates[0], f64::NEG_INFINITY), better).0);
     }
@@ -100,15 +100,15 @@ pub fn linear_accuracy(
 }
 
 impl Frozen<'_> {
-    /// Features of images under the evaluation's transform.
+    /// Computes the features of images under the evaluation transform.
     ///
     /// # Errors
-    /// When an image has no label, or the device fails.
+    /// If an image has no label, or the device fails.
     pub fn features(&self, source: &dyn Source) -> Result<Features> {
         backbone_features(self.arena, self.backbone, source, self.policy)
     }
 
-    /// Features `[n, d]` of crops `[n, s, s, 4]`.
+    /// Computes features `[n, d]` of crops `[n, s, s, 4]`.
     fn forward(&self, crops: &Tensor) -> Result<Vec<f32>> {
         let n = crops.shape()[0];
         let mut rows = Vec::with_capacity(n * self.backbone.features());
@@ -117,7 +117,7 @@ impl Frozen<'_> {
             let features = evaluate(self.arena, |tape| self.backbone.forward(&tape.input(&some)))?;
             rows.extend(features.to_f64().iter().map(|&v| v as f32));
         }
-        self.arena.device().check()?; // what a failed device gives is no feature
+        self.arena.device().check()?; // a failed device yields NaN, not features
         Ok(rows)
     }
 }
@@ -125,17 +125,17 @@ impl Frozen<'_> {
 struct Probe<'a> {
     frozen: Frozen<'a>,
     train: &'a Arc<dyn Source>,
-    /// Features of the training images, where they are made once.
+    /// Features of the training images, if they are computed once.
     kept: Option<Features>,
     moments: Option<Moments>,
-    /// Classes, and size of a feature.
+    /// Number of classes, and length of a feature row.
     shape: [usize; 2],
     protocol: &'a Protocol,
     seed: u64,
 }
 
 impl Probe<'_> {
-    /// A classifier for each rate, the protocol's own where there is none, all trained on the same batches of `rows`.
+    /// Trains one classifier per rate on the same batches of `rows`; `None` is the protocol's own rate.
     fn train(&self, rows: Vec<u32>, rates: &[Option<f64>]) -> Result<Vec<Head>> {
         let (protocol, device, shape) = (self.protocol, self.frozen.arena.device(), self.shape);
         let new = |&lr: &Option<f64>| {
@@ -163,7 +163,7 @@ impl Probe<'_> {
     fn feed(&self, rows: Vec<u32>) -> Result<Feed<'_>> {
         let batch = self.protocol.batch_of(rows.len());
         if let Some(bank) = &self.kept {
-            return Ok(Feed::Kept { bank, order: rows, batch, seed: self.seed });
+            return Ok(Feed::Cached { bank, order: rows, batch, seed: self.seed });
         }
         let policy = self.frozen.policy.crop_and_flip();
         let images = Arc::new(Subset::new(self.train.clone(), rows));
@@ -173,25 +173,25 @@ impl Probe<'_> {
     }
 }
 
-/// Where the features of a step come from.
+/// The source of a step's features.
 enum Feed<'a> {
-    /// From those of all images.
-    Kept { bank: &'a Features, order: Vec<u32>, batch: usize, seed: u64 },
-    /// From new crops.
+    /// Features that were computed once.
+    Cached { bank: &'a Features, order: Vec<u32>, batch: usize, seed: u64 },
+    /// Features of new crops in every epoch.
     Crops { loader: Loader, frozen: Frozen<'a> },
 }
 
 impl Feed<'_> {
-    /// Features `[n, d]` and classes of a step; an epoch's images that fill no batch are left out.
+    /// Returns features `[n, d]` and classes of a step. The images at the end of an epoch that do not fill a batch are left out.
     fn next(&mut self, step: u64) -> Result<(Vec<f32>, Vec<i32>)> {
         match self {
-            Feed::Kept { bank, order, batch, seed } => {
+            Feed::Cached { bank, order, batch, seed } => {
                 let per_epoch = (order.len() / *batch) as u64;
-                let (epoch, place) = (step / per_epoch, (step % per_epoch) as usize);
-                if place == 0 {
+                let (epoch, index) = (step / per_epoch, (step % per_epoch) as usize);
+                if index == 0 {
                     Philox::new(*seed, Purpose::Order, epoch as u32, 0).shuffle(order);
                 }
-                Ok(bank.gather(&order[place * *batch..][..*batch]))
+                Ok(bank.gather(&order[index * *batch..][..*batch]))
             }
             Feed::Crops { loader, frozen } => {
                 let batch = loader.next_batch()?;
@@ -210,7 +210,7 @@ mod tests {
     use crate::nn::{ResNetConfig, Stem};
 
     #[test]
-    fn a_probe_learns_from_features_kept_or_made_anew_and_a_sweep_finds_a_rate() {
+    fn a_probe_learns_from_cached_and_from_fresh_features_and_a_sweep_finds_a_rate() {
         let config = ResNetConfig {
             depth: 18,
             width: 2,
@@ -226,7 +226,7 @@ mod tests {
         let frozen = Frozen { arena: &arena, backbone: &backbone, policy: &Policy::crop(16) };
         let set: Arc<dyn Source> =
             Arc::new(Subset::first(Arc::new(fashion_scattered(Split::Train)), 120));
-        // On the images that it has seen: whether it learns, not how well.
+        // Measured on its own training images: the question is whether it learns, not how well.
         let probe = |protocol: &Protocol, rates: &[f64]| {
             linear_accuracy(frozen, &set, &*set, protocol, rates, 1).unwrap()
         };

@@ -1,42 +1,42 @@
-//! How published codes train a linear classifier on frozen features (repositories and files: methods.md, 5).
+//! Published protocols for training a linear classifier on frozen features. Comments name repository and file.
 //!
-//! The best rate spans 0.1 to 30 between methods, whose features differ in length: sweep it, or standardise.
+//! The best learning rate spans 0.1 to 30 between methods, because their features differ in norm: sweep it, or standardise.
 
 use crate::arena::Init;
 use crate::error::{Error, Result};
 use crate::optim::{Decay, Exclude, Lars, LrRule, Rule, Schedule, Sgd};
 
-/// How a linear classifier is trained.
+/// The settings of a linear probe.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Protocol {
-    /// The update.
+    /// The update rule.
     pub rule: Rule,
     /// The base learning rate.
     pub lr: f64,
-    /// What the batch size makes of it.
+    /// How the rate scales with the batch size.
     pub lr_rule: LrRule,
-    /// How it falls; there is no warm-up.
+    /// How the rate decays; there is no warm-up.
     pub decay: Decay,
     /// Passes over the training images.
     pub epochs: u32,
-    /// Images of a step, or all where there are fewer.
+    /// Images per step; all images if there are fewer.
     pub batch: usize,
-    /// How weights start; biases start at zero.
+    /// Initial weights; biases start at zero.
     pub init: Init,
-    /// Whether each step sees new crops, flipped half of the time. If not, features are made once, of the centre.
+    /// Whether each step uses new crops, half of them flipped. If not, features of the centre crops are computed once.
     pub augment: bool,
-    /// Whether features are brought to mean 0 and deviation 1, as a batch norm without parameters does.
+    /// Whether features are standardised to mean 0 and deviation 1, as a batch norm without parameters would.
     pub standardise: bool,
 }
 
-/// Names of protocols. The first is no published one: quick, and fair to features of any length.
+/// Names of protocols. The first one is not published: it is quick, and fair to features of any norm.
 pub const PROTOCOLS: [&str; 7] = ["cached", "moco", "simclr", "swav", "byol", "simsiam", "lightly"];
 
 impl Protocol {
-    /// A protocol by a name of [`PROTOCOLS`].
+    /// Returns the protocol of that name, one of [`PROTOCOLS`].
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// If the name is unknown; the message lists the valid names.
     pub fn named(name: &str) -> Result<Self> {
         let sgd = |nesterov, weight_decay, exclude| {
             Rule::Sgd(Sgd { momentum: 0.9, nesterov, weight_decay, exclude })
@@ -97,23 +97,23 @@ impl Protocol {
             "lightly" => cosine,
             _ => {
                 let known = PROTOCOLS.join(", ");
-                let reason = format!("there is no protocol {name}; known are: {known}");
+                let reason = format!("unknown protocol {name}; known protocols: {known}");
                 return Err(Error::Config(reason));
             }
         })
     }
 
-    /// The same over another number of epochs; steps of the rate move along.
+    /// Returns the protocol over another number of epochs; steps of the rate are moved in proportion.
     pub fn over(mut self, epochs: u32) -> Self {
         if let Decay::Steps { epochs: at, .. } = &mut self.decay {
-            let moved = |at: &u64| *at * u64::from(epochs) / u64::from(self.epochs);
-            *at = at.iter().map(moved).collect();
+            let scaled = |at: &u64| *at * u64::from(epochs) / u64::from(self.epochs);
+            *at = at.iter().map(scaled).collect();
         }
         self.epochs = epochs;
         self
     }
 
-    /// The learning rate of each step over `images` images, `lr` in place of its own if given, no rule applied to that.
+    /// Returns the learning rate schedule over `images` images. `lr` replaces the protocol's rate; no rule scales it.
     pub(super) fn schedule(&self, images: usize, lr: Option<f64>) -> Schedule {
         let batch = self.batch_of(images);
         let per_epoch = (images / batch) as u64;
@@ -153,6 +153,8 @@ mod tests {
         assert_eq!(at("swav", 2560, 9), 0.3);
         let shorter = Protocol::named("moco").unwrap().over(10);
         assert_eq!(shorter.decay, Decay::Steps { epochs: vec![6, 8], factor: 0.1 });
-        assert!(Protocol::named("mocco").unwrap_err().to_string().contains("known are: cached"));
+        assert!(
+            Protocol::named("mocco").unwrap_err().to_string().contains("known protocols: cached")
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! What the program brings along: recipes and studies, by name.
+//! The built-in recipes and studies, by name.
 
 macro_rules! files {
     ($folder:literal, $($name:literal),* $(,)?) => {
@@ -100,22 +100,22 @@ fn text(of: &'static [(&str, &str)], name: &str) -> Option<&'static str> {
     of.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
-/// Names of the recipes that the program brings along.
+/// Returns the names of the built-in recipes, sorted.
 pub fn builtin_names() -> impl Iterator<Item = &'static str> {
     RECIPES.iter().map(|(name, _)| *name)
 }
 
-/// The text of a built-in recipe.
+/// Returns the TOML text of a built-in recipe.
 pub fn builtin(name: &str) -> Option<&'static str> {
     text(RECIPES, name)
 }
 
-/// Names of the studies that the program brings along.
+/// Returns the names of the built-in studies, sorted.
 pub fn builtin_studies() -> impl Iterator<Item = &'static str> {
     STUDIES.iter().map(|(name, _)| *name)
 }
 
-/// The text of a built-in study.
+/// Returns the TOML text of a built-in study.
 pub fn builtin_study(name: &str) -> Option<&'static str> {
     text(STUDIES, name)
 }

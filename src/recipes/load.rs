@@ -1,4 +1,4 @@
-//! Recipe files by name or path, on top of their bases.
+//! Loads recipes by name or path and merges them into their bases.
 
 use std::path::Path;
 
@@ -10,16 +10,16 @@ fn text(name: &str) -> Result<String> {
     if !Path::new(name).exists() {
         let known = builtin_names().collect::<Vec<_>>().join(", ");
         return Err(Error::Config(format!(
-            "there is no recipe file {name}, nor a built-in recipe of that name; built in are: {known}"
+            "no recipe file or built-in recipe {name}; built-in recipes: {known}"
         )));
     }
     std::fs::read_to_string(name).map_err(Error::io(name))
 }
 
-/// Bases of bases: more are a circle.
+/// The deepest chain of bases; a longer one is taken for a cycle.
 const DEEPEST: usize = 4;
 
-/// The table of a recipe file or a built-in recipe, on top of its base's.
+/// Returns the table of a recipe file or a built-in recipe, merged into its base's.
 pub(super) fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
     let text = match builtin(name) {
         Some(text) => text.to_owned(),
@@ -32,7 +32,7 @@ pub(super) fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
             "recipe {name}: base must be another recipe's name or file, not {base}"
         )));
     };
-    let mut whole = table_of(base, depth + 1)?;
-    merge(&mut whole, table);
-    Ok(whole)
+    let mut merged = table_of(base, depth + 1)?;
+    merge(&mut merged, table);
+    Ok(merged)
 }

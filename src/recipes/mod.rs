@@ -1,4 +1,4 @@
-//! Recipes: everything that decides a run, as one TOML file.
+//! Recipes: every setting that decides a run's result, as one TOML file.
 
 mod builtin;
 mod load;
@@ -19,40 +19,40 @@ use load::table_of;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// What decides every random number.
+    /// The seed of every random number.
     pub seed: u64,
-    /// Which method, and its own settings.
+    /// The method and its own settings.
     pub method: MethodSettings,
-    /// Where images come from.
+    /// The images.
     pub data: DataSettings,
     /// The backbone.
     pub network: ResNetConfig,
-    /// How weights move.
+    /// The optimizer and its learning rate schedule.
     pub optim: OptimSettings,
-    /// How long, how much at once, and what is written.
+    /// Length, batch size, checkpoints and threads.
     pub train: TrainSettings,
-    /// What stops a run whose numbers went wrong.
+    /// When a run is stopped because it diverged or collapsed, and what it reports.
     #[serde(default)]
     pub watch: WatchSettings,
-    /// How views are made; one for all views, or one for each.
+    /// Augmentation: one policy for all views, or one for each view.
     pub augment: Vec<Policy>,
 }
 
-/// A method by name; the rest of its table is for the method to read.
+/// A method by name; the method itself reads the rest of its table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MethodSettings {
     /// A name of [`ALL`](crate::methods::ALL).
     pub name: String,
-    /// Whatever else stands in the table.
+    /// The method's own settings.
     #[serde(flatten)]
     pub settings: toml::Table,
 }
 
-/// Where images come from.
+/// The images of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSettings {
-    /// A folder, or `fashion-scattered` for the images that the program brings along.
+    /// A folder, or `fashion-scattered` for the built-in images.
     pub path: String,
     /// Use this many training images, spread over the set; 0 for all.
     #[serde(default)]
@@ -60,45 +60,45 @@ pub struct DataSettings {
     /// Use this many held-out images, spread over the set; 0 for all.
     #[serde(default)]
     pub test_limit: usize,
-    /// Train on the labelled ones of these images only: `10%` of each class, or a file that names them. See
+    /// Train on a labelled part of the images only: `10%` of each class, or a file that lists images. See
     /// [`labelled`](crate::data::labelled).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<String>,
 }
 
-/// How weights move.
+/// The optimizer and its learning rate schedule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimSettings {
     /// The base learning rate, before `lr_rule`.
     pub lr: f64,
-    /// What the batch size makes of it.
+    /// How the rate scales with the batch size.
     pub lr_rule: LrRule,
-    /// Epochs of linear warm-up; may be a fraction.
+    /// Epochs of linear warm-up; may be fractional.
     pub warmup_epochs: f64,
-    /// Where the warm-up starts, as a rate that no rule scales; from zero without. See [`Schedule::warmup_from`].
+    /// The rate at which the warm-up starts, not scaled by `lr_rule`; 0 if absent. See [`Schedule::warmup_from`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup_from: Option<f64>,
-    /// Where a cosine ends, as a rate that no rule scales.
+    /// The rate at which a cosine ends, not scaled by `lr_rule`.
     #[serde(default)]
     pub end_lr: f64,
-    /// How the rate falls after the warm-up.
+    /// How the rate decays after the warm-up.
     #[serde(default)]
     pub decay: Decay,
-    /// The update and its settings.
+    /// The update rule and its settings.
     pub rule: Rule,
 }
 
-/// How long, how much at once, and what is written.
+/// Length, batch size, checkpoints and threads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSettings {
     /// Passes over the training images.
     pub epochs: u32,
-    /// Images of a step, each in several views.
+    /// Images per step, each in several views.
     pub batch: usize,
-    /// Parts that a step is made in, for batches that do not fit into memory. Gradients stay those of the whole batch; batch norm
-    /// sees a part.
+    /// Parts that a step is computed in, for batches that do not fit into memory. Gradients are those of the full batch; batch
+    /// norm sees one part.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub micro_batches: usize,
     /// kNN accuracy is measured every this many epochs and at the end; 0 for the end only.
@@ -107,50 +107,53 @@ pub struct TrainSettings {
     /// A checkpoint is written every this many epochs and at the end; 0 for the end only.
     #[serde(default)]
     pub checkpoint_every: u32,
-    /// A checkpoint is written every this many steps, too; 0 for none within an epoch.
+    /// A checkpoint is also written every this many steps; 0 for none within an epoch.
     #[serde(default)]
     pub checkpoint_every_steps: u64,
-    /// A checkpoint is written when the last one is this many minutes old, too; 0 for none.
+    /// A checkpoint is also written once the last one is this many minutes old; 0 for never.
     #[serde(default)]
     pub checkpoint_every_minutes: f64,
-    /// Checkpoints that are kept; at least 1.
+    /// Number of checkpoints that are kept; at least 1.
     #[serde(default = "three")]
     pub keep: usize,
-    /// What a GPU stores activations and multiplies in: `bf16` or `f32`. The CPU computes in f32.
+    /// The type in which a GPU stores activations and multiplies: `bf16` or `f32`. The CPU computes in f32.
     #[serde(default = "bf16")]
     pub precision: Precision,
-    /// The views of this many first steps, and the first weights, are written to the run's `parity/`, for
+    /// The views of the first `dump_views` steps, and the initial weights, are written to the run's `parity/` folder for
     /// `benches/peers/parity.py`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub dump_views: u64,
-    /// Compute threads; 0 for one a core. Changes no result.
+    /// Compute threads; 0 for one per core. Does not change results.
     #[serde(default)]
     pub threads: usize,
-    /// Loader threads; 0 for one a core. Changes no result.
+    /// Loader threads; 0 for one per core. Does not change results.
     #[serde(default)]
     pub loader_threads: usize,
-    /// A weight file to start from, in torchvision's names: slots that it has are taken from it, the complete backbone.
+    /// A weight file to start from, in torchvision's names. It must hold the complete backbone; heads are read if it has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
 }
 
-/// What stops a run whose numbers went wrong, within an epoch.
+/// When a run is stopped because it diverged or collapsed, and what it reports.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WatchSettings {
-    /// Embeddings have collapsed below this share of `1 / sqrt(d)`; healthy runs stay above 0.3.
+    /// Embeddings count as collapsed if their standard deviation is below this share of `1 / sqrt(d)`; healthy runs stay above
+    /// 0.3.
     pub collapsed_std: f64,
-    /// They have collapsed to a line below this effective rank: a batch norm that ends a head keeps the deviation up.
+    /// Embeddings count as collapsed to a line below this effective rank. The deviation does not show it, because a batch norm at
+    /// the end of a head keeps it up.
     pub collapsed_rank: f64,
-    /// All images have one assignment below this many prototypes in use.
+    /// Below this many prototypes in use, all images count as having one assignment.
     pub collapsed_prototypes: f64,
-    /// An epoch's mean loss, in multiples of the run's first (of 1 if that is less), from which the run diverges; 0 for never.
+    /// A run counts as diverged if an epoch's mean loss reaches this multiple of the run's first loss (of 1 if that is less); 0
+    /// for never.
     pub diverged: f64,
-    /// Say what is wrong and go on all the same.
+    /// Report divergence or collapse and carry on instead of stopping.
     pub carry_on: bool,
-    /// Write `report.html` after every epoch and at the end, with new pictures whenever kNN is measured.
+    /// Write `report.html` after every epoch and at the end, with new pictures each time kNN is measured.
     pub report: bool,
-    /// Write the numbers of `metrics.jsonl` also as TensorBoard's event files.
+    /// Also write the numbers of `metrics.jsonl` as TensorBoard event files.
     pub tensorboard: bool,
 }
 
@@ -189,27 +192,29 @@ fn bf16() -> Precision {
 }
 
 impl Recipe {
-    /// A recipe from a file, or from a name of [`builtin_names`](builtin_names), with `key.path=value` settings on top. A recipe may start
-    /// with `base = "…"`, another one's name or file, and then says only what differs; `[augment]` differs in every view.
+    /// Loads a recipe from a file or by a name of [`builtin_names`], with `key.path=value` settings on top.
+    ///
+    /// A recipe may start with `base = "…"`, the name or file of another recipe, and then holds only what differs from it. An
+    /// `[augment]` table then applies to every view of the base.
     ///
     /// # Errors
-    /// When there is no such file or recipe, or it is not what it should be: the message names the key.
+    /// If no such file or recipe exists, or a setting is unknown or out of range; the message names the key.
     pub fn load(name: &str, settings: &[String]) -> Result<Self> {
         Self::from_table(table_of(name, 0)?, settings)
     }
 
-    /// A whole recipe from its text, with `key.path=value` settings on top; `origin` is what messages call it.
+    /// Parses a complete recipe from its text, with `key.path=value` settings on top; messages call it `origin`.
     ///
     /// # Errors
-    /// When the text is not what it should be: the message names the key.
+    /// If the text is not TOML, or a setting is unknown or out of range; the message names the key.
     pub fn parse(text: &str, origin: &str, settings: &[String]) -> Result<Self> {
         Self::from_table(parsed(text, origin)?, settings)
     }
 
-    /// The recipe with `key.path=value` settings on top.
+    /// Returns the recipe with `key.path=value` settings on top.
     ///
     /// # Errors
-    /// When it is then no recipe: the message names the key.
+    /// If a setting is unknown or out of range; the message names the key.
     pub fn with(&self, settings: &[String]) -> Result<Self> {
         Self::from_table(self.to_toml().parse().expect("a recipe is TOML"), settings)
     }
@@ -227,20 +232,20 @@ impl Recipe {
     /// Builds the recipe's method on the recipe's network.
     ///
     /// # Errors
-    /// If no method has that name, or its settings do not fit.
+    /// If the method's name is unknown, or its settings are unknown or out of range.
     pub fn build_method(&self) -> Result<Box<dyn Method>> {
         methods::build(&self.method.name, &self.network, &self.method.settings)
     }
 
-    /// The recipe as TOML.
+    /// Returns the recipe as TOML.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("a recipe is plain data")
     }
 
-    /// The policy of each of `views` views.
+    /// Returns the augmentation policy of each of `views` views.
     ///
     /// # Errors
-    /// When the recipe makes neither one view nor as many as needed.
+    /// If the recipe's policies make neither one view nor `views`.
     pub fn policies(&self, views: usize) -> Result<Vec<Policy>> {
         let repeat = |policy: &Policy| std::iter::repeat_n(policy.clone(), policy.repeat);
         let all: Vec<Policy> = self.augment.iter().flat_map(repeat).collect();
@@ -248,12 +253,12 @@ impl Recipe {
             1 => Ok(vec![all[0].clone(); views]),
             n if n == views => Ok(all),
             n => Err(Error::config(format!(
-                "the recipe's [[augment]] tables make {n} views; this method needs 1 for all views or {views}"
+                "the recipe's [[augment]] tables make {n} views; this method needs 1, which is used for all views, or {views}"
             ))),
         }
     }
 
-    /// The learning rate of a run over `images` images: `total = images * epochs / batch` steps.
+    /// Returns the learning rate schedule of a run over `images` images: `total = images / batch * epochs` steps.
     pub fn schedule(&self, images: usize) -> Schedule {
         let per_epoch = (images / self.train.batch) as u64;
         Schedule {
@@ -273,7 +278,7 @@ impl Recipe {
             if value.is_finite() && value >= 0.0 {
                 Ok(())
             } else {
-                Err(Error::config(format!("{key} is {value}, which must be 0 or more")))
+                Err(Error::config(format!("{key} is {value}; it must be 0 or more")))
             }
         };
         positive(self.optim.lr, "optim.lr")?;
@@ -291,16 +296,18 @@ impl Recipe {
             (self.augment.len(), "the number of [[augment]] tables"),
         ] {
             if value == 0 {
-                return Err(Error::config(format!("{key} starts at 1")));
+                return Err(Error::config(format!("{key} must be at least 1")));
             }
         }
         if self.train.batch < 2 {
-            return Err(Error::config("train.batch starts at 2: one image has no others"));
+            return Err(Error::config(
+                "train.batch must be at least 2: a single image has nothing to be compared with",
+            ));
         }
         let (groups, parts) = (self.network.norm_groups, self.train.micro_batches.max(1));
         if !(self.train.batch / parts).is_multiple_of(groups) {
             return Err(Error::Config(format!(
-                "network.norm_groups is {groups}, into which the {} images that batch norm sees cannot be cut: change train.batch",
+                "network.norm_groups is {groups}, which does not divide the {} images that batch norm sees: change train.batch",
                 self.train.batch / parts
             )));
         }
@@ -333,11 +340,11 @@ mod tests {
         assert!(message(&["train.epoch=3"]).contains("(did you mean `epochs`?)"));
         assert!(message(&["train.epochs=many"]).contains("invalid type: string \"many\""));
         assert!(message(&["train.epochs"]).contains("--set takes key.path=value"));
-        assert!(message(&["train.batch=1"]).contains("train.batch starts at 2"));
+        assert!(message(&["train.batch=1"]).contains("train.batch must be at least 2"));
         assert!(message(&["network.norm_groups=3"]).contains("network.norm_groups is 3"));
         assert!(message(&["network.depth=20"]).contains("network.depth is 20"));
         let missing = Recipe::load("simclr-cifar", &[]).unwrap_err().to_string();
-        assert!(missing.contains("there is no recipe file simclr-cifar"), "{missing}");
+        assert!(missing.contains("no recipe file or built-in recipe simclr-cifar;"), "{missing}");
         let recipe = Recipe::load("demo", &["method.temprature=1".into()]).unwrap();
         let error = recipe.build_method().err().unwrap().to_string();
         assert!(error.contains("(did you mean `temperature`?)"), "{error}");

@@ -310,6 +310,6 @@ mod tests {
         );
         std::fs::write(&path, b"garbage").unwrap();
         let error = load_weights(&path, &mut arena(2, 1)).unwrap_err().to_string();
-        assert!(error.contains("is no whole safetensors file"), "{error}");
+        assert!(error.contains("truncated or corrupt safetensors file"), "{error}");
     }
 }

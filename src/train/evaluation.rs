@@ -66,7 +66,7 @@ impl Run {
             self.stop_if_asked()?;
             let Some(classifier) = self.method.classifier() else { return Ok(None) };
             let policy = &self.recipe.augment[0];
-            let found = eval::classifier_answers(&self.online, classifier, &part, policy)?;
+            let found = eval::count_correct(&self.online, classifier, &part, policy)?;
             (right, all) = (right + found[0], all + found[1]);
         }
         Ok(Some(right as f64 / all.max(1) as f64))

@@ -1,4 +1,4 @@
-//! Crops that a GPU makes against those of the host: in 8 bits to the bit, normalised or not; in floats to rounding.
+//! Crops made by a GPU equal those of the host: to the bit in 8 bits, normalised or not; to rounding in floats.
 
 use std::sync::Arc;
 
@@ -26,7 +26,8 @@ fn on_host((policy, params, image): &View) -> Vec<f32> {
     out
 }
 
-/// Makes the views on a GPU, in f32 and bf16, and compares; all have one size. The largest difference between floats.
+/// Makes the views, all of one size, on a GPU in f32 and bf16 and compares them with the host's. Returns the largest difference
+/// between floats.
 fn compare(gpu: &Device, views: &[View]) -> f64 {
     let size = views[0].0.size;
     let borrowed: Vec<_> = views.iter().map(|(a, b, c)| (a, b, c)).collect();
@@ -55,7 +56,7 @@ fn compare(gpu: &Device, views: &[View]) -> f64 {
             worst = worst.max(difference);
         }
         let again: Vec<bf16> = got.iter().map(|&v| bf16::from_f32(v)).collect();
-        assert!(again == rounded, "bf16 is not f32 rounded: {}", what());
+        assert!(again == rounded, "bf16 differs from rounded f32: {}", what());
     }
     worst
 }
@@ -87,7 +88,7 @@ fn noise(seed: u32, width: usize, height: usize) -> Image {
     Image { width, height, pixels }
 }
 
-/// Everything that a policy can do, the more of it the larger `kind`.
+/// A policy of the given size; the six kinds cover every transform.
 fn policy(size: usize, kind: usize) -> Policy {
     let pixels = if kind % 3 == 2 { Pixels::Float } else { Pixels::U8 };
     let blur = [BlurKind::PillowBox, BlurKind::Gaussian, BlurKind::Gaussian][kind % 3];
@@ -129,13 +130,13 @@ fn a_gpu_makes_views_of_any_size_of_images_of_any_size() {
         };
         compare(&gpu, &(0..30).map(views).collect::<Vec<_>>());
     }
-    // Weights that fill the shared memory of more than one tile.
+    // Filter weights that fill the shared memory of more than one tile.
     let wide = Policy { filter: Filter::Bicubic, area: [1.0, 1.0], ..Policy::crop(5) };
     let params = wide.draw(&mut Philox::new(3, Purpose::Test, 0, 0), 1100, 900);
     compare(&gpu, &[(wide, params, noise(0, 1100, 900))]);
 }
 
-/// Seven PNG files of several sizes, and one that is broken behind its headers.
+/// Writes seven PNG files of several sizes, and one that is corrupt after its header.
 fn folder(root: &std::path::Path) -> Arc<dyn Source> {
     for i in 0..8 {
         let image = noise(i, 9 + 5 * i as usize, 30 - 3 * i as usize);

@@ -1,4 +1,4 @@
-//! Weights out and in by torchvision's names, and the features that come of them.
+//! Weights with torchvision's names are written and read, and give torchvision's features.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::golden::Goldens;
 use crate::program::{selfsup, text};
 use crate::{network, seeded};
 
-/// As `scripts/goldens/interchange.py` has them.
+/// Widths and heights, as in `scripts/goldens/interchange.py`.
 const IMAGES: [[u32; 2]; 4] = [[75, 61], [97, 130], [64, 64], [50, 41]];
 
 fn write_images(folder: &Path) {
@@ -89,7 +89,7 @@ fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
 }
 
 #[test]
-fn what_is_exported_is_the_backbone_bit_for_bit() {
+fn an_exported_file_holds_the_backbone_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let settings = [
         "network.width=2",
@@ -120,7 +120,7 @@ fn what_is_exported_is_the_backbone_bit_for_bit() {
         assert_eq!((exported.shape(), exported.data()), (tensor.shape(), tensor.data()), "{name}");
     }
 
-    // It comes in as it went out: a run that starts from it and does not move has its weights.
+    // It is read back as it was written: a run that starts from it at rate 0 keeps its weights.
     let still = ["--set", "optim.lr=0", "--set", "optim.rule.sgd.weight_decay=0"];
     let init = ["--out", "again", "--set", "train.init=backbone.safetensors"];
     let words = [&["train", "demo", "--device", "cpu"], &init[..], &settings, &still].concat();

@@ -1,5 +1,5 @@
-//! Every mistake and fault is answered with one line that names the thing and the remedy, and an exit code; nothing is left
-//! half-written.
+//! Every mistake and fault ends in one line that names the thing and the remedy, and an exit code; no file is left half
+//! written.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -26,7 +26,7 @@ const TINY: &[&str] = &[
     "train.batch=8",
 ];
 
-/// What is stopped after its first step.
+/// Stops a run after its first step.
 struct Stop(Arc<AtomicBool>);
 
 impl Watch for Stop {
@@ -37,7 +37,7 @@ impl Watch for Stop {
     fn note(&mut self, _: &str) {}
 }
 
-/// A run in its own folder, stopped in the middle.
+/// Trains a run in its own folder and stops it after one step.
 fn stopped_run(folder: &Path) {
     let settings: Vec<String> = TINY.iter().map(|setting| setting.to_string()).collect();
     let recipe = Recipe::load("demo", &settings).unwrap();
@@ -47,7 +47,7 @@ fn stopped_run(folder: &Path) {
     run.train(&mut Stop(stop)).unwrap_err();
 }
 
-/// A file with a header of safetensors and so many bytes behind it.
+/// A safetensors file with this header, followed by `bytes` zeros.
 fn weights(header: &str, bytes: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());
@@ -67,7 +67,7 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     std::fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
-/// What the tables' mistakes are about.
+/// Writes the files that the mistakes refer to.
 fn prepare(root: &Path) {
     let write = |name: &str, bytes: &[u8]| {
         let path = root.join(name);
@@ -128,8 +128,8 @@ fn with_tiny<'a>(words: &[&'a str]) -> Vec<&'a str> {
     words.iter().copied().chain(TINY.iter().flat_map(|setting| ["--set", setting])).collect()
 }
 
-/// Fails unless the last thing said is `line`, nothing is on stdout, and the exit code is this.
-fn answer(output: &Output, words: &[&str], code: i32, line: &str) -> Result<(), String> {
+/// Fails unless the last line on stderr is `line`, stdout is empty, and the exit code is `code`.
+fn check_refusal(output: &Output, words: &[&str], code: i32, line: &str) -> Result<(), String> {
     let said = text(&output.stderr);
     let last = said.lines().last().unwrap_or_default();
     let got = (last.strip_prefix("selfsup: ").unwrap_or(last), output.status.code());
@@ -140,15 +140,13 @@ fn answer(output: &Output, words: &[&str], code: i32, line: &str) -> Result<(), 
 }
 
 #[test]
-fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
+fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     prepare(root);
     let known = builtin_names().collect::<Vec<_>>().join(", ");
-    let no_recipe = format!(
-        "there is no recipe file no-such, nor a built-in recipe of that name; built in are: {known}"
-    );
-    let no_builtin = format!("there is no recipe nothing; built in are: {known}");
+    let no_recipe = format!("no recipe file or built-in recipe no-such; built-in recipes: {known}");
+    let no_builtin = format!("unknown recipe nothing; built-in recipes: {known}");
     let kept = files(&root.join("run"));
     let metrics = text(&kept["metrics.jsonl"]);
     let less = format!(
@@ -169,7 +167,7 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &["train", "bad.toml"],
             1,
-            "bad.toml: is not TOML: TOML parse error at line 1, column 8; string values must be quoted, expected literal string",
+            "bad.toml: not valid TOML: TOML parse error at line 1, column 8; string values must be quoted, expected literal string",
         ),
         (
             &["train", "demo", "--set", "train.epoch=1"],
@@ -269,32 +267,32 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &init("train.init=stub.safetensors"),
             1,
-            "stub.safetensors: is no whole safetensors file: it has 2 bytes",
+            "stub.safetensors: truncated or corrupt safetensors file: its length is 2 bytes",
         ),
         (
             &init("train.init=text.safetensors"),
             1,
-            "text.safetensors: is no whole safetensors file: it announces a header of 2338328219631577204 bytes and has 37 in all",
+            "text.safetensors: truncated or corrupt safetensors file: it declares a header of 2338328219631577204 bytes, but its length is 37 bytes",
         ),
         (
             &init("train.init=short.safetensors"),
             1,
-            "short.safetensors: is no whole safetensors file: its header announces 93056 bytes of tensors, 93049 are there",
+            "short.safetensors: truncated or corrupt safetensors file: its header declares 93056 bytes of tensors, but 93049 follow it",
         ),
         (
             &init("train.init=vast.safetensors"),
             1,
-            "vast.safetensors: is no whole safetensors file: its header cannot be read (overflow computing buffer size from shape and/or element type)",
+            "vast.safetensors: truncated or corrupt safetensors file: its header cannot be read (overflow computing buffer size from shape and/or element type)",
         ),
         (
             &init("train.init=small.safetensors"),
             1,
-            "small.safetensors: is no whole safetensors file: its header cannot be read (invalid shape, data type, or offset for tensor)",
+            "small.safetensors: truncated or corrupt safetensors file: its header cannot be read (invalid shape, data type, or offset for tensor)",
         ),
         (
             &init("train.init=far.safetensors"),
             1,
-            "far.safetensors: is no whole safetensors file: its header announces 216 bytes of tensors, 16 are there",
+            "far.safetensors: truncated or corrupt safetensors file: its header declares 216 bytes of tensors, but 16 follow it",
         ),
         (
             &init("train.init=other.safetensors"),
@@ -340,7 +338,7 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &["eval", "knn", "mixed"],
             2,
-            "mixed: is neither a run's folder (there is no recipe.toml) nor a checkpoint",
+            "mixed: neither a run's folder (it has no recipe.toml) nor a checkpoint",
         ),
         (
             &["eval", "knn", "other.safetensors"],
@@ -350,12 +348,12 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         (
             &["embed", "run", "mixed", "--out", "features.csv"],
             2,
-            "features.csv: features are written to a name that ends in .npy or .safetensors",
+            "features.csv: the file's name must end in .npy or .safetensors",
         ),
         (
             &["embed", "mixed", "--out", "features.npy"],
             2,
-            "embed takes a run and a folder of images, or --weights, --arch and a folder alone",
+            "embed takes a run and a folder of images, or a folder of images with --weights and --arch",
         ),
         (
             &[
@@ -388,7 +386,9 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
     ];
     let wrong: Vec<String> = cases
         .iter()
-        .filter_map(|(words, code, line)| answer(&selfsup(root, words), words, *code, line).err())
+        .filter_map(|(words, code, line)| {
+            check_refusal(&selfsup(root, words), words, *code, line).err()
+        })
         .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(
@@ -407,7 +407,7 @@ fn mistakes_are_answered_with_a_sentence_and_an_exit_code() {
         assert!(!root.join(left).exists(), "a refused command leaves {left} behind");
     }
     for (words, sentence) in [
-        (&["train", "demo", "--device", "gpu"][..], "a device is cpu, cuda or cuda:N, from 0"),
+        (&["train", "demo", "--device", "gpu"][..], "expected cpu, cuda or cuda:N with N from 0"),
         (&["train", "demo", "--set", "train.precision=fp8"], "unknown variant `fp8`"),
         (&["eval", "knn", "run", "--k", "0"], "0 is not in 1.."),
         (&["pack", "nine", "--out", "x", "--quality", "80"], "not provided"),
@@ -444,9 +444,9 @@ fn broken_images_are_skipped_counted_and_named_at_the_end() {
     assert_eq!(skipped, expected, "{said}");
 }
 
-/// A disk without room is played by a limit on the size of files.
+/// A limit on the size of files simulates a full disk.
 #[test]
-fn a_full_disk_leaves_the_checkpoint_before_it_whole() {
+fn a_full_disk_leaves_the_previous_checkpoint_intact() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     stopped_run(&run);
@@ -458,7 +458,7 @@ fn a_full_disk_leaves_the_checkpoint_before_it_whole() {
         .output()
         .unwrap();
     let line = "run/step-00000004.safetensors: cannot be written (File too large (os error 27)): make room; what was written before it is whole";
-    answer(&output, &[words], 1, line).unwrap();
+    check_refusal(&output, &[words], 1, line).unwrap();
     let left = files(&run);
     let names: Vec<&str> = left.keys().map(String::as_str).collect();
     assert_eq!(
@@ -476,7 +476,7 @@ fn a_full_disk_leaves_the_checkpoint_before_it_whole() {
             .output()
             .unwrap();
         let line = "standard output: No space left on device (os error 28)";
-        answer(&output, &["recipes"], 1, line).unwrap();
+        check_refusal(&output, &["recipes"], 1, line).unwrap();
     }
 }
 

@@ -1,4 +1,4 @@
-//! Nearest neighbours on a GPU: the CPU's answer, whatever the sizes.
+//! Nearest neighbours on a GPU equal those on the CPU for any sizes.
 
 use selfsup::device::{Device, Precision};
 use selfsup::eval::{Features, Knn, knn_accuracy};
@@ -6,7 +6,7 @@ use selfsup::eval::{Features, Knn, knn_accuracy};
 use crate::driver::gpu;
 use crate::seeded;
 
-/// `n` rows of `d` numbers around the centres of their classes, near enough to each other that votes are close.
+/// `n` rows of `d` numbers around the centres of their classes, close enough to each other that votes are close.
 fn features(what: &str, n: usize, d: usize, classes: usize) -> Features {
     let noise = seeded::unit(seeded::seed(what), n * d);
     let labels: Vec<u32> = seeded::indices(seeded::seed(&format!("{what}|labels")), n, classes)

@@ -1,4 +1,4 @@
-//! The program as a person runs it, on small runs.
+//! The program as a user runs it, on small runs.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -18,11 +18,11 @@ const SMALL: &[&str] = &[
     "train.batch=16",
 ];
 
-/// The program: beside the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it.
+/// The program: next to the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it.
 pub fn program() -> Command {
-    let beside = std::env::current_exe().unwrap().with_file_name("selfsup");
+    let bundled = std::env::current_exe().unwrap().with_file_name("selfsup");
     let built = Path::new(env!("CARGO_BIN_EXE_selfsup"));
-    Command::new(if beside.is_file() { &beside } else { built })
+    Command::new(if bundled.is_file() { &bundled } else { built })
 }
 
 pub fn selfsup(folder: &Path, words: &[&str]) -> Output {
@@ -48,13 +48,13 @@ fn run(folder: &Path, name: &str, threads: usize, loader_threads: usize) -> (Vec
         &with_settings(&["train", "demo", "--device", "cpu", "--out", name], &settings),
     );
     assert!(output.status.success(), "{}", text(&output.stderr));
-    // The header is left out: it holds the resolved recipe, and that the numbers of threads, which must not show in weights.
+    // The header is left out: it holds the resolved recipe with the numbers of threads, which must not affect weights.
     let [weights, metrics] = outcome(&folder.join(name));
     (weights, String::from_utf8(metrics).unwrap())
 }
 
 #[test]
-fn one_seed_gives_one_run_to_the_last_bit_whatever_the_threads() {
+fn one_seed_gives_the_same_bits_for_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
     let first = run(folder.path(), "a", 1, 1);
     assert!(first.0.len() > 10_000 && first.1.lines().count() == 2 * 4 + 2, "{}", first.1);
@@ -105,7 +105,7 @@ fn a_run_is_evaluated_from_its_folder() {
         &["kNN raw pixels: ", "kNN random init: ", "kNN trained: "],
     );
     assert!(said.contains("64 training and 40 held-out images, k 20"), "{said}");
-    // A grid has the line of one setting among its own.
+    // The line of a single setting is among those of a grid.
     let (grid, _) = evaluated(
         &["eval", "knn", "run", "--k", "5,20", "--temperature", "0.1,1"],
         &["kNN (k 5, temperature 0.1) raw pixels: "; 1]
@@ -142,7 +142,7 @@ fn a_run_is_evaluated_from_its_folder() {
     assert!(files.iter().all(|file| folder.path().join("run").join(file).is_file()));
 }
 
-/// Two steps of the smallest network that there is.
+/// Two steps of the smallest network.
 const TINY: &[&str] = &[
     "network.width=2",
     "method.hidden=8",
@@ -154,7 +154,7 @@ const TINY: &[&str] = &[
     "train.batch=8",
 ];
 
-/// The program with a GPU within reach.
+/// Runs the program with a GPU available.
 fn with_gpu(folder: &Path, words: &[&str]) -> Output {
     with_driver(&mut program())
         .current_dir(folder)
@@ -167,7 +167,7 @@ fn with_gpu(folder: &Path, words: &[&str]) -> Output {
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
     let folder = tempfile::tempdir().unwrap();
-    // Without --device it is the GPU, for there is one.
+    // Without --device it uses the GPU.
     let each = ["--set", "train.checkpoint_every_steps=1"];
     let train = with_settings(&["train", "demo", "--out", "run"], TINY);
     let output = with_gpu(folder.path(), &[&train[..], &each].concat());
@@ -180,11 +180,11 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
         serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap()
     });
     let losses: Vec<f64> = losses.collect();
-    // Two steps and their mean; 15 candidates for each row.
+    // Two steps and their mean; each row has 15 candidates.
     assert_eq!(losses.len(), 3, "{metrics}");
     assert!(losses.iter().all(|&loss| loss > 0.0 && loss < 4.0 * 15_f64.ln()), "{losses:?}");
 
-    // As if it had been killed in its second step.
+    // As if the run had been killed in its second step.
     let straight = outcome(&folder.path().join("run"));
     std::fs::remove_file(folder.path().join("run/step-00000002.safetensors")).unwrap();
     let output = with_gpu(folder.path(), &["train", "--resume", "run"]);
@@ -207,7 +207,7 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn the_demo_runs_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
-    // The probe's 4,500 steps on raw pixels are what takes long.
+    // The probe's 4,500 steps on raw pixels take most of the time.
     let smallest = TINY.iter().copied().chain(["augment.size=8", "data.limit=8"]);
     let smallest: Vec<&str> = smallest.collect();
     let settings = with_settings(&["demo", "--device", "cuda:0"], &smallest);
@@ -239,7 +239,7 @@ fn a_gpu_in_f32_trains_to_the_weights_of_the_cpu() {
     };
     let compare = |(got, want): ((String, Vec<f64>), (String, Vec<f64>))| {
         assert_eq!(got.0, want.0);
-        // Two steps: rounding that decides a ReLU may show in momentum, not in weights.
+        // After two steps, rounding that flips a ReLU may show in momentum, not in weights.
         let tolerance = if got.0.starts_with("momentum.") { 1e-2 } else { 1e-4 };
         close(&got.0, &got.1, &want.1, tolerance)
     };
@@ -248,7 +248,7 @@ fn a_gpu_in_f32_trains_to_the_weights_of_the_cpu() {
 }
 
 #[test]
-fn recipes_and_devices_are_told() {
+fn recipes_studies_and_devices_are_listed() {
     let folder = tempfile::tempdir().unwrap();
     let names = selfsup(folder.path(), &["recipes"]);
     assert!(text(&names.stdout).lines().any(|line| line == "simclr-imagenet"));
@@ -261,7 +261,7 @@ fn recipes_and_devices_are_told() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there_is_a_sentence() {
+fn a_missing_gpu_is_refused_with_a_sentence() {
     let folder = tempfile::tempdir().unwrap();
     let output = with_gpu(folder.path(), &["train", "demo", "--device", "cuda:77"]);
     let said = text(&output.stderr);

@@ -1,4 +1,4 @@
-//! Every recipe builds its whole description, and at a fraction of its width and size runs two steps.
+//! Every recipe builds its network and runs two steps at a fraction of its width and size.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +12,7 @@ use selfsup::train::Run;
 
 use crate::driver::{gpu, unchecked};
 
-/// An emulated GPU takes smaller images.
+/// Side of an image: smaller on an emulated GPU.
 fn side(device: &Device) -> usize {
     if device.kind() == DeviceKind::Cuda { 8 } else { 16 }
 }
@@ -23,7 +23,7 @@ pub fn reduced(name: &str, device: &Device) -> Recipe {
     recipe
 }
 
-/// What makes a step cheap, whatever the method; keys that a recipe lacks are left alone.
+/// Shrinks a recipe so that a step is cheap; keys that it lacks are not added.
 pub fn reduce(recipe: &mut Recipe, device: &Device) {
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
@@ -53,7 +53,7 @@ pub fn reduce(recipe: &mut Recipe, device: &Device) {
     }
 }
 
-/// Two steps of each recipe and an evaluation; gives how many ran.
+/// Runs two steps of each recipe and an evaluation; returns how many recipes ran.
 fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
     let folder = tempfile::tempdir().unwrap();
     let (mut ran, mut cut) = (0, 0);
@@ -70,7 +70,7 @@ fn run<'a>(names: impl Iterator<Item = &'a str>, device: &Device) -> usize {
         assert!(last.0.is_finite() && last.1 == 2, "{name}: loss {}, {} steps", last.0, last.1);
         ran += 1;
         let method = recipe.build_method().unwrap();
-        // On a GPU one is enough, that whose keys are cut as well.
+        // On a GPU one method is enough: the one whose keys are split into micro-batches, too.
         let chosen = if on_gpu { name.starts_with("moco") } else { name.ends_with("-small") };
         recipe.train.micro_batches = 2;
         if chosen && methods::check_micro_batches(&*method, 8, 2).is_ok() {
@@ -96,7 +96,7 @@ fn every_recipe_runs_two_steps_at_reduced_width() {
     assert!(ran > 60, "{ran} recipes");
 }
 
-/// The small ones, which have every method, and one with selective kernels.
+/// The small recipes, which cover every method, and one with selective kernels.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
@@ -111,12 +111,12 @@ fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     });
 }
 
-/// Images of ImageNet's training set.
+/// Number of images in ImageNet's training set.
 const IMAGENET: usize = 1_281_167;
 
-/// Steps and memory of an ImageNet recipe, the latter from the operations of a step of `reduced`: activations grow with the
-/// width, the pixels and the batch. In bf16, as a GPU holds them, and 14 bytes for each weight: value, working copy,
-/// gradient and momentum.
+/// Describes steps and memory of an ImageNet recipe. Memory is extrapolated from the operations of a step of `reduced`:
+/// activations grow with the width, the pixels and the batch. They count in bf16, as on a GPU, and each weight with 14 bytes:
+/// value, working copy, gradient and momentum.
 fn need(name: &str, reduced: &Recipe) -> String {
     let full = Recipe::load(name, &[]).unwrap();
     let weights = full.build_method().unwrap().layout().weights();
@@ -142,20 +142,20 @@ fn need(name: &str, reduced: &Recipe) -> String {
     )
 }
 
-/// Pixels of all views of an image.
+/// Number of pixels of all views of an image.
 fn pixels(recipe: &Recipe) -> f64 {
     let views = recipe.build_method().unwrap().views();
     recipe.policies(views).unwrap().iter().map(|policy| (policy.size * policy.size) as f64).sum()
 }
 
-/// Numbers that the operations of a step make for each image, second networks, and whether there is a queue.
+/// Returns the numbers that a step's operations produce per image, the count of second networks, and the count of queues.
 fn elements_of_a_step(recipe: &Recipe) -> (f64, f64, f64) {
     const IMAGES: usize = 2;
     let device = Device::cpu(1).unwrap();
     let mut method = recipe.build_method().unwrap();
     let mut online = Arena::new(method.layout(), &device, 1);
-    let course = RunInfo { seed: 1, batch: IMAGES, images: 4, per_epoch: 2, total: 4 };
-    method.start(&online, &course).unwrap();
+    let run_info = RunInfo { seed: 1, batch: IMAGES, images: 4, per_epoch: 2, total: 4 };
+    method.start(&online, &run_info).unwrap();
     let state = method.state();
     let networks = state.iter().filter(|(_, s)| matches!(s, methods::State::Network(_))).count();
     let rows = state.iter().filter(|(_, s)| matches!(s, methods::State::Rows(_))).count();
@@ -187,7 +187,7 @@ fn elements_of_a_step(recipe: &Recipe) -> (f64, f64, f64) {
     (bytes as f64 / 4.0 / IMAGES as f64, networks as f64, rows as f64)
 }
 
-/// What the estimate rests on: activations grow with the width and with the pixels.
+/// The assumption behind the estimate.
 #[test]
 fn activations_grow_with_width_and_pixels() {
     let mut recipe = reduced("simclr-imagenet", &Device::reference());
@@ -201,13 +201,13 @@ fn activations_grow_with_width_and_pixels() {
 #[test]
 fn published_recipes_have_the_published_steps() {
     let steps = |name| Recipe::load(name, &[]).unwrap().schedule(IMAGENET).total;
-    // 5,004 whole batches of 256 an epoch, 312 of 4,096.
+    // 5,004 full batches of 256 per epoch, 312 of 4,096.
     assert_eq!(steps("moco-v2-imagenet"), 1_000_800);
     assert_eq!(steps("simclr-imagenet"), 312_000);
     assert_eq!(steps("swav-imagenet-256"), 2_001_600);
 }
 
-/// Trains a narrow teacher for a step or two, narrows the recipe's own to it, and names it there.
+/// Trains a narrow teacher for a step or two, and makes the recipe use it.
 pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     let settings = &mut recipe.method.settings;
     settings["student"].as_table_mut().unwrap().insert("classes".into(), 10.into());
@@ -229,14 +229,14 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     own.train.dump_views = 1;
     let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
-    check_record(&out.join("parity"), own.augment[0].size);
+    check_dump(&out.join("parity"), own.augment[0].size);
     let file = selfsup::train::newest(&out).unwrap().display().to_string();
     let teacher = recipe.method.settings["teacher"].as_table_mut().unwrap();
     teacher.insert("file".into(), file.into());
 }
 
-/// What `benches/peers/parity.py` reads: the first weights, and one step's views without the fourth channel.
-fn check_record(folder: &std::path::Path, size: usize) {
+/// Checks what `benches/peers/parity.py` reads: the initial weights, and one step's views without the fourth channel.
+fn check_dump(folder: &std::path::Path, size: usize) {
     let mut names: Vec<_> =
         std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.sort();
@@ -249,7 +249,7 @@ fn check_record(folder: &std::path::Path, size: usize) {
     assert!(pixels.iter().any(|&byte| byte != 0));
 }
 
-/// The last step's loss, and how many there were.
+/// Keeps the last step's loss and number.
 struct Last(f64, u64);
 
 impl selfsup::train::Watch for Last {

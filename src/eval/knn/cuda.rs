@@ -1,4 +1,4 @@
-//! `kernels/knn.cu`: similarities in chunks of the bank, the best of each chunk merged with the best so far.
+//! Launches `kernels/knn.cu`: similarities in chunks of the bank; the best of each chunk are merged with the best so far.
 
 use rayon::prelude::*;
 
@@ -13,14 +13,14 @@ use crate::tensor::{DType, Shape, Tensor};
 /// The most neighbours that the kernels sort.
 pub(super) const K_MAX: usize = 256;
 
-/// Held-out images at a time, and bank images: 64 MiB of similarities.
+/// Held-out images and bank images per chunk: 64 MiB of similarities.
 const QUERIES: usize = 1024;
 const COLUMNS: usize = 16384;
 
-/// With three planes a similarity is as good as one of f32 lanes.
-const PLANES: usize = 3;
+/// Terms of a bf16 split. With three, a similarity is as accurate as one computed in f32.
+const TERMS: usize = 3;
 
-/// What `each` makes of every query's `k` nearest. Waits for the GPU.
+/// Calls `each` with the `k` nearest bank images of every query and the query's index. Waits for the GPU.
 pub(super) fn search<R: Send>(
     bank: &Features,
     queries: &Features,
@@ -33,7 +33,7 @@ pub(super) fn search<R: Send>(
     for (chunk, rows) in queries.values.chunks(QUERIES * bank.d).enumerate() {
         let (values, indices) = nearest(&bank_rows, &unit_rows(rows, bank.d, device), k);
         let (values, indices) = (values.to_vec::<f32>(), indices.to_vec::<i32>());
-        device.check()?; // after a failure they are no neighbours
+        device.check()?; // a failed device yields NaN, not neighbours
         let of_row = |(row, (values, indices)): (usize, (&[f32], &[i32]))| {
             let both = values.iter().zip(indices);
             let neighbours: Vec<(f32, u32)> = both.map(|(&s, &index)| (s, index as u32)).collect();
@@ -45,7 +45,7 @@ pub(super) fn search<R: Send>(
     Ok(all)
 }
 
-/// Rows `[n, d]` on the GPU, each of unit length; on the host they are scaled in chunks.
+/// Copies rows `[n, d]` to the GPU, each scaled to unit length. The host scales them in chunks.
 fn unit_rows(rows: &[f32], d: usize, device: &Device) -> Tensor {
     let mut all = Tensor::empty(device, DType::F32, [rows.len() / d, d]);
     for (i, chunk) in rows.chunks(COLUMNS * d).enumerate() {
@@ -57,20 +57,20 @@ fn unit_rows(rows: &[f32], d: usize, device: &Device) -> Tensor {
     all
 }
 
-/// The `k` nearest of each query, best first: similarities and bank rows, `[queries, k]`.
+/// Returns the `k` nearest of each query, best first: similarities and bank rows, `[queries, k]`.
 fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
     let ([n, _], [rows, _]) = (bank.dims("bank"), queries.dims("queries"));
     let (device, gpu) = (bank.device(), bank.device().gpu());
     let mut values = Tensor::empty(device, DType::F32, [rows, k]);
     let mut indices = Tensor::empty(device, DType::I32, [rows, k]);
     let each = Launch::new(gpu, [rows, 1, 1], [256, 1, 1]);
-    let queries = SplitRows::split(queries, PLANES);
+    let queries = SplitRows::split(queries, TERMS);
     for first in (0..n).step_by(COLUMNS) {
         let columns = COLUMNS.min(n - first);
-        let chunk = SplitRows::split(&bank.rows(first, columns), PLANES);
+        let chunk = SplitRows::split(&bank.rows(first, columns), TERMS);
         let mut similar = Tensor::empty(device, DType::F32, [rows, columns]);
         let tiles = Launch::new(gpu, [rows.div_ceil(TILE) * columns.div_ceil(TILE), 1, 1], THREADS);
-        // SAFETY: the bank's rows `first..first + columns` exist, and each query has a row of the rest; `k <= K_MAX`.
+        // SAFETY: the bank has rows `first..first + columns`; all other tensors have a row per query; `k <= K_MAX`.
         unsafe {
             cuda::knn_similarities(
                 tiles,

@@ -1,8 +1,9 @@
 //! Weighted k-nearest-neighbour accuracy (Wu et al. 2018, arXiv:1805.01978, section 3.4): each of the `k` most similar
 //! bank images votes for its class with weight `exp(s / T)`, `s` the cosine.
 //!
-//! Exact: every pair is compared. Both sets are walked in blocks and of each query only its best neighbours are kept, so that
-//! beside the features a million images need no more room than a thousand; a grid of settings costs one search.
+//! The search is exact: every pair is compared. Both sets are processed in blocks and only the best neighbours of each query
+//! are kept, so that apart from the features a million images need no more memory than a thousand. A grid of settings costs
+//! one search.
 
 mod cuda;
 
@@ -15,54 +16,55 @@ use crate::device::{Device, DeviceKind};
 use crate::error::Result;
 use crate::eval::Features;
 
-/// Settings of the vote.
+/// The settings of the vote.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Knn {
-    /// Neighbours that vote; as many as there are if fewer.
+    /// Number of neighbours that vote; all bank images if there are fewer.
     pub k: usize,
     /// T, > 0.
     pub temperature: f64,
 }
 
 impl Default for Knn {
-    /// k = 200, T = 0.1, as MoCo's demo, lightly and vissl have it.
+    /// k = 200, T = 0.1, as in MoCo's demo, lightly and vissl.
     fn default() -> Self {
         Self { k: 200, temperature: 0.1 }
     }
 }
 
-/// Held-out images of one task, and bank images that they meet at a time.
+/// Held-out images per task, and bank images per block.
 const QUERIES: usize = 64;
 const BANK: usize = 1024;
 
-/// What a vote answers for one query.
+/// The result of the vote for one query.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// The class.
+    /// The class with the most votes.
     pub class: u32,
-    /// Its nearest bank images, best first: the cosine, and the row in the bank.
+    /// The nearest bank images, best first: cosine, and row in the bank.
     pub nearest: Vec<(f32, u32)>,
 }
 
-/// The share, in `0..=1`, of `queries` whose weighted vote among `bank` is their own class. Ties go to the lower class, equal
-/// similarities to the earlier bank image.
+/// Returns the share, in `0..=1`, of `queries` for which the weighted vote of their neighbours in `bank` gives their own class.
+///
+/// Tied votes go to the lower class, equal similarities to the earlier bank image.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 ///
 /// # Panics
-/// When the features differ in size, there are none, or a setting is 0.
+/// If the features differ in length, a set is empty, or a setting is 0.
 pub fn accuracy(bank: &Features, queries: &Features, knn: Knn, device: &Device) -> Result<f64> {
     Ok(accuracies(bank, queries, &[knn], device)?[0])
 }
 
-/// [`accuracy`] under each of `settings`, from one search.
+/// Returns [`accuracy`] under each of `settings`, from one search.
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 ///
 /// # Panics
-/// As [`accuracy`], or when there are no settings.
+/// As [`accuracy`], or if `settings` is empty.
 pub fn accuracies(
     bank: &Features,
     queries: &Features,
@@ -72,18 +74,18 @@ pub fn accuracies(
     assert!(settings.iter().all(|s| s.k > 0 && s.temperature > 0.0), "knn: {settings:?}");
     let k = settings.iter().map(|s| s.k).max().expect("knn: no settings");
     let classes = classes_of(bank);
-    let right = search(bank, queries, k, device, |neighbours, query| {
+    let correct = search(bank, queries, k, device, |neighbours, query| {
         let vote = |setting| vote(neighbours, bank, classes, setting) == queries.labels[query];
         settings.iter().map(vote).collect::<Vec<bool>>()
     })?;
-    let share = |i: usize| right.iter().filter(|right| right[i]).count() as f64;
-    Ok((0..settings.len()).map(|i| share(i) / right.len() as f64).collect())
+    let count = |i: usize| correct.iter().filter(|correct| correct[i]).count() as f64;
+    Ok((0..settings.len()).map(|i| count(i) / correct.len() as f64).collect())
 }
 
-/// The vote's answer for each query, with the `keep` nearest images (at most `knn.k`).
+/// Returns the vote's result for each query, with the `keep` nearest images (at most `knn.k`).
 ///
 /// # Errors
-/// When the device fails.
+/// If the device fails.
 ///
 /// # Panics
 /// As [`accuracy`].
@@ -102,7 +104,8 @@ pub fn answers(
     })
 }
 
-/// What `each` makes of every query's `k` nearest, best first, and the query's place.
+/// Calls `each` with the `k` nearest bank images of every query, best first, and the query's index; returns the results in the
+/// order of the queries.
 fn search<R: Send>(
     bank: &Features,
     queries: &Features,
@@ -110,12 +113,12 @@ fn search<R: Send>(
     device: &Device,
     each: impl Fn(&[(f32, u32)], usize) -> R + Sync,
 ) -> Result<Vec<R>> {
-    assert_eq!(bank.d, queries.d, "knn: features of different sizes");
+    assert_eq!(bank.d, queries.d, "knn: features of different lengths");
     assert!(!bank.labels.is_empty() && !queries.labels.is_empty(), "knn: an empty set");
     assert!(bank.d > 0, "knn: no features");
     let k = k.min(bank.labels.len());
     match device.kind() {
-        // More neighbours than the kernels sort: rare enough for the host.
+        // For more neighbours than the kernels sort the host is fast enough: the case is rare.
         DeviceKind::Cuda if k <= cuda::K_MAX => cuda::search(bank, queries, k, device, &each),
         _ => Ok(device.run(|| search_on_host(bank, queries, k, &each))),
     }
@@ -144,7 +147,7 @@ fn search_on_host<R: Send>(
             let all = Matrix::new(&block, columns, d).transposed();
             gemm_sequential(similar, Matrix::new(&rows, count, d), all, false);
             for (best, similar) in best.iter_mut().zip(similar.chunks_exact(columns)) {
-                similar.iter().zip(first as u32..).for_each(|(&s, index)| best.show(s, index));
+                similar.iter().zip(first as u32..).for_each(|(&s, index)| best.offer(s, index));
             }
         }
         let queries = best.into_iter().zip(chunk * QUERIES..);
@@ -155,7 +158,7 @@ fn search_on_host<R: Send>(
     chunks.into_iter().flatten().collect()
 }
 
-/// The class for which the nearest `setting.k` of `neighbours`, best first, vote.
+/// Returns the class that the nearest `setting.k` of `neighbours`, best first, vote for.
 fn vote(neighbours: &[(f32, u32)], bank: &Features, classes: usize, setting: &Knn) -> u32 {
     let mut votes = vec![0.0; classes];
     for &(similar, row) in neighbours.iter().take(setting.k) {
@@ -169,7 +172,7 @@ fn classes_of(bank: &Features) -> usize {
     bank.labels.iter().max().map_or(0, |&l| l as usize + 1)
 }
 
-/// One over the length of each row.
+/// Returns the reciprocal norm of each row.
 fn inverse_norms(rows: &[f32], d: usize) -> Vec<f32> {
     let inverse = |row: &[f32]| {
         let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
@@ -184,32 +187,35 @@ fn to_unit(rows: &mut [f32], d: usize, scales: &[f32]) {
     }
 }
 
-/// The `k` best of all `(similarity, index)` that it is shown by rising index.
+/// Keeps the `k` best of all `(similarity, index)` that are offered in the order of their indices.
 struct Best {
     k: usize,
     found: Vec<(f32, u32)>,
-    /// What a newcomer must exceed, once there are `k`.
-    least: Option<f32>,
+    /// The similarity that a candidate must exceed, once there are `k`.
+    threshold: Option<f32>,
 }
 
 impl Best {
     fn new(k: usize) -> Self {
-        Self { k, found: Vec::with_capacity(2 * k), least: None }
+        Self { k, found: Vec::with_capacity(2 * k), threshold: None }
     }
 
-    fn show(&mut self, similar: f32, index: u32) {
-        if self.least.is_some_and(|least| similar.total_cmp(&least) != Ordering::Greater) {
+    fn offer(&mut self, similar: f32, index: u32) {
+        if self
+            .threshold
+            .is_some_and(|threshold| similar.total_cmp(&threshold) != Ordering::Greater)
+        {
             return;
         }
         self.found.push((similar, index));
         if self.found.len() == 2 * self.k {
             self.found.select_nth_unstable_by(self.k - 1, closer);
             self.found.truncate(self.k);
-            self.least = Some(self.found[self.k - 1].0);
+            self.threshold = Some(self.found[self.k - 1].0);
         }
     }
 
-    /// Best first.
+    /// Returns the best, best first.
     fn sorted(mut self) -> Vec<(f32, u32)> {
         self.found.sort_unstable_by(closer);
         self.found.truncate(self.k);
@@ -241,26 +247,26 @@ mod tests {
         let queries = features(&[([5.0, 0.4], 0), ([0.0, 0.2], 1)]);
         let device = Device::cpu(2).unwrap();
         let knn = |k, temperature| Knn { k, temperature };
-        // Without weights the three others win; without neighbours but one nobody outvotes.
+        // Without weights the three far images win; with a single neighbour nothing outvotes it.
         let grid = [knn(4, 0.1), knn(4, 1e6), knn(1, 1e6), knn(9, 0.1)];
         assert_eq!(accuracies(&bank, &queries, &grid, &device).unwrap(), [1.0, 0.5, 1.0, 1.0]);
         assert_eq!(accuracy(&bank, &queries, grid[1], &device).unwrap(), 0.5);
-        let told = answers(&bank, &queries, grid[1], 2, &device).unwrap();
+        let answered = answers(&bank, &queries, grid[1], 2, &device).unwrap();
         let rows = |answer: &Answer| answer.nearest.iter().map(|&(_, row)| row).collect::<Vec<_>>();
-        assert_eq!((told[0].class, rows(&told[0])), (1, vec![0, 2]));
-        assert_eq!((told[1].class, rows(&told[1])), (1, vec![1, 2]));
+        assert_eq!((answered[0].class, rows(&answered[0])), (1, vec![0, 2]));
+        assert_eq!((answered[1].class, rows(&answered[1])), (1, vec![1, 2]));
     }
 
     #[test]
-    fn the_best_are_those_of_a_whole_sort() {
+    fn the_best_are_those_of_a_full_sort() {
         let mut rng = Philox::new(2, Purpose::Test, 0, 0);
-        // Of few levels, so that many are equal.
+        // Few levels, so that many are equal.
         let all: Vec<(f32, u32)> = (0..500).map(|i| (rng.below(40) as f32 - 20.0, i)).collect();
         let mut order = all.clone();
         order.sort_by(closer);
         for k in [1, 7, 200, 500, 600] {
             let mut best = Best::new(k);
-            all.iter().for_each(|&(similar, index)| best.show(similar, index));
+            all.iter().for_each(|&(similar, index)| best.offer(similar, index));
             assert_eq!(best.sorted(), order[..k.min(500)], "{k}");
         }
     }
