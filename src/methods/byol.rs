@@ -1,36 +1,39 @@
 //! BYOL (Grill et al. 2020, arXiv:2006.07733), as google-deepmind/deepmind-research trains it.
 //!
-//! The online network sees one view of an image and predicts what a target network makes of the other. The target is a slow
-//! average of the online network and gets no gradient. There are no negatives: that all images could have one
-//! embedding is prevented by the predictor, by the target's lag, and, by later accounts, by batch norm. The two views come
-//! from different distributions. The average slows down along a cosine until the target stands still.
+//! The online network sees one view of an image and predicts the target network's projection of the other view. The target is
+//! a slow moving average of the online network and gets no gradient. There are no negatives. The predictor, the lag of the
+//! target and, by later accounts, batch norm keep the embeddings from collapsing to one point. The two views come from
+//! different augmentation distributions. The momentum of the average rises along a cosine until the target stands still.
 //!
 //! `L = mean_i (|p̂_i - ẑ'_i|² + |p̂'_i - ẑ_i|²) = 4 + 2 (D(p1, z2) + D(p2, z1))` (eq. 2), `D` the negative cosine, `p`
 //! predictions of the online network, `z` projections of the target.
 //!
 //! ```text
 //!         ┌─ view 1 ─ backbone ─ projector ─ predictor ─ p1 ─┐
-//! image ──┤             │ tau (after the update)             ├─ |p̂1 - ẑ2|², and the same with views exchanged
+//! image ──┤             │ tau (after the update)             ├─ |p̂1 - ẑ2|², and the same with the views exchanged
 //!         └─ view 2 ─ target's backbone ─ projector ──── z2 ─┘   (no gradient)
 //! ```
 //!
-//! The **sum** of both directions, not their mean: biases and batch norm are outside LARS and feel the factor (lightly
-//! lost 11 points by it, lightly-ai/lightly#1286). Each view goes through either network alone, so that batch norm sees
-//! one view; the target normalises by its batch, too, with running statistics of its own. After the update
-//! `target = tau target + (1 - tau) online` with `tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2`, step by step.
+//! The loss is the **sum** of both directions, not their mean: biases and batch norm are outside LARS, so they feel the factor
+//! (averaging cost lightly 11 points, lightly-ai/lightly#1286). Each network processes each view in its own forward pass, so
+//! batch norm sees one view at a time. The target normalises by batch statistics too, and keeps its own running statistics.
+//! After each update `target = tau target + (1 - tau) online` with `tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2` at step `k` of
+//! `K`.
 //!
-//! **Settings**: [`Settings`]. What the target may be (table 5a): the moving average; a fixed random network, `momentum = 1`
-//! with `fresh_target`; the online network itself, `momentum = 0` with `constant_momentum`. The last one is SimSiam with
-//! BYOL's heads. `predictor` and `head_norm` take away the rest. `selfsup study byol-target`, `byol-norm`.
+//! **Settings**: [`Settings`]. Table 5a of the paper compares three targets: the moving average; a fixed random network, which is
+//! `momentum = 1` with `fresh_target`; and the online network itself, which is `momentum = 0` with `constant_momentum`. The last
+//! one is SimSiam with BYOL's heads. `predictor` and `head_norm` remove the remaining parts. `selfsup study byol-target` and
+//! `byol-norm` run the comparisons.
 //!
-//! **Deviations**: no online classifier beside the loss (its gradient is stopped in the reference). Weights start normal,
-//! filters as PyTorch's do, unless `truncated_init` is set.
+//! **Deviations**: no online classifier is trained next to the loss (the reference stops its gradient). Weights start from a
+//! normal distribution and filters as PyTorch's do, unless `truncated_init` is set.
 //!
-//! **Monitors**: the loss starts near 4, falls fast below 1 and says little after: a falling loss is no progress, and a rising
-//! one, as the target gets harder to predict, no failure. `positive_similarity`, of predictions and targets, is
-//! `1 - L / 4`. `negative_similarity` must stay well below it. `predictor_gain` is what the predictor adds to that cosine:
-//! above 0 while it is needed. `target_distance` shrinks as tau nears 1. The embeddings' deviation dips in the first epochs and
-//! comes back; near 0 it has collapsed: check warm-up, weight decay and batch size.
+//! **Monitors**: the loss starts near 4, falls fast below 1 and says little after that: a falling loss does not prove progress,
+//! and a rising loss does not prove failure, because the target gets harder to predict. `positive_similarity`, between
+//! predictions and targets, is `1 - L / 4`. `negative_similarity` must stay well below it. `predictor_gain` is what the
+//! predictor adds to that cosine; it stays above 0 as long as the predictor is needed. `target_distance` shrinks as tau
+//! approaches 1. The standard deviation of the embeddings dips in the first epochs and recovers; near 0 the network has
+//! collapsed: check warm-up, weight decay and batch size.
 //!
 //! **Run it**: `selfsup train byol-cifar10-small --set data.path=PATH`.
 
@@ -50,36 +53,36 @@ use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
 
-/// The method's own settings.
+/// BYOL's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// tau's base: 0.996 for 1000 epochs, 0.99 for 300 and 100, 0.97 for 40.
+    /// Base of tau, in `0..=1`: 0.996 for 1000 epochs, 0.99 for 300 and 100, 0.97 for 40.
     pub momentum: f64,
     /// Width of the hidden layers of projector and predictor: 4096.
     pub hidden: usize,
     /// Width of the embedding: 256.
     pub embedding: usize,
-    /// Whether the target starts from weights of its own, as in the reference code, or from the online network's: "no
-    /// significant difference".
+    /// Whether the target starts from its own random weights, as in the reference code, instead of a copy of the online
+    /// network's. The reference reports "no significant difference".
     #[serde(default)]
     pub fresh_target: bool,
-    /// Whether there is a predictor. Without one it collapses.
+    /// Whether the network has a predictor. Without one it collapses.
     #[serde(default = "yes")]
     pub predictor: bool,
-    /// Whether batch norm is in the heads.
+    /// Whether the heads have batch norm.
     #[serde(default = "yes")]
     pub head_norm: bool,
-    /// Whether tau stays at its base.
+    /// Whether tau stays at its base instead of rising to 1.
     #[serde(default)]
     pub constant_momentum: bool,
-    /// Whether filters and matrices start truncated normal, as in the reference code.
+    /// Whether filters and matrices start from a truncated normal distribution, as in the reference code.
     #[serde(default)]
     pub truncated_init: bool,
 }
 
 impl Default for Settings {
-    /// The paper's, for 1000 epochs of ImageNet.
+    /// The paper's settings for 1000 epochs of ImageNet.
     fn default() -> Self {
         Self {
             momentum: 0.996,
@@ -98,7 +101,7 @@ fn yes() -> bool {
     true
 }
 
-/// The description and the target network.
+/// BYOL: backbone, projector and predictor, and the target network.
 pub struct Byol {
     layout: Arc<Layout>,
     backbone: ResNet,
@@ -107,11 +110,11 @@ pub struct Byol {
     settings: Settings,
     target: Option<Arena>,
     total: u64,
-    /// Of this step; made by `start`.
+    /// tau of the current step; created by `start`.
     tau: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
-    /// Projection and prediction of one view and the target's projection of the other, for the monitors.
-    seen: Option<[Tensor; 3]>,
+    /// For the monitors: projection and prediction of one view, and the target's projection of the other.
+    monitored: Option<[Tensor; 3]>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -123,7 +126,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl Byol {
-    /// The backbone under `backbone.`, then `projector.` and `predictor.`.
+    /// Describes the network: slots under `backbone.`, `projector.` and `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { hidden, embedding, .. } = *settings;
         let mut layout = Layout::new();
@@ -159,7 +162,7 @@ impl Byol {
             total: 1,
             tau: None,
             embeddings: None,
-            seen: None,
+            monitored: None,
         }
     }
 
@@ -167,7 +170,7 @@ impl Byol {
         self.projector.forward(self.backbone.forward(x))
     }
 
-    /// The target's projections of images; no gradient.
+    /// The target network's projections `[n, embedding]` of images, without a gradient.
     fn project_target(&mut self, images: &Tensor) -> Tensor {
         let mut target = self.target.take().expect("byol: start comes before the first step");
         let z = forward_in_step(&mut target, |tape| self.project(&tape.input(images)));
@@ -185,11 +188,11 @@ impl Method for Byol {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
-        self.total = course.total.max(1);
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
+        self.total = run.total.max(1);
         self.tau = Some(Numbers::new(online.device(), &[self.settings.momentum]));
         self.target = Some(if self.settings.fresh_target {
-            Arena::new(&self.layout, online.device(), course.seed ^ (1 << 63))
+            Arena::new(&self.layout, online.device(), run.seed ^ (1 << 63))
         } else {
             online.twin()
         });
@@ -200,8 +203,8 @@ impl Method for Byol {
         if self.settings.constant_momentum {
             return;
         }
-        let done = iteration as f64 / self.total as f64;
-        let half_cosine = ((std::f64::consts::PI * done).cos() + 1.0) / 2.0;
+        let progress = iteration as f64 / self.total as f64;
+        let half_cosine = ((std::f64::consts::PI * progress).cos() + 1.0) / 2.0;
         if let Some(tau) = &mut self.tau {
             tau.set(&[1.0 - (1.0 - self.settings.momentum) * half_cosine]);
         }
@@ -216,8 +219,8 @@ impl Method for Byol {
         let t1 = tape.input(&self.project_target(&x1));
         let t2 = tape.input(&self.project_target(&x2));
         self.embeddings = Some(l2_normalize(&z1.detach()).value().clone());
-        self.seen = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
-        // |a - b|² = 2 - 2 cos(a, b) of unit rows, once for each direction.
+        self.monitored = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
+        // For unit rows |a - b|² = 2 - 2 cos(a, b); the loss has one such term per direction.
         let cosines = add(&neg_cosine(&p1, &t2), &neg_cosine(&p2, &t1));
         add(&scale(&cosines, 2.0), &tape.constant(4.0))
     }
@@ -231,7 +234,7 @@ impl Method for Byol {
     }
 
     fn monitors(&self, online: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
-        let (Some([z, p, t]), Some(target)) = (&self.seen, &self.target) else {
+        let (Some([z, p, t]), Some(target)) = (&self.monitored, &self.target) else {
             return Readings::new();
         };
         let mut readings = similarities(p, t, None);

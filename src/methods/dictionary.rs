@@ -1,4 +1,4 @@
-//! MoCo's other dictionaries, which its paper compares the queue with (section 4.1, arXiv:1911.05722).
+//! MoCo's two other dictionaries, with which the paper compares its queue (section 4.1, arXiv:1911.05722).
 
 use serde::Deserialize;
 
@@ -11,68 +11,69 @@ use crate::ops::{
 use crate::tape::{Var, forward_in_step};
 use crate::tensor::Tensor;
 
-/// What queries are told apart from.
+/// Which keys a query must tell apart: MoCo's dictionary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Dictionary {
-    /// Keys of past batches from the momentum encoder: MoCo.
+    /// Keys of past batches from the momentum encoder. This is MoCo.
     #[default]
     Queue,
-    /// The keys of the batch, with a gradient.
+    /// The keys of the current batch, with a gradient.
     EndToEnd,
-    /// Keys of images as they were last seen, drawn from all of the set (Wu et al. 2018, arXiv:1805.01978).
+    /// One stored key per image of the data set, from which negatives are drawn (Wu et al. 2018, arXiv:1805.01978).
     MemoryBank,
 }
 
-/// InfoNCE of queries `[n, d]` against the keys `[n, d]` of the same images and of all others of the batch; `own [n]` counts
-/// from 0.
-pub(super) fn of_the_batch<'t>(
+/// InfoNCE of queries `q [n, d]` against the keys `k [n, d]` of the batch. `labels [n]` holds 0, 1, …, n - 1: the key of query
+/// `i` is row `i`.
+pub(super) fn batch_loss<'t>(
     q: &Var<'t>,
     k: &Var<'t>,
-    own: &Tensor,
+    labels: &Tensor,
     temperature: f64,
 ) -> Var<'t> {
     let logits = scale(&linear(q, k, None), 1.0 / temperature); // [n, n]
-    cross_entropy(&logits, own)
+    cross_entropy(&logits, labels)
 }
 
-/// InfoNCE of queries `[n, d]` against rows of `bank [images, d]`: places of the queries' own images and of the negatives. Also
-/// returns the images' own rows.
-pub(super) fn of_the_bank<'t>(
+/// InfoNCE of queries `q [n, d]` against rows of `bank [images, d]`, given the row numbers of the queries' images and of the
+/// negatives. Also returns the stored keys `[n, d]` of the queries' images.
+pub(super) fn bank_loss<'t>(
     q: &Var<'t>,
     bank: &Tensor,
-    [places, drawn]: &[Tensor; 2],
+    [positives, negatives]: &[Tensor; 2],
     temperature: f64,
 ) -> (Var<'t>, Tensor) {
     let bank = q.tape().input(bank);
-    let k = gather_rows(&bank, places); // [n, d]
-    let drawn = gather_rows(&bank, drawn); // [count, d]
-    let negatives = Negatives { queue: drawn.value(), own: None };
+    let k = gather_rows(&bank, positives); // [n, d]
+    let negatives = gather_rows(&bank, negatives); // [count, d]
+    let negatives = Negatives { queue: negatives.value(), own: None };
     (info_nce(q, &k, &negatives, temperature), k.value().clone())
 }
 
-/// Places in the bank of a batch's images, and of `count` negatives, which may be among them, as in the paper.
-pub(super) fn draw(
+/// Row numbers in the bank of a batch's images and of `count` random negatives. As in the paper, a negative may be one of the
+/// batch's images.
+pub(super) fn draw_rows(
     device: &Device,
-    course: &RunInfo,
+    run: &RunInfo,
     indices: &[u32],
     count: usize,
     step: u64,
 ) -> [Tensor; 2] {
-    // Minor stream 0 draws what the bank starts with.
-    let mut rng = Philox::new(course.seed, Purpose::Queue, step as u32, 1);
-    let images = course.images as f64;
-    let one = |_| (f64::from(rng.uniform()) * images) as i32;
-    let drawn: Vec<i32> = (0..count).map(one).collect();
-    let places: Vec<i32> = indices.iter().map(|&i| i as i32).collect();
-    [places, drawn].map(|places| Tensor::from_slice(device, [places.len()], &places))
+    // Minor stream 0 draws the initial contents of the bank.
+    let mut rng = Philox::new(run.seed, Purpose::Queue, step as u32, 1);
+    let images = run.images as f64;
+    let draw = |_| (f64::from(rng.uniform()) * images) as i32;
+    let negatives: Vec<i32> = (0..count).map(draw).collect();
+    let positives: Vec<i32> = indices.iter().map(|&i| i as i32).collect();
+    [positives, negatives].map(|rows| Tensor::from_slice(device, [rows.len()], &rows))
 }
 
-/// Puts `m old + (1 - m) new`, brought to unit length, in the images' places of the bank.
-pub(super) fn blend(
+/// Writes `m old + (1 - m) new`, normalised to unit length, to the rows of `bank` that `positions` names.
+pub(super) fn blend_rows(
     online: &mut Arena,
     bank: &mut Tensor,
-    places: &Tensor,
+    positions: &Tensor,
     rows: [&Tensor; 2],
     m: f64,
 ) {
@@ -80,7 +81,7 @@ pub(super) fn blend(
         let [old, new] = rows.map(|rows| tape.input(rows));
         l2_normalize(&add(&scale(&old, m), &scale(&new, 1.0 - m)))
     });
-    for i in 0..places.len() {
-        write_rows(bank, &places.slice(i, [1]), &blend.rows(i, 1));
+    for i in 0..positions.len() {
+        write_rows(bank, &positions.slice(i, [1]), &blend.rows(i, 1));
     }
 }

@@ -1,10 +1,11 @@
-//! SimCLR v2's third stage: a student learns what a fine-tuned teacher says of unlabelled images (arXiv:2006.10029, eq. 2).
+//! SimCLR v2's third stage: a student learns a fine-tuned teacher's predictions on unlabelled images (arXiv:2006.10029, eq. 2).
 //!
-//! `L = T² CE(softmax(teacher / T), softmax(student / T))`, the teacher frozen, normalising by its running statistics, and
-//! seeing the same crop as the student (google-research/simclr, distillation colab; crop and flip only). T is 0.1 for
-//! self-distillation, 1 from a big network to a small one. No labels are used: the few that exist made the teacher.
+//! `L = T² CE(softmax(teacher / T), softmax(student / T))`. The teacher is frozen, normalises by its running statistics and
+//! sees the same crop as the student (google-research/simclr, distillation colab; crop and flip only). T is 0.1 for
+//! self-distillation and 1 from a big network to a small one. Distillation uses no labels: the few labels trained the teacher.
 //!
-//! What to expect: the loss falls to the teacher's own entropy, not to 0. `selfsup train simclr-v2-distill-cifar10-small`.
+//! What to expect: the loss falls to the entropy of the teacher's predictions, not to 0.
+//! `selfsup train simclr-v2-distill-cifar10-small`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,27 +22,27 @@ use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var, evaluate_in_step};
 use crate::tensor::Tensor;
 
-/// The method's own settings.
+/// Settings of distillation: the `[method]` table of a recipe.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// T, > 0.
+    /// Temperature T, > 0.
     pub temperature: f64,
     /// The student's head and classifier.
     pub student: supervised::Settings,
-    /// Who teaches.
+    /// The trained network that the student learns from.
     pub teacher: Teacher,
 }
 
-/// A network that was trained before.
+/// A trained network and the checkpoint that holds its weights.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Teacher {
-    /// Its checkpoint, of a run of `supervised`.
+    /// Path of a checkpoint of a `supervised` run.
     pub file: String,
     /// Its backbone.
     pub network: ResNetConfig,
-    /// What stayed of its head.
+    /// Layers of SimCLR v2's head that it kept.
     #[serde(default)]
     pub head_layers: usize,
     /// Width of that head's hidden layers.
@@ -49,7 +50,7 @@ pub struct Teacher {
     pub hidden: usize,
 }
 
-/// Student, teacher and the teacher's weights.
+/// Distillation: student, teacher and the teacher's weights.
 pub struct Distill {
     layout: Arc<Layout>,
     student: Classifier,
@@ -77,12 +78,12 @@ impl Settings {
 }
 
 impl Distill {
-    /// Both networks with the names of [`Classifier::new`], each in a layout of its own.
+    /// Describes both networks, each in its own layout, with the slot names of [`Classifier::new`].
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let (mut layout, mut teacher_layout) = (Layout::new(), Layout::new());
         let student = Classifier::new(&mut layout, network, &settings.student);
-        let own = settings.teacher_settings();
-        let teacher = Classifier::new(&mut teacher_layout, &settings.teacher.network, &own);
+        let teacher = settings.teacher_settings();
+        let teacher = Classifier::new(&mut teacher_layout, &settings.teacher.network, &teacher);
         let (layout, teacher_layout) = (Arc::new(layout), Arc::new(teacher_layout));
         Self { layout, student, teacher_layout, teacher, settings: settings.clone(), weights: None }
     }
@@ -101,8 +102,8 @@ impl Method for Distill {
         1
     }
 
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
-        self.weights = Some(Arena::new(&self.teacher_layout, online.device(), course.seed));
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
+        self.weights = Some(Arena::new(&self.teacher_layout, online.device(), run.seed));
         Ok(())
     }
 
@@ -112,8 +113,8 @@ impl Method for Distill {
     }
 
     fn param_policy(&self, slot: &Slot, _: f64) -> ParamPolicy {
-        let spared = self.settings.student.new_classifier && slot.name.starts_with("fc.");
-        if spared { ParamPolicy::Exempt } else { ParamPolicy::Default }
+        let exempt = self.settings.student.new_classifier && slot.name.starts_with("fc.");
+        if exempt { ParamPolicy::Exempt } else { ParamPolicy::Default }
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
@@ -132,7 +133,7 @@ impl Method for Distill {
         Some(&self.student)
     }
 
-    // Never moves, but a run must not depend on whether its teacher's file is still there.
+    // The teacher never changes. Checkpoints hold it so that a resumed run does not need the teacher's file.
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let weights = self.weights.as_mut();
         weights.map(|weights| ("teacher", State::Network(weights))).into_iter().collect()

@@ -1,4 +1,4 @@
-//! A step's forward and backward pass, of the whole batch at once or in micro-batches.
+//! Forward and backward pass of one training step, over the complete batch at once or in micro-batches.
 
 use std::cell::RefCell;
 
@@ -10,13 +10,14 @@ use crate::tape;
 use crate::tensor::Tensor;
 use crate::tensor::pick_views;
 
-/// Forward and backward pass of a batch of `images` images, whose `views` hold a tensor for each resolution, in
-/// `micro_batches` equal parts; gradients are then in the arena. Returns the loss.
+/// Runs forward and backward of a batch of `images` images in `micro_batches` equal parts, leaves the gradients in the arena
+/// and returns the loss. `views` holds one tensor for each resolution.
 ///
-/// Gradients are those of one batch whose batch norm treats the parts apart. Running statistics move once for each part.
+/// The gradients equal those of one batch whose batch norm normalises each part separately. Running statistics are updated
+/// once per part.
 ///
 /// # Errors
-/// When the device fails, or the method cannot be cut ([`check_micro_batches`]).
+/// If the device fails, or the batch cannot be split ([`check_micro_batches`]).
 pub fn step(
     method: &mut dyn Method,
     online: &mut Arena,
@@ -39,7 +40,7 @@ pub fn step(
             scale(&method.loss(tape, &part(i)), share)
         }),
         Coupling::Batch { views: rows } => {
-            let method = RefCell::new(method); // both closures need it, one after the other
+            let method = RefCell::new(method); // both closures borrow it, one after the other
             tape::cached_step(
                 online,
                 micro_batches,
@@ -51,22 +52,22 @@ pub fn step(
     }
 }
 
-/// Whether a batch of `images` can be cut into `micro_batches`.
+/// Checks that a batch of `images` images can be split into `micro_batches` parts.
 ///
 /// # Errors
-/// When parts would not be equal, would hold one image, or the method's loss cannot be cut.
+/// If the parts would not be equal, a part would hold fewer than two images, or the method's loss cannot be split.
 pub fn check_micro_batches(method: &dyn Method, images: usize, micro_batches: usize) -> Result<()> {
     if micro_batches == 1 {
         return Ok(());
     }
     if micro_batches == 0 || !images.is_multiple_of(micro_batches) || images / micro_batches < 2 {
         return Err(Error::Config(format!(
-            "train.micro_batches is {micro_batches}, which does not cut a batch of {images} into equal parts of 2 images or more"
+            "train.micro_batches is {micro_batches}, which does not split a batch of {images} into equal parts of 2 images or more"
         )));
     }
     if method.coupling() == Coupling::Whole {
         return Err(Error::config(
-            "this method's step cannot be cut: leave train.micro_batches at 1",
+            "this method's step cannot be split: leave train.micro_batches at 1",
         ));
     }
     Ok(())

@@ -1,38 +1,40 @@
 //! MoCo v1 (He et al. 2019, arXiv:1911.05722) and v2 (Chen et al. 2020, arXiv:2003.04297).
 //!
-//! Each image is seen twice. A query from the trained encoder must find, among tens of thousands of keys of other images, the
-//! key that a slowly following copy of the encoder gives its other view. The keys of past batches wait in a queue, so that
-//! many negatives need no large batch; the copy moves slowly, so that old keys stay comparable. v2 puts a two-layer head in
-//! place of the linear one, raises the temperature, blurs, and decays by a cosine. Batch norm could find a key by its batch
-//! alone: rows are normalised in small groups, and keys' images are shuffled between them.
+//! Each image gives two views. The query, the embedding of one view by the trained encoder, must find the key of the other view
+//! among tens of thousands of keys of other images. Keys come from a momentum encoder, a slow moving average of the trained one.
+//! A queue holds the keys of past batches, so many negatives do not need a large batch, and the slow average keeps old keys
+//! comparable. v2 replaces the linear head by a two-layer one, raises the temperature, adds blur and decays the learning rate by
+//! a cosine. Batch norm could reveal a key by the statistics of its batch: rows are normalised in small groups, and the images
+//! of keys are shuffled between the groups.
 //!
 //! `L = -mean_i log (exp(q_i k_i / T) / (exp(q_i k_i / T) + Σ_j exp(q_i queue_j / T)))` (eq. 1)
 //!
 //! ```text
-//!         ┌─ view 1 ─ encoder ─────────────── q ─┐
-//! image ──┤              │ m (before the keys)   ├─ q finds k among the queue
-//!         └─ view 2 ─ key encoder, no gradient k ┘
-//!                                              └──> queue, after the backward pass; the oldest leave
+//!         ┌─ view 1 ─ encoder ─────────────────── q ─┐
+//! image ──┤              │ m (before the keys)       ├─ q finds k among the queue
+//!         └─ view 2 ─ momentum encoder, no gradient k ┘
+//!                                                  └──> queue, after the backward pass; the oldest keys leave
 //! ```
 //!
-//! The key encoder moves before the keys are made, from weights as the last step left them; parameters are averaged,
-//! running statistics are not. The queue is read before the batch's keys replace its oldest ones, which happens after the
-//! backward pass. `symmetric` adds the loss with views exchanged, both against one queue: neither half's keys are in it
-//! before the other has been computed, or they would be negatives of their own images.
+//! The momentum encoder is updated before it encodes the keys, from the weights after the previous step. Parameters are
+//! averaged; running statistics are not. The loss reads the queue before the keys of the batch replace its oldest keys, which
+//! happens after the backward pass. `symmetric` adds the loss with the views exchanged. Both halves use the same queue: the keys
+//! of the first half must not enter it before the second half is computed, or they would be negatives of their own images.
 //!
-//! **Settings**: [`Settings`]. The paper's section 4.1 compares three dictionaries, and so can you
-//! (`selfsup study moco-dictionary`): the queue; `end-to-end`, where the keys of the batch are the dictionary and have a
-//! gradient, so that it is as large as the batch; and a `memory-bank` of one key for each image of the set, blended with the
-//! image's query whenever it is seen, from which negatives are drawn (Wu et al. 2018, arXiv:1805.01978).
+//! **Settings**: [`Settings`]. Section 4.1 of the paper compares three dictionaries, and `selfsup study moco-dictionary` repeats
+//! the comparison: the queue; `end-to-end`, where the keys of the batch are the dictionary and get a gradient, so the dictionary
+//! is only as large as the batch; and a `memory-bank` of one key per image of the data set, which is blended with the query of
+//! its image in every step that sees it, and from which negatives are drawn (Wu et al. 2018, arXiv:1805.01978).
 //!
-//! **Deviations**: groups of batch norm are runs of rows on one device, for the reference's GPUs. End to end, one encoder makes
-//! queries and keys.
+//! **Deviations**: contiguous groups of rows on one device replace the reference's GPUs in batch norm. In `end-to-end` one encoder
+//! produces both queries and keys.
 //!
 //! **Monitors**: the loss starts near `ln(K + 1)`, 11.09 for the published queue, or below it while the queue holds random rows,
-//! which are easy to tell apart: it *rises* while keys replace them (`queue_filled` to 1), then falls slowly. That is no
-//! failure. `positive_similarity` grows, `negative_similarity` stays near 0 with a narrow histogram.
-//! `queue_age` is the mean age of keys in steps; with `target_distance`, how far the key encoder lags, it says how comparable
-//! they are. `mutual_information_bound` is `ln(K + 1) - L`. The embeddings' deviation stays near 1.
+//! which are easy to tell apart. It *rises* while keys replace them (`queue_filled` goes to 1) and then falls slowly. The rise
+//! is not a failure. `positive_similarity` grows, `negative_similarity` stays near 0 with a narrow histogram. `queue_age` is the
+//! mean age of keys in steps; together with `target_distance`, the lag of the momentum encoder, it shows how comparable the keys
+//! are. `mutual_information_bound` is `ln(K + 1) - L`. The standard deviation of the embeddings stays near 1 (in units of
+//! `1/sqrt(d)`).
 //!
 //! **Run it**: `selfsup train moco-v2-cifar10-small --set data.path=PATH`.
 
@@ -57,29 +59,30 @@ use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
 
-/// The method's own settings.
+/// MoCo's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// K, keys that wait: 65,536 for ImageNet. A multiple of the keys of a step. Of a memory bank, the negatives of a step.
+    /// K, the number of keys in the queue: 65,536 for ImageNet. A multiple of the keys of a step. With a memory bank, the number
+    /// of negatives of a step.
     pub queue: usize,
-    /// m, the share of the key encoder that stays: 0.999.
+    /// m, the weight of the momentum encoder's old value, in `0..=1`: 0.999.
     pub momentum: f64,
-    /// T: 0.07 in v1, 0.2 in v2.
+    /// Temperature T, > 0: 0.07 in v1, 0.2 in v2.
     pub temperature: f64,
     /// Width of v2's hidden layer; 0 for v1's linear head.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// Whether keys' images are shuffled between batch norm's groups.
+    /// Whether the images of keys are shuffled between the groups of batch norm.
     pub shuffle: bool,
-    /// Whether each view is query and key once, both losses added (the authors' CIFAR-10 notebook).
+    /// Whether each view serves once as query and once as key; the two losses are added (the authors' CIFAR-10 notebook).
     #[serde(default)]
     pub symmetric: bool,
-    /// What queries are told apart from.
+    /// Which keys a query must tell apart.
     #[serde(default)]
     pub dictionary: Dictionary,
-    /// The share of its old key that an image keeps in a memory bank.
+    /// With a memory bank, the weight of an image's old key when a new one is blended in, in `0..=1`.
     #[serde(default = "half")]
     pub bank_momentum: f64,
 }
@@ -89,7 +92,7 @@ fn half() -> f64 {
 }
 
 impl Default for Settings {
-    /// v2's, for ImageNet.
+    /// The settings of v2 for ImageNet.
     fn default() -> Self {
         Self {
             queue: 65_536,
@@ -105,37 +108,38 @@ impl Default for Settings {
     }
 }
 
-/// The description, the key encoder's weights and the queue.
+/// MoCo: backbone and head, the momentum encoder's weights and the queue.
 pub struct MoCo {
     layout: Arc<Layout>,
     backbone: ResNet,
     head: Mlp,
     settings: Settings,
-    own: Option<Own>,
-    /// A permutation of the batch and its inverse, for each half of the loss; none without shuffling.
+    run_state: Option<RunState>,
+    /// A permutation of the batch and its inverse, for each half of the loss; empty without shuffling.
     shuffles: Vec<[Numbers<i32>; 2]>,
-    /// What the last loss left for the queue.
+    /// Keys of the last loss, which [`MoCo::enqueue`] puts into the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
-    /// Queries and their keys of the last loss, for the monitors.
-    seen: Option<[Tensor; 2]>,
+    /// Queries and keys of the last loss, for the monitors.
+    monitored: Option<[Tensor; 2]>,
     iteration: u64,
-    /// Images of a micro-batch, in a step of several.
-    part: Option<usize>,
-    /// Of a memory bank: the places of the batch's images, and of the negatives.
-    places: Option<[Tensor; 2]>,
+    /// Images per micro-batch, in a step of several micro-batches.
+    micro_batch: Option<usize>,
+    /// With a memory bank: row numbers of the batch's images and of the negatives.
+    bank_rows: Option<[Tensor; 2]>,
 }
 
-/// What a run gives a method to own.
-struct Own {
-    key: Arena,
+/// What the method owns during a run, created by [`Method::start`].
+struct RunState {
+    momentum_encoder: Arena,
     /// m.
     momentum: Numbers<f64>,
-    /// Unit rows `[K, embedding]`; a memory bank's `[images, embedding]`.
+    /// Unit rows `[K, embedding]`; of a memory bank `[images, embedding]`.
     queue: Tensor,
-    /// The rows that each half's keys overwrite, from this one on: the oldest. End to end, each query's own key.
-    places: Numbers<i32>,
-    course: RunInfo,
+    /// Queue: for each half of the loss, the first of the rows that its keys overwrite, which hold the oldest keys. End to end:
+    /// the row of each query's key.
+    positions: Numbers<i32>,
+    run: RunInfo,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -150,7 +154,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
     Ok(Box::new(MoCo::new(network, &settings)))
 }
 
-/// Unit rows of normal numbers: what the queue holds before keys do.
+/// Random unit rows from a normal distribution: the initial contents of the queue.
 pub(super) fn random_rows(device: &Device, rows: usize, d: usize, seed: u64) -> Tensor {
     let mut values = Vec::with_capacity(rows * d);
     for row in 0..rows {
@@ -163,7 +167,7 @@ pub(super) fn random_rows(device: &Device, rows: usize, d: usize, seed: u64) -> 
 }
 
 impl MoCo {
-    /// The backbone under `backbone.`, the head under `head.`.
+    /// Describes the network: slots under `backbone.` and `head.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
@@ -180,23 +184,23 @@ impl MoCo {
             backbone,
             head,
             settings,
-            own: None,
+            run_state: None,
             shuffles: Vec::new(),
             keys: Vec::new(),
             embeddings: None,
-            seen: None,
+            monitored: None,
             iteration: 0,
-            part: None,
-            places: None,
+            micro_batch: None,
+            bank_rows: None,
         }
     }
 
-    /// Images to unit embeddings `[n, embedding]`.
+    /// Encodes images `[n, s, s, 4]` to unit embeddings `[n, embedding]`.
     pub fn encode<'t>(&self, x: &Var<'t>) -> Var<'t> {
         l2_normalize(&self.head.forward(self.backbone.forward(x)))
     }
 
-    /// Unit embeddings whose images are shuffled on the way in and put back on the way out.
+    /// The same with the images shuffled before the encoder and the embeddings put back in order after it.
     fn encode_shuffled<'t>(&self, images: &Var<'t>, half: usize) -> Var<'t> {
         match self.shuffles.get(half) {
             Some([shuffle, unshuffle]) => {
@@ -207,47 +211,49 @@ impl MoCo {
         }
     }
 
-    /// Keys of images `[n, s, s, 4]` from the momentum encoder, shuffled on the way in and put back on the way out; no
-    /// gradient.
+    /// Encodes images `[n, s, s, 4]` to keys `[n, embedding]` with the momentum encoder, without a gradient. `half` (0, or 1 in a
+    /// symmetric loss) picks the shuffle.
     ///
     /// # Panics
-    /// Before [`Method::start`].
+    /// If called before [`Method::start`].
     pub fn encode_keys(&mut self, images: &Tensor, half: usize) -> Tensor {
-        let mut own = self.own.take().expect("moco: start comes before the first step");
-        let k = match self.part {
-            Some(rows) => self.encode_keys_in_parts(&mut own.key, images, half, rows),
-            None => forward_in_step(&mut own.key, |tape| {
-                self.encode_shuffled(&tape.input(images), half)
-            }),
+        let mut state = self.run_state.take().expect("moco: start comes before the first step");
+        let encoder = &mut state.momentum_encoder;
+        let k = match self.micro_batch {
+            Some(rows) => self.encode_keys_in_parts(encoder, images, half, rows),
+            None => {
+                forward_in_step(encoder, |tape| self.encode_shuffled(&tape.input(images), half))
+            }
         };
-        self.own = Some(own);
+        self.run_state = Some(state);
         k
     }
 
-    /// The same, `rows` images at a time: shuffled among all of the batch, as batch norm's groups would see them.
+    /// The same in micro-batches of `rows` images. The shuffle spans the complete batch, so that the groups of batch norm mix as
+    /// they do in an undivided step.
     fn encode_keys_in_parts(
         &self,
-        key: &mut Arena,
+        encoder: &mut Arena,
         images: &Tensor,
         half: usize,
         rows: usize,
     ) -> Tensor {
         let shuffle = self.shuffles.get(half);
         let images = shuffle.map_or(images.clone(), |[order, _]| {
-            forward_in_step(key, |tape| gather_rows(&tape.input(images), order.tensor()))
+            forward_in_step(encoder, |tape| gather_rows(&tape.input(images), order.tensor()))
         });
         let part = |i: usize| images.rows(i * rows, rows);
         let parts: Vec<Tensor> = (0..images.shape()[0] / rows)
-            .map(|i| forward_in_step(key, |tape| self.encode(&tape.input(&part(i)))))
+            .map(|i| forward_in_step(encoder, |tape| self.encode(&tape.input(&part(i)))))
             .collect();
-        forward_in_step(key, |tape| {
+        forward_in_step(encoder, |tape| {
             let parts: Vec<_> = parts.iter().map(|part| tape.input(part)).collect();
             let all = concat_rows(&parts);
-            shuffle.map_or(all.clone(), |[_, back]| gather_rows(&all, back.tensor()))
+            shuffle.map_or(all.clone(), |[_, inverse]| gather_rows(&all, inverse.tensor()))
         })
     }
 
-    /// One half of the loss: queries of `x_q` against keys of `x_k`, which are kept for the queue.
+    /// Computes one half of the loss: queries of `x_q` against keys of `x_k`. Keeps the keys for [`MoCo::enqueue`].
     pub fn half<'t>(
         &mut self,
         tape: &'t Tape<'t>,
@@ -258,56 +264,57 @@ impl MoCo {
         self.contrast(&q, x_k, half)
     }
 
-    /// The loss of queries `[n, embedding]` against keys of `x_k`.
+    /// The loss of queries `q [n, embedding]` against keys of `x_k`.
     fn contrast<'t>(&mut self, q: &Var<'t>, x_k: &Tensor, half: usize) -> Var<'t> {
         let k = match self.settings.dictionary {
             Dictionary::Queue => self.encode_keys(x_k, half), // [n, embedding]
             Dictionary::EndToEnd => return self.end_to_end(q, x_k),
             Dictionary::MemoryBank => return self.against_bank(q),
         };
-        let own = self.own.as_ref().expect("made by start");
-        let negatives = Negatives { queue: &own.queue, own: None };
+        let state = self.run_state.as_ref().expect("created by start");
+        let negatives = Negatives { queue: &state.queue, own: None };
         let loss = info_nce(q, &q.tape().input(&k), &negatives, self.settings.temperature);
-        self.see(q, &k);
+        self.keep_for_monitors(q, &k);
         self.keys.push(k);
         loss
     }
 
-    /// The batch is the dictionary, and gradients flow into its keys.
+    /// The loss with the batch as dictionary: gradients flow into the keys.
     fn end_to_end<'t>(&mut self, q: &Var<'t>, x_k: &Tensor) -> Var<'t> {
         let k = self.encode_shuffled(&q.tape().input(x_k), 0); // [n, embedding]
-        self.see(q, k.value());
-        let own = self.own.as_ref().expect("moco: start comes before the first step");
-        dictionary::of_the_batch(q, &k, own.places.tensor(), self.settings.temperature)
+        self.keep_for_monitors(q, k.value());
+        let state = self.run_state.as_ref().expect("moco: start comes before the first step");
+        dictionary::batch_loss(q, &k, state.positions.tensor(), self.settings.temperature)
     }
 
-    /// Keys are the images' own of the last time that they were seen; the new ones blend in after the update.
+    /// The loss with a memory bank: the key of an image is its row of the bank. The new keys are blended in after the update.
     fn against_bank<'t>(&mut self, q: &Var<'t>) -> Var<'t> {
-        let own = self.own.as_ref().expect("moco: start comes before the first step");
-        let places = self.places.as_ref().expect("moco: samples come before the loss");
-        let (loss, k) = dictionary::of_the_bank(q, &own.queue, places, self.settings.temperature);
-        self.see(q, &k);
+        let state = self.run_state.as_ref().expect("moco: start comes before the first step");
+        let rows = self.bank_rows.as_ref().expect("moco: samples come before the loss");
+        let (loss, k) = dictionary::bank_loss(q, &state.queue, rows, self.settings.temperature);
+        self.keep_for_monitors(q, &k);
         loss
     }
 
-    fn see(&mut self, q: &Var<'_>, k: &Tensor) {
+    fn keep_for_monitors(&mut self, q: &Var<'_>, k: &Tensor) {
         self.embeddings = Some(q.value().clone());
-        self.seen = Some([q.value().clone(), k.clone()]);
+        self.monitored = Some([q.value().clone(), k.clone()]);
     }
 
-    /// Blends the batch's queries into its images' keys.
+    /// Blends the queries of the batch into the bank's rows of their images.
     fn update_bank(&mut self, online: &mut Arena) {
-        let own = self.own.as_mut().expect("moco: start comes before the first step");
-        if let (Some([q, k]), Some([places, _])) = (&self.seen, self.places.take()) {
-            dictionary::blend(online, &mut own.queue, &places, [k, q], self.settings.bank_momentum);
+        let state = self.run_state.as_mut().expect("moco: start comes before the first step");
+        if let (Some([q, k]), Some([rows, _])) = (&self.monitored, self.bank_rows.take()) {
+            let momentum = self.settings.bank_momentum;
+            dictionary::blend_rows(online, &mut state.queue, &rows, [k, q], momentum);
         }
     }
 
-    /// Puts the keys of the last loss in place of the oldest ones.
+    /// Replaces the oldest keys of the queue by the keys of the last loss.
     pub fn enqueue(&mut self) {
-        let own = self.own.as_mut().expect("moco: start comes before the first step");
+        let state = self.run_state.as_mut().expect("moco: start comes before the first step");
         for (half, k) in self.keys.drain(..).enumerate() {
-            write_rows(&mut own.queue, &own.places.tensor().slice(half, [1]), &k);
+            write_rows(&mut state.queue, &state.positions.tensor().slice(half, [1]), &k);
         }
     }
 }
@@ -321,65 +328,65 @@ impl Method for MoCo {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
         let Settings { queue, embedding, symmetric, dictionary, .. } = self.settings;
-        let keys = if symmetric { 2 * course.batch } else { course.batch };
+        let keys = if symmetric { 2 * run.batch } else { run.batch };
         if dictionary == Dictionary::Queue && !queue.is_multiple_of(keys) {
             let reason =
-                format!("method.queue is {queue}, no multiple of the {keys} keys of a step");
+                format!("method.queue is {queue}, not a multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
-        let (device, batch) = (online.device(), course.batch);
+        let (device, batch) = (online.device(), run.batch);
         let halves = if symmetric { 2 } else { 1 };
         let indices = || [(); 2].map(|()| Numbers::new(device, &vec![0; batch]));
         let shuffled = if self.settings.shuffle { halves } else { 0 };
         self.shuffles = (0..shuffled).map(|_| indices()).collect();
-        // Nothing follows the encoder but where there is a queue.
-        let nothing = || Arena::new(&Arc::new(Layout::new()), device, course.seed);
-        let (key, rows, places) = match dictionary {
+        // Only the queue has a momentum encoder.
+        let empty = || Arena::new(&Arc::new(Layout::new()), device, run.seed);
+        let (momentum_encoder, rows, positions) = match dictionary {
             Dictionary::Queue => (online.twin(), queue, vec![0; halves]),
-            Dictionary::EndToEnd => (nothing(), 0, (0..batch as i32).collect()),
-            Dictionary::MemoryBank => (nothing(), course.images, Vec::new()),
+            Dictionary::EndToEnd => (empty(), 0, (0..batch as i32).collect()),
+            Dictionary::MemoryBank => (empty(), run.images, Vec::new()),
         };
-        self.own = Some(Own {
-            key,
+        self.run_state = Some(RunState {
+            momentum_encoder,
             momentum: Numbers::new(device, &[self.settings.momentum]),
-            queue: random_rows(device, rows, embedding, course.seed),
-            places: Numbers::new(device, &places),
-            course: *course,
+            queue: random_rows(device, rows, embedding, run.seed),
+            positions: Numbers::new(device, &positions),
+            run: *run,
         });
         Ok(())
     }
 
     fn samples(&mut self, indices: &[u32]) {
         let bank = self.settings.dictionary == Dictionary::MemoryBank;
-        if let Some(own) = self.own.as_ref().filter(|_| bank) {
-            let (device, count) = (own.key.device(), self.settings.queue);
-            self.places =
-                Some(dictionary::draw(device, &own.course, indices, count, self.iteration));
+        if let Some(state) = self.run_state.as_ref().filter(|_| bank) {
+            let (device, count) = (state.queue.device(), self.settings.queue);
+            let rows = dictionary::draw_rows(device, &state.run, indices, count, self.iteration);
+            self.bank_rows = Some(rows);
         }
     }
 
     fn prepare(&mut self, iteration: u64) {
         self.iteration = iteration;
-        let Some(Own { course, places, .. }) = &mut self.own else { return };
+        let Some(RunState { run, positions, .. }) = &mut self.run_state else { return };
         if self.settings.dictionary == Dictionary::Queue {
-            let halves = places.values().len() as u64;
-            let place = |half| {
-                let keys = (iteration * halves + half) * course.batch as u64;
+            let halves = positions.values().len() as u64;
+            let position = |half| {
+                let keys = (iteration * halves + half) * run.batch as u64;
                 (keys % self.settings.queue as u64) as i32
             };
-            places.set(&(0..halves).map(place).collect::<Vec<_>>());
+            positions.set(&(0..halves).map(position).collect::<Vec<_>>());
         }
         for (half, [shuffle, unshuffle]) in self.shuffles.iter_mut().enumerate() {
             let (step, half) = (iteration as u32, half as u32);
-            let mut rng = Philox::new(course.seed, Purpose::Shuffle, step, half);
-            let mut order: Vec<i32> = (0..course.batch as i32).collect();
+            let mut rng = Philox::new(run.seed, Purpose::Shuffle, step, half);
+            let mut order: Vec<i32> = (0..run.batch as i32).collect();
             rng.shuffle(&mut order);
-            let mut back = vec![0; order.len()];
-            order.iter().enumerate().for_each(|(place, &row)| back[row as usize] = place as i32);
+            let mut inverse = vec![0; order.len()];
+            order.iter().enumerate().for_each(|(to, &from)| inverse[from as usize] = to as i32);
             shuffle.set(&order);
-            unshuffle.set(&back);
+            unshuffle.set(&inverse);
         }
     }
 
@@ -387,12 +394,12 @@ impl Method for MoCo {
         if self.settings.dictionary != Dictionary::Queue {
             return;
         }
-        let own = self.own.as_mut().expect("moco: start comes before the first step");
-        ema(&mut own.key, online, &own.momentum);
+        let state = self.run_state.as_mut().expect("moco: start comes before the first step");
+        ema(&mut state.momentum_encoder, online, &state.momentum);
     }
 
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
-        self.part = None;
+        self.micro_batch = None;
         let [x1, x2] = [0, 1].map(|i| view(&views[0], i, 2));
         let loss = self.half(tape, [&x1, &x2], 0);
         if !self.settings.symmetric {
@@ -416,7 +423,7 @@ impl Method for MoCo {
 
     fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let [x1, x2] = [0, 1].map(|i| view(&views[0], i, 2));
-        self.part = Some(x1.shape()[0]);
+        self.micro_batch = Some(x1.shape()[0]);
         let q = self.encode(&tape.input(&x1)); // [m, embedding]
         if !self.settings.symmetric {
             return q;
@@ -439,27 +446,29 @@ impl Method for MoCo {
     }
 
     fn monitors(&self, online: &Arena, _: Option<&Tensor>, loss: f64) -> Readings {
-        let (Some(own), Some([q, k])) = (&self.own, &self.seen) else { return Readings::new() };
+        let (Some(state), Some([q, k])) = (&self.run_state, &self.monitored) else {
+            return Readings::new();
+        };
         let Settings { queue, symmetric, dictionary, .. } = self.settings;
         if dictionary == Dictionary::EndToEnd {
             let mut readings = similarities(q, k, None);
             readings.push(information(q.shape()[0], loss));
             return readings;
         }
-        let mut readings = similarities(q, k, Some(&own.queue));
+        let mut readings = similarities(q, k, Some(&state.queue));
         let halves = if symmetric { 2 } else { 1 };
         readings.push(information(queue + 1, loss / halves as f64));
         if dictionary == Dictionary::Queue {
-            let all = (queue / (halves * own.course.batch)) as u64; // steps whose keys fit
-            let held = (self.iteration + 1).min(all);
-            readings.push(("queue_filled", Reading::Number(held as f64 / all as f64)));
+            let capacity = (queue / (halves * state.run.batch)) as u64; // steps whose keys fit
+            let held = (self.iteration + 1).min(capacity);
+            readings.push(("queue_filled", Reading::Number(held as f64 / capacity as f64)));
             readings.push(("queue_age", Reading::Number((held + 1) as f64 / 2.0)));
-            readings.push(distance(online, &own.key));
+            readings.push(distance(online, &state.momentum_encoder));
         }
         readings
     }
 
-    // Not before: the backward pass still reads the queue as the loss saw it.
+    // The keys must not enter earlier: the backward pass still reads the queue that the loss used.
     fn after_update(&mut self, online: &mut Arena, _: f64) {
         match self.settings.dictionary {
             Dictionary::Queue => self.enqueue(),
@@ -469,12 +478,15 @@ impl Method for MoCo {
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
-        let Some(own) = &mut self.own else { return Vec::new() };
+        let Some(state) = &mut self.run_state else { return Vec::new() };
         match self.settings.dictionary {
             Dictionary::Queue => {}
             Dictionary::EndToEnd => return Vec::new(),
-            Dictionary::MemoryBank => return vec![("bank", State::Rows(&mut own.queue))],
+            Dictionary::MemoryBank => return vec![("bank", State::Rows(&mut state.queue))],
         }
-        vec![("key", State::Network(&mut own.key)), ("queue", State::Rows(&mut own.queue))]
+        vec![
+            ("key", State::Network(&mut state.momentum_encoder)),
+            ("queue", State::Rows(&mut state.queue)),
+        ]
     }
 }

@@ -1,6 +1,7 @@
-//! The methods: each one file that reads like its paper's pseudocode, and its row in [`ALL`].
+//! The methods: one file each, which reads like the paper's pseudocode, and one row each in [`ALL`].
 //!
-//! A method owns its description and whatever state is its own; weights live in an arena. Around it the training step is:
+//! A method holds the description of its network and its own state (queue, target network); the trained weights live in an arena.
+//! A training step calls a method like this:
 //!
 //! ```no_run
 //! # use selfsup::{arena::Arena, methods::Method, optim::{Optimizer, Schedule}, tape::step, tensor::Tensor};
@@ -14,12 +15,12 @@
 //! # let _ = loss; Ok(()) }
 //! ```
 //!
-//! # The methods beside each other
+//! # The methods compared
 //!
 //! | | [`moco`] v1, v2 | [`simclr`] | [`simclr_v2`] | [`swav`] | [`byol`] | [`simsiam`] |
 //! |---|---|---|---|---|---|---|
 //! | negatives | queue | rest of the batch | rest of the batch, or memory | none | none | none |
-//! | momentum encoder | before the keys, constant | no | with memory | no | after the update, cosine to 1 | no |
+//! | momentum encoder | updated before the keys, constant momentum | no | with memory | no | updated after the step, momentum rises to 1 along a cosine | no |
 //! | queue | 65,536 keys | no | 64K keys, optional | 3,840 features at small batches | no | no |
 //! | clustering | no | no | no | Sinkhorn over prototypes | no | no |
 //! | predictor | no | no | no | no | yes | yes |
@@ -27,7 +28,7 @@
 //! | what prevents collapse | negatives | negatives | negatives | equal use of prototypes | predictor and moving target | predictor and stop-gradient |
 //! | batch norm sees | 32 rows, keys shuffled | both views | both views | all rows of a resolution | one view | one view |
 //! | batch size in the paper | 256 | 4096 | 4096 | 4096, or 256 with queue | 4096 | 512 |
-//! | sensitivity to it | low: the queue stands in | high: -5 points at 256, 100 epochs | lower with memory | low with queue | low down to 256 with accumulation | low, 64 to 2048 |
+//! | sensitivity to batch size | low: the queue compensates | high: -5 points at 256, 100 epochs | lower with memory | low with queue | low down to 256 with accumulation | low, 64 to 2048 |
 
 pub mod byol;
 mod dictionary;
@@ -53,184 +54,188 @@ use crate::tensor::Tensor;
 pub use micro::{check_micro_batches, step};
 pub use monitors::{BINS, Reading, Readings};
 
-/// What is known of a run before its first step.
+/// What a method learns about a run before the first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunInfo {
-    /// What decides every random number.
+    /// Seed of all random numbers.
     pub seed: u64,
-    /// Images of a step.
+    /// Images per step.
     pub batch: usize,
-    /// Images of the set.
+    /// Images of the data set.
     pub images: usize,
-    /// Steps of an epoch, at least 1.
+    /// Steps per epoch, at least 1.
     pub per_epoch: u64,
-    /// Steps of the run, at least 1.
+    /// Steps of the complete run, at least 1.
     pub total: u64,
 }
 
-/// What a loss couples: how a step of several micro-batches is made.
+/// Which rows of a batch the loss couples. This decides how a step can be split into micro-batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Coupling {
-    /// Nothing is known: the step cannot be cut.
+    /// Unknown: the step cannot be split.
     Whole,
-    /// The views of one image: the loss is a mean over images, and gradients of micro-batches add up.
+    /// Only the views of one image: the loss is a mean over images, and the gradients of micro-batches add up.
     Images,
-    /// All rows of the batch: embeddings are made twice ([`cached_step`](crate::tape::cached_step)) by
-    /// [`Method::embed_part`] and meet in [`Method::couple`].
+    /// All rows of the batch: [`Method::embed_part`] computes the embeddings of each micro-batch twice
+    /// ([`cached_step`](crate::tape::cached_step)), and [`Method::couple`] computes the loss of all of them.
     Batch {
-        /// Rows of an image among the embeddings.
+        /// Rows per image among the embeddings.
         views: usize,
     },
 }
 
-/// A piece of what a method owns beside the online weights: what checkpoints hold.
+/// One part of a method's state next to the online weights. Checkpoints store all of them.
 #[derive(Debug)]
 pub enum State<'a> {
-    /// A second network, slot by slot.
+    /// A second network, such as a momentum encoder.
     Network(&'a mut Arena),
-    /// A queue.
+    /// A queue or memory bank.
     Rows(&'a mut Tensor),
     /// A pointer or a counter.
     Count(&'a mut u64),
 }
 
-/// What training asks of a method.
+/// A self-supervised method, as the training loop uses it.
 pub trait Method {
-    /// The slots of the network that is trained.
+    /// The slots of the trained network.
     fn layout(&self) -> &Arc<Layout>;
 
-    /// The backbone whose features are evaluated, on the online arena.
+    /// The backbone whose features are evaluated, with weights in the online arena.
     fn backbone(&self) -> &ResNet;
 
-    /// What of its settings has no CUDA kernels, if anything.
+    /// Names the setting that has no CUDA kernels, or `None` if the method runs on a GPU.
     fn without_cuda(&self) -> Option<&'static str> {
         None
     }
 
-    /// Views of each image that a step needs.
+    /// Views of each image per step.
     fn views(&self) -> usize {
         2
     }
 
-    /// Makes what the method owns beside the online weights, which stand as the run starts with them.
+    /// Creates the method's state from the initial online weights. Called once, before the first step.
     ///
     /// # Errors
-    /// When the method cannot run so: a queue that is no multiple of the batch, say.
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
-        let _ = (online, course);
+    /// If the settings do not fit the run, such as a queue whose length is not a multiple of the batch size.
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
+        let _ = (online, run);
         Ok(())
     }
 
-    /// A network that is filled from a file before the first step and never trained: a teacher.
+    /// A teacher network and the file from which to load its weights before the first step. It is never trained.
     fn teacher(&mut self) -> Option<(PathBuf, &mut Arena)> {
         None
     }
 
-    /// The classes of the coming batch's images, -1 where there is none; before [`Method::prepare`].
+    /// Receives the class of each image of the next batch, -1 for an image without a label. Called before [`Method::prepare`].
     ///
     /// # Errors
-    /// When the method needs classes and does not get them.
+    /// If the method needs labels and one is missing or out of range.
     fn labels(&mut self, labels: &[i32]) -> Result<()> {
         let _ = labels;
         Ok(())
     }
 
-    /// Which images of the set the coming batch is made of; after [`Method::prepare`].
+    /// Receives the indices, in the data set, of the images of the next batch. Called after [`Method::prepare`].
     fn samples(&mut self, indices: &[u32]) {
         let _ = indices;
     }
 
-    /// Sets the host's numbers of a step: momentum, random draws, pointers. Nothing runs on the device. What operations read
-    /// of them are [`Numbers`](crate::tensor::Numbers): a step that a GPU replays runs this, [`Method::labels`],
-    /// [`Method::samples`] and nothing else of the method, so that what it needs to know follows from `iteration` alone.
+    /// Sets the host-side numbers of a step: momentum, random draws, queue positions. Runs nothing on the device.
+    ///
+    /// Operations read these numbers through [`Numbers`](crate::tensor::Numbers). When a GPU replays a captured step, only this
+    /// function, [`Method::labels`] and [`Method::samples`] run, so everything must follow from `iteration` alone.
     fn prepare(&mut self, iteration: u64) {
         let _ = iteration;
     }
 
-    /// What differs in kind from the phase before, after [`Method::prepare`]: a captured step serves one phase, and
-    /// [`Method::param_policy`] is asked again when it changes.
+    /// The phase of the step, asked after [`Method::prepare`]. Steps that run different operations must have different phases: a
+    /// captured step is replayed within one phase only, and [`Method::param_policy`] is asked again when the phase changes.
     fn phase(&self) -> u32 {
         0
     }
 
-    /// How the optimiser treats a slot in this phase; `base` is the schedule's peak.
+    /// The parameter policy of a slot in this phase. `base` is the peak of the learning-rate schedule.
     fn param_policy(&self, slot: &Slot, base: f64) -> ParamPolicy {
         let _ = (slot, base);
         ParamPolicy::Default
     }
 
-    /// Moves what must move before the forward pass: MoCo's key encoder, SwAV's prototypes.
+    /// Updates what must change before the forward pass: MoCo's momentum encoder, SwAV's prototypes.
     fn before_step(&mut self, online: &mut Arena) {
         let _ = online;
     }
 
-    /// The loss of a batch. `views` holds one tensor `[views * n, s, s, 4]` for each resolution, view after view.
+    /// Computes the loss of a batch. `views` holds one tensor `[views * n, s, s, 4]` for each resolution, all rows of one view
+    /// before those of the next.
     fn loss<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t>;
 
-    /// What the loss couples.
+    /// Which rows of a batch the loss couples.
     fn coupling(&self) -> Coupling {
         Coupling::Whole
     }
 
-    /// The embeddings `[views * m, d]` of a micro-batch of `m` images, view after view, that [`Method::couple`] compares.
+    /// Computes the embeddings `[views * m, d]` of a micro-batch of `m` images, view after view, for [`Method::couple`].
     ///
     /// # Panics
-    /// Unless [`Method::coupling`] is of the batch.
+    /// If [`Method::coupling`] is not [`Coupling::Batch`].
     fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
         let _ = (tape, views);
-        panic!("methods: a loss that does not couple the batch has no part to embed");
+        panic!("methods: embed_part needs a method whose coupling is Batch");
     }
 
-    /// The loss of the embeddings `z [views * n, d]` of all of the batch, view after view, whose images are `views`.
+    /// Computes the loss from the embeddings `z [views * n, d]` of the complete batch, view after view. `views` holds its images.
     ///
     /// # Panics
-    /// Unless [`Method::coupling`] is of the batch.
+    /// If [`Method::coupling`] is not [`Coupling::Batch`].
     fn couple<'t>(&mut self, z: Var<'t>, views: &[Tensor]) -> Var<'t> {
         let _ = (z, views);
-        panic!("methods: a loss that does not couple the batch has no embeddings to compare");
+        panic!("methods: couple needs a method whose coupling is Batch");
     }
 
-    /// The embeddings `[rows, d]`, of unit length, that the last [`Method::loss`] compared: what the collapse monitor
-    /// looks at. Taken, so that no memory is held.
+    /// Takes the unit embeddings `[rows, d]` of the last [`Method::loss`], which the collapse monitor checks. `None` if the method
+    /// has none. Taking them frees their memory.
     fn take_embeddings(&mut self) -> Option<Tensor>;
 
-    /// What a practitioner looks at, of the last step, whose `embeddings` are [`Method::take_embeddings`]'s; `loss` is the epoch's
-    /// mean. Asked once an epoch, since it reads from the device. Each method's page says what its monitors should look like.
+    /// Returns the method's monitors for the last step. `embeddings` come from [`Method::take_embeddings`]; `loss` is the mean of
+    /// the epoch. Called once an epoch because it reads from the device. The documentation of each method says what its monitors
+    /// should look like.
     fn monitors(&self, online: &Arena, embeddings: Option<&Tensor>, loss: f64) -> Readings {
         let _ = (online, embeddings, loss);
         Readings::new()
     }
 
-    /// How many prototypes the last loss assigned images to, weighed by use: `exp` of the entropy of the mean assignment. For
-    /// methods that cluster; reads from the device.
+    /// The effective number of prototypes that the last loss used: `exp` of the entropy of the mean assignment. `None` for methods
+    /// that do not cluster. Reads from the device.
     fn prototypes_used(&self) -> Option<f64> {
         None
     }
 
-    /// Moves what follows the weights, after the optimiser; `progress` in `0..=1` is the share of training done, but where a
-    /// step is replayed that of the step that was recorded: numbers that follow it belong in [`Method::prepare`].
+    /// Updates what follows the weights (target network, queue), after the optimiser. `progress` in `0..=1` is the fraction of
+    /// training done. In a replayed step it is frozen at the value of the captured step: compute numbers that depend on it in
+    /// [`Method::prepare`].
     fn after_update(&mut self, online: &mut Arena, progress: f64) {
         let _ = (online, progress);
     }
 
-    /// The network whose accuracy is measured, for methods that train one.
+    /// The classifier whose accuracy is measured, for methods that train one.
     fn classifier(&self) -> Option<&supervised::Classifier> {
         None
     }
 
-    /// What a checkpoint holds beside the online weights, by name.
+    /// The method's state by name, as checkpoints store it next to the online weights.
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         Vec::new()
     }
 }
 
-/// View `index` of `views` of a tensor of one resolution.
+/// The rows of view `index` out of `views` in a tensor of one resolution.
 fn view(crops: &Tensor, index: usize, views: usize) -> Tensor {
     let n = crops.shape()[0] / views;
     crops.rows(index * n, n)
 }
 
-/// Fails unless a setting is a positive number.
+/// Checks that a setting is finite and positive.
 fn above_zero(value: f64, key: &str) -> Result<()> {
     if value.is_finite() && value > 0.0 {
         return Ok(());
@@ -238,15 +243,15 @@ fn above_zero(value: f64, key: &str) -> Result<()> {
     Err(Error::config(format!("method.{key} must be above 0, not {value}")))
 }
 
-/// Fails unless every width is at least 1.
+/// Checks that every width is at least 1.
 fn widths(all: &[(usize, &str)]) -> Result<()> {
     match all.iter().find(|(width, _)| *width == 0) {
-        Some((_, key)) => Err(Error::config(format!("method.{key} starts at 1"))),
+        Some((_, key)) => Err(Error::config(format!("method.{key} must be at least 1"))),
         None => Ok(()),
     }
 }
 
-/// Fails unless a momentum is in `0..=1`.
+/// Checks that a momentum is in `0..=1`.
 fn momentum_in_range(value: f64, key: &str) -> Result<()> {
     if (0.0..=1.0).contains(&value) {
         return Ok(());
@@ -254,10 +259,10 @@ fn momentum_in_range(value: f64, key: &str) -> Result<()> {
     Err(Error::config(format!("method.{key} must be in 0..=1, not {value}")))
 }
 
-/// Makes a method from its network and its own table of the recipe.
+/// Builds a method from its network and its table of the recipe.
 type Build = fn(&ResNetConfig, &toml::Table) -> Result<Box<dyn Method>>;
 
-/// Every method by name. A new one adds a file and a row.
+/// All methods by name. A new method adds a file and a row.
 pub const ALL: &[(&str, Build)] = &[
     ("byol", byol::build),
     ("distill", distill::build),
@@ -269,10 +274,10 @@ pub const ALL: &[(&str, Build)] = &[
     ("swav", swav::build),
 ];
 
-/// Builds a method by name on a network, from its table of settings.
+/// Builds a method by name from its network and its table of settings.
 ///
 /// # Errors
-/// If no method has that name, or its settings do not fit.
+/// If the name is unknown (the message lists the valid names), or a setting is unknown or out of range.
 pub fn build(
     name: &str,
     network: &ResNetConfig,

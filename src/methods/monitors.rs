@@ -1,37 +1,38 @@
-//! What practitioners look at, read from the device once an epoch: [`Method::monitors`](super::Method::monitors).
+//! Readings that show a practitioner how training goes, read from the device once an epoch
+//! ([`Method::monitors`](super::Method::monitors)).
 
 use serde::{Deserialize, Serialize};
 
 use crate::arena::Arena;
 use crate::tensor::Tensor;
 
-/// What a monitor shows.
+/// The value of a monitor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Reading {
     /// One number.
     Number(f64),
-    /// How many values fell into each of [`BINS`] equal parts of `-1..=1`.
+    /// Counts of values in each of [`BINS`] equal bins of `-1..=1`.
     Histogram(Vec<u32>),
 }
 
-/// Monitors by name.
+/// Readings by the names of their monitors.
 pub type Readings = Vec<(&'static str, Reading)>;
 
-/// Bins of a histogram of cosines.
+/// Number of bins of a histogram of cosines.
 pub const BINS: usize = 20;
 
-/// Rows that are compared with each other: the pairs of more would cost more than they tell.
+/// Rows that are compared with each other. More pairs would cost more than they reveal.
 const ROWS: usize = 64;
 
-/// Rows of a queue that they are compared with.
+/// Rows of a queue with which they are compared.
 const NEGATIVES: usize = 256;
 
-/// At most `most` rows of `x [n, d]`, evenly spread, scaled to unit length.
-fn unit_rows(x: &Tensor, most: usize) -> Vec<Vec<f64>> {
+/// At most `limit` rows of `x [n, d]`, evenly spaced, normalised to unit length.
+fn unit_rows(x: &Tensor, limit: usize) -> Vec<Vec<f64>> {
     let [n, d] = x.dims("monitors: the rows");
     let values = x.to_f64();
-    let count = n.min(most);
+    let count = n.min(limit);
     let unit = |i: usize| {
         let row = &values[i * n / count.max(1) * d..][..d];
         let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);
@@ -57,8 +58,8 @@ fn histogram(cosines: &[f64]) -> Reading {
     Reading::Histogram(bins)
 }
 
-/// Cosines of rows `a [n, d]` with their own row of `b [n, d]`, and with those of others, or with `negatives [m, d]` where the
-/// method has them: means and histograms.
+/// Means and histograms of two sets of cosines: of each row of `a [n, d]` with the same row of `b [n, d]`, and with `negatives
+/// [m, d]` if given, otherwise with the other rows of `b`.
 pub(super) fn similarities(a: &Tensor, b: &Tensor, negatives: Option<&Tensor>) -> Readings {
     let (a, b) = (unit_rows(a, ROWS), unit_rows(b, ROWS));
     let positive: Vec<f64> = a.iter().zip(&b).map(|(a, b)| dot(a, b)).collect();
@@ -74,7 +75,7 @@ pub(super) fn similarities(a: &Tensor, b: &Tensor, negatives: Option<&Tensor>) -
         }
     }
     vec![
-        // The mean squared distance of the two (Wang and Isola 2020, arXiv:2005.10242, equation 5, alpha = 2).
+        // The mean squared distance of positive pairs (Wang and Isola 2020, arXiv:2005.10242, equation 5, alpha = 2).
         ("alignment", Reading::Number(2.0 - 2.0 * mean(&positive))),
         ("positive_similarity", Reading::Number(mean(&positive))),
         ("negative_similarity", Reading::Number(mean(&negative))),
@@ -83,13 +84,13 @@ pub(super) fn similarities(a: &Tensor, b: &Tensor, negatives: Option<&Tensor>) -
     ]
 }
 
-/// The mean cosine of rows `a [n, d]` with their own row of `b [n, d]`.
+/// The mean cosine of each row of `a [n, d]` with the same row of `b [n, d]`.
 pub(super) fn mean_cosine(a: &Tensor, b: &Tensor) -> f64 {
     let (a, b) = (unit_rows(a, ROWS), unit_rows(b, ROWS));
     mean(&a.iter().zip(&b).map(|(a, b)| dot(a, b)).collect::<Vec<_>>())
 }
 
-/// `|online - other| / |online|` over all parameters: how far a momentum encoder lags.
+/// The lag of a momentum encoder: `|online - other| / |online|` over all parameters.
 pub(super) fn distance(online: &Arena, other: &Arena) -> (&'static str, Reading) {
     let (online, other) = (online.values().to_f64(), other.values().to_f64());
     let apart: f64 = online.iter().zip(&other).map(|(a, b)| (a - b).powi(2)).sum();
@@ -97,8 +98,8 @@ pub(super) fn distance(online: &Arena, other: &Arena) -> (&'static str, Reading)
     ("target_distance", Reading::Number((apart / size.max(f64::MIN_POSITIVE)).sqrt()))
 }
 
-/// `ln(candidates) - loss`, a lower bound on the mutual information of two views in nats, which cannot exceed
-/// `ln(candidates)` (van den Oord et al. 2018, section 2.3, arXiv:1807.03748). `loss` is InfoNCE's of one direction.
+/// `ln(candidates) - loss`: a lower bound, in nats, on the mutual information of two views. It cannot exceed `ln(candidates)`
+/// (van den Oord et al. 2018, section 2.3, arXiv:1807.03748). `loss` is InfoNCE of one direction.
 pub(super) fn information(candidates: usize, loss: f64) -> (&'static str, Reading) {
     ("mutual_information_bound", Reading::Number((candidates as f64).ln() - loss))
 }
@@ -116,23 +117,23 @@ mod tests {
     }
 
     #[test]
-    fn similarities_are_cosines_of_own_and_of_other_rows() {
+    fn similarities_are_cosines_with_the_same_row_and_with_other_rows() {
         let device = Device::reference();
         let a = Tensor::from_f64(&device, [2, 2], &[2.0, 0.0, 0.0, 1.0]);
         let b = Tensor::from_f64(&device, [2, 2], &[1.0, 0.0, 0.6, 0.8]);
-        let seen = similarities(&a, &b, None);
-        assert!((number(&seen, "positive_similarity") - 0.9).abs() < 1e-12);
-        assert!((number(&seen, "alignment") - 0.2).abs() < 1e-12);
-        assert!((number(&seen, "negative_similarity") - 0.3).abs() < 1e-12);
+        let readings = similarities(&a, &b, None);
+        assert!((number(&readings, "positive_similarity") - 0.9).abs() < 1e-12);
+        assert!((number(&readings, "alignment") - 0.2).abs() < 1e-12);
+        assert!((number(&readings, "negative_similarity") - 0.3).abs() < 1e-12);
         let queue = Tensor::from_f64(&device, [1, 2], &[-1.0, 0.0]);
-        let seen = similarities(&a, &b, Some(&queue));
-        assert!((number(&seen, "negative_similarity") + 0.5).abs() < 1e-12);
-        let Reading::Histogram(bins) = &seen[4].1 else { panic!("{seen:?}") };
+        let readings = similarities(&a, &b, Some(&queue));
+        assert!((number(&readings, "negative_similarity") + 0.5).abs() < 1e-12);
+        let Reading::Histogram(bins) = &readings[4].1 else { panic!("{readings:?}") };
         assert_eq!((bins[0], bins[10], bins.iter().sum::<u32>()), (1, 1, 2));
     }
 
     #[test]
-    fn chance_is_no_information() {
+    fn a_loss_at_chance_level_bounds_mutual_information_by_zero() {
         let (_, Reading::Number(bound)) = information(65_537, 65_537_f64.ln()) else { panic!() };
         assert!(bound.abs() < 1e-12);
     }

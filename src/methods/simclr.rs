@@ -1,9 +1,9 @@
 //! SimCLR (Chen et al. 2020, arXiv:2002.05709), as google-research/simclr trains it.
 //!
-//! Every image is seen twice, each time cropped, coloured and blurred anew. One network embeds all views of the batch, and each
-//! embedding must find its other view among those of all other images. What makes two views agree is what augmentation leaves
-//! alone, so the augmentations decide what is learnt. The loss is put on the output of a small head that is thrown away
-//! afterwards: the backbone below it keeps what the loss would make it forget. Negatives are the rest of the batch, so large
+//! Each image gives two views, cropped, coloured and blurred independently. One network embeds all views of the batch, and each
+//! embedding must find its other view among those of all other images. Two views can only agree on what augmentation preserves,
+//! so the augmentations decide what is learnt. The loss is applied to the output of a small head that is discarded afterwards:
+//! the backbone below it keeps information that the loss would make it forget. Negatives are the rest of the batch, so large
 //! batches and long training help.
 //!
 //! `L = mean_i CE(view 1 -> view 2) + mean_i CE(view 2 -> view 1)`, cross-entropies over the `2N - 1` others of cosines divided
@@ -15,18 +15,18 @@
 //!        └─ view 2 ─┴─ backbone ─ head ─ unit length ┴─ z2 ─┴─ each finds the other among 2N - 1
 //! ```
 //!
-//! **Settings**: [`Settings`]. Both views go through in one forward pass of `2N` rows, so that batch norm sees both. The paper
-//! asks what each part is for, and so can you: `head_layers` 0, 1 or 2 (figure 8), `normalise` and `temperature` (table 5),
-//! `loss` (table 4), and `loss = "attract"`, which has no negatives at all and with a `predictor` is SimSiam with one batch
-//! norm over both views (arXiv:2011.10566, section 6.2). `selfsup study simclr-head` and its neighbours run them.
+//! **Settings**: [`Settings`]. Both views pass through the network in one forward pass of `2N` rows, so batch norm sees both. The
+//! paper's ablations are settings: `head_layers` 0, 1 or 2 (figure 8), `normalise` and `temperature` (table 5), `loss` (table 4).
+//! `loss = "attract"` has no negatives; with a `predictor` it is SimSiam with one batch norm over both views (arXiv:2011.10566,
+//! section 6.2). `selfsup study simclr-head` and the other `simclr-` studies run the comparisons.
 //!
-//! **Deviations**: one sigma of the blur for each image, where the reference draws one for the batch; filters start as
-//! PyTorch's do unless `truncated_init` is set. The learning rate's last step is that of `images / batch` steps an epoch.
+//! **Deviations**: the blur draws one sigma for each image, where the reference draws one for the batch; filters start as
+//! PyTorch's do unless `truncated_init` is set. The schedule counts `images / batch` steps per epoch, rounded down.
 //!
-//! **Monitors**: the loss starts near `2 ln(2N - 1)`, 18 at batch 4096, falls fast in the first epochs and slowly ever after.
+//! **Monitors**: the loss starts near `2 ln(2N - 1)`, 18 at batch 4096, falls fast in the first epochs and slowly from then on.
 //! `positive_similarity` rises to 0.8 or more while `negative_similarity` stays near 0; both near 1 is collapse.
-//! `mutual_information_bound` is `ln(2N - 1) - L / 2`: near its limit `ln(2N - 1)` the batch is too small to tell more.
-//! The embeddings' deviation stays near 1, the effective rank grows.
+//! `mutual_information_bound` is `ln(2N - 1) - L / 2`: close to its limit `ln(2N - 1)`, the batch is too small for the loss to
+//! measure more. The standard deviation of the embeddings stays near 1 (in units of `1/sqrt(d)`), the effective rank grows.
 //!
 //! **Run it**: `selfsup train simclr-cifar10-small --set data.path=PATH`, or `selfsup demo`.
 
@@ -43,57 +43,57 @@ use crate::ops::{PairLoss, add, l2_normalize, neg_cosine, nt_xent, pair_loss, sc
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
-/// What embeddings are asked for.
+/// The loss on embeddings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Loss {
-    /// The paper's.
+    /// The paper's loss, NT-Xent.
     #[default]
     NtXent,
-    /// A logistic regression of each pair, `T` as in NT-Xent ([`PairLoss::Logistic`]).
+    /// A logistic regression of each pair, with T as in NT-Xent ([`PairLoss::Logistic`]).
     NtLogistic,
     /// A margin between positive and negatives ([`PairLoss::Margin`]).
     Margin,
-    /// Positives only. Collapses without a predictor.
+    /// The negative cosine of positives, without negatives. Collapses without a predictor.
     Attract,
 }
 
-/// The method's own settings.
+/// SimCLR's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// T, > 0: 0.1 for ImageNet, 0.5 for CIFAR-10.
+    /// Temperature T, > 0: 0.1 for ImageNet, 0.5 for CIFAR-10.
     pub temperature: f64,
-    /// Width of the head's hidden layer: as wide as the backbone's features in the paper.
+    /// Width of the head's hidden layer. In the paper it is the width of the backbone's features.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// 2, the paper's MLP; 1, a linear layer; 0, none: the loss is put on the backbone's features.
+    /// 2 for the paper's MLP, 1 for a linear layer, 0 for a loss on the backbone's features.
     #[serde(default = "two")]
     pub head_layers: usize,
-    /// Whether embeddings have unit length.
+    /// Whether embeddings are normalised to unit length.
     #[serde(default = "yes")]
     pub normalise: bool,
-    /// What embeddings are asked for.
+    /// The loss on embeddings.
     #[serde(default)]
     pub loss: Loss,
-    /// m of the margin loss, in units of similarity.
+    /// m of the margin loss, >= 0, in units of similarity.
     #[serde(default = "margin")]
     pub margin: f64,
-    /// Whether NT-Logistic and the margin loss keep one semi-hard negative for each row.
+    /// Whether NT-Logistic and the margin loss keep only one semi-hard negative per row.
     #[serde(default)]
     pub semi_hard: bool,
-    /// Width of the hidden layer of a predictor as SimSiam has it, for `attract`, whose targets then get no gradient; 0 for
-    /// none.
+    /// For `attract`: width of the hidden layer of a predictor like SimSiam's, with which targets get no gradient; 0 for no
+    /// predictor.
     #[serde(default)]
     pub predictor: usize,
-    /// Whether filters start truncated normal, as in the reference code.
+    /// Whether filters start from a truncated normal distribution, as in the reference code.
     #[serde(default)]
     pub truncated_init: bool,
 }
 
 impl Default for Settings {
-    /// The paper's, for CIFAR-10.
+    /// The paper's settings for CIFAR-10.
     fn default() -> Self {
         Self {
             temperature: 0.5,
@@ -122,10 +122,11 @@ fn margin() -> f64 {
     0.4
 }
 
-/// What TensorFlow divides a standard deviation by, so that truncation at two of them leaves it what it was.
+/// The standard deviation of a unit normal distribution truncated at two standard deviations. TensorFlow divides by it, so that
+/// truncation does not change the standard deviation.
 pub(super) const TRUNCATION: f64 = 0.879_625_661_034_239_8;
 
-/// The network and what its last step left behind.
+/// SimCLR: backbone, head and optional predictor, and the embeddings of the last step.
 pub struct SimClr {
     layout: Arc<Layout>,
     backbone: ResNet,
@@ -152,14 +153,14 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl SimClr {
-    /// The backbone under `backbone.`, the head under `head.`, a predictor under `predictor.`.
+    /// Describes the network: slots under `backbone.`, `head.` and `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
         if settings.truncated_init {
             layout.start_truncated(&[SlotKind::Filter], 1.0 / TRUNCATION);
         }
-        // No biases: each is followed by a batch norm, the last of which has no shift either (`model_util.py`).
+        // No biases: a batch norm follows each layer. The last batch norm has no shift either (`model_util.py`).
         let layer =
             |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
         let layers = [
@@ -180,27 +181,27 @@ impl SimClr {
         Self { layout, backbone, head, predictor, settings, embeddings: None }
     }
 
-    /// Images to embeddings `[rows, embedding]`, of unit length unless the settings say otherwise.
+    /// Embeds images `[rows, s, s, 4]` to `[rows, embedding]`, of unit length unless `normalise` is off.
     pub fn embed<'t>(&self, x: &Var<'t>) -> Var<'t> {
         let z = self.head.forward(self.backbone.forward(x));
         if self.settings.normalise { l2_normalize(&z) } else { z }
     }
 
-    /// The loss of embeddings `[2n, embedding]`, view after view.
+    /// Computes the loss of embeddings `z [2n, embedding]`: all rows of view 1, then all rows of view 2.
     pub fn contrast<'t>(&self, z: &Var<'t>) -> Var<'t> {
         let Settings { temperature, margin, semi_hard, normalise, .. } = self.settings;
-        let of_pairs = |loss| pair_loss(z, loss, temperature);
+        let over_pairs = |loss| pair_loss(z, loss, temperature);
         let mean = match self.settings.loss {
             Loss::NtXent if normalise => nt_xent(z, temperature),
-            Loss::NtXent => of_pairs(PairLoss::Xent),
-            Loss::NtLogistic => of_pairs(PairLoss::Logistic { semi_hard }),
-            Loss::Margin => of_pairs(PairLoss::Margin { margin, semi_hard }),
+            Loss::NtXent => over_pairs(PairLoss::Xent),
+            Loss::NtLogistic => over_pairs(PairLoss::Logistic { semi_hard }),
+            Loss::Margin => over_pairs(PairLoss::Margin { margin, semi_hard }),
             Loss::Attract => return self.attract(z),
         };
         scale(&mean, 2.0)
     }
 
-    /// `D(p1, z2) + D(p2, z1)`, the targets constants where there is a predictor.
+    /// `D(p1, z2) + D(p2, z1)`; with a predictor the targets are constants.
     fn attract<'t>(&self, z: &Var<'t>) -> Var<'t> {
         let n = z.shape()[0] / 2;
         let p = self.predictor.forward(z.clone());

@@ -1,14 +1,14 @@
 //! SimCLR v2 (Chen et al. 2020, arXiv:2006.10029), as google-research/simclr trains it.
 //!
-//! Three stages for few labels: pretrain a big network without labels, fine-tune it with the few, distil what it then says of
-//! all images into a small one. Pretraining is SimCLR with a wider, deeper backbone (selective kernels, ResNet-D), a head of
-//! three layers, and optionally a memory of keys from a momentum encoder. Fine-tuning starts from the middle of the head: its
-//! first layer stays part of the network ([`supervised`](super::supervised) with `head_layers = 1`). The fewer the labels, the
-//! more a deep head and a big network help. Distillation needs no labels ([`distill`](super::distill)).
+//! Three stages make use of few labels: pretrain a big network without labels, fine-tune it with the few labels, distil its
+//! predictions on all images into a small one. Pretraining is SimCLR with a wider, deeper backbone (selective kernels,
+//! ResNet-D), a head of three layers, and optionally a memory of keys from a momentum encoder. Fine-tuning starts from the middle
+//! of the head: its first layer stays part of the network ([`supervised`](super::supervised) with `head_layers = 1`). The fewer
+//! the labels, the more a deep head and a big network help. Distillation needs no labels ([`distill`](super::distill)).
 //!
-//! Without memory the loss is SimCLR's. With memory, both views' embeddings are queries; keys, positives and negatives alike,
-//! come from the momentum encoder, "current and past batches, consistent with MoCo" (google-research/simclr#54): this batch's
-//! keys enter the memory first, and a query leaves out those of its own image there:
+//! Without memory the loss is SimCLR's. With memory, the embeddings of both views are queries; keys, positives and negatives
+//! alike, come from the momentum encoder, "current and past batches, consistent with MoCo" (google-research/simclr#54). The keys
+//! of the batch enter the memory first, and a query excludes the keys of its own image from its negatives:
 //! `L = InfoNCE(z1 -> k2) + InfoNCE(z2 -> k1)`.
 //!
 //! ```text
@@ -19,14 +19,15 @@
 //! ```
 //!
 //! **Settings**: [`Settings`], and those of the two other stages. `selfsup study simclr-v2-head` fine-tunes one pretrained
-//! network from 0, 1 and 2 layers of its head with shares of the labels.
+//! network from 0, 1 and 2 layers of its head with fractions of the labels.
 //!
-//! **Deviations**: the memory is in no public code; size (64K) and momentum (0.999) are from secondary accounts of the paper.
+//! **Deviations**: no public code has the memory; its size (64K) and momentum (0.999) are from secondary accounts of the paper.
 //! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one. Filters start as PyTorch's do unless
 //! `truncated_init` is set.
 //!
-//! **Monitors**: as [SimCLR's](super::simclr). With memory the loss is about `2 ln(memory)` at first, and `target_distance` says
-//! how far the key encoder lags. Memory is worth about one point. Distillation's loss falls to the teacher's own entropy.
+//! **Monitors**: as for [SimCLR](super::simclr). With memory the loss starts at about `2 ln(memory)`, and `target_distance` is
+//! the lag of the momentum encoder. Memory is worth about one point. The distillation loss falls to the entropy of the teacher's
+//! predictions.
 //!
 //! **Run it**: `selfsup train simclr-v2-cifar10-small --set data.path=PATH`, then `simclr-v2-finetune-cifar10-small` and
 //! `simclr-v2-distill-cifar10-small`.
@@ -47,49 +48,49 @@ use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
 
-/// The method's own settings.
+/// Settings of SimCLR v2's pretraining: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// T: 0.1.
+    /// Temperature T, > 0: 0.1.
     pub temperature: f64,
-    /// Width of the head's two hidden layers: the backbone's features.
+    /// Width of the head's two hidden layers: that of the backbone's features.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// Keys in memory, a multiple of twice the batch: 65,536; 0 for none.
+    /// Keys in memory, a multiple of twice the batch: 65,536; 0 for no memory.
     #[serde(default)]
     pub memory: usize,
-    /// The share of the key encoder that stays: 0.999.
-    #[serde(default = "slow")]
+    /// The weight of the momentum encoder's old value, in `0..=1`: 0.999.
+    #[serde(default = "default_momentum")]
     pub momentum: f64,
-    /// Whether filters start truncated normal, as in the reference code.
+    /// Whether filters start from a truncated normal distribution, as in the reference code.
     #[serde(default)]
     pub truncated_init: bool,
 }
 
 impl Default for Settings {
-    /// The public code's, for ResNet-50.
+    /// The public code's settings for ResNet-50.
     fn default() -> Self {
         Self {
             temperature: 0.1,
             hidden: 2048,
             embedding: 128,
             memory: 0,
-            momentum: slow(),
+            momentum: default_momentum(),
             truncated_init: false,
         }
     }
 }
 
-fn slow() -> f64 {
+fn default_momentum() -> f64 {
     0.999
 }
 
-/// Layers of the head.
+/// Number of layers of the head.
 pub const HEAD_LAYERS: usize = 3;
 
-/// The first `keep` layers of the head over `inputs` features, under `head.`: fine-tuning keeps 0, 1 or all of them.
+/// Describes the first `keep` layers of the head over `inputs` features, under `head.`. Fine-tuning keeps 0, 1 or all of them.
 pub(super) fn head(
     layout: &mut Layout,
     prefix: &str,
@@ -106,7 +107,7 @@ pub(super) fn head(
     Mlp::new(layout, &format!("{prefix}head"), inputs, &layers[..keep], groups)
 }
 
-/// The description, and with memory the key encoder's weights and its keys.
+/// SimCLR v2's pretraining: backbone and head, and with memory the momentum encoder and its keys.
 pub struct SimClrV2 {
     layout: Arc<Layout>,
     backbone: ResNet,
@@ -114,20 +115,20 @@ pub struct SimClrV2 {
     settings: Settings,
     memory: Option<Memory>,
     embeddings: Option<Tensor>,
-    /// With memory, the keys `[n, embedding]` that the first view's embeddings were to find, for the monitors.
-    seen: Option<Tensor>,
+    /// For the monitors: with memory, the positive keys `[n, embedding]` of the first view's embeddings.
+    monitored: Option<Tensor>,
 }
 
 struct Memory {
-    key: Arena,
+    encoder: Arena,
     /// m.
     momentum: Numbers<f64>,
     /// Unit rows `[memory, embedding]`.
     keys: Tensor,
-    /// Keys of a step.
+    /// Keys that enter per step.
     entering: u64,
-    /// Begin and end of the rows that this step's keys go to, in place of the oldest.
-    place: Numbers<i32>,
+    /// Begin and end of the rows that this step's keys overwrite, which hold the oldest keys.
+    window: Numbers<i32>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
@@ -139,7 +140,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl SimClrV2 {
-    /// The backbone under `backbone.`, the head under `head.`.
+    /// Describes the network: slots under `backbone.` and `head.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", network);
@@ -149,19 +150,19 @@ impl SimClrV2 {
         let sizes = [settings.hidden, settings.embedding, HEAD_LAYERS];
         let head = head(&mut layout, "", backbone.features(), sizes, network.norm_groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, backbone, head, settings, memory: None, embeddings: None, seen: None }
+        Self { layout, backbone, head, settings, memory: None, embeddings: None, monitored: None }
     }
 
-    /// Images to unit embeddings `[rows, embedding]`.
+    /// Embeds images `[rows, s, s, 4]` to unit rows `[rows, embedding]`.
     pub fn embed<'t>(&self, x: &Var<'t>) -> Var<'t> {
         l2_normalize(&self.head.forward(self.backbone.forward(x)))
     }
 
-    /// Both views' embeddings against both views' keys and the memory.
+    /// The loss with memory: the embeddings `z [2n, embedding]` of both views against the keys `k` of both views and the memory.
     fn contrast_with_memory<'t>(&self, z: &Var<'t>, k: &Tensor, memory: &Memory) -> Var<'t> {
         let n = z.shape()[0] / 2;
-        // This batch's keys have just been written there.
-        let negatives = Negatives { queue: &memory.keys, own: Some(memory.place.tensor()) };
+        // The keys of this batch are already in the memory, so each query must exclude its own image's.
+        let negatives = Negatives { queue: &memory.keys, own: Some(memory.window.tensor()) };
         let [k1, k2] = [0, n].map(|from| z.tape().input(&k.rows(from, n)));
         let [z1, z2] = [0, n].map(|from| slice_rows(z, from, n));
         let t = self.settings.temperature;
@@ -178,38 +179,38 @@ impl Method for SimClrV2 {
         &self.backbone
     }
 
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
         let Settings { memory, embedding, .. } = self.settings;
         if memory == 0 {
             return Ok(());
         }
-        let keys = 2 * course.batch;
+        let keys = 2 * run.batch;
         if !memory.is_multiple_of(keys) {
             let reason =
-                format!("method.memory is {memory}, no multiple of the {keys} keys of a step");
+                format!("method.memory is {memory}, not a multiple of the {keys} keys of a step");
             return Err(Error::Config(reason));
         }
         let (device, entering) = (online.device(), keys as u64);
         self.memory = Some(Memory {
-            key: online.twin(),
+            encoder: online.twin(),
             momentum: Numbers::new(device, &[self.settings.momentum]),
-            keys: random_rows(device, memory, embedding, course.seed),
+            keys: random_rows(device, memory, embedding, run.seed),
             entering,
-            place: Numbers::new(device, &[0, entering as i32]),
+            window: Numbers::new(device, &[0, entering as i32]),
         });
         Ok(())
     }
 
     fn prepare(&mut self, iteration: u64) {
-        if let Some(Memory { keys, entering, place, .. }) = &mut self.memory {
+        if let Some(Memory { keys, entering, window, .. }) = &mut self.memory {
             let first = iteration * *entering % keys.shape()[0] as u64;
-            place.set(&[first as i32, (first + *entering) as i32]);
+            window.set(&[first as i32, (first + *entering) as i32]);
         }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
         if let Some(memory) = &mut self.memory {
-            ema(&mut memory.key, online, &memory.momentum);
+            ema(&mut memory.encoder, online, &memory.momentum);
         }
     }
 
@@ -219,7 +220,7 @@ impl Method for SimClrV2 {
     }
 
     fn coupling(&self) -> Coupling {
-        // The memory's keys would need parts of their own.
+        // The momentum encoder would have to encode its keys in micro-batches too.
         if self.settings.memory > 0 { Coupling::Whole } else { Coupling::Batch { views: 2 } }
     }
 
@@ -233,10 +234,10 @@ impl Method for SimClrV2 {
         let Some(mut memory) = self.memory.take() else {
             return scale(&nt_xent(&z, self.settings.temperature), 2.0);
         };
-        let k = forward_in_step(&mut memory.key, |tape| self.embed(&tape.input(&views[0])));
-        write_rows(&mut memory.keys, &memory.place.tensor().slice(0, [1]), &k);
+        let k = forward_in_step(&mut memory.encoder, |tape| self.embed(&tape.input(&views[0])));
+        write_rows(&mut memory.keys, &memory.window.tensor().slice(0, [1]), &k);
         let loss = self.contrast_with_memory(&z, &k, &memory);
-        self.seen = Some(k.rows(n, n));
+        self.monitored = Some(k.rows(n, n));
         self.memory = Some(memory);
         loss
     }
@@ -248,20 +249,23 @@ impl Method for SimClrV2 {
     fn monitors(&self, online: &Arena, embeddings: Option<&Tensor>, loss: f64) -> Readings {
         let Some(z) = embeddings else { return Readings::new() };
         let n = z.shape()[0] / 2;
-        let (Some(memory), Some(k)) = (&self.memory, &self.seen) else {
+        let (Some(memory), Some(k)) = (&self.memory, &self.monitored) else {
             let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
             readings.push(information(2 * n - 1, loss / 2.0));
             return readings;
         };
         let mut readings = similarities(&z.rows(0, n), k, Some(&memory.keys));
-        // A query leaves out its own two keys in memory and finds one of them as its positive.
+        // A query excludes the two keys of its own image in memory and has one of them as its positive.
         readings.push(information(self.settings.memory - 1, loss / 2.0));
-        readings.push(distance(online, &memory.key));
+        readings.push(distance(online, &memory.encoder));
         readings
     }
 
     fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
         let Some(memory) = &mut self.memory else { return Vec::new() };
-        vec![("key", State::Network(&mut memory.key)), ("memory", State::Rows(&mut memory.keys))]
+        vec![
+            ("key", State::Network(&mut memory.encoder)),
+            ("memory", State::Rows(&mut memory.keys)),
+        ]
     }
 }

@@ -1,32 +1,33 @@
 //! SimSiam (Chen and He 2020, arXiv:2011.10566), as facebookresearch/simsiam trains it.
 //!
-//! One network sees two views of an image; from one view's projection a predictor guesses the other's, which counts as a
-//! constant. There are no negatives, no momentum encoder, no queue. The stop-gradient and the predictor are what keeps all
-//! images from having one embedding: without either it collapses within an epoch. The predictor's learning rate does not
-//! decay, so that it keeps up with the projections. The authors read it as an alternation (section 5): fit the network to
-//! fixed targets, then take new ones.
+//! One network embeds two views of an image. A predictor maps the projection of one view to that of the other, which is treated
+//! as a constant. There are no negatives, no momentum encoder and no queue. The stop-gradient and the predictor prevent collapse:
+//! without either, training collapses within an epoch. The predictor's learning rate does not decay, so that the predictor keeps
+//! up with the projections. The authors interpret the method as an alternation (section 5): fit the network to fixed targets,
+//! then compute new targets.
 //!
 //! `L = D(p1, stop(z2)) / 2 + D(p2, stop(z1)) / 2` (eq. 4), `D` the negative cosine (eq. 1).
 //!
 //! ```text
 //!         ┌─ view 1 ─ backbone ─ projector ─ z1 ─ predictor ─ p1 ─┐
-//! image ──┤             ║ the same weights                        ├─ D(p1, stop(z2)), and with views exchanged
+//! image ──┤             ║ the same weights                        ├─ D(p1, stop(z2)), and with the views exchanged
 //!         └─ view 2 ─ backbone ─ projector ─ z2 ── stop ──────────┘
 //! ```
 //!
-//! Each view goes through backbone and heads alone: batch norm sees one view. The projector's last batch norm has neither scale
-//! nor shift; the bias before it, frozen in the reference code, is left out, because batch norm takes it away again. The
-//! predictor has no batch norm at its end.
+//! Each view passes through backbone and heads in its own forward pass, so batch norm sees one view at a time. The projector's
+//! last batch norm has neither scale nor shift. The bias before it, frozen in the reference code, is omitted because the batch
+//! norm cancels it. The predictor does not end in a batch norm.
 //!
-//! **Settings**: [`Settings`]. `stop_gradient`, `predictor` and `fix_predictor_lr` take away a part each (tables 1 and 2);
-//! `target_every = k` is the alternation, whose targets come from the network as it was at most k steps ago: 1 is SimSiam
-//! itself. `selfsup study simsiam-parts`, `simsiam-alternation`.
+//! **Settings**: [`Settings`]. `stop_gradient`, `predictor` and `fix_predictor_lr` each remove one part (tables 1 and 2).
+//! `target_every = k` is the alternation, whose targets come from the network as it was up to k steps ago; 1 is SimSiam itself.
+//! `selfsup study simsiam-parts` and `simsiam-alternation` run the comparisons.
 //!
 //! **Deviations**: none known.
 //!
-//! **Monitors**: the loss starts near 0 and falls towards -0.9; at -1 with a deviation near 0 it has collapsed, while
-//! healthy projections stay near 1 of `1/sqrt(d)`. `positive_similarity`, of predictions and projections, is `-L`;
-//! `negative_similarity` stays near 0. `predictor_gain` is what the predictor adds to that cosine, and above 0.
+//! **Monitors**: the loss starts near 0 and falls towards -0.9. A loss of -1 with a standard deviation near 0 is collapse;
+//! healthy projections have a standard deviation near 1, in units of `1/sqrt(d)`. `positive_similarity`, between predictions and
+//! projections, is `-L`; `negative_similarity` stays near 0. `predictor_gain` is what the predictor adds to that cosine; it stays
+//! above 0.
 //!
 //! **Run it**: `selfsup train simsiam-cifar10-small --set data.path=PATH`.
 
@@ -44,7 +45,7 @@ use crate::optim::{ParamPolicy, ema};
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
 
-/// The method's own settings.
+/// SimSiam's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -54,22 +55,22 @@ pub struct Settings {
     pub embedding: usize,
     /// Width of the predictor's hidden layer: 512.
     pub hidden: usize,
-    /// Whether the predictor's learning rate stays at the schedule's peak.
+    /// Whether the predictor's learning rate stays at the peak of the schedule.
     #[serde(default = "yes")]
     pub fix_predictor_lr: bool,
-    /// Whether no gradient flows through projections as targets. With one it collapses.
+    /// Whether the gradient stops at the targets. Without the stop it collapses.
     #[serde(default = "yes")]
     pub stop_gradient: bool,
-    /// Whether there is a predictor. Without one it collapses.
+    /// Whether the network has a predictor. Without one it collapses.
     #[serde(default = "yes")]
     pub predictor: bool,
-    /// Targets come from the network as it was at the last multiple of this many steps; 0 for the network as it is.
+    /// Steps between refreshes of the network that computes targets; 0 to use the current network.
     #[serde(default)]
     pub target_every: u64,
 }
 
 impl Default for Settings {
-    /// The paper's, for ImageNet.
+    /// The paper's settings for ImageNet.
     fn default() -> Self {
         Self {
             projector_layers: 3,
@@ -87,38 +88,38 @@ fn yes() -> bool {
     true
 }
 
-/// The description; but for an alternation, the method has no state but the weights.
+/// SimSiam: backbone, projector and predictor. Apart from the alternation, the method's only state is the weights.
 pub struct SimSiam {
     layout: Arc<Layout>,
     backbone: ResNet,
     projector: Mlp,
     predictor: Mlp,
     settings: Settings,
-    /// The network that makes targets, of an alternation.
+    /// With `target_every`: the network that computes targets.
     target: Option<Arena>,
-    /// How much of it stays: nothing in a step that refreshes it, else all.
-    stays: Option<Numbers<f64>>,
+    /// The weight of its old values in the update of this step: 0 in a step that refreshes it, otherwise 1.
+    target_momentum: Option<Numbers<f64>>,
     embeddings: Option<Tensor>,
-    /// Projection and prediction of one view and the other view's target, for the monitors.
-    seen: Option<[Tensor; 3]>,
+    /// For the monitors: projection and prediction of one view, and the target of the other.
+    monitored: Option<[Tensor; 3]>,
 }
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
     widths(&[(settings.embedding, "embedding"), (settings.hidden, "hidden")])?;
     if settings.projector_layers == 0 {
-        return Err(Error::config("method.projector_layers starts at 1"));
+        return Err(Error::config("method.projector_layers must be at least 1"));
     }
     if settings.target_every > 0 && !settings.stop_gradient {
         return Err(Error::config(
-            "method.target_every makes constants of targets: set method.stop_gradient",
+            "method.target_every makes targets constant: set method.stop_gradient",
         ));
     }
     Ok(Box::new(SimSiam::new(network, &settings)))
 }
 
 impl SimSiam {
-    /// The backbone under `backbone.`, then `projector.` and `predictor.`.
+    /// Describes the network: slots under `backbone.`, `projector.` and `predictor.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { projector_layers, embedding, hidden, .. } = *settings;
         let mut layout = Layout::new();
@@ -139,9 +140,9 @@ impl SimSiam {
             predictor,
             settings: *settings,
             target: None,
-            stays: None,
+            target_momentum: None,
             embeddings: None,
-            seen: None,
+            monitored: None,
         }
     }
 
@@ -149,7 +150,8 @@ impl SimSiam {
         self.projector.forward(self.backbone.forward(x))
     }
 
-    /// What a view's prediction is compared with: `z`, or what the alternation's network makes of the view's images.
+    /// The target with which a prediction is compared: `z`, or with `target_every` the projection of `images` by the target
+    /// network.
     fn target<'t>(&mut self, z: &Var<'t>, images: &Tensor) -> Var<'t> {
         let Some(mut target) = self.target.take() else {
             return if self.settings.stop_gradient { z.detach() } else { z.clone() };
@@ -172,21 +174,21 @@ impl Method for SimSiam {
     fn start(&mut self, online: &Arena, _: &RunInfo) -> Result<()> {
         if self.settings.target_every > 0 {
             self.target = Some(online.twin());
-            self.stays = Some(Numbers::new(online.device(), &[0.0]));
+            self.target_momentum = Some(Numbers::new(online.device(), &[0.0]));
         }
         Ok(())
     }
 
     fn prepare(&mut self, iteration: u64) {
-        if let Some(stays) = &mut self.stays {
+        if let Some(momentum) = &mut self.target_momentum {
             let refresh = iteration.is_multiple_of(self.settings.target_every);
-            stays.set(&[if refresh { 0.0 } else { 1.0 }]);
+            momentum.set(&[if refresh { 0.0 } else { 1.0 }]);
         }
     }
 
     fn before_step(&mut self, online: &mut Arena) {
-        if let (Some(target), Some(stays)) = (&mut self.target, &self.stays) {
-            ema(target, online, stays);
+        if let (Some(target), Some(momentum)) = (&mut self.target, &self.target_momentum) {
+            ema(target, online, momentum);
         }
     }
 
@@ -205,7 +207,7 @@ impl Method for SimSiam {
         let p2 = self.predictor.forward(z2.clone());
         self.embeddings = Some(l2_normalize(&z1.detach()).value().clone());
         let [t1, t2] = [self.target(&z1, &x1), self.target(&z2, &x2)];
-        self.seen = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
+        self.monitored = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
         mean(&[neg_cosine(&p1, &t2), neg_cosine(&p2, &t1)])
     }
 
@@ -214,7 +216,7 @@ impl Method for SimSiam {
     }
 
     fn monitors(&self, _: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
-        let Some([z, p, t]) = &self.seen else { return Readings::new() };
+        let Some([z, p, t]) = &self.monitored else { return Readings::new() };
         let mut readings = similarities(p, t, None);
         let gain = mean_cosine(p, t) - mean_cosine(z, t);
         readings.push(("predictor_gain", Reading::Number(gain)));

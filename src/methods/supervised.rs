@@ -1,13 +1,13 @@
-//! The supervised baseline, and fine-tuning: a ResNet with a classifier, trained by cross-entropy.
+//! The supervised baseline, also used for fine-tuning: a ResNet with a classifier, trained by cross-entropy.
 //!
-//! `L = -mean_i Σ_k q_ik log softmax(logits_i)_k`, `q` one-hot or smoothed: `(1 - s)` on the class and `s / classes` on each.
+//! `L = -mean_i Σ_k q_ik log softmax(logits_i)_k`, `q` one-hot or smoothed: `(1 - s)` on the class plus `s / classes` on each.
 //!
-//! Fine-tuning is the same from `train.init`. SimCLR v2 fine-tunes from the middle of its head: with `head_layers = 1` the
-//! head's first layer stays between backbone and classifier, which starts at zero and is spared by LARS and weight decay, as
-//! `head_supervised` is in google-research/simclr (`run.py`, `ft_proj_selector`). With 1% or 10% of the labels that is worth
-//! points, with all of them `head_layers = 0` does as well (arXiv:2006.10029, section 3).
+//! To fine-tune, start from a checkpoint (`train.init`). SimCLR v2 fine-tunes from the middle of its head: with
+//! `head_layers = 1` the head's first layer stays between backbone and classifier, and the classifier starts at zero and is
+//! exempt from LARS and weight decay, like `head_supervised` in google-research/simclr (`run.py`, `ft_proj_selector`). With 1% or
+//! 10% of the labels this gains points; with all of them `head_layers = 0` does as well (arXiv:2006.10029, section 3).
 //!
-//! What to expect: the loss starts at `ln(classes)`; `selfsup train supervised-cifar10-small`.
+//! What to expect: the loss starts at `ln(classes)`. `selfsup train supervised-cifar10-small`.
 
 use std::sync::Arc;
 
@@ -24,35 +24,36 @@ use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Numbers, Tensor};
 
-/// The method's own settings.
+/// Settings of supervised training: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Classes of the set.
+    /// Number of classes of the data set.
     pub classes: usize,
-    /// In `0..1`: 0.1 where published recipes have it.
+    /// Label smoothing s in `0..1`. Published recipes that smooth use 0.1.
     #[serde(default)]
     pub label_smoothing: f64,
-    /// Layers of SimCLR v2's head that stay: 0, 1 or more.
+    /// Layers of SimCLR v2's head to keep: 0, 1 or 2.
     #[serde(default)]
     pub head_layers: usize,
     /// Width of that head's hidden layers.
     #[serde(default)]
     pub hidden: usize,
-    /// Whether the classifier starts at zero and is spared weight decay and LARS: fine-tuning.
+    /// Whether the classifier starts at zero and is exempt from weight decay and LARS, as in fine-tuning.
     #[serde(default)]
     pub new_classifier: bool,
-    /// How many times the learning rate of the rest the classifier has, > 0; one that is not 1 goes before `new_classifier`.
-    #[serde(default = "once")]
+    /// Learning rate of the classifier relative to the rest, > 0. A value other than 1 takes precedence over the exemption of
+    /// `new_classifier`.
+    #[serde(default = "same_rate")]
     pub classifier_rate: f64,
 }
 
-fn once() -> f64 {
+fn same_rate() -> f64 {
     1.0
 }
 
 impl Default for Settings {
-    /// No classes yet, and nothing out of the ordinary.
+    /// Plain training. `classes` is 0 and must be set.
     fn default() -> Self {
         Self {
             classes: 0,
@@ -60,16 +61,16 @@ impl Default for Settings {
             head_layers: 0,
             hidden: 0,
             new_classifier: false,
-            classifier_rate: once(),
+            classifier_rate: same_rate(),
         }
     }
 }
 
 impl Settings {
-    /// What a recipe may ask for.
+    /// Checks the ranges of all settings.
     ///
     /// # Errors
-    /// Names the setting that is out of range.
+    /// If a setting is out of range; the message names it.
     pub fn check(&self) -> Result<()> {
         widths(&[(self.classes, "classes")])?;
         above_zero(self.classifier_rate, "classifier_rate")?;
@@ -85,7 +86,7 @@ impl Settings {
     }
 }
 
-/// A backbone, the layers of a head that stay, and a linear layer of logits.
+/// A backbone, the layers of SimCLR v2's head that were kept, and a linear layer that gives logits.
 #[derive(Clone, Debug)]
 pub struct Classifier {
     backbone: ResNet,
@@ -94,7 +95,7 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// The backbone under `backbone.`, what stays of the head under `head.`, the classifier under `fc.`.
+    /// Describes the network: slots under `backbone.`, `head.` and `fc.`.
     pub fn new(layout: &mut Layout, network: &ResNetConfig, settings: &Settings) -> Self {
         let backbone = ResNet::new(layout, "backbone.", network);
         let Settings { classes, head_layers, hidden, new_classifier, .. } = *settings;
@@ -115,26 +116,26 @@ impl Classifier {
         &self.backbone
     }
 
-    /// Number of classes.
+    /// The number of classes.
     pub fn classes(&self) -> usize {
         self.fc[0].shape()[0]
     }
 
-    /// Images `[n, s, s, 4]` to logits `[n, classes]`.
+    /// Maps images `[n, s, s, 4]` to logits `[n, classes]`.
     pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
         let [w, b] = self.fc.map(|param| x.tape().param(param));
         linear(&self.head.forward(self.backbone.forward(x)), &w, Some(&b))
     }
 }
 
-/// The description and the classes of the current batch.
+/// Supervised training: the classifier and the labels of the current batch.
 pub struct Supervised {
     layout: Arc<Layout>,
     classifier: Classifier,
     settings: Settings,
     device: Option<Device>,
     labels: Option<Numbers<i32>>,
-    /// The smoothed target of each class, `[classes, classes]`; none without smoothing.
+    /// The smoothed targets `[classes, classes]`, one row per class; `None` without smoothing.
     smoothed: Option<Tensor>,
 }
 
@@ -145,7 +146,7 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
 }
 
 impl Supervised {
-    /// See [`Classifier::new`] for names.
+    /// Describes the network with the slot names of [`Classifier::new`].
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let mut layout = Layout::new();
         let classifier = Classifier::new(&mut layout, network, settings);

@@ -1,12 +1,12 @@
 //! SwAV (Caron et al. 2020, arXiv:2006.09882), as facebookresearch/swav trains it.
 //!
 //! Embeddings are compared with a few thousand learnt prototypes instead of with each other. From the scores of a large crop
-//! Sinkhorn's algorithm makes a soft assignment that uses all prototypes alike, which is what prevents collapse. Every other
-//! crop of the image, small ones among them, must predict that assignment. Small crops are cheap: eight crops cost three
-//! full views. At small batches a queue of past embeddings helps to balance assignments.
+//! Sinkhorn's algorithm computes a soft assignment that uses all prototypes equally, which prevents collapse. Every other crop of
+//! the image, small crops included, must predict that assignment. Small crops are cheap: eight crops cost as much as three full
+//! views. At small batches a queue of past embeddings helps to balance the assignments.
 //!
 //! `L = mean over assigning crops i of (1 / (V - 1)) Σ_{v != i} mean_n -Σ_k q_i log softmax(s_v / T)` (eq. 1 and 2), `s` the
-//! scores `z · prototypes`, `q_i` the assignments of crop `i`, which count as constants.
+//! scores `z · prototypes`, `q_i` the assignments of crop `i`, which are constants.
 //!
 //! ```text
 //!         ┌─ large crop 1 ─┐                                 ┌─ s1 ─ Sinkhorn (with the queue) ─ q1 ─┐
@@ -14,22 +14,22 @@
 //!         └─ small crops   ─┘                                 └─ s3, s4, … ──── softmax(s / T) ───────┘
 //! ```
 //!
-//! One forward pass of the backbone for each resolution, one of the head for all rows. Prototypes have no bias; their rows are
-//! brought to unit length at the start of every step, and are not moved in the first `freeze_steps` steps. The queue starts
-//! as zeros in epoch `queue_from`, one for each assigning crop, newest first, and is used once it is full; its scores are
-//! made anew from the current prototypes.
+//! A step runs the backbone once for each resolution and the head once for all rows. Prototypes have no bias. Their rows are
+//! normalised to unit length at the start of every step and are not updated in the first `freeze_steps` steps. Each assigning
+//! crop has a queue, newest rows first, which starts as zeros in epoch `queue_from` and is used once it is full. Its scores are
+//! recomputed from the current prototypes in every step.
 //!
-//! **Settings**: [`Settings`]. `hard_codes` rounds assignments to one prototype each (section 3.1: worse online than the soft
-//! ones); `sinkhorn_iterations = 0` gives up their balance, and with it what separates SwAV from SimSiam.
-//! `selfsup study swav-codes`, `swav-crops`.
+//! **Settings**: [`Settings`]. `hard_codes` rounds each assignment to one prototype (section 3.1: worse online than soft
+//! assignments). `sinkhorn_iterations = 0` removes the balancing, which is what separates SwAV from SimSiam.
+//! `selfsup study swav-codes` and `swav-crops` run the comparisons.
 //!
-//! **Deviations**: batch norm on one device sees the whole batch, where the reference synchronises groups of 8 GPUs.
+//! **Deviations**: batch norm on one device sees the complete batch, where the reference synchronises groups of 8 GPUs.
 //!
-//! **Monitors**: the loss stays near `ln(prototypes)` at first, 8.006 for 3000, and leaves it late: after the freeze, sometimes
-//! after tens of epochs. If it never does, lower `epsilon` to 0.03, freeze longer, or start the queue later (README of the
-//! reference code). `prototypes_used` stays near the number of prototypes, or what a batch can reach of it: near 1 is collapse.
-//! `assignment_entropy`, of one image's assignment in nats, starts near `ln(prototypes)` and falls as assignments sharpen.
-//! `positive_similarity` of the large crops' embeddings rises, `negative_similarity` stays low.
+//! **Monitors**: the loss first stays near `ln(prototypes)`, 8.006 for 3000, and falls late: after the freeze, sometimes only
+//! after tens of epochs. If it never falls, lower `epsilon` to 0.03, freeze longer, or start the queue later (README of the
+//! reference code). `prototypes_used` stays near the number of prototypes, or near the number that a batch can use; near 1 is
+//! collapse. `assignment_entropy`, the entropy of one image's assignment in nats, starts near `ln(prototypes)` and falls as
+//! assignments sharpen. `positive_similarity` of the large crops' embeddings rises, `negative_similarity` stays low.
 //!
 //! **Run it**: `selfsup train swav-cifar10-small --set data.path=PATH`.
 
@@ -50,40 +50,40 @@ use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
-/// The method's own settings.
+/// SwAV's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Crops of an image, small ones included: 8, or 2.
+    /// Crops per image, small crops included, at least 2: 8 or 2 in the paper.
     pub crops: usize,
-    /// Prototypes: 3000 for ImageNet.
+    /// Number of prototypes: 3000 for ImageNet.
     pub prototypes: usize,
-    /// T: 0.1.
+    /// Temperature T, > 0: 0.1.
     pub temperature: f64,
-    /// Smoothness of assignments: 0.05.
+    /// Smoothness of assignments, > 0: 0.05.
     pub epsilon: f64,
-    /// Sinkhorn's iterations: 3. With 0 there is no balance, `q = softmax(s / epsilon)`, and it collapses.
+    /// Iterations of Sinkhorn's algorithm: 3. With 0 assignments are not balanced, `q = softmax(s / epsilon)`, and it collapses.
     pub sinkhorn_iterations: usize,
     /// Width of the head's hidden layer: 2048.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// Steps in which prototypes are not moved: an epoch's, 313 at batch 4096 or 5005 at 256.
+    /// Number of first steps in which prototypes are frozen: one epoch, 313 at batch 4096 or 5005 at 256.
     #[serde(default)]
     pub freeze_steps: u64,
-    /// Embeddings that wait, rounded down to a multiple of the batch; 0 for no queue.
+    /// Embeddings in each queue, rounded down to a multiple of the batch; 0 for no queue.
     #[serde(default)]
     pub queue: usize,
-    /// The epoch, from 0, in which the queue starts: 15.
+    /// Epoch, counted from 0, in which the queue starts: 15.
     #[serde(default)]
     pub queue_from: u64,
-    /// Whether an assignment is to the one prototype that has most of it.
+    /// Whether each assignment is rounded to its largest prototype.
     #[serde(default)]
     pub hard_codes: bool,
 }
 
 impl Default for Settings {
-    /// The paper's, for ImageNet at batch 4096.
+    /// The paper's settings for ImageNet at batch 4096.
     fn default() -> Self {
         Self {
             crops: 8,
@@ -101,27 +101,27 @@ impl Default for Settings {
     }
 }
 
-/// The temperature at which a softmax of assignments, which lie in `0..=1`, is their maximum.
-const HARD: f64 = 1e-8;
+/// A temperature so low that a softmax of assignments, which lie in `0..=1`, is one-hot at their maximum.
+const HARD_TEMPERATURE: f64 = 1e-8;
 
-/// Crops whose assignments are predicted: the first two, which are the large ones.
+/// Number of crops whose assignments are predicted: the first two, which are the large ones.
 const ASSIGNING: usize = 2;
 
-/// The description and the queue.
+/// SwAV: backbone, head and prototypes, and the queues.
 pub struct Swav {
     layout: Arc<Layout>,
     backbone: ResNet,
     head: Mlp,
     prototypes: Param,
     settings: Settings,
-    /// `[queue, embedding]` for each assigning crop, newest first; empty without.
+    /// One queue `[queue, embedding]` for each assigning crop, newest rows first; empty if there is no queue.
     queues: Vec<Tensor>,
-    course: RunInfo,
+    run: RunInfo,
     frozen: bool,
     queue_runs: bool,
     queue_full: bool,
-    /// Embeddings of the assigning crops, for the queue.
-    fresh: Option<Tensor>,
+    /// Embeddings of the assigning crops of the last loss, which enter the queues after the update.
+    to_enqueue: Option<Tensor>,
     assignments: Vec<Tensor>,
     embeddings: Option<Tensor>,
 }
@@ -136,13 +136,15 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
         (settings.embedding, "embedding"),
     ])?;
     if settings.crops < ASSIGNING {
-        return Err(Error::config("method.crops starts at 2: two large crops assign"));
+        return Err(Error::config(
+            "method.crops must be at least 2: the two large crops give the assignments",
+        ));
     }
     Ok(Box::new(Swav::new(network, &settings)))
 }
 
 impl Swav {
-    /// The backbone under `backbone.`, then `head.` and `prototypes.`.
+    /// Describes the network: slots under `backbone.`, `head.` and `prototypes.`.
     pub fn new(network: &ResNetConfig, settings: &Settings) -> Self {
         let Settings { hidden, embedding, prototypes, .. } = *settings;
         let mut layout = Layout::new();
@@ -162,22 +164,22 @@ impl Swav {
             prototypes,
             settings: *settings,
             queues: Vec::new(),
-            course: RunInfo { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
+            run: RunInfo { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
             frozen: settings.freeze_steps > 0,
             queue_runs: false,
             queue_full: false,
-            fresh: None,
+            to_enqueue: None,
             assignments: Vec::new(),
             embeddings: None,
         }
     }
 
-    /// What the last loss assigned: `[n, prototypes]` for each assigning crop, rows summing to 1.
+    /// The assignments of the last loss: `[n, prototypes]` for each assigning crop, each row summing to 1.
     pub fn assignments(&self) -> &[Tensor] {
         &self.assignments
     }
 
-    /// Soft assignments `[n, prototypes]` of the embeddings of crop `i`; no gradient.
+    /// Assignments `[n, prototypes]` from the scores of crop `i`, without a gradient.
     fn assign<'t>(&self, i: usize, scores: &Var<'t>) -> Tensor {
         let Settings { epsilon, sinkhorn_iterations, .. } = self.settings;
         let (tape, n) = (scores.tape(), scores.shape()[0]);
@@ -185,16 +187,16 @@ impl Swav {
             return softmax(scores.value(), epsilon);
         }
         let all = if self.queue_full {
-            // Without a gradient, this records nothing.
+            // Detached inputs record no node on the tape.
             let prototypes = tape.param(self.prototypes).detach();
-            let waiting = linear(&tape.input(&self.queues[i]), &prototypes, None);
-            concat_rows(&[waiting, scores.detach()])
+            let queued = linear(&tape.input(&self.queues[i]), &prototypes, None);
+            concat_rows(&[queued, scores.detach()])
         } else {
             scores.detach()
         };
         let q = sinkhorn(all.value(), epsilon, sinkhorn_iterations, tape.group());
         let q = q.rows(q.shape()[0] - n, n);
-        if self.settings.hard_codes { softmax(&q, HARD) } else { q }
+        if self.settings.hard_codes { softmax(&q, HARD_TEMPERATURE) } else { q }
     }
 }
 
@@ -211,12 +213,12 @@ impl Method for Swav {
         self.settings.crops
     }
 
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> Result<()> {
-        self.course = *course;
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
+        self.run = *run;
         let Settings { queue, embedding, .. } = self.settings;
-        let rows = queue - queue % course.batch;
+        let rows = queue - queue % run.batch;
         if queue > 0 && rows == 0 {
-            let batch = course.batch;
+            let batch = run.batch;
             let reason = format!("method.queue is {queue}, less than a batch of {batch}");
             return Err(Error::Config(reason));
         }
@@ -228,12 +230,12 @@ impl Method for Swav {
     }
 
     fn prepare(&mut self, iteration: u64) {
-        let start = self.settings.queue_from * self.course.per_epoch;
+        let start = self.settings.queue_from * self.run.per_epoch;
         self.frozen = iteration < self.settings.freeze_steps;
         self.queue_runs = !self.queues.is_empty() && iteration >= start;
-        // Zeros are no embeddings: the oldest row must be one.
+        // Full once the oldest row is an embedding and not one of the initial zeros.
         self.queue_full = self.queue_runs && {
-            let filled = (iteration - start) * self.course.batch as u64;
+            let filled = (iteration - start) * self.run.batch as u64;
             filled >= self.queues[0].shape()[0] as u64
         };
     }
@@ -286,7 +288,7 @@ impl Method for Swav {
             losses.push(mean(&terms));
         }
         let assigning = z.value().rows(0, ASSIGNING * n);
-        self.fresh = Some(assigning.clone());
+        self.to_enqueue = Some(assigning.clone());
         self.embeddings = Some(assigning);
         mean(&losses)
     }
@@ -319,7 +321,7 @@ impl Method for Swav {
     }
 
     fn after_update(&mut self, _: &mut Arena, _: f64) {
-        let Some(z) = self.fresh.take().filter(|_| self.queue_runs) else { return };
+        let Some(z) = self.to_enqueue.take().filter(|_| self.queue_runs) else { return };
         let n = z.shape()[0] / ASSIGNING;
         for (i, queue) in self.queues.iter_mut().enumerate() {
             push_rows(queue, &z.rows(i * n, n));

@@ -121,7 +121,7 @@ fn a_golden_kept_as_a_digest_catches_an_error_that_is_spread_thin() {
     assert!(record.check(&wrong, 1e-5).is_err());
 }
 
-/// methods.md 6.1 (i): the reference code's loss is twice the paper's mean.
+/// Shipped bug: the paper's mean in place of the reference code's loss, which is twice as large.
 #[test]
 fn half_of_a_loss_is_caught() {
     let line = "nt_xent rows=6 d=3 t=0.1";

@@ -1,5 +1,5 @@
-//! Ten steps of each method against PyTorch, free-running in f64. `forced.rs` takes them one by one in f32,
-//! `shipped_bugs.rs` provokes what people got wrong.
+//! Ten steps of each method against PyTorch, free-running in f64. `stepwise_f32.rs` runs single steps in f32 from the f64
+//! state; `shipped_bugs.rs` switches on bugs that other implementations shipped.
 
 use std::collections::BTreeMap;
 
@@ -29,22 +29,23 @@ pub const STEPS: usize = 10;
 pub const BATCH: usize = 8;
 const EMBEDDING: usize = 16;
 /// The steps whose state is in the goldens.
-const KEPT: [usize; 2] = [0, STEPS - 1];
+const STEPS_WITH_STATE: [usize; 2] = [0, STEPS - 1];
 const EXACT: f64 = 1e-8;
 
-pub const COURSE: RunInfo =
+pub const RUN_INFO: RunInfo =
     RunInfo { seed: 7, batch: BATCH, images: 4 * BATCH, per_epoch: 4, total: STEPS as u64 };
 
-/// One run; `scripts/goldens/methods.py` has the same.
+/// The settings of one run; `scripts/goldens/methods.py` has the same.
 #[derive(Clone, Copy)]
 pub struct Run {
     pub name: &'static str,
     method: fn() -> Box<dyn Method>,
     rule: Rule,
     peak: f64,
-    /// Views and side of each resolution.
+    /// Number of views and side of each resolution.
     sizes: &'static [(usize, usize)],
-    /// Fifty layers, and images that lie on kinks: compared in f64 only. In f32 the backbone is a row of `networks.txt`.
+    /// Whether ReLU inputs lie too close to zero to compare f32 with f64 (fifty layers). `networks.txt` has a row for this backbone
+    /// in f32.
     pub kinked: bool,
 }
 
@@ -125,7 +126,7 @@ fn simclr_v2(network: &ResNetConfig, temperature: f64, memory: usize) -> Box<dyn
 
 fn simsiam() -> Box<dyn Method> {
     let settings = simsiam::Settings { embedding: 24, hidden: 16, ..Default::default() };
-    // Twice the width: its gradients cancel to less than f32 can follow at four channels.
+    // Twice the width: at four channels its gradients cancel below what f32 resolves.
     Box::new(SimSiam::new(&ResNetConfig { width: 8, ..small(1) }, &settings))
 }
 
@@ -219,7 +220,7 @@ impl Run {
         Schedule { peak: self.peak, total: STEPS as u64, ..Schedule::default() }
     }
 
-    /// Images with no ReLU input so near zero that rounding decides which way gradients go.
+    /// Images for which no ReLU input is so close to zero that rounding decides its sign.
     pub fn views(&self, goldens: &Goldens, device: &Device, step: usize) -> Vec<Tensor> {
         let draw = goldens.numbers(&format!("{}|draws", self.name))[step];
         let tensor = |(i, &(views, side)): (usize, &(usize, usize))| {
@@ -235,7 +236,7 @@ impl Run {
     }
 }
 
-/// A method, its weights and its optimiser, as a run starts.
+/// A method, its weights and its optimiser at the start of a run.
 pub struct Training {
     pub run: Run,
     pub method: Box<dyn Method>,
@@ -251,7 +252,7 @@ impl Training {
     pub fn of(run: Run, mut method: Box<dyn Method>, device: &Device) -> Self {
         let line = run.name;
         let online = network::seeded_arena(method.layout(), device, line);
-        method.start(&online, &COURSE).unwrap();
+        method.start(&online, &RUN_INFO).unwrap();
         for (name, part) in method.state() {
             match part {
                 State::Network(target) if name == "target" => {
@@ -272,27 +273,26 @@ impl Training {
         Self { run, method, online, optimizer }
     }
 
-    /// Loss; gradients are then in the arena.
-    pub fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, fault: Fault) -> f64 {
+    /// Returns the loss and leaves the gradients in the arena.
+    pub fn forward_and_backward(&mut self, goldens: &Goldens, step: usize, bug: Bug) -> f64 {
         let views = self.run.views(goldens, self.online.device(), step);
         self.method.labels(&self.run.labels(step)).unwrap();
-        // An epoch's first step stands for all of it.
-        let iteration = if fault == Fault::MomentumByEpochs { step / 4 * 4 } else { step };
+        // All steps of an epoch use the momentum of its first step.
+        let iteration = if bug == Bug::MomentumPerEpoch { step / 4 * 4 } else { step };
         self.method.prepare(iteration as u64);
-        if fault != Fault::PrototypesNotNormalised {
+        if bug != Bug::UnnormalisedPrototypes {
             self.method.before_step(&mut self.online);
         }
-        let (method, factor) =
-            (&mut self.method, if fault == Fault::HalfTheLoss { 0.5 } else { 1.0 });
+        let (method, factor) = (&mut self.method, if bug == Bug::HalvedLoss { 0.5 } else { 1.0 });
         let loss =
             tape::step(&mut self.online, |tape| ops::scale(&method.loss(tape, &views), factor));
         loss.unwrap().scalar()
     }
 
-    pub fn update(&mut self, step: usize, fault: Fault) {
+    pub fn update(&mut self, step: usize, bug: Bug) {
         let (method, schedule) = (&self.method, self.run.schedule());
         self.optimizer.set_policies(self.online.layout(), |slot| {
-            if fault == Fault::NothingSpecial {
+            if bug == Bug::IgnoredParamPolicies {
                 ParamPolicy::Default
             } else {
                 method.param_policy(slot, schedule.peak)
@@ -300,7 +300,7 @@ impl Training {
         });
         self.optimizer.step(&mut self.online, schedule.lr(step as u64));
         self.method.after_update(&mut self.online, step as f64 / STEPS as f64);
-        if fault == Fault::StatisticsCopied {
+        if bug == Bug::CopiedStatistics {
             let statistics = self.online.statistics().copy();
             for (_, part) in self.method.state() {
                 if let State::Network(network) = part {
@@ -311,23 +311,24 @@ impl Training {
     }
 }
 
-/// What people shipped.
+/// A bug that an implementation shipped (docs/methods.md), switched on in a training step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum Bug {
     None,
-    /// (a), (i)
-    HalfTheLoss,
-    /// (c)
-    PrototypesNotNormalised,
-    /// (c) prototypes move while frozen; (g) the predictor's rate decays; a new classifier under LARS
-    NothingSpecial,
-    /// (f)
-    MomentumByEpochs,
-    /// 1.0: running statistics are not averaged, nor copied
-    StatisticsCopied,
+    /// The loss is halved: BYOL averages its two directions, SimCLR takes the paper's mean.
+    HalvedLoss,
+    /// SwAV's prototypes are not normalised to unit length.
+    UnnormalisedPrototypes,
+    /// The optimiser ignores parameter policies: SwAV's prototypes move while frozen, SimSiam's predictor has a decaying learning
+    /// rate, a new classifier is under LARS.
+    IgnoredParamPolicies,
+    /// BYOL's momentum changes per epoch instead of per step.
+    MomentumPerEpoch,
+    /// Running statistics are copied to the momentum encoder, which must keep its own.
+    CopiedStatistics,
 }
 
-/// State and assignments against the goldens of a step.
+/// Compares the state after a step with the goldens.
 fn check_state(
     goldens: &Goldens,
     name: &str,
@@ -335,7 +336,7 @@ fn check_state(
     training: &mut Training,
 ) -> Vec<Result<f64, String>> {
     let mut results = Vec::new();
-    if !KEPT.contains(&step) {
+    if !STEPS_WITH_STATE.contains(&step) {
         return results;
     }
     let all = |arena: &Arena| -> BTreeMap<String, Vec<f64>> {
@@ -349,7 +350,7 @@ fn check_state(
     results.extend(table("slots", &training.online));
     for (part, state) in training.method.state() {
         match state {
-            State::Network(_) if part == "teacher" => {} // it never moves
+            State::Network(_) if part == "teacher" => {} // never changes
             State::Network(arena) => results.extend(table(part, arena)),
             State::Rows(rows) => {
                 results
@@ -361,15 +362,15 @@ fn check_state(
     results
 }
 
-/// Biases that a batch norm follows: their gradients are zero, and what is left of them is rounding.
+/// Biases that a following batch norm cancels: their gradients are zero up to rounding.
 const CANCELLED: [&str; 3] = ["head.0.bias", "predictor.0.bias", "projector.0.bias"];
 
-/// Gradients against the goldens of a step; those that cancel against `nothing`.
+/// Compares gradients with the goldens of a step. Gradients that cancel pass if they are below `negligible`.
 pub fn check_gradients(
     goldens: &Goldens,
     name: &str,
     online: &Arena,
-    nothing: f64,
+    negligible: f64,
     tolerance: impl Fn(&Record<'_>) -> f64,
 ) -> Vec<Result<f64, String>> {
     let gradients = network::gradients(online);
@@ -383,22 +384,22 @@ pub fn check_gradients(
             return result;
         }
         let largest = got.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
-        // `max` hides a NaN, which `result` does not.
-        if largest < nothing && got.iter().all(|v| v.is_finite()) { Ok(0.0) } else { result }
+        // `f64::max` ignores NaN, hence the check.
+        if largest < negligible && got.iter().all(|v| v.is_finite()) { Ok(0.0) } else { result }
     };
     results.into_iter().zip(&gradients).map(check).collect()
 }
 
-/// A whole run on the reference device.
-pub fn free_running(mut training: Training, fault: Fault) -> Vec<Result<f64, String>> {
+/// Runs all steps on the reference device and compares each with the goldens.
+pub fn free_running(mut training: Training, bug: Bug) -> Vec<Result<f64, String>> {
     let goldens = Goldens::open("methods");
     let mut results = Vec::new();
     for step in 0..STEPS {
         let name = format!("{}|{step}", training.run.name);
-        let loss = training.forward_and_backward(&goldens, step, fault);
+        let loss = training.forward_and_backward(&goldens, step, bug);
         results.push(goldens.record(&format!("{name}|loss")).check(&[loss], EXACT));
         results.extend(check_gradients(&goldens, &name, &training.online, 1e-12, |_| EXACT));
-        training.update(step, fault);
+        training.update(step, bug);
         results.extend(check_state(&goldens, &name, step, &mut training));
     }
     results
@@ -408,7 +409,7 @@ pub fn free_running(mut training: Training, fault: Fault) -> Vec<Result<f64, Str
 fn ten_steps_of_every_method_in_f64_agree_with_pytorch() {
     let device = Device::reference().poisoned();
     for run in runs() {
-        report(run.name, free_running(Training::new(run, &device), Fault::None));
+        report(run.name, free_running(Training::new(run, &device), Bug::None));
     }
 }
 
@@ -418,10 +419,10 @@ fn assignments_of_swav_in_f64_agree_with_pytorch() {
     let run = run_of("swav");
     let mut swav = Swav::new(&small(1), &SWAV);
     let mut results = Vec::new();
-    // The training of above, around a method whose type is known.
+    // `Training` boxes its method; here its type must be known.
     let device = Device::reference().poisoned();
     let mut online = network::seeded_arena(swav.layout(), &device, run.name);
-    swav.start(&online, &COURSE).unwrap();
+    swav.start(&online, &RUN_INFO).unwrap();
     let mut optimizer = Optimizer::new(run.rule, &online);
     for step in 0..STEPS {
         let views = run.views(&goldens, &device, step);

@@ -18,7 +18,7 @@ use crate::network;
 
 const PARTS: usize = 4;
 const IMAGES: usize = 12;
-const COURSE: RunInfo = RunInfo { seed: 7, batch: IMAGES, images: 24, per_epoch: 2, total: 4 };
+const RUN_INFO: RunInfo = RunInfo { seed: 7, batch: IMAGES, images: 24, per_epoch: 2, total: 4 };
 
 type Build = fn(&ResNetConfig) -> Box<dyn Method>;
 
@@ -49,7 +49,7 @@ fn two_steps(method: Box<dyn Method>, parts: usize) -> BTreeMap<String, Vec<f64>
     let device = Device::reference().poisoned();
     let mut method = method;
     let mut online = network::seeded_arena(method.layout(), &device, "micro-batches");
-    method.start(&online, &COURSE).unwrap();
+    method.start(&online, &RUN_INFO).unwrap();
     let mut all = BTreeMap::new();
     for step in 0..2 {
         let views = network::images(&device, &format!("micro|{step}"), [2 * IMAGES, 8, 8]);
@@ -115,7 +115,7 @@ fn a_batch_that_cannot_be_cut_is_an_error() {
     let bank =
         moco::Settings { dictionary: moco::Dictionary::MemoryBank, ..moco::Settings::default() };
     let error = methods::check_micro_batches(&*moco(&small(1), bank), IMAGES, 4).unwrap_err();
-    assert!(error.to_string().contains("cannot be cut"), "{error}");
+    assert!(error.to_string().contains("cannot be split"), "{error}");
 }
 
 #[test]
@@ -134,13 +134,13 @@ fn a_memory_bank_holds_images_as_they_were_last_seen() {
     let settings = moco::Settings { dictionary: moco::Dictionary::MemoryBank, ..MOCO };
     let mut method = MoCo::new(&small(1), &settings);
     let mut online = network::seeded_arena(method.layout(), &device, "bank");
-    method.start(&online, &COURSE).unwrap();
+    method.start(&online, &RUN_INFO).unwrap();
     let rows = |method: &mut MoCo| match method.state().remove(0) {
         ("bank", State::Rows(rows)) => rows.to_f64(),
         other => panic!("{other:?}"),
     };
     let before = rows(&mut method);
-    assert_eq!(before.len(), COURSE.images * settings.embedding);
+    assert_eq!(before.len(), RUN_INFO.images * settings.embedding);
     method.prepare(0);
     let seen: Vec<u32> = (0..IMAGES as u32).map(|i| 2 * i).collect();
     method.samples(&seen);
@@ -150,7 +150,7 @@ fn a_memory_bank_holds_images_as_they_were_last_seen() {
     method.after_update(&mut online, 0.0);
     let after = rows(&mut method);
     let d = settings.embedding;
-    for image in 0..COURSE.images {
+    for image in 0..RUN_INFO.images {
         let [old, new] = [&before, &after].map(|rows| &rows[image * d..][..d]);
         if image % 2 == 1 {
             assert_eq!(old, new, "image {image} was not seen");

@@ -137,9 +137,9 @@ fn agree_in_f32(what: &str, device: &Device) {
     device.check().unwrap();
 }
 
-/// methods.md 6.1 (k), provoked: the batch's statistics in their place give other features.
+/// Shipped bug: evaluation with batch statistics instead of running statistics.
 #[test]
-fn evaluation_by_the_statistics_of_the_batch_is_caught() {
+fn evaluation_with_batch_statistics_is_caught() {
     let goldens = Goldens::open("networks");
     for mut network in networks(&goldens, &Device::reference()) {
         network.train();

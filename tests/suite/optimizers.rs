@@ -1,6 +1,6 @@
-//! SGD, the five published forms of LARS, the momentum update and the schedule, each against an independent account.
+//! SGD, the five published forms of LARS, the momentum update and the schedule, each against an independent implementation.
 //!
-//! Gradients are put into the arena by a loss that is linear in the weights.
+//! A loss that is linear in the weights sets the gradients.
 
 use std::sync::Arc;
 
@@ -50,7 +50,7 @@ fn rules() -> [(&'static str, Rule); 8] {
     ]
 }
 
-/// `count * size` numbers, all of which f32 holds.
+/// `count` numbers of magnitude `size`, exact in f32.
 fn numbers(what: &str, count: usize, size: f64) -> Vec<f64> {
     let values = seeded::unit(seeded::seed(&format!("optimizers|{what}")), count);
     values.into_iter().map(|v| size * v).collect()
@@ -146,7 +146,7 @@ fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
     }
 }
 
-/// One launch for SGD, two for LARS, and the bf16 working copy is written along.
+/// One launch for SGD, two for LARS; the same launch writes the bf16 working copy.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_on_a_gpu_is_one_launch_or_two() {
@@ -157,7 +157,7 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
             let (mut arena, params) = arena(&gpu);
             arena.zero_gradients();
             let mut optimizer = Optimizer::new(rule, &arena);
-            // Both working copies are brought into being.
+            // Creates both working copies.
             optimizer.step(&mut arena, 0.1);
             let mut momentum = Numbers::new(&gpu, &[1.0]);
             ema(&mut other, &arena, &momentum);
@@ -187,7 +187,7 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
     });
 }
 
-/// More chunks than one, the last one short; and four times a quarter of the rate, which is the rate.
+/// A slot of several chunks, the last one short, and a multiplier of 4 on a quarter of the rate, which must equal the rate.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
@@ -213,9 +213,9 @@ fn a_large_slot_on_a_gpu_moves_as_on_the_reference() {
     }
 }
 
-/// Each published rule, with the setting that another one has, is another rule.
+/// The goldens tell every pair of published rules apart.
 #[test]
-fn no_rule_passes_for_another() {
+fn no_rule_passes_as_another() {
     for (name, rule) in rules() {
         let steps = run(rule, &Device::reference(), |_| ());
         for (other, _) in rules().iter().filter(|(other, _)| *other != name) {
@@ -225,26 +225,26 @@ fn no_rule_passes_for_another() {
     }
 }
 
-/// methods.md 6.1 (h), provoked: weights that are not quite zero, in place of a rule without its case for zero.
+/// Shipped bug: LARS without its special case for weights of norm zero. Weights of 1e-30 have the same effect.
 #[test]
-fn a_trust_ratio_of_zero_weights_is_caught() {
+fn a_trust_ratio_without_the_case_for_zero_weights_is_caught() {
     for (name, rule) in rules() {
         let steps = run(rule, &Device::reference(), |arena| {
             let zero = SLOTS.iter().position(|(name, ..)| *name == "zero").unwrap();
             write_slot(arena, zero, &[1e-30; 24]);
         });
-        // The first step has a learning rate of zero: whatever is not zero then is still what it was.
+        // The first step has learning rate zero and leaves the weights at 1e-30.
         let first = format!("{name}|0");
         let about = |e: &String| e.contains("|zero") && !e.starts_with(&first);
         let caught = check(name, &steps, 1e-4).iter().any(|r| r.as_ref().is_err_and(about));
-        // SGD has no trust ratio that could be wrong.
+        // SGD has no trust ratio.
         assert_eq!(caught, matches!(rule, Rule::Lars(_)), "{name}");
     }
 }
 
-/// methods.md 6.1 (h), provoked: weight decay where LARC leaves a zero gradient alone, and none where SimCLR has it.
+/// Shipped bug: for a gradient of norm zero, weight decay where LARC applies none, and no decay where SimCLR applies it.
 #[test]
-fn the_other_rule_for_a_gradient_of_zero_is_caught() {
+fn the_wrong_rule_for_a_zero_gradient_is_caught() {
     let swap = |lars: Lars| {
         let norm = match lars.norm {
             TrustNorm::OfDecayed => TrustNorm::SumOfNorms,

@@ -1,7 +1,8 @@
-//! Faults that people shipped (references: methods.md 6.1), switched on: each must make the comparison with PyTorch fail.
+//! Bugs that other implementations shipped (docs/methods.md lists them), switched on: each must make the comparison with PyTorch
+//! fail.
 //!
-//! They are not in the methods: a fault is another order of calls, a call left out, another setting, or a method of this file
-//! around the right one.
+//! The methods contain no switches for them: a bug here is a different order of calls, an omitted call, a different setting, or a
+//! method of this file that wraps the correct one.
 
 use std::sync::Arc;
 
@@ -17,22 +18,22 @@ use selfsup::tensor::Tensor;
 
 use crate::golden::Goldens;
 use crate::methods::{
-    BATCH, COURSE, Fault, MOCO, MOCO_V2, SWAV, Training, free_running, run_of, runs, small,
+    BATCH, Bug, MOCO, MOCO_V2, RUN_INFO, SWAV, Training, free_running, run_of, runs, small,
 };
 use crate::network;
 
-/// A MoCo whose keys are in the queue before the logits are: (d).
-struct EagerMoCo(MoCo);
+/// MoCo that puts its keys into the queue before it computes the logits.
+struct EnqueueBeforeLogits(MoCo);
 
-impl Method for EagerMoCo {
+impl Method for EnqueueBeforeLogits {
     fn layout(&self) -> &Arc<Layout> {
         self.0.layout()
     }
     fn backbone(&self) -> &ResNet {
         self.0.backbone()
     }
-    fn start(&mut self, online: &Arena, course: &RunInfo) -> selfsup::Result<()> {
-        self.0.start(online, course)
+    fn start(&mut self, online: &Arena, run: &RunInfo) -> selfsup::Result<()> {
+        self.0.start(online, run)
     }
     fn prepare(&mut self, iteration: u64) {
         self.0.prepare(iteration);
@@ -61,14 +62,14 @@ impl Method for EagerMoCo {
     }
 }
 
-/// The symmetric loss as lightly's benchmark has it: keys of the first half are negatives of the second. The engine does not
-/// let it happen: the queue is saved for the backward pass.
-fn enqueues_between_the_halves() -> bool {
+/// The symmetric loss of lightly's benchmark, where keys of the first half are negatives of the second. The engine rejects the
+/// write because the backward pass still needs the queue. Returns whether it did.
+fn enqueueing_between_halves_panics() -> bool {
     let device = Device::reference();
     let run = run_of("moco v2");
     let mut method = MoCo::new(&small(2), &MOCO_V2);
     let mut online = network::seeded_arena(method.layout(), &device, run.name);
-    method.start(&online, &COURSE).unwrap();
+    method.start(&online, &RUN_INFO).unwrap();
     method.prepare(0);
     let views = run.views(&Goldens::open("methods"), &device, 0);
     let (x1, x2) = (views[0].rows(0, BATCH), views[0].rows(BATCH, BATCH));
@@ -83,60 +84,69 @@ fn enqueues_between_the_halves() -> bool {
     message.is_some_and(|text| text.contains("another tensor still shares its memory"))
 }
 
-/// Whether a fault shows where it must: in a comparison whose name has `place` in it.
-fn caught(run: &str, fault: Fault, place: &str) -> bool {
+/// Whether `bug` makes a comparison fail whose name contains `place`.
+fn caught(run: &str, bug: Bug, place: &str) -> bool {
     let device = Device::reference();
-    let results = free_running(Training::new(run_of(run), &device), fault);
+    let results = free_running(Training::new(run_of(run), &device), bug);
     results.iter().any(|result| result.as_ref().is_err_and(|e| e.contains(place)))
 }
 
 fn caught_in(run: &str, method: Box<dyn Method>, place: &str) -> bool {
     let device = Device::reference();
     let training = Training::of(run_of(run), method, &device);
-    let results = free_running(training, Fault::None);
+    let results = free_running(training, Bug::None);
     results.iter().any(|result| result.as_ref().is_err_and(|e| e.contains(place)))
 }
 
 #[test]
 fn shipped_bugs_are_caught() {
     let unshuffled = moco::Settings { shuffle: false, ..MOCO };
-    let constant_predictor = "simsiam";
     let checks: Vec<(&str, bool)> = vec![
-        ("a: the mean of BYOL's two directions", caught("byol", Fault::HalfTheLoss, "|0|loss")),
-        ("a: and it shows in the weights", caught("byol", Fault::HalfTheLoss, "|9|slots")),
         (
-            "c: prototypes are not brought to unit length",
-            caught("swav", Fault::PrototypesNotNormalised, "|0|loss"),
-        ),
-        ("c: prototypes move while frozen", caught("swav", Fault::NothingSpecial, "|0|slots")),
-        (
-            "d: MoCo's keys are in the queue before the logits",
-            caught_in("moco v1", Box::new(EagerMoCo(MoCo::new(&small(2), &MOCO))), "|0|loss"),
-        ),
-        ("d: keys enter between the halves of a symmetric loss", enqueues_between_the_halves()),
-        (
-            "f: BYOL's momentum moves by epochs",
-            caught("byol", Fault::MomentumByEpochs, "|9|target"),
+            "BYOL averages its two directions: in the loss",
+            caught("byol", Bug::HalvedLoss, "|0|loss"),
         ),
         (
-            "g: the predictor's learning rate decays",
-            caught(constant_predictor, Fault::NothingSpecial, "|9|slots|predictor"),
-        ),
-        ("i: half of SimCLR v2's loss", caught("simclr v2 memory", Fault::HalfTheLoss, "|0|loss")),
-        (
-            "1.0: running statistics are copied to the key encoder",
-            caught("moco v1", Fault::StatisticsCopied, "|0|key"),
+            "BYOL averages its two directions: in the weights",
+            caught("byol", Bug::HalvedLoss, "|9|slots"),
         ),
         (
-            "1.1: keys are not shuffled",
+            "prototypes are not normalised to unit length",
+            caught("swav", Bug::UnnormalisedPrototypes, "|0|loss"),
+        ),
+        ("prototypes move while frozen", caught("swav", Bug::IgnoredParamPolicies, "|0|slots")),
+        (
+            "MoCo's keys enter the queue before the logits",
+            caught_in(
+                "moco v1",
+                Box::new(EnqueueBeforeLogits(MoCo::new(&small(2), &MOCO))),
+                "|0|loss",
+            ),
+        ),
+        (
+            "keys enter the queue between the halves of a symmetric loss",
+            enqueueing_between_halves_panics(),
+        ),
+        ("BYOL's momentum changes per epoch", caught("byol", Bug::MomentumPerEpoch, "|9|target")),
+        (
+            "the learning rate of SimSiam's predictor decays",
+            caught("simsiam", Bug::IgnoredParamPolicies, "|9|slots|predictor"),
+        ),
+        ("SimCLR v2's loss is halved", caught("simclr v2 memory", Bug::HalvedLoss, "|0|loss")),
+        (
+            "running statistics are copied to the momentum encoder",
+            caught("moco v1", Bug::CopiedStatistics, "|0|key"),
+        ),
+        (
+            "MoCo's keys are not shuffled",
             caught_in("moco v1", Box::new(MoCo::new(&small(2), &unshuffled)), "|0|loss"),
         ),
         (
-            "1.4: a new classifier under LARS",
-            caught("fine-tuning", Fault::NothingSpecial, "|9|slots|fc.weight"),
+            "a new classifier is under LARS",
+            caught("fine-tuning", Bug::IgnoredParamPolicies, "|9|slots|fc.weight"),
         ),
         (
-            "1.5: Sinkhorn left out",
+            "SwAV runs without Sinkhorn",
             caught_in(
                 "swav",
                 Box::new(Swav::new(&small(1), &swav::Settings { sinkhorn_iterations: 0, ..SWAV })),
@@ -144,7 +154,7 @@ fn shipped_bugs_are_caught() {
             ),
         ),
         (
-            "1.5: the queue left out",
+            "SwAV runs without its queue",
             caught_in(
                 "swav",
                 Box::new(Swav::new(&small(1), &swav::Settings { queue: 0, ..SWAV })),
@@ -154,10 +164,10 @@ fn shipped_bugs_are_caught() {
     ];
     let missed: Vec<&str> = checks.iter().filter(|(_, caught)| !caught).map(|(n, _)| *n).collect();
     println!("shipped bugs caught: {} of {}", checks.len() - missed.len(), checks.len());
-    assert!(missed.is_empty(), "passed although wrong: {missed:#?}");
+    assert!(missed.is_empty(), "bugs that no comparison caught: {missed:#?}");
 }
 
-/// (c) again: a bias would be one more slot.
+/// lightly's prototypes have a bias; here it would show as a second slot.
 #[test]
 fn prototypes_have_no_bias() {
     let swav = Swav::new(&small(1), &SWAV);
@@ -165,9 +175,9 @@ fn prototypes_have_no_bias() {
     assert_eq!(names.map(|slot| &*slot.name).collect::<Vec<_>>(), ["prototypes.weight"]);
 }
 
-/// (j): what a checkpoint holds is what a method owns, and a file that lacks a part of it is refused.
+/// Shipped bug: checkpoints without the queue or the target network. Loading a file that lacks a part must fail.
 #[test]
-fn checkpoints_hold_what_methods_own() {
+fn a_checkpoint_restores_the_complete_state_of_each_method() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu(1).unwrap();
     let goldens = Goldens::open("methods");
@@ -175,10 +185,10 @@ fn checkpoints_hold_what_methods_own() {
         let mut training = Training::new(run, &device);
         // SwAV's queue starts in step 4.
         for step in 0..6 {
-            training.forward_and_backward(&goldens, step, Fault::None);
-            training.update(step, Fault::None);
+            training.forward_and_backward(&goldens, step, Bug::None);
+            training.update(step, Bug::None);
         }
-        let own = values_of(&mut *training.method);
+        let saved = values_of(&mut *training.method);
         let state = training.method.state();
         let path = selfsup::train::save(
             folder.path(),
@@ -191,13 +201,18 @@ fn checkpoints_hold_what_methods_own() {
         )
         .unwrap();
         let mut fresh = Training::new(run, &device);
-        // A teacher is owned, and never moves.
-        if !own.is_empty() && run.name != "distillation" {
-            assert_ne!(values_of(&mut *fresh.method), own, "{}: nothing moved", run.name);
+        // The teacher is state that never changes.
+        if !saved.is_empty() && run.name != "distillation" {
+            assert_ne!(
+                values_of(&mut *fresh.method),
+                saved,
+                "{}: the state did not change",
+                run.name
+            );
         }
         selfsup::train::load_state(&path, fresh.method.state()).unwrap();
-        assert_eq!(values_of(&mut *fresh.method), own, "{}", run.name);
-        // Another method's state is not in there.
+        assert_eq!(values_of(&mut *fresh.method), saved, "{}", run.name);
+        // The file does not hold the state of another method.
         let mut other =
             Training::new(run_of(if run.name == "byol" { "swav" } else { "byol" }), &device);
         let error =

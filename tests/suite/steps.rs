@@ -1,4 +1,4 @@
-//! Ten steps of SimCLR against PyTorch: in f64 free-running, in f32 each from the state that f64 had.
+//! Ten steps of SimCLR against PyTorch: free-running in f64, and step by step in f32 from the f64 state.
 
 use std::collections::BTreeMap;
 
@@ -69,7 +69,7 @@ impl Run {
         SimClr::new(&network, &settings)
     }
 
-    /// Images with no ReLU input so near zero that rounding decides which way gradients go.
+    /// Images for which no ReLU input is so close to zero that rounding decides its sign.
     fn views(&self, goldens: &Goldens, device: &Device, step: usize) -> [Tensor; 1] {
         let draw = goldens.numbers(&format!("{}|draws", self.name))[step];
         let what = format!("{}|images {step}|draw {draw}", self.name);
@@ -77,7 +77,7 @@ impl Run {
     }
 }
 
-/// A loss and its gradients against the goldens of a step.
+/// Compares a loss and its gradients with the goldens of a step.
 fn check_gradients(
     goldens: &Goldens,
     name: &str,
@@ -92,7 +92,7 @@ fn check_gradients(
     results
 }
 
-/// Parameters and running statistics after a step.
+/// Compares parameters and running statistics after a step with the goldens.
 fn check_slots(goldens: &Goldens, name: &str, arena: &Arena) -> Vec<Result<f64, String>> {
     let mut slots: BTreeMap<_, _> = network::parameters(arena);
     slots.extend(network::statistics(arena));
@@ -101,7 +101,7 @@ fn check_slots(goldens: &Goldens, name: &str, arena: &Arena) -> Vec<Result<f64, 
 
 const EXACT: f64 = 1e-8;
 
-/// A whole run on the reference device, its loss times `factor`.
+/// Runs all steps on the reference device with the loss times `factor`.
 fn free_running(run: &Run, factor: f64, rule: Rule) -> Vec<Result<f64, String>> {
     let device = Device::reference().poisoned();
     let goldens = Goldens::open("steps");
@@ -132,19 +132,19 @@ fn ten_steps_of_simclr_in_f64_agree_with_pytorch() {
     }
 }
 
-/// Each step from the golden state: that of the reference device, which the test above holds to PyTorch.
+/// Runs each step from the golden state: that of the reference device, which the test above compares with PyTorch.
 fn teacher_forced(what: &str, device: &Device) {
     let reference = Device::reference();
     let goldens = Goldens::open("steps");
     for run in runs() {
         let mut method = run.method();
-        let mut truth = network::seeded_arena(method.layout(), &reference, run.name);
+        let mut reference_arena = network::seeded_arena(method.layout(), &reference, run.name);
         let mut arena = Arena::new(method.layout(), device, 0);
-        let mut optimizer = Optimizer::new(run.rule, &truth);
+        let mut optimizer = Optimizer::new(run.rule, &reference_arena);
         let mut results = Vec::new();
         for step in 0..STEPS {
-            write(arena.values_mut(), 0, &truth.values().to_f64());
-            write(arena.statistics_mut(), 0, &truth.statistics().to_f64());
+            write(arena.values_mut(), 0, &reference_arena.values().to_f64());
+            write(arena.statistics_mut(), 0, &reference_arena.statistics().to_f64());
             let views = run.views(&goldens, device, step);
             let loss = tape::step(&mut arena, |tape| method.loss(tape, &views));
             results.extend(check_gradients(
@@ -155,8 +155,8 @@ fn teacher_forced(what: &str, device: &Device) {
                 [&|_| 1e-5, &|record| record.tolerance(1e-4)],
             ));
             let views = run.views(&goldens, &reference, step);
-            tape::step(&mut truth, |tape| method.loss(tape, &views)).unwrap();
-            optimizer.step(&mut truth, run.schedule.lr(step as u64));
+            tape::step(&mut reference_arena, |tape| method.loss(tape, &views)).unwrap();
+            optimizer.step(&mut reference_arena, run.schedule.lr(step as u64));
         }
         report(&format!("{} on the {what}", run.name), results);
     }
@@ -176,13 +176,13 @@ fn every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch() {
     );
 }
 
-/// bf16 rounds what flows through a whole network, and where a ReLU's input is near zero it then decides otherwise: no
-/// tensor of gradients can be held to an op's tolerance (`audit.rs` does that layer by layer). The yardstick here is the
-/// reference itself with nothing but its weights rounded to bf16; what each layer errs by is printed beside it.
+/// bf16 rounds every activation of a network, and a ReLU whose input is near zero may then decide differently: gradients of the
+/// complete network cannot meet an op's tolerance (`audit.rs` checks that layer by layer). The yardstick here is the reference
+/// with only its weights rounded to bf16; the test prints the errors of every tensor next to it.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_of_simclr_in_bf16_is_audited_layer_by_layer() {
-    /// Images, activations and gradients are rounded as well as weights, each of them once a layer.
+    /// Not only weights are rounded but also images, activations and gradients, each once per layer.
     const TIMES: f64 = 3.0;
     unchecked("steps::a_step_of_simclr_in_bf16_is_audited_layer_by_layer", || {
         let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
@@ -225,7 +225,7 @@ fn a_step_of_simclr_in_bf16_is_audited_layer_by_layer() {
     });
 }
 
-/// Rounds to bf16 what a GPU multiplies in bf16.
+/// Rounds to bf16 the weights that a GPU multiplies in bf16.
 fn round_weights(arena: &mut Arena) {
     for slot in arena.layout().clone().params() {
         if matches!(slot.kind, SlotKind::Filter | SlotKind::Matrix) {
@@ -236,24 +236,24 @@ fn round_weights(arena: &mut Arena) {
     }
 }
 
-/// The complaints about the state after the steps, not about the loss itself.
+/// The failures that concern the state after the steps, not the loss.
 fn about_slots(results: Vec<Result<f64, String>>) -> Vec<String> {
     results.into_iter().filter_map(Result::err).filter(|e| e.contains("|slots")).collect()
 }
 
-/// methods.md 6.1 (i), provoked.
+/// Shipped bug: SimCLR's loss as the paper's mean, half of the reference code's.
 #[test]
 fn half_of_the_loss_of_simclr_is_caught() {
     for run in runs() {
         let results = free_running(&run, 0.5, run.rule);
         assert!(results.iter().any(|r| r.as_ref().is_err_and(|e| e.contains("|0|loss"))));
-        assert!(!about_slots(results).is_empty(), "{}: the weights moved alike", run.name);
+        assert!(!about_slots(results).is_empty(), "{}: the weights did not differ", run.name);
     }
 }
 
-/// Settings that recipes get wrong, provoked: each must show in the weights.
+/// Optimiser settings that recipes get wrong: each must show in the weights.
 #[test]
-fn another_setting_of_the_optimizer_is_caught() {
+fn a_wrong_setting_of_the_optimizer_is_caught() {
     let [lars, sgd, _] = runs();
     let Rule::Lars(simclr) = lars.rule else { panic!("the first run is LARS") };
     for wrong in [

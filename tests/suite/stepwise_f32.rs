@@ -1,6 +1,6 @@
-//! Steps of each method in f32, each from the state that f64 had before it: losses, gradients, and what the step leaves.
+//! Single steps of each method in f32, each started from the f64 state before it: losses, gradients, and the state after the step.
 //!
-//! The state is that of the reference device, which `methods.rs` holds to PyTorch.
+//! The f64 state comes from the reference device, which `methods.rs` compares with PyTorch.
 
 use selfsup::arena::Arena;
 use selfsup::device::{Device, Precision};
@@ -11,7 +11,7 @@ use crate::case::write;
 use crate::compare::{close, norm, report};
 use crate::driver::{gpu, unchecked};
 use crate::golden::{Goldens, Record};
-use crate::methods::{Fault, Run, STEPS, Training, check_gradients, run_of, runs};
+use crate::methods::{Bug, Run, STEPS, Training, check_gradients, run_of, runs};
 
 /// Copies the state of one training to another on another device.
 fn copy_state(from: &mut Training, to: &mut Training) {
@@ -26,12 +26,12 @@ fn copy_state(from: &mut Training, to: &mut Training) {
             (State::Network(from), State::Network(to)) => copy(from, to),
             (State::Rows(from), State::Rows(to)) => write(to, 0, &from.to_f64()),
             (State::Count(from), State::Count(to)) => *to = *from,
-            _ => panic!("two methods of one kind own different things"),
+            _ => panic!("two instances of one method have different state"),
         }
     }
 }
 
-/// Everything that a step moves, by name: networks, their running statistics, queues.
+/// Everything that a step changes, by name: networks, their running statistics, queues.
 fn state_of(training: &mut Training) -> Vec<(String, Vec<f64>)> {
     let network = |name: &str, arena: &Arena| {
         let statistics = arena.statistics().to_f64();
@@ -49,11 +49,11 @@ fn state_of(training: &mut Training) -> Vec<(String, Vec<f64>)> {
     state
 }
 
-/// What f32 rounds to, relative.
+/// Relative rounding error of f32.
 const F32: f64 = 1.0 / (1 << 24) as f64;
 
-/// How far each part of the state has moved, against the truth: weights move by little, and it is the move that counts, as
-/// far as f32 can hold it beside them.
+/// Compares the change of each part of the state with the reference's. A step changes weights by little, so the change is what
+/// must agree, up to the rounding of the weights themselves in f32.
 fn check_moves(
     name: &str,
     before: &[(String, Vec<f64>)],
@@ -65,44 +65,44 @@ fn check_moves(
         };
         let (got, want, name) =
             (moved(&got.1), moved(&want.1), format!("{name}|{} moved", before.0));
-        let held = match norm(&want) {
-            0.0 => 0.0, // nothing may have moved
+        let rounding = match norm(&want) {
+            0.0 => 0.0, // the part must not change
             moved => F32 * norm(&before.1) / moved,
         };
-        close(&name, &got, &want, 1e-3 + held)
+        close(&name, &got, &want, 1e-3 + rounding)
     });
     moves.collect()
 }
 
-/// Steps of a run on a device, each from the golden state.
+/// Runs the given steps on a device, each from the golden state.
 fn teacher_forced(run: Run, device: &Device, steps: &[usize]) -> Vec<Result<f64, String>> {
     let goldens = Goldens::open("methods");
-    let mut truth = Training::new(run, &Device::reference());
+    let mut reference = Training::new(run, &Device::reference());
     let mut training = Training::new(run, device);
     let mut results = Vec::new();
     for step in 0..=*steps.last().expect("some steps") {
         let name = format!("{}|{step}", run.name);
         let forced = steps.contains(&step);
-        let before = state_of(&mut truth);
+        let before = state_of(&mut reference);
         if forced {
-            copy_state(&mut truth, &mut training);
-            let loss = training.forward_and_backward(&goldens, step, Fault::None);
-            // SimSiam's is a mean of cosines of both signs, near zero here: an error counts against their size, 1.
-            let zero = if run.name == "simsiam" { 1.0 } else { 0.0 };
+            copy_state(&mut reference, &mut training);
+            let loss = training.forward_and_backward(&goldens, step, Bug::None);
+            // SimSiam's loss is a mean of cosines of both signs and near zero here: measure its error relative to 1.
+            let offset = if run.name == "simsiam" { 1.0 } else { 0.0 };
             let want = goldens.record(&format!("{name}|loss")).entries()[0];
-            results.push(close(&format!("{name}|loss"), &[zero + loss], &[zero + want], 1e-5));
+            results.push(close(&format!("{name}|loss"), &[offset + loss], &[offset + want], 1e-5));
             if run.kinked {
                 continue;
             }
             let tolerance = |record: &Record<'_>| record.tolerance(1e-4);
             let online = &training.online;
             results.extend(check_gradients(&goldens, &name, online, 1e-6, tolerance));
-            training.update(step, Fault::None);
+            training.update(step, Bug::None);
         }
-        truth.forward_and_backward(&goldens, step, Fault::None);
-        truth.update(step, Fault::None);
+        reference.forward_and_backward(&goldens, step, Bug::None);
+        reference.update(step, Bug::None);
         if forced {
-            let after = [state_of(&mut training), state_of(&mut truth)];
+            let after = [state_of(&mut training), state_of(&mut reference)];
             results.extend(check_moves(&name, &before, [&after[0], &after[1]]));
         }
     }
@@ -118,10 +118,9 @@ fn every_step_of_every_method_on_the_cpu_from_the_golden_state_agrees_with_pytor
     report("every method on the CPU", results);
 }
 
-/// The steps in which most of a method is at work, for a device that is emulated in CI: a queue that is no longer as it
-/// started and is written behind its first rows; the target network when it differs from the online one; SwAV with frozen
-/// prototypes and without its queue, and with both the other way.
-fn telling_steps(run: &Run) -> &'static [usize] {
+/// The steps that exercise most of a method, for a device that CI emulates: a queue that has changed and is written after its
+/// first rows; a target network that differs from the online one; SwAV with frozen prototypes and no queue, and the reverse.
+fn representative_steps(run: &Run) -> &'static [usize] {
     match run.name {
         "moco v1" | "moco v2" | "simclr v2 memory" | "byol" => &[1],
         "swav" => &[0, 6],
@@ -136,7 +135,7 @@ fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
         "stepwise_f32::steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch",
         || {
             let device = gpu(Precision::F32);
-            let forced = |run| teacher_forced(run, &device, telling_steps(&run));
+            let forced = |run| teacher_forced(run, &device, representative_steps(&run));
             let results = runs().into_iter().flat_map(forced).collect();
             device.check().unwrap();
             report("every method on CUDA in f32", results);
@@ -144,7 +143,7 @@ fn steps_of_every_method_on_a_gpu_from_the_golden_state_agree_with_pytorch() {
     );
 }
 
-/// MoCo's weights, key encoder, queue and place in it, to the last bit, whichever way.
+/// MoCo's weights, momentum encoder, queue and queue position move between GPU and CPU bit for bit.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
@@ -154,8 +153,8 @@ fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let started = |device: &Device| Training::new(run_of("moco v2"), device);
         let step = |training: &mut Training, step| {
-            training.forward_and_backward(&goldens, step, Fault::None);
-            training.update(step, Fault::None);
+            training.forward_and_backward(&goldens, step, Bug::None);
+            training.update(step, Bug::None);
         };
         let moved = |from: &mut Training, to: &Device, step| {
             let state = from.method.state();
@@ -178,7 +177,7 @@ fn a_method_with_state_moves_between_devices_by_its_checkpoint() {
         let mut on_cpu = moved(&mut on_gpu, &cpu, 1);
         step(&mut on_cpu, 1);
         let mut back = moved(&mut on_cpu, &gpu, 2);
-        // It goes on there.
+        // Training continues on the other device.
         step(&mut back, 2);
         gpu.check().unwrap();
         assert_ne!(state_of(&mut back), state_of(&mut on_cpu));
