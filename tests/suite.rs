@@ -1,5 +1,5 @@
-//! The project's tests of the library, one binary: each module tests one thing and names its facts as sentences.
-//! It finds its files in the folder that it is started in: the repository, or a bundle (`scripts/gpu-bundle`).
+//! The tests of the library in one binary: each module tests one subject, and test names are sentences.
+//! Paths are relative to the working directory: the repository, or a bundle (`scripts/gpu-bundle`).
 
 #[path = "suite/accumulation.rs"]
 mod accumulation;

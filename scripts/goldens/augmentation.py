@@ -1,4 +1,4 @@
-"""Augmentation as Pillow and torchvision do it, to the bit, and as TensorFlow does it, in numpy's f64.
+"""Augmentation by Pillow and torchvision, bit for bit, and by TensorFlow's definitions in numpy's f64.
 
 The name of a tensor is its case, in JSON: the image (a formula that tests/suite/augmentation.rs has too), the policy as a
 recipe has it, and the numbers that the policy would draw. 8-bit results are kept as they are, float ones as f32.

@@ -1,4 +1,4 @@
-"""Features that torchvision's ResNets give images of odd sizes through torchvision's own resize, crop and normalisation."""
+"""Features of torchvision's ResNets for images of odd sizes, with torchvision's resize, crop and normalisation."""
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def make(path, root):
         holder = nn.Module()
         holder.backbone = getattr(torchvision.models, name)()
         holder.backbone.fc = nn.Identity()
-        fill(holder, name)  # slots are named as a run's are
+        fill(holder, name)  # slots have the names of a run
         with torch.no_grad():
             own = holder.backbone.eval()(images)
             truth = holder.double().backbone(images.double())

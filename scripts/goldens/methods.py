@@ -21,7 +21,7 @@ from .trunk import Trunk, fill, kinked, outside, slots
 
 BATCH, STEPS, PER_EPOCH, SEED, EMBEDDING = 8, 10, 4, 7, 16
 FEATURES = 32
-KEPT = (0, STEPS - 1)  # the steps whose state is kept
+KEPT = (0, STEPS - 1)  # the steps whose state is stored
 
 
 class Network(nn.Module):
@@ -63,7 +63,7 @@ def ema(target, online, momentum):
 class Method(nn.Module):
     sizes = (2, 8)  # views and side of each resolution
     fixed, spared = (), ()
-    kinked = False  # whether images may lie on kinks: such a run is compared in f64 only
+    kinked = False  # whether ReLU inputs may lie near zero: such a run is compared in f64 only
 
     def __init__(self, line, network):
         super().__init__()
@@ -71,7 +71,7 @@ class Method(nn.Module):
         fill(self.online, line)
 
     def passes(self, module, views):
-        """All online forward passes, for kinks."""
+        """All forward passes of the online network, to find kinks."""
         for view in views[0].chunk(2):
             module(view)
 
@@ -132,7 +132,7 @@ class SimClrV2(Method):
     def __init__(self, line, trunk, features, temperature, sizes=(2, 8)):
         super().__init__(line, Network(backbone=trunk, head=simclr_head(features, 32)))
         self.temperature, self.sizes = temperature, sizes
-        self.kinked = isinstance(trunk, SelectiveTrunk)  # fifty layers deep, no images lie off all kinks
+        self.kinked = isinstance(trunk, SelectiveTrunk)  # with fifty layers, some ReLU input always lies near zero
 
     def passes(self, module, views):
         module(views[0])

@@ -12,7 +12,7 @@ from .trunk import Trunk, fill, kinked, outside, slots
 
 
 class Network:
-    """A row."""
+    """A row of networks.txt."""
 
     def __init__(self, line, dtype=torch.float64):
         self.line, self.dtype = line, dtype

@@ -93,12 +93,12 @@ def solo_learn(w, g, state, lr):
 
 
 def sgd(w, g, state, lr, decay=DECAY, nesterov=False):
-    """torch.optim.SGD itself."""
+    """torch.optim.SGD."""
     if not state:
         state["w"] = torch.nn.Parameter(w.clone())
         state["inner"] = torch.optim.SGD([state["w"]], lr=lr, momentum=MOMENTUM, weight_decay=decay, nesterov=nesterov)
     state["inner"].param_groups[0]["lr"] = lr
-    state["w"].data.copy_(w)  # somebody else may have moved it
+    state["w"].data.copy_(w)  # the caller may have changed it
     state["w"].grad = g.clone()
     state["inner"].step()
     return state["w"].detach().clone()

@@ -1,4 +1,4 @@
-"""Philox4x32-10 streams and shuffles, as src/device/philox.rs has them."""
+"""Philox4x32-10 streams and shuffles, equal to src/device/philox.rs."""
 
 import numpy as np
 

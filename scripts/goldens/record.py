@@ -1,4 +1,4 @@
-"""What is kept of a tensor: the record of tests/suite/golden.rs, and the file they go to."""
+"""The record of a tensor that tests/suite/golden.rs reads, and the files of records."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def error(got, want):
 
 
 def record(want, f32=None, entries=ENTRIES, whole=WHOLE):
-    """`want` is the truth; `f32` what PyTorch makes of the same in f32."""
+    """The record of `want`, the result in f64; `f32` is PyTorch's result in f32."""
     x = numbers(want)
     own = 0.0 if f32 is None else error(f32, x)
     head = [x.size, own, np.linalg.norm(x), np.abs(x).max(initial=0)]
@@ -42,7 +42,7 @@ def table(truth, f32=None):
 
 
 def save(tensors, path):
-    # One entry: several would come in a random order, and the same numbers would not be the same file.
+    # A single tensor: several would be written in random order, so equal results would not give equal files.
     versions = {"made_by": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     path.parent.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(t, np.float64) for name, t in tensors.items()}, path, versions)

@@ -1,4 +1,4 @@
-//! A step over micro-batches is the step of one batch whose batch norm treats the micro-batches apart.
+//! A step over micro-batches equals the step of one batch whose batch norm normalises each micro-batch separately.
 
 use selfsup::arena::Arena;
 use selfsup::device::{Device, Precision};
@@ -13,7 +13,7 @@ use crate::compare::{close, report};
 use crate::driver::gpu;
 use crate::network;
 
-/// Micro-batches, images of each, views of each image.
+/// Number of micro-batches, images in each, views of each image.
 const COUNT: usize = 4;
 const IMAGES: usize = 3;
 const VIEWS: usize = 2;
@@ -41,13 +41,13 @@ fn arena(method: &SimClr, device: &Device) -> Arena {
     network::seeded_arena(method.layout(), device, "accumulation")
 }
 
-/// All rows, micro-batch after micro-batch, each view after view.
+/// The images of all micro-batches in order; within a micro-batch, all rows of a view before those of the next.
 fn images(device: &Device) -> Tensor {
-    // With images of the seed "accumulation|images" one ReLU has an input so near zero that f32 flips it.
+    // The seed "accumulation|images" gives one ReLU an input so close to zero that f32 flips it.
     network::images(device, "accumulation|images 2", [COUNT * ROWS, 8, 8])
 }
 
-/// Rows from the order of micro-batches to that of views.
+/// Reorders rows from micro-batch after micro-batch to view after view.
 fn view_after_view<'t>(z: &Var<'t>) -> Var<'t> {
     let [rows, d] = z.value().dims("embeddings");
     let from: Vec<usize> = (0..VIEWS)
@@ -68,7 +68,7 @@ fn view_after_view<'t>(z: &Var<'t>) -> Var<'t> {
     })
 }
 
-/// Loss, and gradients by name.
+/// The loss, and the gradients by name.
 type Outcome = (f64, std::collections::BTreeMap<String, Vec<f64>>);
 
 fn one_batch(device: &Device, groups: usize) -> Outcome {
@@ -132,7 +132,7 @@ fn one_batch_norm_over_all_micro_batches_is_caught() {
     assert!(results.iter().all(Result::is_err), "{results:?}");
 }
 
-/// The loss of a micro-batch's own rows has other negatives: caching is what makes it exact.
+/// The loss over the rows of one micro-batch has fewer negatives; only caching makes it exact.
 #[test]
 fn the_mean_of_losses_of_micro_batches_is_caught() {
     let device = Device::reference();
@@ -153,7 +153,7 @@ fn the_mean_of_losses_of_micro_batches_is_caught() {
     assert!(results.iter().all(Result::is_err), "{results:?}");
 }
 
-/// Gradients of losses that are means over samples add up without caching.
+/// Gradients of losses that are means over images add up without caching.
 #[test]
 fn backward_passes_add_their_gradients() {
     let device = Device::reference().poisoned();

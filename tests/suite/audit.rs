@@ -1,6 +1,6 @@
-//! bf16 on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer by itself, on the reference's
-//! inputs rounded to bf16, is held to a tolerance. What a network gives that runs by itself in bf16 is printed beside:
-//! its gradients differ by tens of percent, because ReLUs near zero decide otherwise, and are judged by what is learnt.
+//! bf16 on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer runs on the reference's inputs rounded to
+//! bf16 and must meet a tolerance. The test also prints the errors of a network that runs in bf16 throughout: its gradients
+//! differ by tens of percent, because ReLUs near zero decide differently, so such runs are judged by what they learn.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,12 +18,12 @@ use crate::driver::gpu;
 use crate::network;
 use crate::seeded;
 
-/// Seeds weights and images.
+/// Seed of weights and images.
 const LINE: &str = "audit";
 const WIDTH: usize = 8;
 const IMAGES: [usize; 3] = [4, 16, 16];
 
-/// A convolution with its batch norm, and which values it takes: 0 is the images, `i` what unit `i - 1` made.
+/// A convolution with its batch norm, and the indices of its inputs: 0 is the images, `i` the output of unit `i - 1`.
 struct Unit {
     name: String,
     norm: String,
@@ -35,7 +35,7 @@ struct Unit {
     relu: bool,
 }
 
-/// ResNet-18 for small images, spread out.
+/// The units of a ResNet-18 for small images, in order.
 fn units(layout: &mut Layout) -> Vec<Unit> {
     let mut units = Vec::new();
     let mut add = |names: [String; 2], [c, k, size, stride]: [usize; 4], from, residual, relu| {
@@ -59,9 +59,9 @@ fn units(layout: &mut Layout) -> Vec<Unit> {
     units
 }
 
-/// What a run of the network gave.
+/// The results of one run of the network.
 struct Run {
-    /// Images, and what each unit made of them.
+    /// The images and the output of each unit.
     values: Vec<(Shape, Vec<f64>)>,
     features: Vec<f64>,
     gradients: BTreeMap<String, Vec<f64>>,
@@ -87,7 +87,7 @@ fn run(units: &[Unit], layout: &Arc<Layout>, device: &Device) -> Run {
 }
 
 #[test]
-fn the_units_of_the_audit_are_those_of_a_resnet() {
+fn the_audited_units_make_up_a_resnet() {
     let (mut spread, mut layout) = (Layout::new(), Layout::new());
     let units = units(&mut spread);
     let want = run(&units, &Arc::new(spread), &Device::reference());
@@ -116,7 +116,7 @@ fn the_units_of_the_audit_are_those_of_a_resnet() {
 }
 
 impl Unit {
-    /// The unit as a case of its own, on the values that it takes in `run`, with or without its ReLU.
+    /// The unit as a separate case, on its inputs in `run`, with or without its ReLU.
     fn case(&self, run: &Run, layout: &Arc<Layout>, relu: bool) -> Case {
         let arena = network::seeded_arena(layout, &Device::reference(), LINE);
         let input = |name, kind, (shape, values): (Shape, Vec<f64>)| Input {
@@ -150,9 +150,9 @@ impl Unit {
     }
 }
 
-/// Lets no gradient flow to outputs whose ReLU has its input within `NEAR` of its kink, which rounding decides.
+/// Blocks the gradient of outputs whose ReLU input lies within `NEAR` of its kink, where rounding decides the sign.
 fn off_kinks<'t>(y: Var<'t>, before: &[f64]) -> Var<'t> {
-    /// Of the root mean square; bf16 holds 2^-9 of a number, and three numbers meet in a unit.
+    /// Relative to the root mean square. bf16 rounds to 2^-9, and a unit combines three rounded numbers.
     const NEAR: f64 = 1.0 / 32.0;
     let near = NEAR * norm(before) / (before.len() as f64).sqrt();
     let keep: Vec<bool> = before.iter().map(|z| z.abs() > near).collect();
@@ -164,16 +164,16 @@ fn off_kinks<'t>(y: Var<'t>, before: &[f64]) -> Var<'t> {
     })
 }
 
-/// The relative error of what ran its own way.
+/// The relative error of a free-running result.
 pub fn drift(got: &[f64], want: &[f64]) -> f64 {
-    assert!(got.iter().all(|v| v.is_finite()), "a number that is none");
+    assert!(got.iter().all(|v| v.is_finite()), "a number is not finite");
     let difference: Vec<f64> = got.iter().zip(want).map(|(g, w)| g - w).collect();
     ratio(norm(&difference), norm(want))
 }
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
+fn every_layer_in_bf16_agrees_with_the_f64_reference_to_bf16_rounding() {
     /// Gradients of a unit could need three times this, where rounding flips its ReLU; in this test no ReLU flips.
     const TOLERANCE: f64 = 1e-2;
     let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
@@ -183,9 +183,7 @@ fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
     let (want, drifted) = (run(&units, &layout, &reference), run(&units, &layout, &gpu));
     gpu.check().unwrap();
 
-    println!(
-        "relative errors in bf16 of each layer by itself | of the network that runs by itself"
-    );
+    println!("relative errors in bf16 of each layer alone | of the free-running network");
     let parts = ["y", "dx", "dw", "dgain", "dshift", "dresidual"].map(|p| format!("{p:>10}"));
     println!("{:22}{} |{:>9}{:>9}{:>12}", "layer", parts.concat(), "y", "dw", "ReLUs other");
     let (mut results, mut depths) = (Vec::new(), vec![0]);
@@ -202,7 +200,7 @@ fn every_layer_in_bf16_is_as_near_to_the_f64_reference_as_bf16_allows() {
             results.push(close(&format!("{}|{part}", unit.name), got, right, TOLERANCE));
             line += &format!("{:10.1e}", drift(got, right));
         }
-        // Layers err independently of each other: together as the root of how many there are.
+        // Errors of layers are independent: they add up as the square root of the number of layers.
         depths.push(1 + depths[unit.from].max(unit.residual.map_or(0, |i| depths[i])));
         let depth = f64::from(*depths.last().unwrap());
         let name = format!("{}|y of the network", unit.name);

@@ -1,7 +1,7 @@
-//! Augmentation against Pillow and torchvision to the bit, and against TensorFlow's definitions in numpy's f64.
+//! Augmentation compared with Pillow and torchvision bit for bit, and with TensorFlow's definitions in numpy's f64.
 //!
-//! `scripts/make-goldens augmentation` writes the results. The name of each is its case in JSON: an image by formula, the
-//! policy as a recipe has it, and the numbers that the policy would draw; scripts/goldens/augmentation.py has the rest.
+//! `scripts/make-goldens augmentation` writes the goldens. The name of each is its case in JSON: an image given by a formula, the
+//! policy as in a recipe, and the random numbers that the policy would draw. See scripts/goldens/augmentation.py.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::seeded::{bits, seed};
 
-/// What f32 may differ from f64 in values of `[0, 1]`. The worst chain reaches 9e-7.
+/// Allowed difference of f32 from f64 for values in `[0, 1]`. The worst chain reaches 9e-7.
 pub const FLOAT: f64 = 4e-6;
 
 const LEVELS: [u8; 12] = [0, 1, 36, 73, 109, 127, 128, 146, 182, 219, 254, 255];
@@ -46,11 +46,11 @@ fn image(kind: &str, width: usize, height: usize) -> Image {
 }
 
 fn size(value: &Value) -> usize {
-    value.as_u64().unwrap_or_else(|| panic!("{value} is no size")) as usize
+    value.as_u64().unwrap_or_else(|| panic!("{value} is not a size")) as usize
 }
 
 fn number(value: &Value) -> f32 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number")) as f32
+    value.as_f64().unwrap_or_else(|| panic!("{value} is not a number")) as f32
 }
 
 pub fn params(case: &Value) -> Params {
@@ -81,7 +81,7 @@ pub fn params(case: &Value) -> Params {
     }
 }
 
-/// The image that a case is about.
+/// The input image of a case.
 pub fn image_of(case: &Value) -> Image {
     let [kind, width, height] = case["image"].as_array().unwrap().as_slice() else {
         panic!("{case}: an image is a kind, a width and a height")
@@ -103,8 +103,8 @@ fn view(case: &Value, policy: &Policy, scratch: &mut Scratch) -> Vec<f32> {
     pixels.iter().flat_map(|&[r, g, b, _]| [r, g, b]).collect()
 }
 
-/// What a case is about: its changes of the image, or the resampling where there are none.
-fn about(case: &Value, policy: &Policy) -> String {
+/// The subject of a case: its colour and blur operations, or its resampling if it has none.
+fn subject(case: &Value, policy: &Policy) -> String {
     let mut parts: Vec<&str> = ["center", "grey", "sigma", "solarise"]
         .into_iter()
         .filter(|part| case.get(*part).is_some_and(|v| *v != Value::Bool(false)))
@@ -131,7 +131,7 @@ pub fn goldens() -> Vec<u8> {
     std::fs::read(path).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// Checks every case of one arithmetic; the number of cases and the largest difference, by what they are about.
+/// Checks every case of one arithmetic. Returns the number of cases and the largest difference for each subject.
 fn check(
     pixels: Pixels,
     compare: impl Fn(&[f32], &[u8]) -> Result<f64, String>,
@@ -149,10 +149,10 @@ fn check(
         let dtype = if pixels == Pixels::U8 { Dtype::U8 } else { Dtype::F32 };
         assert_eq!(golden.dtype(), dtype, "{name}");
         assert_eq!(golden.shape(), [policy.size, policy.size, 3], "{name}");
-        // Scratch goes from case to case as it does in a loader: what one leaves must not show in the next.
+        // Cases share scratch memory as samples do in a loader: leftovers of one must not affect the next.
         match compare(&view(&case, &policy, &mut scratch), golden.data()) {
             Ok(difference) => {
-                let (cases, worst) = seen.entry(about(&case, &policy)).or_insert((0, 0.0f64));
+                let (cases, worst) = seen.entry(subject(&case, &policy)).or_insert((0, 0.0f64));
                 *cases += 1;
                 *worst = worst.max(difference);
             }
@@ -168,9 +168,9 @@ fn counts(seen: &BTreeMap<String, (usize, f64)>) -> Vec<(&str, usize)> {
 }
 
 #[test]
-fn eight_bit_views_are_those_of_pillow_and_torchvision_to_the_bit() {
+fn eight_bit_views_equal_pillows_and_torchvisions_bit_for_bit() {
     let seen = check(Pixels::U8, |got, golden| {
-        // Multiples of 1/255 come back as the bytes they were.
+        // Multiples of 1/255 convert back to the original bytes.
         let got: Vec<u8> = got.iter().map(|v| (v * 255.0).round() as u8).collect();
         let differ = got.iter().zip(golden).filter(|(a, b)| a != b).count();
         let worst = got.iter().zip(golden).map(|(a, b)| a.abs_diff(*b)).max();
@@ -197,7 +197,7 @@ fn eight_bit_views_are_those_of_pillow_and_torchvision_to_the_bit() {
 }
 
 #[test]
-fn float_views_are_those_of_f64() {
+fn float_views_agree_with_f64() {
     let seen = check(Pixels::Float, |got, golden| {
         let (mut worst, golden) = (0.0f64, golden.as_chunks::<4>().0);
         for (got, want) in got.iter().zip(golden.iter().map(|b| f32::from_le_bytes(*b))) {

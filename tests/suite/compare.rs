@@ -1,9 +1,9 @@
-//! Comparing numbers with the truth so that nothing wrong passes.
+//! Comparison of results with a reference, strict enough that no wrong result passes.
 //!
-//! `|x - ref|_2 / |ref|_2 <= tol` and `max |x - ref| <= 16 tol max |ref|`. A non-finite number on either side fails, and
-//! so does another length. Where the truth is zero throughout, so must be what is compared.
+//! `|x - ref|_2 / |ref|_2 <= tol` and `max |x - ref| <= 16 tol max |ref|`. A non-finite number on either side or a different
+//! length fails. If the reference is all zero, so must be the result.
 
-/// The error of `got` in L2 against `want`, relative; or what is wrong, in words.
+/// Returns the relative L2 error of `got` against `want`, or a message that says what is wrong.
 pub fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Result<f64, String> {
     if got.len() != want.len() {
         return Err(format!("{what}: {} numbers, expected {}", got.len(), want.len()));
@@ -28,7 +28,7 @@ pub fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Result<f6
     ))
 }
 
-/// `a / b`, where nothing in nothing is nothing.
+/// `a / b`, with `0 / 0 = 0`.
 pub fn ratio(a: f64, b: f64) -> f64 {
     if a == 0.0 { 0.0 } else { a / b }
 }
@@ -43,7 +43,7 @@ pub fn largest(values: &[f64]) -> f64 {
     values.iter().fold(0.0, |max, v| v.abs().max(max))
 }
 
-/// Fails the test with every complaint of a table at once; prints the worst error otherwise.
+/// Fails the test with all failed comparisons at once; otherwise prints the worst error.
 #[track_caller]
 pub fn report(what: &str, results: Vec<Result<f64, String>>) {
     assert!(!results.is_empty(), "{what}: nothing was compared");

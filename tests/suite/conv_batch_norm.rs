@@ -1,4 +1,4 @@
-//! `nn::ConvBn` beside the composition that it stands for, and what a ResNet-50 keeps for its backward pass on a GPU.
+//! `nn::ConvBn` compared with convolution followed by batch norm, and the memory that a ResNet-50 saves for backward on a GPU.
 
 use std::sync::Arc;
 
@@ -42,11 +42,12 @@ fn unit(
     (y.to_f64(), arena.statistics().to_f64())
 }
 
-/// Groups of whole tiles, also in the middle of an image, take the convolution's statistics; others read its output.
+/// Groups that consist of complete tiles, even if they start inside an image, use the statistics of the convolution's epilogue; other
+/// groups make an extra pass over its output.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn a_fused_batch_norm_is_the_composition() {
-    alone("conv_batch_norm::a_fused_batch_norm_is_the_composition", |driver| {
+fn fused_batch_norm_equals_convolution_then_batch_norm() {
+    alone("conv_batch_norm::fused_batch_norm_equals_convolution_then_batch_norm", |driver| {
         let gpu = gpu(Precision::Bf16);
         let passes = || driver.count("kernel:batch_norm_moments_bf16");
         let mut results = Vec::new();
@@ -64,7 +65,7 @@ fn a_fused_batch_norm_is_the_composition() {
             assert_eq!(passes() - before, u64::from(!saves), "{sizes:?}");
             let want = unit(&gpu, sizes, false);
             assert_eq!(passes() - before, 1 + u64::from(!saves), "{sizes:?}");
-            // A rounding to bf16 may fall to the other side.
+            // Values near a rounding boundary of bf16 may round either way.
             results.push(close(&format!("{sizes:?}: y"), &got.0, &want.0, 1e-3));
             results.push(close(&format!("{sizes:?}: statistics"), &got.1, &want.1, 1e-6));
         }
@@ -72,8 +73,7 @@ fn a_fused_batch_norm_is_the_composition() {
     });
 }
 
-/// At a quarter of 256 pixels and an eighth of the channels, of which all that is kept is a multiple, but the images
-/// themselves.
+/// Measured at a quarter of 256 pixels and an eighth of the channels, to which all saved memory is proportional except the images.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
@@ -95,7 +95,7 @@ fn a_view_of_resnet_50_keeps_at_most_42_mb_on_a_gpu() {
             .unwrap();
             after - before
         };
-        let _ = kept(4); // what is made once
+        let _ = kept(4); // one-time allocations
         let a_view = (kept(8) - kept(4)) / 4;
         let megabytes =
             (a_view as f64 * 8.0 * (224.0_f64 / 64.0).powi(2) + 224.0 * 224.0 * 8.0) / 1e6;

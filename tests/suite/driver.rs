@@ -1,8 +1,8 @@
 //! The driver that tests of the CUDA path run on: a real one if there is a GPU, else the stand-in (`emulator/`).
 //!
-//! The stand-in is opened before anything asks for `libcuda.so`, and then is what the loader answers with.
-//! `SELFSUP_DRIVER=real` or `stand-in` overrides. Its counters, injected faults and errors belong to the process, so
-//! tests of those run in a process of their own ([`alone`]).
+//! The stand-in is opened before anything asks for `libcuda.so`, so the loader returns it from then on.
+//! `SELFSUP_DRIVER=real` or `stand-in` overrides. Its counters, injected faults and errors are per process, so tests that use
+//! them run in a separate process ([`alone`]).
 //!
 //! A test that runs kernels carries `#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]`, so that
 //! a build without nvcc reports and counts it as ignored instead of failing.
@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 
 use selfsup::device::{Device, Precision};
 
-/// GPU 0 of this run's driver, with memory that is poisoned before each use.
+/// GPU 0 of this run's driver, with memory poisoned before each use.
 pub fn gpu(precision: Precision) -> Device {
     open();
     Device::cuda(0, precision).unwrap_or_else(|e| panic!("{e}")).poisoned()
@@ -37,7 +37,7 @@ pub fn open() -> Option<&'static StandIn> {
     DRIVER.get_or_init(choose).as_ref()
 }
 
-/// Whether the machine's own driver finds a GPU. The library is closed again, so that it is not in the stand-in's way.
+/// Whether the machine's real driver finds a GPU. Closes the library again so that the stand-in can take its name.
 fn there_is_a_gpu() -> bool {
     // SAFETY: two calls of the driver's documented interface.
     unsafe {
@@ -50,7 +50,7 @@ fn there_is_a_gpu() -> bool {
     }
 }
 
-/// Gives a program to be started the driver of this run.
+/// Makes `program` use the driver of this run.
 pub fn with_driver(program: &mut Command) -> &mut Command {
     match open() {
         Some(_) => program.env("LD_PRELOAD", StandIn::path()),
@@ -58,7 +58,7 @@ pub fn with_driver(program: &mut Command) -> &mut Command {
     }
 }
 
-/// The calls that only the stand-in driver has; `emulator/src/control.rs` describes them.
+/// The control functions of the stand-in driver, described in `emulator/src/control.rs`.
 #[derive(Debug)]
 pub struct StandIn(libloading::Library);
 
@@ -69,17 +69,17 @@ impl StandIn {
 
     fn open() -> Self {
         let path = Self::path();
-        // SAFETY: the library has no initialisers that anything depends on.
+        // SAFETY: the library's initialisers have no side effects on this process.
         let library = unsafe { libloading::Library::new(&path) };
         let driver = Self(library.unwrap_or_else(|e| panic!("{}: {e}", path.display())));
-        // Every access of every kernel is checked, unless the whole process asked for speed.
+        // Check every memory access of every kernel, unless the process was started for speed.
         if std::env::var_os("SELFSUP_STAND_IN_CHECK").is_none() {
             driver.check(true);
         }
         driver
     }
 
-    /// Whether every access of every kernel is checked.
+    /// Switches the check of every memory access of every kernel on or off.
     pub fn check(&self, checked: bool) {
         // SAFETY: takes a number.
         unsafe {
@@ -87,20 +87,20 @@ impl StandIn {
         }
     }
 
-    /// Forgets errors and failures to come, as a new process would.
+    /// Clears errors and pending injected failures, like a new process.
     pub fn recover(&self) {
         // SAFETY: takes nothing.
         unsafe { self.call::<unsafe extern "C" fn()>("standin_recover")() }
     }
 
     /// # Safety
-    /// `F` is the function's type.
+    /// `F` must be the type of the function `name`.
     unsafe fn call<F: Copy>(&self, name: &str) -> F {
-        // SAFETY: as this function's.
+        // SAFETY: the caller guarantees the type.
         *unsafe { self.0.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
-    /// How often something happened in this process: `cuMemAlloc`, `kernel:NAME`, `allocations`, `waits`.
+    /// How often an event happened in this process: `cuMemAlloc`, `kernel:NAME`, `allocations`, `waits`.
     pub fn count(&self, what: &str) -> u64 {
         let what = CString::new(what).unwrap();
         // SAFETY: takes a string.
@@ -109,7 +109,7 @@ impl StandIn {
         }
     }
 
-    /// Makes the `nth` such call from now answer `code`.
+    /// Makes the `nth` call of `call` from now on return `code`.
     pub fn fail(&self, call: &str, nth: u64, code: u32) {
         let call = CString::new(call).unwrap();
         // SAFETY: takes a string and two numbers.
@@ -122,9 +122,9 @@ impl StandIn {
         }
     }
 
-    /// What the last violation was; empty if none.
+    /// The last violation; empty if there was none.
     pub fn report(&self) -> String {
-        // SAFETY: gives a string that is valid until the next violation.
+        // SAFETY: the returned string is valid until the next violation.
         unsafe {
             let report =
                 self.call::<unsafe extern "C" fn() -> *const c_char>("standin_last_report")();
@@ -133,8 +133,8 @@ impl StandIn {
     }
 }
 
-/// Runs `test`, given its full name, where the stand-in driver does not check every access: in a process of its own, ten
-/// times as fast. For whole steps, whose kernels the case table has checked one by one. A real driver runs it here.
+/// Runs `test`, given its full name, in a separate process in which the stand-in driver does not check every access, which is ten
+/// times faster. For complete steps, whose kernels the case table checks one by one. With a real driver it runs in this process.
 pub fn unchecked(name: &str, test: impl FnOnce()) {
     const CHECK: &str = "SELFSUP_STAND_IN_CHECK";
     if std::env::var_os(CHECK).is_some() || open().is_none() {
@@ -143,8 +143,8 @@ pub fn unchecked(name: &str, test: impl FnOnce()) {
     again(name, |program| program.env(CHECK, "0").env("SELFSUP_DRIVER", "stand-in"));
 }
 
-/// Runs `test` in a process of its own, given the full name of the calling test: the test binary again, for that one
-/// test. On a real driver nothing can be counted, and the test says that it was skipped.
+/// Runs `test` in a separate process, given the full name of the calling test: starts the test binary again for that one test. A
+/// real driver has no counters, so there the test prints that it was skipped.
 pub fn alone(name: &str, test: impl FnOnce(&StandIn)) {
     const MARK: &str = "SELFSUP_TEST_ALONE";
     if std::env::var_os(MARK).is_some() {
@@ -157,13 +157,13 @@ pub fn alone(name: &str, test: impl FnOnce(&StandIn)) {
     again(name, |program| program.env(MARK, "1").env("SELFSUP_DRIVER", "stand-in"));
 }
 
-/// The test binary once more, for one test; its output is this test's.
+/// Starts the test binary again for one test and prints its output.
 fn again(name: &str, with: impl FnOnce(&mut Command) -> &mut Command) {
     let mut program = Command::new(std::env::current_exe().unwrap());
     let output = with(program.args(["--exact", name, "--nocapture"])).output().unwrap();
     let printed = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
-    // A name that matches no test would succeed, too.
+    // With a name that matches no test the binary would also succeed.
     let ran = printed.contains("1 passed");
     assert!(output.status.success() && ran, "{name}, alone: {}\n{printed}", output.status);
     print!("{printed}");

@@ -1,4 +1,4 @@
-//! The examples run, as they stand in `examples/`.
+//! The examples in `examples/` run.
 
 #[path = "../../examples/custom_op.rs"]
 mod custom_op;
@@ -12,6 +12,6 @@ fn a_program_embeds_the_engine_in_under_sixty_lines() {
 }
 
 #[test]
-fn a_program_adds_a_primitive_of_its_own() {
+fn a_program_adds_a_custom_primitive() {
     custom_op::main();
 }

@@ -1,7 +1,8 @@
-//! Goldens: what PyTorch computes in f64, and how far its own f32 is from that. `scripts/make-goldens` writes them.
+//! Goldens: PyTorch's results in f64, and the error of its f32 against them. `scripts/make-goldens` writes them.
 //!
 //! A tensor is a record of f64: `[count, PyTorch f32's relative error, L2 norm, largest magnitude, four projections,
-//! entries…]`. All entries are kept up to 64, else 32 seeded ones; a projection is the dot product with seeded numbers.
+//! entries…]`. Tensors of up to 64 entries store all of them, larger ones 32 seeded entries. A projection is the dot product
+//! with seeded numbers.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use crate::compare::{close, largest, norm, ratio};
 use crate::seeded;
 
 const HEAD: usize = 8;
-/// Numbers of a row of a table: the hash of a name, and a record with up to eight entries.
+/// Length of a row of a table: the hash of a name, and a record with up to eight entries.
 const ROW: usize = 1 + HEAD + 8;
 
 /// A file of goldens.
@@ -54,9 +55,9 @@ impl Goldens {
         Record { name: name.to_owned(), values: self.numbers(name) }
     }
 
-    /// The records of several tensors, which lie in one table, sorted by name: `got` must be just these tensors.
+    /// Compares several tensors with the records of one table, sorted by name. `got` must hold exactly these tensors.
     ///
-    /// `tolerance` is asked for each record.
+    /// `tolerance` gives the tolerance of each record.
     #[track_caller]
     pub fn check_table(
         &self,
@@ -79,7 +80,7 @@ impl Goldens {
     }
 }
 
-/// What is kept of one tensor.
+/// The golden record of one tensor.
 #[derive(Clone, Debug)]
 pub struct Record<'a> {
     name: String,
@@ -87,18 +88,18 @@ pub struct Record<'a> {
 }
 
 impl Record<'_> {
-    /// `max(floor, 4 x PyTorch f32's own error)`.
-    pub fn tolerance(&self, floor: f64) -> f64 {
+    /// `max(least, 4 x PyTorch f32's own error)`.
+    pub fn tolerance(&self, least: f64) -> f64 {
         assert!(self.values[1].is_finite(), "{}: PyTorch's error is {}", self.name, self.values[1]);
-        floor.max(4.0 * self.values[1])
+        least.max(4.0 * self.values[1])
     }
 
-    /// What is kept of the numbers themselves.
+    /// The stored entries of the tensor.
     pub fn entries(&self) -> &[f64] {
         &self.values[HEAD..]
     }
 
-    /// Compares a tensor; its relative error, or what is wrong.
+    /// Compares a tensor. Returns its relative error, or a message that says what is wrong.
     pub fn check(&self, got: &[f64], tolerance: f64) -> Result<f64, String> {
         let [count, _, want_norm, want_max] = self.values[..4].try_into().unwrap();
         let name = &self.name;
@@ -113,7 +114,7 @@ impl Record<'_> {
             return Err(format!("{name}: got {} at {i} of {}", got[i], got.len()));
         }
         let norm_error = ratio((norm(got) - want_norm).abs(), want_norm);
-        // A projection of an error is that error times about sqrt(1/3), the spread of the seeded numbers.
+        // The projection of an error is the error times about sqrt(1/3), the standard deviation of the seeded numbers.
         let projected = projections(got);
         let squares = projected.iter().zip(&self.values[4..HEAD]).map(|(g, w)| (g - w).powi(2));
         let projection_error = ratio((squares.sum::<f64>() * 3.0 / 4.0).sqrt(), want_norm);

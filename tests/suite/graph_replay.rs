@@ -1,4 +1,4 @@
-//! Steps that a GPU has recorded: the bits of launched ones, no memory and no waiting, and what is said when one fails.
+//! Captured steps on a GPU: they give the same bits as launched ones, allocate nothing and never wait, and failures are reported.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -81,19 +81,19 @@ impl Method for Phased {
     }
 
     fn after_update(&mut self, online: &mut Arena, _: f64) {
-        let (follower, momentum) = self.follower.as_mut().expect("made by start");
+        let (follower, momentum) = self.follower.as_mut().expect("created by start");
         ema(follower, online, momentum);
     }
 }
 
-/// What must not differ by a bit.
+/// The results that must be equal bit for bit.
 #[derive(Debug, PartialEq)]
 struct Left {
     losses: Vec<(u64, f64)>,
     tensors: Vec<Vec<f64>>,
 }
 
-/// A run by hand: `evaluate` and then `watch` are called before each step.
+/// A training run whose steps the test drives: `evaluate` and then `watch` run before each step.
 struct Hand {
     device: Device,
     method: Phased,
@@ -105,7 +105,7 @@ struct Hand {
 }
 
 impl Hand {
-    fn new(device: &Device, change: u64, records: bool) -> Self {
+    fn new(device: &Device, change: u64, captures: bool) -> Self {
         let mut method = Phased::new(change);
         let online = Arena::new(method.layout(), device, 3);
         let course = RunInfo { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
@@ -120,7 +120,7 @@ impl Hand {
             online,
             optimizer,
             schedule: Schedule { peak: 0.3, warmup: 3, total: 12, ..Schedule::default() },
-            steps: if records { steps } else { steps.launched() },
+            steps: if captures { steps } else { steps.launched() },
             losses: Vec::new(),
         }
     }
@@ -150,7 +150,7 @@ impl Hand {
         Ok(())
     }
 
-    /// An evaluation, as an epoch ends with.
+    /// An evaluation like the one at the end of an epoch.
     fn evaluate(&mut self) -> Vec<f64> {
         self.losses.extend(self.steps.finish().unwrap());
         let images = self.batch(99).crops.remove(0);
@@ -171,12 +171,12 @@ impl Hand {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between() {
-    let name = "graph_replay::recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluation_between";
+fn captured_steps_equal_launched_steps_over_two_phases_with_an_evaluation_between() {
+    let name = "graph_replay::captured_steps_equal_launched_steps_over_two_phases_with_an_evaluation_between";
     unchecked(name, || {
         let device = gpu(Precision::F32);
-        let run = |records: bool| {
-            let mut hand = Hand::new(&device, 4, records);
+        let run = |captures: bool| {
+            let mut hand = Hand::new(&device, 4, captures);
             let mut seen = Vec::new();
             for iteration in 0..8 {
                 if iteration == 3 {
@@ -186,26 +186,26 @@ fn recorded_steps_give_the_bits_of_launched_ones_over_two_phases_with_an_evaluat
             }
             hand.left(seen)
         };
-        let (launched, recorded) = (run(false), run(true));
+        let (launched, captured) = (run(false), run(true));
         let steps: Vec<u64> = launched.losses.iter().map(|(step, _)| *step).collect();
         assert_eq!(steps, (1..=8).collect::<Vec<_>>());
         assert!(launched.tensors.iter().flatten().all(|v| v.is_finite()));
-        assert_eq!(recorded, launched);
+        assert_eq!(captured, launched);
     });
 }
 
-/// Some steps of a method on `views` of each side.
+/// Runs `count` steps of a method; `sizes` gives the views of each side.
 fn some_steps(
     name: &str,
     views: &[(usize, usize)],
     count: usize,
     device: &Device,
-    records: bool,
+    captures: bool,
 ) -> Left {
     let run = methods::run_of(name);
     let mut state = methods::Training::new(run, device);
     let steps = Steps::new(device);
-    let mut steps = if records { steps } else { steps.launched() };
+    let mut steps = if captures { steps } else { steps.launched() };
     let (schedule, mut losses) = (run.schedule(), Vec::new());
     state.method.prepare(0);
     let (online, method) = (&state.online, &state.method);
@@ -242,61 +242,55 @@ fn some_steps(
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones() {
-    unchecked(
-        "graph_replay::recorded_steps_of_methods_with_numbers_give_the_bits_of_launched_ones",
-        || {
-            let device = gpu(Precision::Bf16);
-            // All kinds of numbers; SwAV's steps go through four phases.
-            let two: &[(usize, usize)] = &[(2, 8)];
-            for (name, views, count) in [
-                ("moco v2", two, 4),
-                ("simclr v2 memory", two, 4),
-                ("swav", &[(2, 8), (2, 4)], 9),
-                ("supervised", &[(1, 8)], 3),
-            ] {
-                let [launched, recorded] =
-                    [false, true].map(|records| some_steps(name, views, count, &device, records));
-                let finite = launched.tensors.iter().flatten().all(|v| v.is_finite());
-                assert!(finite && launched.losses.len() == count, "{name}: {launched:?}");
-                assert!(recorded == launched, "{name}: {recorded:?}, launched {launched:?}");
-            }
-        },
-    );
+fn captured_steps_of_methods_with_numbers_equal_launched_steps() {
+    unchecked("graph_replay::captured_steps_of_methods_with_numbers_equal_launched_steps", || {
+        let device = gpu(Precision::Bf16);
+        // These methods use every kind of `Numbers`; SwAV's steps pass through four phases.
+        let two: &[(usize, usize)] = &[(2, 8)];
+        for (name, views, count) in [
+            ("moco v2", two, 4),
+            ("simclr v2 memory", two, 4),
+            ("swav", &[(2, 8), (2, 4)], 9),
+            ("supervised", &[(1, 8)], 3),
+        ] {
+            let [launched, captured] =
+                [false, true].map(|captures| some_steps(name, views, count, &device, captures));
+            let finite = launched.tensors.iter().flatten().all(|v| v.is_finite());
+            assert!(finite && launched.losses.len() == count, "{name}: {launched:?}");
+            assert!(captured == launched, "{name}: {captured:?}, launched {launched:?}");
+        }
+    });
 }
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing() {
-    alone(
-        "graph_replay::a_step_after_the_first_two_takes_no_memory_and_waits_for_nothing",
-        |driver| {
-            driver.check(false);
-            let device = gpu(Precision::Bf16);
-            for records in [true, false] {
-                let mut hand = Hand::new(&device, 0, records);
-                let counts =
-                    || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
-                let mut steps = Vec::new();
-                for iteration in 0..6 {
-                    let before = counts();
-                    hand.step(iteration).unwrap();
-                    let after = counts();
-                    steps.push([0, 1, 2].map(|i| after[i] - before[i]));
-                }
-                println!("allocations, waits and replays of each step: {steps:?}");
-                assert!(!records || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
-                let replays = u64::from(records);
-                assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
+fn a_step_after_the_first_two_allocates_nothing_and_never_waits() {
+    alone("graph_replay::a_step_after_the_first_two_allocates_nothing_and_never_waits", |driver| {
+        driver.check(false);
+        let device = gpu(Precision::Bf16);
+        for captures in [true, false] {
+            let mut hand = Hand::new(&device, 0, captures);
+            let counts =
+                || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
+            let mut steps = Vec::new();
+            for iteration in 0..6 {
                 let before = counts();
-                hand.evaluate();
-                assert!(counts()[1] > before[1], "the driver counts waits");
+                hand.step(iteration).unwrap();
+                let after = counts();
+                steps.push([0, 1, 2].map(|i| after[i] - before[i]));
             }
-        },
-    );
+            println!("allocations, waits and replays of each step: {steps:?}");
+            assert!(!captures || steps[0][0] > 10, "the driver counts allocations: {steps:?}");
+            let replays = u64::from(captures);
+            assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
+            let before = counts();
+            hand.evaluate();
+            assert!(counts()[1] > before[1], "the driver counts waits");
+        }
+    });
 }
 
-/// Losses of a whole run, as the program would print them.
+/// The losses of a run, as the program would print them.
 #[derive(Default)]
 struct Printed(Vec<(u64, f64)>);
 
@@ -308,7 +302,7 @@ impl Watch for Printed {
     fn note(&mut self, _: &str) {}
 }
 
-/// The demo at its smallest, two epochs of four steps.
+/// The demo with the smallest settings: two epochs of four steps.
 fn demo(settings: &[&str]) -> Recipe {
     let tiny = [
         "network.width=2",
@@ -337,7 +331,8 @@ const OUT_OF_MEMORY: u32 = 2;
 const LAUNCH_FAILED: u32 = 719;
 const NO_DEVICE: u32 = 214;
 
-/// Trains with a failure under way; gives what was said, after everything is well again. A checkpoint that was written loads.
+/// Trains with an injected failure and returns the error, if any. Checks that the metrics are complete and that a checkpoint, if
+/// one was written, loads after recovery.
 fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<String> {
     inject();
     let (result, printed) = train(folder);
@@ -345,7 +340,7 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
     let said = result.err()?.to_string();
     let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
     let written = metrics.lines().filter(|line| line.contains("\"lr\"")).count();
-    assert_eq!(written, printed.0.len(), "every loss that was known is written: {said}");
+    assert_eq!(written, printed.0.len(), "every known loss is written: {said}");
     match newest(folder) {
         Ok(file) => {
             assert!(
@@ -360,7 +355,7 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
         Err(_) if folder.join("recipe.toml").exists() => {
             assert!(said.contains("no checkpoint had been written yet"), "{said}");
         }
-        Err(_) => {} // the run had not begun
+        Err(_) => {} // the run had not started
     }
     Some(said)
 }
@@ -388,19 +383,21 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
             let [allocations, launches] = [0, 1].map(|i| calls[i] - before[i]);
             assert!(allocations > 20 && launches > 500, "{allocations} {launches}");
 
-            // Each of the first, and again when the pool has given back what it kept.
+            // Each of the first allocations, and again after the pool has released its free memory.
             for nth in (1..=24).chain([allocations]) {
                 let said = failing(driver, &folder(), || {
                     (nth..nth + 60).for_each(|nth| driver.fail("cuMemAlloc", nth, OUT_OF_MEMORY));
                 });
-                let said = said.expect("there is no more memory");
+                let said = said.expect("an out-of-memory error");
                 assert!(said.contains("out of memory"), "allocation {nth}: {said}");
             }
             let said =
                 failing(driver, &folder(), || driver.fail("cuMemHostAlloc", 1, OUT_OF_MEMORY));
-            assert!(said.expect("no pinned memory").contains("CUDA_ERROR_OUT_OF_MEMORY"));
+            assert!(
+                said.expect("an error about pinned memory").contains("CUDA_ERROR_OUT_OF_MEMORY")
+            );
 
-            // Of a launch, at once, in the first epoch and in the second.
+            // A launch that fails at once, in the first epoch and in the second.
             for nth in [1, 700] {
                 let said = failing(driver, &folder(), || driver.fail("cuLaunchKernel", nth, 701));
                 let said = said.expect("a launch failed");
@@ -409,7 +406,7 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
                     "{said}"
                 );
             }
-            // Of a kernel that runs later; of a device that is gone.
+            // A kernel that fails when it runs later; a device that is lost.
             let late =
                 ["kernel:sgd_step", "cuGraphLaunch", "cuEventQuery", "cuGraphInstantiateWithFlags"];
             for (call, nth, code) in [
@@ -421,7 +418,7 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
                 (late[3], 1, OUT_OF_MEMORY),
             ] {
                 let said = failing(driver, &folder(), || driver.fail(call, nth, code));
-                let said = said.unwrap_or_else(|| panic!("{call} {nth}: nothing was said"));
+                let said = said.unwrap_or_else(|| panic!("{call} {nth}: no error was reported"));
                 assert!(
                     said.contains("GPU 0 (") && said.contains("CUDA_ERROR_"),
                     "{call} {nth}: {said}"
@@ -431,7 +428,7 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
     );
 }
 
-/// The program on the demo at its smallest, with `variables` in its environment.
+/// Runs the program on the smallest demo with `variables` in its environment.
 fn program(folder: &Path, out: &str, variables: &[(&str, &str)]) -> Output {
     let recipe = folder.join("tiny.toml");
     std::fs::write(&recipe, demo(&["train.epochs=1"]).to_toml()).unwrap();
@@ -446,9 +443,9 @@ fn program(folder: &Path, out: &str, variables: &[(&str, &str)]) -> Output {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn waiting_after_each_launch_names_the_kernel_and_changes_no_bit() {
+fn selfsup_sync_names_the_failed_kernel_and_changes_no_bit() {
     if open().is_none() {
-        println!("skipped on a real driver, which fails when it likes");
+        println!("skipped on a real driver, which cannot be made to fail");
         return;
     }
     let root = tempfile::tempdir().unwrap();
@@ -459,7 +456,7 @@ fn waiting_after_each_launch_names_the_kernel_and_changes_no_bit() {
         String::from_utf8(output.stderr).unwrap()
     };
     let late = said(&[fail], "late");
-    // The third step's last kernel, told of by then or in the next step.
+    // The last kernel of the third step fails; the error is reported in that step or the next.
     assert!(late.contains("step 3: ") || late.contains("step 4: "), "{late}");
     assert!(late.contains("CUDA_ERROR_LAUNCH_FAILED"), "{late}");
     assert!(late.contains("SELFSUP_SYNC=1 names the kernel"), "{late}");
@@ -473,7 +470,7 @@ fn waiting_after_each_launch_names_the_kernel_and_changes_no_bit() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let file = std::fs::read(newest(&root.path().join(out)).unwrap()).unwrap();
         let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
-        file[8 + header..].to_vec() // the header's notes come in any order
+        file[8 + header..].to_vec() // the order of the header's metadata is not fixed
     };
-    assert!(left(&[], "recorded") == left(&[("SELFSUP_SYNC", "1")], "waited"));
+    assert!(left(&[], "captured") == left(&[("SELFSUP_SYNC", "1")], "waited"));
 }

@@ -1,4 +1,4 @@
-//! Imports point down: the source is read, and its modules must form the chain that `lib.rs` shows.
+//! Imports point down: the modules of the source must form the chain that `lib.rs` shows.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ pub fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// The code of a file: no comments, nothing from the unit tests at its end on.
+/// The code of a file without comments and without the unit tests at its end.
 pub fn code(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .take_while(|line| !line.starts_with("#[cfg(test)]\nmod") && *line != "mod tests {")
@@ -46,9 +46,10 @@ fn imports(line: &str) -> Vec<String> {
 }
 
 fn upward(module: &str, text: &str) -> Vec<String> {
-    let own = layer(module).unwrap_or_else(|| panic!("module {module} is missing from ORDER"));
-    let above =
-        |line: &str| imports(line).into_iter().find(|m| layer(m).is_some_and(|layer| layer > own));
+    let importer = layer(module).unwrap_or_else(|| panic!("module {module} is missing from ORDER"));
+    let above = |line: &str| {
+        imports(line).into_iter().find(|m| layer(m).is_some_and(|layer| layer > importer))
+    };
     code(text)
         .filter_map(|line| above(line).map(|m| format!("{module} uses {m}: {}", line.trim())))
         .collect()

@@ -1,4 +1,4 @@
-//! A training step takes its memory from the free list, and a contrastive loss's grows with its rows.
+//! A training step takes its memory from the free list; the memory of a contrastive loss is linear in its rows.
 
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ impl Training {
 }
 
 #[test]
-fn no_memory_is_taken_after_the_second_step_nor_by_an_evaluation_between() {
+fn nothing_is_allocated_after_the_second_step_even_with_an_evaluation_between() {
     let device = Device::cpu(2).unwrap();
     let mut training = Training::new(&device);
     training.step();
@@ -88,8 +88,8 @@ fn evaluation_saves_nothing_for_backward() {
     );
 }
 
-/// Bytes that a loss and its gradient take at most, its rows aside.
-fn of_loss(rows: usize, queue: usize) -> usize {
+/// Peak bytes of a loss and its gradient, without its rows.
+fn peak_bytes(rows: usize, queue: usize) -> usize {
     const D: usize = 16;
     let device = Device::cpu(1).unwrap();
     let mut layout = Layout::new();
@@ -108,14 +108,14 @@ fn of_loss(rows: usize, queue: usize) -> usize {
     device.memory_use().peak - before
 }
 
-/// Never a matrix of similarities: twice the rows take twice the memory, and a longer queue none.
+/// The similarity matrix is never stored: doubling the rows doubles the memory, and a longer queue needs none.
 #[test]
 fn memory_of_contrastive_losses_grows_with_their_rows() {
-    let [one, two] = [1024, 2048].map(|rows| of_loss(rows, 0));
+    let [one, two] = [1024, 2048].map(|rows| peak_bytes(rows, 0));
     println!("nt_xent of 1024 and of 2048 rows: {one} and {two} bytes");
     assert!(two <= one * 2 + 4096 && two < 2048 * 2048, "{one}, then {two}");
-    let [one, two] = [1024, 2048].map(|rows| of_loss(rows, 64));
+    let [one, two] = [1024, 2048].map(|rows| peak_bytes(rows, 64));
     println!("info_nce of 1024 and of 2048 queries: {one} and {two} bytes");
     assert!(two <= one * 2 + 4096, "{one}, then {two}");
-    assert_eq!(of_loss(256, 1024), of_loss(256, 4096), "a queue is read, not copied");
+    assert_eq!(peak_bytes(256, 1024), peak_bytes(256, 4096), "a queue is read, not copied");
 }

@@ -1,5 +1,5 @@
-//! A method's step over micro-batches is the step of one batch whose batch norm treats the micro-batches apart; and what else
-//! two settings have in common.
+//! A method's step over micro-batches equals the step of one batch whose batch norm normalises each micro-batch separately. Also
+//! other pairs of settings that must agree.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ const METHODS: [(&str, Build); 4] = [
     ("simsiam", |network| simsiam(network, 0)),
 ];
 
-/// Two steps' losses, the last one's gradients, and what the method owns, by name.
+/// The losses of two steps, the gradients of the last one, and the method's state, by name.
 fn two_steps(method: Box<dyn Method>, parts: usize) -> BTreeMap<String, Vec<f64>> {
     let device = Device::reference().poisoned();
     let mut method = method;
@@ -73,7 +73,7 @@ fn two_steps(method: Box<dyn Method>, parts: usize) -> BTreeMap<String, Vec<f64>
     all
 }
 
-/// A step along the gradient, so that the second step's networks differ.
+/// Moves the weights along the gradient, so that the second step starts from different weights.
 fn descend(online: &mut Arena) {
     let gradients = online.gradients().to_f64();
     let values = online.values().to_f64();
@@ -87,7 +87,7 @@ fn compare(
     tolerance: f64,
 ) -> Vec<Result<f64, String>> {
     let both = got.iter().filter_map(|(name, got)| Some((name, got, want.get(name)?)));
-    // A bias that a batch norm follows has no gradient but rounding.
+    // A following batch norm cancels a bias: its gradient is only rounding.
     let real = both.filter(|(_, _, want)| want.iter().any(|v| v.abs() > 1e-12));
     real.map(|(name, got, want)| close(name, got, want, tolerance)).collect()
 }
@@ -99,14 +99,14 @@ fn four_micro_batches_of_every_kind_of_step_equal_one_batch_in_four_groups() {
         let whole = two_steps(build(&small(PARTS)), 1);
         assert!(parts.keys().eq(whole.keys()), "{name}");
         report(name, compare(&parts, &whole, 1e-10));
-        // One batch norm over all of the batch is another step.
+        // One batch norm over the complete batch must give a different step.
         let wrong = compare(&parts, &two_steps(build(&small(1)), 1), 1e-3);
         assert!(wrong.iter().filter(|r| r.is_err()).count() > wrong.len() / 2, "{name}: {wrong:?}");
     }
 }
 
 #[test]
-fn a_batch_that_cannot_be_cut_is_an_error() {
+fn a_batch_that_cannot_be_split_is_an_error() {
     let method = simsiam(&small(1), 0);
     for (parts, text) in [(5, "equal parts"), (0, "equal parts"), (12, "equal parts")] {
         let error = methods::check_micro_batches(&*method, IMAGES, parts).unwrap_err().to_string();
@@ -119,7 +119,7 @@ fn a_batch_that_cannot_be_cut_is_an_error() {
 }
 
 #[test]
-fn an_alternation_of_one_step_is_simsiam_and_of_two_is_not() {
+fn an_alternation_of_one_step_equals_simsiam_and_of_two_does_not() {
     let plain = two_steps(simsiam(&small(1), 0), 1);
     report("targets of every step", compare(&two_steps(simsiam(&small(1), 1), 1), &plain, 1e-12));
     let two = two_steps(simsiam(&small(1), 2), 1);
@@ -127,9 +127,9 @@ fn an_alternation_of_one_step_is_simsiam_and_of_two_is_not() {
     assert!((two["loss 1"][0] - plain["loss 1"][0]).abs() > 1e-6, "{:?}", two["loss 1"]);
 }
 
-/// The bank's row of an image is its old one blended with the query; others stay.
+/// A step blends the bank's rows of its images with their queries and leaves the other rows unchanged.
 #[test]
-fn a_memory_bank_holds_images_as_they_were_last_seen() {
+fn a_memory_bank_updates_only_the_rows_of_the_batch() {
     let device = Device::reference();
     let settings = moco::Settings { dictionary: moco::Dictionary::MemoryBank, ..MOCO };
     let mut method = MoCo::new(&small(1), &settings);

@@ -1,4 +1,4 @@
-//! Networks with weights from the formula, and what their arenas hold by slot name.
+//! Networks with seeded weights, and the contents of their arenas by slot name.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use selfsup::tensor::Tensor;
 use crate::case::write;
 use crate::seeded;
 
-/// An arena whose values and statistics come from the formula; `scripts/goldens/trunk.py` has the same.
+/// An arena whose values and statistics are seeded; `scripts/goldens/trunk.py` has the same.
 pub fn seeded_arena(layout: &Arc<Layout>, device: &Device, line: &str) -> Arena {
     let mut arena = Arena::new(layout, device, 0);
     for slot in layout.params() {
@@ -36,7 +36,7 @@ fn start(slot: &Slot, line: &str) -> Vec<f64> {
     seeded::around(seeded::seed(&format!("{line}|{}", slot.name)), count, mean, spread)
 }
 
-/// A slot's values with its missing channels, which are zero.
+/// The values of a slot padded with zero channels.
 fn padded(slot: &Slot, values: &[f64]) -> Vec<f64> {
     pad_channels(values, slot.channels, *slot.shape.last().unwrap())
 }

@@ -1,4 +1,4 @@
-//! ResNets against PyTorch: features, the gradient of every slot, running statistics, evaluation.
+//! ResNets compared with PyTorch: features, the gradient of every slot, running statistics, evaluation.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::golden::{Goldens, Record};
 use crate::network;
 use crate::seeded;
 
-/// Relative error allowed in f64.
+/// Allowed relative error in f64.
 const EXACT: f64 = 1e-8;
 
 struct Network {
@@ -52,13 +52,13 @@ impl Network {
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);
         let arena = network::seeded_arena(&Arc::new(layout), device, line);
-        // Images with no ReLU input so near zero that rounding decides which way gradients go.
+        // Images for which no ReLU input is so close to zero that rounding decides its sign.
         let draw = goldens.numbers(&format!("{line}|draw"))[0];
         let images = network::images(device, &format!("{line}|images {draw}"), [n, h, w]);
         Self { line: line.to_owned(), backbone, arena, images }
     }
 
-    /// Features; gradients and running statistics are in the arena.
+    /// Returns the features; leaves gradients and running statistics in the arena.
     fn train(&mut self) -> Vec<f64> {
         let (mut features, seed) = (Vec::new(), seeded::seed(&format!("{}|w", self.line)));
         let loss = tape::step(&mut self.arena, |tape| {
@@ -76,7 +76,7 @@ impl Network {
         y.unwrap().to_f64()
     }
 
-    /// Everything against the goldens.
+    /// Compares everything with the goldens.
     fn check(
         &mut self,
         goldens: &Goldens,
@@ -149,7 +149,7 @@ fn evaluation_with_batch_statistics_is_caught() {
     }
 }
 
-/// The same bits for 1, 2 and 3 threads through a whole network, forward and backward.
+/// Forward and backward of a complete network give the same bits with 1, 2 and 3 threads.
 #[test]
 fn a_network_does_not_depend_on_the_number_of_threads() {
     let line = "resnet depth=50 width=8 stem=image n=4 h=33 w=29 groups=1";

@@ -1,5 +1,5 @@
-//! Bytes from outside: each parser takes any, and answers with a value or an error. `fuzz/` feeds these functions; the
-//! suite replays the small corpus in `tests/corpus/`, in which every input that once did harm stays.
+//! Parsers of external bytes: each accepts any input and returns a value or an error, never a panic. `fuzz/` calls these
+//! functions; the suite replays the small corpus in `tests/corpus/`, which keeps every input that once caused a failure.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use selfsup::recipes::Recipe;
 use selfsup::train::{self, Paused};
 use tempfile::TempDir;
 
-/// A parser's name, which is its folder's in `tests/corpus/`, and what is fed.
+/// A parser's name, which is also its folder in `tests/corpus/`, and the function to feed.
 type Parser = (&'static str, fn(&[u8]));
 
 const PARSERS: [Parser; 9] = [
@@ -27,16 +27,16 @@ const PARSERS: [Parser; 9] = [
     ("weights", weights),
 ];
 
-/// A folder with files of these names and contents.
+/// A temporary folder with files of the given names and contents.
 fn holding(files: &[(&str, &[u8])]) -> TempDir {
-    let folder = tempfile::tempdir().expect("a place for files");
+    let folder = tempfile::tempdir().expect("a temporary folder");
     for (name, bytes) in files {
         fs::write(folder.path().join(name), bytes).expect("a temporary file");
     }
     folder
 }
 
-/// The settings of a network that costs little.
+/// Settings of a cheap network.
 fn small() -> Recipe {
     let settings = ["network.width=2", "method.hidden=4", "method.embedding=4"];
     Recipe::load("demo", &settings.map(str::to_owned)).expect("a built-in recipe")
@@ -50,7 +50,7 @@ fn arena() -> &'static Mutex<Arena> {
     })
 }
 
-/// Every image of a set that is one, and its size.
+/// Reads every image of a source that decodes, and checks its size.
 fn read_all(source: &dyn Source) {
     let mut image = Image::default();
     for index in 0..source.len().min(4) {
@@ -68,7 +68,7 @@ pub fn image(bytes: &[u8]) {
     read_all(&Folder::open(folder.path()).expect("a folder with a file"));
 }
 
-/// A set of idx files: images, and labels after them; the first byte says how long those are.
+/// A set of idx files: images followed by labels. The first byte gives the length of the labels.
 pub fn idx(bytes: &[u8]) {
     let Some((&labels, bytes)) = bytes.split_first() else { return };
     let (images, labels) = bytes.split_at(bytes.len().saturating_sub(labels.into()));
@@ -80,7 +80,7 @@ pub fn idx(bytes: &[u8]) {
     }
 }
 
-/// A CIFAR-10 batch, or a CIFAR-100 one, and the names of its classes.
+/// A CIFAR-10 or CIFAR-100 batch and the names of its classes.
 pub fn cifar(bytes: &[u8]) {
     for files in [["test_batch.bin", "batches.meta.txt"], ["test.bin", "fine_label_names.txt"]] {
         let folder = holding(&files.map(|name| (name, bytes)));
@@ -105,7 +105,7 @@ pub fn labels(bytes: &[u8]) {
     }
 }
 
-/// A file of packed images: as it is, and with the checksums that it should have, so that what is behind them is reached.
+/// A packed file, once unchanged and once with corrected checksums, so that the code behind them is reached.
 pub fn pack(bytes: &[u8]) {
     let mut fits = bytes.to_vec();
     if let Some((header, rest)) = fits.split_at_mut_checked(64) {
@@ -123,7 +123,7 @@ pub fn pack(bytes: &[u8]) {
     }
 }
 
-/// A recipe, and a setting on top of one.
+/// A recipe, and a setting that overrides one.
 pub fn recipe(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     for recipe in [Recipe::parse(text, "recipe.toml", &[]), small().with(&[text.to_owned()])] {
@@ -134,7 +134,7 @@ pub fn recipe(bytes: &[u8]) {
     }
 }
 
-/// Weights: to start from, to load, and as what they were exported from.
+/// A weight file: to start a run from, to load, and to re-export.
 pub fn weights(bytes: &[u8]) {
     let folder = holding(&[("w.safetensors", bytes)]);
     let file = folder.path().join("w.safetensors");
@@ -144,7 +144,7 @@ pub fn weights(bytes: &[u8]) {
     let _ = train::recipe_in(&file, &[]);
 }
 
-/// The newest checkpoint of a run that is to go on.
+/// The newest checkpoint of a run that is resumed.
 pub fn checkpoint(bytes: &[u8]) {
     let recipe = small().to_toml();
     let files = [("recipe.toml", recipe.as_bytes()), ("step-00000001.safetensors", bytes)];
@@ -152,7 +152,7 @@ pub fn checkpoint(bytes: &[u8]) {
     let _ = Paused::open(folder.path(), &[]).map(|paused| paused.recipe().to_toml());
 }
 
-/// What a run wrote for its report.
+/// The files from which a run's report is built.
 pub fn metrics(bytes: &[u8]) {
     for name in ["metrics.jsonl", "gallery.json"] {
         let recipe = small().to_toml();
@@ -165,7 +165,7 @@ pub fn metrics(bytes: &[u8]) {
 }
 
 #[test]
-fn what_once_did_harm_is_answered() {
+fn inputs_that_once_caused_failures_are_handled() {
     for (name, parser) in PARSERS {
         let folder = Path::new("tests/corpus").join(name);
         let mut inputs = 0;

@@ -1,6 +1,6 @@
-//! Numbers from a seed, by a formula that `scripts/make-goldens` has too: inputs need not be stored with the goldens.
+//! Numbers from a seed, by a formula shared with `scripts/make-goldens`, so that goldens need not store their inputs.
 //!
-//! A seed is the FNV-1a hash of a text that says what the numbers are for. Number `i` is the top 24 bits of splitmix64
+//! A seed is the FNV-1a hash of a text that names the purpose of the numbers. Number `i` is the top 24 bits of splitmix64
 //! (Steele et al. 2014) at `seed + (i + 1) γ`, a multiple of 2^-23 in `[-1, 1)`: exact in f32 and in f64.
 
 /// The seed of a text: FNV-1a, 64 bits.
@@ -10,7 +10,7 @@ pub fn seed(text: &str) -> u64 {
     })
 }
 
-/// 64 bits for number `i` of a seed.
+/// The 64 bits of number `i` of a seed.
 pub fn bits(seed: u64, i: u64) -> u64 {
     let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -34,13 +34,13 @@ pub fn around(seed: u64, count: usize, mean: f64, spread: f64) -> Vec<f64> {
     unit(seed, count).into_iter().map(|u| rounded(mean + spread * u)).collect()
 }
 
-/// Numbers at least 0.1 away from zero, where a ReLU has its kink.
+/// Numbers at least 0.1 away from zero, the kink of a ReLU.
 pub fn off_zero(seed: u64, count: usize) -> Vec<f64> {
     let push = |u: f64| rounded(if u < 0.0 { 0.9 * u - 0.1 } else { 0.9 * u + 0.1 });
     unit(seed, count).into_iter().map(push).collect()
 }
 
-/// Equally spaced numbers in random order: no two are close, so that no maximum hangs on rounding.
+/// Equally spaced numbers in random order. No two are close, so rounding does not decide a maximum.
 pub fn distinct(seed: u64, count: usize) -> Vec<f64> {
     let mut order: Vec<usize> = (0..count).collect();
     order.sort_by_key(|&i| bits(seed, i as u64));
@@ -51,12 +51,12 @@ pub fn distinct(seed: u64, count: usize) -> Vec<f64> {
     values
 }
 
-/// Few different numbers, so that maxima tie.
+/// Numbers with few distinct values, so that maxima tie.
 pub fn tied(seed: u64, count: usize) -> Vec<f64> {
     unit(seed, count).into_iter().map(|u| (2.0 * u).floor() / 2.0).collect()
 }
 
-/// Rows of `d` numbers of unit length, as nearly as f32 allows.
+/// Rows of `d` numbers, normalised to unit length in f32.
 pub fn unit_rows(seed: u64, rows: usize, d: usize) -> Vec<f64> {
     let mut values = unit(seed, rows * d);
     for row in values.chunks_exact_mut(d) {
@@ -72,7 +72,7 @@ pub fn indices(seed: u64, count: usize, below: usize) -> Vec<usize> {
 }
 
 #[test]
-fn the_formula_is_the_published_splitmix() {
+fn the_formula_gives_the_published_outputs_of_splitmix64_and_fnv() {
     // The first outputs of splitmix64 seeded with 0 and of FNV-1a, as their authors publish them.
     assert_eq!(bits(0, 0), 0xe220_a839_7b1d_cdaf);
     assert_eq!(bits(0, 1), 0x6e78_9e6a_a1b9_65f4);

@@ -1,13 +1,13 @@
-//! The public surface, item by item, so that it changes on purpose.
+//! The public API, item by item, so that changes to it are deliberate.
 //!
-//! `UPDATE_SURFACE=1 cargo test surface` rewrites `tests/public-surface.txt`; the diff is what a reviewer reads.
+//! `UPDATE_SURFACE=1 cargo test surface` rewrites `tests/public-surface.txt`; reviewers read the diff.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::layers::{code, sources};
 
-/// Names behind `pub use`, which make items of private modules public.
+/// Names in `pub use`, which make items of private modules public.
 fn reexported(text: &str) -> BTreeSet<String> {
     let uses = text.split("pub use ").skip(1).map(|part| part.split(';').next().unwrap());
     let mut names = BTreeSet::new();
@@ -17,7 +17,7 @@ fn reexported(text: &str) -> BTreeSet<String> {
     names
 }
 
-/// `kind name` of a line that declares a public item.
+/// Returns `(kind, name)` of a line that declares a public item.
 fn declared(line: &str) -> Option<(String, String)> {
     let rest = line.trim_start().strip_prefix("pub ")?;
     let mut words =
@@ -61,7 +61,7 @@ fn surface() -> BTreeSet<String> {
     };
     let mut surface = BTreeSet::new();
     for (path, text) in texts.iter().filter(|(path, _)| path != "main") {
-        // What the nearest public module above re-exports.
+        // Re-exports of the nearest public parent module.
         let mut parent = path.as_str();
         while !reachable(parent) {
             parent = parent.rsplit_once("::").map_or("lib", |(parent, _)| parent);
@@ -96,7 +96,7 @@ fn surface() -> BTreeSet<String> {
 }
 
 #[test]
-fn public_surface_changes_on_purpose() {
+fn the_public_surface_equals_its_list() {
     let list = Path::new("tests/public-surface.txt");
     let now = surface();
     assert!(now.contains("fn tape::step") && now.contains("fn ops::conv2d"), "{now:#?}");
