@@ -1,10 +1,10 @@
-//! Times the loader on request, for `benches/peers/loader.py`, which runs torchvision's beside it.
+//! Times the loader on request, for `benches/peers/loader.py`, which compares it with torchvision's.
 //!
-//! One request a line on stdin, `32 FOLDER SECONDS THREADS` or `112 FOLDER SECONDS THREADS`, one answer a line on stdout: views
-//! made, seconds, and seconds of CPU of all threads. A pipeline stays open between requests, as the peer's does.
+//! Each line on stdin is a request, `32 FOLDER SECONDS THREADS` or `112 FOLDER SECONDS THREADS`; the answer on stdout is a line with
+//! the number of views, the seconds, and the CPU seconds of all threads. A pipeline stays open between requests, as the peer's does.
 //!
-//! `read PATH THREADS` opens the training part of a set afresh and reads every image of it once: images, seconds to open it, and
-//! seconds to read and decode them.
+//! `read PATH THREADS` opens the training split of a data set and reads every image once: the answer is the number of images, the
+//! seconds to open the set, and the seconds to read and decode the images.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -19,7 +19,7 @@ use selfsup::device::Device;
 
 const BATCH: usize = 256;
 
-/// Batches that may have been made before the clock starts: none of them is counted.
+/// Batches that may be prepared before the clock starts; they are not counted.
 const AHEAD: usize = 3;
 
 fn jitter(strength: f32) -> Option<Jitter> {
@@ -34,7 +34,7 @@ fn jitter(strength: f32) -> Option<Jitter> {
     })
 }
 
-/// The pipelines that `benches/peers/loader.py` builds from torchvision's transforms.
+/// The same pipelines as `benches/peers/loader.py` builds from torchvision's transforms.
 fn policy(size: usize) -> Policy {
     let (mean, std) = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]);
     let blur = Blur { p: 0.5, sigma: [0.1, 2.0], kind: BlurKind::Gaussian };
@@ -49,20 +49,20 @@ fn policy(size: usize) -> Policy {
     }
 }
 
-/// Small images lie decoded in memory, others are read from their files each time.
+/// Small images are held decoded in memory; others are read from their files each time.
 fn open(size: usize, folder: &str, threads: usize) -> Loader {
     let folder = Folder::open(Path::new(folder)).expect("a folder of images");
     let folder = if size == 32 { folder } else { folder.with_cache(0) };
     if size == 32 {
         let mut image = Image::default();
-        (0..folder.len()).for_each(|i| folder.read(i, &mut image).expect("a whole image"));
+        (0..folder.len()).for_each(|i| folder.read(i, &mut image).expect("an intact image"));
     }
     let device = Device::cpu(1).expect("a thread");
     let policies = vec![policy(size); 2];
     Loader::new(Arc::new(folder), policies, BATCH, 1, threads, &device).expect("a loader")
 }
 
-/// CPU seconds of this process, in hundredths.
+/// CPU seconds of this process, with a resolution of 1/100 s.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
@@ -80,13 +80,13 @@ fn measure(loader: &mut Loader, seconds: f64) -> (usize, f64, f64) {
     (views, start.elapsed().as_secs_f64(), cpu_seconds() - cpu)
 }
 
-/// Opens and reads a set once.
+/// Opens a data set and reads it once.
 fn read(path: &str, threads: usize) -> (usize, f64, f64) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
     let start = Instant::now();
     let set = data::open(Path::new(path), Split::Train).expect("a set of images");
     let opened = start.elapsed().as_secs_f64();
-    let read = |image: &mut Image, i| set.read(i, image).expect("a whole image");
+    let read = |image: &mut Image, i| set.read(i, image).expect("an intact image");
     pool.install(|| (0..set.len()).into_par_iter().for_each_init(Image::default, read));
     (set.len(), opened, start.elapsed().as_secs_f64() - opened)
 }

@@ -1,11 +1,14 @@
-//! Times single operations and whole steps on request, for the scripts in `benches/peers` that run PyTorch beside it.
+//! Times single operations and complete steps on request, for the scripts in `benches/peers` that compare them with PyTorch.
 //!
-//! One request a line on stdin, one answer a line on stdout, so that both sides measure in the same minute:
-//! `conv N H W C K R STRIDE PAD forward|data|weight` and `step DEPTH WIDTH image|small SIZE BATCH` answer with the least
-//! seconds of a few repetitions, `phases` with the arguments of `step` with those of the forward pass, the backward pass
-//! and the update, `crops DEPTH WIDTH BATCH SIDE SMALL` with those of a step of SwAV on two crops of `SIDE` pixels and on
-//! these and six of `SMALL`, `memory` with the peak resident bytes of the process. The first word that the program is given
-//! may be `cuda`: steps then run on the GPU, in bf16, launched and not captured.
+//! Each line on stdin is a request, each line on stdout an answer, so that both sides measure in the same minute:
+//!
+//! - `conv N H W C K R STRIDE PAD forward|data|weight`: the minimum seconds of a few repetitions.
+//! - `step DEPTH WIDTH image|small SIZE BATCH`: the same for a SimCLR step.
+//! - `phases`, with the arguments of `step`: the seconds of the forward pass, the backward pass and the update.
+//! - `crops DEPTH WIDTH BATCH SIDE SMALL`: the seconds of a SwAV step on two crops of `SIDE` pixels, and on two plus six of `SMALL`.
+//! - `memory`: the peak resident bytes of the process.
+//!
+//! With the argument `cuda` steps run on the GPU in bf16, launched one by one, not captured.
 
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
@@ -22,8 +25,8 @@ use selfsup::optim::{Exclude, Optimizer, Rule, Sgd};
 use selfsup::tape::step;
 use selfsup::tensor::{DType, Tensor};
 
-/// The least time of some runs, after one that warms up: at least three, and more for as long as `budget` lasts.
-fn least(budget: Duration, mut f: impl FnMut()) -> f64 {
+/// Returns the minimum time of at least three runs, and of more as long as `budget` lasts, after a warm-up run.
+fn minimum_time(budget: Duration, mut f: impl FnMut()) -> f64 {
     f();
     let (start, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
     while runs < 3 || start.elapsed() < budget {
@@ -54,7 +57,7 @@ fn conv(device: &Device, words: &[&str]) -> f64 {
     };
     let mut scratch = vec![0.0; conv2d::workspace_len(&d, direction)];
     device.run(|| {
-        least(Duration::from_millis(250), || match direction {
+        minimum_time(Duration::from_millis(250), || match direction {
             Direction::Forward => conv2d::forward(&mut y, &x, &w, &mut scratch, &d),
             Direction::DataGradient => {
                 conv2d::data_gradient(&mut x, &y, &w, &mut scratch, &d, false);
@@ -78,7 +81,7 @@ fn network(depth: usize, width: usize, stem: Stem) -> ResNetConfig {
     }
 }
 
-/// Crops `[rows, size, size, 4]`, the fourth channel zero.
+/// Crops `[rows, size, size, 4]`; the fourth channel is zero.
 fn crops(device: &Device, rows: usize, size: usize) -> Tensor {
     let mut pixels = noise(rows * size * size * 4);
     pixels.iter_mut().skip(3).step_by(4).for_each(|fourth| *fourth = 0.0);
@@ -86,7 +89,7 @@ fn crops(device: &Device, rows: usize, size: usize) -> Tensor {
     crops.cast(DType::of_activations(device))
 }
 
-/// Seconds of a step of SwAV without and with six small crops, by turns.
+/// Seconds of a SwAV step without and with six small crops, measured alternately.
 fn swav_crops(device: &Device, words: &[&str]) -> String {
     let n: Vec<usize> = words.iter().map(|w| w.parse().expect("a size")).collect();
     let [depth, width, batch, side, small] = n[..] else { panic!("crops: five sizes") };
@@ -108,15 +111,15 @@ fn swav_crops(device: &Device, words: &[&str]) -> String {
         };
         let mut method = Swav::new(&network(depth, width, Stem::Image), &settings);
         let online = Arena::new(method.layout(), device, 1);
-        let course = RunInfo { seed: 1, batch, images: batch, per_epoch: 1, total: 1 };
-        method.start(&online, &course).expect("there is no queue");
+        let run = RunInfo { seed: 1, batch, images: batch, per_epoch: 1, total: 1 };
+        method.start(&online, &run).expect("no queue to check");
         (method, online)
     });
     let mut best = [f64::MAX; 2];
     for round in 0..8 {
         for ((best, (method, online)), views) in best.iter_mut().zip(&mut trainings).zip(&kinds) {
             let start = Instant::now();
-            step(online, |tape| method.loss(tape, views)).expect("the CPU does not fail");
+            step(online, |tape| method.loss(tape, views)).expect("a training step");
             if round > 0 {
                 *best = best.min(start.elapsed().as_secs_f64());
             }
@@ -125,7 +128,7 @@ fn swav_crops(device: &Device, words: &[&str]) -> String {
     best.map(|seconds| seconds.to_string()).join(" ")
 }
 
-/// A SimCLR training step, its batch ready.
+/// A SimCLR training step on a prepared batch.
 struct Training {
     method: SimClr,
     online: Arena,
@@ -149,7 +152,7 @@ impl Training {
         Self { method, online, optimizer, views }
     }
 
-    /// One step; seconds of its forward pass, backward pass and update.
+    /// Runs one step; returns the seconds of its forward pass, backward pass and update.
     fn step(&mut self) -> [f64; 3] {
         let method = &mut self.method;
         let views = std::slice::from_ref(&self.views);
@@ -160,14 +163,14 @@ impl Training {
             forward = start.elapsed().as_secs_f64();
             loss
         });
-        assert!(loss.expect("a step of a bench").scalar().is_finite());
+        assert!(loss.expect("a training step").scalar().is_finite());
         let both = start.elapsed().as_secs_f64();
         self.optimizer.step(&mut self.online, 1e-3);
         self.method.take_embeddings();
         [forward, both - forward, start.elapsed().as_secs_f64() - both]
     }
 
-    /// The least of each phase over a few steps, after one that warms up.
+    /// The minimum of each phase over a few steps, after a warm-up step.
     fn phases(&mut self) -> String {
         self.step();
         let mut best = [f64::MAX; 3];
@@ -209,14 +212,14 @@ fn main() {
                         let step = || {
                             training.step();
                         };
-                        least(Duration::from_secs(2), step).to_string()
+                        minimum_time(Duration::from_secs(2), step).to_string()
                     }
                     _ => training.phases(),
                 }
             }
             ["crops", rest @ ..] => swav_crops(&device, rest),
             ["memory"] => peak_memory().to_string(),
-            _ => continue, // what cargo passes to every bench
+            _ => continue,
         };
         println!("{answer}");
         std::io::stdout().flush().expect("stdout");

@@ -1,5 +1,5 @@
-//! The primitives on the CPU under criterion, which keeps figures between runs and says what changed: the cases of
-//! `selfsup bench`, each once more. Gelem/s are GFLOP/s; `cargo bench --bench primitives -- sinkhorn` takes some of them.
+//! The cases of `selfsup bench` on the CPU under criterion, which compares runs and reports changes. Gelem/s are GFLOP/s;
+//! `cargo bench --bench primitives -- sinkhorn` runs a subset.
 
 #![allow(missing_docs)] // criterion's macro makes a public function
 
@@ -15,7 +15,7 @@ fn bench(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("cpu");
     for case in cases(&Extent::CPU, DType::F32, "") {
         group.throughput(Throughput::Elements(case.work.operations as u64));
-        // Operands are made when the case is chosen, not for all that are filtered out.
+        // Operands are allocated only for the cases that the filter selects.
         group.bench_function(&case.name, |b| {
             let mut run = case.prepare(&device);
             b.iter(&mut run);

@@ -1,4 +1,4 @@
-"""Recipes, selfsup's side of a run, cells that are kept, and when two sides are equal."""
+"""Recipes, selfsup's side of a run, saved cells, and the test of equality of two sides."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from small_cifar import ROOT, THREADS
 
 
 def recipe(name, settings):
-    """A recipe of the program with `{"key.path": value}` on top, as `--set` puts it there."""
+    """A recipe of the program with `{"key.path": value}` applied as `--set` does."""
     found = tomllib.loads((ROOT / f"recipes/{name}.toml").read_text())
     for path, value in settings.items():
         *parents, last = path.split(".")
@@ -22,7 +22,7 @@ def recipe(name, settings):
 
 
 def tables(at, path):
-    """The tables at a path; of an array all of them, or one by its number."""
+    """The tables at a path; of an array all tables, or one by its index."""
     if isinstance(at, list):
         if path and path[0].isdigit():
             return tables(at[int(path[0])], path[1:])
@@ -31,14 +31,14 @@ def tables(at, path):
 
 
 def toml(value):
-    """A value in one line."""
+    """A value as inline TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
     return json.dumps(value)
 
 
 def trained(program, name, settings, network, folder):
-    """Trains by a recipe from the weights of a PyTorch module; the records that the run writes."""
+    """Trains by a recipe from the weights of a PyTorch module; returns the lines of its metrics."""
     init, out = folder / "init.safetensors", folder / f"run-{time.time_ns()}"
     save_file({k: v.contiguous() for k, v in network.state_dict().items() if "num_batches" not in k}, init)
     settings = {**settings, "train.init": str(init), "train.threads": THREADS}
@@ -48,14 +48,14 @@ def trained(program, name, settings, network, folder):
 
 
 class Cells:
-    """Results by name in a file, each with what made it; the file is whole at any time."""
+    """Results by name in a file, each with a digest of its inputs; the file is replaced atomically."""
 
     def __init__(self, path):
         self.path = path
         self.cells = json.loads(path.read_text()) if path.exists() else {}
 
     def made(self, name, by):
-        """A cell that the same made, or none."""
+        """The cell if it was measured from the same inputs, else None."""
         cell = self.cells.get(name)
         return cell if cell and cell["script"] == by else None
 
@@ -68,6 +68,6 @@ class Cells:
 
 
 def difference(ours, theirs):
-    """Of two sides' percentages: the difference of means, its standard error, and what it may be."""
+    """Two sides' percentages: the difference of means, its standard error, and its bound."""
     error = math.sqrt(sum(statistics.variance(side) / len(side) for side in (ours, theirs)))
     return statistics.mean(ours) - statistics.mean(theirs), error, max(1.5, 2 * error)

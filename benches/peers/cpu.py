@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""selfsup beside PyTorch on the CPU, in one run: convolutions, whole SimCLR steps, peak memory.
+"""Compares selfsup with PyTorch on the CPU in one run: convolutions, complete SimCLR steps, peak memory.
 
     pip install torch==2.9.1
     python benches/peers/cpu.py [--rounds 5] [--threads 2]
 
-Both sides take turns, so that a noisy machine is noisy for both; ratios are medians over rounds, ours over PyTorch's in speed
-(above 1: faster) and in memory (below 1: less). Tests never need this.
+Both sides take turns, so that noise hits both; ratios are medians over rounds, ours over PyTorch's in speed (above 1: faster) and
+in memory (below 1: less). No test depends on this.
 """
 
 import argparse
@@ -132,12 +132,12 @@ def torch_step(name, channels_last):
     return step
 
 
-# What PyTorch's operators belong to, by a piece of their name; the first that fits.
+# Classes of PyTorch's operators by a part of their name; the first match counts.
 CLASSES = {
     "convolution": ("convolution", "mkldnn"),
     "batch norm": ("batch_norm",),
     "relu, add, pooling": ("relu", "threshold", "add_", "pool", "aten::add"),
-    "products, loss": ("mm", "softmax", "nll", "norm", "div", "mul"),
+    "GEMM, loss": ("mm", "softmax", "nll", "norm", "div", "mul"),
 }
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The cases of `selfsup bench` in PyTorch, on the same device in the same call, as one table.
+"""Measures the cases of `selfsup bench` in PyTorch on the same device in the same call, and prints one table.
 
     pip install torch==2.9.1
     python benches/peers/gpu.py [--device cuda] [--program target/release/selfsup] [--out benches/results/H200.md] [FILTER ...]
-    python benches/peers/gpu.py --device cpu --tiny      # anywhere: that both sides run
+    python benches/peers/gpu.py --device cpu --tiny      # on any machine: checks that both sides run
 
-Eager PyTorch, channels last, bf16 on a GPU and f32 on a CPU, cuDNN's own choice of algorithms (`--deterministic` for those that
-repeat to the bit); losses also compiled where `--compile` asks for it. Both sides run hot, with the same budget a case; a ratio is
-PyTorch's median over ours: above 1 we are faster. A share is that of the floor of `selfsup bench`. With `--steps FILE` whole
-SimCLR steps as well, eager, captured in a graph, and compiled; FILE is the bench `peer` as `scripts/gpu-bundle` or
-`cargo bench --bench peer --no-run` makes it. Whole steps on a CPU are `cpu.py`'s, by turns.
+Eager PyTorch, channels last, bf16 on a GPU and f32 on a CPU, cuDNN's own choice of algorithms (`--deterministic` for
+bit-reproducible ones); with `--compile` the losses also compiled. Both sides run hot, with the same budget per case. A ratio is
+PyTorch's median over ours: above 1 we are faster. A share is that of the roofline of `selfsup bench`. With
+`--steps FILE` complete SimCLR steps, too: eager, captured in a graph, and compiled; FILE is the bench `peer` as
+`scripts/gpu-bundle` or `cargo bench --bench peer --no-run` builds it. `cpu.py` measures complete steps on a CPU.
 """
 
 import argparse
@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def numbers(name):
-    """The sizes in a case's name: behind its first word, which may have a digit of its own."""
+    """The sizes in a case's name; the first word is skipped because it may contain a digit."""
     return [int(n) for n in re.findall(r"\d+", name.partition(" ")[2])]
 
 
 class Side:
-    """PyTorch on a device: makes operands, times closures."""
+    """PyTorch on a device: allocates operands and times closures."""
 
     def __init__(self, device, seconds):
         self.device, self.seconds = device, seconds
@@ -211,7 +211,7 @@ def knn(side, name):
 
 
 def weights(side, name):
-    """161 tensors, as ResNet-50's, of as many elements in all."""
+    """161 tensors, as in ResNet-50, with its number of elements in total."""
     each = int(float(re.search(r"([\d.]+)M", name).group(1)) * 1e6 / 161) + 1
     return [torch.nn.Parameter(side.randn(each, dtype=torch.float32)) for _ in range(161)]
 
@@ -251,7 +251,7 @@ def ema(side, name):
 
 
 def augment(side, name):
-    """torchvision's v2 transforms, image by image: each has its own numbers."""
+    """torchvision's v2 transforms, image by image: each image has its own random parameters."""
     try:
         from torchvision.transforms import v2
     except ImportError:
@@ -290,7 +290,7 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--steps", type=Path, help="the bench `peer`: whole steps, too")
+    parser.add_argument("--steps", type=Path, help="the bench `peer`: measure complete steps, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(1)
@@ -302,11 +302,11 @@ def main():
     side = Side(args.device, args.seconds)
     dtype = "bf16" if args.device == "cuda" else "f32"
     lines = [
-        f"# The primitives beside PyTorch {torch.__version__}: {rows[0]['device']}, {dtype}, {time.strftime('%Y-%m-%d')}",
+        f"# The primitives compared with PyTorch {torch.__version__}: {rows[0]['device']}, {dtype}, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`benches/peers/gpu.py`; copy {rows[0]['copy'] / 1e9:.0f} GB/s, product {rows[0]['product'] / 1e9:.0f} GFLOP/s; medians, hot.",
+        f"`benches/peers/gpu.py`; copy {rows[0]['copy'] / 1e9:.0f} GB/s, GEMM {rows[0]['gemm'] / 1e9:.0f} GFLOP/s; medians, hot.",
         "",
-        "| what | ours us | peer us | ratio | share of floor |",
+        "| what | ours us | peer us | ratio | share of roofline |",
         "|---|---:|---:|---:|---:|",
     ]
     groups = {}

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What two cores learn in half an hour: SimCLR on the whole of CIFAR-10, here and in PyTorch.
+"""What two cores learn in half an hour: SimCLR on all of CIFAR-10, here and in PyTorch.
 
     pip install torch==2.9.1 torchvision==0.24.1 pillow==11.3.0 safetensors
     python benches/peers/half_hour.py CIFAR10 [--only pytorch|selfsup] [--epochs N]
 
-CIFAR10 is a folder with `train` and `test` folders of class folders of image files. The recipe is simclr-cifar10-cpu, read by both
-sides, from the same initial weights; its number of epochs is what selfsup does in half an hour. PyTorch's is what fits at the
-speed that its faster memory format is found to have, unless `--epochs` says it; its learning rate goes to zero over these.
-kNN (k 200, temperature 0.1) is of the whole set and comes after; its time is not counted. Tests never need this.
+CIFAR10 is a folder with `train` and `test` folders of class folders of image files. Both sides read the recipe
+simclr-cifar10-cpu and start from the same weights; its number of epochs is what selfsup completes in half an hour. PyTorch's
+number follows from the measured speed of its faster memory format, unless `--epochs` is given; its learning rate decays to zero
+over these epochs. kNN (k 200, temperature 0.1) covers the complete set and its time is not counted. No test depends on this.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", choices=["pytorch", "selfsup"])
-    parser.add_argument("--epochs", type=int, help="of the sides that run")
+    parser.add_argument("--epochs", type=int, help="epochs of the sides that run")
     args = parser.parse_args()
     small.NAME, small.RECIPE = NAME, tomllib.loads((small.ROOT / f"recipes/{NAME}.toml").read_text())
     torch.set_num_threads(small.THREADS)

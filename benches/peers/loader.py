@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""selfsup's loader beside torchvision's transforms (v2) under a DataLoader, in one run: views a second.
+"""Compares selfsup's loader with torchvision's transforms (v2) under a DataLoader in one run: views per second.
 
     pip install torch==2.9.1 torchvision==0.24.1 pillow
     python benches/peers/loader.py CIFAR10 IMAGENETTE128 [--rounds 5] [--seconds 4] [--workers 2]
 
-Both arguments are folders of class folders of JPEG files (a `train` folder in them is looked into). Two pipelines, two views
-an image, batches of 256:
+Both arguments are folders of class folders of JPEG files (or with such a folder `train`). Two pipelines, two views per
+image, batches of 256:
 
-  32   random crop, flip, jitter, grey, normalise; images lie decoded in memory on both sides
-  112  the same and blur (11 taps), from the files: reading and decoding count on both sides
+  32   random crop, flip, jitter, grey, normalise; images are held decoded in memory on both sides
+  112  the same plus blur (11 taps), from the files: reading and decoding count on both sides
 
-The peer runs as fast as we know how to make it: worker processes that persist and prefetch, one thread each, an endless
-sampler, so that no epoch ends; and on tensors and on Pillow images, of which the better one counts. Sides take turns, so
-that a noisy machine is noisy for all; ratios are medians over rounds, ours over the better peer's (above 1: faster). CPU
-seconds, of all threads and processes that make views, tell the same where others use the machine. Tests never need this.
+The peer is as fast as we can make it: persistent worker processes that prefetch, one thread each, and an endless sampler, so that
+no epoch ends. It runs on tensors and on Pillow images, and the faster one counts. Sides take turns, so that noise hits all;
+ratios are medians over rounds, ours over the faster peer's (above 1: faster). CPU seconds of all threads and processes that make
+views give the same comparison on a shared machine. No test depends on this.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def transform(size, on):
 
 
 class Views(Dataset):
-    """Two views of each image, which is a path or lies decoded in memory."""
+    """Two views of each image; images are paths, or decoded in memory."""
 
     def __init__(self, files, size, on):
         self.transform, self.on = transform(size, on), on
@@ -98,7 +98,7 @@ class Peer:
         self.pids = [worker.pid for worker in self.batches._workers] + [os.getpid()]
 
     def measure(self, seconds):
-        """Views, seconds and CPU seconds; what was made before the clock started does not count."""
+        """Views, seconds and CPU seconds; views prepared before the clock started do not count."""
         for _ in range(self.ahead):
             next(self.batches)
         start, cpu, views = time.perf_counter(), sum(map(ticks, self.pids)), 0
@@ -140,7 +140,7 @@ def main():
     for size, path in ((32, args.cifar), (112, args.imagenette)):
         folder, files = files_in(path)
         if size == 32:
-            files = files[:: max(1, len(files) // 10000)]  # as good as all for a speed
+            files = files[:: max(1, len(files) // 10000)]  # enough images to measure a speed
         peers = {on: Peer(files, size, on, args.workers) for on in ("tensor", "pillow")}
         rounds = []
         for _ in range(args.rounds):
@@ -151,8 +151,8 @@ def main():
         for side in ("ours", *peers):
             wall = statistics.median(r[side][0] / r[side][1] for r in rounds)
             cpu = statistics.median(r[side][0] / r[side][2] for r in rounds)
-            print(f"  {side:<7} {wall:8.0f} views/s, {cpu:8.0f} a second of CPU", flush=True)
-        for clock, name in ((1, "views/s"), (2, "views a second of CPU")):
+            print(f"  {side:<7} {wall:8.0f} views/s, {cpu:8.0f} per CPU second", flush=True)
+        for clock, name in ((1, "views/s"), (2, "views per CPU second")):
             speeds = [{side: m[0] / m[clock] for side, m in r.items()} for r in rounds]
             ratio = [s["ours"] / max(s[on] for on in peers) for s in speeds]
             ratios.setdefault(name, []).append(statistics.median(ratio))
@@ -160,7 +160,7 @@ def main():
         del peers
     ours.end()
     print()
-    for name in ("views a second of CPU", "views/s"):
+    for name in ("views per CPU second", "views/s"):
         print(f"loader {name} ratio (32, 112): " + " ".join(f"{r:.2f}" for r in ratios[name]))
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Goes through the first steps of a run of selfsup again in PyTorch, and lays both loss curves over each other.
+"""Repeats the first steps of a selfsup run in PyTorch and compares the two loss curves.
 
-    selfsup train byol-cifar10-small --set train.dump_views=20 --set train.epochs=1 --out runs/replayed
+    selfsup train byol-cifar10-small --set train.dump_views=20 --set train.epochs=1 --out runs/parity
     pip install torch==2.9.1 torchvision==0.24.1 safetensors
-    python benches/peers/parity.py runs/replayed            # in f32; --double for f64
+    python benches/peers/parity.py runs/parity              # in f32; --double for f64
 
-The run's folder has the resolved recipe, the first weights, the views of each recorded step and the losses. Networks and losses
-here are those of scripts/goldens, which selfsup's ten golden steps are held against; optimiser and schedule are written from the
-recipe. Two runs in f32 drift apart by rounding: by a few percent of the loss within tens of steps, which is what two f32 runs of
-PyTorch do as well. What must agree is the first step, to rounding, and the course.
+The run's folder holds the resolved recipe, the initial weights, the views of each dumped step and the losses. Networks and losses
+come from scripts/goldens, which also makes selfsup's ten golden steps; optimiser and schedule follow the recipe. Two f32 runs drift
+apart by rounding: a few percent of the loss within tens of steps, and two f32 runs of PyTorch do the same. The first step must
+agree to rounding; after it, the shape of the curve must agree.
 """
 
 import argparse
@@ -33,29 +33,29 @@ from goldens.selective import SelectiveTrunk  # noqa: E402
 from goldens.trunk import Trunk  # noqa: E402
 
 
-def trunk(network):
+def backbone_of(network):
     ratio = network.get("sk_ratio", 0.0)
     if ratio > 0:
         if network["depth"] != 50:
-            sys.exit("replay: selective kernels of depth 50 only")
+            sys.exit("parity: selective kernels of depth 50 only")
         return SelectiveTrunk(network["width"], network["stem"], ratio), 32 * network["width"]
-    made = Trunk(network["depth"], network["width"], network["stem"], network.get("norm_groups", 1))
-    return made, network["width"] * (8 if network["depth"] < 50 else 32)
+    backbone = Trunk(network["depth"], network["width"], network["stem"], network.get("norm_groups", 1))
+    return backbone, network["width"] * (8 if network["depth"] < 50 else 32)
 
 
 def bare(kind, online):
-    """A method of scripts/goldens around a network of the recipe's sizes."""
-    made = kind.__new__(kind)
-    torch.nn.Module.__init__(made)
-    made.line, made.online = "parity", online
-    return made
+    """A method of scripts/goldens, without its constructor, around a network of the recipe's sizes."""
+    method = kind.__new__(kind)
+    torch.nn.Module.__init__(method)
+    method.line, method.online = "parity", online
+    return method
 
 
 def refuse(settings, **published):
-    """Settings that scripts/goldens does not have."""
+    """Exits if a setting differs from the only value that scripts/goldens has."""
     for name, value in published.items():
         if settings.get(name, value) != value:
-            sys.exit(f"replay: method.{name} = {settings[name]} has no counterpart here")
+            sys.exit(f"parity: method.{name} = {settings[name]} has no counterpart here")
 
 
 def layers(*rows):
@@ -65,62 +65,62 @@ def layers(*rows):
 def simclr(recipe):
     m = recipe["method"]
     refuse(m, head_layers=2, normalise=True, loss="nt-xent")
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     head = layers((m["hidden"], False, "affine", True), (m["embedding"], False, "scale", False))
-    made = bare(peers.SimClrV2, Network(backbone=backbone, head=Mlp(d, head)))
-    made.temperature = m["temperature"]
-    return made
+    method = bare(peers.SimClrV2, Network(backbone=backbone, head=Mlp(d, head)))
+    method.temperature = m["temperature"]
+    return method
 
 
 def simclr_v2(recipe):
     m = recipe["method"]
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     middle = (m["hidden"], False, "affine", True)
     head = layers(middle, middle, (m["embedding"], False, "scale", False))
     memory = m.get("memory", 0) > 0
-    made = bare(peers.SimClrV2Memory if memory else peers.SimClrV2, Network(backbone=backbone, head=Mlp(d, head)))
-    made.temperature = m["temperature"]
+    method = bare(peers.SimClrV2Memory if memory else peers.SimClrV2, Network(backbone=backbone, head=Mlp(d, head)))
+    method.temperature = m["temperature"]
     if memory:
-        made.key, made.momentum, made.oldest = copy.deepcopy(made.online), m.get("momentum", 0.999), 0
-        made.register_buffer("memory", torch.zeros(m["memory"], m["embedding"], dtype=torch.float64))
-    return made
+        method.key, method.momentum, method.oldest = copy.deepcopy(method.online), m.get("momentum", 0.999), 0
+        method.register_buffer("memory", torch.zeros(m["memory"], m["embedding"], dtype=torch.float64))
+    return method
 
 
 def moco(recipe):
     m = recipe["method"]
     refuse(m, dictionary="queue", shuffle=True)
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     head = layers((m["embedding"], True, None, False))
     if m["hidden"]:
         head.insert(0, (m["hidden"], True, None, True))
-    made = bare(peers.MoCo, Network(backbone=backbone, head=Mlp(d, head)))
-    made.temperature, made.symmetric, made.momentum = m["temperature"], m.get("symmetric", False), m["momentum"]
-    made.key, made.oldest, made.keys = copy.deepcopy(made.online), 0, []
-    made.register_buffer("queue", torch.zeros(m["queue"], m["embedding"], dtype=torch.float64))
-    return made
+    method = bare(peers.MoCo, Network(backbone=backbone, head=Mlp(d, head)))
+    method.temperature, method.symmetric, method.momentum = m["temperature"], m.get("symmetric", False), m["momentum"]
+    method.key, method.oldest, method.keys = copy.deepcopy(method.online), 0, []
+    method.register_buffer("queue", torch.zeros(m["queue"], m["embedding"], dtype=torch.float64))
+    return method
 
 
 def byol(recipe):
     m = recipe["method"]
     refuse(m, predictor=True, head_norm=True, constant_momentum=False)
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     head = layers((m["hidden"], True, "affine", True), (m["embedding"], False, None, False))
     network = Network(backbone=backbone, projector=Mlp(d, head), predictor=Mlp(m["embedding"], head))
-    made = bare(peers.Byol, network)
-    made.base, made.target = m["momentum"], copy.deepcopy(network)
-    return made
+    method = bare(peers.Byol, network)
+    method.base, method.target = m["momentum"], copy.deepcopy(network)
+    return method
 
 
 def simsiam(recipe):
     m = recipe["method"]
     refuse(m, stop_gradient=True, predictor=True, target_every=0)
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     e = m["embedding"]
     projector = [(e, False, "affine", True)] * (m["projector_layers"] - 1) + [(e, False, "plain", False)]
     predictor = layers((m["hidden"], False, "affine", True), (e, True, None, False))
-    made = bare(peers.SimSiam, Network(backbone=backbone, projector=Mlp(d, projector), predictor=Mlp(e, predictor)))
-    made.fixed = ("predictor.",) if m.get("fix_predictor_lr", True) else ()
-    return made
+    method = bare(peers.SimSiam, Network(backbone=backbone, projector=Mlp(d, projector), predictor=Mlp(e, predictor)))
+    method.fixed = ("predictor.",) if m.get("fix_predictor_lr", True) else ()
+    return method
 
 
 class SwavNetwork(peers.SwavNetwork):
@@ -133,25 +133,25 @@ class Swav(peers.Swav):
 
     def loss(self, views, step):
         if self.crops != 4:
-            sys.exit("replay: SwAV of four crops only")
+            sys.exit("parity: SwAV of four crops only")
         return super().loss(views, step)
 
 
 def swav(recipe):
     m = recipe["method"]
     refuse(m, sinkhorn_iterations=3, hard_codes=False)
-    backbone, d = trunk(recipe["network"])
+    backbone, d = backbone_of(recipe["network"])
     head = layers((m["hidden"], True, "affine", True), (m["embedding"], True, None, False))
     prototypes = torch.nn.Linear(m["embedding"], m["prototypes"], bias=False)
-    made = bare(Swav, SwavNetwork(backbone=backbone, head=Mlp(d, head), prototypes=prototypes))
+    method = bare(Swav, SwavNetwork(backbone=backbone, head=Mlp(d, head), prototypes=prototypes))
     batch = recipe["train"]["batch"]
     rows = m.get("queue", 0) // batch * batch
-    made.crops, made.epsilon, made.temperature = m["crops"], m["epsilon"], m["temperature"]
-    made.freeze = m.get("freeze_steps", 0)
-    made.start = m.get("queue_from", 0) * peers.PER_EPOCH if rows else math.inf
-    made.register_buffer("queue", torch.zeros(2, max(rows, 1), m["embedding"], dtype=torch.float64))
-    made.fresh, made.assignments = None, []
-    return made
+    method.crops, method.epsilon, method.temperature = m["crops"], m["epsilon"], m["temperature"]
+    method.freeze = m.get("freeze_steps", 0)
+    method.start = m.get("queue_from", 0) * peers.PER_EPOCH if rows else math.inf
+    method.register_buffer("queue", torch.zeros(2, max(rows, 1), m["embedding"], dtype=torch.float64))
+    method.fresh, method.assignments = None, []
+    return method
 
 
 BUILDS = {"simclr": simclr, "simclr-v2": simclr_v2, "moco": moco, "byol": byol, "simsiam": simsiam, "swav": swav}
@@ -232,12 +232,12 @@ def main():
     recipe = tomllib.loads((run / "recipe.toml").read_text())
     name, batch = recipe["method"]["name"], recipe["train"]["batch"]
     if name not in BUILDS:
-        sys.exit(f"replay: {name} has no counterpart here; these have: {', '.join(BUILDS)}")
+        sys.exit(f"parity: {name} has no counterpart here; methods with one: {', '.join(BUILDS)}")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {r["step"]: r for r in records if "epoch" not in r}
     per_epoch = next((r["step"] // r["epoch"] for r in records if "epoch" in r), None)
     if per_epoch is None:
-        sys.exit("replay: the run finished no epoch, from which the steps of an epoch are known")
+        sys.exit("parity: the run finished no epoch, so the steps per epoch are unknown")
     total = per_epoch * recipe["train"]["epochs"]
     peers.BATCH, peers.SEED, peers.STEPS, peers.PER_EPOCH = batch, recipe["seed"], total, per_epoch
 

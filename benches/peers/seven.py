@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Whether the seven methods learn here what they learn in PyTorch: kNN on CIFAR-10 (JPEG), at a budget for two cores.
+"""Checks that the seven methods learn here what they learn in PyTorch: kNN on CIFAR-10 (JPEG), at a budget for two cores.
 
     pip install torch==2.9.1 torchvision==0.24.1 pillow==11.3.0 safetensors
-    python benches/peers/seven.py CIFAR10                               # what is missing of three seeds a side; an hour
-    python benches/peers/seven.py CIFAR10 --side pytorch --only BYOL    # part of it
-    python benches/peers/seven.py CIFAR10 --check                       # the first steps' losses on the same images; a minute
+    python benches/peers/seven.py CIFAR10                               # the missing cells of three seeds per side; an hour
+    python benches/peers/seven.py CIFAR10 --side pytorch --only BYOL    # some of them
+    python benches/peers/seven.py CIFAR10 --check                       # losses of the first steps on the same images; a minute
 
 CIFAR10 is a folder with `train` and `test` folders of class folders of image files. Both sides read the small recipes with
-the changes below: 5,000 images, 4 epochs, an eighth of ResNet-18's width. A seed's weights are drawn here and given to both;
-random numbers of order and augmentation differ. Every cell is kept as soon as it is there, in benches/results/seven-SIDE.json,
-with what made it, and made again where that changed: PyTorch's by the code of its side and the recipe, selfsup's by the
-program and the recipe. The table goes to benches/results/DATE-seven.md. Tests never need this.
+the changes below: 5,000 images, 4 epochs, an eighth of ResNet-18's width. The weights of a seed are drawn here and given to both;
+the random numbers of order and augmentation differ. Each cell is saved to benches/results/seven-SIDE.json as soon as it is
+measured, with a digest of its inputs, and measured again if these change: for PyTorch the code of its side and the recipe, for
+selfsup the program and the recipe. The table goes to benches/results/DATE-seven.md. No test depends on this.
 """
 
 import argparse
@@ -33,8 +33,8 @@ SMALLER = {
     "data.limit": 5000, "data.test_limit": 0, "network.width": 8,
     "train.epochs": 4, "train.knn_every": 0,
 }
-# The recipe for the authors' notebook becomes the published methods: v1's order of colours and steps of the rate, v2's head,
-# blur and cosine.
+# Changes that turn the recipe of the authors' notebook into the published methods: v1's colour order and step decay; v2's head,
+# blur and cosine decay.
 V1 = {
     "method.temperature": 0.07, "method.symmetric": False, "augment.grey_first": True,
     "augment.jitter": {"p": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.4},
@@ -88,7 +88,7 @@ PER_METHOD = {"MoCo v2": {"augment.blur.p": 0.0}, "BYOL": {"augment.1.solarise.p
 
 
 def unit_rows(rows, d):
-    """What src/methods/moco.rs fills a queue with."""
+    """The rows with which src/methods/moco.rs fills a queue."""
     counter = np.arange(d // 2, dtype=np.uint64)[None], np.arange(rows, dtype=np.uint64)[:, None], 0, QUEUE
     words = np.stack(np.broadcast_arrays(*philox.block((SEED, 0), counter)), 2).reshape(rows, d, 2)
     u, v = (words[..., 0] + 1.0) / 2**32, words[..., 1] / 2**32
@@ -97,7 +97,7 @@ def unit_rows(rows, d):
 
 
 def in_png(data, folder):
-    """The first images without loss: decoders of JPEG differ by a level or two."""
+    """Converts the first images to PNG: JPEG decoders differ by a level or two."""
     for part, count in (("train", 64 * STEPS), ("test", 64)):
         for file, kind in files_of(data / part, count):
             to = folder / part / str(kind) / f"{file.stem}.png"
@@ -106,10 +106,10 @@ def in_png(data, folder):
 
 
 def check(program, data, title):
-    """Losses of the first steps, images as they are, in selfsup's order, with its shuffles and its queue."""
+    """Compares the losses of the first steps on unaugmented images, in selfsup's order, with its shuffles and its queue."""
     name, settings = settings_of(title)
     changes = {**PLAIN, **PER_METHOD.get(title, {}), "optim.warmup_epochs": 0}
-    if title == "SwAV":  # the queue and the thaw within what is looked at
+    if title == "SwAV":  # so that the queue and the end of the freeze fall within these steps
         changes |= {"method.freeze_steps": 2, "method.queue_from": 0, "method.queue": 128}
     settings = {**settings, **changes, "seed": SEED, "data.limit": 0, "train.epochs": 1}
     made_of = recipe(name, settings)
@@ -126,7 +126,7 @@ def check(program, data, title):
         images = [torch.stack(x) for x in zip(*(views[j] for j in order[i * batch : (i + 1) * batch]))]
         theirs.append(pytorch.step(made_of, method, optimizer, images, i, STEPS))
     apart = [abs(a - b) / max(abs(b), 1) for a, b in zip(ours, theirs)]
-    # From equal weights, rounding alone differs at first, and then grows.
+    # From equal weights, only rounding differs at first; then it grows.
     agree = apart[0] < 1e-5 and max(apart) < 1e-2
     print(f"{title:9} first loss {ours[0]:.6f} and {theirs[0]:.6f}, apart by " + " ".join(f"{x:.0e}" for x in apart)
           + ("" if agree else "  DIFFERENT"), flush=True)
@@ -141,7 +141,7 @@ def spread(values):
 
 
 def table(cells, seeds, titles):
-    """Lines of a table, and how many of the methods are equal."""
+    """Lines of the table, and the number of methods whose sides are equal."""
     lines = ["| method | random | PyTorch | selfsup | difference | may be | last loss: PyTorch, selfsup | |", "|---|" + "---:|" * 6 + "---|"]
     equal = 0
     for title in titles:
@@ -167,10 +167,10 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", choices=SEVEN, metavar="METHOD", nargs="+", default=list(SEVEN), help=", ".join(SEVEN))
-    parser.add_argument("--side", choices=["pytorch", "selfsup"], help="make cells of one side only")
-    parser.add_argument("--program", type=Path, help="a selfsup that is built already")
+    parser.add_argument("--side", choices=["pytorch", "selfsup"], help="measure one side only")
+    parser.add_argument("--program", type=Path, help="a selfsup binary, instead of building one")
     parser.add_argument("--check", action="store_true", help="compare the losses of the first steps and do nothing else")
-    parser.add_argument("--table", action="store_true", help="make no cells: the table of those that are there")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print the table of the saved cells")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     sides = [] if args.table else [args.side] if args.side else ["pytorch", "selfsup"]
@@ -184,7 +184,7 @@ def main():
     cells = {side: Cells(results / f"seven-{side}.json") for side in ("pytorch", "selfsup")}
     of_program = hashlib.sha256(program.read_bytes()).hexdigest()[:16] if program else ""
     for side in sides:
-        for seed in args.seeds:  # all methods of a seed first: half a table is worth something
+        for seed in args.seeds:  # all methods of a seed first: a partial table is useful
             for title in args.only:
                 by = version(recipe(*settings_of(title))) if side == "pytorch" else digest(of_program, json.dumps(settings_of(title)))
                 if not cells[side].made(f"{title} {seed}", by):

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Whether training here learns what training in PyTorch learns, and how fast: SimCLR on CIFAR-10, small.
+"""Checks that training here learns what training in PyTorch learns, and how fast: SimCLR on CIFAR-10, small.
 
     pip install torch==2.9.1 torchvision==0.24.1 pillow==11.3.0 safetensors
-    python benches/peers/small_cifar.py CIFAR10                  # three seeds a side, kNN on the test images; hours if need be
-    python benches/peers/small_cifar.py CIFAR10 --only pytorch   # only the cells of PyTorch that are missing
-    python benches/peers/small_cifar.py CIFAR10 --speed          # only views a second, under two minutes
+    python benches/peers/small_cifar.py CIFAR10                  # three seeds per side, kNN on the test images; up to hours
+    python benches/peers/small_cifar.py CIFAR10 --only pytorch   # only the missing cells of PyTorch
+    python benches/peers/small_cifar.py CIFAR10 --speed          # only views per second, under two minutes
 
-CIFAR10 is a folder with `train` and `test` folders of class folders of image files. The recipe is simclr-cifar10-small, read by
-both sides: 10,000 images, a quarter of ResNet-18's width, 8 epochs. A seed's weights are drawn here and given to both; random
-numbers of order and augmentation differ, augmentation itself is torchvision's on Pillow images, which selfsup's equals to the
-bit. PyTorch's cells are made once and kept in benches/results/small-cifar-pytorch.json, with the versions that made them; they are
-made again where this script's PyTorch side or the recipe changed. Tests never need this.
+CIFAR10 is a folder with `train` and `test` folders of class folders of image files. Both sides read the recipe
+simclr-cifar10-small: 10,000 images, a quarter of ResNet-18's width, 8 epochs. The weights of a seed are drawn here and given to
+both; the random numbers of order and augmentation differ. Augmentation is torchvision's on Pillow images, which selfsup matches bit
+for bit. PyTorch's cells are measured once and saved to benches/results/small-cifar-pytorch.json with the library versions; they
+are measured again if this script's PyTorch side or the recipe changes. No test depends on this.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Whole SimCLR steps of `gpu.py`: ours as `benches/peer.rs` makes them, PyTorch's eager, compiled and captured in a graph."""
+"""Complete SimCLR steps for `gpu.py`: ours by `benches/peer.rs`, PyTorch's eager, compiled and captured in a graph."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from goldens import trunk  # noqa: E402
 
-# Depth, width, stem, size, images; two views of each.
+# Depth, width, stem, size, images; two views per image.
 STEPS = {"ResNet-50 at 224": (50, 64, "image", 224, 128), "ResNet-18 at 32": (18, 64, "small", 32, 512)}
 TINY = {"ResNet-18 at 16": (18, 8, "small", 16, 4)}
 
@@ -76,7 +76,7 @@ class Step:
 
 
 def ours(program, device, sizes):
-    """Seconds of a step."""
+    """Seconds per step."""
     request = "step " + " ".join(map(str, sizes)) + "\n"
     words = [program, *(["cuda"] if device == "cuda" else [])]
     env = {**os.environ, "RAYON_NUM_THREADS": str(torch.get_num_threads())}
@@ -87,7 +87,7 @@ def ours(program, device, sizes):
 
 
 def rows(side, program, tiny, with_compile):
-    """Lines of the table: `what | ours us | peer us | ratio | views/s of both`."""
+    """Rows of the table: `what | ours us | peer us | ratio | views/s of both`."""
     ways = ["eager", *(["compiled"] if with_compile else []), *(["captured"] if side.device == "cuda" else [])]
     for name, sizes in (TINY if tiny else STEPS).items():
         own, views = ours(program, side.device, sizes), 2 * sizes[4]
@@ -96,4 +96,4 @@ def rows(side, program, tiny, with_compile):
             peer = side.time(step)
             del step
             yield (f"| SimCLR step, {name}, {views} views ({how}) | {own * 1e6:.0f} | {peer * 1e6:.0f} | {peer / own:.2f} "
-                   f"| {views / own:.0f} beside {views / peer:.0f} views/s |")  # fmt: skip
+                   f"| {views / own:.0f} and {views / peer:.0f} views/s |")  # fmt: skip

@@ -1,39 +1,39 @@
-//! Cases: operations at sizes.
+//! A case: one operation at one size, its work, and the kernels that a GPU launches for it.
 
-use super::{Unit, Work, arenas, convolutions, layers, losses};
 use std::sync::Arc;
 
+use super::{Unit, Work};
 use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
 use crate::ops::kernels::Gemm;
 use crate::tape::{Tape, Var, step};
 use crate::tensor::{DType, Tensor};
 
-/// How large the cases are.
+/// The sizes of the cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Views of ResNet-50 at 224 pixels.
+    /// Views in a batch of ResNet-50 at 224 pixels.
     pub views: usize,
-    /// Rows of embeddings of a contrastive loss.
+    /// Rows of embeddings in a contrastive loss.
     pub rows: usize,
-    /// Rows of MoCo's queue, and images of kNN's bank.
+    /// Rows of MoCo's queue, and images in the kNN bank.
     pub queue: usize,
-    /// Rows that share SwAV's 3,000 prototypes.
+    /// Rows assigned to SwAV's 3,000 prototypes.
     pub assigned: usize,
-    /// Whether spatial sizes and channels are an eighth of ResNet-50's, for tests.
+    /// Whether spatial sizes and channels are an eighth of those of ResNet-50, for tests.
     pub tiny: bool,
 }
 
 impl Extent {
-    /// What a GPU trains with.
+    /// Sizes that a GPU trains with.
     pub const GPU: Self =
         Self { views: 256, rows: 16_384, queue: 65_536, assigned: 4096, tiny: false };
-    /// What two cores can do.
+    /// Sizes that two CPU cores can run.
     pub const CPU: Self = Self { views: 8, rows: 512, queue: 8192, assigned: 256, tiny: false };
-    /// Everything, in a second.
+    /// Sizes at which all cases together take a second.
     pub const TINY: Self = Self { views: 1, rows: 16, queue: 64, assigned: 8, tiny: true };
 
-    /// A size of ResNet-50.
+    /// Scales a size of ResNet-50.
     pub(super) fn of(&self, size: usize) -> usize {
         if self.tiny { (size / 8).max(1) } else { size }
     }
@@ -44,77 +44,59 @@ impl Extent {
 pub struct Launched {
     /// Its name in `kernels/`.
     pub kernel: String,
-    /// Threads of a block.
+    /// Threads in a block.
     pub threads: usize,
-    /// Blocks; 0 where they follow from the chip (a grid-stride loop that fills it).
+    /// Blocks; 0 if the chip determines them (a grid-stride loop that fills it).
     pub blocks: usize,
-    /// What it reads and writes in bytes, which its own loop moves: the case's work is not more than the sum.
+    /// Bytes that its loop reads and writes. The sum over a case's kernels is at least the case's work.
     pub bytes: f64,
-    /// Operations of it.
+    /// Its operations.
     pub operations: f64,
-    /// Operations of tensor cores in a product that is none of the tile table's.
-    pub products: f64,
-    /// The product, where it is one of the tile table's.
-    pub product: Option<Gemm>,
+    /// Tensor-core operations of a kernel that is not in the GEMM tile table.
+    pub mma: f64,
+    /// The GEMM, if the kernel is in the tile table.
+    pub gemm: Option<Gemm>,
 }
 
 impl Launched {
-    /// A loop over rows or elements that fills the chip.
+    /// A loop over rows or elements with enough blocks to fill the chip.
     pub(super) fn over(kernel: impl Into<String>, bytes: f64, operations: f64) -> Self {
         let (threads, blocks) = (256, 0);
-        Self {
-            kernel: kernel.into(),
-            threads,
-            blocks,
-            bytes,
-            operations,
-            products: 0.0,
-            product: None,
-        }
+        Self { kernel: kernel.into(), threads, blocks, bytes, operations, mma: 0.0, gemm: None }
     }
 }
 
-/// Queues the operation once.
+/// Runs the operation once, or queues it once on a GPU.
 pub(super) type Run = Box<dyn FnMut()>;
 
 /// One operation at one size.
 pub struct Case {
     /// `conv2d forward 256x56x56 64->64 3x3/1`
     pub name: String,
-    /// How often a ResNet-50 has it in a forward and backward pass; 0 where it is no layer of one.
+    /// Occurrences in a forward and backward pass of ResNet-50; 0 if it is not one of its layers.
     pub count: usize,
-    /// The work in the dtype of activations.
+    /// The least work, in the dtype of the activations.
     pub work: Work,
-    /// What computes.
+    /// The unit that computes.
     pub unit: Unit,
-    /// What a GPU is asked to do, in order.
+    /// The kernels that a GPU launches, in order.
     pub launched: Vec<Launched>,
     pub(super) prepare: Box<dyn Fn(&Device) -> Run>,
 }
 
 impl Case {
-    /// Makes the operands on a device; each call of what comes back queues the operation once.
+    /// Allocates the operands on a device and returns a closure that runs (on a GPU: queues) the operation once.
     pub fn prepare(&self, device: &Device) -> impl FnMut() + use<> {
         (self.prepare)(device)
     }
 }
 
-/// All cases whose names hold each word of `filter`, for activations of a dtype.
-pub fn cases(extent: &Extent, dtype: DType, filter: &str) -> Vec<Case> {
-    let mut all = convolutions::cases(extent, dtype);
-    all.extend(layers::cases(extent, dtype));
-    all.extend(losses::cases(extent, dtype));
-    all.extend(arenas::cases(extent, dtype));
-    all.retain(|case| filter.split_whitespace().all(|word| case.name.contains(word)));
-    all
-}
-
-/// The end of a kernel's name.
+/// The dtype suffix of a kernel's name.
 pub(super) fn suffix(dtype: DType) -> &'static str {
     if dtype == DType::Bf16 { "bf16" } else { "f32" }
 }
 
-/// Values that are neither all alike nor large, in the activations' dtype of a device.
+/// Returns varied values of small magnitude, in the device's dtype for activations.
 pub(super) fn filled(device: &Device, shape: &[usize]) -> Tensor {
     let count = shape.iter().product();
     let values: Vec<f32> =
@@ -124,42 +106,42 @@ pub(super) fn filled(device: &Device, shape: &[usize]) -> Tensor {
     wide.cast(DType::of_activations(device))
 }
 
-/// What `forward` of constants does, again and again, in training mode.
+/// Runs `forward` on constants in training mode, once per call.
 pub(super) fn forward(
     device: &Device,
     mut forward: impl for<'t> FnMut(&'t Tape<'t>) + 'static,
 ) -> Run {
-    let ((mut arena, _), zero) = (nothing(device), Tensor::zeros(device, []));
+    let ((mut arena, _), zero) = (tiny_arena(device), Tensor::zeros(device, []));
     Box::new(move || {
-        let done = step(&mut arena, |tape| {
+        let result = step(&mut arena, |tape| {
             forward(tape);
             tape.input(&zero)
         });
-        done.expect("the device");
+        result.expect("the device");
     })
 }
 
-/// What `op` and its backward pass do for an input, and for the gradient of its value, which is like `dy`.
+/// Runs `op` on `x` and its backward pass with the output gradient `dy`, once per call.
 pub(super) fn both(
     device: &Device,
     x: Tensor,
     dy: Tensor,
     op: impl for<'t> Fn(&Var<'t>) -> Var<'t> + 'static,
 ) -> Run {
-    let ((mut arena, param), zero) = (nothing(device), Tensor::zeros(device, []));
+    let ((mut arena, param), zero) = (tiny_arena(device), Tensor::zeros(device, []));
     Box::new(move || {
-        let done = step(&mut arena, |tape| {
+        let result = step(&mut arena, |tape| {
             let leaf = tape.record("leaf", x.clone(), &[&tape.param(param)], |_, _| {});
             let y = op(&leaf);
             let (id, dy) = (y.id(), dy.clone());
             tape.record("seed", zero.clone(), &[&y], move |_, gradients| gradients.add(id, dy))
         });
-        done.expect("the device");
+        result.expect("the device");
     })
 }
 
-/// An arena with one number.
-pub(super) fn nothing(device: &Device) -> (Arena, Param) {
+/// An arena that holds one number: tapes need an arena, and the cases have no weights.
+pub(super) fn tiny_arena(device: &Device) -> (Arena, Param) {
     let mut layout = Layout::new();
     let param = layout.param("leaf", [1], SlotKind::Matrix, Init::Constant(0.0));
     (Arena::new(&Arc::new(layout), device, 1), param)

@@ -1,4 +1,4 @@
-//! The harness: median times, with warm caches and with cold ones.
+//! The harness: median times, with warm and with cold caches.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -13,50 +13,51 @@ use crate::ops::linear;
 use crate::tape::evaluate;
 use crate::tensor::{DType, Tensor};
 
-/// Times of many runs, in seconds.
+/// Quantiles of the times of many runs, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Quantiles {
-    /// A fifth of the runs is faster.
+    /// The first fifth: 20% of the runs are faster.
     pub low: f64,
-    /// Half of the runs.
+    /// The median.
     pub median: f64,
-    /// A fifth is slower.
+    /// The last fifth: 20% of the runs are slower.
     pub high: f64,
 }
 
-/// What was measured of an operation.
+/// The measured times of an operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Timing {
-    /// Runs one after another: small operands are in caches.
+    /// Runs back to back: small operands stay in the caches.
     pub hot: Quantiles,
-    /// Caches emptied before each run.
+    /// Runs with the caches emptied before each one.
     pub cold: Quantiles,
-    /// Runs of each kind.
+    /// Number of runs, hot and again cold.
     pub runs: usize,
 }
 
-/// Measures operations on a device, against ceilings that it measures first.
+/// Measures operations on a device and compares them with ceilings that it measures first.
 pub struct Bench {
     device: Device,
     chip: Chip,
     budget: Duration,
     timer: Option<Timer>,
-    /// What is written to empty caches.
+    /// Written to empty the caches.
     flush: Tensor,
 }
 
 /// The fewest and most runs of an operation.
 const RUNS: [usize; 2] = [5, 1000];
-/// Bytes that are copied for the ceiling.
+/// Bytes copied to measure the copy ceiling.
 const COPIED: usize = 256 << 20;
-/// A processor's last cache, as far as one program has it to itself.
+/// A CPU's last-level cache, as much as one program can count on.
 const CACHE: usize = 64 << 20;
 
 impl Bench {
-    /// Prepares a device, with so much time for each operation hot and again cold. Measures its ceilings: a second.
+    /// Prepares a device and measures its ceilings, which takes a second. `budget` is the time for each operation hot, and again
+    /// cold.
     ///
     /// # Errors
-    /// When the device fails.
+    /// If the device fails.
     pub fn new(device: &Device, budget: Duration) -> Result<Self> {
         let gpu = device.kind() == DeviceKind::Cuda;
         let known = if gpu { Chip::known(device.gpu().name()) } else { None };
@@ -65,26 +66,25 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Prepares a device whose ceilings are known.
+    /// Prepares a device with known ceilings.
     pub fn against(device: &Device, chip: Chip, budget: Duration) -> Self {
         let timer = (device.kind() == DeviceKind::Cuda).then(|| Timer::new(device));
-        let of = DType::of(device);
-        // Twice a cache, so that nothing of before is left.
-        let flush = Tensor::zeros(device, [(2 * chip.cache / of.size()).max(1)]);
+        // Twice the cache, so that no earlier line survives.
+        let flush = Tensor::zeros(device, [(2 * chip.cache / DType::of(device).size()).max(1)]);
         Self { device: device.clone(), chip, budget, timer, flush }
     }
 
-    /// The ceilings that shares are of.
+    /// The ceilings that [`Bench::share`] compares with.
     pub fn chip(&self) -> &Chip {
         &self.chip
     }
 
-    /// Median times of what `f` does, or, on a GPU, queues.
+    /// Measures what `f` does or, on a GPU, queues.
     ///
     /// # Errors
-    /// When the device fails.
+    /// If the device fails.
     pub fn measure(&mut self, mut f: impl FnMut()) -> Result<Timing> {
-        f(); // memory, caches of the allocator, and code
+        f(); // warms up memory, the allocator's cache and the code
         let once = self.time(&mut f)?;
         let fit = (self.budget.as_secs_f64() / once.max(1e-9)) as usize;
         let runs = fit.clamp(RUNS[0], RUNS[1]);
@@ -97,9 +97,9 @@ impl Bench {
         Ok(Timing { hot: quantiles(hot), cold: quantiles(cold), runs })
     }
 
-    /// The share of the floor that a time reaches, in `0..=1` but for noise.
+    /// Returns roofline time over measured time, in `0..=1` up to noise.
     pub fn share(&self, work: &Work, unit: Unit, seconds: f64) -> f64 {
-        work.floor(&self.chip, unit) / seconds
+        work.roofline(&self.chip, unit) / seconds
     }
 
     fn time(&self, f: &mut impl FnMut()) -> Result<f64> {
@@ -129,8 +129,7 @@ impl Bench {
     }
 
     fn find_ceilings(&mut self) -> Result<()> {
-        let of = DType::of(&self.device);
-        let count = COPIED / of.size();
+        let count = COPIED / DType::of(&self.device).size();
         let (from, mut to) =
             (Tensor::zeros(&self.device, [count]), Tensor::zeros(&self.device, [count]));
         let device = self.device.clone();
@@ -140,28 +139,28 @@ impl Bench {
                 let chunks = to.par_chunks_mut(1 << 16).zip(from.par_chunks(1 << 16));
                 device.run(|| chunks.for_each(|(to, from)| to.copy_from_slice(from)));
             }
-            // A copy on the device is what reads and writes most.
+            // A device-to-device copy has the highest rate.
             _ => to = from.copy(),
         })?;
         self.chip.copy = 2.0 * COPIED as f64 / copied.hot.median;
         let source = match self.device.kind() {
             DeviceKind::Cuda if Chip::known(self.device.gpu().name()).is_some() => {
-                "copy measured now, product as known of this chip"
+                "copy measured now, GEMM from the table of known chips"
             }
             DeviceKind::Cuda => {
                 let side = 4096;
                 let [x, w] = [0, 1].map(|_| super::case::filled(&device, &[side, side]));
-                let arena = super::case::nothing(&device).0;
-                let product = self.measure(|| {
+                let arena = super::case::tiny_arena(&device).0;
+                let timing = self.measure(|| {
                     let y = evaluate(&arena, |tape| linear(&tape.input(&x), &tape.input(&w), None));
                     drop(y.expect("the device"));
                 })?;
-                self.chip.product = 2.0 * (side as f64).powi(3) / product.hot.median;
-                "copy and this program's own product of 4096 x 4096 x 4096, measured now"
+                self.chip.gemm = 2.0 * (side as f64).powi(3) / timing.hot.median;
+                "copy and this program's own GEMM of 4096 x 4096 x 4096, measured now"
             }
             _ => {
-                self.chip.product = peak(&self.device);
-                self.chip.vector = self.chip.product;
+                self.chip.vector = peak(&self.device);
+                self.chip.gemm = self.chip.vector;
                 "copy and multiply-adds in registers, measured now"
             }
         };
@@ -171,16 +170,16 @@ impl Bench {
     }
 }
 
-/// A chip of which only what the driver says is known.
+/// A chip that is not in the table: only what the driver reports is known.
 fn unknown(device: &Device) -> Chip {
     let gpu = device.kind() == DeviceKind::Cuda;
     let processors = if gpu { device.gpu().multiprocessors() } else { device.threads() };
-    // A guess of the clock; what is judged by it are only operations in f32 lanes.
+    // The clock is a guess; only operations in f32 lanes are judged by it.
     let clock = if gpu { 1.4e9 } else { f64::NAN };
     let vector = (processors * 128 * 2) as f64 * clock;
-    let (copy, product) = (f64::NAN, f64::NAN);
+    let (copy, gemm) = (f64::NAN, f64::NAN);
     let (name, source) = (String::new(), String::new());
-    Chip { name, source, copy, product, vector, processors, clock, shared: 0, cache: CACHE }
+    Chip { name, source, copy, gemm, vector, processors, clock, shared: 0, cache: CACHE }
 }
 
 fn name_of(device: &Device) -> String {
@@ -201,8 +200,8 @@ fn name_of(device: &Device) -> String {
     )
 }
 
-/// Operations a second of independent multiply-adds on all threads of a processor: the compiler's own vectors over running
-/// values that fill the registers of every instruction set without spilling beyond the first cache.
+/// Measures the operations per second of independent multiply-adds on all threads of a CPU. The compiler vectorises over
+/// accumulators that fill the registers of every instruction set; what spills stays in the first-level cache.
 fn peak(device: &Device) -> f64 {
     #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
     fn burn(rounds: usize) -> f32 {
@@ -236,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_are_of_the_sorted_times() {
+    fn quantiles_sort_the_times_first() {
         let times = quantiles((0..=10).rev().map(f64::from).collect());
         assert_eq!(times, Quantiles { low: 2.0, median: 5.0, high: 8.0 });
         let one = quantiles(vec![3.0]);

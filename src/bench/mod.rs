@@ -1,42 +1,21 @@
-//! Benchmarks: how fast kernels are, and how far from what the hardware allows.
+//! Benchmarks: how fast the kernels are, and how close to what the hardware allows.
 //!
 //! A [`Case`] is one operation at one size, with its [`Work`]: the operations that its definition asks for and the bytes that
-//! must move at least. The *floor* is the longer of the two at the machine's ceilings ([`Chip`]), and the share of the floor
-//! is what a time is judged by. [`cases`] lists every layer of ResNet-50 in its three directions and the other primitives;
-//! [`plan`] says on paper what a chip will do with one; [`Bench`] measures one, or a kernel of your own, in the same way
-//! (`examples/custom_op.rs`).
+//! must move at least. Its *roofline* is the longer of the two times at the machine's ceilings ([`Chip`]); a measured time is
+//! judged by its share of the roofline. [`cases`] lists every layer of ResNet-50 in its three directions and the other
+//! primitives; [`plan`] predicts what a GPU will do with a case, without a GPU; [`Bench`] measures a case, or a kernel of your
+//! own, the same way (`examples/custom_op.rs`).
 
-mod arenas;
 mod case;
+mod cases;
 mod chip;
-mod convolutions;
-mod layers;
-mod losses;
 mod measure;
 mod plan;
+mod work;
 
-pub use case::{Case, Extent, Launched, cases};
+pub use case::{Case, Extent, Launched};
+pub use cases::cases;
 pub use chip::{Chip, Unit};
 pub use measure::{Bench, Quantiles, Timing};
 pub use plan::{LaunchPlan, plan};
-
-/// What an operation asks for at least.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Operations, a multiply-add being two.
-    pub operations: f64,
-    /// Bytes read and written, each tensor as often as it cannot be avoided.
-    pub bytes: f64,
-}
-
-impl Work {
-    /// Seconds that a chip takes at its ceilings.
-    pub fn floor(&self, chip: &Chip, unit: Unit) -> f64 {
-        (self.bytes / chip.copy).max(self.operations / chip.rate(unit))
-    }
-
-    /// Whether memory sets the floor.
-    pub fn is_bound_by_memory(&self, chip: &Chip, unit: Unit) -> bool {
-        self.bytes / chip.copy >= self.operations / chip.rate(unit)
-    }
-}
+pub use work::Work;

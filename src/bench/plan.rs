@@ -1,58 +1,59 @@
-//! What a GPU will do with a case, on paper.
+//! Predicts what a GPU will do with a case, without a GPU.
 //!
-//! The prediction is a model, not a fit: a product costs what the tile table estimates (`ops/tiles.rs`: the shared memory that
-//! its tiles move, whole waves, the 0.63 of the peak that `mma.sync` reaches on Hopper), or 0.45 of the product rate where it is none of
-//! that table (what a cache of 5.5 TB/s feeds its panels); everything else costs its own traffic at
-//! 0.85 of a copy, or its operations at 0.6 of the f32 lanes; a grid smaller than the chip gets its share of both; and each
-//! launch costs 2 microseconds. What a measurement says beside it is what there is to learn.
+//! The prediction is a model, not a fit. A GEMM costs what its tile table estimates (`ops/gemm/tiles.rs`: the shared memory
+//! traffic of its tiles, complete waves, the 0.63 of the peak that `mma.sync` reaches on Hopper). Tensor-core work outside that
+//! table runs at 0.45 of the GEMM rate (what an L2 cache of 5.5 TB/s feeds its panels). Every other kernel costs its own traffic
+//! at 0.85 of the copy rate or its operations at 0.6 of the f32 lanes, whichever is longer; a grid smaller than the chip gets
+//! its share of both. Each launch costs 2 microseconds. The difference between a measurement and the prediction shows where a
+//! kernel is not understood yet.
 
 use super::{Case, Chip, Launched};
 use crate::device::cuda::{RESOURCES, Resources};
 use crate::ops::kernels::Gemm;
 
-/// Shares of the ceilings that are expected of plain loops, and seconds of a launch.
+/// Shares of the ceilings that plain loops and mma loops are expected to reach, and seconds per launch.
 const OF_COPY: f64 = 0.85;
 const OF_LANES: f64 = 0.6;
-const OF_PRODUCT: f64 = 0.45;
+const OF_GEMM: f64 = 0.45;
 const LAUNCH: f64 = 2e-6;
 
-/// A kernel of a case on a chip.
+/// The plan of one kernel launch.
 #[derive(Clone, Debug)]
 pub struct Planned {
     /// Its name.
     pub kernel: String,
-    /// `128x128x32, 3 stages`; empty where it is no product.
+    /// The tile, such as `128x128x32, 3 stages`; empty if the kernel is not in the GEMM tile table.
     pub tile: String,
-    /// Blocks, and how often the chip is filled with them.
+    /// Blocks in the grid.
     pub blocks: usize,
-    /// Waves: blocks over what the chip holds at once.
+    /// Waves: blocks over the number that the chip holds at once.
     pub waves: f64,
-    /// Registers of a thread, and bytes of shared memory of a block; none in a build without nvcc.
+    /// Registers per thread and bytes of shared memory per block; `None` in a build without nvcc.
     pub resources: Option<&'static Resources>,
-    /// Warps on a multiprocessor over the 64 that it can hold.
+    /// Warps on a multiprocessor, as a share of the 64 that it can hold.
     pub occupancy: f64,
     /// Predicted seconds.
     pub seconds: f64,
 }
 
-/// A case on a chip.
+/// The plan of a case on a chip.
 #[derive(Clone, Debug)]
 pub struct LaunchPlan {
-    /// Seconds at the ceilings.
-    pub floor: f64,
-    /// Whether memory sets the floor.
+    /// Seconds at the chip's ceilings.
+    pub roofline: f64,
+    /// Whether memory, not compute, sets the roofline.
     pub memory: bool,
-    /// Predicted seconds of all kernels.
+    /// Predicted seconds of all kernels together.
     pub seconds: f64,
-    /// What is launched, in order.
+    /// The kernels in the order of their launches.
     pub kernels: Vec<Planned>,
 }
 
-/// What a chip will do with a case. `sm` is the compiled architecture, `sm_90a` or `sm_80`.
+/// Predicts a case on a chip. `sm` is the compiled architecture, `sm_90a` or `sm_80`.
 pub fn plan(case: &Case, chip: &Chip, sm: &str) -> LaunchPlan {
     let kernels: Vec<Planned> = case.launched.iter().map(|l| planned(l, chip, sm)).collect();
     LaunchPlan {
-        floor: case.work.floor(chip, case.unit),
+        roofline: case.work.roofline(chip, case.unit),
         memory: case.work.is_bound_by_memory(chip, case.unit),
         seconds: kernels.iter().map(|kernel| kernel.seconds).sum(),
         kernels,
@@ -62,27 +63,27 @@ pub fn plan(case: &Case, chip: &Chip, sm: &str) -> LaunchPlan {
 fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
     let resources = RESOURCES.iter().find(|r| r.kernel == launched.kernel && r.chip == sm);
     let held = resources.map_or(2, |r| chip.blocks(launched.threads, r.registers, r.shared).max(1));
-    // A loop that fills the chip has 8 blocks a multiprocessor at most.
+    // A loop that fills the chip has at most 8 blocks per multiprocessor.
     let blocks = match launched.blocks {
         0 => 8 * chip.processors,
         blocks => blocks,
     };
-    let alone = (blocks as f64 / chip.processors as f64).min(1.0);
-    let memory = launched.bytes / (OF_COPY * chip.copy * alone);
-    let arithmetic = match &launched.product {
+    let filled = (blocks as f64 / chip.processors as f64).min(1.0);
+    let memory = launched.bytes / (OF_COPY * chip.copy * filled);
+    let compute = match &launched.gemm {
         // In f32 nothing runs on tensor cores.
-        Some(product) if !launched.kernel.contains("f32") => {
-            cycles(product) / chip.clock * 132.0 / chip.processors as f64
+        Some(gemm) if !launched.kernel.contains("f32") => {
+            cycles(gemm) / chip.clock * 132.0 / chip.processors as f64
         }
-        // Products and exponentials of different blocks overlap.
-        _ => (launched.operations / (OF_LANES * chip.vector * alone))
-            .max(launched.products / (OF_PRODUCT * chip.product * alone)),
+        // The mma and the exponentials of different blocks overlap.
+        _ => (launched.operations / (OF_LANES * chip.vector * filled))
+            .max(launched.mma / (OF_GEMM * chip.gemm * filled)),
     };
-    let tile = launched.product.map_or(String::new(), |product| {
-        let tile = product.tile();
-        let slices =
+    let tile = launched.gemm.map_or(String::new(), |gemm| {
+        let tile = gemm.tile();
+        let splits =
             if tile.splits > 1 { format!(", {} splits", tile.splits) } else { String::new() };
-        format!("{}x{}x{}, {} stages{slices}", tile.m, tile.n, tile.depth, tile.stages)
+        format!("{}x{}x{}, {} stages{splits}", tile.m, tile.n, tile.depth, tile.stages)
     });
     Planned {
         kernel: launched.kernel.clone(),
@@ -93,13 +94,13 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
         occupancy: (held.min(blocks.div_ceil(chip.processors)) * launched.threads.div_ceil(32))
             as f64
             / 64.0,
-        seconds: memory.max(arithmetic) + LAUNCH,
+        seconds: memory.max(compute) + LAUNCH,
     }
 }
 
-/// The table's estimate, for a chip of 132 multiprocessors.
-fn cycles(product: &Gemm) -> f64 {
-    product.cycles(&product.tile())
+/// The tile table's estimate, for a chip of 132 multiprocessors.
+fn cycles(gemm: &Gemm) -> f64 {
+    gemm.cycles(&gemm.tile())
 }
 
 #[cfg(test)]
@@ -108,7 +109,7 @@ mod tests {
     use crate::bench::{Extent, cases};
     use crate::tensor::DType;
 
-    /// Beginnings of the names of kernels that no case launches, each with the reason.
+    /// Prefixes of the names of kernels that no case launches, each with the reason.
     const WITHOUT_CASE: [(&str, &str); 16] = [
         ("avg_pool", "shortcuts of ResNet-D"),
         ("batch_norm_inv_std", "evaluation"),
@@ -117,7 +118,7 @@ mod tests {
         ("conform_", "checks of the driver"),
         ("conv2d", "tiles of odd sizes"),
         ("cross_entropy", "a few classes a row"),
-        ("fill", "a scalar, or one memset's worth"),
+        ("fill", "a scalar, or as cheap as a memset"),
         ("matmul", "tiles of odd sizes"),
         ("normalize_rows", "prototypes, once a step"),
         ("nt_xent_sums_online", "temperatures below 0.025"),
@@ -127,36 +128,43 @@ mod tests {
         ("stream_", "selective kernels"),
         ("split_k_reduce", "bf16: none of the cases reduces splits in it"),
     ];
-    /// Moves of rows: a queue's and a shuffled batch's.
+    /// Kernels that move rows of a queue or of a shuffled batch.
     const ROWS: [&str; 4] = ["gather_rows", "scatter_rows", "push_rows", "write_rows"];
 
     #[test]
     #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-    fn every_kernel_has_a_case_and_every_case_its_kernels() {
+    fn every_kernel_has_a_case_and_every_launched_kernel_exists() {
         let mut launched = std::collections::BTreeSet::new();
         for dtype in [DType::Bf16, DType::F32] {
             for case in cases(&Extent::GPU, dtype, "") {
                 let chip = Chip::known("H200").unwrap();
                 let plan = plan(&case, &chip, "sm_90a");
-                assert!(plan.floor > 0.0 && plan.seconds > plan.floor, "{}: {plan:?}", case.name);
+                assert!(
+                    plan.roofline > 0.0 && plan.seconds > plan.roofline,
+                    "{}: {plan:?}",
+                    case.name
+                );
                 let bytes: f64 = case.launched.iter().map(|l| l.bytes).sum();
-                assert!(bytes >= 0.99 * case.work.bytes, "{}: moves less than it must", case.name);
+                assert!(
+                    bytes >= 0.99 * case.work.bytes,
+                    "{}: moves fewer bytes than its work",
+                    case.name
+                );
                 launched.extend(case.launched.into_iter().map(|l| l.kernel));
             }
         }
         for kernel in &launched {
-            assert!(RESOURCES.iter().any(|r| r.kernel == *kernel), "there is no kernel {kernel}");
+            assert!(RESOURCES.iter().any(|r| r.kernel == *kernel), "unknown kernel {kernel}");
         }
         let excused = |kernel: &str| {
-            let begins = |beginning: &str| kernel.starts_with(beginning);
-            WITHOUT_CASE.iter().any(|(beginning, _)| begins(beginning))
-                || ROWS.iter().any(|beginning| begins(beginning))
+            WITHOUT_CASE.iter().any(|(prefix, _)| kernel.starts_with(prefix))
+                || ROWS.iter().any(|prefix| kernel.starts_with(prefix))
         };
-        let unseen: Vec<&str> = RESOURCES
+        let missing: Vec<&str> = RESOURCES
             .iter()
             .map(|r| r.kernel)
             .filter(|kernel| !launched.contains(*kernel) && !excused(kernel))
             .collect();
-        assert!(unseen.is_empty(), "no case launches {unseen:?}");
+        assert!(missing.is_empty(), "no case launches {missing:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! `selfsup bench`: times beside floors, or floors and plans without a device.
+//! `selfsup bench`: measured times with their rooflines, or rooflines and predictions without a device.
 
 use std::time::Duration;
 
@@ -13,33 +13,33 @@ use crate::tensor::DType;
 
 #[derive(Debug, Arguments)]
 pub(super) struct BenchArgs {
-    /// Only cases whose names hold these words, such as `conv2d forward` or `sinkhorn`
+    /// Only cases whose names contain these words, such as `conv2d forward` or `sinkhorn`
     filter: Vec<String>,
-    /// Where to measure: cpu, cuda or cuda:N; what is there if not given
+    /// Where to measure: cpu, cuda or cuda:N; by default a GPU if there is one
     #[arg(long)]
     device: Option<device::Name>,
     /// Threads on the CPU; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Activations in f32 on a GPU, not in bf16
+    /// Activations in f32 instead of bf16 on a GPU
     #[arg(long)]
     f32: bool,
     /// Seconds for each case hot, and again with cold caches
     #[arg(long, default_value_t = 0.3, value_name = "S")]
     seconds: f64,
-    /// Measure nothing: floors, tiles, waves, registers and a prediction for a GPU
+    /// Measure nothing: print rooflines, tiles, waves, registers and a prediction for a GPU
     #[arg(long, conflicts_with_all = ["device", "threads", "seconds"])]
     paper: bool,
     /// The GPU that --paper is for: H200, H100 or A100
     #[arg(long, default_value = "H200", requires = "paper")]
     chip: String,
-    /// Tiny sizes, which say nothing about speed: to see that everything runs
+    /// Tiny sizes, to see that everything runs; they say nothing about speed
     #[arg(long)]
     tiny: bool,
-    /// One JSON object a case
+    /// One JSON object per case
     #[arg(long)]
     json: bool,
-    /// A table for a document
+    /// A Markdown table
     #[arg(long, conflicts_with = "json")]
     markdown: bool,
 }
@@ -57,16 +57,15 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         let extent = if args.tiny { Extent::TINY } else { Extent::GPU };
         let known = || Chip::names().collect::<Vec<_>>().join(", ");
         let chip = Chip::known(&args.chip).ok_or_else(|| {
-            Error::Config(format!(
-                "nothing is known of a chip {}; known are {}",
-                args.chip,
-                known()
-            ))
+            Error::Config(format!("unknown chip {}; known chips: {}", args.chip, known()))
         })?;
         return paper(args, &some(cases(&extent, dtype, &filter))?, &chip, &extent);
     }
     if !(args.seconds > 0.0 && args.seconds <= 60.0) {
-        return Err(Error::Config(format!("--seconds {}: above 0, at most 60", args.seconds)));
+        return Err(Error::Config(format!(
+            "--seconds {}: must be above 0 and at most 60",
+            args.seconds
+        )));
     }
     let precision = if args.f32 { Precision::F32 } else { Precision::Bf16 };
     let device = device::choose(args.device, precision, args.threads)?;
@@ -89,7 +88,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
             "cold us",
             "GFLOP/s",
             "GB/s",
-            "floor us",
+            "roofline us",
             "share",
             "bound by",
         ],
@@ -97,8 +96,8 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     for case in &cases {
         let timing = bench.measure(case.prepare(&device))?;
         let (hot, cold) = (timing.hot, timing.cold);
-        let floor = case.work.floor(&chip, case.unit);
-        // What does not fit a cache anyway is as fast hot as cold.
+        let roofline = case.work.roofline(&chip, case.unit);
+        // Of the hot time: operands that exceed the caches are as slow hot as cold.
         let share = bench.share(&case.work, case.unit, hot.median);
         let memory = case.work.is_bound_by_memory(&chip, case.unit);
         if args.json {
@@ -107,7 +106,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
                 "dtype": if DType::of_activations(&device) == DType::Bf16 { "bf16" } else { "f32" },
                 "hot": [hot.low, hot.median, hot.high], "cold": [cold.low, cold.median, cold.high],
                 "runs": timing.runs, "operations": case.work.operations, "bytes": case.work.bytes,
-                "floor": floor, "share": share, "copy": chip.copy, "product": chip.product,
+                "roofline": roofline, "share": share, "copy": chip.copy, "gemm": chip.gemm,
             })
             .to_string())?;
             continue;
@@ -120,7 +119,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
             microseconds(cold.median),
             format!("{:.1}", case.work.operations / hot.median / 1e9),
             format!("{:.1}", case.work.bytes / hot.median / 1e9),
-            microseconds(floor),
+            microseconds(roofline),
             format!("{:.2}", share),
             bound(memory),
         ])?;
@@ -130,10 +129,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
 
 fn about(chip: &Chip) -> String {
     format!(
-        "{}: copy {:.1} GB/s, product {:.1} GFLOP/s ({})",
+        "{}: copy {:.1} GB/s, GEMM {:.1} GFLOP/s ({})",
         chip.name,
         chip.copy / 1e9,
-        chip.product / 1e9,
+        chip.gemm / 1e9,
         chip.source
     )
 }
@@ -148,17 +147,17 @@ fn microseconds(seconds: f64) -> String {
 }
 
 fn bound(memory: bool) -> String {
-    if memory { "memory" } else { "products" }.into()
+    if memory { "memory" } else { "compute" }.into()
 }
 
-/// How a table on paper is to be read.
+/// How to read the table of `--paper`.
 const PAPER: &str = "\
-The floor of a case is the longer of the bytes that it must move at the chip's copy rate and its operations at the product's rate
-(`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): products cost what the tile table estimates,
-with whole waves and the share of the peak that `mma.sync` reaches; loops run at 0.85 of a copy and 0.6 of the f32 lanes; a launch
-costs 2 us. Waves are blocks over what the chip holds at once; occupancy is of 64 warps. Of the hot loop, from the disassembly: all
-instructions, products on tensor cores, ldmatrix, accesses to global memory of 16 bytes, and narrower ones. A step's sums count a layer
-as often as ResNet-50 has it.
+The roofline of a case is the longer of two times: the bytes that it must move at the chip's copy rate, and its operations at the GEMM
+rate (`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): a GEMM costs what the tile table estimates,
+with complete waves and the share of the peak that `mma.sync` reaches; loops run at 0.85 of the copy rate and 0.6 of the f32 lanes; a
+launch costs 2 us. Waves are blocks over the number that the chip holds at once; occupancy is of 64 warps. The hot loop, from the
+disassembly, counts all instructions, mma, ldmatrix, 16-byte accesses to global memory, and narrower ones. The sums of a step count
+each layer as often as it occurs in ResNet-50.
 ";
 
 fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Result<()> {
@@ -167,7 +166,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
     if args.markdown {
         let command = format!("selfsup bench --paper --chip {} --markdown", chip.name);
         say(&format!(
-            "# Floors and plans: {}, {dtype}\n\nMade by `{command}`; {}.\n",
+            "# Rooflines and predictions: {}, {dtype}\n\nMade by `{command}`; {}.\n",
             chip.name,
             about(chip)
         ))?;
@@ -180,7 +179,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
         &[
             "case",
             "in a step",
-            "floor us",
+            "roofline us",
             "bound by",
             "predicted us",
             "predicted share",
@@ -202,8 +201,8 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
                 "registers": k.resources.map(|r| r.registers), "shared": k.resources.map(|r| r.shared), "seconds": k.seconds,
             })).collect();
             say(&json!({
-                "case": case.name, "count": case.count, "chip": chip.name, "dtype": dtype, "floor": plan.floor,
-                "predicted": plan.seconds, "share": plan.floor / plan.seconds, "operations": case.work.operations,
+                "case": case.name, "count": case.count, "chip": chip.name, "dtype": dtype, "roofline": plan.roofline,
+                "predicted": plan.seconds, "share": plan.roofline / plan.seconds, "operations": case.work.operations,
                 "bytes": case.work.bytes, "kernels": kernels,
             }).to_string())?;
             continue;
@@ -216,10 +215,10 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
             table.row([
                 first(case.name.clone()),
                 first(times(case)),
-                first(microseconds(plan.floor)),
+                first(microseconds(plan.roofline)),
                 first(bound(plan.memory)),
                 first(microseconds(plan.seconds)),
-                first(format!("{:.2}", plan.floor / plan.seconds)),
+                first(format!("{:.2}", plan.roofline / plan.seconds)),
                 kernel.kernel.clone(),
                 kernel.tile.clone(),
                 kernel.blocks.to_string(),
@@ -241,7 +240,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
     }
     let mut sums = Table::new(
         args.markdown,
-        &["of a step of ResNet-50", "floor us a view", "predicted us a view", "share"],
+        &["of a step of ResNet-50", "roofline us per view", "predicted us per view", "share"],
     );
     let parts = [
         "conv2d forward",
@@ -257,18 +256,18 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
             all.map(|(case, plan)| case.count as f64 * value(plan)).sum::<f64>()
                 / extent.views as f64
         };
-        let (floor, predicted) = (of(|plan| plan.floor), of(|plan| plan.seconds));
+        let (roofline, predicted) = (of(|plan| plan.roofline), of(|plan| plan.seconds));
         if predicted > 0.0 {
             let name = if part.is_empty() { "all of these" } else { part };
-            let share = format!("{:.2}", floor / predicted);
-            sums.row([name.into(), microseconds(floor), microseconds(predicted), share])?;
+            let share = format!("{:.2}", roofline / predicted);
+            sums.row([name.into(), microseconds(roofline), microseconds(predicted), share])?;
         }
     }
     say("")?;
     sums.end()
 }
 
-/// Lines of cells, printed aligned at the end, or at once for a document.
+/// A table of text cells, printed at the end: aligned for a terminal, or as Markdown.
 struct Table {
     markdown: bool,
     rows: Vec<Vec<String>>,

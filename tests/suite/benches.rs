@@ -1,4 +1,4 @@
-//! `selfsup bench`: every case runs, on the CPU and on a GPU, and floors are on paper. Speed is no test's business.
+//! `selfsup bench`: every case runs on the CPU and on a GPU, and `--paper` prints rooflines without a device. No test asserts a speed.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -30,12 +30,12 @@ fn every_case_runs_on_the_cpu() {
     assert_eq!(rows.len(), 1);
     let row = &rows[0];
     let number = |key: &str| row[key].as_f64().unwrap();
-    assert!(number("floor") > 0.0 && number("share") > 0.0, "{row}");
+    assert!(number("roofline") > 0.0 && number("share") > 0.0, "{row}");
     let [low, median, high] = [0, 1, 2].map(|i| row["hot"][i].as_f64().unwrap());
     assert!(0.0 < low && low <= median && median <= high, "{row}");
 }
 
-/// Of the cases that launch the same kernels the first is enough.
+/// One case for each kernel is enough.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn cases_of_all_kernels_run_on_a_gpu() {
@@ -52,7 +52,7 @@ fn cases_of_all_kernels_run_on_a_gpu() {
             }
         }
     }
-    // By the driver's clock.
+    // Timed by CUDA events.
     let device = gpu(Precision::Bf16);
     let chip = Chip { cache: 1 << 12, ..Chip::known("H200").unwrap() };
     let mut bench = Bench::against(&device, chip, Duration::from_nanos(1));
@@ -62,7 +62,7 @@ fn cases_of_all_kernels_run_on_a_gpu() {
 }
 
 #[test]
-fn paper_needs_no_device_and_a_filter_without_cases_is_told() {
+fn paper_runs_without_a_device_and_a_filter_that_matches_nothing_is_an_error() {
     let all = rows(&["bench", "--paper", "--json"]);
     assert_eq!(all.len(), cases(&Extent::GPU, DType::Bf16, "").len());
     for row in all {
@@ -76,15 +76,15 @@ fn paper_needs_no_device_and_a_filter_without_cases_is_told() {
 }
 
 #[test]
-fn a_kernel_of_ones_own_is_held_against_the_same_floor() {
+fn a_custom_kernel_is_compared_with_the_same_roofline() {
     let device = Device::cpu(1).unwrap();
     let mut bench = Bench::new(&device, Duration::from_millis(1)).unwrap();
     let work = Work { operations: 1e3, bytes: 0.0 };
     let mut runs = 0;
     let timing = bench.measure(|| runs += 1).unwrap();
-    // Once to warm up, once for its time, then hot and cold.
+    // Once to warm up, once to estimate the number of runs, then hot and cold.
     assert_eq!(runs, 2 + 2 * timing.runs);
-    let floor = work.floor(bench.chip(), Unit::Product);
-    assert!((floor - 1e3 / bench.chip().product).abs() < 1e-12);
-    assert_eq!(bench.share(&work, Unit::Product, 2.0 * floor), 0.5);
+    let roofline = work.roofline(bench.chip(), Unit::Matrix);
+    assert!((roofline - 1e3 / bench.chip().gemm).abs() < 1e-12);
+    assert_eq!(bench.share(&work, Unit::Matrix, 2.0 * roofline), 0.5);
 }

@@ -1,17 +1,17 @@
-//! ResNet-50's convolutions at 224 pixels, each distinct one in its three directions.
+//! The distinct convolutions of ResNet-50 at 224 pixels, each in its three directions.
 
-use super::case::{Case, Extent, Launched, Run, filled, suffix};
-use super::{Unit, Work};
+use crate::bench::case::{Case, Extent, Launched, Run, filled, suffix};
+use crate::bench::{Unit, Work};
 use crate::device::Device;
 use crate::ops::Conv2dDims;
 use crate::ops::conv2d::{data_gradient, forward, weight_gradient};
 use crate::ops::kernels::{Gemm, GemmKind, Tile, TileShape};
 use crate::tensor::{DType, Tensor};
 
-/// A layer of a network.
+/// A convolution of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layer {
-    /// Pixels of a side of the input.
+    /// Side of the input in pixels.
     size: usize,
     c: usize,
     k: usize,
@@ -20,7 +20,7 @@ struct Layer {
     count: usize,
 }
 
-/// Every distinct convolution of ResNet-50 v1.5, and how many of it there are.
+/// Returns every distinct convolution of ResNet-50 v1.5 with its number of occurrences.
 fn layers() -> Vec<Layer> {
     let layer = |size, c, k, filter, stride, count| Layer { size, c, k, filter, stride, count };
     // The images' three channels are padded to four.
@@ -39,7 +39,7 @@ fn layers() -> Vec<Layer> {
         ]);
         c = outer;
     }
-    // Those of the first stage that are alike are one.
+    // Equal layers of the first stage are merged.
     let mut distinct: Vec<Layer> = Vec::new();
     for layer in all {
         let same = |other: &&mut Layer| Layer { count: layer.count, ..**other } == layer;
@@ -68,7 +68,7 @@ pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
             Conv2dDims::new([n, size, size, c], [k, filter, filter, c], layer.stride, filter / 2);
         for direction in [Direction::Forward, Direction::DataGradient, Direction::WeightGradient] {
             if direction == Direction::DataGradient && layer.c == 4 {
-                continue; // nobody wants the gradient of images
+                continue; // no gradient flows to the images
             }
             cases.push(case(&d, layer.count, direction, dtype));
         }
@@ -81,8 +81,8 @@ fn case(d: &Conv2dDims, count: usize, direction: Direction, dtype: DType) -> Cas
     let real = if c == 4 { 3 } else { c };
     let operations = 2.0 * (n * p * q * k * r * s * real) as f64;
     let [x, y, filters] = [n * h * w * c, n * p * q * k, k * r * s * c].map(|len| len as f64);
-    let (e, way) = (dtype.size() as f64, direction.words());
-    // Sums of filters are f32 in every dtype.
+    let (e, way) = (dtype.size() as f64, direction.name());
+    // Weight gradients are f32 in every dtype.
     let bytes = match direction {
         Direction::WeightGradient => e * (x + y) + 4.0 * filters,
         _ => e * (x + y + filters),
@@ -92,19 +92,19 @@ fn case(d: &Conv2dDims, count: usize, direction: Direction, dtype: DType) -> Cas
         name: format!("conv2d {way} {n}x{h}x{w} {c}->{k} {r}x{s}/{stride}"),
         count,
         work: Work { operations, bytes },
-        unit: unit(dtype),
+        unit: unit_of(dtype),
         launched: launched(d, direction, dtype, bytes, operations),
         prepare: Box::new(move |device| prepare(device, dims, direction)),
     }
 }
 
-/// What multiplies numbers of a dtype. (A processor has one rate for both.)
-pub(super) fn unit(dtype: DType) -> Unit {
-    if dtype == DType::Bf16 { Unit::Product } else { Unit::Vector }
+/// The unit that multiplies numbers of a dtype; a CPU has one rate for both.
+pub(super) fn unit_of(dtype: DType) -> Unit {
+    if dtype == DType::Bf16 { Unit::Matrix } else { Unit::Vector }
 }
 
 impl Direction {
-    fn words(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Direction::Forward => "forward",
             Direction::DataGradient => "data gradient",
@@ -137,7 +137,8 @@ fn prepare(device: &Device, d: Conv2dDims, direction: Direction) -> Run {
     }
 }
 
-/// What a GPU launches: a product of the tile table, and the sum of its slices. 1x1 of stride 1 is a plain matrix product.
+/// The launches on a GPU: an implicit GEMM of the tile table and the reduction of its splits. A 1x1 convolution of stride 1 is
+/// a plain GEMM.
 fn launched(
     d: &Conv2dDims,
     direction: Direction,
@@ -145,7 +146,7 @@ fn launched(
     bytes: f64,
     operations: f64,
 ) -> Vec<Launched> {
-    let of_images = match direction {
+    let implicit = match direction {
         Direction::Forward => Gemm::convolution(d),
         Direction::DataGradient => Gemm::data_gradient(d),
         Direction::WeightGradient => Gemm::weight_gradient(d),
@@ -156,22 +157,22 @@ fn launched(
         Direction::DataGradient => GemmKind::Nn,
         Direction::WeightGradient => GemmKind::Tn,
     };
-    let mut product = if plain { Gemm { kind, ..of_images } } else { of_images };
+    let mut gemm = if plain { Gemm { kind, ..implicit } } else { implicit };
     if dtype != DType::Bf16 {
-        product.run = 1;
+        gemm.run = 1;
     }
-    of_product(product, dtype, bytes, operations)
+    gemm_launches(gemm, dtype, bytes, operations)
 }
 
-/// A product's launch, and that of the sum of its slices.
-pub(super) fn of_product(
-    product: Gemm,
+/// The launch of a GEMM, and that of the reduction of its splits.
+pub(super) fn gemm_launches(
+    gemm: Gemm,
     dtype: DType,
     bytes: f64,
     operations: f64,
 ) -> Vec<Launched> {
-    let tile = product.tile();
-    let name = match product.kind {
+    let tile = gemm.tile();
+    let name = match gemm.kind {
         GemmKind::Nt => "matmul_nt",
         GemmKind::Nn => "matmul_nn",
         GemmKind::Tn => "matmul_tn",
@@ -179,28 +180,28 @@ pub(super) fn of_product(
         GemmKind::DataGradient => "conv2d_data_gradient",
         GemmKind::WeightGradient => "conv2d_weight_gradient",
     };
-    let (threads, form) = match dtype {
-        DType::Bf16 => (128, format!("_{}", form_of(&tile))),
+    let (threads, shape) = match dtype {
+        DType::Bf16 => (128, format!("_{}", shape_of(&tile))),
         _ => (256, String::new()),
     };
-    let (slices, c) = (tile.splits, (product.m * product.n) as f64);
+    let (splits, outputs) = (tile.splits, (gemm.m * gemm.n) as f64);
     let mut all = vec![Launched {
-        kernel: format!("{name}_{}{form}", suffix(dtype)),
+        kernel: format!("{name}_{}{shape}", suffix(dtype)),
         threads,
-        blocks: tile.tiles * slices,
-        bytes: if slices > 1 { bytes + 4.0 * c * (slices as f64 - 1.0) } else { bytes },
+        blocks: tile.tiles * splits,
+        bytes: if splits > 1 { bytes + 4.0 * outputs * (splits as f64 - 1.0) } else { bytes },
         operations,
-        products: 0.0,
-        product: Some(product),
+        mma: 0.0,
+        gemm: Some(gemm),
     }];
-    if slices > 1 {
-        let bytes = 4.0 * c * (slices as f64 + 1.0);
-        all.push(Launched::over("split_k_reduce_f32", bytes, c * slices as f64));
+    if splits > 1 {
+        let bytes = 4.0 * outputs * (splits as f64 + 1.0);
+        all.push(Launched::over("split_k_reduce_f32", bytes, outputs * splits as f64));
     }
     all
 }
 
-fn form_of(tile: &Tile) -> String {
+fn shape_of(tile: &Tile) -> String {
     match tile.shape {
         TileShape::Stem => "stem".into(),
         _ => format!("{}x{}", tile.m, tile.n),
@@ -212,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_layers_are_resnet_50s() {
+    fn layers_and_operations_add_up_to_resnet_50() {
         let layers = layers();
         assert_eq!(layers.iter().map(|layer| layer.count).sum::<usize>(), 53);
         // 4.087 billion multiply-adds forward, and 24.29 billion operations with both gradients (the stem has one).

@@ -1,8 +1,8 @@
-//! Losses, assignments and nearest neighbours. On a GPU their products are of bf16 planes of f32 rows: three or six for one
-//! that the definition asks for (`ops/similarity.rs`).
+//! Losses, assignments and nearest neighbours. On a GPU their GEMMs run on bf16 terms of f32 rows: three or six mma for each one
+//! that the definition asks for (`ops/gemm/similarity.rs`).
 
-use super::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
-use super::{Unit, Work};
+use crate::bench::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
+use crate::bench::{Unit, Work};
 use crate::device::{Device, Group};
 use crate::eval::{Features, Knn, knn_accuracy};
 use crate::ops::gemm::similarity::{ColumnSplits, TILE, WEIGHT_TILE};
@@ -12,24 +12,24 @@ use crate::ops::{
 };
 use crate::tensor::{DType, Tensor};
 
-/// Size of an embedding, of SwAV's prototypes and of a ResNet-18's features.
+/// Size of an embedding, number of SwAV's prototypes, size of ResNet-18's features.
 const D: usize = 128;
 const PROTOTYPES: usize = 3000;
 const FEATURES: usize = 512;
-/// SwAV's iterations.
+/// SwAV's Sinkhorn iterations.
 const ITERATIONS: usize = 3;
-/// Queries of MoCo and of kNN, against the extent's queue.
+/// Queries of MoCo and of kNN; the extent's queue holds the keys.
 const QUERIES: usize = 256;
 
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
     let mut all = Vec::new();
-    all.extend([false, true].map(|both| contrast(extent.rows, both, dtype)));
-    all.extend([false, true].map(|both| queue(extent.queue, both, dtype)));
-    all.push(normalise(extent.rows, dtype));
-    all.push(cosine(extent.rows, dtype));
-    all.push(assign(extent.assigned, dtype));
-    all.push(soft(extent.assigned, dtype));
-    all.push(neighbours(extent.queue));
+    all.extend([false, true].map(|both| nt_xent_case(extent.rows, both, dtype)));
+    all.extend([false, true].map(|both| info_nce_case(extent.queue, both, dtype)));
+    all.push(l2_normalize_case(extent.rows, dtype));
+    all.push(neg_cosine_case(extent.rows, dtype));
+    all.push(sinkhorn_case(extent.assigned, dtype));
+    all.push(soft_cross_entropy_case(extent.assigned, dtype));
+    all.push(knn_case(extent.queue));
     all
 }
 
@@ -42,26 +42,27 @@ fn tiled(kernel: &str, blocks: usize, bytes: f64, operations: f64) -> Launched {
     Launched { blocks, ..Launched::over(kernel, bytes, operations) }
 }
 
-/// SplitRows that f32 rows are split into where activations are of this type, the gradient's kernel, and products of planes.
-fn planes(dtype: DType) -> (f64, &'static str, f64) {
+/// For activations of this dtype: the bf16 terms that an f32 row is split into, the gradient kernel, and the mma per product.
+fn terms_of(dtype: DType) -> (f64, &'static str, f64) {
     if dtype == DType::Bf16 { (2.0, "gradient_2", 3.0) } else { (3.0, "gradient_3", 6.0) }
 }
 
-/// `z [n, d]`: every pair once where similarities are symmetric; backward a pair's similarity again, and both of its rows.
-fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
+/// `z [n, d]`. Similarities are symmetric, so the forward pass computes each pair once; the backward pass computes the pair again
+/// and adds to both of its rows.
+fn nt_xent_case(n: usize, backward: bool, dtype: DType) -> Case {
     let (pairs, z) = ((n * n) as f64, 4.0 * (n * D) as f64);
     let d = D as f64;
-    let (planes, gradient, terms) = planes(dtype);
-    let split = (4.0 + planes * 2.0) / 4.0 * z;
+    let (terms, gradient, mma) = terms_of(dtype);
+    let split = (4.0 + terms * 2.0) / 4.0 * z;
     let (tiles, [_, groups]) = (n.div_ceil(WEIGHT_TILE), nt_xent_groups(n));
-    let slices = ColumnSplits::new(n, n, WEIGHT_TILE);
-    let partial = slices.count as f64 * z;
-    let read = planes / 2.0 * z;
+    let splits = ColumnSplits::new(n, n, WEIGHT_TILE);
+    let partial = splits.count as f64 * z;
+    let read = terms / 2.0 * z;
     let mut launched = vec![
         Launched::over("split_rows", split, 4.0 * z),
         Launched {
             threads: 128,
-            products: terms * pairs * d,
+            mma: mma * pairs * d,
             ..tiled("nt_xent_sums", groups * (groups + 1) / 2, read, pairs / 2.0 * 8.0)
         },
         tiled("nt_xent_finish", n.div_ceil(8), 2.0 * z, 4.0 * z),
@@ -69,26 +70,26 @@ fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
     if backward {
         launched.push(Launched {
             threads: 128,
-            products: terms * pairs * 4.0 * d,
+            mma: mma * pairs * 4.0 * d,
             ..tiled(
                 &format!("nt_xent_{gradient}"),
-                tiles * slices.count,
+                tiles * splits.count,
                 read + partial,
                 pairs * 12.0,
             )
         });
         launched.push(Launched::over("split_k_reduce_f32", partial + z, partial / 4.0));
     }
-    let asked = if backward { 4.0 } else { 1.0 };
+    let gemms = if backward { 4.0 } else { 1.0 };
     Case {
         name: format!("nt_xent {} {n}x{D}", way(backward)),
         count: 0,
-        work: Work { operations: asked * pairs * d, bytes: if backward { 2.0 } else { 1.0 } * z },
-        // A product of this size belongs on tensor cores: that is its floor.
-        unit: Unit::Product,
+        work: Work { operations: gemms * pairs * d, bytes: if backward { 2.0 } else { 1.0 } * z },
+        // A GEMM of this size belongs on tensor cores: they set its roofline.
+        unit: Unit::Matrix,
         launched,
         prepare: Box::new(move |device| {
-            let z = unit(device, n, D);
+            let z = unit_rows(device, n, D);
             if backward {
                 let dy = Tensor::from_f64(device, [], &[1.0]);
                 both(device, z, dy, |z| nt_xent(z, 0.5))
@@ -99,24 +100,24 @@ fn contrast(n: usize, backward: bool, dtype: DType) -> Case {
     }
 }
 
-/// Queries against the queue, forward; backward the products again and the queries' gradient.
-fn queue(m: usize, backward: bool, dtype: DType) -> Case {
+/// Queries times the queue in the forward pass; the backward pass computes the logits again, then the gradient of the queries.
+fn info_nce_case(m: usize, backward: bool, dtype: DType) -> Case {
     let n = QUERIES.min(m);
     let (pairs, d) = ((n * m) as f64, D as f64);
     let bytes = 4.0 * (n * D * 2 + m * D) as f64;
-    let (planes, gradient, terms) = planes(dtype);
-    let split = (4.0 + planes * 2.0) / 4.0;
+    let (terms, gradient, mma) = terms_of(dtype);
+    let split = (4.0 + terms * 2.0) / 4.0;
     let (sums, weights) = (ColumnSplits::new(n, m, TILE), ColumnSplits::new(n, m, WEIGHT_TILE));
     let mut launched = vec![
         Launched::over("split_rows", split * 4.0 * (n * D) as f64, 0.0),
         Launched::over("split_rows", split * 4.0 * (m * D) as f64, 4.0 * (m * D) as f64),
         Launched {
             threads: 128,
-            products: terms * 2.0 * pairs * d,
+            mma: mma * 2.0 * pairs * d,
             ..tiled(
                 "info_nce_sums",
                 n.div_ceil(TILE) * sums.count,
-                planes / 2.0 * bytes,
+                terms / 2.0 * bytes,
                 pairs * 8.0,
             )
         },
@@ -127,11 +128,11 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
         launched.extend([
             Launched {
                 threads: 128,
-                products: terms * 4.0 * pairs * d,
+                mma: mma * 4.0 * pairs * d,
                 ..tiled(
                     &format!("info_nce_{gradient}"),
                     n.div_ceil(WEIGHT_TILE) * weights.count,
-                    planes / 2.0 * bytes + partial,
+                    terms / 2.0 * bytes + partial,
                     pairs * 8.0,
                 )
             },
@@ -147,10 +148,11 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
             operations: passes * 2.0 * pairs * d,
             bytes: if backward { 2.0 } else { 1.0 } * bytes,
         },
-        unit: Unit::Product,
+        unit: Unit::Matrix,
         launched,
         prepare: Box::new(move |device| {
-            let (q, k, queue) = (unit(device, n, D), unit(device, n, D), unit(device, m, D));
+            let (q, k, queue) =
+                (unit_rows(device, n, D), unit_rows(device, n, D), unit_rows(device, m, D));
             if backward {
                 let dy = Tensor::from_f64(device, [], &[1.0]);
                 both(device, q, dy, move |q| {
@@ -167,8 +169,8 @@ fn queue(m: usize, backward: bool, dtype: DType) -> Case {
     }
 }
 
-/// Rows of unit length, in f32 on every device but the reference.
-fn unit(device: &Device, n: usize, d: usize) -> Tensor {
+/// Rows of unit length, in the device's own dtype.
+fn unit_rows(device: &Device, n: usize, d: usize) -> Tensor {
     let mut rows: Vec<f32> =
         (0..n * d).map(|i| ((i.wrapping_mul(2_654_435_761) >> 9) & 1023) as f32 - 511.5).collect();
     for row in rows.chunks_exact_mut(d) {
@@ -178,7 +180,7 @@ fn unit(device: &Device, n: usize, d: usize) -> Tensor {
     Tensor::from_slice(device, [n, d], &rows).cast(DType::of(device))
 }
 
-fn normalise(n: usize, dtype: DType) -> Case {
+fn l2_normalize_case(n: usize, dtype: DType) -> Case {
     let (len, name) = ((n * D) as f64, suffix(dtype));
     let e = dtype.size() as f64;
     Case {
@@ -202,7 +204,7 @@ fn normalise(n: usize, dtype: DType) -> Case {
     }
 }
 
-fn cosine(n: usize, dtype: DType) -> Case {
+fn neg_cosine_case(n: usize, dtype: DType) -> Case {
     let (len, name) = ((n * D) as f64, suffix(dtype));
     let e = dtype.size() as f64;
     Case {
@@ -223,8 +225,8 @@ fn cosine(n: usize, dtype: DType) -> Case {
     }
 }
 
-/// A pass for the largest, one an iteration, whose second look is the cache's, and one for the assignments.
-fn assign(b: usize, dtype: DType) -> Case {
+/// One pass for the maximum, one per iteration (its second read hits the cache), and one for the assignments.
+fn sinkhorn_case(b: usize, dtype: DType) -> Case {
     let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
     let chunks = b.div_ceil(sinkhorn_rows_per_chunk(b));
     let partial = 8.0 * (chunks * PROTOTYPES) as f64;
@@ -245,7 +247,7 @@ fn assign(b: usize, dtype: DType) -> Case {
     Case {
         name: format!("sinkhorn {b}x{PROTOTYPES}"),
         count: 0,
-        // Scores read, assignments written: what is between could stay on chip.
+        // Scores are read and assignments written; everything in between could stay on chip.
         work: Work { operations: (5.0 + 4.0 * ITERATIONS as f64) * len, bytes: (e + 4.0) * len },
         unit: Unit::Vector,
         launched,
@@ -258,7 +260,7 @@ fn assign(b: usize, dtype: DType) -> Case {
     }
 }
 
-fn soft(b: usize, dtype: DType) -> Case {
+fn soft_cross_entropy_case(b: usize, dtype: DType) -> Case {
     let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
     Case {
         name: format!("soft_cross_entropy forward+backward {b}x{PROTOTYPES}"),
@@ -289,8 +291,8 @@ fn soft(b: usize, dtype: DType) -> Case {
     }
 }
 
-/// Features come from the host and go there: as an evaluation has them.
-fn neighbours(bank: usize) -> Case {
+/// Features start and end in host memory, as in an evaluation.
+fn knn_case(bank: usize) -> Case {
     let queries = QUERIES.min(bank);
     let (pairs, d) = ((queries * bank) as f64, FEATURES as f64);
     let bytes = 4.0 * d * (queries + bank) as f64;
@@ -298,12 +300,12 @@ fn neighbours(bank: usize) -> Case {
         name: format!("knn {queries}x{bank}x{FEATURES}"),
         count: 0,
         work: Work { operations: 2.0 * pairs * d, bytes },
-        unit: Unit::Product,
+        unit: Unit::Matrix,
         launched: vec![
             Launched::over("split_rows", 2.5 * bytes, bytes),
             Launched {
                 threads: 128,
-                products: 12.0 * pairs * d,
+                mma: 12.0 * pairs * d,
                 ..tiled(
                     "knn_similarities",
                     queries.div_ceil(TILE) * bank.div_ceil(TILE),

@@ -1,10 +1,10 @@
-//! Whole networks at once: optimisers and the momentum encoder over ResNet-50's weights; and the augmentation of a batch.
+//! Optimisers and the momentum encoder over all of ResNet-50's weights at once, and the augmentation of a batch.
 
 use std::sync::Arc;
 
-use super::case::{Case, Extent, Launched, Run};
-use super::{Unit, Work};
 use crate::arena::{Arena, Layout};
+use crate::bench::case::{Case, Extent, Launched, Run};
+use crate::bench::{Unit, Work};
 use crate::data::augment::{GpuAugmenter, Params, Scratch, View};
 use crate::data::{Image, Policy};
 use crate::device::cuda::Table;
@@ -16,7 +16,7 @@ use crate::tensor::{DType, Numbers, Tensor};
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
     let width = if extent.tiny { 2 } else { 64 };
     let weights = layout(width).weights() as f64;
-    // A bf16 copy of the weights is written along.
+    // The bf16 copy of the weights is written, too.
     let copy = if dtype == DType::Bf16 { 2.0 } else { 0.0 };
     vec![
         arena("sgd", weights, &[("sgd_step", 20.0 + copy)], 20.0 + copy, move |device| {
@@ -28,7 +28,7 @@ pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
             };
             optimiser(device, width, Rule::Sgd(rule))
         }),
-        // Norms first: weights and gradients are read twice.
+        // The norms come first: weights and gradients are read twice.
         arena(
             "lars",
             weights,
@@ -86,7 +86,7 @@ fn optimiser(device: &Device, width: usize, rule: Rule) -> Run {
     Box::new(move || optimizer.step(&mut arena, 1e-3))
 }
 
-/// SimCLR's views at 224 pixels of photos of 500 x 375: pixels in and views out; numbers are drawn before.
+/// SimCLR's views of 224 pixels from photos of 500 x 375. The parameters are drawn beforehand: pixels in, views out.
 fn augmentation(n: usize, dtype: DType) -> Case {
     const SIZE: usize = 224;
     let policy = || {
@@ -94,7 +94,7 @@ fn augmentation(n: usize, dtype: DType) -> Case {
         Policy { size: SIZE, ..recipe.augment[0].clone() }
     };
     let out = (n * SIZE * SIZE * 4) as f64;
-    // A crop has about half of the image's pixels; separable taps are most of the operations.
+    // A crop covers about half of the image's pixels; the separable filter taps are most of the operations.
     let bytes = (n * 500 * 375 * 3) as f64 / 2.0 + dtype.size() as f64 * out;
     let kernel = if dtype == DType::Bf16 { "augment_bf16" } else { "augment_f32" };
     let operations = 500.0 * out / 4.0;
