@@ -9,7 +9,7 @@ use crate::eval::{self, Features, Knn};
 use crate::methods::Reading;
 use crate::train::Run;
 use crate::train::folder::Folder;
-use crate::train::gallery::{self, Found};
+use crate::train::report::{self, Found};
 use crate::train::run::Watch;
 
 /// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
@@ -31,7 +31,7 @@ impl Run {
         let (bank, queries) = (self.features(&train)?, self.features(&test)?);
         let device = self.online.device();
         let answers =
-            eval::knn_answers(&bank, &queries, Knn::default(), gallery::NEIGHBOURS, device)?;
+            eval::knn_answers(&bank, &queries, Knn::default(), report::NEIGHBOURS, device)?;
         let right = answers.iter().zip(&queries.labels).filter(|(a, label)| a.class == **label);
         let accuracy = right.count() as f64 / answers.len() as f64;
         if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
@@ -39,7 +39,8 @@ impl Run {
             let found =
                 Found { bank: (&*train, &bank), queries: (&*test, &queries), answers: &answers };
             let views = self.method.views();
-            let written = gallery::write(path, &self.recipe, views, epoch + 1, &found, device);
+            let written =
+                report::write_gallery(path, &self.recipe, views, epoch + 1, &found, device);
             if let Err(error) = written {
                 watch.note(&format!("no pictures this time: {error}"));
             }

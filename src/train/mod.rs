@@ -4,7 +4,6 @@ mod checkpoint;
 mod evaluation;
 mod finetune;
 mod folder;
-mod gallery;
 mod health;
 mod images;
 mod inspect;

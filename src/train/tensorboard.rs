@@ -1,8 +1,8 @@
-//! TensorBoard's event files: the numbers of `metrics.jsonl` once more, for those who watch runs there.
+//! TensorBoard event files with the numbers of `metrics.jsonl`.
 //!
-//! A file is TFRecords (tensorflow/core/lib/io/record_writer.h: length, masked CRC-32C of it, bytes, masked CRC-32C of them) of
-//! `Event` messages (tensorflow/core/util/event.proto), of which three fields are enough here. A run that goes on begins a new
-//! file, whose first event tells TensorBoard to forget what earlier files have from that step on.
+//! A file holds TFRecords (tensorflow/core/lib/io/record_writer.h: length, masked CRC-32C of the length, bytes, masked CRC-32C of
+//! the bytes) of `Event` messages (tensorflow/core/util/event.proto), of which three fields are enough here. A resumed run starts a
+//! new file, whose first event tells TensorBoard to drop what earlier files hold from that step on.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// A file under way; made with its first number.
+/// An event file, created with its first number.
 #[derive(Debug)]
 pub(super) struct Events {
     folder: PathBuf,
@@ -25,17 +25,17 @@ impl Events {
         Self { folder: folder.to_path_buf(), file: None }
     }
 
-    /// Writes every number of a record, a list or an object in it by its name after a slash; histograms stay where they are.
-    /// What an epoch ends with is on its way to the disk when this returns.
+    /// Writes every number of a record; numbers in nested objects get names with slashes, and histograms are left out. The record
+    /// of an epoch flushes the file.
     pub(super) fn write(&mut self, record: &Value) -> Result<()> {
         let Some(step) = record["step"].as_i64() else { return Ok(()) };
         let mut values = Vec::new();
-        // An epoch's mean loss is another curve than its last step's.
+        // An epoch's mean loss and a step's loss are different curves.
         let is_epoch = record.get("epoch").is_some();
         scalars(if is_epoch { "epoch" } else { "" }, record, &mut values);
         let (path, file) = match &mut self.file {
             Some(open) => open,
-            none => none.insert(begin(&self.folder, step)?),
+            empty => empty.insert(begin(&self.folder, step)?),
         };
         let written = file
             .write_all(&framed(&event(step, Some(&values))))
@@ -44,7 +44,7 @@ impl Events {
     }
 }
 
-/// Makes a file whose name sorts behind all before it.
+/// Creates a file whose name sorts after all earlier ones.
 fn begin(folder: &Path, step: i64) -> Result<(PathBuf, BufWriter<File>)> {
     let since = now();
     let path = folder.join(format!(
@@ -53,7 +53,7 @@ fn begin(folder: &Path, step: i64) -> Result<(PathBuf, BufWriter<File>)> {
         since.subsec_nanos()
     ));
     let mut file = BufWriter::new(File::create(&path).map_err(Error::io(&path))?);
-    // Wall time, and `file_version`.
+    // Wall time and `file_version`.
     let mut version = double(1, since.as_secs_f64());
     version.extend(bytes(3, b"brain.Event:2"));
     // `session_log { status: START }`
@@ -83,7 +83,7 @@ fn scalars(name: &str, value: &Value, into: &mut Vec<(String, f32)>) {
     }
 }
 
-/// An event with a summary of values, or else the start of a session.
+/// Encodes an event: a summary of values, or the start of a session.
 fn event(step: i64, values: Option<&[(String, f32)]>) -> Vec<u8> {
     let mut event = double(1, now().as_secs_f64());
     event.extend(varint(2, step as u64));
@@ -102,7 +102,7 @@ fn event(step: i64, values: Option<&[(String, f32)]>) -> Vec<u8> {
     event
 }
 
-/// A field of protobuf's wire format: a number of 64 bits, bytes with their length, a number of variable length.
+/// Encodes a protobuf field: a 64-bit number; the functions below encode bytes with their length and a variable-length number.
 fn double(field: u8, value: f64) -> Vec<u8> {
     [&[field << 3 | 1], &value.to_le_bytes()[..]].concat()
 }
@@ -120,7 +120,7 @@ fn varint(field: u8, value: u64) -> Vec<u8> {
     all
 }
 
-/// Seven bits a byte, the lowest first; the top bit says that more follow.
+/// Appends a number as seven bits per byte, lowest first; the top bit says that more bytes follow.
 fn number(mut value: u64, into: &mut Vec<u8>) {
     while value >= 0x80 {
         into.push(value as u8 | 0x80);
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_names_and_a_frame() {
+    fn each_number_is_written_with_its_name_in_a_framed_record() {
         let folder = tempfile::tempdir().unwrap();
         let mut events = Events::new(folder.path());
         events.write(&json!({ "stopped": "Ctrl-C" })).unwrap();
@@ -168,7 +168,7 @@ mod tests {
         }
         assert_eq!(records.len(), 4);
         assert!(records[0].ends_with(b"brain.Event:2"));
-        // Behind the wall time: step 300, and the session's start.
+        // After the wall time: step 300 and the session's start.
         assert_eq!(records[1][9..], [0x10, 0xac, 0x02, 0x3a, 2, 8, 1]);
         let loss =
             [&[0x10, 0xac, 0x02, 0x2a, 24, 10, 11, 10, 4], &b"loss"[..], &[0x15, 0, 0, 0x20, 0x40]];
@@ -178,9 +178,9 @@ mod tests {
         assert!(!records[3].windows(9).any(|part| part == b"histogram"));
     }
 
-    /// RFC 3720, B.4: 32 bytes of zeros have 8a9136aa.
+    /// RFC 3720, B.4: 32 zero bytes have the checksum 8a9136aa.
     #[test]
-    fn sums_are_castagnolis() {
+    fn checksums_use_the_castagnoli_polynomial() {
         assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
     }
 }
