@@ -1,94 +1,100 @@
-//! Studies: a question, a recipe, and arms that differ from it in a few settings. A study is data, as a recipe is.
+//! Studies: a question, a recipe, and arms that differ from it in a few settings. A study is data, like a recipe.
 //!
-//! Each arm is an ordinary run in a folder of its own. An arm that collapses is a result; what stops a study is what stops a
-//! run for other reasons. A study that was interrupted goes on with the arms that have no result yet.
+//! Each arm and seed is an ordinary run in its own folder. A run that collapses or diverges is an outcome, which the table names
+//! and leaves out of the means; any other error stops the study. An interrupted study continues with the arms that have no result
+//! yet.
+//!
+//! One process at a time works in a study's folder, and a study replaces or deletes only files that it or its runs wrote.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::files::write_whole;
 use crate::recipes::{self, Recipe, TrainSettings};
-use crate::train::{Run, Watch, newest};
+use crate::train::{Run, Watch, folder, newest};
 
 /// A question and the runs that answer it.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Study {
-    /// What is asked, in a sentence.
+    /// The question, in a sentence.
     pub question: String,
-    /// Where it was asked before.
+    /// The source of the question.
     pub source: String,
-    /// The recipe of arms that name none.
+    /// The recipe of arms without one of their own.
     pub base: String,
-    /// Settings of every arm, `key.path=value`.
+    /// Settings for every arm, as `key.path=value`.
     #[serde(default)]
     pub set: Vec<String>,
-    /// What the table shows of each arm: names of numbers in its metrics, `seconds`, `memory_mib`.
+    /// The columns of the table: names of numbers in the metrics, or `seconds` or `memory_mib`.
     pub columns: Vec<String>,
-    /// What is compared.
+    /// The arms, which are compared.
     #[serde(rename = "arm")]
     pub arms: Vec<Arm>,
 }
 
-/// One of the things compared.
+/// One arm of a study: the settings that are compared with those of the other arms.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Arm {
-    /// What it is called in the table.
+    /// Its name in the table.
     pub name: String,
-    /// Its recipe, if not the study's.
+    /// Its recipe, if it differs from the study's.
     pub base: Option<String>,
-    /// Settings on top of the study's.
+    /// Settings applied after the study's.
     #[serde(default)]
     pub set: Vec<String>,
-    /// The arm from whose last checkpoint it starts.
+    /// The arm whose last checkpoint it starts from.
     pub after: Option<String>,
 }
 
-/// What came of one arm and seed, as `result.json` has it.
+/// The outcome of one arm and seed, as stored in `result.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
-    /// The arm.
+    /// The name of the arm.
     pub arm: String,
-    /// Its seed.
+    /// The seed.
     pub seed: u64,
-    /// The sentence of a run that was stopped, up to what to try; none if it went to its end.
+    /// Why the run stopped or has no usable result; `None` if it completed with finite losses.
     pub stopped: Option<String>,
-    /// Numbers of its last epoch by name.
+    /// The numbers of its last epoch, by name.
     pub values: BTreeMap<String, f64>,
-    /// The recipe that gave them.
+    /// The recipe of the run.
     recipe: String,
 }
 
-/// How a study is run.
+/// How to run a study.
 pub struct StudyPlan<'a> {
-    /// Folder of the results.
+    /// The folder of the results.
     pub out: &'a Path,
-    /// Settings on top of every arm's.
+    /// Settings applied after those of each arm.
     pub settings: &'a [String],
-    /// Runs of each arm, seeds counting up from the recipe's.
+    /// The number of runs per arm; seeds count up from the recipe's.
     pub seeds: u64,
-    /// Opens the device of a run: a fresh one each time, so that the most memory that it held is the run's own.
+    /// Opens the device of a run: a new one for each, so that its peak memory is the run's own.
     pub device: &'a dyn Fn(&TrainSettings) -> Result<Device>,
-    /// Has the last word on each recipe.
+    /// Adjusts each recipe at the end.
     pub adjust: &'a dyn Fn(&mut Recipe),
-    /// Who watches a run of so many steps.
+    /// Returns the watch of a run with the given number of steps.
     pub watch: &'a dyn Fn(u64) -> Box<dyn Watch>,
-    /// Is told what is being done.
+    /// Receives a line for each arm and seed.
     pub tell: &'a dyn Fn(&str),
 }
 
 impl Study {
-    /// A study from a file, or from a name of [`builtin_studies`](recipes::builtin_studies).
+    /// Loads a built-in study by its [name](recipes::builtin_studies), or a study from a file.
     ///
     /// # Errors
-    /// When there is no such file or study, or it is not what it should be.
+    /// If the name is unknown (the message lists the valid names), or the file is not a valid study.
     pub fn load(name: &str) -> Result<Self> {
         let text = match recipes::builtin_study(name) {
             Some(text) => text.to_owned(),
@@ -98,7 +104,7 @@ impl Study {
             None => {
                 let known = recipes::builtin_studies().collect::<Vec<_>>().join(", ");
                 return Err(Error::Config(format!(
-                    "there is no study {name}; built in are: {known}"
+                    "unknown study {name}; built-in studies: {known}"
                 )));
             }
         };
@@ -113,13 +119,15 @@ impl Study {
             let before = &self.arms[..i];
             if before.iter().any(|other| folder_name(&other.name) == folder_name(&arm.name)) {
                 let name_of = &arm.name;
-                return Err(Error::Config(format!("study {name}: two arms are named {name_of}")));
+                return Err(Error::Config(format!(
+                    "study {name}: two arms have the name {name_of}"
+                )));
             }
             if let Some(after) = &arm.after
                 && !before.iter().any(|other| other.name == *after)
             {
                 return Err(Error::Config(format!(
-                    "study {name}: {} starts after {after}, which is no arm before it",
+                    "study {name}: {} starts after {after}, which is not an earlier arm",
                     arm.name
                 )));
             }
@@ -127,26 +135,29 @@ impl Study {
         Ok(())
     }
 
-    /// The recipe of an arm, with `settings` on top.
+    /// Returns the recipe of an arm with `settings` applied last.
     ///
     /// # Errors
-    /// When a setting does not fit the recipe.
+    /// If a setting does not fit the recipe.
     pub fn recipe(&self, arm: &Arm, settings: &[String]) -> Result<Recipe> {
         let all = [&self.set, &arm.set, settings].map(|part: &[String]| part).concat();
         Recipe::load(arm.base.as_ref().unwrap_or(&self.base), &all)
     }
 
-    /// Runs every arm that has no result yet, and writes `table.md` and `table.csv` after each. Returns all outcomes.
+    /// Runs every arm and seed without a result, and writes `table.md` and `table.csv` after each. Returns all outcomes.
     ///
     /// # Errors
-    /// When an arm cannot run, for another reason than numbers that went wrong; when the folder holds results of other settings.
+    /// If a run fails for another reason than a collapse or a divergence; if the folder holds results of other settings or files
+    /// that neither the study nor its runs wrote; if another process works in it.
     pub fn run(&self, plan: &StudyPlan<'_>) -> Result<Vec<Outcome>> {
+        let _lock = self.claim(plan.out)?;
         let mut outcomes = Vec::new();
         for arm in &self.arms {
             for seed in 0..plan.seeds {
-                outcomes.push(self.cell(arm, seed, plan)?);
+                let outcome = self.cell(arm, seed, plan, &outcomes)?;
+                outcomes.push(outcome);
                 for (name, text) in
-                    [("table.md", self.markdown(&outcomes)), ("table.csv", self.csv(&outcomes))]
+                    [(TABLES[0], self.markdown(&outcomes)), (TABLES[1], self.csv(&outcomes))]
                 {
                     write_whole(&plan.out.join(name), text.as_bytes())?;
                 }
@@ -155,16 +166,54 @@ impl Study {
         Ok(outcomes)
     }
 
-    /// One arm under one seed.
-    fn cell(&self, arm: &Arm, seed: u64, plan: &StudyPlan<'_>) -> Result<Outcome> {
+    /// Locks the study's folder and marks it as the study's own.
+    fn claim(&self, out: &Path) -> Result<File> {
+        self.is_marked(out)?; // before a lock file is left in a folder of something else
+        std::fs::create_dir_all(out).map_err(Error::io(out))?;
+        let lock = folder::lock(out)?;
+        if !self.is_marked(out)? {
+            write_whole(&out.join(MARKER), format!("{}\n", self.question).as_bytes())?;
+        }
+        Ok(lock)
+    }
+
+    /// Whether a folder is marked as this study's; an error if its tables are not the study's own.
+    fn is_marked(&self, out: &Path) -> Result<bool> {
+        let marker = out.join(MARKER);
+        match std::fs::read_to_string(&marker) {
+            Ok(question) if question.trim_end() == self.question.trim_end() => Ok(true),
+            Ok(_) => Err(Error::format(out, "holds another study: choose another --out")),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let Some(name) = TABLES.iter().find(|name| out.join(name).exists()) else {
+                    return Ok(false);
+                };
+                let reason = format!(
+                    "holds {name}, which this study did not write: choose another --out, or move it away"
+                );
+                Err(Error::format(out, reason))
+            }
+            Err(error) => Err(Error::io(&marker)(error)),
+        }
+    }
+
+    /// Runs one arm with one seed, unless it has a result. `before` holds the outcomes so far.
+    fn cell(
+        &self,
+        arm: &Arm,
+        seed: u64,
+        plan: &StudyPlan<'_>,
+        before: &[Outcome],
+    ) -> Result<Outcome> {
         let mut recipe = self.recipe(arm, plan.settings)?;
-        recipe.seed += seed;
+        recipe.seed = recipe.seed.checked_add(seed).ok_or_else(|| {
+            Error::Config(format!("seed {} is too large for {} seeds", recipe.seed, plan.seeds))
+        })?;
         (plan.adjust)(&mut recipe);
         let place = |arm: &str| plan.out.join(folder_name(arm)).join(format!("seed-{seed}"));
         let folder = place(&arm.name);
-        if let Some(done) = finished(&folder, &recipe)? {
-            (plan.tell)(&format!("{}, seed {}: done before", arm.name, done.seed));
-            return Ok(done);
+        if let Some(outcome) = finished(&folder, &recipe)? {
+            (plan.tell)(&format!("{}, seed {}: done before", arm.name, outcome.seed));
+            return Ok(outcome);
         }
         let mut outcome = Outcome {
             arm: arm.name.clone(),
@@ -174,10 +223,18 @@ impl Study {
             recipe: recipe.to_toml(),
         };
         if let Some(after) = &arm.after {
+            // Outcomes are in the order of arms and seeds.
+            let first = before.iter().filter(|o| o.arm == *after).nth(seed as usize);
+            let stopped = first.is_some_and(|outcome| outcome.stopped.is_some());
             match newest(&place(after)) {
-                Ok(checkpoint) => recipe.train.init = Some(checkpoint.display().to_string()),
-                Err(_) => {
-                    outcome.stopped = Some(format!("{after} left no checkpoint"));
+                Ok(checkpoint) if !stopped => {
+                    recipe.train.init = Some(checkpoint.display().to_string());
+                }
+                found => {
+                    outcome.stopped = Some(match found {
+                        Ok(_) => format!("{after} stopped"),
+                        Err(_) => format!("{after} left no checkpoint"),
+                    });
                     std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
                     write_outcome(&folder, &outcome)?;
                     return Ok(outcome);
@@ -192,32 +249,43 @@ impl Study {
         match run.train(&mut *watch) {
             Ok(()) => {}
             Err(Error::Diverged(sentence)) => {
+                // The rest of the sentence is advice.
                 outcome.stopped = sentence.split(':').next().map(str::to_owned);
             }
             Err(error) => return Err(error),
         }
-        outcome.values = last_epoch(&folder)?;
+        if folder.exists() {
+            // A run that stopped before its first step leaves no folder.
+            outcome.read_metrics(&folder.join("metrics.jsonl"))?;
+        }
         outcome.values.insert("seconds".into(), start.elapsed().as_secs_f64());
         let mib = device.memory_use().peak as f64 / (1 << 20) as f64;
         outcome.values.insert("memory_mib".into(), mib);
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
         write_outcome(&folder, &outcome)?;
         Ok(outcome)
     }
 
-    /// The arms' rows: name, a cell for each column, how it ended.
+    /// The rows of the arms: the name, a cell for each column, and what became of seeds without a usable result.
+    ///
+    /// A cell is over the seeds that completed: the numbers of a run that stopped are not comparable with them.
     fn rows(&self, outcomes: &[Outcome]) -> Vec<Vec<String>> {
         let row = |arm: &Arm| {
             let own: Vec<&Outcome> = outcomes.iter().filter(|o| o.arm == arm.name).collect();
+            let completed: Vec<&&Outcome> = own.iter().filter(|o| o.stopped.is_none()).collect();
             let cell = |column: &String| {
                 let values: Vec<f64> =
-                    own.iter().filter_map(|o| o.values.get(column).copied()).collect();
-                mean_and_deviation(column, &values)
+                    completed.iter().filter_map(|o| o.values.get(column).copied()).collect();
+                let cell = mean_and_deviation(column, &values);
+                match values.len() {
+                    0 => cell,
+                    n if n == completed.len() => cell,
+                    n => format!("{cell} ({n} of {})", completed.len()),
+                }
             };
             let mut cells = vec![arm.name.clone()];
             cells.extend(self.columns.iter().map(cell));
-            let mut ends: Vec<&str> = own.iter().filter_map(|o| o.stopped.as_deref()).collect();
-            ends.dedup();
-            cells.push(ends.join("; "));
+            cells.push(stops(&own));
             (!own.is_empty()).then_some(cells)
         };
         self.arms.iter().filter_map(row).collect()
@@ -230,7 +298,7 @@ impl Study {
         header
     }
 
-    /// The table as Markdown, columns aligned, under the question and its source.
+    /// Returns the table in Markdown with aligned columns, under the question and its source.
     pub fn markdown(&self, outcomes: &[Outcome]) -> String {
         let mut lines = vec![self.header()];
         lines.extend(self.rows(outcomes));
@@ -242,7 +310,7 @@ impl Study {
         let mut text = format!("{} ({})\n\n", self.question, self.source);
         for line in lines {
             let cells = line.iter().zip(&widths).map(|(cell, &width)| format!(" {cell:<width$} |"));
-            let _ = writeln!(text, "|{}", cells.collect::<String>()); // a string takes all
+            let _ = writeln!(text, "|{}", cells.collect::<String>()); // a String does not fail
         }
         text
     }
@@ -255,18 +323,32 @@ impl Study {
                 |column| values.get(column).map_or(String::new(), |value| format!("{value}"));
             let cells = self.columns.iter().map(value).collect::<Vec<_>>().join(",");
             let stopped = stopped.as_deref().unwrap_or_default();
-            let _ = writeln!(text, "{:?},{seed},{cells},{stopped:?}", arm); // a string takes all
+            let _ = writeln!(text, "{:?},{seed},{cells},{stopped:?}", arm); // a String does not fail
         }
         text
     }
 }
 
-/// A name without what file systems do not like.
+/// Says how many of an arm's runs stopped, and why; empty if none did.
+fn stops(own: &[&Outcome]) -> String {
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for reason in own.iter().filter_map(|outcome| outcome.stopped.as_deref()) {
+        *reasons.entry(reason).or_default() += 1;
+    }
+    let all = own.len();
+    let part = |(reason, count): (&str, usize)| match all {
+        1 => reason.to_owned(),
+        _ => format!("{count} of {all} seeds: {reason}"),
+    };
+    reasons.into_iter().map(part).collect::<Vec<_>>().join("; ")
+}
+
+/// Replaces characters that file systems may not accept.
 fn folder_name(arm: &str) -> String {
     arm.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect()
 }
 
-/// Shares in percent, small numbers to three digits, over several seeds with their standard deviation.
+/// Formats the mean: shares in percent, small numbers to three decimals; for several values with their standard deviation.
 fn mean_and_deviation(column: &str, values: &[f64]) -> String {
     let Some(n) = (!values.is_empty()).then_some(values.len() as f64) else { return "-".into() };
     let mean = values.iter().sum::<f64>() / n;
@@ -284,17 +366,24 @@ fn mean_and_deviation(column: &str, values: &[f64]) -> String {
     format!("{} ± {}", show(mean), show(variance.sqrt()))
 }
 
-/// The result in a folder, if there is one; what an interrupted run left there goes.
+/// Returns the result in a folder, or `None` after removing what an interrupted run of the study left there.
 fn finished(folder: &Path, recipe: &Recipe) -> Result<Option<Outcome>> {
     let path = folder.join(RESULT);
-    let Ok(text) = std::fs::read_to_string(&path) else {
-        if folder.join("recipe.toml").exists() {
-            std::fs::remove_dir_all(folder).map_err(Error::io(folder))?;
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            remove_interrupted(folder, recipe)?;
+            return Ok(None);
         }
-        return Ok(None);
+        Err(error) => {
+            let reason = format!("cannot be read ({error}): remove it to run this arm again");
+            return Err(Error::format(&path, reason));
+        }
     };
-    let outcome: Outcome = serde_json::from_str(&text)
-        .map_err(|e| Error::format(&path, format!("is no result of a study: {e}")))?;
+    let outcome: Outcome = serde_json::from_str(&text).map_err(|e| {
+        let reason = format!("is not a study's result ({e}): remove it to run this arm again");
+        Error::format(&path, reason)
+    })?;
     if outcome.recipe != recipe.to_toml() {
         return Err(Error::format(
             &path,
@@ -304,28 +393,94 @@ fn finished(folder: &Path, recipe: &Recipe) -> Result<Option<Outcome>> {
     Ok(Some(outcome))
 }
 
+/// Whether a file of this name in a run's folder was written by the run.
+fn is_a_runs(name: &str) -> bool {
+    const NAMES: [&str; 6] =
+        [".lock", "recipe.toml", "metrics.jsonl", "report.html", "gallery.json", "parity"];
+    NAMES.contains(&name)
+        || name.starts_with("events.out.tfevents.")
+        || name.ends_with(".safetensors")
+            && (name.starts_with("step-") || name == "best.safetensors")
+        || name.starts_with('.') && name.ends_with(".partial")
+}
+
+/// Removes a run that was interrupted, so that its arm starts again. Other files in its folder are the user's: they stay, and the
+/// study refuses to go on.
+fn remove_interrupted(folder: &Path, recipe: &Recipe) -> Result<()> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(folder)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(Error::io(folder))?.file_name());
+    }
+    if names.is_empty() {
+        return Ok(());
+    }
+    let refuse = |what: String| {
+        let reason = format!("holds {what}: move it away, or choose another --out");
+        Err(Error::format(folder, reason))
+    };
+    names.sort();
+    if let Some(name) = names.iter().find(|name| !name.to_str().is_some_and(is_a_runs)) {
+        return refuse(format!("{}, which no run of this study wrote", name.display()));
+    }
+    let file = folder.join("recipe.toml");
+    if let Ok(text) = std::fs::read_to_string(&file) {
+        let mut own = Recipe::parse(&text, &file.to_string_lossy(), &[])?;
+        own.train.init = recipe.train.init.clone(); // an arm that starts after another gets it when it runs
+        if own.to_toml() != recipe.to_toml() {
+            return refuse("an unfinished run of other settings".into());
+        }
+    }
+    let lock = folder::lock(folder)?; // refuses if another process trains there
+    // The recipe goes last: if the removal is interrupted, what is left is still recognised.
+    names.sort_by_key(|name| name == "recipe.toml");
+    for name in names {
+        let path = folder.join(name);
+        let removed = match path.is_dir() && !path.is_symlink() {
+            true => std::fs::remove_dir_all(&path),
+            false => std::fs::remove_file(&path),
+        };
+        removed.map_err(Error::io(&path))?;
+    }
+    drop(lock);
+    Ok(())
+}
+
+/// The result of one arm and seed, next to its run.
 const RESULT: &str = "result.json";
+/// The study's tables, and the file that marks a folder as a study's: it holds the question.
+const TABLES: [&str; 2] = ["table.md", "table.csv"];
+const MARKER: &str = "study.txt";
 
 fn write_outcome(folder: &Path, outcome: &Outcome) -> Result<()> {
     let text = serde_json::to_string_pretty(outcome).expect("an outcome is plain data");
     write_whole(&folder.join(RESULT), text.as_bytes())
 }
 
-/// The numbers of the last epoch of a run's metrics, monitors among them; none if it did not finish one.
-fn last_epoch(folder: &Path) -> Result<BTreeMap<String, f64>> {
-    let path = folder.join("metrics.jsonl");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let mut values = BTreeMap::new();
-    let records = text.lines().rev().filter_map(|line| serde_json::from_str(line).ok());
-    let record = records.into_iter().find(|record: &serde_json::Value| record["epoch"].is_u64());
-    let Some(serde_json::Value::Object(mut record)) = record else { return Ok(values) };
-    if let Some(serde_json::Value::Object(monitors)) = record.remove("monitors") {
-        record.extend(monitors);
+impl Outcome {
+    /// Reads the numbers of the last epoch, monitors included, from a run's metrics. A last loss that is NaN or infinite makes the
+    /// run one without a usable result.
+    fn read_metrics(&mut self, path: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let records = text.lines().rev().filter_map(|line| serde_json::from_str(line).ok());
+        let record = records.into_iter().find(|record: &Value| record["epoch"].is_u64());
+        let Some(Value::Object(mut record)) = record else { return Ok(()) };
+        // JSON has no NaN: it is null.
+        if record.get("loss").is_some_and(Value::is_null) && self.stopped.is_none() {
+            self.stopped = Some("the loss is NaN or infinite".into());
+        }
+        if let Some(Value::Object(monitors)) = record.remove("monitors") {
+            record.extend(monitors);
+        }
+        for (name, value) in record {
+            self.values.extend(value.as_f64().map(|value| (name, value)));
+        }
+        Ok(())
     }
-    for (name, value) in record {
-        values.extend(value.as_f64().map(|value| (name, value)));
-    }
-    Ok(values)
 }
 
 #[cfg(test)]
@@ -352,25 +507,82 @@ mod tests {
     }
 
     #[test]
-    fn tables_show_means_and_what_stopped_a_run() {
+    fn means_are_over_the_seeds_that_completed_and_the_others_are_counted() {
         let study: Study = toml::from_str(TWO).unwrap();
         study.check("two").unwrap();
+        let nan = Some("the loss is NaN or infinite");
         let outcomes = [
             outcome("a", 1, 0.5, None),
-            outcome("a", 2, 0.6, None),
+            outcome("a", 2, 0.1, nan),
+            outcome("a", 3, 0.6, None),
+            outcome("a", 4, 0.1, nan),
             outcome("b, longer", 1, 0.1, Some("the embeddings collapsed in epoch 2")),
         ];
         let table = study.markdown(&outcomes);
-        assert!(table.contains("| a         | 55.0 ± 7.1 | -    |"), "{table}");
-        assert!(table.contains("collapsed in epoch 2 |"), "{table}");
+        let row = "| a         | 55.0 ± 7.1 | -    | 2 of 4 seeds: the loss is NaN or infinite |";
+        assert!(table.contains(row), "{table}");
+        assert!(table.contains("| b, longer | -          | -    | the embeddings coll"), "{table}");
+        // The numbers of each run are in the other table.
         let csv = study.csv(&outcomes);
         assert!(csv.contains("\n\"b, longer\",1,0.1,,\"the embeddings"), "{csv}");
     }
 
     #[test]
-    fn arms_start_after_arms_before_them() {
+    fn a_mean_over_some_of_the_seeds_says_so() {
+        let study: Study = toml::from_str(TWO).unwrap();
+        let mut outcomes = [1, 2, 3].map(|seed| outcome("a", seed, 0.5, None));
+        outcomes[1].values.clear();
+        let table = study.markdown(&outcomes);
+        assert!(table.contains("| 50.0 ± 0.0 (2 of 3) |"), "{table}");
+    }
+
+    #[test]
+    fn a_last_loss_of_nan_is_no_result() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("metrics.jsonl");
+        for (loss, stopped) in [("null", Some("the loss is NaN or infinite")), ("2.5", None)] {
+            let first = "{\"epoch\":1,\"step\":3,\"loss\":null}\n";
+            let last = "\"knn\":0.25,\"monitors\":{\"queue_age\":3.0}}\n{\"step\":7,\"lo";
+            let text = format!("{first}{{\"epoch\":2,\"step\":6,\"loss\":{loss},{last}");
+            std::fs::write(&file, text).unwrap();
+            let mut outcome = outcome("a", 1, 0.0, None);
+            outcome.read_metrics(&file).unwrap();
+            assert_eq!(outcome.stopped.as_deref(), stopped);
+            assert_eq!((outcome.values["knn"], outcome.values["queue_age"]), (0.25, 3.0));
+        }
+    }
+
+    #[test]
+    fn only_files_of_a_run_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = Recipe::load("demo", &[]).unwrap();
+        let folder = root.path().join("seed-0");
+        std::fs::create_dir(&folder).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+        for name in ["metrics.jsonl", ".lock", "step-00000001.safetensors", "best.safetensors"] {
+            write(name, "");
+        }
+        write("recipe.toml", &recipe.to_toml());
+        write("notes.txt", "mine");
+        let error = |recipe: &Recipe| finished(&folder, recipe).unwrap_err().to_string();
+        assert!(error(&recipe).contains("holds notes.txt, which no run"), "{}", error(&recipe));
+        std::fs::remove_file(folder.join("notes.txt")).unwrap();
+        let other = Recipe::load("demo", &["seed=9".into()]).unwrap();
+        assert!(error(&other).contains("unfinished run of other settings"), "{}", error(&other));
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 5);
+        {
+            let _lock = folder::lock(&folder).unwrap();
+            assert!(error(&recipe).contains("is in use"), "{}", error(&recipe));
+        }
+        assert!(finished(&folder, &recipe).unwrap().is_none());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+        assert!(finished(&folder.join("missing"), &recipe).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_arm_starts_after_an_earlier_arm() {
         let study: Study = toml::from_str(&TWO.replace("after = \"a\"", "after = \"c\"")).unwrap();
         let error = study.check("two").unwrap_err().to_string();
-        assert!(error.contains("which is no arm before it"), "{error}");
+        assert!(error.contains("which is not an earlier arm"), "{error}");
     }
 }
