@@ -33,17 +33,43 @@ pub(crate) fn merge(base: &mut toml::Table, over: toml::Table) {
     }
 }
 
+/// The deepest key of a setting. Settings are four deep at most; a longer key is a mistake, and nesting without a limit would
+/// overflow the stack.
+const DEEPEST: usize = 16;
+
+/// Splits `a.b.c=value` into key and value.
+fn split(setting: &str) -> Option<(&str, &str)> {
+    setting.split_once('=').map(|(key, value)| (key.trim(), value))
+}
+
 /// Applies `a.b.c=value` to a table. The value is read as TOML, and as a string if it is not valid TOML.
 pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let malformed = || {
         Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
     };
-    let (path, value) = setting.split_once('=').ok_or_else(malformed)?;
-    let value = format!("v = {value}").parse::<toml::Table>().map_or_else(
-        |_| toml::Value::String(value.into()),
+    let (path, text) = split(setting).ok_or_else(malformed)?;
+    let value = format!("v = {text}").parse::<toml::Table>().map_or_else(
+        |_| toml::Value::String(text.into()),
         |mut t| t.remove("v").expect("set above"),
     );
-    let keys: Vec<&str> = path.trim().split('.').collect();
+    put(table, path, value)
+        .map_err(|reason| Error::config(format!("--set {}: {reason}", shown(setting))))
+}
+
+/// The beginning of a long text, for messages.
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.into(),
+    }
+}
+
+/// Puts a value at the path `a.b.c`.
+fn put(table: &mut toml::Table, path: &str, value: toml::Value) -> Result<(), String> {
+    let keys: Vec<&str> = path.split('.').collect();
+    if keys.len() > DEEPEST {
+        return Err(format!("the key has {} parts; a setting has at most {DEEPEST}", keys.len()));
+    }
     let (last, parents) = keys.split_last().expect("split gives at least one");
     // `augment.flip=0` sets the key in every table of an array, `augment.1.flip=0` in one.
     fn walk(at: &mut toml::Value, path: &[&str], last: &str, value: &toml::Value) -> Option<()> {
@@ -70,7 +96,7 @@ pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     if let toml::Value::Table(root) = root {
         *table = root;
     }
-    done.ok_or_else(|| Error::config(format!("--set {setting}: the recipe has no table there")))
+    done.ok_or_else(|| "the recipe has no table there".into())
 }
 
 /// Deserializes a table; the error for an unknown key suggests the nearest known one. `place` is the table's name for messages.
@@ -78,8 +104,50 @@ pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
     T::deserialize(table.clone()).map_err(|error| {
         let message = one_line(&error);
         let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
-        Error::Config(format!("recipe: {place}{message}{}", nearest(&message)))
+        let quote = if message.contains(WANTS_STRING) { ": put it in quotes" } else { "" };
+        Error::Config(format!("recipe: {place}{message}{}{quote}", nearest(&message)))
     })
+}
+
+/// What serde says of a number where a string is wanted.
+const WANTS_STRING: &str = ", expected a string";
+
+/// Like [`read`], for a table to which `settings` have been applied. A value of theirs that looks like a number but stands where
+/// a string is wanted is that string as it was typed: `data.path=2024` is a folder.
+pub(crate) fn read_with<T: DeserializeOwned>(
+    table: &mut toml::Table,
+    settings: &[String],
+) -> Result<T> {
+    for _ in 0..settings.len() {
+        let Err(error) = T::deserialize(table.clone()) else { break };
+        let message = one_line(&error);
+        let at =
+            |key: &str| message.contains(WANTS_STRING) && message.ends_with(&format!("in `{key}`"));
+        let last =
+            settings.iter().rev().filter_map(|setting| split(setting)).find(|(key, _)| at(key));
+        let Some((key, text)) = last else { break };
+        put(table, key, toml::Value::String(text.trim().into())).map_err(Error::Config)?;
+    }
+    read(table, "")
+}
+
+/// Replaces `~/` at the start of every string by the home folder: shells do not expand it behind `data.path=`, nor in files.
+pub(crate) fn expand_home(table: &mut toml::Table, home: Option<&str>) {
+    fn walk(value: &mut toml::Value, home: &str) {
+        match value {
+            toml::Value::Table(table) => table.iter_mut().for_each(|(_, value)| walk(value, home)),
+            toml::Value::Array(items) => items.iter_mut().for_each(|value| walk(value, home)),
+            toml::Value::String(text) => {
+                if let Some(rest) = text.strip_prefix("~/") {
+                    *text = format!("{}/{rest}", home.trim_end_matches('/'));
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(home) = home.filter(|home| !home.is_empty()) {
+        table.iter_mut().for_each(|(_, value)| walk(value, home));
+    }
 }
 
 /// The largest value of any setting but a seed: beyond it nothing fits in memory, and sizes overflow.

@@ -1,29 +1,41 @@
 //! Loads recipes by name or path and merges them into their bases.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::builtin::{builtin, builtin_names};
 use crate::error::{Error, Result};
 use crate::settings::{merge, parsed};
 
-fn text(name: &str) -> Result<String> {
-    if !Path::new(name).exists() {
+fn text(name: &str, path: &Path) -> Result<String> {
+    if !path.exists() {
         let known = builtin_names().collect::<Vec<_>>().join(", ");
         return Err(Error::Config(format!(
             "no recipe file or built-in recipe {name}; built-in recipes: {known}"
         )));
     }
-    std::fs::read_to_string(name).map_err(Error::io(name))
+    std::fs::read_to_string(path).map_err(Error::io(path))
 }
 
 /// The deepest chain of bases; a longer one is taken for a cycle.
 const DEEPEST: usize = 4;
 
 /// Returns the table of a recipe file or a built-in recipe, merged into its base's.
-pub(super) fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
+pub(super) fn table_of(name: &str) -> Result<toml::Table> {
+    table_at(name, Path::new(""), 0)
+}
+
+/// Likewise, of a recipe that another one in `folder` names: a file is looked for there, and then in the working directory.
+fn table_at(name: &str, folder: &Path, depth: usize) -> Result<toml::Table> {
+    let mut path = PathBuf::from(name);
     let text = match builtin(name) {
         Some(text) => text.to_owned(),
-        None => text(name)?,
+        None => {
+            let neighbour = folder.join(name);
+            if neighbour.exists() {
+                path = neighbour;
+            }
+            text(name, &path)?
+        }
     };
     let mut table = parsed(&text, name)?;
     let Some(base) = table.remove("base") else { return Ok(table) };
@@ -32,7 +44,8 @@ pub(super) fn table_of(name: &str, depth: usize) -> Result<toml::Table> {
             "recipe {name}: base must be another recipe's name or file, not {base}"
         )));
     };
-    let mut merged = table_of(base, depth + 1)?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut merged = table_at(base, folder, depth + 1)?;
     merge(&mut merged, table);
     Ok(merged)
 }

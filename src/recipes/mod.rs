@@ -64,6 +64,9 @@ pub struct DataSettings {
     /// [`labelled`](crate::data::labelled).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<String>,
+    /// The largest share of unreadable images, in `0..=1`, that a command leaves out; with more it stops.
+    #[serde(default = "one_percent", skip_serializing_if = "is_one_percent")]
+    pub max_skipped: f64,
 }
 
 /// The optimizer and its learning rate schedule.
@@ -179,6 +182,17 @@ fn is_one(value: &usize) -> bool {
     *value == 1
 }
 
+/// The default of [`DataSettings::max_skipped`].
+pub(crate) const MAX_SKIPPED: f64 = 0.01;
+
+fn one_percent() -> f64 {
+    MAX_SKIPPED
+}
+
+fn is_one_percent(value: &f64) -> bool {
+    *value == MAX_SKIPPED
+}
+
 fn is_zero(value: &u64) -> bool {
     *value == 0
 }
@@ -191,16 +205,20 @@ fn bf16() -> Precision {
     Precision::Bf16
 }
 
+/// The most threads that are accepted: more than any machine's cores, fewer than an operating system refuses.
+pub(crate) const MOST_THREADS: usize = 1024;
+
 impl Recipe {
     /// Loads a recipe from a file or by a name of [`builtin_names`], with `key.path=value` settings on top.
     ///
-    /// A recipe may start with `base = "…"`, the name or file of another recipe, and then holds only what differs from it. An
-    /// `[augment]` table then applies to every view of the base.
+    /// A recipe may start with `base = "…"`, the name or file of another recipe, and then holds only what differs from it; the file
+    /// is looked for next to the recipe first. An `[augment]` table then applies to every view of the base. `~/` at the start of a
+    /// string is the home folder.
     ///
     /// # Errors
     /// If no such file or recipe exists, or a setting is unknown or out of range; the message names the key.
     pub fn load(name: &str, settings: &[String]) -> Result<Self> {
-        Self::from_table(table_of(name, 0)?, settings)
+        Self::from_table(table_of(name)?, settings)
     }
 
     /// Parses a complete recipe from its text, with `key.path=value` settings on top; messages call it `origin`.
@@ -223,8 +241,9 @@ impl Recipe {
         for setting in settings {
             set(&mut table, setting)?;
         }
+        settings::expand_home(&mut table, std::env::var("HOME").ok().as_deref());
         settings::check_sizes(&table)?;
-        let recipe: Self = settings::read(&table, "")?;
+        let recipe: Self = settings::read_with(&mut table, settings)?;
         recipe.check()?;
         Ok(recipe)
     }
@@ -290,6 +309,23 @@ impl Recipe {
         positive(self.watch.collapsed_rank, "watch.collapsed_rank")?;
         positive(self.watch.collapsed_prototypes, "watch.collapsed_prototypes")?;
         positive(self.watch.diverged, "watch.diverged")?;
+        let most = [
+            (self.train.threads, "train.threads"),
+            (self.train.loader_threads, "train.loader_threads"),
+        ];
+        for (value, key) in most {
+            if value > MOST_THREADS {
+                return Err(Error::config(format!(
+                    "{key} is {value}; it must be at most {MOST_THREADS}"
+                )));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.data.max_skipped) {
+            return Err(Error::config(format!(
+                "data.max_skipped is {}; it must be a share between 0 and 1",
+                self.data.max_skipped
+            )));
+        }
         for (value, key) in [
             (self.train.epochs as usize, "train.epochs"),
             (self.train.keep, "train.keep"),
@@ -369,6 +405,71 @@ mod tests {
         std::fs::write(&own, format!("base = {own:?}")).unwrap();
         let error = Recipe::load(&own, &[]).unwrap_err().to_string();
         assert!(error.contains("base must be another recipe"), "{error}");
+    }
+
+    #[test]
+    fn a_number_is_a_string_where_a_string_is_wanted() {
+        let load = |settings: &[&str]| {
+            Recipe::load("demo", &settings.iter().map(|s| s.to_string()).collect::<Vec<_>>())
+        };
+        let recipe = load(&["data.path=2024", "data.labels=1e3", "train.init=0x10"]).unwrap();
+        assert_eq!(recipe.data.path, "2024");
+        assert_eq!(recipe.data.labels.as_deref(), Some("1e3"));
+        assert_eq!(recipe.train.init.as_deref(), Some("0x10"));
+        assert_eq!(load(&["data.path=1", "data.path=true"]).unwrap().data.path, "true");
+        assert_eq!(load(&["data.path=\"2024\""]).unwrap().data.path, "2024");
+        let error = load(&["data.path=[1]"]).unwrap_err().to_string();
+        assert!(error.contains("invalid type: sequence, expected a string"), "{error}");
+    }
+
+    #[test]
+    fn a_deep_key_an_absurd_count_and_a_wrong_share_are_refused_by_name() {
+        let deep = format!("{}=1", vec!["a"; 100_000].join("."));
+        let error = message(&[&deep]);
+        assert!(error.contains("the key has 100000 parts"), "{error}");
+        assert!(error.len() < 200, "{} characters", error.len());
+        for key in ["train.threads", "train.loader_threads"] {
+            let expected = format!("{key} is 1000000; it must be at most 1024");
+            assert_eq!(message(&[&format!("{key}=1000000")]), expected);
+        }
+        assert!(message(&["data.max_skipped=2"]).starts_with("data.max_skipped is 2; it must be"));
+    }
+
+    #[test]
+    fn a_tilde_is_the_home_folder() {
+        let mut table = toml::toml! {
+            a = "~/photos"
+            b = "~user/x"
+            c = ["~/y", 3]
+            d = { e = "x/~/y" }
+        };
+        crate::settings::expand_home(&mut table, Some("/home/me/"));
+        let expected = toml::toml! {
+            a = "/home/me/photos"
+            b = "~user/x"
+            c = ["/home/me/y", 3]
+            d = { e = "x/~/y" }
+        };
+        assert_eq!(table, expected);
+    }
+
+    #[test]
+    fn a_base_is_looked_for_next_to_the_recipe_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        write("bases/own.toml", "base = \"deeper.toml\"\n[train]\nepochs = 3\n");
+        write("bases/deeper.toml", "base = \"demo\"\n[train]\nbatch = 10\n");
+        let short = write("short.toml", "base = \"bases/own.toml\"\nseed = 5\n");
+        let recipe = Recipe::load(&short, &[]).unwrap();
+        assert_eq!((recipe.seed, recipe.train.epochs, recipe.train.batch), (5, 3, 10));
+        let lost = write("lost.toml", "base = \"nowhere.toml\"\n");
+        let error = Recipe::load(&lost, &[]).unwrap_err().to_string();
+        assert!(error.starts_with("no recipe file or built-in recipe nowhere.toml"), "{error}");
     }
 
     #[test]
