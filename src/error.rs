@@ -39,6 +39,9 @@ pub enum Error {
     /// A worker thread panicked: a bug, in the program or in an image source of its caller.
     #[error("{0}")]
     Worker(String),
+    /// Too many images of a set cannot be read.
+    #[error("{0}")]
+    Unreadable(String),
     /// A run stopped because its numbers went wrong.
     #[error("{0}")]
     Diverged(String),

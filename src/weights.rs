@@ -6,7 +6,7 @@
 //! time. A file is written under a temporary name, synced and renamed: a reader sees the old file or the new one, never a part.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -39,21 +39,29 @@ impl WeightFile {
         let damaged = |reason: String| {
             Error::format(path, format!("truncated or corrupt safetensors file: {reason}"))
         };
-        let mut file = File::open(path).map_err(Error::io(path))?;
-        let length = file.metadata().map_err(Error::io(path))?.len();
-        let mut size = [0; 8];
-        if length < size.len() as u64 {
-            return Err(damaged(format!("its length is {length} bytes")));
+        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+        if !metadata.is_file() {
+            let what = if metadata.is_dir() { "a folder" } else { "not a regular file" };
+            return Err(Error::format(path, format!("{what}, where a weight file is expected")));
         }
-        file.read_exact(&mut size).map_err(Error::io(path))?;
-        let size = u64::from_le_bytes(size);
-        if size > HEADER_LIMIT.min(length - 8) {
+        let (mut file, length) = (File::open(path).map_err(Error::io(path))?, metadata.len());
+        let mut start = Vec::new();
+        file.by_ref().take(START).read_to_end(&mut start).map_err(Error::io(path))?;
+        if let Some(what) = other_format(path, &start) {
+            return Err(Error::format(path, what));
+        }
+        let Some(size) = start.first_chunk::<8>() else {
+            return Err(damaged(format!("its length is {length} bytes")));
+        };
+        let size = u64::from_le_bytes(*size);
+        if size > HEADER_LIMIT.min(length.saturating_sub(8)) {
             let reason =
                 format!("it declares a header of {size} bytes, but its length is {length} bytes");
             return Err(damaged(reason));
         }
         let mut header = vec![0; size as usize];
-        file.read_exact(&mut header).map_err(Error::io(path))?;
+        let read = file.seek(SeekFrom::Start(8)).and_then(|_| file.read_exact(&mut header));
+        read.map_err(Error::io(path))?;
         let header: Metadata = serde_json::from_slice(&header)
             .map_err(|e| damaged(format!("its header cannot be read ({e})")))?;
         let (announced, there) = (header.data_len() as u64, length - 8 - size);
@@ -144,6 +152,25 @@ impl WeightFile {
         arena: &mut Arena,
         name: impl Fn(&str) -> Option<String>,
     ) -> Result<()> {
+        self.fill_if(arena, name, |_, _, _| Ok(()))
+    }
+
+    /// Like [`WeightFile::fill`], for weights that are used as they are: refuses NaN, infinite numbers and negative running
+    /// variances, with which every figure would be that of chance.
+    pub(super) fn fill_finite(
+        &mut self,
+        arena: &mut Arena,
+        name: impl Fn(&str) -> Option<String>,
+    ) -> Result<()> {
+        self.fill_if(arena, name, check_numbers)
+    }
+
+    fn fill_if(
+        &mut self,
+        arena: &mut Arena,
+        name: impl Fn(&str) -> Option<String>,
+        check: impl Fn(&Path, &str, &[f64]) -> Result<()>,
+    ) -> Result<()> {
         let layout = arena.layout().clone();
         for slot in layout.params().iter().chain(layout.stats()) {
             if let Some(name) = name(&slot.name) {
@@ -152,8 +179,8 @@ impl WeightFile {
         }
         let mut values = arena.values().to_f64();
         let mut statistics = arena.statistics().to_f64();
-        self.read_slots(layout.params(), &mut values, &name)?;
-        self.read_slots(layout.stats(), &mut statistics, &name)?;
+        self.read_slots_if(layout.params(), &mut values, &name, &check)?;
+        self.read_slots_if(layout.stats(), &mut statistics, &name, &check)?;
         let device = arena.device().clone();
         *arena.values_mut() = Tensor::from_f64(&device, [values.len()], &values);
         *arena.statistics_mut() = Tensor::from_f64(&device, [statistics.len()], &statistics);
@@ -167,14 +194,166 @@ impl WeightFile {
         into: &mut [f64],
         name: impl Fn(&str) -> Option<String>,
     ) -> Result<()> {
+        self.read_slots_if(slots, into, name, |_, _, _| Ok(()))
+    }
+
+    fn read_slots_if(
+        &mut self,
+        slots: &[Slot],
+        into: &mut [f64],
+        name: impl Fn(&str) -> Option<String>,
+        check: impl Fn(&Path, &str, &[f64]) -> Result<()>,
+    ) -> Result<()> {
         for slot in slots {
             if let Some(name) = name(&slot.name) {
                 let numbers = self.numbers(&name, &disk_shape(slot))?;
+                check(&self.path, &name, &numbers)?;
                 into[slot.offset..][..slot.shape.elements()]
                     .copy_from_slice(&from_disk(slot, &numbers));
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses NaN, numbers beyond f32, and negative running variances.
+fn check_numbers(path: &Path, name: &str, numbers: &[f64]) -> Result<()> {
+    let refuse = |what: String| Err(Error::Weights(format!("{}: {name} {what}", path.display())));
+    if let Some((i, v)) = numbers.iter().enumerate().find(|(_, v)| !(**v as f32).is_finite()) {
+        let bad = numbers.iter().filter(|v| !(**v as f32).is_finite()).count();
+        return refuse(format!(
+            "has {bad} of {} numbers that are NaN or infinite (the first is {v}, at {i}): use another checkpoint",
+            numbers.len()
+        ));
+    }
+    let negative = numbers.iter().position(|&v| v < 0.0);
+    if let Some(i) = negative.filter(|_| name.ends_with("running_var")) {
+        return refuse(format!("is a running variance and negative ({}, at {i})", numbers[i]));
+    }
+    Ok(())
+}
+
+/// Bytes from which a file's format is recognised.
+const START: u64 = 1024;
+
+/// Says what a file is, and what to do about it, if its first bytes are those of a format that weights often come in.
+fn other_format(path: &Path, start: &[u8]) -> Option<String> {
+    if start.get(8) == Some(&b'{') {
+        return None; // as every safetensors file
+    }
+    let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();
+    let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
+    // The second byte of a pickle is its protocol, 2 to 5; a legacy PyTorch file is a chain of pickles.
+    let is_pickle = matches!(start, [0x80, 2..=5, ..]);
+    let is_zip = start.starts_with(b"PK\x03\x04");
+    if is_pickle || is_zip && (holds(b"/data.pkl") || holds(b"/version") || holds(b"/byteorder")) {
+        Some(format!("a PyTorch file (pickle), and only safetensors is read: {}", conversion(path)))
+    } else if is_zip {
+        Some("a zip archive, not a safetensors file: unpack it first".into())
+    } else if start.starts_with(b"\x1f\x8b") {
+        Some("a gzip file, not a safetensors file: unpack it first (gunzip)".into())
+    } else if text.starts_with("version https://git-lfs") {
+        Some("a Git LFS pointer, not the weights themselves: fetch them with `git lfs pull`".into())
+    } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
+        Some("a web page (HTML), not a safetensors file: download the file itself".into())
+    } else {
+        None
+    }
+}
+
+/// The line of Python that converts a PyTorch file.
+fn conversion(path: &Path) -> String {
+    let from = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+ ".contains(c);
+    let from = if from.chars().all(plain) { from } else { "FILE.pth".into() };
+    let to = Path::new(&from).with_extension("safetensors").display().to_string();
+    format!(
+        "convert it with python3 -c \"import torch, safetensors.torch as s; m = torch.load('{from}', map_location='cpu', weights_only=True); \
+         m = m.get('state_dict', m.get('model', m)); \
+         s.save_file({{k: v.clone().contiguous() for k, v in m.items() if torch.is_tensor(v)}}, '{to}')\""
+    )
+}
+
+/// Names under which public checkpoints hold a backbone: parts of the prefixes that are stripped.
+const PREFIX_PARTS: [&str; 20] = [
+    "_orig_mod",
+    "backbone",
+    "base_encoder",
+    "convnet",
+    "encoder",
+    "encoder_q",
+    "feature_extractor",
+    "model",
+    "module",
+    "momentum_encoder",
+    "net",
+    "network",
+    "online_encoder",
+    "online_network",
+    "resnet",
+    "state_dict",
+    "student",
+    "target_encoder",
+    "teacher",
+    "trunk",
+];
+
+/// Pairs of which a file may hold both; the published evaluation uses the first: MoCo v3's main_lincls.py the base encoder,
+/// BYOL's the online network, DINO's eval_linear.py the teacher.
+const PREFERRED: [[&str; 2]; 5] = [
+    ["base_encoder", "momentum_encoder"],
+    ["encoder", "momentum_encoder"],
+    ["online_encoder", "target_encoder"],
+    ["online_network", "target_encoder"],
+    ["teacher", "student"],
+];
+
+impl WeightFile {
+    /// Returns what stands before the name of each of `slots` in the file: nothing, or a chain of the prefixes that public
+    /// checkpoints use, such as `module.encoder_q.`. All slots must share it.
+    pub(super) fn common_prefix(&self, slots: &[&str]) -> Result<String> {
+        let names: BTreeSet<String> = self.names().into_iter().collect();
+        let Some(first) = slots.first() else { return Ok(String::new()) };
+        let is_chain = |prefix: &str| {
+            prefix.is_empty()
+                || prefix
+                    .strip_suffix('.')
+                    .is_some_and(|parts| parts.split('.').all(|part| PREFIX_PARTS.contains(&part)))
+        };
+        let prefixes = names.iter().filter_map(|name| name.strip_suffix(first));
+        let prefixes: Vec<&str> = prefixes.filter(|prefix| is_chain(prefix)).collect();
+        let found = |prefix: &str| {
+            slots.iter().filter(|slot| names.contains(&format!("{prefix}{slot}"))).count()
+        };
+        let complete: Vec<&str> =
+            prefixes.iter().copied().filter(|prefix| found(prefix) == slots.len()).collect();
+        let has = |prefix: &str, part: &str| prefix.split('.').any(|own| own == part);
+        let is_second = |prefix: &str| {
+            PREFERRED.iter().any(|[preferred, other]| {
+                has(prefix, other) && complete.iter().any(|one| has(one, preferred))
+            })
+        };
+        let chosen: Vec<&str> =
+            complete.iter().copied().filter(|prefix| !is_second(prefix)).collect();
+        match (&*chosen, prefixes.iter().max_by_key(|prefix| found(prefix))) {
+            ([prefix], _) => Ok((*prefix).to_owned()),
+            // The message about the first missing tensor then names it as the file would.
+            ([], Some(nearest)) => Ok((*nearest).to_owned()),
+            ([], None) => Err(Error::Weights(format!(
+                "{}: has no tensor {first}, with or without a known prefix such as module.; its first tensor is {}",
+                self.path.display(),
+                names.first().map_or("missing, too", String::as_str)
+            ))),
+            (several, _) => Err(Error::Weights(format!(
+                "{}: holds several backbones, under {}: keep one of them",
+                self.path.display(),
+                several
+                    .iter()
+                    .map(|prefix| format!("`{prefix}`"))
+                    .collect::<Vec<_>>()
+                    .join(" and ")
+            ))),
+        }
     }
 }
 
@@ -295,4 +474,144 @@ fn from_disk(slot: &Slot, numbers: &[f64]) -> Vec<f64> {
         values[place] = *number;
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::arena::{Init, Layout};
+    use crate::device::Device;
+
+    /// A file with these tensors of f32, each of one number.
+    fn write(path: &Path, tensors: &[(&str, f64)]) {
+        let entry = |&(name, value): &(&str, f64)| {
+            Entry::floats(name.to_owned(), vec![1], move || vec![value])
+        };
+        let entries: Vec<Entry<'_>> = tensors.iter().map(entry).collect();
+        write_weights(path, &entries, HashMap::new(), || Ok(())).unwrap();
+    }
+
+    #[test]
+    fn a_prefix_that_all_tensors_share_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let slots = ["conv1.weight", "bn1.running_var", "layer1.0.conv1.weight"];
+        let found = |prefixes: &[&str], more: &[&str]| {
+            let names = prefixes.iter().flat_map(|p| slots.map(|slot| format!("{p}{slot}")));
+            let names: Vec<String> = names.chain(more.iter().map(|s| s.to_string())).collect();
+            write(&path, &names.iter().map(|name| (&**name, 1.0)).collect::<Vec<_>>());
+            WeightFile::open(&path).unwrap().common_prefix(&slots).map_err(|e| e.to_string())
+        };
+        let chains = [
+            "",
+            "module.",
+            "encoder_q.",
+            "module.encoder_q.",
+            "backbone.",
+            "model.",
+            "encoder.",
+            "online_encoder.",
+            "online_encoder.net.",
+            "state_dict.module.",
+            "student.backbone.",
+            "teacher.",
+            "base_encoder.",
+            "module.momentum_encoder.",
+            "net.",
+            "resnet.",
+            "trunk.",
+            "convnet.",
+        ];
+        for prefix in chains {
+            assert_eq!(found(&[prefix], &["fc.weight", "module.fc.bias"]).unwrap(), prefix);
+        }
+        // What the published evaluation uses.
+        for (both, chosen) in [
+            (["module.base_encoder.", "module.momentum_encoder."], "module.base_encoder."),
+            (["student.backbone.", "teacher.backbone."], "teacher.backbone."),
+            (["module.encoder_k.", "module.encoder_q."], "module.encoder_q."),
+        ] {
+            assert_eq!(found(&both, &[]).unwrap(), chosen);
+        }
+        let error = found(&["", "module."], &[]).unwrap_err();
+        assert!(
+            error.ends_with("several backbones, under `` and `module.`: keep one of them"),
+            "{error}"
+        );
+        // Not shared by all: the nearest, so that what is missing is named.
+        assert_eq!(
+            found(&[], &["module.conv1.weight", "module.bn1.running_var"]).unwrap(),
+            "module."
+        );
+        let error = found(&[], &["blocks.0.attn.weight"]).unwrap_err();
+        assert!(
+            error.contains("no tensor conv1.weight") && error.contains("blocks.0.attn.weight"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn other_formats_are_named_with_the_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let zip =
+            |name: &str| [&b"PK\x03\x04\x00\x00\x08\x08"[..], &[0; 22], name.as_bytes()].concat();
+        let legacy = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.".to_vec();
+        let pytorch = "a PyTorch file (pickle), and only safetensors is read: convert it with python3 -c \"import torch";
+        for (name, bytes, expected) in [
+            ("zip.pth", zip("archive/data.pkl"), pytorch),
+            ("old.pt", legacy, pytorch),
+            ("photos.zip", zip("photos/a.jpg"), "a zip archive"),
+            ("w.safetensors.gz", b"\x1f\x8b\x08\0\0\0\0\0".to_vec(), "a gzip file"),
+            (
+                "lfs",
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n".to_vec(),
+                "a Git LFS pointer",
+            ),
+            ("page", b"\n<!DOCTYPE html><html>".to_vec(), "a web page"),
+            ("empty", Vec::new(), "truncated or corrupt safetensors file: its length is 0 bytes"),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let error = WeightFile::open(&path).err().expect(name).to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+        let error = WeightFile::open(&folder.path().join("old.pt")).err().unwrap().to_string();
+        let line = format!("/old.pt', map_location='cpu', weights_only=True)");
+        assert!(error.contains(&line) && error.contains("/old.safetensors')\""), "{error}");
+        let error = WeightFile::open(folder.path()).err().unwrap().to_string();
+        assert!(error.ends_with("a folder, where a weight file is expected"), "{error}");
+    }
+
+    #[test]
+    fn weights_that_are_no_numbers_are_refused_by_name_and_the_arena_is_unchanged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let mut layout = Layout::new();
+        layout.param("bn1.weight", [1], SlotKind::Bias, Init::Constant(3.0));
+        layout.param("bn1.running_var", [1], SlotKind::Bias, Init::Constant(3.0));
+        let mut arena = Arena::new(&Arc::new(layout), &Device::reference(), 0);
+        let before = arena.values().to_f64();
+        let mut fill = |weight: f64, variance: f64| {
+            write(&path, &[("bn1.weight", weight), ("bn1.running_var", variance)]);
+            let mut file = WeightFile::open(&path).unwrap();
+            let result = file.fill_finite(&mut arena, |slot| Some(slot.to_owned()));
+            result.map_err(|e| (e.to_string(), arena.values().to_f64()))
+        };
+        for (weight, variance, expected) in [
+            (
+                f64::NAN,
+                1.0,
+                "bn1.weight has 1 of 1 numbers that are NaN or infinite (the first is NaN, at 0)",
+            ),
+            (1.0, f64::INFINITY, "bn1.running_var has 1 of 1 numbers that are NaN or infinite"),
+            (1.0, -0.5, "bn1.running_var is a running variance and negative (-0.5, at 0)"),
+        ] {
+            let (error, values) = fill(weight, variance).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+            assert_eq!(values, before);
+        }
+        fill(-1.0, 0.0).unwrap();
+    }
 }

@@ -7,8 +7,10 @@ use clap::{Args as Arguments, Parser, Subcommand};
 use super::bench::BenchArgs;
 use super::device::Name;
 use super::pack::PackArgs;
+use super::skipped::share;
 use super::study::StudyArgs;
 use crate::data::Split;
+use crate::recipes::MAX_SKIPPED;
 use crate::{eval, train};
 
 /// Self-supervised vision: train, inspect, evaluate.
@@ -211,6 +213,9 @@ pub(super) struct Embed {
     /// Use this many images, spread evenly over the set; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(super) limit: usize,
+    /// Leave out at most this share of unreadable images; write nothing if there are more
+    #[arg(long, value_name = "SHARE", default_value_t = MAX_SKIPPED, value_parser = share)]
+    pub(super) max_skipped: f64,
     /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<Name>,
@@ -250,6 +255,9 @@ pub(super) struct Evaluated {
     /// Override a setting of the run's recipe, such as data.path
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
+    /// Leave out at most this share of unreadable images; stop if there are more [default: the recipe's data.max_skipped, 0.01]
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub(super) max_skipped: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,

@@ -10,6 +10,7 @@ use super::args::{Demo, Train};
 use super::eval::Compared;
 use super::progress::Progress;
 use super::{device, say, signals, talk};
+use crate::arena::Layout;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
@@ -26,7 +27,8 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let mut run = Run::new(&recipe, &device, demo.out.as_deref())?;
     run_to_end(&mut run, &recipe)?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
-    let compared = Compared::new(&recipe, run.method(), run.online(), &**train, &**test)?;
+    let pixels = Compared::pixels(&recipe, &device, &**train, &**test)?;
+    let compared = Compared::new(&recipe, run.method(), run.online(), pixels, &**train, &**test)?;
     compared.print(&["kNN"], |bank, queries| {
         eval::knn_accuracies(bank, queries, &[Knn::default()], &device)
     })?;
@@ -60,7 +62,11 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
             let device = device::open(train.device, &recipe.train)?;
-            (Run::new(&recipe, &device, Some(&out))?, recipe, out)
+            let run = Run::new(&recipe, &device, Some(&out))?;
+            if let Some(file) = &recipe.train.init {
+                told_prefix(Path::new(file), run.online().layout())?;
+            }
+            (run, recipe, out)
         }
     };
     if let Some(file) = &train.trace {
@@ -69,6 +75,14 @@ pub(super) fn train(train: &Train) -> Result<()> {
     run_to_end(&mut run, &recipe)?;
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
+}
+
+/// Names the prefix that was stripped from the names of a weight file, if there was one.
+pub(super) fn told_prefix(file: &Path, layout: &Layout) -> Result<()> {
+    if let Some(prefix) = train::foreign_prefix(file, layout)? {
+        talk(&format!("{}: the prefix `{prefix}` of its names was stripped", file.display()));
+    }
+    Ok(())
 }
 
 /// Trains to the end, or until a signal.

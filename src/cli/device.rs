@@ -4,8 +4,8 @@ use std::str::FromStr;
 
 use super::talk;
 use crate::device::{Device, Precision};
-use crate::error::Result;
-use crate::recipes::TrainSettings;
+use crate::error::{Error, Result};
+use crate::recipes::{MOST_THREADS, TrainSettings};
 
 /// A device by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,11 @@ pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Devic
 
 /// Opens the device of that name; without a name, a GPU if there is one, else the CPU. Prints which.
 pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -> Result<Device> {
+    if threads > MOST_THREADS {
+        return Err(Error::Config(format!(
+            "{threads} compute threads are asked for; the most is {MOST_THREADS}"
+        )));
+    }
     let cpu = || Device::cpu(threads);
     let (device, why) = match name {
         Some(Name::Cpu) => (cpu()?, String::new()),

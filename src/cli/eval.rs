@@ -1,13 +1,16 @@
 //! `eval`: what a run has learnt, always next to baselines that need no training.
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 
 use super::args::{EvalFinetune, EvalKnn, EvalLinear, Evaluated};
 use super::progress::Progress;
+use super::skipped::LeftOut;
 use super::trained::Trained;
 use super::{device, say, talk};
 use crate::arena::Arena;
-use crate::data::Source;
+use crate::data::{Skipped, Source, labels_of};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Frozen, Knn, Protocol};
@@ -22,6 +25,7 @@ struct Networks {
     method: Box<dyn Method>,
     trained: Arena,
     images: Images,
+    left_out: LeftOut,
 }
 
 impl Networks {
@@ -31,9 +35,9 @@ impl Networks {
         run.recipe = with_labels(run.recipe, labels);
         let device = device::open(of.device, &run.recipe.train)?;
         let (method, trained) = run.load(&device)?;
-        let images = Images::open(&run.recipe.data)?;
-        images.held_out()?;
-        Ok(Self { run, device, method, trained, images })
+        let images = labelled_images(&run.recipe)?;
+        let left_out = left_out(of, &run);
+        Ok(Self { run, device, method, trained, images, left_out })
     }
 
     fn frozen<'a>(&'a self, arena: &'a Arena) -> Frozen<'a> {
@@ -41,22 +45,47 @@ impl Networks {
         Frozen { arena, backbone: self.method.backbone(), policy }
     }
 
-    /// Prints what is evaluated and on how many images; returns the printer of results.
-    fn results(&self, json: bool, how: &str) -> Result<Results> {
+    /// Prints what is evaluated and on how many images, those `skipped` of both parts excluded; returns the printer of results.
+    fn results(&self, json: bool, how: &str, skipped: [usize; 2]) -> Result<Results> {
         let (checkpoint, seed) = (&self.run.checkpoint, self.run.recipe.seed);
-        let (train, test) = (self.images.train.len(), self.images.held_out()?.len());
+        let train = self.images.train.len() - skipped[0];
+        let test = self.images.held_out()?.len() - skipped[1];
         talk(&format!(
             "{}: {train} training and {test} held-out images, {how}, seed {seed}",
             checkpoint.display(),
         ));
-        let about = json!({
-            "checkpoint": checkpoint,
-            "training_images": train,
-            "held_out": test,
-            "seed": seed,
-        });
-        Ok(Results::new(json, about))
+        Ok(Results::new(json, about(checkpoint, [train, test], skipped, seed)))
     }
+
+    /// Counts and names the images that could not be read.
+    fn leave_out(&mut self, train: &[Skipped], test: &[Skipped]) -> Result<()> {
+        let held_out = self.images.held_out()?.len();
+        self.left_out.add("training", self.images.train.len(), train)?;
+        self.left_out.add("held-out", held_out, test)
+    }
+}
+
+fn left_out(of: &Evaluated, run: &Trained) -> LeftOut {
+    let file = run.checkpoint.with_file_name("eval-skipped.txt");
+    LeftOut::new(file, of.max_skipped.unwrap_or(run.recipe.data.max_skipped))
+}
+
+/// The images of a recipe; every held-out image has a label.
+fn labelled_images(recipe: &Recipe) -> Result<Images> {
+    let images = Images::open(&recipe.data)?;
+    labels_of(&**images.held_out()?)?;
+    Ok(images)
+}
+
+/// What every JSON object of an evaluation says.
+fn about(checkpoint: &Path, images: [usize; 2], skipped: [usize; 2], seed: u64) -> Value {
+    json!({
+        "checkpoint": checkpoint,
+        "training_images": images[0],
+        "held_out": images[1],
+        "skipped": { "training_images": skipped[0], "held_out": skipped[1] },
+        "seed": seed,
+    })
 }
 
 /// Prints results as they come, or as one JSON object at the end.
@@ -82,6 +111,15 @@ impl Results {
         Ok(())
     }
 
+    /// Counts training images that could not be read.
+    fn skip_training(&mut self, count: usize) {
+        if count > 0 {
+            let used = self.about["training_images"].as_u64().unwrap_or(0) - count as u64;
+            self.about["training_images"] = used.into();
+            self.about["skipped"]["training_images"] = count.into();
+        }
+    }
+
     fn finish(mut self) -> Result<()> {
         if !self.json {
             return Ok(());
@@ -104,7 +142,7 @@ pub(super) fn knn(args: &EvalKnn) -> Result<()> {
     let grid: Vec<(u32, f64)> = args.k.iter().flat_map(of_k).collect();
     let settings: Vec<Knn> =
         grid.iter().map(|&(k, temperature)| Knn { k: k as usize, temperature }).collect();
-    let all = Networks::open(&args.of, None)?;
+    let mut all = Networks::open(&args.of, None)?;
     let (how, names): (String, Vec<String>) = match grid[..] {
         [(k, t)] => (format!("k {k}, temperature {t}"), vec!["kNN".into()]),
         _ => {
@@ -112,9 +150,14 @@ pub(super) fn knn(args: &EvalKnn) -> Result<()> {
             (format!("{} settings", grid.len()), grid.iter().map(name).collect())
         }
     };
-    let mut results = all.results(args.of.json, &how)?;
-    let (train, test) = (&all.images.train, all.images.held_out()?);
-    let compared = Compared::new(&all.run.recipe, &*all.method, &all.trained, &**train, &**test)?;
+    let (train, test) = (all.images.train.clone(), all.images.held_out()?.clone());
+    // The pixels first: what cannot be read shows before any network has been run.
+    let pixels = Compared::pixels(&all.run.recipe, &all.device, &*train, &*test)?;
+    let skipped = [&pixels[0].skipped, &pixels[1].skipped];
+    all.leave_out(skipped[0], skipped[1])?;
+    let mut results = all.results(args.of.json, &how, skipped.map(Vec::len))?;
+    let (run, method) = (&all.run, &*all.method);
+    let compared = Compared::new(&run.recipe, method, &all.trained, pixels, &*train, &*test)?;
     for (of, bank, queries) in &compared.rows {
         let found = eval::knn_accuracies(bank, queries, &settings, &all.device)?;
         for ((name, &(k, temperature)), accuracy) in names.iter().zip(&grid).zip(found) {
@@ -130,21 +173,29 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
     if let Some(epochs) = args.epochs {
         protocol = protocol.over(epochs);
     }
-    let all = Networks::open(&args.of, args.labels.as_deref())?;
-    let test = all.images.held_out()?;
+    let mut all = Networks::open(&args.of, args.labels.as_deref())?;
+    let test = all.images.held_out()?.clone();
+    let unread = eval::unreadable(&*test, &all.device)?;
+    all.leave_out(&[], &unread)?;
     let how = format!("protocol {}, {} epochs", args.protocol, protocol.epochs);
-    let mut results = all.results(args.of.json, &how)?;
+    let mut results = all.results(args.of.json, &how, [0, unread.len()])?;
     let rates: &[f64] = if args.sweep { &eval::RATES } else { &[] };
     let random = Arena::new(all.method.layout(), &all.device, all.run.recipe.seed);
-    for (name, arena) in [("random init", &random), ("trained", &all.trained)] {
+    for name in ["random init", "trained"] {
+        let arena = if name == "trained" { &all.trained } else { &random };
         let (frozen, train) = (all.frozen(arena), &all.images.train);
         let found =
-            eval::linear_accuracy(frozen, train, &**test, &protocol, rates, all.run.recipe.seed)?;
+            eval::linear_accuracy(frozen, train, &*test, &protocol, rates, all.run.recipe.seed)?;
+        // Which training images can be read shows with the first network.
+        if name == "random init" {
+            all.left_out.add("training", train.len(), &found.skipped)?;
+            results.skip_training(found.skipped.len());
+        }
         for (lr, held_back) in &found.swept {
-            talk(&format!(
-                "{name}, learning rate {lr}: {:.1}% of the tenth that was held back",
-                100.0 * held_back
-            ));
+            let right = held_back.map_or("diverged".into(), |right| {
+                format!("{:.1}% of the tenth that was held back", 100.0 * right)
+            });
+            talk(&format!("{name}, learning rate {lr}: {right}"));
         }
         if args.sweep && [rates[0], rates[rates.len() - 1]].contains(&found.lr) {
             talk(&format!("{name}: the best learning rate is at the edge of the sweep"));
@@ -157,16 +208,27 @@ pub(super) fn linear(args: &EvalLinear) -> Result<()> {
 
 pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let labels = args.labels.as_deref();
-    let Trained { recipe, checkpoint } = Trained::open(&args.of.run, &[])?;
+    let trained = Trained::open(&args.of.run, &[])?;
+    if let Some(out) = &args.out {
+        check_new_folder(out)?;
+    }
+    let mut left_out = left_out(&args.of, &trained);
+    let Trained { recipe, checkpoint } = trained;
     let recipe = with_labels(recipe, labels);
-    let images = Images::open(&recipe.with(&args.of.set)?.data)?;
-    images.held_out()?;
+    let images = labelled_images(&recipe.with(&args.of.set)?)?;
+    let test = images.held_out()?;
     let classes = images.train.classes().len();
     let mut tuned =
         train::finetuning(&recipe, &checkpoint, &args.protocol, args.head_layers, classes)?;
     tuned.train.batch = tuned.train.batch.min(images.train.len());
     let tuned = with_labels(tuned.with(&args.of.set)?, labels);
     let device = device::open(args.of.device, &tuned.train)?;
+    let unread = eval::unreadable(&**test, &device)?;
+    left_out.add("held-out", test.len(), &unread)?;
+    // Unfit weights are refused now, not after the baseline's training.
+    let mut weights = Arena::new(tuned.build_method()?.layout(), &device, tuned.seed);
+    train::init_weights(&checkpoint, &mut weights)?;
+    drop(weights);
     talk(&format!(
         "{}: fine-tuned on {} labelled images by {}, {} epochs, batch {}, seed {}",
         checkpoint.display(),
@@ -176,12 +238,8 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         tuned.train.batch,
         tuned.seed
     ));
-    let about = json!({
-        "checkpoint": checkpoint,
-        "training_images": images.train.len(),
-        "held_out": images.held_out()?.len(),
-        "seed": tuned.seed,
-    });
+    let used = [images.train.len(), test.len() - unread.len()];
+    let about = about(&checkpoint, used, [0, unread.len()], tuned.seed);
     let mut results = Results::new(args.of.json, about);
     let mut untrained = tuned.clone();
     untrained.train.init = None;
@@ -191,10 +249,30 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         let mut run = Run::new(recipe, &device, out)?;
         let mut watch = Last(Progress::new(run.schedule().total), None);
         run.train(&mut watch)?;
-        let accuracy = watch.1.expect("a supervised run with held-out images is measured");
+        let accuracy = watch.1.ok_or_else(|| {
+            Error::Diverged(format!(
+                "{name}: the fine-tuned network has no accuracy: it diverged, or no held-out image can be read"
+            ))
+        })?;
         results.add("fine-tuned", name, &[], accuracy)?;
     }
     results.finish()
+}
+
+/// Refuses a folder that holds anything: the run's files would replace it, or be mistaken for it.
+fn check_new_folder(path: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    match entries {
+        false => Ok(()),
+        true if path.join("recipe.toml").exists() => {
+            Err(Error::format(path, "already holds a run: choose another --out"))
+        }
+        true => Err(Error::format(path, "is not empty: choose another --out")),
+    }
 }
 
 /// Shows a run's progress and keeps its last accuracy.
@@ -225,6 +303,7 @@ impl Compared {
         recipe: &Recipe,
         method: &dyn Method,
         trained: &Arena,
+        [bank, queries]: [Features; 2],
         train: &dyn Source,
         test: &dyn Source,
     ) -> Result<Self> {
@@ -233,14 +312,24 @@ impl Compared {
         let features = |arena: &Arena, source: &dyn Source| {
             eval::backbone_features(arena, method.backbone(), source, policy)
         };
-        let pixels = |source| eval::pixel_features(source, policy.size, trained.device());
         Ok(Self {
             rows: [
-                ("raw pixels", pixels(train)?, pixels(test)?),
+                ("raw pixels", bank, queries),
                 ("random init", features(&random, train)?, features(&random, test)?),
                 ("trained", features(trained, train)?, features(trained, test)?),
             ],
         })
+    }
+
+    /// The raw pixels of both parts: the first of the baselines.
+    pub(super) fn pixels(
+        recipe: &Recipe,
+        device: &Device,
+        train: &dyn Source,
+        test: &dyn Source,
+    ) -> Result<[Features; 2]> {
+        let pixels = |source| eval::pixel_features(source, recipe.augment[0].size, device);
+        Ok([pixels(train)?, pixels(test)?])
     }
 
     /// Prints one line per name of `names` and kind of features.

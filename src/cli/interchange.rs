@@ -6,6 +6,9 @@ use std::sync::Arc;
 use indicatif::ProgressBar;
 
 use super::args::{Embed, Export};
+use super::commands::told_prefix;
+use super::output::{self, Kind};
+use super::skipped::LeftOut;
 use super::trained::Trained;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
@@ -13,15 +16,16 @@ use crate::data::augment::{Normalise, Policy};
 use crate::data::{self, Source, Split, Subset, Transform};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
-use crate::eval;
+use crate::eval::{self, Embedded};
 use crate::nn::{ResNet, ResNetConfig, Stem};
 use crate::train;
 
 pub(super) fn export(args: &Export) -> Result<()> {
     let trained = Trained::open(&args.run, &[])?;
-    let (_, arena) = trained.load(&Device::cpu(0)?)?;
     let in_run = || trained.checkpoint.with_file_name("backbone.safetensors");
     let out = args.out.clone().unwrap_or_else(in_run);
+    output::check(&out, Kind::Weights)?;
+    let (_, arena) = trained.load(&Device::cpu(0)?)?;
     train::export_backbone(&out, &arena)?;
     talk(&format!("{}: the backbone of {}", out.display(), trained.checkpoint.display()));
     talk(&in_torchvision(&trained.recipe.network));
@@ -47,6 +51,8 @@ fn in_torchvision(network: &ResNetConfig) -> String {
 }
 
 pub(super) fn embed(args: &Embed) -> Result<()> {
+    let files = Embedded::files(&args.out)?;
+    files.iter().try_for_each(|file| output::check(file, Kind::of(file)))?;
     let (folder, network) = match (&args.weights, &*args.paths) {
         (Some(file), [folder]) => (folder, Network::foreign(args, file)?),
         (None, [run, folder]) => (folder, Network::own(args, run)?),
@@ -70,9 +76,8 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
             *name = inner.to_string_lossy().into_owned();
         }
     }
-    for skipped in &all.skipped {
-        talk(&format!("skipped image {}: {}", skipped.index, skipped.reason));
-    }
+    let list = args.out.with_extension("skipped.txt");
+    LeftOut::new(list, args.max_skipped).add("source", source.len(), &all.skipped)?;
     let written = all.write(&args.out)?;
     talk(&format!("{} rows of {} features", all.names.len(), all.d));
     written.iter().try_for_each(|path| say(&path.display().to_string()))
@@ -111,6 +116,7 @@ impl Network {
         let backbone = ResNet::new(&mut layout, "backbone.", &network);
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
+        told_prefix(file, arena.layout())?;
         let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
         Ok(Self { arena, backbone, policy, transform: Transform::ResizedCenter })
     }

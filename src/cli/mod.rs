@@ -7,9 +7,11 @@ mod device;
 mod eval;
 mod inspect;
 mod interchange;
+mod output;
 mod pack;
 mod progress;
 mod signals;
+mod skipped;
 mod study;
 mod trained;
 
@@ -18,13 +20,29 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::error::Error;
+use crate::cpu::Isa;
+use crate::error::{Error, Result};
 use args::{Args, Command, Eval};
 
 /// Runs the program: parses the command line and runs the command.
 pub fn main() -> ExitCode {
     let args = Args::parse(); // exits with 2 by itself
-    let done = match args.command {
+    let done = check_instruction_set().and_then(|()| run(args.command));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            talk(&format!("selfsup: {error}"));
+            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Demo(demo) => commands::demo(&demo),
         Command::Train(train) => commands::train(&train),
         Command::Eval { what } => match what {
@@ -41,18 +59,28 @@ pub fn main() -> ExitCode {
         Command::Study(study) => study::study(&study),
         Command::Bench(args) => bench::bench(&args),
         Command::Devices { json } => commands::devices(json),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            talk(&format!("selfsup: {error}"));
-            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
-        }
     }
+}
+
+/// Refuses a wrong `SELFSUP_ISA` with a sentence, before the first convolution panics over it.
+fn check_instruction_set() -> Result<()> {
+    let Some(name) = std::env::var_os("SELFSUP_ISA") else { return Ok(()) };
+    let isa = match name.to_str() {
+        Some("portable") => Isa::Portable,
+        Some("avx2") => Isa::Avx2,
+        Some("avx512") => Isa::Avx512,
+        _ => {
+            let name = name.display();
+            return Err(Error::Config(format!(
+                "SELFSUP_ISA is `{name}`; it must be portable, avx2 or avx512"
+            )));
+        }
+    };
+    if isa.is_available() {
+        return Ok(());
+    }
+    let name = name.display();
+    Err(Error::Config(format!("SELFSUP_ISA is `{name}`, which this machine lacks: unset it")))
 }
 
 /// Prints a line on stderr.
@@ -61,7 +89,7 @@ fn talk(line: &str) {
 }
 
 /// Prints a line of results on stdout.
-fn say(line: &str) -> crate::Result<()> {
+fn say(line: &str) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(Error::io("standard output"))
 }
 

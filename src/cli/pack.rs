@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use clap::Args as Arguments;
 use indicatif::ProgressBar;
 
+use super::skipped::{LeftOut, share};
 use super::{on_terminal, say, talk};
 use crate::data::{self, PackSettings, Stored};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::recipes::MAX_SKIPPED;
 
 #[derive(Debug, Arguments)]
 pub(super) struct PackArgs {
@@ -29,6 +31,9 @@ pub(super) struct PackArgs {
     /// Start another file after this many MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     shard_mib: u32,
+    /// Leave out at most this share of broken images; remove the pack if there are more
+    #[arg(long, value_name = "SHARE", default_value_t = MAX_SKIPPED, value_parser = share)]
+    max_skipped: f64,
 }
 
 pub(super) fn pack(args: &PackArgs) -> Result<()> {
@@ -53,8 +58,18 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
         packed.files.len(),
         packed.bytes as f64 / f64::from(1 << 20)
     ));
-    for skipped in &packed.skipped {
-        talk(&format!("left out: {}", skipped.reason));
+    let all = packed.images + packed.skipped.len();
+    // Next to the folder, which has to be empty for another attempt.
+    let mut list = args.out.components().collect::<PathBuf>().into_os_string();
+    list.push(".skipped.txt");
+    let mut left_out = LeftOut::new(list.into(), args.max_skipped);
+    if let Err(error) = left_out.add("source", all, &packed.skipped) {
+        // An incomplete pack must not be taken for the set.
+        for file in &packed.files {
+            std::fs::remove_file(file).map_err(Error::io(file))?;
+        }
+        let _ = std::fs::remove_dir(&args.out); // unless something else is in it
+        return Err(error);
     }
     say(&args.out.display().to_string())
 }

@@ -1,12 +1,13 @@
 //! Features of any images, with or without labels, written to a file for use elsewhere.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::arena::Arena;
 use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
+use crate::eval::features::{check_finite, some_readable};
 use crate::nn::ResNet;
 use crate::tape::evaluate;
 use crate::weights::{Entry, write_weights, write_whole};
@@ -37,7 +38,7 @@ pub struct Embedded {
 /// `progress` is called with the number of images done.
 ///
 /// # Errors
-/// If the device fails, or no image can be read.
+/// If no image can be read, features are NaN or infinite, or the device fails.
 pub fn embed(
     arena: &Arena,
     backbone: &ResNet,
@@ -61,23 +62,52 @@ pub fn embed(
         all.skipped.extend(skipped);
         if !batch.indices.is_empty() {
             let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
-            all.values.extend(features.to_f64().iter().map(|&v| v as f32));
+            let rows: Vec<f32> = features.to_f64().iter().map(|&v| v as f32).collect();
             arena.device().check()?; // a failed device yields NaN, not features
+            let name = |row: usize| source.name(batch.indices[row] as usize);
+            check_finite(&rows, all.d, "features", name)?;
+            all.values.extend(rows);
             all.names.extend(batch.indices.iter().map(|&index| source.name(index as usize)));
             all.labels.extend(&batch.labels);
         }
         progress(to);
     }
-    match (all.names.is_empty(), all.skipped.first()) {
-        (true, Some(Skipped { reason, .. })) => Err(Error::Config(format!(
-            "none of the {} images can be read; the first: {reason}",
-            source.len()
-        ))),
-        _ => Ok(all),
+    some_readable(all.names.len(), &all.skipped)?;
+    Ok(all)
+}
+
+/// The formats of [`Embedded::write`].
+enum Format {
+    Npy,
+    Safetensors,
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self> {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("npy") => Ok(Self::Npy),
+            Some("safetensors") => Ok(Self::Safetensors),
+            _ => Err(Error::Config(format!(
+                "{}: the file's name must end in .npy or .safetensors",
+                path.display()
+            ))),
+        }
     }
 }
 
 impl Embedded {
+    /// Returns the files that [`Embedded::write`] would write, to check them before the work.
+    ///
+    /// # Errors
+    /// If the extension is unknown.
+    pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
+        let table = path.with_extension("tsv");
+        Ok(match Format::of(path)? {
+            Format::Npy => vec![path.to_path_buf(), table],
+            Format::Safetensors => vec![path.to_path_buf()],
+        })
+    }
+
     /// Writes the rows in the format that the file's extension names, atomically, and returns the files written.
     ///
     /// `.npy` comes with a table of file, label and class (`.tsv`) in the order of the rows. `.safetensors` holds the tensors
@@ -85,16 +115,16 @@ impl Embedded {
     ///
     /// # Errors
     /// If the extension is another one, or the file cannot be written.
-    pub fn write(&self, path: &Path) -> Result<Vec<std::path::PathBuf>> {
+    pub fn write(&self, path: &Path) -> Result<Vec<PathBuf>> {
         let shape = [self.names.len(), self.d];
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("npy") => {
+        match Format::of(path)? {
+            Format::Npy => {
                 let table = path.with_extension("tsv");
                 write_whole(&table, self.table().as_bytes())?;
                 write_whole(path, &npy(shape, &self.values))?;
                 Ok(vec![path.to_path_buf(), table])
             }
-            Some("safetensors") => {
+            Format::Safetensors => {
                 let values = || self.values.iter().map(|&v| f64::from(v)).collect();
                 let entries = [
                     Entry::floats("features".into(), shape.to_vec(), values),
@@ -108,10 +138,6 @@ impl Embedded {
                 write_weights(path, &entries, notes, || Ok(()))?;
                 Ok(vec![path.to_path_buf()])
             }
-            _ => Err(Error::Config(format!(
-                "{}: the file's name must end in .npy or .safetensors",
-                path.display()
-            ))),
         }
     }
 

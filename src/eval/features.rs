@@ -2,9 +2,11 @@
 
 use std::collections::HashSet;
 
+use rayon::prelude::*;
+
 use crate::arena::Arena;
 use crate::data::augment::Policy;
-use crate::data::{Skipped, Source, center_batch};
+use crate::data::{Image, Skipped, Source, center_batch};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Classifier;
@@ -55,29 +57,77 @@ impl Features {
     }
 }
 
-/// Computes the features of every image with `backbone` and the arena's weights, in evaluation mode.
-///
-/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`.
+/// Refuses rows with NaN or infinite values: every figure computed from them would be that of chance. `what` names the rows'
+/// kind, `name` the image of a row.
+pub(super) fn check_finite(
+    values: &[f32],
+    d: usize,
+    what: &str,
+    name: impl Fn(usize) -> String,
+) -> Result<()> {
+    match values.chunks_exact(d.max(1)).position(|row| !row.iter().all(|v| v.is_finite())) {
+        None => Ok(()),
+        Some(row) => Err(Error::Diverged(format!(
+            "{}: the {what} of this image are NaN or infinite: the weights diverged, or the normalisation does not fit them",
+            name(row)
+        ))),
+    }
+}
+
+/// Reads every image, and returns those that cannot be read: a check before hours of work.
 ///
 /// # Errors
-/// If an image has no label, or the device fails.
+/// If there is no image, or none can be read.
+pub fn unreadable(source: &dyn Source, device: &Device) -> Result<Vec<Skipped>> {
+    let read = |image: &mut Image, index: usize| {
+        let error = source.read(index, image).err()?;
+        Some(Skipped { index: index as u32, reason: error.to_string() })
+    };
+    let skipped: Vec<Skipped> = device.run(|| {
+        (0..source.len()).into_par_iter().map_init(Image::default, read).flatten().collect()
+    });
+    some_readable(source.len() - skipped.len(), &skipped)?;
+    Ok(skipped)
+}
+
+/// Refuses a set of which no image could be read.
+pub(super) fn some_readable(read: usize, skipped: &[Skipped]) -> Result<()> {
+    match (read, skipped) {
+        (0, []) => Err(Error::config("there are no images to evaluate on")),
+        (0, [first, ..]) => Err(Error::Config(format!(
+            "none of the {} images can be read; the first: {}",
+            skipped.len(),
+            first.reason
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Computes the features of every image with `backbone` and the arena's weights, in evaluation mode.
+///
+/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`. Images that
+/// cannot be read have no row and are listed in [`Features::skipped`].
+///
+/// # Errors
+/// If an image has no label, its features are NaN or infinite, or the device fails.
 pub fn backbone_features(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,
     policy: &Policy,
 ) -> Result<Features> {
-    collect(source, policy, arena.device(), backbone.features(), |images| {
+    collect(source, policy, arena.device(), ("features", backbone.features()), |images| {
         evaluate(arena, |tape| backbone.forward(&tape.input(images)))
     })
 }
 
 /// Returns the share, in `0..=1`, of images whose largest logit is that of their class.
 ///
-/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`.
+/// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`. Images that
+/// cannot be read do not count.
 ///
 /// # Errors
-/// If an image has no label, or the device fails.
+/// If an image has no label, no image can be read, logits are NaN or infinite, or the device fails.
 pub fn classifier_accuracy(
     arena: &Arena,
     classifier: &Classifier,
@@ -85,7 +135,10 @@ pub fn classifier_accuracy(
     policy: &Policy,
 ) -> Result<f64> {
     let [correct, total] = count_correct(arena, classifier, source, policy)?;
-    Ok(correct as f64 / total.max(1) as f64)
+    if total == 0 {
+        return Err(Error::config("none of the images to evaluate on can be read"));
+    }
+    Ok(correct as f64 / total as f64)
 }
 
 /// Returns `[correct, total]`, the counts behind [`classifier_accuracy`].
@@ -99,7 +152,7 @@ pub(crate) fn count_correct(
     policy: &Policy,
 ) -> Result<[usize; 2]> {
     let d = classifier.classes();
-    let logits = collect(source, policy, arena.device(), d, |images| {
+    let logits = collect(source, policy, arena.device(), ("logits", d), |images| {
         evaluate(arena, |tape| classifier.forward(&tape.input(images)))
     })?;
     Ok([correct_rows(&logits.values, &logits.labels), logits.labels.len()])
@@ -121,7 +174,7 @@ pub(super) fn correct_rows(logits: &[f32], labels: &[u32]) -> usize {
 /// If an image has no label.
 pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
     let device = device.host(); // there is nothing for a GPU to compute here
-    collect(source, &Policy::crop(size), device, size * size * 3, |images| {
+    collect(source, &Policy::crop(size), device, ("pixels", size * size * 3), |images| {
         let rgb: Vec<f64> =
             images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
         Ok(Tensor::from_f64(device, [images.shape()[0], size * size * 3], &rgb))
@@ -132,7 +185,7 @@ fn collect(
     source: &dyn Source,
     policy: &Policy,
     device: &Device,
-    d: usize,
+    (what, d): (&str, usize),
     mut features: impl FnMut(&Tensor) -> Result<Tensor>,
 ) -> Result<Features> {
     let mut all = Features {
@@ -152,8 +205,14 @@ fn collect(
             })?;
             all.labels.push(label);
         }
-        all.values.extend(features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32));
+        if batch.indices.is_empty() {
+            continue;
+        }
+        let rows: Vec<f32> =
+            features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32).collect();
         device.check()?; // a failed device yields NaN, not features
+        check_finite(&rows, d, what, |row| source.name(batch.indices[row] as usize))?;
+        all.values.extend(rows);
     }
     Ok(all)
 }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::Features;
-use crate::eval::features::correct_rows;
+use crate::eval::features::{correct_rows, some_readable};
 use crate::ops::{cross_entropy, linear};
 use crate::optim::{Optimizer, Rule};
 use crate::tape::{evaluate, step};
@@ -51,6 +51,9 @@ impl Head {
     }
 
     /// Returns the share of queries whose largest logit is that of their class; queries are standardised if `moments` is given.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if a logit is NaN or infinite: the largest one would then be the first, and the figure that of chance.
     pub(super) fn accuracy(&self, queries: &Features, moments: Option<&Moments>) -> Result<f64> {
         let (d, device) = (queries.d, self.arena.device());
         let mut correct = 0;
@@ -66,9 +69,15 @@ impl Head {
             })?;
             let logits: Vec<f32> = logits.to_f64().iter().map(|&v| v as f32).collect();
             device.check()?; // a failed device yields NaN, not logits
+            if !logits.iter().all(|v| v.is_finite()) {
+                return Err(Error::Diverged(
+                    "the classifier's logits became NaN or infinite: use a smaller learning rate (--sweep finds one), or protocol cached, which standardises features".into(),
+                ));
+            }
             correct += correct_rows(&logits, labels);
         }
-        Ok(correct as f64 / queries.labels.len().max(1) as f64)
+        some_readable(queries.labels.len(), &queries.skipped)?;
+        Ok(correct as f64 / queries.labels.len() as f64)
     }
 }
 

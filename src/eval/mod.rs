@@ -13,7 +13,7 @@ mod protocol;
 
 pub use embed::{Embedded, embed};
 pub(crate) use features::count_correct;
-pub use features::{Features, backbone_features, classifier_accuracy, pixel_features};
+pub use features::{Features, backbone_features, classifier_accuracy, pixel_features, unreadable};
 pub use knn::{
     Answer, Knn, accuracies as knn_accuracies, accuracy as knn_accuracy, answers as knn_answers,
 };

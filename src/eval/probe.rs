@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use crate::arena::Arena;
-use crate::data::{Loader, Policy, Source, Subset, labels_of, of_each_class};
+use crate::data::{Loader, Policy, Skipped, Source, Subset, labels_of, of_each_class};
 use crate::device::{Philox, Purpose};
 use crate::error::{Error, Result};
+use crate::eval::features::{check_finite, some_readable};
 use crate::eval::head::{Head, Moments};
 use crate::eval::{Features, Protocol, backbone_features};
 use crate::nn::ResNet;
@@ -37,8 +38,13 @@ pub struct Probed {
     pub accuracy: f64,
     /// The learning rate at the classifier's first step.
     pub lr: f64,
-    /// The rates of a sweep, each with its accuracy on the tenth of the training images that was held back.
-    pub swept: Vec<(f64, f64)>,
+    /// The rates of a sweep, each with its accuracy on the tenth of the training images that was held back; `None` if the
+    /// classifier diverged at that rate.
+    pub swept: Vec<(f64, Option<f64>)>,
+    /// Training images that could not be read and were left out.
+    pub skipped: Vec<Skipped>,
+    /// Held-out images that could not be read and were left out.
+    pub skipped_held_out: Vec<Skipped>,
 }
 
 /// Trains a linear classifier on the frozen features of `train` and measures it on `test`.
@@ -47,7 +53,7 @@ pub struct Probed {
 /// on the remaining tenth is used to train the measured classifier on all training images; held-out images decide nothing.
 ///
 /// # Errors
-/// If images have no labels or cannot be read, or the device fails.
+/// If images have no labels, none of them can be read, the classifier diverges, or the device fails.
 pub fn linear_accuracy(
     frozen: Frozen<'_>,
     train: &Arc<dyn Source>,
@@ -61,6 +67,10 @@ pub fn linear_accuracy(
         (true, false) => None,
         _ => Some(frozen.features(&**train)?),
     };
+    if let Some(bank) = &bank {
+        some_readable(bank.labels.len(), &bank.skipped)?;
+    }
+    let mut skipped = bank.as_ref().map_or(Vec::new(), |bank| bank.skipped.clone());
     let moments = bank.as_ref().filter(|_| protocol.standardise).map(Moments::of);
     let kept = bank.filter(|_| !protocol.augment);
     // Unreadable images have no features: the rows are then those of the features.
@@ -85,18 +95,30 @@ pub fn linear_accuracy(
             Some(kept) => kept.select(&held_back),
             None => frozen.features(&Subset::new(train.clone(), held_back))?,
         };
-        let heads = probe.train(rest, &rates.iter().copied().map(Some).collect::<Vec<_>>())?;
+        let (heads, _) = probe.train(rest, &rates.iter().copied().map(Some).collect::<Vec<_>>())?;
         for (&lr, head) in rates.iter().zip(&heads) {
-            swept.push((lr, head.accuracy(&queries, probe.moments.as_ref())?));
+            let accuracy = match head.accuracy(&queries, probe.moments.as_ref()) {
+                Ok(accuracy) => Some(accuracy),
+                Err(Error::Diverged(_)) => None,
+                Err(error) => return Err(error),
+            };
+            swept.push((lr, accuracy));
         }
-        // The lowest of equals; a rate whose numbers became infinite cannot win by being first.
-        let better = |best: (f64, f64), &one: &(f64, f64)| if one.1 > best.1 { one } else { best };
-        best = Some(swept.iter().fold((rates[0], f64::NEG_INFINITY), better).0);
+        // The lowest of equals; a rate at which the classifier diverged cannot win.
+        type Swept = (f64, Option<f64>);
+        let better = |best: Swept, &one: &Swept| if one.1 > best.1 { one } else { best };
+        best = Some(swept.iter().fold((rates[0], None), better).0);
     }
     let lr = best.unwrap_or_else(|| protocol.schedule(all.len(), None).peak);
-    let head = &probe.train(all, &[best])?[0];
-    let accuracy = head.accuracy(&frozen.features(test)?, probe.moments.as_ref())?;
-    Ok(Probed { accuracy, lr, swept })
+    let (heads, unread) = probe.train(all, &[best])?;
+    for image in unread {
+        if skipped.iter().all(|known| known.index != image.index) {
+            skipped.push(image);
+        }
+    }
+    let queries = frozen.features(test)?;
+    let accuracy = heads[0].accuracy(&queries, probe.moments.as_ref())?;
+    Ok(Probed { accuracy, lr, swept, skipped, skipped_held_out: queries.skipped })
 }
 
 impl Frozen<'_> {
@@ -118,6 +140,7 @@ impl Frozen<'_> {
             rows.extend(features.to_f64().iter().map(|&v| v as f32));
         }
         self.arena.device().check()?; // a failed device yields NaN, not features
+        check_finite(&rows, self.backbone.features(), "features", |row| format!("crop {row}"))?;
         Ok(rows)
     }
 }
@@ -136,7 +159,8 @@ struct Probe<'a> {
 
 impl Probe<'_> {
     /// Trains one classifier per rate on the same batches of `rows`; `None` is the protocol's own rate.
-    fn train(&self, rows: Vec<u32>, rates: &[Option<f64>]) -> Result<Vec<Head>> {
+    /// Also returns the images that could not be read on the way.
+    fn train(&self, rows: Vec<u32>, rates: &[Option<f64>]) -> Result<(Vec<Head>, Vec<Skipped>)> {
         let (protocol, device, shape) = (self.protocol, self.frozen.arena.device(), self.shape);
         let new = |&lr: &Option<f64>| {
             let head = Head::new(shape, protocol.init, protocol.rule, self.seed, device);
@@ -157,7 +181,7 @@ impl Probe<'_> {
             }
         }
         device.check()?;
-        Ok(heads.into_iter().map(|(head, _)| head).collect())
+        Ok((heads.into_iter().map(|(head, _)| head).collect(), feed.skipped()))
     }
 
     fn feed(&self, rows: Vec<u32>) -> Result<Feed<'_>> {
@@ -182,6 +206,14 @@ enum Feed<'a> {
 }
 
 impl Feed<'_> {
+    /// The images that could not be read so far.
+    fn skipped(&self) -> Vec<Skipped> {
+        match self {
+            Feed::Cached { .. } => Vec::new(),
+            Feed::Crops { loader, .. } => loader.skipped(),
+        }
+    }
+
     /// Returns features `[n, d]` and classes of a step. The images at the end of an epoch that do not fill a batch are left out.
     fn next(&mut self, step: u64) -> Result<(Vec<f32>, Vec<i32>)> {
         match self {
@@ -208,6 +240,7 @@ mod tests {
     use crate::data::{Split, fashion_scattered};
     use crate::device::Device;
     use crate::nn::{ResNetConfig, Stem};
+    use crate::optim::LrRule;
 
     #[test]
     fn a_probe_learns_from_cached_and_from_fresh_features_and_a_sweep_finds_a_rate() {
@@ -237,8 +270,13 @@ mod tests {
             swept.accuracy,
             probe(&Protocol { lr: 0.1 * 256.0 / 30.0, ..cached.clone() }, &[]).accuracy
         );
-        let fresh = probe(&Protocol { augment: true, ..cached.over(4) }, &[0.1]);
+        let fresh = probe(&Protocol { augment: true, ..cached.clone().over(4) }, &[0.1]);
         assert!(swept.accuracy > 0.35 && fresh.accuracy > 0.2, "{swept:?} {fresh:?}");
+        let wild = Protocol { lr: 1e30, lr_rule: LrRule::Fixed, ..cached.clone() };
+        let error = linear_accuracy(frozen, &set, &*set, &wild, &[], 1).unwrap_err().to_string();
+        assert!(error.starts_with("the classifier's logits became NaN or infinite"), "{error}");
+        let swept = probe(&cached, &[1e30, 0.1, 1e35]);
+        assert!(swept.lr == 0.1 && swept.swept[0].1.is_none() && swept.swept[2].1.is_none());
         let moco = Protocol { batch: 40, ..Protocol::named("moco").unwrap().over(3) };
         assert_eq!(probe(&moco, &[]).lr, 30.0);
     }

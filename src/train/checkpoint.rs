@@ -8,7 +8,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-use crate::arena::Arena;
+use crate::arena::{Arena, Layout};
 use crate::error::{Error, Result};
 use crate::methods::State;
 use crate::optim::Optimizer;
@@ -117,7 +117,7 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// # Errors
 /// When the file is damaged, a slot is missing or has another shape: the first mismatch is named with both shapes.
 pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
-    WeightFile::open(path)?.fill(arena, |slot| Some(slot.to_owned()))
+    WeightFile::open(path)?.fill_finite(arena, |slot| Some(slot.to_owned()))
 }
 
 /// Fills what an arena has in common with a weight file, to start a run from: the complete backbone, with torchvision's names or with
@@ -127,13 +127,27 @@ pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
 /// When the file is damaged, a slot of the backbone is missing, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     let mut file = WeightFile::open(path)?;
+    let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
-    let plain = !names.iter().any(|name| name.starts_with(BACKBONE));
-    let strip = if plain { BACKBONE } else { "" };
-    file.fill(arena, |slot| {
-        let name = slot.strip_prefix(strip).unwrap_or(slot);
-        (slot.starts_with(BACKBONE) || names.contains(name)).then(|| name.to_owned())
+    file.fill_finite(arena, |slot| match slot.strip_prefix(BACKBONE) {
+        Some(inner) => Some(format!("{prefix}{inner}")),
+        None => names.contains(slot).then(|| slot.to_owned()),
     })
+}
+
+/// Returns the prefix that [`init_weights`] strips from a weight file's names, if it is not that of a run's own checkpoints.
+///
+/// # Errors
+/// If the file is damaged, or holds no backbone or several.
+pub fn foreign_prefix(path: &Path, layout: &Layout) -> Result<Option<String>> {
+    let prefix = WeightFile::open(path)?.common_prefix(&backbone_slots(layout))?;
+    Ok(Some(prefix).filter(|prefix| !["", BACKBONE].contains(&&**prefix)))
+}
+
+/// Names of the backbone's slots, without `backbone.`.
+fn backbone_slots(layout: &Layout) -> Vec<&str> {
+    let slots = layout.params().iter().chain(layout.stats());
+    slots.filter_map(|slot| slot.name.strip_prefix(BACKBONE)).collect()
 }
 
 /// Writes the backbone alone, with torchvision's names: what `load_state_dict` takes.
@@ -239,7 +253,6 @@ mod tests {
     use safetensors::SafeTensors;
 
     use super::*;
-    use crate::arena::Layout;
     use crate::device::Device;
     use crate::nn::{ResNet, ResNetConfig, Stem};
     use crate::optim::{Lars, Rule};

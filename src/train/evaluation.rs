@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::data::{Source, Subset};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn};
 use crate::methods::Reading;
 use crate::train::Run;
@@ -26,9 +26,33 @@ impl Run {
 
     /// kNN accuracy on the held-out images, and the report's pictures; `None` without any.
     pub(super) fn knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
+        let measured = self.measured_knn(epoch, watch);
+        self.unless_diverged(measured, watch)
+    }
+
+    /// Drops the figure of a run that has diverged and carries on all the same: it would be that of chance.
+    fn unless_diverged(
+        &self,
+        measured: Result<Option<f64>>,
+        watch: &mut dyn Watch,
+    ) -> Result<Option<f64>> {
+        match measured {
+            Err(Error::Diverged(reason)) if self.recipe.watch.carry_on => {
+                watch.note(&format!("no accuracy this time: {reason}"));
+                Ok(None)
+            }
+            measured => measured,
+        }
+    }
+
+    fn measured_knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
         let Some(test) = self.images.test.clone() else { return Ok(None) };
         let train = self.images.train.clone();
         let (bank, queries) = (self.features(&train)?, self.features(&test)?);
+        if bank.labels.is_empty() || queries.labels.is_empty() {
+            watch.note("kNN cannot be measured: no training or no held-out image can be read");
+            return Ok(None);
+        }
         let device = self.online.device();
         let answers =
             eval::knn_answers(&bank, &queries, Knn::default(), report::NEIGHBOURS, device)?;
@@ -60,7 +84,12 @@ impl Run {
     }
 
     /// Accuracy of the method's classifier on the held-out images, likewise; `None` without a classifier or without images.
-    pub(super) fn accuracy(&mut self) -> Result<Option<f64>> {
+    pub(super) fn accuracy(&mut self, watch: &mut dyn Watch) -> Result<Option<f64>> {
+        let measured = self.measured_accuracy();
+        self.unless_diverged(measured, watch)
+    }
+
+    fn measured_accuracy(&mut self) -> Result<Option<f64>> {
         let Some(test) = self.images.test.clone() else { return Ok(None) };
         let (mut right, mut all) = (0, 0);
         for part in parts(&test) {
@@ -70,7 +99,7 @@ impl Run {
             let found = eval::count_correct(&self.online, classifier, &part, policy)?;
             (right, all) = (right + found[0], all + found[1]);
         }
-        Ok(Some(right as f64 / all.max(1) as f64))
+        Ok((all > 0).then(|| right as f64 / all as f64)) // none if no image can be read
     }
 }
 

@@ -17,7 +17,9 @@ mod study;
 mod tensorboard;
 mod trace;
 
-pub use checkpoint::{export_backbone, init_weights, load_state, load_weights, newest, save};
+pub use checkpoint::{
+    export_backbone, foreign_prefix, init_weights, load_state, load_weights, newest, save,
+};
 pub use finetune::{FINETUNES, finetuning};
 pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};

@@ -323,7 +323,7 @@ impl Run {
         let measure = due(self.recipe.train.knn_every, epoch) || last;
         let evaluation = Instant::now();
         let knn = if measure { self.knn(epoch, watch)? } else { None };
-        let accuracy = if measure { self.accuracy()? } else { None };
+        let accuracy = if measure { self.accuracy(watch)? } else { None };
         let evaluation = evaluation.elapsed();
         let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
         let report = EpochReport {

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use selfsup::arena::Layout;
 use selfsup::device::Device;
 use selfsup::nn::{ResNet, ResNetConfig};
@@ -71,6 +72,7 @@ fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
         let rows: String = (0..IMAGES.len()).map(|i| format!("{i}.png\t-1\t\n")).collect();
         assert_eq!(table, format!("file\tlabel\tclass\n{rows}"));
         if name == "resnet18" {
+            under_prefixes(folder.path(), &features);
             assert_eq!(embed("features.safetensors"), "features.safetensors\n");
             let data = std::fs::read(folder.path().join("features.safetensors")).unwrap();
             let file = SafeTensors::deserialize(&data).unwrap();
@@ -86,6 +88,28 @@ fn embedded_features_are_torchvisions_through_its_resize_and_crop() {
         }
     }
     report("features of torchvision's networks", results);
+}
+
+/// The same weights under the prefixes of public checkpoints give the same features; the prefix is named.
+fn under_prefixes(folder: &Path, features: &[f64]) {
+    let data = std::fs::read(folder.join("weights.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&data).unwrap();
+    let bias = [0_u8; 4];
+    let fc = TensorView::new(Dtype::F32, vec![1], &bias).unwrap();
+    for prefix in ["module.encoder_q.", "backbone.", "state_dict.teacher.backbone."] {
+        let renamed =
+            file.tensors().into_iter().map(|(name, view)| (format!("{prefix}{name}"), view));
+        let all = renamed.chain([("module.fc.bias".to_owned(), fc.clone())]);
+        safetensors::serialize_to_file(all, None, &folder.join("prefixed.safetensors")).unwrap();
+        let words = ["embed", "--weights", "prefixed.safetensors", "--arch", "resnet18", "images"];
+        let rest = ["--size", "64", "--device", "cpu", "--out", "prefixed.npy"];
+        let output = selfsup(folder, &[&words[..], &rest].concat());
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert_eq!(read_npy(&folder.join("prefixed.npy")).1, features, "{prefix}");
+        let named = said.contains(&format!("the prefix `{prefix}` of its names was stripped"));
+        assert_eq!(named, prefix != "backbone.", "{said}");
+    }
 }
 
 #[test]

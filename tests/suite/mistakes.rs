@@ -498,3 +498,305 @@ fn a_run_can_be_told_to_carry_on() {
     let said = text(&output.stderr);
     assert!(output.status.success() && said.contains("\nthe loss became "), "{said}");
 }
+
+/// Three classes that any measure tells apart, by their hue: 8 training and 4 held-out images of each.
+fn hues(root: &Path) {
+    for (part, count) in [("train", 8), ("test", 4)] {
+        for (class, colour) in
+            [("ape", [220, 40, 40]), ("bee", [40, 220, 40]), ("cow", [40, 40, 220])]
+        {
+            let folder = root.join(part).join(class);
+            std::fs::create_dir_all(&folder).unwrap();
+            for i in 0..count {
+                let pixel = |x: u32, y: u32| {
+                    image::Rgb(colour.map(|c: u8| c - 30 + ((7 * x + 13 * y + 5 * i) % 60) as u8))
+                };
+                let image = image::RgbImage::from_fn(24, 24, pixel);
+                image.save(folder.join(format!("{i}.png"))).unwrap();
+            }
+        }
+    }
+}
+
+/// Trains a run on `hues` in the folder `run`.
+fn run_on_hues(root: &Path) {
+    hues(&root.join("hue"));
+    let own =
+        ["data.path=hue", "watch.collapsed_std=0", "watch.collapsed_rank=0", "watch.diverged=0"];
+    let own = own.iter().flat_map(|setting| ["--set", setting]);
+    let words = ["train", "demo", "--device", "cpu", "--out", "run"];
+    let words: Vec<&str> = with_tiny(&words).into_iter().chain(own).collect();
+    let words = [&words[..], &["--set", "data.limit=0", "--set", "data.test_limit=0"]].concat();
+    let output = selfsup(root, &words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+fn spoil(root: &Path, part: &str, count: usize) {
+    let mut spoilt = 0;
+    for class in ["ape", "bee", "cow"] {
+        for i in 0..8 {
+            let path = root.join(part).join(class).join(format!("{i}.png"));
+            if path.exists() && spoilt < count {
+                std::fs::write(&path, "no image").unwrap();
+                spoilt += 1;
+            }
+        }
+    }
+    assert_eq!(spoilt, count);
+}
+
+const EVALUATIONS: [&[&str]; 3] = [
+    &["eval", "knn", "run", "--k", "5"],
+    &["eval", "linear", "run", "--epochs", "1"],
+    &["eval", "finetune", "run", "--set", "train.epochs=1", "--set", "train.batch=8"],
+];
+
+#[test]
+fn an_evaluation_counts_only_what_it_has_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    run_on_hues(root);
+    let evaluate = |words: &[&str], set: &str, more: &[&str]| {
+        let set = format!("data.path={set}");
+        let words = [words, &["--device", "cpu", "--set", &set], more].concat();
+        let output = selfsup(root, &words);
+        let said = text(&output.stderr).to_owned();
+        assert!(!said.contains("panicked"), "{words:?}: {said}");
+        (output.status.code(), text(&output.stdout).to_owned(), said)
+    };
+    // No part, no labels, no readable image: a sentence and no figure.
+    for (name, part, count) in [("no-test", "test", 12), ("no-train", "train", 24)] {
+        hues(&root.join(name));
+        spoil(&root.join(name), part, count);
+    }
+    hues(&root.join("only-train"));
+    std::fs::remove_dir_all(root.join("only-train/test")).unwrap();
+    hues(&root.join("flat-test"));
+    for class in ["ape", "bee", "cow"] {
+        let part = root.join("flat-test/test");
+        std::fs::rename(part.join(class).join("0.png"), part.join(format!("{class}.png"))).unwrap();
+        std::fs::remove_dir_all(part.join(class)).unwrap();
+    }
+    for words in EVALUATIONS {
+        for (set, sentence) in [
+            ("no-test", "images can be read; the first: "),
+            ("no-train", "images can be read; the first: "),
+            ("only-train", "evaluation needs labelled held-out images"),
+            ("flat-test", "label"),
+            ("gone", "no such file or folder"),
+        ] {
+            let (code, figures, said) = evaluate(words, set, &[]);
+            assert!(matches!(code, Some(1 | 2)), "{words:?} of {set}: {code:?}, {said}");
+            assert_eq!(figures, "", "{words:?} of {set}");
+            let last = said.lines().last().unwrap();
+            assert!(last.contains(sentence), "{words:?} of {set}: {last}");
+        }
+    }
+    // Three of twelve cannot be read: counted, named, listed; an error, unless that many are allowed.
+    hues(&root.join("some"));
+    spoil(&root.join("some"), "test", 3);
+    for words in EVALUATIONS {
+        let (code, figures, said) = evaluate(words, "some", &[]);
+        assert_eq!((code, &*figures), (Some(1), ""), "{words:?}: {said}");
+        assert!(
+            said.contains("9 of 12 held-out images; 3 could not be read:\n"),
+            "{words:?}: {said}"
+        );
+        assert!(
+            said.contains("ape/1.png") && said.ends_with("or allow it with --max-skipped 0.25\n"),
+            "{said}"
+        );
+        let list = std::fs::read_to_string(root.join("run/eval-skipped.txt")).unwrap();
+        assert_eq!(list.lines().count(), 3, "{list}");
+        let (code, figures, said) = evaluate(words, "some", &["--max-skipped", "0.25"]);
+        assert_eq!(code, Some(0), "{words:?}: {said}");
+        assert!(figures.lines().count() >= 2, "{words:?}: {figures}");
+    }
+    let (_, _, said) = evaluate(EVALUATIONS[0], "some", &["--max-skipped", "0.25"]);
+    assert!(said.contains("24 training and 9 held-out images"), "{said}");
+    let (_, json, _) = evaluate(EVALUATIONS[0], "some", &["--max-skipped", "0.25", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["held_out"], &json["skipped"]["held_out"]), (&9.into(), &3.into()), "{json}");
+    // The other commands likewise.
+    hues(&root.join("many"));
+    spoil(&root.join("many"), "train", 12);
+    for (words, left) in [
+        (&["embed", "run", "many", "--out", "f.npy", "--device", "cpu"][..], "f.npy"),
+        (&["pack", "many", "--out", "packed"], "packed"),
+    ] {
+        let output = selfsup(root, words);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
+        assert!(
+            said.contains(" could not be read:\n") && said.contains("\n  2 more; the list is in "),
+            "{said}"
+        );
+        assert!(!root.join(left).exists(), "{words:?} leaves {left} behind");
+        let output = selfsup(root, &[words, &["--max-skipped", "0.5"]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(root.join(left).exists());
+    }
+}
+
+/// Rewrites a safetensors file, the values of a tensor changed.
+fn change(from: &Path, to: &Path, name: &str, value: f32) {
+    let data = std::fs::read(from).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&data).unwrap();
+    let tensor = file.tensor(name).unwrap().data().as_ptr();
+    let at = tensor as usize - data.as_ptr() as usize;
+    let mut changed = data.clone();
+    changed[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    std::fs::write(to, changed).unwrap();
+}
+
+#[test]
+fn weights_that_are_no_numbers_give_no_figure() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    run_on_hues(root);
+    let whole = root.join("run/step-00000006.safetensors");
+    let variance = "backbone.layer1.0.bn1.running_var";
+    for (file, name, value, sentence) in [
+        (
+            "nan.safetensors",
+            "backbone.conv1.weight",
+            f32::NAN,
+            "backbone.conv1.weight has 1 of 54 numbers that are NaN or infinite",
+        ),
+        (
+            "infinite.safetensors",
+            "backbone.bn1.weight",
+            f32::INFINITY,
+            "backbone.bn1.weight has 1 of 2 numbers that are NaN",
+        ),
+        (
+            "variance.safetensors",
+            variance,
+            -0.5,
+            "running_var is a running variance and negative (-0.5",
+        ),
+    ] {
+        change(&whole, &root.join(file), name, value);
+        let init = format!("train.init={file}");
+        let train =
+            with_tiny(&["train", "demo", "--out", "new", "--device", "cpu", "--set", &init]);
+        for words in [
+            &["eval", "knn", file, "--device", "cpu"][..],
+            &["eval", "linear", file, "--epochs", "1", "--device", "cpu"],
+            &["eval", "finetune", file, "--device", "cpu"],
+            &["embed", file, "hue", "--out", "x.npy", "--device", "cpu"],
+            &["export", file, "--out", "x.safetensors"],
+            &train,
+        ] {
+            let output = selfsup(root, words);
+            let said = text(&output.stderr);
+            let last = said.lines().last().unwrap_or_default();
+            assert_eq!(
+                (output.status.code(), output.stdout.len()),
+                (Some(1), 0),
+                "{words:?}: {said}"
+            );
+            assert!(last.contains(sentence) && !said.contains("panicked"), "{words:?}: {last}");
+        }
+    }
+    for left in ["x.npy", "x.safetensors", "new"] {
+        assert!(!root.join(left).exists(), "{left}");
+    }
+}
+
+#[test]
+fn outputs_are_checked_before_the_work_and_replace_only_their_own_kind() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    run_on_hues(root);
+    std::fs::write(root.join("precious.npy"), "precious").unwrap();
+    std::fs::write(root.join("table.tsv"), "precious").unwrap();
+    let before = files(&root.join("run"));
+    let embed = |out: &'static str| vec!["embed", "run", "hue", "--device", "cpu", "--out", out];
+    for (words, sentence) in [
+        (embed("nowhere/f.npy"), "there is no folder nowhere: create it first"),
+        (embed("f.csv"), "the file's name must end in .npy or .safetensors"),
+        (embed("hue"), "the file's name must end in"),
+        (embed("precious.npy"), "is there already, and another kind of file: choose another --out"),
+        (embed("table.npy"), "table.tsv: is there already, and another kind of file"),
+        (embed("run/step-00000006.safetensors"), "is a run's checkpoint: choose another --out"),
+        (
+            vec!["export", "run", "--out", "run/step-00000006.safetensors"],
+            "is a run's checkpoint: choose another --out",
+        ),
+        (
+            vec!["export", "run", "--out", "run/recipe.toml"],
+            "is there already, and another kind of file",
+        ),
+        (
+            vec!["eval", "finetune", "run", "--out", "run", "--device", "cpu"],
+            "already holds a run: choose another --out",
+        ),
+        (
+            vec!["eval", "finetune", "run", "--out", "hue", "--device", "cpu"],
+            "is not empty: choose another --out",
+        ),
+    ] {
+        let output = selfsup(root, &words);
+        let said = text(&output.stderr);
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{words:?}: {said}");
+        assert!(said.lines().last().unwrap().contains(sentence), "{words:?}: {said}");
+        let begun = ["images at", "\nepoch", "device: "].iter().any(|work| said.contains(work));
+        assert!(!begun, "{words:?}: {said}");
+    }
+    assert_eq!(files(&root.join("run")), before);
+    // What these commands have written themselves is replaced.
+    for words in [embed("f.npy"), embed("f.npy"), vec!["export", "run"], vec!["export", "run"]] {
+        let output = selfsup(root, &words);
+        assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn settings_of_the_environment_and_of_the_shell_are_understood_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    hues(&root.join("2024"));
+    let train = |set: &str, home: &Path| {
+        let words = with_tiny(&["train", "demo", "--device", "cpu"]);
+        let own = ["--set", set, "--out", "run", "--set", "train.epochs=1"];
+        let _ = std::fs::remove_dir_all(root.join("run"));
+        let output = Command::new(env!("CARGO_BIN_EXE_selfsup"))
+            .current_dir(root)
+            .env("HOME", home)
+            .args([&words[..], &own].concat())
+            .output()
+            .unwrap();
+        (output.status.code(), text(&output.stderr).to_owned())
+    };
+    for set in ["data.path=2024", "data.path=~/2024"] {
+        let (code, said) = train(set, root);
+        assert_eq!(code, Some(0), "{set}: {said}");
+    }
+    let deep = format!("{}=1", vec!["a"; 20_000].join("."));
+    for (set, sentence) in [
+        (&*deep, "the key has 20000 parts"),
+        ("train.threads=1000000", "train.threads is 1000000; it must be at most 1024"),
+        ("train.loader_threads=99999", "train.loader_threads is 99999; it must be at most 1024"),
+    ] {
+        let (code, said) = train(set, root);
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains(sentence) && !said.contains("panicked"), "{said}");
+    }
+    for (isa, sentence) in [
+        ("avx1024", "SELFSUP_ISA is `avx1024`; it must be portable, avx2 or avx512"),
+        ("", "SELFSUP_ISA is ``; it must be"),
+    ] {
+        let program = || {
+            let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+            program.current_dir(root).env("SELFSUP_ISA", isa);
+            program
+        };
+        for words in [&["devices"][..], &["demo"], &["bench", "conv2d"]] {
+            let output = program().args(words).output().unwrap();
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{words:?}: {said}");
+            assert!(said.contains(sentence) && !said.contains("panicked"), "{words:?}: {said}");
+        }
+    }
+}

@@ -50,7 +50,7 @@ fn unit_rows(rows: &[f32], d: usize, device: &Device) -> Tensor {
     let mut all = Tensor::empty(device, DType::F32, [rows.len() / d, d]);
     for (i, chunk) in rows.chunks(COLUMNS * d).enumerate() {
         let mut chunk = chunk.to_vec();
-        let scales = inverse_norms(&chunk, d);
+        let scales = device.run(|| inverse_norms(&chunk, d));
         to_unit(&mut chunk, d, &scales);
         all.view_mut().slice(i * COLUMNS * d, Shape::from([chunk.len()])).write(&chunk);
     }

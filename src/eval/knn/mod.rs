@@ -15,6 +15,7 @@ use crate::cpu::{Matrix, gemm_sequential};
 use crate::device::{Device, DeviceKind};
 use crate::error::Result;
 use crate::eval::Features;
+use crate::eval::features::{check_finite, some_readable};
 
 /// The settings of the vote.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,10 +51,10 @@ pub struct Answer {
 /// Tied votes go to the lower class, equal similarities to the earlier bank image.
 ///
 /// # Errors
-/// If the device fails.
+/// If a set is empty, a feature is NaN or infinite, or the device fails.
 ///
 /// # Panics
-/// If the features differ in length, a set is empty, or a setting is 0.
+/// If the features differ in length, or a setting is 0.
 pub fn accuracy(bank: &Features, queries: &Features, knn: Knn, device: &Device) -> Result<f64> {
     Ok(accuracies(bank, queries, &[knn], device)?[0])
 }
@@ -114,8 +115,12 @@ fn search<R: Send>(
     each: impl Fn(&[(f32, u32)], usize) -> R + Sync,
 ) -> Result<Vec<R>> {
     assert_eq!(bank.d, queries.d, "knn: features of different lengths");
-    assert!(!bank.labels.is_empty() && !queries.labels.is_empty(), "knn: an empty set");
     assert!(bank.d > 0, "knn: no features");
+    for (what, set) in [("training", bank), ("held-out", queries)] {
+        some_readable(set.labels.len(), &set.skipped)?;
+        let name = |row: usize| format!("{what} image {}", set.images()[row]);
+        check_finite(&set.values, set.d, "features", name)?;
+    }
     let k = k.min(bank.labels.len());
     match device.kind() {
         // For more neighbours than the kernels sort the host is fast enough: the case is rare.
@@ -161,9 +166,11 @@ fn search_on_host<R: Send>(
 /// Returns the class that the nearest `setting.k` of `neighbours`, best first, vote for.
 fn vote(neighbours: &[(f32, u32)], bank: &Features, classes: usize, setting: &Knn) -> u32 {
     let mut votes = vec![0.0; classes];
+    // Relative to the nearest: at a small temperature the exponentials would overflow, and all votes be infinite.
+    let nearest = neighbours.first().map_or(0.0, |&(similar, _)| f64::from(similar));
     for &(similar, row) in neighbours.iter().take(setting.k) {
         votes[bank.labels[row as usize] as usize] +=
-            (f64::from(similar) / setting.temperature).exp();
+            ((f64::from(similar) - nearest) / setting.temperature).exp();
     }
     (0..classes).fold(0, |best, c| if votes[c] > votes[best] { c } else { best }) as u32
 }
@@ -172,18 +179,25 @@ fn classes_of(bank: &Features) -> usize {
     bank.labels.iter().max().map_or(0, |&l| l as usize + 1)
 }
 
-/// Returns the reciprocal norm of each row.
-fn inverse_norms(rows: &[f32], d: usize) -> Vec<f32> {
+/// Returns the reciprocal norm of each row; 0 for a row of zeros.
+fn inverse_norms(rows: &[f32], d: usize) -> Vec<f64> {
     let inverse = |row: &[f32]| {
         let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
-        (1.0 / norm.max(1e-12)) as f32
+        if norm > 0.0 { 1.0 / norm } else { 0.0 }
     };
     rows.par_chunks(d).map(inverse).collect()
 }
 
-fn to_unit(rows: &mut [f32], d: usize, scales: &[f32]) {
-    for (row, scale) in rows.chunks_exact_mut(d).zip(scales) {
-        row.iter_mut().for_each(|v| *v *= scale);
+/// Norms whose reciprocals f32 holds at full precision, with room to spare.
+const PLAIN: std::ops::Range<f64> = 1e-30..1e30;
+
+fn to_unit(rows: &mut [f32], d: usize, scales: &[f64]) {
+    for (row, &scale) in rows.chunks_exact_mut(d).zip(scales) {
+        if PLAIN.contains(&scale) {
+            row.iter_mut().for_each(|v| *v *= scale as f32);
+        } else {
+            row.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
+        }
     }
 }
 
@@ -255,6 +269,39 @@ mod tests {
         let rows = |answer: &Answer| answer.nearest.iter().map(|&(_, row)| row).collect::<Vec<_>>();
         assert_eq!((answered[0].class, rows(&answered[0])), (1, vec![0, 2]));
         assert_eq!((answered[1].class, rows(&answered[1])), (1, vec![1, 2]));
+    }
+
+    #[test]
+    fn a_small_temperature_leaves_the_vote_to_the_nearest_neighbour() {
+        let bank = features(&[([1.0, 0.0], 1), ([0.9, 0.2], 0), ([0.8, 0.3], 0), ([0.0, 1.0], 0)]);
+        let queries = features(&[([1.0, 0.01], 1), ([0.0, 1.0], 0)]);
+        let device = Device::cpu(1).unwrap();
+        for temperature in [0.002, 0.0014, 0.001, 1e-6, 1e-300, f64::MIN_POSITIVE] {
+            let knn = Knn { k: 4, temperature };
+            assert_eq!(accuracy(&bank, &queries, knn, &device).unwrap(), 1.0, "{temperature}");
+        }
+    }
+
+    #[test]
+    fn the_scale_of_features_does_not_change_the_neighbours() {
+        let rows = [([1.0, 0.0], 0), ([0.0, 1.0], 1), ([0.1, 1.0], 1), ([-0.1, 1.0], 1)];
+        let scaled = |scale: f32| features(&rows.map(|([a, b], l)| ([a * scale, b * scale], l)));
+        let device = Device::cpu(1).unwrap();
+        let knn = Knn { k: 1, temperature: 0.1 };
+        for scale in [1e-42, 1e-36, 1e-20, 1.0, 1e20, 3e38] {
+            let set = scaled(scale);
+            assert_eq!(accuracy(&set, &set, knn, &device).unwrap(), 1.0, "{scale}");
+        }
+        for wrong in [f32::NAN, f32::INFINITY] {
+            let (good, mut bad) = (scaled(1.0), scaled(1.0));
+            bad.values[5] = wrong;
+            for (bank, queries, what) in [(&bad, &good, "training"), (&good, &bad, "held-out")] {
+                let error = accuracy(bank, queries, knn, &device).unwrap_err().to_string();
+                assert!(error.starts_with(&format!("{what} image 2: the features")), "{error}");
+            }
+        }
+        let error = accuracy(&Features::none(2), &scaled(1.0), knn, &device).unwrap_err();
+        assert_eq!(error.to_string(), "there are no images to evaluate on");
     }
 
     #[test]
