@@ -88,13 +88,13 @@ impl Method for Phased {
 
 /// The results that must be equal bit for bit.
 #[derive(Debug, PartialEq)]
-struct Left {
+struct Outcome {
     losses: Vec<(u64, f64)>,
     tensors: Vec<Vec<f64>>,
 }
 
 /// A training run whose steps the test drives: `evaluate` and then `watch` run before each step.
-struct Hand {
+struct ManualRun {
     device: Device,
     method: Phased,
     online: Arena,
@@ -104,12 +104,12 @@ struct Hand {
     losses: Vec<StepResult>,
 }
 
-impl Hand {
+impl ManualRun {
     fn new(device: &Device, change: u64, captures: bool) -> Self {
         let mut method = Phased::new(change);
         let online = Arena::new(method.layout(), device, 3);
-        let course = RunInfo { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
-        method.start(&online, &course).unwrap();
+        let run_info = RunInfo { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
+        method.start(&online, &run_info).unwrap();
         let mut optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &online);
         method.prepare(0);
         optimizer.set_policies(online.layout(), |slot| method.param_policy(slot, 0.3));
@@ -159,13 +159,13 @@ impl Hand {
         features.unwrap().to_f64()
     }
 
-    fn left(mut self, mut tensors: Vec<Vec<f64>>) -> Left {
+    fn left(mut self, mut tensors: Vec<Vec<f64>>) -> Outcome {
         self.losses.extend(self.steps.finish().unwrap());
         let (follower, _) = self.method.follower.as_ref().unwrap();
         tensors.extend([self.online.values().to_f64(), self.online.statistics().to_f64()]);
         tensors.extend([follower.values().to_f64(), self.optimizer.momentum().to_f64()]);
         tensors.push(self.steps.embeddings().unwrap().to_f64());
-        Left { losses: self.losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
+        Outcome { losses: self.losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
     }
 }
 
@@ -176,15 +176,15 @@ fn captured_steps_equal_launched_steps_over_two_phases_with_an_evaluation_betwee
     unchecked(name, || {
         let device = gpu(Precision::F32);
         let run = |captures: bool| {
-            let mut hand = Hand::new(&device, 4, captures);
+            let mut manual = ManualRun::new(&device, 4, captures);
             let mut seen = Vec::new();
             for iteration in 0..8 {
                 if iteration == 3 {
-                    seen.push(hand.evaluate());
+                    seen.push(manual.evaluate());
                 }
-                hand.step(iteration).unwrap();
+                manual.step(iteration).unwrap();
             }
-            hand.left(seen)
+            manual.left(seen)
         };
         let (launched, captured) = (run(false), run(true));
         let steps: Vec<u64> = launched.losses.iter().map(|(step, _)| *step).collect();
@@ -201,7 +201,7 @@ fn some_steps(
     count: usize,
     device: &Device,
     captures: bool,
-) -> Left {
+) -> Outcome {
     let run = methods::run_of(name);
     let mut state = methods::Training::new(run, device);
     let steps = Steps::new(device);
@@ -237,7 +237,7 @@ fn some_steps(
         });
     }
     tensors.extend(steps.embeddings().map(Tensor::to_f64));
-    Left { losses: losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
+    Outcome { losses: losses.iter().map(|done| (done.step, done.loss)).collect(), tensors }
 }
 
 #[test]
@@ -269,13 +269,13 @@ fn a_step_after_the_first_two_allocates_nothing_and_never_waits() {
         driver.check(false);
         let device = gpu(Precision::Bf16);
         for captures in [true, false] {
-            let mut hand = Hand::new(&device, 0, captures);
+            let mut manual = ManualRun::new(&device, 0, captures);
             let counts =
                 || ["allocations", "waits", "cuGraphLaunch"].map(|what| driver.count(what));
             let mut steps = Vec::new();
             for iteration in 0..6 {
                 let before = counts();
-                hand.step(iteration).unwrap();
+                manual.step(iteration).unwrap();
                 let after = counts();
                 steps.push([0, 1, 2].map(|i| after[i] - before[i]));
             }
@@ -284,7 +284,7 @@ fn a_step_after_the_first_two_allocates_nothing_and_never_waits() {
             let replays = u64::from(captures);
             assert_eq!(steps[2..], [[0, 0, replays]; 4], "{steps:?}");
             let before = counts();
-            hand.evaluate();
+            manual.evaluate();
             assert!(counts()[1] > before[1], "the driver counts waits");
         }
     });
@@ -373,9 +373,9 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
                 runs += 1;
                 root.path().join(format!("{runs}"))
             };
-            let whole = folder();
+            let complete = folder();
             let before = ["cuMemAlloc", "cuLaunchKernel"].map(|call| driver.count(call));
-            let (result, printed) = train(&whole);
+            let (result, printed) = train(&complete);
             result.unwrap();
             let steps: Vec<u64> = printed.0.iter().map(|(step, _)| *step).collect();
             assert_eq!(steps, (1..=8).collect::<Vec<_>>());

@@ -96,9 +96,9 @@ fn compare(
 fn four_micro_batches_of_every_kind_of_step_equal_one_batch_in_four_groups() {
     for (name, build) in METHODS {
         let parts = two_steps(build(&small(1)), PARTS);
-        let whole = two_steps(build(&small(PARTS)), 1);
-        assert!(parts.keys().eq(whole.keys()), "{name}");
-        report(name, compare(&parts, &whole, 1e-10));
+        let one_batch = two_steps(build(&small(PARTS)), 1);
+        assert!(parts.keys().eq(one_batch.keys()), "{name}");
+        report(name, compare(&parts, &one_batch, 1e-10));
         // One batch norm over the complete batch must give a different step.
         let wrong = compare(&parts, &two_steps(build(&small(1)), 1), 1e-3);
         assert!(wrong.iter().filter(|r| r.is_err()).count() > wrong.len() / 2, "{name}: {wrong:?}");

@@ -214,10 +214,10 @@ fn a_step_of_simclr_in_bf16_is_audited_layer_by_layer() {
                 let [error, yardstick] = [&got, &rounded].map(|of| drift(&of[slot], want));
                 println!("{slot:40}{error:10.1e} |{yardstick:9.1e}");
             }
-            for whole in ["embeddings", "gradients, all together"] {
-                let name = format!("{}|{whole}", run.name);
-                let allowed = TIMES * drift(&rounded[whole], &want[whole]);
-                results.push(close(&name, &got[whole], &want[whole], allowed));
+            for part in ["embeddings", "gradients, all together"] {
+                let name = format!("{}|{part}", run.name);
+                let allowed = TIMES * drift(&rounded[part], &want[part]);
+                results.push(close(&name, &got[part], &want[part], allowed));
             }
             results.push(close(&format!("{}|loss", run.name), &got["loss"], &want["loss"], 1e-2));
         }
