@@ -21,7 +21,7 @@ KERNEL BOUNDS(TILE_THREADS, 2) void knn_similarities(float* s, const bf16* queri
 }
 
 /// A sort key of a similarity and its bank row: the larger key is the better neighbour. Floats are mapped to
-/// integers of the same order; 0 is no neighbour.
+/// integers of the same order; 0 marks an empty slot.
 __device__ __forceinline__ uint64_t key_of(float similarity, int index) {
     unsigned bits = __float_as_uint(similarity);
     unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;

@@ -1,6 +1,6 @@
-//! Files that are written whole or not at all.
+//! Files that are written completely or not at all.
 //!
-//! A file is written under a temporary name, synced and renamed: there is the old one or the new one, never half of one.
+//! A file is written under a temporary name, synced and renamed. A reader sees the old file or the new one, never a part of it.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -8,12 +8,12 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// Writes a small file, whole or not at all.
+/// Writes `bytes` to a file, completely or not at all.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     whole(path, |partial| std::fs::write(partial, bytes).map_err(|e| no_room(path, e)))
 }
 
-/// Writes `path` by way of a temporary name that `write` fills.
+/// Replaces `path` by the file that `write` creates under the temporary name that it gets.
 pub(crate) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let partial = path.with_file_name(format!(".{name}.partial"));
@@ -22,19 +22,19 @@ pub(crate) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
         synced.and_then(|()| std::fs::rename(&partial, path)).map_err(|e| no_room(path, e))
     });
     if kept.is_err() {
-        let _ = std::fs::remove_file(&partial); // the first error is the one to tell
+        let _ = std::fs::remove_file(&partial); // the first error matters more
         return kept;
     }
-    // The rename itself must survive a power cut, too.
+    // Syncing the folder makes the rename itself survive a power cut.
     if let Some(folder) = path.parent()
         && let Ok(folder) = File::open(folder)
     {
-        let _ = folder.sync_all(); // not every file system can
+        let _ = folder.sync_all(); // not every file system supports it
     }
     Ok(())
 }
 
-/// A failed write; a full disk comes with the remedy.
+/// The error of a failed write; for a full disk it says what to do.
 pub(crate) fn no_room(path: &Path, error: std::io::Error) -> Error {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {

@@ -20,7 +20,7 @@ pub(super) struct Threads {
 impl Threads {
     /// `count` threads, the calling one among them; 0 takes one per core.
     pub(super) fn new(count: usize) -> Result<Self, ThreadPoolBuildError> {
-        // A thread can belong to one pool only; its second device gets one that it is no part of.
+        // A thread can belong to one pool only. A second device made by the same thread gets a pool without it.
         let pool =
             builder(count).use_current_thread().build().or_else(|_| builder(count).build())?;
         Ok(Self { maker: std::thread::current().id(), pool, others: OnceLock::new() })

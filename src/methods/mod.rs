@@ -285,7 +285,7 @@ pub fn build(
 ) -> Result<Box<dyn Method>> {
     let (_, build) = ALL.iter().find(|(known, _)| *known == name).ok_or_else(|| {
         let known: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
-        Error::Config(format!("there is no method `{name}`; known are: {}", known.join(", ")))
+        Error::Config(format!("unknown method {name}; known methods: {}", known.join(", ")))
     })?;
     network.check()?;
     build(network, settings)

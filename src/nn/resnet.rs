@@ -71,7 +71,9 @@ impl ResNetConfig {
         let found = NAMES.iter().find(|(known, ..)| *known == name);
         let &(_, depth, bottleneck) = found.ok_or_else(|| {
             let known = NAMES.map(|(name, ..)| name).join(", ");
-            crate::Error::Config(format!("there is no architecture {name}; known are: {known}"))
+            crate::Error::Config(format!(
+                "unknown architecture {name}; known architectures: {known}"
+            ))
         })?;
         let (width, stem, zero_init_residual) = (64, Stem::Image, false);
         let (norm_groups, sk_ratio) = (1, 0.0);

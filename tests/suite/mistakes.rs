@@ -252,7 +252,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "method.name=simcrl"],
             2,
-            "there is no method `simcrl`; known are: byol, distill, moco, simclr, simclr-v2, simsiam, supervised, swav",
+            "unknown method simcrl; known methods: byol, distill, moco, simclr, simclr-v2, simsiam, supervised, swav",
         ),
         (
             &["train", "demo", "--out", "run"],
@@ -367,7 +367,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
                 "vit",
             ],
             2,
-            "there is no architecture vit; known are: resnet18, resnet34, resnet50, resnet101, resnet152, wide_resnet50_2, wide_resnet101_2",
+            "unknown architecture vit; known architectures: resnet18, resnet34, resnet50, resnet101, resnet152, wide_resnet50_2, wide_resnet101_2",
         ),
         (
             &[
