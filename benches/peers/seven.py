@@ -203,7 +203,7 @@ def write(results, cells, seeds, titles):
     text = [
         f"# The seven methods here and in PyTorch, {time.strftime('%Y-%m-%d')}", "",
         "CIFAR-10 (JPEG), 5,000 images, 4 epochs, batches of 64, ResNet-18 of width 8, two cores, f32. Weighted kNN (k 200, T 0.1) on the",
-        "trunk's features of 10,000 held-out images, in percent: means and deviations over "
+        "backbone's features of 10,000 held-out images, in percent: means and deviations over "
         f"{len(seeds)} seeds, for each of which both sides", "start from the same weights. A difference of means may be 1.5 points or two standard errors,",
         f"whichever is larger. PyTorch's side: {'; '.join(versions)}.", "Made by `benches/peers/seven.py`, which has the settings.", "",
         *lines, "", end]
