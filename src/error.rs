@@ -4,6 +4,7 @@
 //! operation's name and the shapes; whatever a correct program can meet returns [`Error`], which names the
 //! thing and, where it is known, the remedy. Messages are lower case without a full stop, so that they chain.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 /// What can go wrong outside the program's control.
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// Reading or writing a file failed.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", printable(path.as_os_str()))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -20,7 +21,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file is there but is not what it should be.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {reason}", printable(path.as_os_str()))]
     Format {
         /// The file.
         path: PathBuf,
@@ -48,6 +49,27 @@ pub enum Error {
     /// A run was asked to stop, and did.
     #[error("{0}")]
     Stopped(String),
+}
+
+/// Returns a file name or path as text that can be printed anywhere: control characters (line feeds, tabs, escape sequences,
+/// marks of writing direction), backslashes and bytes that are not UTF-8 are escaped, so that two names never look alike.
+pub(crate) fn printable(name: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in name.as_encoded_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            let direction = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            // Windows separates the parts of a path with backslashes.
+            if c.is_control() || direction || (c == '\\' && cfg!(unix)) {
+                text.extend(c.escape_default());
+            } else {
+                text.push(c);
+            }
+        }
+        for byte in chunk.invalid() {
+            text += &format!("\\x{byte:02x}");
+        }
+    }
+    text
 }
 
 /// The crate's result.

@@ -29,6 +29,9 @@ mod driver;
 mod examples;
 #[path = "suite/fault_injection.rs"]
 mod fault_injection;
+#[cfg(unix)]
+#[path = "suite/folders.rs"]
+mod folders;
 #[path = "suite/golden.rs"]
 mod golden;
 #[path = "suite/graph_replay.rs"]

@@ -54,6 +54,7 @@ impl Networks {
             "{}: {train} training and {test} held-out images, {how}, seed {seed}",
             checkpoint.display(),
         ));
+        self.images.notes().for_each(|note| talk(note));
         Ok(Results::new(json, about(checkpoint, [train, test], skipped, seed)))
     }
 

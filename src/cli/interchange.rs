@@ -67,6 +67,7 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
     policy.size = args.size.map_or(policy.size, |size| size as usize);
     let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
+    source.notes().iter().for_each(|note| talk(note));
     let bar = on_terminal().then(|| ProgressBar::new(source.len() as u64));
     let done = |count| bar.iter().for_each(|bar| bar.set_position(count as u64));
     let mut all = eval::embed(&arena, &backbone, &*source, &policy, transform, done)?;

@@ -58,6 +58,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
         packed.files.len(),
         packed.bytes as f64 / f64::from(1 << 20)
     ));
+    packed.notes.iter().for_each(|note| talk(note));
     let all = packed.images + packed.skipped.len();
     // Next to the folder, which has to be empty for another attempt.
     let mut list = args.out.components().collect::<PathBuf>().into_os_string();
@@ -65,7 +66,8 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
     let mut left_out = LeftOut::new(list.into(), args.max_skipped);
     if let Err(error) = left_out.add("source", all, &packed.skipped) {
         // An incomplete pack must not be taken for the set.
-        for file in &packed.files {
+        let manifest = args.out.join("pack.json");
+        for file in [&manifest].into_iter().chain(&packed.files) {
             std::fs::remove_file(file).map_err(Error::io(file))?;
         }
         let _ = std::fs::remove_dir(&args.out); // unless something else is in it

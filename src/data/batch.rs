@@ -1,5 +1,6 @@
 //! What a loader or an evaluation hands to a network, and the images that it had to leave out.
 
+use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// Samples of one step.
@@ -18,11 +19,21 @@ pub struct Batch {
     pub crops: Vec<Tensor>,
 }
 
-/// An image that could not be read.
+/// An image that is broken and was left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skipped {
     /// Its index in the source.
     pub index: u32,
     /// The file, and the reason.
     pub reason: String,
+}
+
+impl Skipped {
+    /// Takes note of a broken image. An I/O error says nothing about the image: it is returned as it is.
+    pub(super) fn new(index: usize, error: Error) -> Result<Self> {
+        match error {
+            Error::Io { .. } => Err(error),
+            error => Ok(Self { index: index as u32, reason: error.to_string() }),
+        }
+    }
 }

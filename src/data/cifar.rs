@@ -1,6 +1,6 @@
 //! CIFAR-10 and CIFAR-100 in their binary form.
 //!
-//! A record is the label bytes (CIFAR-10: one; CIFAR-100: coarse, then fine, of which the fine one is used)
+//! A record is the label bytes (CIFAR-10: one; CIFAR-100: coarse, then fine; the fine one is used)
 //! followed by three planes of 32 x 32 bytes, red, green, blue (<https://www.cs.toronto.edu/~kriz/cifar.html>).
 //! The set is held in memory, 150 MB at most. Files are recognised in the folder given or in the folder of their
 //! archive below it.
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
 
-/// What differs between the two sets.
+/// The differences between the two sets.
 struct Kind {
     folder: &'static str,
     train: &'static [&'static str],
@@ -49,16 +49,16 @@ const HUNDRED: Kind = Kind {
 
 /// A part of CIFAR-10 or CIFAR-100.
 pub struct Cifar {
-    /// As in the files, one after the other.
+    /// The records of all files, one after the other.
     records: Vec<u8>,
     label_bytes: usize,
     classes: Vec<String>,
-    /// Each file with the number of images before its end, for [`Source::name`].
+    /// Each file with the number of images up to its end, for [`Source::name`].
     files: Vec<(PathBuf, usize)>,
 }
 
 impl Cifar {
-    /// Whether a folder (or the archive's folder below it) holds either set's files for a split.
+    /// Returns whether a folder (or the archive's folder below it) holds files of either set.
     pub fn is_at(path: &Path) -> bool {
         find(path).is_some()
     }
@@ -66,7 +66,7 @@ impl Cifar {
     /// Reads a split; CIFAR-10 and CIFAR-100 are told apart by their file names.
     ///
     /// # Errors
-    /// When no file of either is there, a file of the split is missing or cut short, or a label is out of range.
+    /// If there is no file of either set, a file of the split is missing or truncated, or a label is out of range.
     pub fn open(path: &Path, split: Split) -> Result<Self> {
         let (folder, kind) = find(path).ok_or_else(|| {
             Error::format(
@@ -82,8 +82,8 @@ impl Cifar {
             let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
             if bytes.is_empty() || bytes.len() % record != 0 {
                 let reason = format!(
-                    "holds {} bytes, which is not a whole number of records of {record} bytes: \
-                     the file is cut short, download it again",
+                    "holds {} bytes, which is not a multiple of {record}, the size of a record: \
+                     the file is truncated, download it again",
                     bytes.len()
                 );
                 return Err(Error::format(&file, reason));
@@ -94,7 +94,7 @@ impl Cifar {
             if let Some(at) = wrong {
                 let reason = format!(
                     "record {at} has label {}, but there are {} classes: \
-                     the file is damaged or is not the set its name says, download it again",
+                     the file is corrupt or another set's, download it again",
                     bytes[at * record + kind.label_bytes - 1],
                     kind.classes
                 );
@@ -124,7 +124,7 @@ fn find(path: &Path) -> Option<(PathBuf, &'static Kind)> {
     None
 }
 
-/// The names beside the data; where that small file is missing, the numbers.
+/// Reads the names next to the data; numbers if that small file is missing.
 fn class_names(file: &Path, count: usize) -> Vec<String> {
     let text = std::fs::read_to_string(file).unwrap_or_default();
     let names: Vec<String> =
@@ -209,15 +209,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_file_is_said_with_the_remedy() {
+    fn errors_name_the_fault_of_a_file_and_the_remedy() {
         let good = records(&[&[1]]);
         let cases: [(Option<Vec<u8>>, &str); 4] = [
             (None, "test_batch.bin: "),
             (
                 Some(vec![]),
-                "test_batch.bin: holds 0 bytes, which is not a whole number of records of 3073 bytes",
+                "test_batch.bin: holds 0 bytes, which is not a multiple of 3073, the size of a record",
             ),
-            (Some(good[..3000].to_vec()), "the file is cut short, download it again"),
+            (Some(good[..3000].to_vec()), "the file is truncated, download it again"),
             (Some(records(&[&[1], &[10]])), "record 1 has label 10, but there are 10 classes"),
         ];
         for (bytes, expected) in cases {

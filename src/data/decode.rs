@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 /// The most pixels an image may have: Pillow's limit against decompression bombs.
 pub const PIXEL_LIMIT: usize = 178_956_970;
 
-/// File extensions that are read, in lower case.
-pub const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "jpe", "png"];
+/// The most bytes of a PNG file's colour profile and other texts, unpacked: pixels are counted apart.
+const TEXT_LIMIT: u64 = 64 << 20;
 
 /// Decodes the contents of an image file; the format is told by its first bytes, whatever its name.
 ///
@@ -109,7 +109,19 @@ fn spread_grey(pixels: &mut [u8]) {
 
 /// A decoder that has read the headers.
 fn png_header(bytes: &[u8]) -> Result<PngDecoder<Cursor<&[u8]>>, String> {
-    let decoder = PngDecoder::new(Cursor::new(bytes)).map_err(damaged_png)?;
+    // The decoder reads a colour profile before it says the size: the size is checked first, where the format has it.
+    let side = |at: usize| {
+        let bytes = bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, |bytes| u32::from_be_bytes(bytes) as usize)
+    };
+    let (width, height) = (side(16), side(20));
+    if bytes.get(12..16) == Some(b"IHDR") {
+        check_size(width, height)?;
+    }
+    let mut limits = image::Limits::no_limits();
+    // Rows count, too: at most 8 bytes a pixel, and two of them.
+    limits.max_alloc = Some(TEXT_LIMIT + 16 * width as u64);
+    let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(damaged_png)?;
     let [width, height] = sides(&decoder);
     check_size(width, height)?;
     Ok(decoder)

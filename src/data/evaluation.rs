@@ -12,34 +12,41 @@ use super::rows::rows_of;
 use super::source::{Image, Source};
 use crate::device::cuda::Table;
 use crate::device::{Device, DeviceKind};
+use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
-/// Images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, 4]` of a batch of epoch
-/// 0, with the policy's size, resampling, pixels and normalisation; and the images that are left out because they could not be read. Runs on the device's threads, and a GPU
-/// makes the views: the same ones.
+/// Returns the images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, 4]` of a batch
+/// of epoch 0, with the policy's size, resampling, pixels and normalisation; and the broken images, which are left out. Images
+/// are read on the device's threads; a GPU makes the same views itself.
+///
+/// # Errors
+/// If an image cannot be read for another reason than that it is broken.
 ///
 /// # Panics
-/// When the range does not lie in the source.
+/// If the range exceeds the source.
 pub fn center_batch(
     source: &dyn Source,
     range: Range<usize>,
     policy: &Policy,
     device: &Device,
-) -> (Batch, Vec<Skipped>) {
+) -> Result<(Batch, Vec<Skipped>)> {
     transformed_batch(Transform::Center, source, range, policy, device)
 }
 
-/// [`center_batch`] under another transform.
+/// As [`center_batch`], under another transform.
+///
+/// # Errors
+/// If an image cannot be read for another reason than that it is broken.
 ///
 /// # Panics
-/// When the range does not lie in the source.
+/// If the range exceeds the source.
 pub fn transformed_batch(
     by: Transform,
     source: &dyn Source,
     range: Range<usize>,
     policy: &Policy,
     device: &Device,
-) -> (Batch, Vec<Skipped>) {
+) -> Result<(Batch, Vec<Skipped>)> {
     let wanted: Vec<usize> = range.collect();
     let (mut indices, mut skipped) = (wanted, Vec::new());
     loop {
@@ -50,31 +57,29 @@ pub fn transformed_batch(
             let labels =
                 indices.iter().map(|&i| source.label(i).map_or(-1, |l| l as i32)).collect();
             let indices = indices.iter().map(|&i| i as u32).collect();
-            return (
-                Batch { epoch: 0, position: 0, indices, labels, crops: vec![images] },
-                skipped,
-            );
+            let batch = Batch { epoch: 0, position: 0, indices, labels, crops: vec![images] };
+            return Ok((batch, skipped));
         }
-        // Rare: again without the broken ones.
+        // Rare, so everything is made again without the broken images.
         let mut readable = Vec::new();
         for (index, read) in indices.into_iter().zip(read) {
             match read {
                 Ok(()) => readable.push(index),
-                Err(reason) => skipped.push(Skipped { index: index as u32, reason }),
+                Err(error) => skipped.push(Skipped::new(index, error)?),
             }
         }
         indices = readable;
     }
 }
 
-/// All images at `indices`; rows of broken ones are left as they are.
+/// Makes the views on the host; the rows of broken images stay unspecified.
 fn transform_on_host(
     by: Transform,
     source: &dyn Source,
     indices: &[usize],
     policy: &Policy,
     device: &Device,
-) -> (Tensor, Vec<Result<(), String>>) {
+) -> (Tensor, Vec<Result<()>>) {
     let size = policy.size;
     let mut images = Tensor::floats(device, [indices.len(), size, size, 4]);
     let rows = rows_of(&mut images, size * size * 4);
@@ -84,7 +89,7 @@ fn transform_on_host(
             .map_init(
                 <(Image, Scratch, Vec<f32>)>::default,
                 |(image, scratch, buffer), (row, &index)| {
-                    source.read(index, image).map_err(|e| e.to_string())?;
+                    source.read(index, image)?;
                     row.fill(buffer, |out| transform(by, image, policy, out, scratch));
                     Ok(())
                 },
@@ -94,33 +99,33 @@ fn transform_on_host(
     (images, read)
 }
 
-/// Likewise by a GPU; nothing is made where one is broken.
+/// Makes the views on a GPU; makes none if an image is broken.
 fn transform_on_gpu(
     by: Transform,
     source: &dyn Source,
     indices: &[usize],
     policy: &Policy,
     device: &Device,
-) -> (Tensor, Vec<Result<(), String>>) {
+) -> (Tensor, Vec<Result<()>>) {
     let size = policy.size;
     let mut out =
         Tensor::empty(device, DType::of_activations(device), [indices.len(), size, size, 4]);
     let read = |&index: &usize| {
         let mut image = Image::default();
-        source.read(index, &mut image).map_err(|e| e.to_string())?;
+        source.read(index, &mut image)?;
         let view = View::middle(by, [image.width, image.height], policy, 0);
         if view.shrinks_by() > MOST_SHRINKING {
-            return Err(format!("{}: has too many pixels for a GPU", source.name(index)));
+            return Err(Error::format(source.name(index), "has too many pixels for a GPU"));
         }
         Ok((image, view))
     };
-    let images: Vec<Result<_, String>> = device.run(|| indices.par_iter().map(read).collect());
+    let images: Vec<Result<_>> = device.run(|| indices.par_iter().map(read).collect());
     let readable = images.iter().flatten();
     let bytes = readable.map(|(image, _)| image.pixels.len()).sum::<usize>();
     if images.iter().any(Result::is_err) || bytes == 0 {
         return (out, images.into_iter().map(|image| image.map(drop)).collect());
     }
-    // Few sizes: the pool keeps what is given back, by size.
+    // Rounded up to few distinct sizes, because the pool keeps freed memory by size.
     let mut pixels = Table::room(device, bytes.next_power_of_two());
     let (mut all, mut views) = (Vec::with_capacity(bytes), Vec::new());
     for (image, view) in images.iter().flatten() {
@@ -143,8 +148,10 @@ mod tests {
     fn images_come_in_order_the_same_on_both_devices() {
         let set = fashion_scattered(Split::Test);
         let policy = Policy::crop(32);
-        let (cpu, none) = center_batch(&set, 5..12, &policy, &Device::cpu(2).unwrap().poisoned());
-        let (reference, _) = center_batch(&set, 5..12, &policy, &Device::reference().poisoned());
+        let (cpu, none) =
+            center_batch(&set, 5..12, &policy, &Device::cpu(2).unwrap().poisoned()).unwrap();
+        let (reference, _) =
+            center_batch(&set, 5..12, &policy, &Device::reference().poisoned()).unwrap();
         assert_eq!((cpu.indices, none.len()), ((5..12).collect(), 0));
         assert_eq!(cpu.crops[0].to_f64(), reference.crops[0].to_f64());
         assert_eq!(cpu.labels[0], set.label(5).unwrap() as i32);
@@ -165,12 +172,17 @@ mod tests {
         }
         std::fs::write(folder.path().join("b.png"), "").unwrap();
         let set = Folder::open(folder.path()).unwrap();
-        let (batch, skipped) = center_batch(&set, 0..3, &Policy::crop(4), &Device::reference());
+        let (batch, skipped) =
+            center_batch(&set, 0..3, &Policy::crop(4), &Device::reference()).unwrap();
         assert_eq!(
             (batch.indices, batch.labels, **batch.crops[0].shape() == [2, 4, 4, 4]),
             (vec![0, 2], vec![-1, -1], true)
         );
         assert_eq!((skipped.len(), skipped[0].index), (1, 1));
         assert!(skipped[0].reason.ends_with("b.png: is empty (0 bytes)"), "{}", skipped[0].reason);
+        let set = Folder::open(folder.path()).unwrap();
+        std::fs::remove_file(folder.path().join("c.png")).unwrap();
+        let error = center_batch(&set, 0..3, &Policy::crop(4), &Device::reference()).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
     }
 }

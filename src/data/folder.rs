@@ -1,105 +1,70 @@
 //! A folder of class folders, or one folder of images without labels.
 //!
-//! Classes are the sub-folders that are not hidden, files the JPEG and PNG files directly in them, both in byte
-//! order of their names, so that indices mean the same everywhere (torchvision's `ImageFolder` sorts alike).
-//! Decoded images are kept in memory up to a budget.
+//! `listing` says which files and in what order. Decoded images are kept in memory up to a budget.
 
 use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
-use super::decode::{EXTENSIONS, decode, size};
+use super::classes;
+use super::decode::{decode, size};
+use super::listing::Listing;
 use super::source::{Image, Source};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
 /// Images in files.
 pub struct Folder {
+    root: PathBuf,
     files: Vec<(PathBuf, u32)>,
     classes: Vec<String>,
+    notes: Vec<String>,
     cache: Cache,
 }
 
 impl Folder {
-    /// Lists a folder: class folders if it has sub-folders, a set without labels otherwise.
+    /// Lists a folder: class folders if it has sub-folders, a set without labels otherwise. The images of a class are
+    /// those of its folder and of all folders below it, as torchvision's `ImageFolder` reads them.
     ///
     /// # Errors
-    /// When the folder is missing or holds no images, when a class folder holds none, or images lie beside class
-    /// folders.
+    /// If the folder is missing or holds no images, a class folder holds none, or images lie next to class folders.
     pub fn open(path: &Path) -> Result<Self> {
-        let (folders, loose) = list(path)?;
-        let (mut files, mut classes) = (Vec::new(), Vec::new());
-        if folders.is_empty() {
-            if loose.is_empty() {
-                let reason =
-                    format!("has neither class folders nor images ({})", EXTENSIONS.join(", "));
-                return Err(Error::format(path, reason));
-            }
-            files.extend(loose.into_iter().map(|file| (file, 0)));
-        } else {
-            if let Some(file) = loose.first() {
-                let reason = format!(
-                    "has both class folders and images of its own (such as {}): move the images into a class folder, or away",
-                    file.display()
-                );
-                return Err(Error::format(path, reason));
-            }
-            for folder in folders {
-                let (_, images) = list(&folder)?;
-                if images.is_empty() {
-                    let reason = format!(
-                        "is a class folder without images ({}) in it: fill it or remove it",
-                        EXTENSIONS.join(", ")
-                    );
-                    return Err(Error::format(&folder, reason));
-                }
-                files.extend(images.into_iter().map(|file| (file, classes.len() as u32)));
-                classes.push(file_name(&folder));
-            }
-        }
+        let Listing { files, classes, notes } = Listing::of(path)?;
         let cache = Cache::new(files.len());
-        Ok(Self { files, classes, cache })
+        Ok(Self { root: path.to_path_buf(), files, classes, notes, cache })
     }
 
-    /// Sets how many bytes of decoded images are kept in memory (1 GiB unless said otherwise); 0 keeps none.
+    /// Numbers the classes as `first` does, the training part's classes; classes that it lacks come after them.
+    ///
+    /// # Errors
+    /// If a class differs from one of `first` by case only, or `first` has none of the classes.
+    pub(super) fn with_classes_of(mut self, path: &Path, first: &[String]) -> Result<Self> {
+        if self.classes.is_empty() {
+            return Ok(self);
+        }
+        let merged = classes::merge(path, first, &self.classes)?;
+        self.files.iter_mut().for_each(|(_, class)| *class = merged.numbers[*class as usize]);
+        let labels = self.files.iter().map(|&(_, class)| class);
+        self.notes.extend(merged.note(path, labels));
+        self.classes = merged.classes;
+        Ok(self)
+    }
+
+    /// Sets how many bytes of decoded images are kept in memory (default: 1 GiB); 0 keeps none.
     pub fn with_cache(mut self, bytes: usize) -> Self {
         self.cache.limit(bytes);
         self
     }
 
-    /// The file of image `index`.
+    /// Returns the file of image `index`.
     pub(super) fn file(&self, index: usize) -> &Path {
         &self.files[index].0
     }
-}
 
-/// The last part of a path.
-pub(super) fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
-/// The sub-folders and the image files of a folder, each sorted; hidden ones left out.
-fn list(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let (mut folders, mut images) = (Vec::new(), Vec::new());
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let path = entry.map_err(Error::io(folder))?.path();
-        if file_name(&path).starts_with('.') {
-            continue;
-        }
-        // Not the entry's own type: links to folders and files count as what they lead to.
-        if path.is_dir() {
-            folders.push(path);
-        } else if is_image(&path) {
-            images.push(path);
-        }
+    /// Returns the path of image `index` below the folder, printable, with `/` between its parts.
+    pub(super) fn name_in_folder(&self, index: usize) -> String {
+        let path = self.file(index);
+        let below = path.strip_prefix(&self.root).unwrap_or(path);
+        below.iter().map(printable).collect::<Vec<_>>().join("/")
     }
-    folders.sort_unstable();
-    images.sort_unstable();
-    Ok((folders, images))
-}
-
-/// Whether a file's name says that it is an image.
-fn is_image(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-    extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
 }
 
 impl Source for Folder {
@@ -137,7 +102,11 @@ impl Source for Folder {
     }
 
     fn name(&self, index: usize) -> String {
-        self.files[index].0.display().to_string()
+        printable(self.files[index].0.as_os_str())
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
     }
 }
 
@@ -153,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_and_files_come_in_order_and_hidden_ones_not_at_all() {
+    fn classes_and_files_come_in_order_and_hidden_ones_are_left_out() {
         let root = tempfile::tempdir().unwrap();
         for (file, value) in [
             ("dog/b.png", 3),
@@ -200,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_folder_is_said_with_the_remedy() {
+    fn errors_name_the_fault_of_a_folder_and_the_remedy() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         std::fs::create_dir_all(at("bare")).unwrap();
@@ -210,10 +179,10 @@ mod tests {
         write(at("mixed/b.png"), 1);
         for (name, expected) in [
             ("nowhere", "nowhere: "),
-            ("bare", "has neither class folders nor images (jpg, jpeg, jpe, png)"),
+            ("bare", "has neither class folders nor images (jpg, jpeg, jpe, jfif, png)"),
             (
                 "empty-class",
-                "dog: is a class folder without images (jpg, jpeg, jpe, png) in it: fill it or remove it",
+                "dog: is a class folder without images (jpg, jpeg, jpe, jfif, png) in it: fill it or remove it",
             ),
             ("mixed", "has both class folders and images of its own"),
         ] {

@@ -8,10 +8,11 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::classes;
 use super::source::{Image, Source, Split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
-/// The most bytes that a gzipped file may unpack to: a guard against damaged or malicious ones.
+/// The most bytes of a file, unpacked: a guard against corrupt or malicious ones.
 const UNPACKED_LIMIT: u64 = 4 << 30;
 
 /// Names of the image and the label file of each split; `.gz` may follow.
@@ -42,24 +43,30 @@ pub struct Idx {
     height: usize,
     labels: Option<Vec<u8>>,
     classes: Vec<String>,
+    notes: Vec<String>,
     file: PathBuf,
 }
 
 impl Idx {
-    /// Whether a folder holds idx files of images.
+    /// Returns whether a folder holds idx files of images.
     pub fn is_at(folder: &Path) -> bool {
         FILES.iter().any(|[images, _]| find(folder, images).is_some())
     }
 
-    /// Reads a split of a folder with idx files under their usual names.
+    /// Reads a split of a folder with idx files under their usual names. Classes of the test part that the training part lacks
+    /// are named in [`Source::notes`].
     ///
     /// # Errors
-    /// As [`Idx::from_files`]; and when the folder has no images of that split.
+    /// As [`Idx::from_files`]; also if the folder has no images of that split.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let candidates = if split == Split::Train { &FILES[..2] } else { &FILES[2..] };
         for [images, labels] in candidates {
             if let Some(images) = find(folder, images) {
-                return Self::from_files(&images, find(folder, labels).as_deref());
+                let mut set = Self::from_files(&images, find(folder, labels).as_deref())?;
+                if split == Split::Test {
+                    set.note_classes_beyond(folder)?;
+                }
+                return Ok(set);
             }
         }
         let wanted: Vec<_> =
@@ -71,10 +78,27 @@ impl Idx {
         Err(Error::format(folder, reason))
     }
 
-    /// Reads a file of images and, where given, one of labels.
+    /// Takes note of labels that are above all of the training part.
+    fn note_classes_beyond(&mut self, folder: &Path) -> Result<()> {
+        let Some(path) = FILES[..2].iter().find_map(|[_, labels]| find(folder, labels)) else {
+            return Ok(());
+        };
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let (_, labels) = parse::<1>(&path, &bytes, "labels")?;
+        let first = labels.iter().max().map_or(0, |&label| usize::from(label) + 1);
+        if first == 0 || first >= self.classes.len() {
+            return Ok(());
+        }
+        let own: Vec<u32> = self.labels.iter().flatten().copied().map(u32::from).collect();
+        let merged = classes::merge(&self.file, &self.classes[..first], &self.classes)?;
+        self.notes.extend(merged.note(&self.file, own.into_iter()));
+        Ok(())
+    }
+
+    /// Reads a file of images and, if given, one of labels.
     ///
     /// # Errors
-    /// When a file cannot be read, is not what it should be, or the two do not belong together.
+    /// If a file cannot be read, is corrupt, or the two do not belong together.
     pub fn from_files(images: &Path, labels: Option<&Path>) -> Result<Self> {
         let bytes = std::fs::read(images).map_err(Error::io(images))?;
         let labels = match labels {
@@ -87,10 +111,10 @@ impl Idx {
         )
     }
 
-    /// Reads images and labels from the contents of files, gzipped or not; the paths serve messages only.
+    /// Reads images and labels from the contents of files, gzipped or not; the paths are for messages only.
     ///
     /// # Errors
-    /// When they are not what they should be or do not belong together.
+    /// If the contents are corrupt or do not belong together.
     pub fn from_bytes(images: (&Path, &[u8]), labels: Option<(&Path, &[u8])>) -> Result<Self> {
         let (file, bytes) = images;
         let (dims, pixels) = parse::<3>(file, bytes, "images")?;
@@ -123,6 +147,7 @@ impl Idx {
             height,
             labels,
             classes: (0..classes).map(|i| i.to_string()).collect(),
+            notes: Vec::new(),
             file: file.to_path_buf(),
         })
     }
@@ -130,7 +155,7 @@ impl Idx {
     /// Names the classes.
     ///
     /// # Errors
-    /// When a label has no name.
+    /// If a label has no name.
     pub fn with_classes(
         mut self,
         names: impl IntoIterator<Item = impl Into<String>>,
@@ -149,7 +174,7 @@ impl Idx {
     }
 }
 
-/// The demo's set: 10,000 and 2,000 images of Fashion-MNIST, 32 x 32, each scattered over its canvas once.
+/// Returns the demo's set: 10,000 and 2,000 images of Fashion-MNIST, 32 x 32, each scattered over its canvas once.
 ///
 /// See `assets/fashion-scattered/README.md` for its origin, its licence (MIT) and how it was made.
 pub fn fashion_scattered(split: Split) -> Idx {
@@ -169,14 +194,14 @@ pub fn fashion_scattered(split: Split) -> Idx {
     };
     Idx::from_bytes(images, Some(labels))
         .and_then(|set| set.with_classes(FASHION))
-        .expect("the embedded files are whole: a test reads them")
+        .expect("the embedded files are complete: a test reads them")
 }
 
 fn find(folder: &Path, name: &str) -> Option<PathBuf> {
     [folder.join(name), folder.join(format!("{name}.gz"))].into_iter().find(|path| path.is_file())
 }
 
-/// The sizes and contents of an idx file of unsigned bytes.
+/// Reads the sizes and contents of an idx file of unsigned bytes. Memory is taken for what the header announces, and no more.
 fn parse<const RANK: usize>(
     path: &Path,
     bytes: &[u8],
@@ -186,14 +211,28 @@ fn parse<const RANK: usize>(
         return Err(Error::format(path, "is empty: download it again"));
     }
     let mut bytes = Cow::Borrowed(bytes);
+    let header = 4 + 4 * RANK;
     if bytes.starts_with(&[0x1F, 0x8B]) {
+        let mut reader = flate2::read::MultiGzDecoder::new(&*bytes);
         let mut unpacked = Vec::new();
-        flate2::read::GzDecoder::new(&*bytes).take(UNPACKED_LIMIT).read_to_end(&mut unpacked).map_err(|e| {
-            Error::format(path, format!("cannot be unpacked ({e}): the file is cut short or damaged, download it again"))
-        })?;
+        let mut unpack = |into: &mut Vec<u8>, most: u64| {
+            reader.by_ref().take(most).read_to_end(into).map_err(|e| {
+                Error::format(path, format!("cannot be unpacked ({e}): the file is truncated or corrupt, download it again"))
+            })
+        };
+        unpack(&mut unpacked, header as u64)?;
+        // A byte more than the header announces shows that there is too much.
+        let announced = unpacked.get(4..header).map_or(0, |dims| length_of(dims).saturating_add(1));
+        if announced > u128::from(UNPACKED_LIMIT) {
+            let reason = format!(
+                "announces {} bytes of {what}, more than the limit of {UNPACKED_LIMIT}",
+                announced - 1
+            );
+            return Err(Error::format(path, reason));
+        }
+        unpack(&mut unpacked, announced as u64)?;
         bytes = Cow::Owned(unpacked);
     }
-    let header = 4 + 4 * RANK;
     if bytes.len() < 4 || bytes[..4] != [0, 0, 8, RANK as u8] {
         let reason = format!(
             "starts with {:02x?}, not with [00, 00, 08, {RANK:02x}] as an idx file of {what} does",
@@ -201,32 +240,38 @@ fn parse<const RANK: usize>(
         );
         return Err(Error::format(path, reason));
     }
-    let cut_short = |wanted: u128| {
+    let truncated = |wanted: u128| {
         let reason = format!(
-            "holds {} bytes of {wanted}: the file is cut short, download it again",
+            "holds {} bytes of {wanted}: the file is truncated, download it again",
             bytes.len()
         );
         Error::format(path, reason)
     };
     if bytes.len() < header {
-        return Err(cut_short(header as u128));
+        return Err(truncated(header as u128));
     }
     let mut dims = [0; RANK];
     for (dim, word) in dims.iter_mut().zip(bytes[4..header].chunks_exact(4)) {
         *dim = u32::from_be_bytes([word[0], word[1], word[2], word[3]]) as usize;
     }
-    // 128 bits: three sizes of 32 bits from a damaged header overflow 64.
-    let wanted = header as u128 + dims.iter().map(|&d| d as u128).product::<u128>();
+    let wanted = header as u128 + length_of(&bytes[4..header]);
     if (bytes.len() as u128) < wanted {
-        return Err(cut_short(wanted));
+        return Err(truncated(wanted));
     }
     if bytes.len() as u128 > wanted {
         let extra = bytes.len() as u128 - wanted;
-        return Err(Error::format(path, format!("has {extra} bytes more than its header says")));
+        let more = if extra == 1 { "at least 1 byte".into() } else { format!("{extra} bytes") };
+        return Err(Error::format(path, format!("has {more} more than its header says")));
     }
     let mut bytes = bytes.into_owned();
     bytes.drain(..header);
     Ok((dims, bytes))
+}
+
+/// The product of the sizes in a header: 128 bits, because three sizes of 32 bits from a corrupt header overflow 64.
+fn length_of(dims: &[u8]) -> u128 {
+    let sizes = dims.as_chunks::<4>().0.iter();
+    sizes.map(|&size| u128::from(u32::from_be_bytes(size))).product()
 }
 
 impl Source for Idx {
@@ -257,7 +302,11 @@ impl Source for Idx {
     }
 
     fn name(&self, index: usize) -> String {
-        format!("{}, image {index}", self.file.display())
+        format!("{}, image {index}", printable(self.file.as_os_str()))
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
     }
 }
 
@@ -298,11 +347,16 @@ mod tests {
         test.read(1, &mut b).unwrap();
         assert_eq!((a.width, a.height, &a.pixels[..]), (2, 1, &[30, 30, 30, 40, 40, 40][..]));
         assert_eq!(a, b);
+        // Several members in one file, as pigz and cat make them.
+        let two = [gzipped(&images[..9]), gzipped(&images[9..])].concat();
+        let joined = Idx::from_bytes((Path::new("x"), &two), None).unwrap();
+        joined.read(1, &mut b).unwrap();
+        assert_eq!(a, b);
         assert_eq!((train.label(0), train.classes().len(), test.label(0)), (Some(4), 5, None));
     }
 
     #[test]
-    fn the_embedded_set_is_whole() {
+    fn the_embedded_set_is_complete() {
         for (split, count) in [(Split::Train, 10_000), (Split::Test, 2_000)] {
             let set = fashion_scattered(split);
             assert_eq!(
@@ -314,19 +368,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_file_is_said() {
+    fn errors_name_the_fault_of_a_file() {
         let good = idx(&[2, 1, 2], &[1, 2, 3, 4]);
         let labels = idx(&[2], &[1, 2]);
         let packed = gzipped(&good);
         let huge = idx(&[u32::MAX, u32::MAX, u32::MAX], &[]);
-        let cases: [(&[u8], &[u8], &str); 9] = [
+        let (huge_packed, long) = (gzipped(&huge), gzipped(&idx(&[2, 1, 2], &[0; 9])));
+        let cases: [(&[u8], &[u8], &str); 11] = [
+            (&huge_packed, &labels, "more than the limit of 4294967296"),
+            (&long, &labels, "images: has at least 1 byte more than its header says"),
             (&[], &labels, "images: is empty: download it again"),
             (&[1, 2], &labels, "starts with [01, 02], not with [00, 00, 08, 03]"),
             (&labels, &labels, "images: starts with [00, 00, 08, 01]"),
             (&good, &good, "labels: starts with [00, 00, 08, 03], not with [00, 00, 08, 01]"),
-            (&good[..18], &labels, "holds 18 bytes of 20: the file is cut short"),
-            (&good[..6], &labels, "holds 6 bytes of 16: the file is cut short"),
-            (&huge, &labels, "the file is cut short"),
+            (&good[..18], &labels, "holds 18 bytes of 20: the file is truncated"),
+            (&good[..6], &labels, "holds 6 bytes of 16: the file is truncated"),
+            (&huge, &labels, "the file is truncated"),
             (&packed[..packed.len() - 9], &labels, "cannot be unpacked"),
             (&good, &idx(&[1], &[1]), "labels: holds 1 labels, but images holds 2 images"),
         ];

@@ -1,22 +1,24 @@
 //! Which images of a set have labels: a share of each class, or a list.
 //!
-//! A share is the same images for every seed of a run, as a published list is; 1% is part of 10%.
+//! A share is the same for every seed of a run, as a published list is; the images of 1% are among those of 10%.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use super::source::Source;
 use crate::device::{Philox, Purpose};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
-/// What decides the images of a share.
+/// Seed of the shuffle that picks a share.
 const SEED: u64 = 0;
 
-/// The places of a set's labelled images, rising: `10%` of each class, at least one, or the images that a file names, one a
-/// line: a file's name (`n01440764_10074.JPEG`), with its class folder where names repeat, or a place in the set, from 0.
+/// Returns the indices of a set's labelled images in ascending order. `which` is a share such as `10%` (of each class, at
+/// least one image) or a file with one image per line: a file name (`n01440764_10074.JPEG`), with as much of its path as
+/// makes it unique, or an index into the set, from 0.
 ///
 /// # Errors
-/// When the share is none, the set has no labels, or a line names no image or several.
+/// If the share is out of range, the set has no labels, or a line names no image or several.
 pub fn labelled(source: &dyn Source, which: &str) -> Result<Vec<u32>> {
     let Some(percent) = which.trim().strip_suffix('%') else {
         return listed(source, Path::new(which));
@@ -32,10 +34,10 @@ pub fn labelled(source: &dyn Source, which: &str) -> Result<Vec<u32>> {
     Ok(chosen)
 }
 
-/// The class of each image.
+/// Returns the class of each image.
 ///
 /// # Errors
-/// When the set has no labels.
+/// If the set has no labels.
 pub fn labels_of(source: &dyn Source) -> Result<Vec<u32>> {
     let label = |i| {
         source.label(i).ok_or_else(|| {
@@ -45,8 +47,8 @@ pub fn labels_of(source: &dyn Source) -> Result<Vec<u32>> {
     (0..source.len()).map(label).collect()
 }
 
-/// `count(members)` images of each class, or all where there are fewer, in class order, each class shuffled by `seed` and
-/// `draw`: with a greater count come the same and more.
+/// Returns `count(members)` images of each class (all if there are fewer) in class order, each class shuffled by `seed` and
+/// `draw`. A greater count returns the same images and more.
 pub fn of_each_class(
     labels: &[u32],
     count: impl Fn(usize) -> usize,
@@ -65,39 +67,52 @@ pub fn of_each_class(
     chosen
 }
 
+/// The places of the images that a file names.
 fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
-    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
-    // By the last part of a name, and by the last two; `None` where several images have it.
-    let mut places: HashMap<String, Option<u32>> = HashMap::new();
+    let bytes = std::fs::read(file).map_err(Error::io(file))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Error::format(file, "is not UTF-8 text with one image per line"))?;
+    // Editors of Windows begin a file with a byte order mark.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let lines: Vec<(usize, &str)> =
+        (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()).collect();
+    let mut called: HashMap<String, Vec<(u32, String)>> = HashMap::new();
+    for (_, line) in &lines {
+        called.entry(last_part(&printable(OsStr::new(line)))).or_default();
+        called.entry(last_part(line)).or_default();
+    }
     for i in 0..source.len() {
-        let name = source.name(i).replace('\\', "/");
-        let parts: Vec<&str> = name.rsplitn(3, '/').collect();
-        let short = parts[0].to_owned();
-        let long = parts.get(1).map(|folder| format!("{folder}/{short}"));
-        for key in std::iter::once(short).chain(long) {
-            places.entry(key).and_modify(|place| *place = None).or_insert(Some(i as u32));
+        let name = slashes(&source.name(i));
+        if let Some(images) = called.get_mut(&last_part(&name)) {
+            images.push((i as u32, name));
         }
     }
     let mut chosen = Vec::new();
-    for (number, line) in text.lines().enumerate() {
-        let name = line.trim();
-        if name.is_empty() {
-            continue;
+    for (number, line) in lines {
+        let wrong = |what: String| Error::format(file, format!("line {number}: {what}"));
+        let mut found = images_called(&called, &printable(OsStr::new(line)));
+        if found.is_empty() {
+            found = images_called(&called, line);
         }
-        let place = places.get(name).copied().or_else(|| {
-            let place = name.parse().ok().filter(|&i: &u32| (i as usize) < source.len())?;
-            Some(Some(place))
-        });
-        let wrong = |what: &str| Error::format(file, format!("line {}: {what}", number + 1));
-        chosen.push(match place {
-            Some(Some(place)) => place,
-            Some(None) => {
-                return Err(wrong(&format!(
-                    "several images are called {name}: write CLASS/{name}"
+        if found.is_empty() {
+            let place = line.parse().ok().filter(|&i: &u32| (i as usize) < source.len());
+            found.extend(place);
+        }
+        match found[..] {
+            [place] => chosen.push(place),
+            [] => {
+                let line = printable(OsStr::new(line));
+                return Err(wrong(format!("the training images have no {line}")));
+            }
+            _ if line.contains('/') => {
+                return Err(wrong(format!(
+                    "several images are called {line}: write more of the path"
                 )));
             }
-            None => return Err(wrong(&format!("the training images have no {name}"))),
-        });
+            _ => {
+                return Err(wrong(format!("several images are called {line}: write CLASS/{line}")));
+            }
+        }
     }
     chosen.sort_unstable();
     chosen.dedup();
@@ -105,6 +120,40 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
         return Err(Error::format(file, "names no image"));
     }
     Ok(chosen)
+}
+
+fn slashes(path: &str) -> String {
+    if cfg!(windows) { path.replace('\\', "/") } else { path.to_owned() }
+}
+
+fn last_part(path: &str) -> String {
+    let path = slashes(path);
+    path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+/// The images that a line of a list may mean. The end of an image's path must be the line, or the line may be a longer
+/// path of which the image's is the end; of an absolute path, which may be that of another machine, only the longest
+/// common end counts, at least a folder and a file.
+fn images_called(called: &HashMap<String, Vec<(u32, String)>>, line: &str) -> Vec<u32> {
+    let line = slashes(line);
+    let parts = |path: &str| -> Vec<String> {
+        path.split('/').filter(|part| !matches!(*part, "" | ".")).map(Into::into).collect()
+    };
+    let wanted = parts(&line);
+    let mut best = (1, Vec::new());
+    for (image, name) in called.get(&last_part(&line)).into_iter().flatten() {
+        let name = parts(name);
+        let same = wanted.iter().rev().zip(name.iter().rev()).take_while(|(a, b)| a == b).count();
+        let shorter = wanted.len().min(name.len());
+        let needed = if line.starts_with('/') { shorter.min(2) } else { shorter };
+        if same >= needed.max(best.0) {
+            if same > best.0 {
+                best = (same, Vec::new());
+            }
+            best.1.push(*image);
+        }
+    }
+    best.1
 }
 
 #[cfg(test)]
@@ -135,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_taken_by_name_and_its_mistakes_by_line() {
+    fn a_list_names_images_and_its_mistakes_are_reported_by_line() {
         let root = tempfile::tempdir().unwrap();
         for name in ["cat/1.png", "cat/2.png", "dog/1.png"] {
             let path = root.path().join("train").join(name);
@@ -150,9 +199,15 @@ mod tests {
         };
         assert_eq!(read("dog/1.png\n\n2.png\r\n").unwrap(), [1, 2]);
         assert_eq!(read("0\n2\n2\n").unwrap(), [0, 2]);
+        assert_eq!(read("\u{feff}dog/1.png\r\n./cat/1.png\r\n").unwrap(), [0, 2]);
+        let whole = root.path().join("train/dog/1.png").display().to_string();
+        assert_eq!(read(&whole).unwrap(), [2]);
+        assert_eq!(read("/another/machine/train/cat/1.png\ntrain/dog/1.png").unwrap(), [0, 2]);
         for (text, message) in [
             ("2.png\n1.png", "line 2: several images are called 1.png: write CLASS/1.png"),
             ("3", "line 1: the training images have no 3"),
+            ("bird/2.png", "line 1: the training images have no bird/2.png"),
+            ("/x/bird/2.png", "line 1: the training images have no /x/bird/2.png"),
             ("\n", "names no image"),
         ] {
             let got = read(text).unwrap_err();

@@ -1,20 +1,21 @@
 //! Images in, batches of augmented crops out.
 //!
-//! A [`Source`] gives `index -> (u8 image, label)`; a [`Policy`] draws the numbers of one augmentation and
-//! applies them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed,
-//! epoch and position. Evaluation has one transform, [`center`], and one way to read a set in order,
-//! [`center_batch`]. On a GPU the threads draw numbers only, and a kernel makes the crops of images that lie there.
-//! Nothing here knows of networks or methods.
+//! A [`Source`] gives `index -> (u8 image, label)`; a [`Policy`] draws the parameters of one augmentation and applies
+//! them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed, epoch and position.
+//! Evaluation has one transform, [`center`], and one way to read a set in order, [`center_batch`]. On a GPU the threads only
+//! draw parameters, and a kernel makes the crops of images that lie there. Nothing here depends on networks or methods.
 
 pub mod augment;
 mod batch;
 mod cache;
 mod cifar;
+mod classes;
 mod decode;
 mod evaluation;
 mod folder;
 mod idx;
 mod labels;
+mod listing;
 mod loader;
 mod open;
 mod pack;

@@ -1,27 +1,33 @@
-//! Recognises what a path holds.
+//! Recognises the data set at a path.
 
 use std::path::Path;
 
 use super::cifar::Cifar;
 use super::folder::Folder;
 use super::idx::Idx;
+use super::listing::class_names;
 use super::pack::Pack;
 use super::source::{Source, Split};
 use crate::error::{Error, Result};
 
-/// Names of the folders that hold a split.
+/// Names of the folders that may hold a split.
 pub(super) fn folders(split: Split) -> &'static [&'static str] {
     match split {
         Split::Train => &["train"],
-        Split::Test => &["test", "val"],
+        Split::Test => &["test", "val", "valid"],
     }
 }
 
-/// The images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder with
-/// `train/` and `test/` (or `val/`) in it, or a folder of images without labels, which is its own training set.
+/// Opens the images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder
+/// that holds `train/` and `test/` (or `val/`, `valid/`), or a folder of class folders or of images without labels, which is a
+/// training part.
+///
+/// Classes are numbered by name, alike for all parts of a set: the training part's classes come first, classes that only
+/// the held-out part has follow, and [`Source::notes`] names them.
 ///
 /// # Errors
-/// When nothing is there, nothing is recognised, the split is missing, or what is recognised is damaged.
+/// If nothing is there, nothing is recognised, the split is missing, what is recognised is damaged, or the parts' classes
+/// differ by case only or altogether.
 pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     if !path.exists() {
         return Err(Error::format(path, "no such file or folder: check the path of the data set"));
@@ -41,7 +47,13 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     let holds =
         |split| folders(split).iter().map(|name| path.join(name)).find(|folder| folder.is_dir());
     if let Some(folder) = holds(split) {
-        return Ok(Box::new(Folder::open(&folder)?));
+        let images = Folder::open(&folder)?;
+        return Ok(Box::new(match holds(Split::Train) {
+            Some(train) if split != Split::Train => {
+                images.with_classes_of(&folder, &class_names(&train)?)?
+            }
+            _ => images,
+        }));
     }
     if holds(Split::Train).or(holds(Split::Test)).is_some() {
         let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
@@ -50,8 +62,8 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
             format!("has no {}: the {split} part is missing", names.join(" or ")),
         ));
     }
-    let folder =
-        Folder::open(path).map_err(|e| not_recognised(path, &format!("is no data set ({e})")))?;
+    let folder = Folder::open(path)
+        .map_err(|e| not_recognised(path, &format!("is not a data set ({e})")))?;
     match (split, folder.classes().is_empty()) {
         (Split::Train, _) => Ok(Box::new(folder)),
         (Split::Test, true) => Err(Error::format(
@@ -60,14 +72,14 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         )),
         (Split::Test, false) => Err(Error::format(
             path,
-            "has class folders but no test/ or val/: put the class folders into train/ and test/ to hold some out",
+            "has class folders but no test/, val/ or valid/: put the class folders into train/ and test/ to hold some out",
         )),
     }
 }
 
 fn not_recognised(path: &Path, what: &str) -> Error {
     let reason = format!(
-        "{what}; recognised are: a folder with train/ and test/ (or val/), each with a folder of JPEG or PNG files per class; \
+        "{what}; recognised are: a folder with train/ and test/ (or val/, valid/), each with a folder of JPEG or PNG files per class; \
          what `selfsup pack` wrote; the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
          a folder of class folders, or of images without labels (train part only)"
     );
@@ -115,7 +127,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_recognised_is_told_what_is() {
+    fn all_parts_number_classes_by_the_names_of_the_training_part() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        for name in ["train/ape", "train/bee", "train/cow", "valid/aaa", "valid/bee", "valid/cow"] {
+            touch(&at(&format!("set/{name}/1.png")), b"");
+        }
+        let [train, test] =
+            [Split::Train, Split::Test].map(|split| open(&at("set"), split).unwrap());
+        let labels = |set: &dyn Source| -> Vec<_> {
+            (0..set.len()).map(|i| set.label(i).unwrap()).collect()
+        };
+        assert_eq!((labels(&*train), labels(&*test)), (vec![0, 1, 2], vec![3, 1, 2]));
+        assert_eq!((train.classes().len(), test.classes()[3].as_str()), (3, "aaa"));
+        assert!(
+            test.notes()[0]
+                .ends_with("class aaa has no training images: 1 images count as never right")
+        );
+        touch(&at("set/valid/Ape/1.png"), b"");
+        let said = open(&at("set"), Split::Test).err().unwrap().to_string();
+        assert!(said.contains("has class Ape, and the train part has class ape"), "{said}");
+    }
+
+    #[test]
+    fn the_message_for_an_unknown_folder_lists_the_known_layouts() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         touch(&at("text/readme.txt"), b"hello");
@@ -124,9 +159,13 @@ mod tests {
         touch(&at("classes/cat/a.jpg"), b"");
         for (name, split, expected) in [
             ("nowhere", Split::Train, "nowhere: no such file or folder"),
-            ("text", Split::Train, "recognised are: a folder with train/ and test/ (or val/)"),
+            (
+                "text",
+                Split::Train,
+                "recognised are: a folder with train/ and test/ (or val/, valid/)",
+            ),
             ("flat/a.png", Split::Train, "is a file; name the folder it lies in"),
-            ("only-train", Split::Test, "has no test/ or val/: the test part is missing"),
+            ("only-train", Split::Test, "has no test/ or val/ or valid/: the test part is missing"),
             ("flat", Split::Test, "has a train part only"),
             ("classes", Split::Test, "put the class folders into train/ and test/"),
         ] {

@@ -1,17 +1,17 @@
-//! Rows of a tensor of images, written from f32 whatever the device's float type.
+//! Rows of a tensor of images, written from f32 whatever the float type of the device.
 
 use crate::tensor::{DType, Tensor};
 
-/// Where one view of one sample goes: `s * s * 4` values.
+/// The row of one view of one sample: `s * s * 4` values.
 pub enum Row<'a> {
-    /// In f32.
+    /// On an f32 device.
     F32(&'a mut [f32]),
     /// On the reference device.
     F64(&'a mut [f64]),
 }
 
 impl Row<'_> {
-    /// Lets `write` fill the row; `buffer` stands in for rows that are not f32.
+    /// Lets `write` fill the row; `buffer` is used for rows that are not f32.
     pub fn fill(self, buffer: &mut Vec<f32>, write: impl FnOnce(&mut [f32])) {
         match self {
             Row::F32(values) => write(values),
@@ -24,7 +24,7 @@ impl Row<'_> {
     }
 }
 
-/// A float tensor's rows of `length` values.
+/// Splits a float tensor into rows of `length` values.
 pub fn rows_of(tensor: &mut Tensor, length: usize) -> Vec<Row<'_>> {
     match tensor.dtype() {
         DType::F64 => tensor.data_mut().chunks_exact_mut(length).map(Row::F64).collect(),

@@ -1,8 +1,8 @@
-//! What a set of images is to the rest of the program.
+//! The interface of a set of images.
 //!
-//! A source maps an index to an RGB image of 8-bit values and, where it has one, a label. Reading goes into a
-//! buffer of the caller, so that a loader's threads allocate nothing per image. A source knows nothing of order,
-//! batches or augmentation.
+//! A source maps an index to an RGB image of 8-bit values and, if the set is labelled, a class. Images are read into a
+//! buffer of the caller, so that a loader's threads allocate nothing per image. Order, batches and augmentation are
+//! decided elsewhere.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,31 +10,31 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
-/// An RGB image; a buffer to be read into again and again.
+/// An RGB image: a buffer that is read into again and again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
-    /// In pixels.
+    /// Width in pixels.
     pub width: usize,
-    /// In pixels.
+    /// Height in pixels.
     pub height: usize,
     /// `[height, width, 3]`, row-major.
     pub pixels: Vec<u8>,
 }
 
 impl Image {
-    /// Takes on a size; the pixels' contents are unspecified.
+    /// Sets the size; the contents of the pixels become unspecified.
     pub fn resize(&mut self, width: usize, height: usize) {
         (self.width, self.height) = (width, height);
         self.pixels.resize(width * height * 3, 0);
     }
 }
 
-/// Which part of a data set.
+/// A part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// What is trained on.
+    /// The training part.
     Train,
-    /// What is held out.
+    /// The held-out part.
     Test,
 }
 
@@ -53,8 +53,10 @@ impl FromStr for Split {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "train" => Ok(Split::Train),
-            "test" | "val" => Ok(Split::Test),
-            _ => Err(Error::config(format!("split `{text}` is none of `train`, `test`, `val`"))),
+            "test" | "val" | "valid" => Ok(Split::Test),
+            _ => Err(Error::config(format!(
+                "unknown split `{text}`: `train`, `test`, `val` or `valid`"
+            ))),
         }
     }
 }
@@ -64,7 +66,7 @@ pub trait Source: Send + Sync {
     /// Number of images.
     fn len(&self) -> usize;
 
-    /// Whether there are none; sources that `open` hands out never are.
+    /// Whether it holds no images; a source from `open` always holds some.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -72,30 +74,38 @@ pub trait Source: Send + Sync {
     /// Reads image `index` in `0..len` into a buffer.
     ///
     /// # Errors
-    /// When the image cannot be read or decoded; the message names it. The buffer's contents are then unspecified.
+    /// If the image is broken, or with [`Error::Io`] if it cannot be read; the message names it. A broken image is skipped by
+    /// loaders and evaluations, an I/O error ends them. The contents of the buffer are then unspecified.
     ///
     /// # Panics
-    /// When `index` is not in `0..len`.
+    /// If `index` is not in `0..len`.
     fn read(&self, index: usize, into: &mut Image) -> Result<()>;
 
-    /// Width and height of image `index`, without decoding it where a source knows better than to.
+    /// Returns width and height of image `index`, without decoding it if the source can tell them from a header.
     ///
     /// # Errors
-    /// As [`Source::read`], though what is damaged further on may go unnoticed.
+    /// As [`Source::read`], except that damage behind the header may go unnoticed.
     fn size(&self, index: usize) -> Result<[usize; 2]> {
         let mut image = Image::default();
         self.read(index, &mut image)?;
         Ok([image.width, image.height])
     }
 
-    /// The class of image `index`, a place in [`Source::classes`]; `None` where the set has no labels.
+    /// Returns the class of image `index`, an index into [`Source::classes`]; `None` if the set has no labels.
     fn label(&self, index: usize) -> Option<u32>;
 
-    /// Names of the classes; empty where the set has no labels.
+    /// Returns the names of the classes, printable; empty if the set has no labels.
     fn classes(&self) -> &[String];
 
-    /// What to call image `index` in a message: a file, or a file and a place in it.
+    /// Returns the name of image `index` for messages and tables: a file, or a file and a position in it. Names are printable
+    /// and differ where files do: control characters, backslashes and bytes that are not UTF-8 are escaped.
     fn name(&self, index: usize) -> String;
+
+    /// Returns sentences that a user of the set should read: what lies there and is not read, classes that the training part
+    /// lacks.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
 }
 
 /// Some images of another source.
@@ -105,10 +115,10 @@ pub struct Subset {
 }
 
 impl Subset {
-    /// The images at `indices` of `source`, in that order.
+    /// Creates a source of the images at `indices` of `source`, in that order.
     ///
     /// # Panics
-    /// When an index is not in the source.
+    /// If an index is not in the source.
     pub fn new(source: Arc<dyn Source>, indices: Vec<u32>) -> Self {
         let length = source.len();
         if let Some(wrong) = indices.iter().find(|&&i| i as usize >= length) {
@@ -117,13 +127,13 @@ impl Subset {
         Self { source, indices }
     }
 
-    /// The first `count` images, or all where there are fewer.
+    /// Returns the first `count` images, or all if there are fewer.
     pub fn first(source: Arc<dyn Source>, count: usize) -> Self {
         let count = count.min(source.len());
         Self::new(source, (0..count as u32).collect())
     }
 
-    /// `count` images spread evenly over the source's order: of a folder sorted by class, from all classes.
+    /// Returns `count` images spread evenly over the source's order: from all classes, since folders are sorted by class.
     pub fn spread(source: Arc<dyn Source>, count: usize) -> Self {
         let length = source.len();
         let count = count.min(length);
@@ -131,7 +141,7 @@ impl Subset {
         Self::new(source, indices)
     }
 
-    /// The places in the other source.
+    /// Returns the indices into the other source.
     pub fn indices(&self) -> &[u32] {
         &self.indices
     }
@@ -161,6 +171,10 @@ impl Source for Subset {
     fn name(&self, index: usize) -> String {
         self.source.name(self.indices[index] as usize)
     }
+
+    fn notes(&self) -> &[String] {
+        self.source.notes()
+    }
 }
 
 #[cfg(test)]
@@ -169,7 +183,7 @@ mod tests {
     use crate::data::fashion_scattered;
 
     #[test]
-    fn a_subset_shows_the_images_it_was_given() {
+    fn a_subset_reads_the_images_at_its_indices() {
         let all: Arc<dyn Source> = Arc::new(fashion_scattered(Split::Test));
         let some = Subset::new(all.clone(), vec![7, 3]);
         let (mut a, mut b) = (Image::default(), Image::default());

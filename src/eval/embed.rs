@@ -58,7 +58,7 @@ pub fn embed(
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
         let (batch, skipped) =
-            transformed_batch(transform, source, from..to, policy, arena.device());
+            transformed_batch(transform, source, from..to, policy, arena.device())?;
         all.skipped.extend(skipped);
         if !batch.indices.is_empty() {
             let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;

@@ -196,7 +196,7 @@ fn collect(
     };
     for from in (0..source.len()).step_by(BATCH) {
         let to = (from + BATCH).min(source.len());
-        let (batch, skipped) = center_batch(source, from..to, policy, device);
+        let (batch, skipped) = center_batch(source, from..to, policy, device)?;
         all.skipped.extend(skipped);
         for (&index, &label) in batch.indices.iter().zip(&batch.labels) {
             let label = u32::try_from(label).map_err(|_| {

@@ -47,6 +47,11 @@ impl Images {
         Ok(Self { train, test })
     }
 
+    /// Returns sentences on the images that a user should read: what is not read, and classes without training images.
+    pub fn notes(&self) -> impl Iterator<Item = &String> {
+        self.train.notes().iter().chain(self.test.iter().flat_map(|test| test.notes()))
+    }
+
     /// The held-out images, for a command that cannot do without.
     ///
     /// # Errors

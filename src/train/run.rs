@@ -247,7 +247,8 @@ impl Run {
 
     fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.recipe.train.epochs;
-        if let Some(sentence) = self.loader.place_images() {
+        self.images.notes().for_each(|note| watch.note(note));
+        if let Some(sentence) = self.loader.place_images()? {
             watch.note(&sentence);
         }
         self.record_start()?;

@@ -178,7 +178,7 @@ fn a_loader_gives_a_gpu_the_crops_of_the_host() {
             .collect();
         for budget in [usize::MAX, 100] {
             let mut loader = loader(&gpu).keep_at_most(budget);
-            let said = loader.place_images().unwrap();
+            let said = loader.place_images().unwrap().unwrap();
             let resident = budget > 100;
             assert!(said.contains("lie on the GPU") == resident, "{said}");
             assert!(said.contains("batch by batch") != resident, "{said}");
@@ -207,7 +207,7 @@ fn an_evaluation_sees_the_middle_of_images_on_a_gpu_as_on_the_host() {
     let gpu = gpu(Precision::F32);
     let normalise = Normalise { mean: [0.5, 0.4, 0.3], std: [0.2, 0.3, 0.4] };
     let run = |device: &Device, policy: &Policy| {
-        let (batch, skipped) = center_batch(&*source, 0..8, policy, device);
+        let (batch, skipped) = center_batch(&*source, 0..8, policy, device).unwrap();
         (batch.indices, batch.labels, skipped, batch.crops[0].to_vec::<f32>())
     };
     for size in [1, 14, 33] {

@@ -156,7 +156,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
     let packed = std::fs::read(root.join("packed/train-00000.pack")).unwrap();
     let index_at = u64::from_le_bytes(packed[40..48].try_into().unwrap()) as usize;
     let cut = format!(
-        "cut/train-00000.pack: is no whole file of packed images: its header announces an index of {} bytes at {index_at}, and it has {} bytes: copy the set again, or pack the images again",
+        "cut/train-00000.pack: is a truncated or corrupt pack file: its header announces an index of {} bytes at {index_at}, and it has {} bytes: copy the set again, or pack the images again",
         packed.len() - index_at,
         packed.len() - 5
     );
@@ -216,7 +216,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "data.path=alien"],
             1,
-            "alien/train-00000.pack: is no whole file of packed images: it does not begin as one: copy the set again, or pack the images again",
+            "alien/train-00000.pack: is a truncated or corrupt pack file: it does not begin as one: copy the set again, or pack the images again",
         ),
         (
             &["train", "demo", "--set", "data.path=future"],

@@ -84,10 +84,11 @@ fn a_pack_gives_the_batches_of_its_folder_to_the_bit() {
         pack(root, &again, &settings, |_, _| ()).unwrap();
         let written = files(&to);
         assert!(written == files(&again), "the same files to the byte");
-        let bytes: usize = written.values().map(Vec::len).sum();
+        let packs = written.iter().filter(|(name, _)| *name != "pack.json");
+        let bytes: usize = packs.map(|(_, bytes)| bytes.len()).sum();
         assert_eq!((packed.images, packed.bytes), (12, bytes as u64));
-        assert!(packed.skipped.is_empty() && packed.files.len() == written.len());
-        assert_eq!(written.len() == 2, file_bytes == 1 << 20);
+        assert!(packed.skipped.is_empty() && packed.files.len() + 1 == written.len());
+        assert_eq!(written.len() == 3, file_bytes == 1 << 20);
         for split in [Split::Train, Split::Test] {
             let [ours, theirs] = [&*to, root].map(|path| data::open(path, split).unwrap());
             assert_eq!(ours.classes(), theirs.classes());
@@ -174,7 +175,10 @@ fn a_damaged_file_is_refused_or_has_a_broken_image() {
             std::fs::write(&file, &whole[..length]).unwrap();
             let said = data::open(&to, Split::Train).err().unwrap().to_string();
             assert!(
-                said.starts_with(&format!("{}: is no whole file of", file.display())),
+                said.starts_with(&format!(
+                    "{}: is a truncated or corrupt pack file",
+                    file.display()
+                )),
                 "{said}"
             );
             assert!(said.ends_with(": copy the set again, or pack the images again"), "{said}");
@@ -226,7 +230,7 @@ fn files_that_are_missing_or_of_another_set_are_noticed() {
     prepare(root);
     let to = root.join("packed");
     pack(root, &to, &settings(FILES, 200), |_, _| ()).unwrap();
-    let count = files(&to).len() - 1;
+    let count = files(&to).len() - 2;
     assert!(count > 3);
     let name = |number: usize| format!("train-{number:05}.pack");
     let remedy = "copy the set again, or pack the images again";
@@ -250,9 +254,119 @@ fn files_that_are_missing_or_of_another_set_are_noticed() {
             Err(_) => std::fs::remove_file(&path).unwrap(),
         }
     }
-    std::fs::remove_file(to.join("val-00000.pack")).unwrap();
+    let held_out = to.join("val-00000.pack");
+    std::fs::remove_file(&held_out).unwrap();
     let said = data::open(&to, Split::Test).err().unwrap().to_string();
-    let expected =
-        "has packed images, but no test-00000.pack or val-00000.pack: the test part is missing";
-    assert_eq!(said, format!("{}: {expected}", to.display()));
+    assert_eq!(said, format!("{}: is missing: {remedy}", held_out.display()));
+    let other = root.join("other");
+    pack(&root.join("train"), &other, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
+    let said = data::open(&other, Split::Test).err().unwrap().to_string();
+    let expected = "has packed images, but no test-00000.pack or val-00000.pack or valid-00000.pack: the test part is missing";
+    assert_eq!(said, format!("{}: {expected}", other.display()));
+}
+
+/// Killed between two files, between two parts, or before the manifest.
+#[test]
+fn a_pack_that_was_stopped_is_not_taken_for_a_complete_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepare(root);
+    let to = root.join("packed");
+    pack(root, &to, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
+    let written = files(&to);
+    assert_eq!(
+        written.keys().collect::<Vec<_>>(),
+        ["pack.json", "train-00000.pack", "val-00000.pack"]
+    );
+    for left in [vec!["train-00000.pack"], vec!["train-00000.pack", "val-00000.pack"]] {
+        let stopped = root.join(format!("stopped-{}", left.len()));
+        left.iter().for_each(|name| write(&stopped.join(name), &written[*name]));
+        for split in [Split::Train, Split::Test] {
+            let said = data::open(&stopped, split).err().unwrap().to_string();
+            let missing = said.contains("the test part is missing") && left.len() == 1;
+            assert!(
+                said.contains("holds a pack that was stopped before it was complete") || missing,
+                "{said}"
+            );
+        }
+        let again = pack(root, &stopped, &settings(FILES, 1 << 20), |_, _| ());
+        let said = again.unwrap_err().to_string();
+        assert!(
+            said.contains("what is left of a pack that was stopped (train-00000.pack"),
+            "{said}"
+        );
+    }
+    let partial = root.join("partial");
+    write(&partial.join(".train-00000.pack.partial"), b"");
+    let said = data::open(&partial, Split::Train).err().unwrap().to_string();
+    assert!(said.contains("(.train-00000.pack.partial and 0 more)"), "{said}");
+    let again = pack(root, &partial, &settings(FILES, 1 << 20), |_, _| ());
+    let said = again.unwrap_err().to_string();
+    assert!(said.contains("left of a pack that was stopped (.train-00000.pack.partial)"), "{said}");
+    // A pack of the format before the manifest is complete without one.
+    let older = root.join("older");
+    for name in ["train-00000.pack", "val-00000.pack"] {
+        let mut bytes = written[name].clone();
+        bytes[8] = 1;
+        let mut crc = flate2::Crc::new();
+        crc.update(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&crc.sum().to_le_bytes());
+        write(&older.join(name), &bytes);
+    }
+    assert_eq!(data::open(&older, Split::Test).unwrap().len(), 1);
+}
+
+#[test]
+fn a_part_without_a_class_keeps_the_numbers_of_the_training_part() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    for name in ["train/ape", "train/bee", "train/cow", "val/aaa", "val/bee", "val/cow/2024"] {
+        png(&root.join(format!("set/{name}/1.png")), 3, 3, 1);
+    }
+    let to = root.join("packed");
+    let packed = pack(&root.join("set"), &to, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
+    assert!(
+        packed.notes[0].contains("class aaa has no training images: 1 images count as never right")
+    );
+    // Parts that were packed apart have lists of their own.
+    let apart = root.join("apart");
+    for part in ["train", "val"] {
+        pack(&root.join("set").join(part), &root.join(part), &settings(FILES, 1 << 20), |_, _| ())
+            .unwrap();
+        let mut bytes = std::fs::read(root.join(part).join("train-00000.pack")).unwrap();
+        bytes[8] = 1;
+        let mut crc = flate2::Crc::new();
+        crc.update(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&crc.sum().to_le_bytes());
+        write(&apart.join(format!("{part}-00000.pack")), &bytes);
+    }
+    for path in [&to, &apart] {
+        let test = data::open(path, Split::Test).unwrap();
+        let labels: Vec<_> = (0..test.len()).map(|i| test.label(i).unwrap()).collect();
+        assert_eq!(labels, [3, 1, 2]);
+        assert_eq!(test.classes(), ["ape", "bee", "cow", "aaa"]);
+        assert!(
+            test.notes()[0]
+                .ends_with("class aaa has no training images: 1 images count as never right")
+        );
+        assert!(test.name(2).ends_with("val-00000.pack/cow/2024/1.png"), "{}", test.name(2));
+    }
+}
+
+#[test]
+fn an_io_error_while_packing_is_an_error_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepare(root);
+    let mut removed = false;
+    // Listed and then gone, as on a network mount.
+    let refused = pack(root, &root.join("packed"), &settings(FILES, 200), |_, _| {
+        if !removed {
+            std::fs::remove_file(root.join("val/dog/x.png")).unwrap();
+            removed = true;
+        }
+    });
+    let said = refused.unwrap_err();
+    assert!(matches!(&said, selfsup::Error::Io { path, .. } if path.ends_with("x.png")), "{said}");
+    assert!(!root.join("packed").exists());
 }

@@ -1,4 +1,4 @@
-//! Applying drawn numbers to an image.
+//! Applies drawn parameters to an image.
 
 use multiversion::multiversion;
 
@@ -8,7 +8,7 @@ use super::resize::Resize;
 use super::{blur, colour, float, resize};
 use crate::data::source::Image;
 
-/// Buffers that [`Policy::apply`] and [`center`] use again and again; one per thread.
+/// Buffers that [`Policy::apply`] and [`center`] reuse; one per thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
     resize: resize::Buffers,
@@ -21,7 +21,7 @@ impl Policy {
     /// Writes the view of `image` that `params` describe to `out`, `[size, size, 4]`, the fourth channel zero.
     ///
     /// # Panics
-    /// When `out` has another length, or the crop does not lie in the image.
+    /// If `out` has another length, or the crop exceeds the image.
     #[track_caller]
     pub fn apply(&self, params: &Params, image: &Image, out: &mut [f32], scratch: &mut Scratch) {
         let (size, crop) = (self.size, params.crop);
@@ -47,7 +47,7 @@ impl Policy {
         }
     }
 
-    /// How the crop is resampled.
+    /// Returns the resampling of the crop.
     pub(super) fn resize(&self, params: &Params) -> Resize {
         Resize {
             crop: params.crop,
@@ -71,7 +71,7 @@ impl Policy {
                     ColourOp::Brightness => colour::brightness(pixels, drawn.brightness),
                     ColourOp::Contrast => colour::contrast(pixels, drawn.contrast),
                     ColourOp::Saturation => colour::saturation(pixels, drawn.saturation),
-                    // The way to HSV and back is not exact: without a range there is no such step, as in
+                    // The conversion to HSV and back is not exact, so the step is skipped if its range is 0, as in
                     // torchvision.
                     ColourOp::Hue if jitter.hue > 0.0 => colour::hue(pixels, drawn.hue),
                     ColourOp::Hue => {}
@@ -122,28 +122,28 @@ impl Policy {
     }
 }
 
-/// What comes between an image and a network when nothing is drawn.
+/// The deterministic transform of an image for evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transform {
-    /// The middle 7/8, resampled and normalised as the policy has it; an image of `size` already is only normalised. With
-    /// 8-bit pixels as torchvision does it: the shorter side brought to 8/7 of `size` (256 for 224), then the middle. With
-    /// floats as SimCLR and BYOL do it: a square of 7/8 of the shorter side, brought to `size` (google-research/simclr,
+    /// The central 7/8, resampled and normalised by the policy; an image that already has `size` is only normalised. With 8-bit
+    /// pixels as torchvision does it: the shorter side is resized to 8/7 of `size` (256 for 224), then the centre is cropped.
+    /// With floats as SimCLR and BYOL do it: a square of 7/8 of the shorter side is resized to `size` (google-research/simclr,
     /// data_util.py, `center_crop`; BYOL rounds that square down, which can be a pixel less).
     Center,
-    /// The same, every image resized, as torchvision's presets do: for networks that were made with them.
+    /// The same, but every image is resized, as torchvision's presets do: for networks that were trained with them.
     ResizedCenter,
 }
 
-/// The evaluation's view of an image: [`Transform::Center`]. `out` is `[size, size, 4]`.
+/// Writes the evaluation's view of an image, [`Transform::Center`], to `out`, `[size, size, 4]`.
 ///
 /// # Panics
-/// When `out` has another length.
+/// If `out` has another length.
 #[track_caller]
 pub fn center(image: &Image, policy: &Policy, out: &mut [f32], scratch: &mut Scratch) {
     transform(Transform::Center, image, policy, out, scratch);
 }
 
-/// [`center`] under any transform.
+/// As [`center`], under any transform.
 #[track_caller]
 pub(crate) fn transform(
     by: Transform,
@@ -167,28 +167,28 @@ pub(crate) fn transform(
     }
 }
 
-/// What a transform resamples of an image of `width` x `height` pixels.
+/// Returns the resampling of a transform for an image of `width` x `height` pixels.
 pub(super) fn middle(by: Transform, width: usize, height: usize, policy: &Policy) -> Resize {
     let &Policy { size, filter, antialias, pixels, .. } = policy;
     let all = CropBox { left: 0, top: 0, width, height };
     let (crop, whole) = if by == Transform::Center && [width, height] == [size; 2] {
         (all, [size; 2])
     } else if pixels == Pixels::Float {
-        // Halves to even, as TensorFlow's `rint` rounds.
+        // Rounds halves to even, as TensorFlow's `rint`.
         let side = ((width.min(height) * 7) as f64 / 8.0).round_ties_even().max(1.0) as usize;
         let [left, top] = [width, height].map(|length| (length - side).div_ceil(2));
         (CropBox { left, top, width: side, height: side }, [size; 2])
     } else {
         let (short, target) = (width.min(height), (size * 8 + 3) / 7); // rounded
-        // The longer side truncated, as torchvision's `Resize` does.
+        // The longer side is truncated, as in torchvision's `Resize`.
         (all, [target * width / short, target * height / short])
     };
-    // Halves to even, as torchvision's `CenterCrop` rounds.
+    // Rounds halves to even, as torchvision's `CenterCrop`.
     let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
     Resize { crop, whole, first, size, filter, antialias, flip: false }
 }
 
-/// Per channel what is subtracted and divided by.
+/// Returns mean and standard deviation per channel.
 pub(super) fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
     let ([r, g, b], [sr, sg, sb]) = normalise.map_or(([0.0; 3], [1.0; 3]), |n| (n.mean, n.std));
     ([r, g, b, 0.0], [sr, sg, sb, 1.0])
@@ -196,7 +196,7 @@ pub(super) fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
 
 fn write_u8(pixels: &[[u8; 4]], normalise: Option<&Normalise>, out: &mut [f32]) {
     let (mean, std) = scale(normalise);
-    // A channel has 256 values: two divisions for each of those, and none for each pixel.
+    // A channel has 256 values, so divisions are done once per value, not per pixel.
     let table =
         |c: usize| -> [f32; 256] { std::array::from_fn(|v| (v as f32 / 255.0 - mean[c]) / std[c]) };
     let (red, green, blue) = (table(0), table(1), table(2));
@@ -290,7 +290,7 @@ mod tests {
                 let params = policy.draw(&mut Philox::new(2, Purpose::Test, 0, i), 37, 50);
                 let out = view(&policy, &params, &image);
                 for pixel in out.chunks_exact(4) {
-                    // Float sums of a blur's weights may pass 1 by rounding.
+                    // A float sum of the blur's weights may exceed 1 by rounding.
                     assert!(
                         pixel[..3].iter().all(|v| (0.0..1.00001).contains(v)),
                         "{pixel:?} of {params:?}"
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn normalisation_takes_the_mean_and_divides() {
+    fn normalisation_subtracts_the_mean_and_divides_by_the_deviation() {
         let image = Image { width: 1, height: 1, pixels: vec![255, 51, 0] };
         let normalise = Some(Normalise { mean: [0.5, 0.1, 0.2], std: [0.5, 0.2, 0.1] });
         let policy = Policy { normalise, ..Policy::crop(1) };
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn the_centre_of_an_image_of_eight_sevenths_is_cut_without_resampling() {
+    fn the_centre_of_an_image_of_eight_sevenths_is_cropped_without_resampling() {
         let image = noise(8, 8);
         let mut out = [0.0; 7 * 7 * 4];
         center(&image, &Policy::crop(7), &mut out, &mut Scratch::default());
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn the_centre_in_floats_is_seven_eighths_of_the_shorter_side_brought_to_size() {
+    fn the_centre_in_floats_is_seven_eighths_of_the_shorter_side_resized() {
         let policy = Policy {
             pixels: Pixels::Float,
             filter: Filter::Bicubic,

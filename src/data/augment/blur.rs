@@ -10,7 +10,7 @@ use multiversion::multiversion;
 
 use super::colour::clipped;
 
-/// Buffers of a blur.
+/// Buffers of a blur, used again and again.
 #[derive(Debug, Default)]
 pub struct Buffers {
     kernel: Vec<f32>,
@@ -86,7 +86,7 @@ pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buf
     let Buffers { bytes: other, sums, .. } = buffers;
     other.resize(size * size, [0; 4]);
     let shape = BoxBlur::of(sigma);
-    // A blur moves down whole rows, which are vectors; across is down in the transposed image.
+    // The blur runs down the columns, so that whole rows are vectors; across is down in the transposed image.
     let mut down = |from: &mut [[u8; 4]], to: &mut [[u8; 4]]| {
         box_blur(from.as_flattened(), to.as_flattened_mut(), 4 * size, shape, sums);
     };
@@ -98,22 +98,22 @@ pub fn pillow(pixels: &mut [[u8; 4]], size: usize, sigma: f32, buffers: &mut Buf
     }
 }
 
-/// Box blurs that stand for a Gaussian.
+/// Box blurs that approximate a Gaussian.
 const PASSES: usize = 3;
 
-/// A box of a fractional radius: whole pixels, and a share of the two beyond them.
+/// A box of fractional radius: whole pixels, and a share of the two beyond them.
 #[derive(Clone, Copy, Debug)]
 pub struct BoxBlur {
-    /// Whole pixels of the radius.
+    /// Radius in whole pixels.
     pub whole: u32,
-    /// Of a pixel in the box, in 2^24ths.
+    /// Weight of a pixel in the box, in units of 2^-24.
     pub weight: u32,
-    /// Of a pixel beyond it, in 2^24ths.
+    /// Weight of a pixel beyond it, in units of 2^-24.
     pub fraction: u32,
 }
 
 impl BoxBlur {
-    /// The box whose three-fold application has standard deviation `sigma > 0`.
+    /// Returns the box that has standard deviation `sigma > 0` when it is applied three times.
     pub fn of(sigma: f32) -> Self {
         let radius = box_radius(sigma);
         let whole = radius as u32;
@@ -122,7 +122,7 @@ impl BoxBlur {
     }
 }
 
-/// Radius of the box whose three-fold application has standard deviation `sigma`.
+/// Returns the radius of the box that has standard deviation `sigma` when it is applied three times.
 fn box_radius(sigma: f32) -> f32 {
     // f32 and f64 as in the C code, where the literals are doubles.
     let variance = sigma * sigma / PASSES as f32;
@@ -132,9 +132,9 @@ fn box_radius(sigma: f32) -> f32 {
     whole + share / (6.0 * (variance - (whole + 1.0) * (whole + 1.0)))
 }
 
-const _: () = assert!(PASSES == 3, "`pillow` writes them out");
+const _: () = assert!(PASSES == 3, "`pillow` unrolls them");
 
-/// Rows become columns.
+/// Transposes a square.
 fn transpose(pixels: &[[u8; 4]], out: &mut [[u8; 4]], size: usize) {
     const TILE: usize = 8; // rows and columns at a time, so that few lines of the cache are in use
     for top in (0..size).step_by(TILE) {
@@ -166,7 +166,7 @@ fn box_blur(input: &[u8], output: &mut [u8], lanes: usize, shape: BoxBlur, sums:
         let beyond = place((i + whole + 1).min(last));
         let values = behind.iter().zip(ahead).zip(beyond);
         for ((sum, out), ((&behind, &ahead), &beyond)) in sums.iter_mut().zip(out).zip(values) {
-            // Wraps below zero for a moment only: what leaves was added before.
+            // Wraps below zero only in between: what leaves the box was added before.
             *sum = sum.wrapping_add(u32::from(ahead)).wrapping_sub(u32::from(behind));
             let bulk = *sum * weight + (u32::from(behind) + u32::from(beyond)) * fraction;
             *out = ((bulk + (1 << 23)) >> 24) as u8;

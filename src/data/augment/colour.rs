@@ -1,9 +1,9 @@
-//! Colours of 8-bit images, to the bit as Pillow changes them.
+//! Colour operations on 8-bit images, bit-identical to Pillow.
 //!
 //! Brightness, contrast and saturation are Pillow's `ImageEnhance`: a blend, truncated, between the image and
 //! black, its mean grey, and its own grey. Hue goes through Pillow's 8-bit HSV
-//! (src/libImaging/{Blend,Convert}.c); that conversion there and back loses up to a few levels, which training
-//! with torchvision sees, and so does this. Pixels are `[r, g, b, 0]`.
+//! (src/libImaging/{Blend,Convert}.c); the conversion to HSV and back loses up to a few levels, as in training with
+//! torchvision. Pixels are `[r, g, b, 0]`.
 
 use multiversion::multiversion;
 
@@ -32,7 +32,7 @@ pub fn clipped(value: f32) -> i32 {
 /// Truncated, of what is in 0..=256.
 #[inline(always)]
 fn truncated(value: f64) -> i32 {
-    debug_assert!((0.0..=256.0).contains(&value), "{value} is no level");
+    debug_assert!((0.0..=256.0).contains(&value), "{value} is outside the levels");
     // SAFETY: every caller has quotients of levels between 0 and 1, times at most 255.
     unsafe { value.to_int_unchecked() }
 }
@@ -80,13 +80,13 @@ pub fn saturation(pixels: &mut [[u8; 4]], factor: f32) {
     }
 }
 
-/// A turn of the colour circle in 255ths: truncated, and wrapped later, as torchvision's `np.int32(hue_factor *
+/// A rotation of the colour circle in 255ths: truncated, and wrapped later, as torchvision's `np.int32(hue_factor *
 /// 255).astype(np.uint8)`.
 pub fn steps(turn: f32) -> i32 {
     (f64::from(turn) * 255.0) as i32
 }
 
-/// Turns the colour circle by `turn` in `-0.5..=0.5`.
+/// Rotates the colour circle by `turn` in `-0.5..=0.5`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn hue(pixels: &mut [[u8; 4]], turn: f32) {
     let shift = steps(turn);
@@ -114,8 +114,8 @@ pub fn solarise(pixels: &mut [[u8; 4]], threshold: f32) {
     }
 }
 
-// Both ways without branches, which noise would mispredict. The mixture of f32 and f64 is that of the C code, where a
-// literal is a double. Integers are signed because vectors convert those.
+// Both conversions avoid branches, which noise would mispredict. The mixture of f32 and f64 is that of the C code, where a
+// literal is a double. Integers are signed because vector instructions convert those.
 
 #[inline(always)]
 fn to_hsv([r, g, b]: [i32; 3]) -> [i32; 3] {
@@ -131,7 +131,7 @@ fn to_hsv([r, g, b]: [i32; 3]) -> [i32; 3] {
     let from_blue = 4.0 + g_away - r_away;
     let others = if g == max { from_green } else { from_blue };
     let sixth = (if r == max { from_red } else { others }) as f32;
-    // In 5/6..2, so that the remainder by 1 is at most one subtraction.
+    // In 5/6..2, so that the remainder by 1 takes at most one subtraction.
     let turn = f64::from(sixth) / 6.0 + 1.0;
     let hue = (if turn >= 1.0 { turn - 1.0 } else { turn }) as f32;
     [truncated(f64::from(hue) * 255.0), truncated(f64::from(saturation) * 255.0), max]

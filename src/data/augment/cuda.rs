@@ -1,4 +1,4 @@
-//! `kernels/augment.cu`: a block makes a view.
+//! Launches `kernels/augment.cu`, in which a block makes a view.
 
 use super::params::Params;
 use super::policy::Policy;
@@ -8,10 +8,10 @@ use crate::device::Device;
 use crate::device::cuda::{Launch, Table, augment_bf16, augment_f32};
 use crate::tensor::{DType, Tensor};
 
-/// How many times as wide and high as what it is brought to a crop may be.
+/// The most times that a crop may be as wide or high as the view.
 pub const MOST_SHRINKING: usize = 1000;
 
-/// Makes views of one size on a GPU, always as many at a time; keeps what it needs for that.
+/// Makes views of one size on a GPU, a fixed number at a time; keeps its device buffers.
 pub struct GpuAugmenter {
     device: Device,
     count: usize,
@@ -24,9 +24,9 @@ pub struct GpuAugmenter {
 }
 
 impl GpuAugmenter {
-    /// For `count` views of `size` pixels.
+    /// Creates an augmenter for `count` views of `size` pixels.
     pub fn new(device: &Device, count: usize, size: usize) -> Self {
-        // Four pixels to a thread, as far as that goes: a block has a view to itself, and a multiprocessor 1,024 threads.
+        // Four pixels per thread, up to 512 threads: a block makes one view, and a multiprocessor holds 1,024 threads.
         let threads = (size * size).div_ceil(4).next_multiple_of(32).min(512);
         let blocks = count.min(device.gpu().multiprocessors() * (1024 / threads)).max(1);
         Self {
@@ -41,11 +41,11 @@ impl GpuAugmenter {
         }
     }
 
-    /// Writes `views` `[n, size, size, 4]` of images in `pixels` to `out`, f32 or bf16, in the stream's order; `gaussian` has
-    /// the weights of their blurs.
+    /// Writes `views` `[n, size, size, 4]` of images in `pixels` to `out`, f32 or bf16, in stream order; `gaussian` holds the
+    /// weights of their blurs.
     ///
     /// # Panics
-    /// When a size does not fit, or a view does not lie in `pixels`.
+    /// If a size does not match, or a view exceeds `pixels`.
     #[track_caller]
     pub fn make(&mut self, views: &[View], gaussian: &[f32], pixels: &Table<u8>, out: &mut Tensor) {
         let (n, size) = (self.count, self.size);
@@ -80,12 +80,12 @@ impl GpuAugmenter {
     }
 }
 
-/// Views on a GPU: of each image the one that its policy and numbers describe, in 8 bits as [`Policy::apply`] makes them to
-/// the bit. `out` is `[n, size, size, 4]`, f32 or bf16.
+/// Makes views on a GPU: of each image the one that its policy and parameters describe, in 8 bits bit-identical to
+/// [`Policy::apply`]. `out` is `[n, size, size, 4]`, f32 or bf16.
 ///
 /// # Panics
-/// When the policies' sizes are not that of `out`, a crop does not lie in its image, or it is more than 1,000 times as wide
-/// or high as the view.
+/// If a policy's size is not that of `out`, a crop exceeds its image, or a crop is more than 1,000 times as wide or high as
+/// the view.
 #[track_caller]
 pub fn apply_on_gpu(views: &[(&Policy, &Params, &Image)], out: &mut Tensor) {
     let device = out.device().clone();

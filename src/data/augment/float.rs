@@ -1,4 +1,4 @@
-//! Colours of float images in `[0, 1]`, as SimCLR and BYOL change them.
+//! Colour operations on float images in `[0, 1]`, as in SimCLR and BYOL.
 //!
 //! Contrast is around each channel's mean, saturation and hue in HSV, grey with the weights .2989, .5870, .1140
 //! (simclr:data_util.py over tf.image, byol:utils/augmentations.py); values are clipped after each operation.
@@ -45,29 +45,29 @@ pub fn saturation(pixels: &mut [[f32; 4]], factor: f32) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;
         let (value, range) = (r.max(g).max(b), r.max(g).max(b) - r.min(g).min(b));
-        // s = range / value; s becomes min(factor * s, 1) and every channel's distance from the value grows alike.
-        // Without a range all distances are zero.
+        // s = range / value; s becomes min(factor * s, 1), and the distance of every channel from the value is scaled alike.
+        // If the range is zero, so are all distances.
         let some = if range > 0.0 { range } else { 1.0 };
         let factor = factor.min(value / some);
         *pixel = [r, g, b].map(|v| clip(value - (value - v) * factor)).to_pixel();
     }
 }
 
-/// Turns the colour circle by `turn` in `-0.5..=0.5`.
+/// Rotates the colour circle by `turn` in `-0.5..=0.5`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 pub fn hue(pixels: &mut [[f32; 4]], turn: f32) {
     for pixel in pixels {
         let [r, g, b, _] = *pixel;
         let (value, range) = (r.max(g).max(b), r.max(g).max(b) - r.min(g).min(b));
-        // Without a range every channel is the value, whatever its hue.
+        // If the range is zero, every channel equals the value, whatever the hue.
         let some = if range > 0.0 { range } else { 1.0 };
         let from_others = if g == value { 2.0 + (b - r) / some } else { 4.0 + (r - g) / some };
         let sixth = if r == value { (g - b) / some } else { from_others };
-        // In -1..=5 before the turn: the remainder by 6 is at most one step.
+        // In -1..=5 before the rotation, so that the remainder by 6 takes at most one step.
         let turned = sixth + 6.0 * turn;
         let above = if turned < 0.0 { turned + 6.0 } else { turned };
         let sixth = if above >= 6.0 && turned >= 0.0 { above - 6.0 } else { above };
-        // A channel lies below the value by the part of the range that its distance on the circle says.
+        // A channel lies below the value by a part of the range that depends on its distance on the circle.
         let channel = |offset: f32| {
             let k = offset + sixth;
             let k = if k >= 6.0 { k - 6.0 } else { k };

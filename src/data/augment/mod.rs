@@ -1,7 +1,7 @@
-//! Augmentation: parameters first, then their application.
+//! Augmentation: parameters are drawn first, then applied.
 //!
-//! [`Policy::draw`] draws every number of one view from a random stream; [`Policy::apply`] is a pure function of
-//! those [`Params`] and the image. Two kinds of arithmetic exist, because the published methods used two and the
+//! [`Policy::draw`] draws every parameter of one view from a random stream; [`Policy::apply`] is a pure function of these
+//! [`Params`] and the image. There are two kinds of arithmetic, because the published methods used two and the
 //! difference shows in accuracy: 8-bit between operations as torchvision has it over Pillow, and float in `[0,
 //! 1]` clipped after each operation as SimCLR and BYOL have it. [`center`] is the evaluation's transform. On a GPU
 //! one kernel makes a batch of views from the same numbers ([`apply_on_gpu`]).

@@ -1,25 +1,24 @@
-//! Drawing the numbers of one view.
+//! Draws the parameters of one view.
 //!
-//! Every number is drawn whether it is used or not, in one order, and the crop, which alone needs a varying
-//! number of draws, comes last: changing one probability or range leaves the others' numbers as they were. Floor
-//! 5.
+//! Every number is drawn whether it is used or not, in one order, and the crop, which alone needs a varying number of
+//! draws, comes last: a change of one probability or range leaves all other numbers as they were.
 
 use super::policy::Policy;
 use crate::device::Philox;
 
-/// How often a crop is drawn before the centre is taken instead (torchvision's `RandomResizedCrop`).
+/// Attempts to draw a crop before the centre is used instead (torchvision's `RandomResizedCrop`).
 const CROP_TRIES: usize = 10;
 
-/// Every number of one view.
+/// The parameters of one view.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Params {
-    /// The part of the image that is seen.
+    /// The crop in the image.
     pub crop: CropBox,
     /// Whether it is mirrored.
     pub flip: bool,
-    /// How colours change; `None` leaves them.
+    /// Colour jitter; `None` leaves the colours as they are.
     pub jitter: Option<JitterParams>,
-    /// Whether it turns grey.
+    /// Whether it is converted to grey.
     pub grey: bool,
     /// Standard deviation of the blur in pixels of the crop; `None` does not blur.
     pub blur: Option<f32>,
@@ -40,18 +39,18 @@ pub struct CropBox {
     pub height: usize,
 }
 
-/// The numbers of a colour jitter.
+/// The parameters of a colour jitter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JitterParams {
     /// The four operations in the order in which they are applied.
     pub order: [ColourOp; 4],
-    /// A factor, or with `additive_brightness` what is added.
+    /// A factor, or the summand with `additive_brightness`.
     pub brightness: f32,
     /// A factor.
     pub contrast: f32,
     /// A factor.
     pub saturation: f32,
-    /// A turn of the colour circle, in `-0.5..=0.5`.
+    /// A rotation of the colour circle, in `-0.5..=0.5`.
     pub hue: f32,
 }
 
@@ -66,7 +65,7 @@ pub enum ColourOp {
 }
 
 impl Policy {
-    /// Draws the numbers of one view of an image of `width` x `height` pixels (both at least 1).
+    /// Draws the parameters of one view of an image of `width` x `height` pixels (both at least 1).
     pub fn draw(&self, rng: &mut Philox, width: usize, height: usize) -> Params {
         let flip = rng.chance(self.flip);
         let jitter = self.draw_jitter(rng);
@@ -116,7 +115,7 @@ impl Policy {
         for _ in 0..CROP_TRIES {
             let pixels = (width * height) as f64 * within(area, rng.uniform());
             let aspect = within(log_aspect, rng.uniform()).exp();
-            // Ties to even, as Python rounds.
+            // Rounds ties to even, as Python.
             let w = (pixels * aspect).sqrt().round_ties_even() as usize;
             let h = (pixels / aspect).sqrt().round_ties_even() as usize;
             if (1..=width).contains(&w) && (1..=height).contains(&h) {
@@ -131,7 +130,7 @@ impl Policy {
         self.fallback_crop(width, height)
     }
 
-    /// The largest crop in the middle with an aspect in range.
+    /// Returns the largest central crop with an aspect in range.
     fn fallback_crop(&self, width: usize, height: usize) -> CropBox {
         let [narrow, wide] = self.aspect.map(f64::from);
         let aspect = width as f64 / height as f64;

@@ -1,4 +1,4 @@
-//! What an augmentation may do, as a recipe says it.
+//! The settings of an augmentation, as they stand in a recipe.
 //!
 //! The operations come in one order: crop and resize, flip, jitter, grey (or grey, then jitter), blur, solarise, normalise.
 //! Flipping commutes with the others, so its place in a paper's list does not matter.
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub struct Policy {
     /// Side of the square crop in pixels, 1 to 1024.
     pub size: usize,
-    /// Views of each image that are made so, at least 1: six of SwAV's small crops.
+    /// Number of views of each image with these settings, at least 1: six for SwAV's small crops.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub repeat: usize,
     /// The crop's share of the image's area, low and high, in `(0, 1]`.
@@ -22,13 +22,13 @@ pub struct Policy {
     /// The crop's width over its height, low and high, > 0; drawn uniformly in the logarithm.
     #[serde(default = "default_aspect")]
     pub aspect: [f32; 2],
-    /// How the crop is brought to size.
+    /// How the crop is resized.
     #[serde(default)]
     pub filter: Filter,
     /// Whether shrinking widens the filter, as Pillow does; TensorFlow's resize, and so SimCLR, does not.
     #[serde(default = "yes")]
     pub antialias: bool,
-    /// What pixels are between operations.
+    /// How pixels are stored between operations.
     #[serde(default)]
     pub pixels: Pixels,
     /// Probability of a horizontal flip.
@@ -37,7 +37,7 @@ pub struct Policy {
     /// Colour jitter; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jitter: Option<Jitter>,
-    /// Probability of turning grey.
+    /// Probability of a conversion to grey.
     #[serde(default)]
     pub grey: f32,
     /// Whether grey comes before the jitter instead of after it: MoCo v1.
@@ -65,7 +65,7 @@ pub enum Filter {
     Bicubic,
 }
 
-/// What pixels are between operations; decides how colours are changed.
+/// How pixels are stored between operations; decides the arithmetic of colour operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pixels {
@@ -91,7 +91,7 @@ pub struct Jitter {
     /// Factor in `max(0, 1 - s) ..= 1 + s`, `s >= 0`.
     #[serde(default)]
     pub saturation: f32,
-    /// Turn of the colour circle in `-h ..= h`, `h` in `0..=0.5`.
+    /// Rotation of the colour circle in `-h ..= h`, `h` in `0..=0.5`.
     #[serde(default)]
     pub hue: f32,
     /// Brightness is added instead of multiplied (BYOL, SimCLR's `simclrv1`); with float pixels only.
@@ -183,7 +183,7 @@ fn yes() -> bool {
 }
 
 impl Policy {
-    /// The random crop and flip that linear probes and fine-tuning train on, with this policy's size, resampling, pixels and
+    /// Returns the random crop and flip of linear probes and fine-tuning, with this policy's size, resampling, pixels and
     /// normalisation.
     pub fn crop_and_flip(&self) -> Self {
         let &Self { size, filter, antialias, pixels, .. } = self;
@@ -191,7 +191,7 @@ impl Policy {
         Self { flip: 0.5, filter, antialias, pixels, normalise, ..Self::crop(size) }
     }
 
-    /// The plain random crop: area 0.08 to 1, aspect 3/4 to 4/3, bilinear, 8-bit, and nothing else.
+    /// Returns the plain random crop: area 0.08 to 1, aspect 3/4 to 4/3, bilinear, 8-bit, and nothing else.
     pub fn crop(size: usize) -> Self {
         Self {
             size,
@@ -211,10 +211,10 @@ impl Policy {
         }
     }
 
-    /// Whether every number is in its range and the operations go together.
+    /// Checks that every number is in its range and the operations can be combined.
     ///
     /// # Errors
-    /// Names the first setting that is wrong and what it may be.
+    /// If a setting is out of range; the message names the first and its range.
     pub fn check(&self) -> Result<()> {
         let rule =
             |holds: bool, message: String| if holds { Ok(()) } else { Err(Error::config(message)) };

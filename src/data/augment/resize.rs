@@ -1,4 +1,4 @@
-//! Resampling a part of an image, across and then down.
+//! Resamples a part of an image, across and then down.
 //!
 //! An output pixel at `x` looks at the input around `(x + 1/2) * in / out` through a filter whose support is
 //! widened by the scale when shrinking (antialiasing); weights outside the input are left out and the rest
@@ -6,6 +6,8 @@
 //! point, values rounded to 8 bits between the passes (python-pillow/Pillow, src/libImaging/Resample.c). Compared
 //! with Pillow 11.3, which always goes across first; Pillow 13 sometimes goes down first, and then differs by a
 //! level (bilinear) or a few (bicubic, on noise). The input ends at the crop's border, as after `Image.crop`.
+
+use std::ops::Range;
 
 use multiversion::multiversion;
 
@@ -16,17 +18,17 @@ use crate::data::source::Image;
 /// Bits after the point of a weight: 32, less 8 for the value and 2 for the sign and a sum above 1.
 const PRECISION: u32 = 32 - 8 - 2;
 
-/// What to resample to what.
+/// A resampling: the part of the image, the target, and the filter.
 pub struct Resize {
     /// The part of the image.
     pub crop: CropBox,
-    /// Width and height that the part would have as a whole.
+    /// Width and height of the target, of which only a square is made.
     pub whole: [usize; 2],
-    /// Of that, the first column and row that are wanted.
+    /// First column and row of that square in the target.
     pub first: [usize; 2],
-    /// Side of the square that is wanted.
+    /// Side of the square.
     pub size: usize,
-    /// How.
+    /// The filter.
     pub filter: Filter,
     /// Whether shrinking widens the filter.
     pub antialias: bool,
@@ -34,22 +36,23 @@ pub struct Resize {
     pub flip: bool,
 }
 
-/// Buffers of a resize.
+/// Buffers of a resize, used again and again.
 #[derive(Debug, Default)]
 pub struct Buffers {
     across: Weights,
     down: Weights,
     line: Vec<[u8; 4]>,
     rows: Vec<[u8; 4]>,
+    sums: Vec<i32>,
     line_float: Vec<[f32; 4]>,
     rows_float: Vec<[f32; 4]>,
 }
 
-/// For each output pixel of an axis, the first input pixel and the same number of weights from there on, the last of which
-/// may be zero.
+/// For each output pixel of an axis, the first input pixel and the same number of weights from there on, some of which may
+/// be zero.
 #[derive(Debug, Default)]
 struct Weights {
-    /// Weights of each output pixel.
+    /// Weights per output pixel.
     taps: usize,
     first: Vec<usize>,
     exact: Vec<f64>,
@@ -62,7 +65,7 @@ impl Weights {
         &mut self,
         input: usize,
         output: usize,
-        wanted: std::ops::Range<usize>,
+        wanted: Range<usize>,
         filter: Filter,
         antialias: bool,
     ) {
@@ -108,6 +111,12 @@ impl Weights {
         self.float.extend(self.exact.iter().map(|&w| w as f32));
     }
 
+    /// The input pixels that the output pixels look at.
+    fn span(&self) -> Range<usize> {
+        let first = self.first.iter().copied().min().unwrap_or(0);
+        first..self.first.iter().copied().max().unwrap_or(0) + self.taps
+    }
+
     /// First input pixel and weights of each output pixel.
     fn each<'a, T>(&'a self, weights: &'a [T]) -> impl Iterator<Item = (usize, &'a [T])> {
         self.first.iter().copied().zip(weights.chunks_exact(self.taps))
@@ -125,66 +134,193 @@ fn weight(filter: Filter, x: f64) -> f64 {
     }
 }
 
+/// Pixels of resampled rows that are in memory at a time: 16 MiB in 8 bits, 64 MiB in float.
+const ROW_PIXELS: usize = 4 << 20;
+
+/// Weights of an axis that are in memory at a time.
+const WEIGHTS: usize = 1 << 20;
+
 impl Resize {
-    /// Resamples in 8 bits; `out` takes `size * size` pixels, the fourth channel zero.
+    /// Resamples in 8 bits; `out` becomes `size * size` pixels, the fourth channel zero.
+    ///
+    /// Memory is bounded whatever the image's sides: output rows are made in blocks whose input rows fit a budget, and an
+    /// output row that alone needs more sums up its input rows piece by piece.
     pub fn to_u8(&self, image: &Image, buffers: &mut Buffers, out: &mut Vec<[u8; 4]>) {
-        let Buffers { across, down, line: pixels, rows, .. } = buffers;
-        self.weights(across, down);
-        across.round();
-        down.round();
+        let Buffers { across, down, line: pixels, rows, sums, .. } = buffers;
         let size = self.size;
-        rows.resize(self.crop.height * size, [0; 4]);
-        pixels.resize(self.crop.width, [0; 4]);
-        for (row, line) in rows.chunks_exact_mut(size).zip(self.lines(image)) {
-            for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
-                *pixel = [r, g, b, 0];
+        out.resize(size * size, [0; 4]);
+        for block in self.blocks(1) {
+            self.set(down, 1, block.clone());
+            down.round();
+            let out = &mut out[block.start * size..block.end * size];
+            let span = down.span();
+            let several = self.in_pieces(&span);
+            if several {
+                sums.clear();
+                sums.resize(4 * size, HALF);
             }
-            across_u8(pixels, across, row);
-            if self.flip {
-                row.reverse();
+            for piece in self.pieces(span.clone()) {
+                rows.resize(piece.len() * size, [0; 4]);
+                for columns in self.blocks(0) {
+                    self.set(across, 0, columns.clone());
+                    across.round();
+                    let wanted = across.span();
+                    pixels.resize(wanted.len(), [0; 4]);
+                    let lines = self.lines(image, piece.clone(), &wanted);
+                    for (row, line) in rows.chunks_exact_mut(size).zip(lines) {
+                        for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
+                            *pixel = [r, g, b, 0];
+                        }
+                        across_u8(pixels, wanted.start, across, &mut row[columns.clone()]);
+                    }
+                }
+                if self.flip {
+                    rows.chunks_exact_mut(size).for_each(<[_]>::reverse);
+                }
+                if several {
+                    let weights = &down.fixed[piece.start - span.start..];
+                    for (row, &weight) in rows.chunks_exact(size).zip(weights) {
+                        for (sum, &value) in sums.iter_mut().zip(row.as_flattened()) {
+                            *sum += i32::from(value) * weight;
+                        }
+                    }
+                } else {
+                    down_u8(
+                        rows.as_flattened(),
+                        span.start,
+                        down,
+                        out.as_flattened_mut(),
+                        4 * size,
+                    );
+                }
+            }
+            if several {
+                out.as_flattened_mut()
+                    .iter_mut()
+                    .zip(&*sums)
+                    .for_each(|(to, &sum)| *to = to_8_bits(sum));
             }
         }
-        out.resize(size * size, [0; 4]);
-        down_u8(rows.as_flattened(), down, out.as_flattened_mut(), 4 * size);
     }
 
-    /// Resamples in float, values in `[0, 1]`, clipped; `out` takes `size * size` pixels, the fourth channel zero.
+    /// Resamples in float, values in `[0, 1]`, clipped; `out` becomes `size * size` pixels, the fourth channel zero. Memory is
+    /// bounded as in [`Resize::to_u8`].
     pub fn to_float(&self, image: &Image, buffers: &mut Buffers, out: &mut Vec<[f32; 4]>) {
         let Buffers { across, down, line_float: pixels, rows_float: rows, .. } = buffers;
-        self.weights(across, down);
-        across.narrow();
-        down.narrow();
         let size = self.size;
-        rows.resize(self.crop.height * size, [0.0; 4]);
-        pixels.resize(self.crop.width, [0.0; 4]);
-        for (row, line) in rows.chunks_exact_mut(size).zip(self.lines(image)) {
-            for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
-                *pixel = [r, g, b, 0].map(|v| f32::from(v) / 255.0);
+        out.resize(size * size, [0.0; 4]);
+        for block in self.blocks(1) {
+            self.set(down, 1, block.clone());
+            down.narrow();
+            let out = &mut out[block.start * size..block.end * size];
+            let span = down.span();
+            let several = self.in_pieces(&span);
+            if several {
+                out.fill([0.0; 4]);
             }
-            across_float(pixels, across, row);
-            if self.flip {
-                row.reverse();
+            for piece in self.pieces(span.clone()) {
+                rows.resize(piece.len() * size, [0.0; 4]);
+                for columns in self.blocks(0) {
+                    self.set(across, 0, columns.clone());
+                    across.narrow();
+                    let wanted = across.span();
+                    pixels.resize(wanted.len(), [0.0; 4]);
+                    let lines = self.lines(image, piece.clone(), &wanted);
+                    for (row, line) in rows.chunks_exact_mut(size).zip(lines) {
+                        for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
+                            *pixel = [r, g, b, 0].map(|v| f32::from(v) / 255.0);
+                        }
+                        across_float(pixels, wanted.start, across, &mut row[columns.clone()]);
+                    }
+                }
+                if self.flip {
+                    rows.chunks_exact_mut(size).for_each(<[_]>::reverse);
+                }
+                if several {
+                    let weights = &down.float[piece.start - span.start..];
+                    for (row, &weight) in rows.chunks_exact(size).zip(weights) {
+                        for (sum, &value) in
+                            out.as_flattened_mut().iter_mut().zip(row.as_flattened())
+                        {
+                            *sum += value * weight;
+                        }
+                    }
+                } else {
+                    down_float(
+                        rows.as_flattened(),
+                        span.start,
+                        down,
+                        out.as_flattened_mut(),
+                        4 * size,
+                    );
+                }
+            }
+            if several {
+                out.as_flattened_mut().iter_mut().for_each(|v| *v = v.clamp(0.0, 1.0));
             }
         }
-        out.resize(size * size, [0.0; 4]);
-        down_float(rows.as_flattened(), down, out.as_flattened_mut(), 4 * size);
     }
 
-    fn weights(&self, across: &mut Weights, down: &mut Weights) {
-        let wanted = |axis: usize| self.first[axis]..self.first[axis] + self.size;
-        across.set(self.crop.width, self.whole[0], wanted(0), self.filter, self.antialias);
-        down.set(self.crop.height, self.whole[1], wanted(1), self.filter, self.antialias);
+    /// Input and output length of an axis: 0 across, 1 down.
+    fn lengths(&self, axis: usize) -> (usize, usize) {
+        ([self.crop.width, self.crop.height][axis], self.whole[axis])
     }
 
-    /// The crop's rows.
-    fn lines<'a>(&self, image: &'a Image) -> impl Iterator<Item = &'a [u8]> {
-        let crop = self.crop;
-        let rows = image.pixels.chunks_exact(image.width * 3).skip(crop.top).take(crop.height);
-        rows.map(move |row| &row[crop.left * 3..][..crop.width * 3])
+    /// Sets the weights of the wanted output pixels `block` of an axis.
+    fn set(&self, weights: &mut Weights, axis: usize, block: Range<usize>) {
+        let (input, output) = self.lengths(axis);
+        let first = self.first[axis];
+        weights.set(
+            input,
+            output,
+            first + block.start..first + block.end,
+            self.filter,
+            self.antialias,
+        );
+    }
+
+    /// The wanted output pixels of an axis in blocks: one block for images of ordinary sides.
+    fn blocks(&self, axis: usize) -> impl Iterator<Item = Range<usize>> {
+        let (input, output) = self.lengths(axis);
+        let (size, scale) = (self.size, input as f64 / output as f64);
+        // The widest filter looks two output pixels to either side.
+        let taps = 4.0 * scale.max(1.0) + 2.0;
+        let by_weights = (WEIGHTS as f64 / taps) as usize;
+        let by_rows = if axis == 0 { size } else { (self.rows_at_once() as f64 / scale) as usize };
+        let length = by_weights.min(by_rows.saturating_sub(4)).clamp(1, size);
+        (0..size).step_by(length).map(move |from| from..(from + length).min(size))
+    }
+
+    /// Whether the input rows of a block need several pieces to fit the budget. A block's rows are estimated, so somewhat more
+    /// than the budget is one piece: only an output row that alone needs more is summed up piece by piece.
+    fn in_pieces(&self, rows: &Range<usize>) -> bool {
+        rows.len() > 2 * self.rows_at_once()
+    }
+
+    fn pieces(&self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let most = if self.in_pieces(&rows) { self.rows_at_once() } else { rows.len().max(1) };
+        rows.clone().step_by(most).map(move |from| from..(from + most).min(rows.end))
+    }
+
+    fn rows_at_once(&self) -> usize {
+        (ROW_PIXELS / self.size).max(1)
+    }
+
+    /// The columns `columns` of the crop's rows `rows`.
+    fn lines<'a>(
+        &self,
+        image: &'a Image,
+        rows: Range<usize>,
+        columns: &Range<usize>,
+    ) -> impl Iterator<Item = &'a [u8]> {
+        let (left, width) = (self.crop.left + columns.start, columns.len());
+        let lines = image.pixels.chunks_exact(image.width * 3);
+        let lines = lines.skip(self.crop.top + rows.start).take(rows.len());
+        lines.map(move |row| &row[left * 3..][..width * 3])
     }
 }
 
-/// Half a level, so that what follows rounds.
+/// Half a level: truncation then rounds.
 const HALF: i32 = 1 << (PRECISION - 1);
 
 #[inline(always)]
@@ -193,10 +329,10 @@ fn to_8_bits(sum: i32) -> u8 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-fn across_u8(line: &[[u8; 4]], weights: &Weights, out: &mut [[u8; 4]]) {
+fn across_u8(line: &[[u8; 4]], offset: usize, weights: &Weights, out: &mut [[u8; 4]]) {
     for (out, (from, weights)) in out.iter_mut().zip(weights.each(&weights.fixed)) {
         let mut sum = [HALF; 4];
-        for (value, &weight) in line[from..].iter().zip(weights) {
+        for (value, &weight) in line[from - offset..].iter().zip(weights) {
             for c in 0..4 {
                 sum[c] += i32::from(value[c]) * weight;
             }
@@ -207,10 +343,10 @@ fn across_u8(line: &[[u8; 4]], weights: &Weights, out: &mut [[u8; 4]]) {
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn across_float(line: &[[f32; 4]], weights: &Weights, out: &mut [[f32; 4]]) {
+fn across_float(line: &[[f32; 4]], offset: usize, weights: &Weights, out: &mut [[f32; 4]]) {
     for (out, (from, weights)) in out.iter_mut().zip(weights.each(&weights.float)) {
         let mut sum = [0.0; 4];
-        for (value, &weight) in line[from..].iter().zip(weights) {
+        for (value, &weight) in line[from - offset..].iter().zip(weights) {
             for c in 0..4 {
                 sum[c] += value[c] * weight;
             }
@@ -219,14 +355,14 @@ fn across_float(line: &[[f32; 4]], weights: &Weights, out: &mut [[f32; 4]]) {
     }
 }
 
-/// Values of a row that are summed in registers.
+/// Values of a row that are summed in registers at a time.
 const BLOCK: usize = 32;
 
-/// Rows of `width` values.
+/// Sums rows of `width` values, of which the first is the crop's row `offset`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-fn down_u8(rows: &[u8], weights: &Weights, out: &mut [u8], width: usize) {
+fn down_u8(rows: &[u8], offset: usize, weights: &Weights, out: &mut [u8], width: usize) {
     for (out, (from, weights)) in out.chunks_exact_mut(width).zip(weights.each(&weights.fixed)) {
-        let rows = &rows[from * width..];
+        let rows = &rows[(from - offset) * width..];
         let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
         for (i, out) in blocks.iter_mut().enumerate() {
             let mut sums = [HALF; BLOCK];
@@ -247,12 +383,12 @@ fn down_u8(rows: &[u8], weights: &Weights, out: &mut [u8], width: usize) {
     }
 }
 
-/// Rows of `width` values.
+/// Sums rows of `width` values, of which the first is the crop's row `offset`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn down_float(rows: &[f32], weights: &Weights, out: &mut [f32], width: usize) {
+fn down_float(rows: &[f32], offset: usize, weights: &Weights, out: &mut [f32], width: usize) {
     for (out, (from, weights)) in out.chunks_exact_mut(width).zip(weights.each(&weights.float)) {
         out.fill(0.0);
-        for (row, &weight) in rows[from * width..].chunks_exact(width).zip(weights) {
+        for (row, &weight) in rows[(from - offset) * width..].chunks_exact(width).zip(weights) {
             for (sum, &value) in out.iter_mut().zip(row) {
                 *sum += value * weight;
             }
@@ -276,6 +412,55 @@ mod tests {
     fn resize(crop: CropBox, size: usize) -> Resize {
         let (filter, antialias) = (Filter::Bilinear, true);
         Resize { crop, whole: [size; 2], first: [0; 2], size, filter, antialias, flip: false }
+    }
+
+    #[test]
+    fn bounded_memory_changes_no_bit() {
+        // So tall or wide that rows or weights are made in blocks and in pieces.
+        for (width, height, size, whole, first) in [
+            (1, 3_000_000, 3, [3, 3], [0, 0]),
+            (2, 2_500_000, 2, [2, 1_000_000], [0, 400_000]),
+            (3_000_000, 1, 3, [3, 3], [0, 0]),
+            (1_000_000, 2, 2, [700_000, 2], [500_000, 0]),
+        ] {
+            let image = ramp(width, height);
+            let crop = CropBox { left: 0, top: 0, width, height };
+            for filter in [Filter::Bilinear, Filter::Bicubic] {
+                let resize = Resize { whole, first, filter, flip: true, ..resize(crop, size) };
+                let (mut buffers, mut bytes, mut floats) =
+                    (Buffers::default(), Vec::new(), Vec::new());
+                resize.to_u8(&image, &mut buffers, &mut bytes);
+                resize.to_float(&image, &mut buffers, &mut floats);
+                let held = buffers.rows.capacity() + buffers.rows_float.capacity();
+                assert!(held <= 8 * ROW_PIXELS, "{held} pixels");
+                let (mut across, mut down) = (Weights::default(), Weights::default());
+                resize.set(&mut across, 0, 0..size);
+                resize.set(&mut down, 1, 0..size);
+                let value = |x: usize, y: usize, c: usize| -> f64 {
+                    let row = |t: usize| {
+                        let line = &image.pixels[(down.first[y] + t) * width * 3..][..width * 3];
+                        let taps = &across.exact[x * across.taps..][..across.taps];
+                        taps.iter()
+                            .enumerate()
+                            .map(|(i, w)| w * f64::from(line[(across.first[x] + i) * 3 + c]))
+                            .sum::<f64>()
+                    };
+                    let taps = &down.exact[y * down.taps..][..down.taps];
+                    taps.iter().enumerate().map(|(t, w)| w * row(t)).sum()
+                };
+                for (x, y, c) in (0..size * size * 3).map(|i| (i / 3 % size, i / 3 / size, i % 3)) {
+                    let (want, at) = (value(x, y, c).clamp(0.0, 255.0), y * size + size - 1 - x);
+                    // Weights of 22 bits: over many taps their rounding is a level or more.
+                    let far = (f64::from(bytes[at][c]) - want).abs();
+                    let near = (f64::from(floats[at][c]) * 255.0 - want).abs();
+                    assert!(near < 0.5, "{width} x {height}: {near} at {x}, {y}");
+                    assert!(
+                        far < 2.0 || across.taps.max(down.taps) > 100_000,
+                        "{width} x {height}: {far} at {x}, {y}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The numbers of a view as `kernels/augment.cu` reads them, and their order.
+//! The parameters of a view in the layout of `kernels/augment.cu`.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -9,21 +9,20 @@ use super::params::{ColourOp, Params};
 use super::policy::{BlurKind, Filter, Pixels, Policy};
 use super::resize::Resize;
 
-/// One view of an image: `View` of `kernels/augment.cuh`, field by field. What a policy may do and what was drawn are one
-/// here.
+/// One view of an image: `View` of `kernels/augment.cuh`, field by field. It combines the policy and the drawn parameters.
 #[derive(Clone, Copy, Debug, Zeroable, Pod)]
 #[repr(C)]
 pub struct View {
-    /// Where the image's first pixel is, in bytes.
+    /// Byte offset of the image's first pixel.
     pub pixels: i64,
-    /// Of the image.
+    /// Width of the image.
     width: i32,
     corner: [i32; 2],
     crop: [i32; 2],
     whole: [i32; 2],
     first: [i32; 2],
     flags: u32,
-    /// Colour operations, 4 bits each, the first lowest.
+    /// Colour operations, 4 bits each, the first in the lowest bits.
     program: u32,
     brightness: f32,
     contrast: f32,
@@ -56,14 +55,14 @@ const ADD: u32 = 6;
 
 const _: () = assert!(size_of::<View>() == 112, "as augment.cuh has it");
 
-/// Weights of a sampled Gaussian for crops of `size` pixels.
+/// Number of weights of a sampled Gaussian for crops of `size` pixels.
 pub fn taps(size: usize) -> usize {
     2 * blur::radius(size) + 1
 }
 
 impl View {
-    /// The view that `params` describe, of an image `width` pixels wide whose pixels begin at byte `pixels`. Adds the
-    /// weights of its blur to `gaussian`, [`taps`] of them, which are zeros where there is none.
+    /// Returns the view that `params` describe, of an image `width` pixels wide whose pixels begin at byte `pixels`. Appends
+    /// the [`taps`] weights of its blur to `gaussian`, zeros if it has none.
     pub fn new(
         policy: &Policy,
         params: &Params,
@@ -104,7 +103,7 @@ impl View {
         view
     }
 
-    /// What a transform makes of an image of `width` x `height` pixels that begin at byte `pixels`.
+    /// Returns the view of a transform of an image of `width` x `height` pixels that begin at byte `pixels`.
     pub fn middle(
         by: Transform,
         [width, height]: [usize; 2],
@@ -114,13 +113,13 @@ impl View {
         Self::resampled(&middle(by, width, height, policy), policy, width, pixels)
     }
 
-    /// The byte behind its crop's last pixel.
+    /// Returns the offset behind the last pixel of its crop.
     pub fn end(&self) -> i64 {
         let row = i64::from(self.corner[1] + self.crop[1] - 1);
         self.pixels + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
     }
 
-    /// How many times as wide or high as what it is brought to its crop is, at least.
+    /// Returns the larger ratio of crop side to target side, rounded up.
     pub fn shrinks_by(&self) -> usize {
         let axes = self.crop.iter().zip(self.whole);
         axes.map(|(&from, to)| (from as usize).div_ceil(to as usize)).max().unwrap_or(0)
@@ -150,7 +149,7 @@ impl View {
 }
 
 impl Policy {
-    /// The colour operations that happen, in order.
+    /// Returns the colour operations that are applied, in order.
     fn program(&self, params: &Params) -> u32 {
         let mut operations = Vec::with_capacity(6);
         if params.grey && self.grey_first {
@@ -162,7 +161,7 @@ impl Policy {
                 ColourOp::Brightness => Some(BRIGHTNESS),
                 ColourOp::Contrast => Some(CONTRAST),
                 ColourOp::Saturation => Some(SATURATION),
-                // As `Policy::apply`: in 8 bits the way to HSV and back is not exact.
+                // As in `Policy::apply`: in 8 bits the conversion to HSV and back is not exact.
                 ColourOp::Hue => (jitter.hue > 0.0 || self.pixels == Pixels::Float).then_some(HUE),
             }));
         }

@@ -7,10 +7,11 @@ use rayon::prelude::*;
 use super::plan::{BatchPlan, CropBackend, lock};
 use super::prepared::{AugmentParams, Place};
 use crate::data::augment::GpuAugmenter;
+use crate::data::batch::Skipped;
 use crate::data::source::{Image, Source};
 use crate::device::cuda::Table;
 use crate::device::{Device, gib};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// Images whose sizes are read before the total is compared with the budget.
@@ -30,7 +31,11 @@ pub struct GpuCrops {
 impl GpuCrops {
     /// Uploads a plan's set to the GPU if it needs at most `budget` bytes (default: half of the free memory), and sets
     /// the plan to make its crops there. Returns a sentence that says where the images lie.
-    pub fn new(plan: &mut BatchPlan, device: &Device, budget: Option<usize>) -> (Self, String) {
+    pub fn new(
+        plan: &mut BatchPlan,
+        device: &Device,
+        budget: Option<usize>,
+    ) -> Result<(Self, String)> {
         let augmenter = |(size, views): &(usize, Vec<usize>)| {
             GpuAugmenter::new(device, views.len() * plan.batch, *size)
         };
@@ -38,9 +43,11 @@ impl GpuCrops {
         let budget = budget.unwrap_or_else(|| device.gpu().memory().0 / 2);
         let images = plan.source.len();
         let skip = |index: usize, error: Error| {
-            lock(&plan.skipped).insert(index as u32, error.to_string());
+            let Skipped { index, reason } = Skipped::new(index, error)?;
+            lock(&plan.skipped).insert(index, reason);
+            Ok(())
         };
-        let (pixels, backend, sentence) = match upload_set(device, &*plan.source, budget, &skip) {
+        let (pixels, backend, sentence) = match upload_set(device, &*plan.source, budget, &skip)? {
             Some((pixels, places)) => {
                 let bytes = gib(pixels.len());
                 let sentence = format!("images: all {images} lie on the GPU, {bytes}");
@@ -55,7 +62,7 @@ impl GpuCrops {
             }
         };
         plan.backend = backend;
-        (Self { device: device.clone(), augmenters, pixels }, sentence)
+        Ok((Self { device: device.clone(), augmenters, pixels }, sentence))
     }
 
     /// Queues the kernels that make a batch's crops; one tensor per crop size.
@@ -96,26 +103,23 @@ fn places(
     device: &Device,
     source: &dyn Source,
     budget: usize,
-    skip: &dyn Fn(usize, Error),
-) -> Option<(Vec<Place>, usize)> {
+    skip: &dyn Fn(usize, Error) -> Result<()>,
+) -> Result<Option<(Vec<Place>, usize)>> {
     let (mut places, mut at) = (Vec::with_capacity(source.len()), 0);
     for from in (0..source.len()).step_by(SIZES_AT_ONCE) {
         let range = from..(from + SIZES_AT_ONCE).min(source.len());
         let sizes: Vec<_> =
             device.run(|| range.clone().into_par_iter().map(|i| source.size(i)).collect());
         for (i, size) in range.zip(sizes) {
-            let size = size.unwrap_or_else(|error| {
-                skip(i, error);
-                [0; 2]
-            });
+            let size = size.or_else(|error| skip(i, error).map(|()| [0; 2]))?;
             places.push(Place { at, size });
             at += places[i].bytes();
         }
         if at as usize > budget {
-            return None;
+            return Ok(None);
         }
     }
-    Some((places, at as usize))
+    Ok(Some((places, at as usize)))
 }
 
 /// Uploads the images of a set and returns where each lies; `None` if they need more than `budget` bytes.
@@ -123,9 +127,9 @@ fn upload_set(
     device: &Device,
     source: &dyn Source,
     budget: usize,
-    skip: &dyn Fn(usize, Error),
-) -> Option<(Table<u8>, Arc<[Place]>)> {
-    let (mut places, bytes) = places(device, source, budget, skip)?;
+    skip: &dyn Fn(usize, Error) -> Result<()>,
+) -> Result<Option<(Table<u8>, Arc<[Place]>)>> {
+    let Some((mut places, bytes)) = places(device, source, budget, skip)? else { return Ok(None) };
     let mut pixels = Table::room(device, bytes);
     let mut from = 0;
     while from < places.len() {
@@ -150,12 +154,12 @@ fn upload_set(
                     place.size = [0; 2];
                     let changed =
                         || Error::config(format!("{} changed while it was read", source.name(i)));
-                    skip(i, broken.err().unwrap_or_else(changed));
+                    skip(i, broken.err().unwrap_or_else(changed))?;
                 }
             }
         }
         pixels.write_at(begin as usize, &buffer);
         from = range.end;
     }
-    Some((pixels, places.into()))
+    Ok(Some((pixels, places.into())))
 }

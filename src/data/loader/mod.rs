@@ -121,14 +121,17 @@ impl Loader {
 
     /// Decides where the images of a loader for a GPU lie, uploads them if they fit, and returns a sentence that says so;
     /// `None` on a host or after the first call. The first batch does it if nobody has.
-    pub fn place_images(&mut self) -> Option<String> {
+    ///
+    /// # Errors
+    /// If an image cannot be read for another reason than that it is broken.
+    pub fn place_images(&mut self) -> Result<Option<String>> {
         if self.device.kind() != DeviceKind::Cuda || self.gpu_crops.is_some() {
-            return None;
+            return Ok(None);
         }
         let plan = Arc::get_mut(&mut self.plan).expect("threads start after this");
-        let (gpu_crops, sentence) = GpuCrops::new(plan, &self.device, self.budget);
+        let (gpu_crops, sentence) = GpuCrops::new(plan, &self.device, self.budget)?;
         self.gpu_crops = Some(gpu_crops);
-        Some(sentence)
+        Ok(Some(sentence))
     }
 
     /// Returns empty tensors for the crops of a batch, on the loader's device in its activation type.
@@ -155,7 +158,8 @@ impl Loader {
     /// Returns the next batch. The last batch of an epoch is followed by the first of the next, without a pause.
     ///
     /// # Errors
-    /// If no image at all can be read, or a thread failed; the loader has then ended.
+    /// If an image cannot be read for another reason than that it is broken, all images are broken, or a thread failed; the
+    /// loader has then ended.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let (mut batch, params) = self.next_prepared()?;
         if let Some(params) = params {
@@ -198,7 +202,7 @@ impl Loader {
     /// Receives the next batch from the threads, which it starts if need be.
     fn next_prepared(&mut self) -> Result<PreparedBatch> {
         if self.running.is_none() {
-            self.place_images();
+            self.place_images()?;
             self.running = Some(self.start()?);
         }
         let running = self.running.as_ref().expect("started above");
@@ -448,6 +452,18 @@ mod tests {
         let error = loader.next_batch().unwrap_err().to_string();
         assert!(error.contains("none of the 3 images can be read; the first: "), "{error}");
         assert!(loader.next_batch().is_err());
+    }
+
+    #[test]
+    fn an_io_error_is_an_error_and_no_broken_image() {
+        let root = tempfile::tempdir().unwrap();
+        let set = folder_with_broken(root.path(), 8, &[2]);
+        std::fs::remove_file(root.path().join("5.png")).unwrap();
+        let device = Device::reference();
+        let mut loader = Loader::new(set, vec![Policy::crop(2)], 8, 3, 2, &device).unwrap();
+        let error = loader.next_batch().unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("5.png")), "{error}");
+        assert!(loader.skipped().iter().all(|skipped| skipped.index == 2));
     }
 
     struct Panics;

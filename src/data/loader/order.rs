@@ -2,7 +2,7 @@
 
 use crate::device::{Philox, Purpose};
 
-/// A permutation of `0..count`, the same for the same seed and epoch everywhere.
+/// Returns a permutation of `0..count`, the same for the same seed and epoch on every machine.
 pub fn order(seed: u64, epoch: u32, count: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..count as u32).collect();
     Philox::new(seed, Purpose::Order, epoch, 0).shuffle(&mut order);

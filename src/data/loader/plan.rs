@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::order::order;
 use super::prepared::{AugmentParams, Place, PreparedBatch};
 use crate::data::augment::{MOST_SHRINKING, Policy, Scratch, View};
-use crate::data::batch::Batch;
+use crate::data::batch::{Batch, Skipped};
 use crate::data::rows::{Row, rows_of};
 use crate::data::source::{Image, Source};
 use crate::device::{Device, Philox, Purpose};
@@ -216,7 +216,7 @@ impl BatchPlan {
     }
 
     /// Reads the first readable image in the epoch's order from the batch's sample `i` on, wrapping around at the end.
-    /// Returns its index.
+    /// Returns its index. An I/O error is not a broken image and ends the search.
     fn read(
         &self,
         slot: &Slot<'_>,
@@ -231,7 +231,8 @@ impl BatchPlan {
             match read(index as usize) {
                 Ok(()) => return Ok(index),
                 Err(e) => {
-                    lock(&self.skipped).insert(index, e.to_string());
+                    let Skipped { reason, .. } = Skipped::new(index as usize, e)?;
+                    lock(&self.skipped).insert(index, reason);
                 }
             }
         }

@@ -1,14 +1,15 @@
-//! What a file of packed images looks like.
+//! The layout of a pack file.
 //!
-//! A set is `PART-00000.pack`, `PART-00001.pack` and so on, where PART is `train`, `test` or `val`. Each file is a header, the
-//! images' bytes one after another, and an index; all numbers are little-endian.
+//! A part is `PART-00000.pack`, `PART-00001.pack` and so on, where PART is `train`, `test`, `val` or `valid`. Each file is a
+//! header, the bytes of the images one after another, and an index; all numbers are little-endian. The manifest
+//! (`pack.json`) lists the parts of a finished pack; files of format 1 have none.
 //!
 //! | header | bytes |
 //! |---|---|
 //! | magic | 8 |
 //! | format | u32 |
-//! | whether it is the set's last file | u32 |
-//! | its number in the set, from 0 | u32 |
+//! | whether it is the part's last file | u32 |
+//! | its number in the part, from 0 | u32 |
 //! | crc32 of the index | u32 |
 //! | images in the files before it | u64 |
 //! | images in it | u64 |
@@ -16,31 +17,35 @@
 //! | zero | u32 |
 //! | crc32 of the header so far | u32 |
 //!
-//! The index has an entry for each image (where its bytes begin, how many they are: u64; width, height, class, crc32 of the
-//! bytes, kind: u32), then the number of classes (u32) and their names, then the images' names; a name is its length (u32) and
-//! UTF-8. Nothing may follow.
+//! The index has an entry for each image (offset and number of its bytes: u64; width, height, class, crc32 of the bytes,
+//! kind: u32), then the number of classes (u32) and their names, then the names of the images; a name is its length (u32)
+//! and UTF-8. Nothing may follow.
 
-/// How a file begins; no text does.
+/// The first bytes of a file; text never begins so.
 pub const MAGIC: [u8; 8] = *b"\x89selfpk\n";
-/// The format that is written and read.
-pub const FORMAT: u32 = 1;
+/// The format that is written.
+pub const FORMAT: u32 = 2;
+/// An older format that is read, too: the same layout, and its packs have no manifest.
+pub const WITHOUT_MANIFEST: u32 = 1;
+/// Bytes of an entry with its name, at most: an index that is longer than its images allow is not read.
+pub const LONGEST_NAME: u64 = 1 << 16;
 /// Bytes of a header.
 pub const HEADER: usize = 64;
 /// Bytes of an image's entry in the index.
 const ENTRY: usize = 36;
 
-/// The name of a file of a set.
+/// The name of a file of a part.
 pub fn file_name(part: &str, number: u32) -> String {
     format!("{part}-{number:05}.pack")
 }
 
-/// The number of a file of a set, if it has the name of one.
+/// The number of a file, if its name is that of a file of the part.
 pub fn number_of(name: &str, part: &str) -> Option<u32> {
     let digits = name.strip_prefix(part)?.strip_prefix('-')?.strip_suffix(".pack")?;
     digits.parse().ok().filter(|&number| file_name(part, number) == name)
 }
 
-/// What a file's beginning says of the rest.
+/// The header of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     pub last: bool,
@@ -65,10 +70,10 @@ impl Header {
         }
         bytes.extend([0; 4]);
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-        bytes.try_into().expect("the fields are this long")
+        bytes.try_into().expect("the fields have a fixed length")
     }
 
-    /// Reads a header of a file of `length` bytes; what is wrong with it otherwise, as the end of a sentence.
+    /// Reads the header of a file of `length` bytes. The error is the end of a sentence.
     pub fn from_bytes(bytes: &[u8; HEADER], length: u64) -> Result<Self, String> {
         let (rest, crc) = bytes.split_at(HEADER - 4);
         let mut fields = Fields(rest);
@@ -86,7 +91,7 @@ impl Header {
                 index_length: index_length?,
             })
         };
-        let header = read().expect("the fields are this long");
+        let header = read().expect("the fields have a fixed length");
         if crc32fast::hash(rest).to_le_bytes() != crc {
             return Err("its header does not have the checksum that it names".into());
         }
@@ -101,7 +106,7 @@ impl Header {
     }
 }
 
-/// How an image is kept.
+/// How an image is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `[height, width, 3]` bytes.
@@ -110,16 +115,16 @@ pub enum Kind {
     File = 1,
 }
 
-/// Where an image lies, and what it is.
+/// Where an image lies, its size and its class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Of its first byte in the file.
+    /// Offset of its first byte in the file.
     pub at: u64,
     /// In bytes.
     pub length: u64,
     pub width: u32,
     pub height: u32,
-    /// A place among the classes; 0 where there are none.
+    /// The index of its class; 0 if there are no classes.
     pub label: u32,
     pub crc: u32,
     pub kind: Kind,
@@ -134,15 +139,16 @@ impl Entry {
         bytes
     }
 
-    /// An entry whose numbers have been held against the file's and the number of classes.
+    /// Reads an entry and checks its numbers against the file's size and the number of classes.
     fn read(fields: &mut Fields<'_>, header: &Header, classes: usize) -> Result<Self, String> {
-        let [at, length] = [(); 2].map(|()| fields.u64().expect("the index is this long"));
+        let [at, length] =
+            [(); 2].map(|()| fields.u64().expect("the length of the index was checked"));
         let [width, height, label, crc, kind] =
-            [(); 5].map(|()| fields.u32().expect("the index is this long"));
+            [(); 5].map(|()| fields.u32().expect("the length of the index was checked"));
         let kind = match kind {
             0 => Kind::Raw,
             1 => Kind::File,
-            other => return Err(format!("is of kind {other}, which there is not")),
+            other => return Err(format!("is of unknown kind {other}")),
         };
         if at < HEADER as u64 || at.checked_add(length).is_none_or(|end| end > header.index_at) {
             let end = header.index_at;
@@ -183,7 +189,7 @@ impl Names {
     }
 }
 
-/// What a file holds.
+/// The index of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Index {
     pub entries: Vec<Entry>,
@@ -203,7 +209,7 @@ impl Index {
         bytes
     }
 
-    /// Reads the index of a file with this header; what is wrong with it otherwise, as the end of a sentence.
+    /// Reads the index of a file with this header. The error is the end of a sentence.
     pub fn from_bytes(bytes: &[u8], header: &Header) -> Result<Self, String> {
         let short = || "its index ends early".to_string();
         if crc32fast::hash(bytes) != header.index_crc {
@@ -254,7 +260,7 @@ impl<'a> Fields<'a> {
         self.take(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 were taken")))
     }
 
-    /// A name; `None` also where it is not UTF-8.
+    /// A name; `None` also if it is not UTF-8.
     fn text(&mut self) -> Option<&'a str> {
         let length = self.u32()?;
         std::str::from_utf8(self.take(length as usize)?).ok()
@@ -292,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_index_is_read_back() {
         let (index, header) = index();
         let bytes = index.to_bytes();
         let header = Header { index_length: bytes.len() as u64, ..header };
@@ -313,9 +319,9 @@ mod tests {
         }
     }
 
-    /// Sums of bytes that fit prove nothing about the numbers.
+    /// A valid checksum proves nothing about the numbers.
     #[test]
-    fn an_index_whose_checksum_fits_is_not_trusted_either() {
+    fn an_index_with_a_valid_checksum_is_checked_all_the_same() {
         let (good, header) = index();
         let with = |change: &dyn Fn(&mut Entry)| {
             let (mut index, _) = index();
@@ -341,10 +347,7 @@ mod tests {
         let bytes = good.to_bytes();
         let mut kind = bytes.clone();
         kind[2 * ENTRY - 4] = 9;
-        assert_eq!(
-            read(&kind, &header).unwrap_err(),
-            "image 1 (dög/b.png) is of kind 9, which there is not"
-        );
+        assert_eq!(read(&kind, &header).unwrap_err(), "image 1 (dög/b.png) is of unknown kind 9");
         for length in 0..bytes.len() {
             assert_eq!(read(&bytes[..length], &header).unwrap_err(), "its index ends early");
         }

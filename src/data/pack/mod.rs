@@ -1,32 +1,43 @@
 //! A set of images packed into few large files.
 //!
-//! A folder of a million files takes long to list and, from a disk, longer to read; here a set's names and places are one
-//! index and an image one read at a known place. Files are read by position, not mapped: where one is cut short under a run,
-//! a read fails and the image is skipped, while a mapped page would end the program.
+//! A folder of a million files takes long to list and, from a disk, longer to read; here the names and offsets of a set are
+//! one index, and an image is one read at a known offset. Files are read by position, not mapped: if one is truncated
+//! during a run, a read fails and the image is skipped, while access to a mapped page would end the program.
 
 mod format;
+mod manifest;
 mod write;
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use format::{Entry, FORMAT, HEADER, Header, Index, Kind, MAGIC, file_name, number_of};
+use format::{
+    Entry, FORMAT, HEADER, Header, Index, Kind, LONGEST_NAME, MAGIC, WITHOUT_MANIFEST, file_name,
+    number_of,
+};
+use manifest::{MANIFEST, Manifest};
 pub use write::{PackSettings, Packed, Stored, pack};
 
 use super::cache::Cache;
+use super::classes;
 use super::decode::{PIXEL_LIMIT, decode};
 use super::open::folders;
 use super::source::{Image, Source, Split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
 /// Images in files that [`pack`] wrote.
 pub struct Pack {
     shards: Vec<Shard>,
     images: usize,
+    classes: Vec<String>,
+    /// For each class in the files, its place in `classes`.
+    numbers: Vec<u32>,
+    notes: Vec<String>,
     cache: Cache,
 }
 
-/// One of a set's files.
+/// One file of a part.
 struct Shard {
     path: PathBuf,
     file: File,
@@ -36,24 +47,29 @@ struct Shard {
 }
 
 impl Pack {
-    /// Whether a folder holds packed images.
+    /// Returns whether a folder holds packed images, complete or not.
     pub fn is_at(folder: &Path) -> bool {
-        [Split::Train, Split::Test]
-            .into_iter()
-            .flat_map(folders)
-            .any(|part| numbers(folder, part).is_ok_and(|numbers| !numbers.is_empty()))
+        folder.join(MANIFEST).is_file() || !left_by_a_pack(folder).unwrap_or_default().is_empty()
     }
 
-    /// Opens a split of a folder with packed images: reads the indices of its files.
+    /// Opens a split of a folder with packed images: reads the indices of its files. Classes have the numbers of the
+    /// training part; classes that it lacks come after them.
     ///
     /// # Errors
-    /// When there is none, a file of it is missing, or one is damaged or of a newer format.
+    /// If the pack is unfinished or lacks the split, a file is missing, damaged or of a newer format, or a class differs from
+    /// one of the training part by case only.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
+        let manifest = Manifest::read(folder)?;
         for part in folders(split) {
-            let numbers = numbers(folder, part)?;
-            if !numbers.is_empty() {
-                return Self::of(folder, part, &numbers);
+            if let Some(pack) = Self::open_part(folder, part, manifest.as_ref())? {
+                return match split {
+                    Split::Train => Ok(pack),
+                    Split::Test => pack.with_classes_of_train(folder, part),
+                };
             }
+        }
+        if manifest.is_none() && left_by_a_pack(folder)?.iter().any(|name| name.starts_with('.')) {
+            return Err(unfinished(folder)?);
         }
         let wanted: Vec<_> = folders(split).iter().map(|part| file_name(part, 0)).collect();
         let reason = format!(
@@ -63,7 +79,17 @@ impl Pack {
         Err(Error::format(folder, reason))
     }
 
-    fn of(folder: &Path, part: &str, numbers: &[u32]) -> Result<Self> {
+    /// Opens a part; `None` if the pack does not have it.
+    fn open_part(folder: &Path, part: &str, manifest: Option<&Manifest>) -> Result<Option<Self>> {
+        let numbers = numbers(folder, part)?;
+        let listed = match manifest {
+            Some(manifest) => match manifest.parts.get(part) {
+                Some(listed) => Some(listed),
+                None => return Ok(None),
+            },
+            None if numbers.is_empty() => return Ok(None),
+            None => None,
+        };
         let missing = |number: u32| {
             let path = folder.join(file_name(part, number));
             Error::format(path, format!("is missing: {REMEDY}"))
@@ -74,7 +100,10 @@ impl Pack {
                 return Err(missing(expected));
             }
             let path = folder.join(file_name(part, number));
-            let (file, header, index) = read(&path)?;
+            let (file, format, header, index) = read(&path)?;
+            if manifest.is_none() && format != WITHOUT_MANIFEST {
+                return Err(unfinished(folder)?);
+            }
             let follows = shards.last().is_none_or(|before| before.index.classes == index.classes);
             if ended || !follows || header.number != number || header.first != images as u64 {
                 let reason = format!("does not belong to the files before it: {REMEDY}");
@@ -88,16 +117,51 @@ impl Pack {
         if !ended {
             return Err(missing(shards.len() as u32));
         }
-        Ok(Self { shards, images, cache: Cache::new(images) })
+        if let Some(listed) = listed
+            && (listed.files as usize, listed.images) != (shards.len(), images as u64)
+        {
+            let reason = format!(
+                "lists {} images in {} files of the part {part}, and there are {images} in {}: {REMEDY}",
+                listed.images,
+                listed.files,
+                shards.len()
+            );
+            return Err(Error::format(folder.join(MANIFEST), reason));
+        }
+        let classes = shards[0].index.classes.clone();
+        let numbers = (0..classes.len() as u32).collect();
+        Ok(Some(Self {
+            shards,
+            images,
+            classes,
+            numbers,
+            notes: Vec::new(),
+            cache: Cache::new(images),
+        }))
     }
 
-    /// Sets how many bytes of decoded images are kept in memory (1 GiB unless said otherwise); 0 keeps none.
+    /// Numbers the classes of the held-out part `part` as the training part of the pack does.
+    fn with_classes_of_train(mut self, folder: &Path, part: &str) -> Result<Self> {
+        let first = folder.join(file_name("train", 0));
+        if self.classes.is_empty() || !first.is_file() {
+            return Ok(self);
+        }
+        let (_, _, _, train) = read(&first)?;
+        let path = folder.join(part);
+        let merged = classes::merge(&path, &train.classes, &self.classes)?;
+        (self.classes, self.numbers) = (merged.classes.clone(), merged.numbers.clone());
+        let labels: Vec<u32> = (0..self.images).filter_map(|i| self.label(i)).collect();
+        self.notes.extend(merged.note(&path, labels.into_iter()));
+        Ok(self)
+    }
+
+    /// Sets how many bytes of decoded images are kept in memory (default: 1 GiB); 0 keeps none.
     pub fn with_cache(mut self, bytes: usize) -> Self {
         self.cache.limit(bytes);
         self
     }
 
-    /// The file that an image is in, and its place there.
+    /// The file that holds an image, and its position there.
     fn place(&self, index: usize) -> (&Shard, usize) {
         assert!(index < self.images, "image {index} of a pack of {}", self.images);
         let shard = self.shards.partition_point(|shard| shard.first <= index) - 1;
@@ -111,10 +175,43 @@ impl Pack {
     }
 }
 
-/// What helps a damaged set.
+/// The remedy for a damaged set.
 const REMEDY: &str = "copy the set again, or pack the images again";
 
-/// The numbers of a part's files, rising.
+/// Names of a pack's files in a folder, and of the partial files of one that was stopped.
+fn left_by_a_pack(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let name = entry.map_err(Error::io(folder))?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let of_a_part = |part: &&str| {
+            let partial = name.strip_prefix('.').is_some_and(|rest| {
+                rest.strip_prefix(*part)
+                    .is_some_and(|rest| rest.starts_with('-') && rest.contains(".pack."))
+            });
+            partial || number_of(name, part).is_some()
+        };
+        if [Split::Train, Split::Test].into_iter().flat_map(folders).any(of_a_part) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// The error of a pack without a manifest.
+fn unfinished(folder: &Path) -> Result<Error> {
+    let files = left_by_a_pack(folder)?;
+    let first = files
+        .first()
+        .map_or(String::new(), |name| format!(" ({name} and {} more)", files.len() - 1));
+    let reason = format!(
+        "holds a pack that was stopped before it was complete{first}: there is no {MANIFEST}; delete these files and pack the images again"
+    );
+    Ok(Error::format(folder, reason))
+}
+
+/// The numbers of a part's files in ascending order.
 fn numbers(folder: &Path, part: &str) -> Result<Vec<u32>> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -125,10 +222,10 @@ fn numbers(folder: &Path, part: &str) -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Opens a file and reads what it says of itself; nothing is allocated that its length does not allow.
-fn read(path: &Path) -> Result<(File, Header, Index)> {
+/// Opens a file and reads its format, header and index; nothing is allocated that its length does not allow.
+fn read(path: &Path) -> Result<(File, u32, Header, Index)> {
     let damaged = |what: String| {
-        Error::format(path, format!("is no whole file of packed images: {what}: {REMEDY}"))
+        Error::format(path, format!("is a truncated or corrupt pack file: {what}: {REMEDY}"))
     };
     let file = File::open(path).map_err(Error::io(path))?;
     let length = file.metadata().map_err(Error::io(path))?.len();
@@ -142,26 +239,48 @@ fn read(path: &Path) -> Result<(File, Header, Index)> {
     }
     // Before the checksum: another format may have it elsewhere.
     let format = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
-    if format != FORMAT {
+    if ![WITHOUT_MANIFEST, FORMAT].contains(&format) {
         let reason = format!(
-            "has format {format}, and this program reads {FORMAT}: read it with the one that wrote it, or pack the images again"
+            "has format {format}, and this program reads up to {FORMAT}: read it with the program that wrote it, or pack the images again"
         );
         return Err(Error::format(path, reason));
     }
     let header = Header::from_bytes(&header, length).map_err(damaged)?;
-    let mut index = vec![0; header.index_length as usize]; // at most the file's length
+    // A sparse file can be of any length, so the header's word is checked before memory is taken for the index.
+    if header.index_length / LONGEST_NAME > header.count.saturating_add(header.count / 8 + 1024) {
+        let (count, length) = (header.count, header.index_length);
+        return Err(damaged(format!(
+            "its header announces an index of {length} bytes for {count} images"
+        )));
+    }
+    let mut index = buffer(path, header.index_length)?;
     read_at(&file, path, header.index_at, &mut index).map_err(Error::io(path))?;
     let index = Index::from_bytes(&index, &header).map_err(damaged)?;
-    Ok((file, header, index))
+    Ok((file, format, header, index))
 }
 
-/// Fills a buffer from a place in a file; many threads may.
+/// A buffer of so many zeros; an error if there is no memory for it.
+fn buffer(path: &Path, length: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let reserved =
+        usize::try_from(length).is_ok_and(|length| bytes.try_reserve_exact(length).is_ok());
+    if !reserved {
+        return Err(Error::format(
+            path,
+            format!("needs {length} bytes of memory, which are not to be had"),
+        ));
+    }
+    bytes.resize(length as usize, 0);
+    Ok(bytes)
+}
+
+/// Fills a buffer from an offset in a file; many threads may at a time.
 #[cfg(unix)]
 fn read_at(file: &File, _: &Path, at: u64, into: &mut [u8]) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, into, at)
 }
 
-/// Fills a buffer from a place in a file; many threads may, as each call has a handle of its own.
+/// Fills a buffer from an offset in a file; many threads may at a time, because each call opens a handle of its own.
 #[cfg(not(unix))]
 fn read_at(_: &File, path: &Path, at: u64, into: &mut [u8]) -> std::io::Result<()> {
     use std::io::{Read, Seek, SeekFrom};
@@ -185,7 +304,13 @@ impl Source for Pack {
         let size = [entry.width, entry.height].map(|side| side as usize);
         let fill = |bytes: &mut [u8]| {
             let path = &shard.path;
-            read_at(&shard.file, path, entry.at, bytes).map_err(Error::io(self.name(index)))?;
+            read_at(&shard.file, path, entry.at, bytes).map_err(|e| match e.kind() {
+                // A file that was truncated since is damaged; anything else is an error of the disk.
+                ErrorKind::UnexpectedEof => {
+                    Error::format(self.name(index), format!("the file ends early: {REMEDY}"))
+                }
+                _ => Error::io(self.name(index))(e),
+            })?;
             if crc32fast::hash(bytes) == entry.crc {
                 return Ok(());
             }
@@ -198,7 +323,7 @@ impl Source for Pack {
                 fill(&mut into.pixels)
             }
             Kind::File => {
-                let mut bytes = vec![0; entry.length as usize]; // at most the file's length
+                let mut bytes = buffer(&shard.path, entry.length)?;
                 fill(&mut bytes)?;
                 let name = self.name(index);
                 decode(Path::new(&name), &bytes, into)?;
@@ -221,15 +346,19 @@ impl Source for Pack {
     }
 
     fn label(&self, index: usize) -> Option<u32> {
-        (!self.classes().is_empty()).then(|| self.entry(index).label)
+        (!self.classes.is_empty()).then(|| self.numbers[self.entry(index).label as usize])
     }
 
     fn classes(&self) -> &[String] {
-        &self.shards[0].index.classes
+        &self.classes
     }
 
     fn name(&self, index: usize) -> String {
         let (shard, place) = self.place(index);
-        format!("{}/{}", shard.path.display(), shard.index.names.get(place))
+        format!("{}/{}", printable(shard.path.as_os_str()), shard.index.names.get(place))
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
     }
 }

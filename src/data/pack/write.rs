@@ -1,5 +1,6 @@
-//! Packing: a folder's images into few large files.
+//! Packs the images of a folder into few large files.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::iter::Peekable;
@@ -9,73 +10,80 @@ use jpeg_encoder::{ColorType, Encoder};
 use rayon::prelude::*;
 
 use super::format::{Entry, HEADER, Header, Index, Kind, file_name};
+use super::left_by_a_pack;
+use super::manifest::{MANIFEST, Manifest, Part};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
 use crate::data::decode::decode;
-use crate::data::folder::{self, Folder};
+use crate::data::folder::Folder;
 use crate::data::open::folders;
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};
-use crate::files::{no_room, whole};
+use crate::files::{no_room, whole, write_whole};
 
-/// Images that are made per thread before they are written, in order: what bounds the memory.
+/// Images per thread that are prepared before they are written in order; bounds the memory.
 const AHEAD: usize = 4;
 
-/// How images are kept.
+/// How images are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// The bytes of their files; where they are made smaller, JPEG of this quality, 1 to 100.
+    /// The bytes of their files; images that are made smaller become JPEG of this quality, 1 to 100.
     Files {
-        /// libjpeg's scale.
+        /// On libjpeg's scale.
         quality: u8,
     },
-    /// Decoded, three bytes a pixel: nothing is left to decode while training.
+    /// Decoded, three bytes per pixel: training has nothing to decode.
     Raw,
 }
 
 /// How to pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackSettings {
-    /// What the shorter side of larger images becomes, in pixels; smaller ones stay as they are.
+    /// The shorter side of larger images in the pack, in pixels; smaller images stay as they are.
     pub size: Option<usize>,
-    /// How images are kept.
+    /// How images are stored.
     pub stored: Stored,
-    /// The most bytes of images in a file, unless one image alone has more.
+    /// The most bytes of images per file, unless a single image has more.
     pub file_bytes: u64,
 }
 
-/// What has been packed.
+/// The result of [`pack`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Packed {
-    /// How many.
+    /// Number of images.
     pub images: usize,
-    /// In order.
+    /// The files of images, in order; the manifest is not among them.
     pub files: Vec<PathBuf>,
-    /// Of all of these.
+    /// Bytes of all of these.
     pub bytes: u64,
-    /// Those that cannot be read, which were left out.
+    /// Broken images, which were left out.
     pub skipped: Vec<Skipped>,
+    /// Sentences on what is in the folder and was not packed.
+    pub notes: Vec<String>,
 }
 
 /// An image, ready to be written.
 struct Record {
     bytes: Vec<u8>,
     name: String,
-    /// Without its place.
+    /// Complete but for its offset.
     entry: Entry,
 }
 
-/// Packs the images of `from` into the folder `to`, which is made: each of the parts `train/`, `test/` and `val/`, or `from` itself,
-/// as its training part. The same images and settings give the same bytes. `done` hears how many images of how many have been
-/// seen to.
+/// Packs the images of `from` into the folder `to`, which is created: each of the parts `train/`, `test/`, `val/` and
+/// `valid/`, or `from` itself as the training part. The same images and settings give the same bytes. `progress` is called
+/// with the number of images done and their total.
+///
+/// A manifest is written last, so a pack that was stopped is never taken for a complete one.
 ///
 /// # Errors
-/// When `from` is no folder of images, none of a part can be read, `to` is not empty, or there is no room.
+/// If `from` is not a folder of images, a file cannot be read, no image of a part can be decoded, `to` is not empty, or the
+/// disk is full. What was written until then is removed.
 pub fn pack(
     from: &Path,
     to: &Path,
     settings: &PackSettings,
-    mut done: impl FnMut(usize, usize),
+    mut progress: impl FnMut(usize, usize),
 ) -> Result<Packed> {
     settings.check()?;
     if !from.exists() {
@@ -87,13 +95,22 @@ pub fn pack(
     if parts.is_empty() {
         parts.push(("train", from.to_path_buf()));
     }
-    let opened = parts.iter().map(|(part, folder)| Ok((*part, folder, Folder::open(folder)?)));
-    let parts: Vec<_> = opened.collect::<Result<_>>()?;
+    let mut opened: Vec<(&str, &PathBuf, Folder)> = Vec::new();
+    for (part, folder) in &parts {
+        let mut images = Folder::open(folder)?;
+        if let Some(("train", _, train)) = opened.first() {
+            images = images.with_classes_of(folder, train.classes())?;
+        }
+        opened.push((part, folder, images));
+    }
+    let parts = opened;
     prepare(to)?;
     let total = parts.iter().map(|(_, _, images)| images.len()).sum();
     let (mut packed, mut before) = (Packed::default(), 0);
+    let mut manifest = Manifest::default();
     for (part, folder, images) in &parts {
-        let seen = |count| done(before + count, total);
+        let seen = |count| progress(before + count, total);
+        let files_before = (packed.files.len(), packed.images);
         let left_out = packed.skipped.len();
         let any = pack_part(images, (to, part), settings, seen, &mut packed);
         let wrote = any.and_then(|any| match packed.skipped.get(left_out) {
@@ -104,12 +121,19 @@ pub fn pack(
             }
             _ => Ok(()),
         });
-        if wrote.is_err() {
-            let _ = std::fs::remove_dir(to); // goes only if nothing is in it
+        if let Err(error) = wrote {
+            // Best effort: the first error is the one to report.
+            packed.files.iter().for_each(|file| drop(std::fs::remove_file(file)));
+            let _ = std::fs::remove_dir(to); // removes it only if it is empty
+            return Err(error);
         }
-        wrote?;
+        packed.notes.extend(images.notes().iter().cloned());
         before += images.len();
+        let files = (packed.files.len() - files_before.0) as u32;
+        let images = (packed.images - files_before.1) as u64;
+        manifest.parts.insert((*part).to_owned(), Part { files, images });
     }
+    write_whole(&to.join(MANIFEST), &manifest.to_bytes())?;
     Ok(packed)
 }
 
@@ -127,7 +151,7 @@ impl PackSettings {
     }
 }
 
-/// Makes the folder, or finds it empty.
+/// Creates the folder, or checks that it is empty.
 fn prepare(to: &Path) -> Result<()> {
     if to.exists() && !to.is_dir() {
         return Err(Error::format(to, "is a file: choose another folder to pack into"));
@@ -136,13 +160,24 @@ fn prepare(to: &Path) -> Result<()> {
     match std::fs::read_dir(to).map_err(Error::io(to))?.next() {
         None => Ok(()),
         Some(_) => {
-            let reason = "is not empty: choose another folder to pack into, or empty it";
+            let left = left_by_a_pack(to)?;
+            let reason = match left.first() {
+                Some(first) if Manifest::read(to)?.is_none() => format!(
+                    "holds what is left of a pack that was stopped ({}): delete it, or choose another folder to pack into",
+                    if left.len() == 1 {
+                        first.clone()
+                    } else {
+                        format!("{first} and {} more files", left.len() - 1)
+                    }
+                ),
+                _ => "is not empty: choose another folder to pack into, or empty it".into(),
+            };
             Err(Error::format(to, reason))
         }
     }
 }
 
-/// Writes the files of a part; whether there is any.
+/// Writes the files of a part. Returns whether there are any.
 fn pack_part(
     images: &Folder,
     (to, part): (&Path, &str),
@@ -150,9 +185,10 @@ fn pack_part(
     mut seen: impl FnMut(usize),
     packed: &mut Packed,
 ) -> Result<bool> {
-    let Packed { images: count, files, bytes, skipped } = packed;
+    let Packed { images: count, files, bytes, skipped, .. } = packed;
     let places: Vec<usize> = (0..images.len()).collect();
-    let made = places.chunks(AHEAD * rayon::current_num_threads()).flat_map(|places| {
+    let failure = RefCell::new(None);
+    let records = places.chunks(AHEAD * rayon::current_num_threads()).flat_map(|places| {
         let make = |scratch: &mut Scratch, &place: &usize| {
             (place, record(images, place, settings, scratch))
         };
@@ -160,14 +196,21 @@ fn pack_part(
         seen(places[places.len() - 1] + 1);
         records
     });
-    let whole_ones = made.filter_map(|(place, record)| match record {
-        Ok(record) => Some(record),
-        Err(e) => {
-            skipped.push(Skipped { index: place as u32, reason: e.to_string() });
-            None
-        }
+    // Ends at the first error that is not a broken image.
+    let readable = records.map_while(|(place, record)| match record {
+        Ok(record) => Some(Some(record)),
+        Err(error) => match Skipped::new(place, error) {
+            Ok(broken) => {
+                skipped.push(broken);
+                Some(None)
+            }
+            Err(error) => {
+                *failure.borrow_mut() = Some(error);
+                None
+            }
+        },
     });
-    let mut records = whole_ones.peekable();
+    let mut records = readable.flatten().peekable();
     let (mut number, mut first) = (0, 0);
     while records.peek().is_some() {
         let path = to.join(file_name(part, number));
@@ -176,6 +219,9 @@ fn pack_part(
             let begun = Header { number, first, ..Header::default() };
             let written = write(file, begun, images.classes(), settings.file_bytes, &mut records);
             let (held, size) = written.map_err(|e| no_room(&path, e))?;
+            if let Some(error) = failure.take() {
+                return Err(error);
+            }
             first += held;
             *bytes += size;
             Ok(())
@@ -183,11 +229,14 @@ fn pack_part(
         files.push(path);
         number += 1;
     }
+    if let Some(error) = failure.take() {
+        return Err(error);
+    }
     *count += first as usize;
     Ok(number > 0)
 }
 
-/// Writes one file: images while they fit, then the index, then the header. Says how many images and bytes it has.
+/// Writes one file: images while they fit, then the index, then the header. Returns the number of its images and bytes.
 fn write(
     file: File,
     mut header: Header,
@@ -230,7 +279,7 @@ struct Scratch {
     tile: Vec<[u8; 4]>,
 }
 
-/// An image as it is to be written. It is decoded in any case: a broken one is found here, not in the middle of a run.
+/// Prepares an image to be written. It is decoded in any case, so that a broken one is found here and not during a run.
 fn record(
     images: &Folder,
     place: usize,
@@ -258,11 +307,7 @@ fn record(
         }
     };
     let label = images.label(place).unwrap_or_default();
-    let file = folder::file_name(path);
-    let name = match images.classes().get(label as usize) {
-        Some(class) => format!("{class}/{file}"),
-        None => file,
-    };
+    let name = images.name_in_folder(place);
     let (crc, length) = (crc32fast::hash(&bytes), bytes.len() as u64);
     let [width, height] = [image.width, image.height].map(|side| side as u32);
     let entry = Entry { at: 0, length, width, height, label, crc, kind };
@@ -292,7 +337,7 @@ fn shrink(size: usize, scratch: &mut Scratch) {
     let wide = width >= height;
     smaller.resize(target[0], target[1]);
     let longest = target[0].max(target[1]);
-    // A resize makes squares: along the longer side, the last one over part of the one before it.
+    // A resize makes squares: tiles along the longer side, of which the last overlaps the one before it.
     for from in (0..longest).step_by(size).map(|from| from.min(longest - size)) {
         let first = if wide { [from, 0] } else { [0, from] };
         let crop = CropBox { left: 0, top: 0, width, height };

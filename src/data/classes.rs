@@ -1,0 +1,127 @@
+//! One list of classes for all parts of a set.
+//!
+//! Every part of a set has folders (or an index) of its own, and a part may lack a class. A label means the same in all
+//! parts only if classes are numbered by name: the training part's classes come first, in its order; classes that only
+//! another part has come after them, so that no training image shares their numbers.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::error::{Error, Result, printable};
+
+/// Class names in a message.
+const NAMED: usize = 10;
+
+/// The classes of a part under the numbers of a set.
+#[derive(Debug)]
+pub struct Merged {
+    /// The training part's classes, then those that only this part has.
+    pub classes: Vec<String>,
+    /// For each class of the part, its place in `classes`.
+    pub numbers: Vec<u32>,
+    /// How many of `classes` are the training part's.
+    first: usize,
+}
+
+/// Numbers the classes of the part at `path` as the training part does.
+///
+/// # Errors
+/// If a class differs from one of the training part by case only, or the two parts share no class.
+pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
+    let places: HashMap<&str, u32> = first.iter().map(String::as_str).zip(0..).collect();
+    let lower: HashMap<String, &str> =
+        first.iter().map(|name| (name.to_lowercase(), name.as_str())).collect();
+    let mut merged = Merged { classes: first.to_vec(), numbers: Vec::new(), first: first.len() };
+    for name in own {
+        if let Some(&place) = places.get(name.as_str()) {
+            merged.numbers.push(place);
+            continue;
+        }
+        if let Some(other) = lower.get(&name.to_lowercase()) {
+            let reason = format!(
+                "has class {name}, and the train part has class {other}: if they are the same class, give them the same name"
+            );
+            return Err(Error::format(path, reason));
+        }
+        merged.numbers.push(merged.classes.len() as u32);
+        merged.classes.push(name.clone());
+    }
+    let new = merged.classes.len() - first.len();
+    if !first.is_empty() && new == own.len() && new > 0 {
+        let reason = format!(
+            "has classes ({}), none of which the train part has ({}): no image of it could be right",
+            list(own),
+            list(first)
+        );
+        return Err(Error::format(path, reason));
+    }
+    Ok(merged)
+}
+
+impl Merged {
+    /// A sentence on the classes that the training part lacks, if there are any; `labels` are those of the part's images.
+    pub fn note(&self, path: &Path, labels: impl Iterator<Item = u32>) -> Option<String> {
+        let new = &self.classes[self.first..];
+        if new.is_empty() || self.first == 0 {
+            return None;
+        }
+        let images = labels.filter(|&label| label as usize >= self.first).count();
+        let (what, have) = if new.len() == 1 { ("class", "has") } else { ("classes", "have") };
+        Some(format!(
+            "{}: {what} {} {have} no training images: {images} images count as never right",
+            printable(path.as_os_str()),
+            list(new)
+        ))
+    }
+}
+
+/// Names for a message, the first few.
+fn list(names: &[String]) -> String {
+    let more = names.len().saturating_sub(NAMED);
+    let named = names[..names.len() - more].join(", ");
+    if more > 0 { format!("{named} and {more} more") } else { named }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(text: &str) -> Vec<String> {
+        text.split_whitespace().map(Into::into).collect()
+    }
+
+    #[test]
+    fn classes_keep_the_numbers_of_the_training_part_and_new_ones_follow() {
+        let path = Path::new("set/test");
+        let merged = merge(path, &names("ape bee cow"), &names("aaa bee cow")).unwrap();
+        assert_eq!(
+            (merged.classes.clone(), &merged.numbers),
+            (names("ape bee cow aaa"), &vec![3, 1, 2])
+        );
+        let note = merged.note(path, [3, 1, 3].into_iter()).unwrap();
+        assert_eq!(
+            note,
+            "set/test: class aaa has no training images: 2 images count as never right"
+        );
+        let fewer = merge(path, &names("ape bee cow"), &names("cow")).unwrap();
+        assert_eq!((fewer.numbers.clone(), fewer.note(path, [2].into_iter())), (vec![2], None));
+    }
+
+    #[test]
+    fn names_that_differ_by_case_only_are_asked_about() {
+        let said = merge(Path::new("set/test"), &names("ape dog"), &names("Dog ape"))
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains("has class Dog, and the train part has class dog"), "{said}");
+        // Within the training part they are classes of their own: letters, for instance.
+        let merged = merge(Path::new("set/test"), &names("A a"), &names("A a")).unwrap();
+        assert_eq!(merged.numbers, [0, 1]);
+    }
+
+    #[test]
+    fn parts_that_share_no_class_are_refused() {
+        let said =
+            merge(Path::new("set/test"), &names("0 1"), &names("cat dog")).unwrap_err().to_string();
+        assert!(said.contains("(cat, dog), none of which the train part has (0, 1)"), "{said}");
+    }
+}
