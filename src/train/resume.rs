@@ -195,6 +195,7 @@ impl Run {
 
     /// Makes the run stop, with a checkpoint, soon after `flag` becomes true: between two steps, or while it evaluates.
     pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
+        self.loader.stop_when(flag.clone());
         self.stop = flag;
     }
 

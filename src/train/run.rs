@@ -290,7 +290,11 @@ impl Run {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
-            let batch = trace_phase("wait for images", || self.loader.next_batch())?;
+            let batch = trace_phase("wait for images", || self.loader.next_batch());
+            if let Err(Error::Stopped(_)) = batch {
+                self.stop_if_asked()?;
+            }
+            let batch = batch?;
             self.dump_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,

@@ -17,7 +17,7 @@ mod plan;
 mod prepared;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -49,7 +49,16 @@ pub struct Loader {
     /// Bytes of images that a GPU may keep; `None` is half of the free memory.
     budget: Option<usize>,
     waited: Duration,
+    /// Ends a wait for a batch.
+    stop: Arc<AtomicBool>,
 }
+
+/// How long a wait for a batch goes on before the stop flag is read again.
+const STOP_CHECK: Duration = Duration::from_millis(50);
+
+/// How long a dropped loader waits for its threads. A read that never returns (a network mount that is gone) keeps its thread;
+/// the program goes on without it.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The threads of a loader that has been started.
 struct Running {
@@ -109,6 +118,7 @@ impl Loader {
             gpu_crops: None,
             budget: None,
             waited: Duration::ZERO,
+            stop: Arc::default(),
         })
     }
 
@@ -117,6 +127,12 @@ impl Loader {
     pub fn keep_at_most(mut self, bytes: usize) -> Self {
         self.budget = Some(bytes);
         self
+    }
+
+    /// Makes [`Loader::next_batch`] return [`Error::Stopped`] soon after `flag` becomes true if no batch is ready: a signal ends
+    /// a run even if a read never returns.
+    pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
+        self.stop = flag;
     }
 
     /// Decides where the images of a loader for a GPU lie, uploads them if they fit, and returns a sentence that says so;
@@ -159,7 +175,7 @@ impl Loader {
     ///
     /// # Errors
     /// If an image cannot be read for another reason than that it is broken, all images are broken, or a thread failed; the
-    /// loader has then ended.
+    /// loader has then ended. With [`Error::Stopped`] if it was [asked to stop](Loader::stop_when) while it waited.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let (mut batch, params) = self.next_prepared()?;
         if let Some(params) = params {
@@ -207,7 +223,15 @@ impl Loader {
         }
         let running = self.running.as_ref().expect("started above");
         let begin = Instant::now();
-        let received = running.batches.recv();
+        let received = loop {
+            match running.batches.recv_timeout(STOP_CHECK) {
+                Err(RecvTimeoutError::Timeout) if self.stop.load(Ordering::Relaxed) => {
+                    return Err(Error::Stopped("stopped while waiting for images".into()));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                received => break received,
+            }
+        };
         self.waited += begin.elapsed();
         let prepared = received.unwrap_or_else(|_| {
             Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
@@ -272,8 +296,14 @@ impl Drop for Running {
         // A closed channel wakes a coordinator that waits to hand over a batch.
         self.batches = sync_channel(0).1;
         if let Some(coordinator) = self.coordinator.take() {
-            // Its panics are caught and sent as errors, so the result says nothing new.
-            let _ = coordinator.join();
+            let dropped = Instant::now();
+            while !coordinator.is_finished() && dropped.elapsed() < GRACE {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if coordinator.is_finished() {
+                // Its panics are caught and sent as errors, so the result says nothing new.
+                let _ = coordinator.join();
+            }
         }
     }
 }
@@ -464,6 +494,45 @@ mod tests {
         let error = loader.next_batch().unwrap_err();
         assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("5.png")), "{error}");
         assert!(loader.skipped().iter().all(|skipped| skipped.index == 2));
+    }
+
+    /// A read that never returns, as on a network mount that is gone.
+    struct Stalls;
+    impl Source for Stalls {
+        fn len(&self) -> usize {
+            10
+        }
+        fn read(&self, _: usize, _: &mut Image) -> Result<()> {
+            loop {
+                std::thread::park();
+            }
+        }
+        fn label(&self, _: usize) -> Option<u32> {
+            None
+        }
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+        fn name(&self, _: usize) -> String {
+            String::new()
+        }
+    }
+
+    #[test]
+    fn a_stalled_read_does_not_outlast_a_stop() {
+        let flag = Arc::new(AtomicBool::new(false));
+        let device = Device::reference();
+        let mut loader =
+            Loader::new(Arc::new(Stalls), vec![Policy::crop(2)], 4, 3, 2, &device).unwrap();
+        loader.stop_when(flag.clone());
+        let asked = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            flag.store(true, Ordering::Relaxed);
+            Instant::now()
+        });
+        assert!(matches!(loader.next_batch(), Err(Error::Stopped(_))));
+        drop(loader);
+        assert!(asked.join().unwrap().elapsed() < Duration::from_secs(2));
     }
 
     struct Panics;
