@@ -578,8 +578,8 @@ mod tests {
             assert!(error.contains(expected), "{name}: {error}");
         }
         let error = WeightFile::open(&folder.path().join("old.pt")).err().unwrap().to_string();
-        let line = format!("/old.pt', map_location='cpu', weights_only=True)");
-        assert!(error.contains(&line) && error.contains("/old.safetensors')\""), "{error}");
+        let line = "/old.pt', map_location='cpu', weights_only=True)";
+        assert!(error.contains(line) && error.contains("/old.safetensors')\""), "{error}");
         let error = WeightFile::open(folder.path()).err().unwrap().to_string();
         assert!(error.ends_with("a folder, where a weight file is expected"), "{error}");
     }

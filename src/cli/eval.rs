@@ -217,12 +217,14 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let Trained { recipe, checkpoint } = trained;
     let recipe = with_labels(recipe, labels);
     let images = labelled_images(&recipe.with(&args.of.set)?)?;
+    images.notes().for_each(|note| talk(note));
     let test = images.held_out()?;
     let classes = images.train.classes().len();
     let mut tuned =
         train::finetuning(&recipe, &checkpoint, &args.protocol, args.head_layers, classes)?;
     tuned.train.batch = tuned.train.batch.min(images.train.len());
-    let tuned = with_labels(tuned.with(&args.of.set)?, labels);
+    let mut tuned = with_labels(tuned.with(&args.of.set)?, labels);
+    tuned.data.max_skipped = args.of.max_skipped.unwrap_or(tuned.data.max_skipped);
     let device = device::open(args.of.device, &tuned.train)?;
     let unread = eval::unreadable(&**test, &device)?;
     left_out.add("held-out", test.len(), &unread)?;

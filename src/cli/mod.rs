@@ -15,6 +15,7 @@ mod skipped;
 mod study;
 mod trained;
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -83,16 +84,37 @@ fn check_instruction_set() -> Result<()> {
     Err(Error::Config(format!("SELFSUP_ISA is `{name}`, which this machine lacks: unset it")))
 }
 
+/// Escapes control characters, which a terminal would obey: names of files may hold them.
+fn printable(line: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if !line.contains(obeyed) {
+        return line.into();
+    }
+    let escape = |c: char| if obeyed(c) { c.escape_default().to_string() } else { c.into() };
+    line.chars().map(escape).collect::<String>().into()
+}
+
 /// Prints a line on stderr.
 fn talk(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}"); // there is no one left to tell
+    let _ = writeln!(std::io::stderr(), "{}", printable(line)); // there is no one left to tell
 }
 
 /// Prints a line of results on stdout.
 fn say(line: &str) -> Result<()> {
-    writeln!(std::io::stdout(), "{line}").map_err(Error::io("standard output"))
+    writeln!(std::io::stdout(), "{}", printable(line)).map_err(Error::io("standard output"))
 }
 
 fn on_terminal() -> bool {
     std::io::stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_not_told_what_to_do_by_the_name_of_a_file() {
+        assert_eq!(printable("a\tb\nc é"), "a\tb\nc é");
+        assert_eq!(printable("x\u{1b}[2J\r\u{9b}y"), "x\\u{1b}[2J\\r\\u{9b}y");
+    }
 }

@@ -43,6 +43,10 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
         stored,
         file_bytes: u64::from(args.shard_mib) << 20,
     };
+    // Packing uses rayon's own pool, which would panic if it could not be started.
+    rayon::ThreadPoolBuilder::new()
+        .build_global()
+        .map_err(|e| Error::Device(format!("cannot start the threads: {e}")))?;
     let bar = on_terminal().then(|| ProgressBar::new(0));
     let packed = data::pack(&args.folder, &args.out, &settings, |done, total| {
         if let Some(bar) = &bar {

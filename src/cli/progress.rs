@@ -26,7 +26,7 @@ impl Progress {
 
     fn line(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.println(line),
+            Some(bar) => bar.println(super::printable(line)),
             None => super::talk(line),
         }
     }

@@ -30,7 +30,7 @@ pub struct Skipped {
 
 impl Skipped {
     /// Takes note of a broken image. An I/O error says nothing about the image: it is returned as it is.
-    pub(super) fn new(index: usize, error: Error) -> Result<Self> {
+    pub(crate) fn new(index: usize, error: Error) -> Result<Self> {
         match error {
             Error::Io { .. } => Err(error),
             error => Ok(Self { index: index as u32, reason: error.to_string() }),

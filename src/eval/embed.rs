@@ -146,10 +146,16 @@ impl Embedded {
         for (name, &label) in self.names.iter().zip(&self.labels) {
             let class = usize::try_from(label).ok().and_then(|label| self.classes.get(label));
             let class = class.map_or("", String::as_str);
-            table += &format!("{name}\t{label}\t{class}\n");
+            table += &format!("{}\t{label}\t{}\n", escaped(name), escaped(class));
         }
         table
     }
+}
+
+/// A name as one field of a table: tabs, line feeds and other control characters are escaped.
+fn escaped(name: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    name.chars().map(escape).collect()
 }
 
 /// Encodes `[n, d]` values in NumPy's format, version 1.0 (numpy.lib.format).
@@ -164,4 +170,23 @@ fn npy([n, d]: [usize; 2], values: &[f32]) -> Vec<u8> {
     bytes.extend(header.as_bytes());
     bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_a_line_for_each_image_whatever_its_name() {
+        let embedded = Embedded {
+            values: vec![0.0; 2],
+            d: 1,
+            names: vec!["a\tb\nc.png".into(), "é.png".into()],
+            labels: vec![0, -1],
+            classes: vec!["x\ry".into()],
+            skipped: Vec::new(),
+        };
+        let expected = "file\tlabel\tclass\na\\tb\\nc.png\t0\tx\\ry\né.png\t-1\t\n";
+        assert_eq!(embedded.table(), expected);
+    }
 }

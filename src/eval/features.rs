@@ -77,15 +77,16 @@ pub(super) fn check_finite(
 /// Reads every image, and returns those that cannot be read: a check before hours of work.
 ///
 /// # Errors
-/// If there is no image, or none can be read.
+/// If there is no image, none can be read, or reading fails for another reason than a broken image.
 pub fn unreadable(source: &dyn Source, device: &Device) -> Result<Vec<Skipped>> {
     let read = |image: &mut Image, index: usize| {
         let error = source.read(index, image).err()?;
-        Some(Skipped { index: index as u32, reason: error.to_string() })
+        Some(Skipped::new(index, error))
     };
     let skipped: Vec<Skipped> = device.run(|| {
-        (0..source.len()).into_par_iter().map_init(Image::default, read).flatten().collect()
-    });
+        let found = (0..source.len()).into_par_iter().map_init(Image::default, read).flatten();
+        found.collect::<Result<_>>()
+    })?;
     some_readable(source.len() - skipped.len(), &skipped)?;
     Ok(skipped)
 }
