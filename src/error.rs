@@ -1,8 +1,8 @@
-//! Errors of the world: files, recipes, devices, broken data.
+//! Runtime failures: files, recipes, devices, damaged data.
 //!
-//! The rule of the crate: a caller's bug (shapes that do not fit, a temperature of zero) panics with the
-//! operation's name and the shapes; whatever a correct program can meet returns [`Error`], which names the
-//! thing and, where it is known, the remedy. Messages are lower case without a full stop, so that they chain.
+//! The rule of the crate: API misuse (shapes that do not match, a temperature of zero) panics with the operation's name and the
+//! shapes; runtime failures return [`Error`], which names the thing and, where it is known, the remedy. Messages are lower case
+//! without a full stop, so that they chain.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,11 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         #[source]
         source: std::io::Error,
     },
-    /// A file is there but is not what it should be.
+    /// A file or folder exists but its contents are not what they should be.
     #[error("{}: {reason}", printable(path.as_os_str()))]
     Format {
         /// The file.
@@ -37,15 +37,18 @@ pub enum Error {
     /// A device cannot be used.
     #[error("{0}")]
     Device(String),
-    /// A worker thread panicked: a bug, in the program or in an image source of its caller.
+    /// A worker thread panicked: a bug, in the program or in the caller's image source.
     #[error("{0}")]
     Worker(String),
     /// Too many images of a set cannot be read.
     #[error("{0}")]
     Unreadable(String),
-    /// A run stopped because its numbers went wrong.
+    /// A run stopped because its loss diverged or became NaN.
     #[error("{0}")]
     Diverged(String),
+    /// A run stopped because its embeddings collapsed.
+    #[error("{0}")]
+    Collapsed(String),
     /// A run was asked to stop, and did.
     #[error("{0}")]
     Stopped(String),
@@ -76,18 +79,18 @@ pub(crate) fn printable(name: &OsStr) -> String {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An [`Error::Io`] at a path, for `map_err`.
+    /// Returns a function that wraps an I/O error as [`Error::Io`] at `path`, for `map_err`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { path, source }
     }
 
-    /// An [`Error::Format`] at a path.
+    /// Returns an [`Error::Format`] at a path.
     pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
         Error::Format { path: path.as_ref().to_path_buf(), reason: reason.into() }
     }
 
-    /// An [`Error::Config`].
+    /// Returns an [`Error::Config`].
     pub fn config(reason: impl Into<String>) -> Error {
         Error::Config(reason.into())
     }

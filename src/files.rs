@@ -1,50 +1,215 @@
-//! Files that are written completely or not at all.
+//! Files that are written completely or not at all, and never through a link.
 //!
-//! A file is written under a temporary name, synced and renamed. A reader sees the old file or the new one, never a part of it.
+//! A file is written under a temporary name next to it, synced and renamed, so that a reader sees the old contents or the new
+//! ones, never a part. Temporary names are unique and created exclusively: two processes that write the same file do not
+//! collide, and a link that somebody planted under such a name is not followed. A rename replaces a link instead of writing
+//! through it.
 
-use std::fs::File;
-use std::io::ErrorKind;
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Writes `bytes` to a file, completely or not at all.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    whole(path, |partial| std::fs::write(partial, bytes).map_err(|e| no_room(path, e)))
+/// The end of temporary names.
+const PARTIAL: &str = ".partial";
+
+/// Writes a small file.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace_file(path, |partial| {
+        let file = OpenOptions::new().write(true).truncate(true).open(partial);
+        file.and_then(|mut file| file.write_all(bytes)).map_err(|e| write_error(path, e))
+    })
 }
 
-/// Replaces `path` by the file that `write` creates under the temporary name that it gets.
-pub(crate) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.partial"));
-    let kept = write(&partial).and_then(|()| {
+/// Writes `path` by way of a temporary file, which exists and is empty when `write` fills it.
+pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let partial = temporary(path, |partial| {
+        OpenOptions::new().write(true).create_new(true).open(partial).map(drop)
+    })?;
+    let written = write(&partial).and_then(|()| {
         let synced = File::open(&partial).and_then(|file| file.sync_all());
-        synced.and_then(|()| std::fs::rename(&partial, path)).map_err(|e| no_room(path, e))
+        synced.map_err(|e| write_error(path, e))
     });
-    if kept.is_err() {
-        let _ = std::fs::remove_file(&partial); // the first error matters more
-        return kept;
+    rename(&partial, path, written)
+}
+
+/// Makes `path` another name of the file `from`; a copy of it if the file system has no hard links.
+pub(crate) fn replace_by_link(path: &Path, from: &Path) -> Result<()> {
+    match temporary(path, |partial| std::fs::hard_link(from, partial)) {
+        Ok(partial) => rename(&partial, path, Ok(())),
+        Err(_) => replace_file(path, |partial| {
+            std::fs::copy(from, partial).map(drop).map_err(|e| write_error(path, e))
+        }),
     }
-    // Syncing the folder makes the rename itself survive a power cut.
+}
+
+/// Calls `create` with temporary names for `path` until one is free.
+fn temporary(path: &Path, create: impl Fn(&Path) -> std::io::Result<()>) -> Result<PathBuf> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    loop {
+        let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let partial = path.with_file_name(format!(".{name}.{process}-{count}{PARTIAL}"));
+        match create(&partial) {
+            Ok(()) => return Ok(partial),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(write_error(path, error)),
+        }
+    }
+}
+
+/// Gives a temporary file its name, or removes it if it could not be written.
+fn rename(partial: &Path, path: &Path, written: Result<()>) -> Result<()> {
+    let renamed = written
+        .and_then(|()| std::fs::rename(partial, path).map_err(|error| write_error(path, error)));
+    // If both names were links to one file, renaming has left both. The first error is the one to report.
+    let _ = std::fs::remove_file(partial);
+    renamed?;
+    // The rename itself must survive a power cut, too.
     if let Some(folder) = path.parent()
         && let Ok(folder) = File::open(folder)
     {
-        let _ = folder.sync_all(); // not every file system supports it
+        let _ = folder.sync_all(); // not supported by every file system
     }
     Ok(())
 }
 
-/// The error of a failed write; for a full disk it says what to do.
-pub(crate) fn no_room(path: &Path, error: std::io::Error) -> Error {
+/// Removes the temporary files that killed processes left in a folder.
+pub(crate) fn remove_partial_files(folder: &Path) {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in names {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with('.') && name.ends_with(PARTIAL) {
+            let _ = std::fs::remove_file(entry.path()); // a leftover does no harm
+        }
+    }
+}
+
+/// Opens `path` for reading and writing without truncating it, and creates it if it is missing.
+///
+/// # Errors
+/// If it is a link: in a folder from elsewhere, a link leads to a file that is not the run's.
+pub(crate) fn open_own(path: &Path, append: bool) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!append).append(append).create(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK); // a named pipe does not block
+    }
+    match options.open(path) {
+        Ok(file) if file.metadata().is_ok_and(|data| data.is_file()) => Ok(file),
+        Err(error) if !std::fs::symlink_metadata(path).is_ok_and(|data| data.is_symlink()) => {
+            Err(write_error(path, error))
+        }
+        _ => Err(Error::format(
+            path,
+            "is a link or a special file, which a run does not write to: remove it",
+        )),
+    }
+}
+
+/// Converts a failed write to an error; a full disk comes with the remedy.
+pub(crate) fn write_error(path: &Path, error: std::io::Error) -> Error {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
             Error::format(
                 path,
                 format!(
-                    "cannot be written ({error}): make room; what was written before it is whole"
+                    "cannot be written ({error}): make room; files written earlier are complete"
                 ),
             )
         }
         _ => Error::io(path)(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn many_writers_of_one_file_leave_one_complete_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("page.html");
+        std::thread::scope(|scope| {
+            for letter in b'a'..b'i' {
+                let path = &path;
+                scope.spawn(move || {
+                    (0..20).for_each(|_| write_file(path, &[letter; 5000]).unwrap());
+                });
+            }
+        });
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.len() == 5000 && bytes.iter().all(|byte| *byte == bytes[0]));
+        assert_eq!(names(folder.path()), ["page.html"]);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_temporary_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        write_file(&path, b"old").unwrap();
+        let failed = replace_file(&path, |partial| {
+            std::fs::write(partial, "half").unwrap();
+            Err(Error::config("no more"))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "no more");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["table"]);
+    }
+
+    #[test]
+    fn a_second_name_shares_the_file_and_can_be_made_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let [from, to] = ["step", "best"].map(|name| folder.path().join(name));
+        write_file(&from, b"weights").unwrap();
+        for _ in 0..2 {
+            replace_by_link(&to, &from).unwrap();
+            assert_eq!(std::fs::read(&to).unwrap(), b"weights");
+            assert_eq!(names(folder.path()), ["best", "step"]);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_replaced_or_refused_and_never_written_through() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("run");
+        std::fs::create_dir(&folder).unwrap();
+        let victim = root.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        let link = |name: &str| {
+            let path = folder.join(name);
+            std::os::unix::fs::symlink(&victim, &path).unwrap();
+            path
+        };
+        write_file(&link("recipe.toml"), b"new").unwrap();
+        assert!(!folder.join("recipe.toml").is_symlink());
+        for append in [false, true] {
+            let path = link(if append { "metrics.jsonl" } else { ".lock" });
+            let error = open_own(&path, append).unwrap_err().to_string();
+            assert!(error.contains("is a link or a special file"), "{error}");
+        }
+        // A name that the next temporary file would have is passed over.
+        for count in 0..1000 {
+            let name = format!(".page.{}-{count}{PARTIAL}", std::process::id());
+            link(&name);
+        }
+        write_file(&folder.join("page"), b"new").unwrap();
+        remove_partial_files(&folder);
+        assert_eq!(names(&folder), [".lock", "metrics.jsonl", "page", "recipe.toml"]);
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
     }
 }

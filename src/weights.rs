@@ -17,8 +17,7 @@ use safetensors::{SafeTensorError, serialize_to_file};
 
 use crate::arena::{Arena, Slot, SlotKind};
 use crate::error::{Error, Result};
-use crate::files::no_room;
-pub(crate) use crate::files::{whole, write_whole};
+use crate::files::{replace_file, write_error};
 use crate::tensor::Tensor;
 
 /// The longest header that is accepted: the limit of the safetensors crate.
@@ -434,9 +433,9 @@ pub(crate) fn write_weights(
     sound: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let entries = entries.iter().map(|entry| (&*entry.name, entry));
-    whole(path, |partial| {
+    replace_file(path, |partial| {
         serialize_to_file(entries, Some(notes), partial).map_err(|error| match error {
-            SafeTensorError::IoError(error) => no_room(path, error),
+            SafeTensorError::IoError(error) => write_error(path, error),
             other => unreachable!("names are unique and shapes are their data's: {other}"),
         })?;
         sound()

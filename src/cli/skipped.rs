@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::talk;
 use crate::data::Skipped;
 use crate::error::{Error, Result};
-use crate::files::write_whole;
+use crate::files::write_file;
 
 /// The most names that are printed; the file has all of them.
 const PRINTED: usize = 10;
@@ -42,7 +42,7 @@ impl LeftOut {
         for Skipped { index, reason } in skipped {
             self.lines += &format!("{kind} image {index}: {reason}\n");
         }
-        let written = write_whole(&self.file, self.lines.as_bytes());
+        let written = write_file(&self.file, self.lines.as_bytes());
         let rest = count.saturating_sub(PRINTED);
         let more = if rest > 0 { format!("{rest} more; ") } else { String::new() };
         talk(&match written {

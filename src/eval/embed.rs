@@ -8,9 +8,10 @@ use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
 use crate::eval::features::{check_finite, some_readable};
+use crate::files::write_file;
 use crate::nn::ResNet;
 use crate::tape::evaluate;
-use crate::weights::{Entry, write_weights, write_whole};
+use crate::weights::{Entry, write_weights};
 
 /// Images per forward pass.
 const BATCH: usize = 64;
@@ -120,8 +121,8 @@ impl Embedded {
         match Format::of(path)? {
             Format::Npy => {
                 let table = path.with_extension("tsv");
-                write_whole(&table, self.table().as_bytes())?;
-                write_whole(path, &npy(shape, &self.values))?;
+                write_file(&table, self.table().as_bytes())?;
+                write_file(path, &npy(shape, &self.values))?;
                 Ok(vec![path.to_path_buf(), table])
             }
             Format::Safetensors => {

@@ -1,38 +1,39 @@
-//! Checkpoints: [weight files](super::weights) that hold a run whole.
+//! Checkpoints: [weight files](crate::weights) that hold the complete state of a run.
 //!
-//! Weights and running statistics have torchvision's names, the backbone under `backbone.`. Momentum lies beside each parameter
-//! under `momentum.`, what a method owns under `method.`: the slots of a second network with its name before theirs, queues,
-//! counters. Where the run stands, its recipe and the format's version are notes in the header. A folder keeps the last few
-//! under the number of their step, and the best by kNN as `best.safetensors`.
+//! Weights and running statistics have torchvision's names, those of the backbone under `backbone.`. The momentum of each
+//! parameter is stored under `momentum.`, the method's own state under `method.`: queues, counters, and the slots of a second
+//! network, prefixed with its name. The run's progress, its recipe and the format's version are notes in the header. A folder
+//! keeps the last few checkpoints, named by step, and the best by kNN as `best.safetensors`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::arena::{Arena, Layout};
 use crate::error::{Error, Result};
+use crate::files::replace_by_link;
 use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
-use crate::weights::{Entry, WeightFile, whole, write_weights};
+use crate::weights::{Entry, WeightFile, write_weights};
 
 const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";
 const BEST: &str = "best.safetensors";
 const MOMENTUM: &str = "momentum.";
 const METHOD: &str = "method.";
-/// What backbones' names begin with in a run's own checkpoints.
+/// The prefix of the backbone's slots in a run's own checkpoints.
 const BACKBONE: &str = "backbone.";
 
-/// The note that holds the format's version.
+/// The note with the format's version.
 const FORMAT_NOTE: &str = "selfsup.format";
-/// Raised when a file of the version before cannot be resumed from any more.
+/// The version; it rises when files of the previous version can no longer be resumed from.
 const FORMAT: u32 = 1;
 
 /// Writes weights, running statistics, momentum and a method's `state` to `folder/step-NNNNNNNN.safetensors` with `notes` in the
 /// header, and removes all but the newest `keep` checkpoints of the folder. Returns the file.
 ///
 /// # Errors
-/// When the disk is full or gone, or the device failed; earlier checkpoints are then as they were.
+/// If the file cannot be written, or the device failed; earlier checkpoints then stay as they were.
 pub fn save(
     folder: &Path,
     step: u64,
@@ -42,8 +43,8 @@ pub fn save(
     mut notes: HashMap<String, String>,
     keep: usize,
 ) -> Result<PathBuf> {
-    let own = |name: &str| Some(name.to_owned());
-    let mut entries: Vec<Entry<'_>> = Entry::network(arena, own).collect();
+    let same = |name: &str| Some(name.to_owned());
+    let mut entries: Vec<Entry<'_>> = Entry::network(arena, same).collect();
     entries.extend(arena.layout().params().iter().map(|slot| {
         let momentum = || optimizer.momentum().slice(slot.offset, slot.shape).to_f64();
         Entry::slot(format!("{MOMENTUM}{}", slot.name), slot, momentum)
@@ -65,7 +66,7 @@ pub fn save(
     notes.insert("format".into(), "pt".into()); // what PyTorch's loaders look for
     notes.insert(FORMAT_NOTE.into(), FORMAT.to_string());
     let path = folder.join(format!("{PREFIX}{step:08}{SUFFIX}"));
-    // What a failed device gives is not worth keeping.
+    // A failed device returns garbage.
     write_weights(&path, &entries, notes, || arena.device().check())?;
     let old = checkpoints(folder)?;
     for (_, old) in old.iter().rev().skip(keep.max(1)) {
@@ -74,30 +75,25 @@ pub fn save(
     Ok(path)
 }
 
-/// Keeps a checkpoint as `best.safetensors` beside it, whatever becomes of the file itself.
+/// Keeps a checkpoint as `best.safetensors` next to it, even when the checkpoint itself is removed later.
 pub(super) fn keep_as_best(checkpoint: &Path) -> Result<()> {
-    whole(&checkpoint.with_file_name(BEST), |partial| {
-        let _ = std::fs::remove_file(partial); // of a run that was killed
-        std::fs::hard_link(checkpoint, partial)
-            .or_else(|_| std::fs::copy(checkpoint, partial).map(drop)) // not every file system links
-            .map_err(Error::io(partial))
-    })
+    replace_by_link(&checkpoint.with_file_name(BEST), checkpoint)
 }
 
-/// The newest checkpoint of a run's folder.
+/// Returns the newest checkpoint of a run's folder.
 ///
 /// # Errors
-/// When the folder cannot be read or holds none.
+/// If the folder cannot be read or holds no checkpoint.
 pub fn newest(folder: &Path) -> Result<PathBuf> {
     last(folder)?.ok_or_else(|| Error::format(folder, "holds no checkpoint (step-*.safetensors)"))
 }
 
-/// The newest checkpoint of a folder, if it holds one.
+/// Returns the newest checkpoint of a folder, if it holds one.
 pub(super) fn last(folder: &Path) -> Result<Option<PathBuf>> {
     Ok(checkpoints(folder)?.pop().map(|(_, path)| path))
 }
 
-/// Checkpoints of a folder by step.
+/// Lists the checkpoints of a folder by step.
 fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -112,19 +108,19 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Fills an arena's weights and running statistics from a checkpoint; nothing is changed unless all of them fit.
+/// Fills an arena's weights and running statistics from a checkpoint. Nothing changes unless all of them fit.
 ///
 /// # Errors
-/// When the file is damaged, a slot is missing or has another shape: the first mismatch is named with both shapes.
+/// If the file is damaged, or a slot is missing or has another shape: the message names the first mismatch with both shapes.
 pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     WeightFile::open(path)?.fill_finite(arena, |slot| Some(slot.to_owned()))
 }
 
-/// Fills what an arena has in common with a weight file, to start a run from: the complete backbone, with torchvision's names or with
-/// `backbone.` before them; heads where the file has them.
+/// Fills an arena from a weight file, to start a run from: the complete backbone, with torchvision's names or prefixed with
+/// `backbone.`, and those slots of the heads that the file has.
 ///
 /// # Errors
-/// When the file is damaged, a slot of the backbone is missing, or a slot has another shape.
+/// If the file is damaged, a slot of the backbone is missing, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     let mut file = WeightFile::open(path)?;
     let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
@@ -150,10 +146,10 @@ fn backbone_slots(layout: &Layout) -> Vec<&str> {
     slots.filter_map(|slot| slot.name.strip_prefix(BACKBONE)).collect()
 }
 
-/// Writes the backbone alone, with torchvision's names: what `load_state_dict` takes.
+/// Writes the backbone alone, with torchvision's names, for `load_state_dict`.
 ///
 /// # Errors
-/// When the file cannot be written, or the device failed.
+/// If the file cannot be written, or the device failed.
 pub fn export_backbone(path: &Path, arena: &Arena) -> Result<()> {
     let plain = |slot: &str| slot.strip_prefix(BACKBONE).map(str::to_owned);
     let entries: Vec<Entry<'_>> = Entry::network(arena, plain).collect();
@@ -164,12 +160,12 @@ pub fn export_backbone(path: &Path, arena: &Arena) -> Result<()> {
 /// Fills a method's `state` from a checkpoint, in place.
 ///
 /// # Errors
-/// When the file is damaged, or a part is missing or has another shape: the run cannot go on from it.
+/// If the file is damaged, or a part is missing or has another shape.
 pub fn load_state(path: &Path, state: Vec<(&'static str, State<'_>)>) -> Result<()> {
     fill_state(&mut WeightFile::open(path)?, state).map(drop)
 }
 
-/// Fills a method's state; returns the names that were read.
+/// Fills a method's state and returns the names of the tensors read.
 fn fill_state(file: &mut WeightFile, state: Vec<(&'static str, State<'_>)>) -> Result<Vec<String>> {
     let mut read = Vec::new();
     for (name, part) in state {
@@ -194,10 +190,10 @@ fn fill_state(file: &mut WeightFile, state: Vec<(&'static str, State<'_>)>) -> R
     Ok(read)
 }
 
-/// Fills all that [`save`] wrote, from a file that [`checked`] gave.
+/// Restores everything that [`save`] wrote from a file that [`open`] returned.
 ///
 /// # Errors
-/// When the file is of another architecture or holds a tensor that this run has no place for.
+/// If the file is of another architecture or holds a tensor that this run does not have.
 pub(super) fn restore(
     file: &mut WeightFile,
     arena: &mut Arena,
@@ -219,7 +215,9 @@ pub(super) fn restore(
         None => Ok(()),
         Some(name) => {
             let path = file.path().display();
-            Err(Error::Weights(format!("{path}: has a tensor {name}, which this network has not")))
+            Err(Error::Weights(format!(
+                "{path}: has a tensor {name}, which this network does not have"
+            )))
         }
     }
 }
@@ -227,10 +225,10 @@ pub(super) fn restore(
 /// Opens a checkpoint to resume from.
 ///
 /// # Errors
-/// When it is damaged, or of a format that this program does not read.
-pub(super) fn checked(path: &Path) -> Result<WeightFile> {
+/// If it is damaged, or of a format that this program does not read.
+pub(super) fn open(path: &Path) -> Result<WeightFile> {
     let file = WeightFile::open(path)
-        .map_err(|e| Error::Weights(format!("{e}; remove it to go on from the one before it")))?;
+        .map_err(|e| Error::Weights(format!("{e}; remove it to resume from the one before it")))?;
     match file.note(FORMAT_NOTE).map(str::parse::<u32>) {
         Some(Ok(FORMAT)) => Ok(file),
         Some(Ok(format)) if format > FORMAT => Err(Error::format(
@@ -241,7 +239,7 @@ pub(super) fn checked(path: &Path) -> Result<WeightFile> {
         )),
         _ => Err(Error::format(
             path,
-            "is no checkpoint to resume from: its header has no format version",
+            "is not a checkpoint to resume from: its header has no format version",
         )),
     }
 }
@@ -273,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_saved_is_loaded_and_old_files_go() {
+    fn a_saved_checkpoint_loads_and_old_ones_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let saved = arena(2, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &saved);
@@ -290,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn files_hold_torchvisions_layout() {
+    fn files_have_the_layout_of_torchvision() {
         let folder = tempfile::tempdir().unwrap();
         let saved = arena(2, 1);
         let optimizer = Optimizer::new(Rule::Lars(Lars::simclr(0.9, 1e-4)), &saved);

@@ -1,4 +1,4 @@
-//! Fine-tuning: the recipe of a supervised run that starts from another run's weights.
+//! Fine-tuning: makes the recipe of a supervised run that starts from another run's weights.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::weights::WeightFile;
 /// Names of fine-tuning protocols.
 pub const FINETUNES: [&str; 4] = ["lightly", "simclr-v2", "swav-1%", "swav-10%"];
 
-/// The supervised method's table of a recipe.
+/// The supervised method's settings in a recipe.
 #[derive(Serialize)]
 struct Settings {
     classes: usize,
@@ -22,11 +22,12 @@ struct Settings {
     classifier_rate: f64,
 }
 
-/// The recipe that fine-tunes the weights in `checkpoint`, a run's of `recipe`, on the same images' `classes`, by a protocol
-/// of [`FINETUNES`]: backbone and `head_layers` of a head as SimCLR v2 has it go on, under a new classifier.
+/// Returns the recipe that fine-tunes `checkpoint`, from a run of `recipe`, to tell apart the `classes` classes of the same
+/// images, by a protocol of [`FINETUNES`]. Under a new classifier it keeps the backbone and the first `head_layers` layers of
+/// the projection head, as SimCLR v2 does.
 ///
 /// # Errors
-/// When there is no such protocol, or the checkpoint has no such head.
+/// If the protocol is unknown (the message lists the valid names), or the checkpoint's head has fewer layers.
 pub fn finetuning(
     recipe: &Recipe,
     checkpoint: &Path,
@@ -34,7 +35,7 @@ pub fn finetuning(
     head_layers: usize,
     classes: usize,
 ) -> Result<Recipe> {
-    let hidden = if head_layers > 0 { width_of_head(checkpoint, head_layers)? } else { 0 };
+    let hidden = if head_layers > 0 { head_width(checkpoint, head_layers)? } else { 0 };
     let mut settings =
         Settings { classes, head_layers, hidden, new_classifier: true, classifier_rate: 1.0 };
     let mut tuned = recipe.clone();
@@ -51,13 +52,13 @@ pub fn finetuning(
             (optim.lr, optim.lr_rule, optim.rule) = (0.05, LrRule::Linear, Rule::Sgd(plain));
             (train.epochs, train.batch) = (30, 256);
         }
-        // swav:eval_semisup.py and README: the classifier, which starts as any linear layer, at 5 and 0.2
+        // swav:eval_semisup.py and README: the classifier, initialised like any linear layer, at 5 and 0.2
         "swav-1%" | "swav-10%" => {
-            let [lr, of_classifier] = if protocol == "swav-1%" { [0.02, 5.0] } else { [0.01, 0.2] };
+            let [lr, classifier_lr] = if protocol == "swav-1%" { [0.02, 5.0] } else { [0.01, 0.2] };
             (optim.lr, optim.lr_rule, optim.rule) = (lr, LrRule::Fixed, Rule::Sgd(plain));
             optim.decay = Decay::Steps { epochs: vec![12, 16], factor: 0.2 };
             (train.epochs, train.batch) = (20, 256);
-            (settings.new_classifier, settings.classifier_rate) = (false, of_classifier / lr);
+            (settings.new_classifier, settings.classifier_rate) = (false, classifier_lr / lr);
         }
         // simclr:README.md, 1% of the labels
         "simclr-v2" => {
@@ -67,7 +68,7 @@ pub fn finetuning(
         }
         _ => {
             let known = FINETUNES.join(", ");
-            let reason = format!("there is no protocol {protocol}; known are: {known}");
+            let reason = format!("unknown protocol {protocol}; the protocols are: {known}");
             return Err(Error::Config(reason));
         }
     }
@@ -78,14 +79,14 @@ pub fn finetuning(
     Ok(tuned)
 }
 
-/// The width of a head's hidden layers, of which the checkpoint must have the first `layers`, each with its batch norm.
-fn width_of_head(checkpoint: &Path, layers: usize) -> Result<usize> {
+/// Returns the width of a head's hidden layers; the checkpoint must have the first `layers`, each with its batch norm.
+fn head_width(checkpoint: &Path, layers: usize) -> Result<usize> {
     let file = WeightFile::open(checkpoint)?;
     let has = |i| file.shape(&format!("head.{i}.norm.weight"));
     match (0..layers).map(has).collect::<Option<Vec<_>>>() {
         Some(norms) => Ok(norms[0].iter().product()),
         None => Err(Error::Weights(format!(
-            "{}: has no head with {layers} layers of linear and batch norm to go on from: fine-tune with --head-layers 0",
+            "{}: its head has fewer than {layers} layers of linear and batch norm: fine-tune with --head-layers 0",
             checkpoint.display()
         ))),
     }

@@ -1,32 +1,32 @@
-//! A run's folder, which one process at a time writes.
+//! The folder of a run, which one process at a time writes to.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files::{open_own, remove_partial_files, write_file};
 use crate::recipes::Recipe;
 use crate::train::Metrics;
-use crate::weights::write_whole;
 
-/// The resolved recipe's name in it.
+/// The name of the resolved recipe.
 pub(super) const RECIPE: &str = "recipe.toml";
 const LOCK: &str = ".lock";
 
-/// A folder with a run in it, locked.
+/// The locked folder of a run.
 pub(super) struct Folder {
     pub(super) path: PathBuf,
     pub(super) metrics: Metrics,
-    /// The kernel lets go of it when the process ends, however it ends.
+    /// The kernel releases it when the process ends, however it ends.
     _lock: File,
     /// Whether this process made the run.
     new: bool,
 }
 
 impl Folder {
-    /// Makes the folder of a new run and writes its recipe there.
+    /// Creates the folder of a new run and writes its recipe there.
     pub(super) fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
         let taken = || {
-            let reason = "already holds a run: choose another --out, or go on with it by --resume";
+            let reason = "already holds a run: choose another --out, or continue it with --resume";
             Err(Error::format(path, reason))
         };
         if path.join(RECIPE).exists() {
@@ -37,7 +37,7 @@ impl Folder {
         if path.join(RECIPE).exists() {
             return taken(); // another process was faster
         }
-        write_whole(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
+        write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
             metrics: metrics(path, 0, recipe)?,
@@ -46,7 +46,7 @@ impl Folder {
         })
     }
 
-    /// Opens the folder of a run that ended or was ended; its numbers from `length` bytes on are dropped.
+    /// Opens the folder of an earlier run; the log is cut off after `length` bytes.
     pub(super) fn open(path: &Path, lock: File, length: u64, recipe: &Recipe) -> Result<Self> {
         Ok(Self {
             path: path.to_path_buf(),
@@ -62,23 +62,26 @@ fn metrics(path: &Path, length: u64, recipe: &Recipe) -> Result<Metrics> {
     Ok(if recipe.watch.tensorboard { metrics.with_events() } else { metrics })
 }
 
-/// Removes the folder of a new run that came to nothing.
+/// Removes the folder of a new run that failed before its first step.
 pub(super) fn discard(folder: Folder) {
     if folder.new {
         let Folder { path, .. } = folder;
         for file in [RECIPE, "metrics.jsonl", LOCK] {
-            let _ = std::fs::remove_file(path.join(file)); // why it came to nothing is what to tell
+            let _ = std::fs::remove_file(path.join(file)); // the error to report is why the run failed
         }
-        let _ = std::fs::remove_dir(&path); // unless something of somebody else's lies there
+        let _ = std::fs::remove_dir(&path); // stays if it holds other files
     }
 }
 
-/// Locks a folder for this process.
+/// Locks a folder for this process, and removes what a killed process left half-written.
 pub(super) fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
-    let file = File::create(&path).map_err(Error::io(&path))?;
+    let file = open_own(&path, false)?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {
+            remove_partial_files(folder);
+            Ok(file)
+        }
         Err(TryLockError::WouldBlock) => {
             let reason = "is in use: another process trains in it; wait for it or stop it first";
             Err(Error::format(folder, reason))

@@ -1,9 +1,9 @@
-//! What numbers that went wrong look like.
+//! Recognises runs whose numbers went wrong: collapsed embeddings and diverged losses.
 
 use crate::eval::Spread;
 use crate::recipes::WatchSettings;
 
-/// What a collapse looks like, if it is one.
+/// Describes the collapse that an epoch's embeddings or assignments show, if they show one.
 pub(super) fn collapse(
     watch: &WatchSettings,
     spread: Option<Spread>,
@@ -25,8 +25,8 @@ pub(super) fn collapse(
     Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
 }
 
-/// What a divergence looks like, if an epoch's mean loss is one.
-pub(super) fn diverged(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<String> {
+/// Describes the divergence that an epoch's mean loss shows next to the run's first loss, if it shows one.
+pub(super) fn divergence(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<String> {
     let first = first.filter(|first| first.is_finite() && watch.diverged > 0.0)?;
     let limit = watch.diverged * first.abs().max(1.0);
     (loss > limit)
@@ -38,19 +38,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thresholds_are_the_recipes() {
+    fn thresholds_come_from_the_recipe() {
         let watch = WatchSettings::default();
         let spread = |std, effective_rank| Some(Spread { std, effective_rank, uniformity: 0.0 });
         assert_eq!(collapse(&watch, spread(0.3, 2.0), Some(9.0)), None);
         assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
         assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));
         assert!(collapse(&watch, None, Some(1.4)).unwrap().contains("1.40 prototypes"));
-        assert!(diverged(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
-        // Losses below 1 in size, negative ones among them, are held against 1.
-        assert!(diverged(&watch, Some(-0.9), 9.9).is_none());
-        assert!(diverged(&watch, Some(-0.9), 10.1).is_some());
+        assert!(divergence(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
+        // Losses below 1 in size, negative ones included, are compared with 1.
+        assert!(divergence(&watch, Some(-0.9), 9.9).is_none());
+        assert!(divergence(&watch, Some(-0.9), 10.1).is_some());
         let never = WatchSettings { diverged: 0.0, collapsed_std: 0.0, ..watch };
-        assert_eq!(diverged(&never, Some(4.0), 1e9), None);
+        assert_eq!(divergence(&never, Some(4.0), 1e9), None);
         assert_eq!(collapse(&never, spread(0.0, 2.0), None), None);
     }
 }

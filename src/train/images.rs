@@ -10,17 +10,17 @@ use crate::recipes::DataSettings;
 /// The images of a run.
 #[derive(Clone)]
 pub struct Images {
-    /// What is trained on.
+    /// The training part.
     pub train: Arc<dyn Source>,
-    /// What is held out; none where the set has no such part or no labels.
+    /// The held-out part; `None` if the set has no such part or no labels.
     pub test: Option<Arc<dyn Source>>,
 }
 
 impl Images {
-    /// The images that a recipe names.
+    /// Opens the images that a recipe names.
     ///
     /// # Errors
-    /// When the path does not hold a data set.
+    /// If the path does not hold a data set, or a part of it is damaged.
     pub fn open(settings: &DataSettings) -> Result<Self> {
         let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
             let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
@@ -40,7 +40,7 @@ impl Images {
         }
         let test = match open(Split::Test, settings.test_limit) {
             Ok(test) => Some(test),
-            // A set without a held-out part trains all the same; one of which a file is damaged does not.
+            // A set without a held-out part can be trained on; one with a damaged file cannot.
             Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => None,
             Err(error) => return Err(error),
         };
@@ -52,10 +52,10 @@ impl Images {
         self.train.notes().iter().chain(self.test.iter().flat_map(|test| test.notes()))
     }
 
-    /// The held-out images, for a command that cannot do without.
+    /// Returns the held-out images, for a command that needs them.
     ///
     /// # Errors
-    /// When there are none.
+    /// If there are none.
     pub fn held_out(&self) -> Result<&Arc<dyn Source>> {
         self.test.as_ref().ok_or_else(|| {
             Error::config(

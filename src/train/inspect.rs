@@ -1,4 +1,4 @@
-//! What a step of a recipe comes to before it is run: its graph, and the memory that it takes.
+//! Measures one step of a recipe before it is trained: its autograd graph and its memory.
 
 use serde::Serialize;
 
@@ -11,50 +11,50 @@ use crate::recipes::Recipe;
 use crate::tape::{NodeInfo, step};
 use crate::tensor::Tensor;
 
-/// One step as it was measured, on black images.
+/// One measured step, on black images.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// Images of the step, each in all its views.
+    /// Images in the step, each in all its views.
     pub images: usize,
-    /// What the tape recorded, in order; a momentum encoder's forward pass records nothing.
+    /// The operations that the tape recorded, in order; a momentum encoder's forward pass records nothing.
     pub nodes: Vec<NodeInfo>,
     /// Bytes of weights, gradients, momentum and the method's state.
     pub fixed: usize,
-    /// Bytes that the forward pass kept for the backward pass.
+    /// Bytes that the forward pass saved for the backward pass.
     pub saved: usize,
-    /// The most bytes that were in use.
+    /// Peak bytes in use.
     pub peak: usize,
 }
 
-/// What a step needs in memory: f32, as on the CPU.
+/// The memory that a step needs, in f32 as on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Need {
     /// Bytes of weights, gradients, momentum and the method's state.
     pub fixed: usize,
-    /// Bytes for each image of a batch, all its views together.
+    /// Bytes per image of a batch, all its views together.
     pub per_image: usize,
-    /// Those of them that the forward pass keeps for the backward pass; on a GPU, in bf16, half as many.
+    /// The part of `per_image` that the forward pass saves for the backward pass; half of it on a GPU, in bf16.
     pub saved_per_image: usize,
     /// Bytes at the recipe's batch.
     pub in_all: usize,
 }
 
-/// The fewest images that a step of the recipe takes: two, or one for each of batch norm's groups.
+/// Returns the smallest batch that a step of the recipe accepts: two images, or one for each of batch norm's groups.
 pub fn fewest(recipe: &Recipe) -> usize {
     recipe.network.norm_groups.max(2)
 }
 
-/// Runs one step of `images` images on the CPU, a multiple of batch norm's groups.
+/// Runs one step of `images` images, a multiple of batch norm's groups, on the CPU.
 ///
 /// # Errors
-/// When the recipe does not fit together, or its method cannot run with so few images.
+/// If the recipe's settings contradict each other, or its method needs more images.
 pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     let device = Device::cpu(recipe.train.threads)?;
     let mut method = recipe.build_method()?;
     let mut online = Arena::new(method.layout(), &device, recipe.seed);
     let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
-    let course = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
-    method.start(&online, &course)?;
+    let info = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
+    method.start(&online, &info)?;
     let fixed = device.memory_use().live;
     let crops = crops(recipe, &*method, images, &device)?;
     method.labels(&vec![0; images])?;
@@ -73,7 +73,7 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     Ok(Measured { images, nodes, fixed, saved, peak: device.memory_use().peak })
 }
 
-/// Black views, by size as the loader gives them.
+/// Black views, grouped by size like the loader's.
 fn crops(
     recipe: &Recipe,
     method: &dyn Method,
@@ -87,21 +87,27 @@ fn crops(
             None => sizes.push((policy.size, 1)),
         }
     }
-    let of = |(size, views): (usize, usize)| Tensor::zeros(device, [views * images, size, size, 4]);
-    Ok(sizes.into_iter().map(of).collect())
+    let black =
+        |(size, views): (usize, usize)| Tensor::zeros(device, [views * images, size, size, 4]);
+    Ok(sizes.into_iter().map(black).collect())
 }
 
-/// What a step needs at the recipe's batch, by a line through two small ones.
+/// Estimates the memory of a step at the recipe's batch, by a line through two small batches.
 ///
 /// # Errors
-/// As [`measure`].
+/// As for [`measure`].
 pub fn memory(recipe: &Recipe) -> Result<Need> {
-    let few = measure(recipe, fewest(recipe))?;
-    let more = measure(recipe, 2 * fewest(recipe))?;
-    let each = |few: usize, more: usize, images: usize| more.saturating_sub(few) / images;
-    let images = more.images - few.images;
-    let per_image = each(few.peak, more.peak, images);
-    let saved_per_image = each(few.saved, more.saved, images);
-    let beyond = recipe.train.batch.saturating_sub(few.images);
-    Ok(Need { fixed: few.fixed, per_image, saved_per_image, in_all: few.peak + per_image * beyond })
+    let small = measure(recipe, fewest(recipe))?;
+    let large = measure(recipe, 2 * fewest(recipe))?;
+    let images = large.images - small.images;
+    let slope = |small: usize, large: usize| large.saturating_sub(small) / images;
+    let per_image = slope(small.peak, large.peak);
+    let saved_per_image = slope(small.saved, large.saved);
+    let more = recipe.train.batch.saturating_sub(small.images);
+    Ok(Need {
+        fixed: small.fixed,
+        per_image,
+        saved_per_image,
+        in_all: small.peak + per_image * more,
+    })
 }

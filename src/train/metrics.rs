@@ -1,6 +1,6 @@
-//! `metrics.jsonl`: one JSON object a line, appended as the run goes.
+//! `metrics.jsonl`: the log of a run, one JSON object per line, appended as the run goes.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -9,8 +9,9 @@ use serde_json::json;
 
 use super::tensorboard::Events;
 use crate::error::{Error, Result};
+use crate::files::{open_own, write_error};
 
-/// The file of a run's numbers.
+/// The open log of a run.
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
@@ -20,56 +21,55 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Makes `metrics.jsonl` in a run's folder, empty.
+    /// Creates an empty `metrics.jsonl` in a run's folder.
     ///
     /// # Errors
-    /// When the folder cannot be written.
+    /// If the folder cannot be written to.
     pub fn create(folder: &Path) -> Result<Self> {
         Self::open(folder, 0)
     }
 
-    /// Opens `metrics.jsonl` in a run's folder, to append after its first `length` bytes; later ones are dropped.
+    /// Opens `metrics.jsonl` in a run's folder to append after its first `length` bytes; drops the rest.
     ///
     /// # Errors
-    /// When the folder cannot be written, or the file is shorter.
+    /// If the folder cannot be written to, or the file is shorter.
     pub fn open(folder: &Path, length: u64) -> Result<Self> {
         let path = folder.join("metrics.jsonl");
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
-        let there = file.metadata().map_err(Error::io(&path))?.len();
-        if there < length {
-            let reason = format!("has {there} bytes; the checkpoint was written after {length}");
+        let file = open_own(&path, true)?;
+        let found = file.metadata().map_err(Error::io(&path))?.len();
+        if found < length {
+            let reason = format!("has {found} bytes; the checkpoint was written after {length}");
             return Err(Error::format(&path, reason));
         }
         file.set_len(length).map_err(Error::io(&path))?;
         Ok(Self { path, file, length, events: None })
     }
 
-    /// The same numbers also in an event file of TensorBoard's, beside this one.
+    /// Also writes the numbers to a TensorBoard event file next to this one.
     pub fn with_events(mut self) -> Self {
         self.events = self.path.parent().map(Events::new);
         self
     }
 
-    /// Writes one line, in one call, so that a reader never sees half of one.
+    /// Appends one line, in one call, so that a reader never sees half of it.
     ///
     /// # Errors
-    /// When the disk is full or gone.
-    pub fn write(&mut self, record: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_string(record).expect("a record is plain data");
-        line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
-        self.length += line.len() as u64;
+    /// If the file cannot be written.
+    pub fn write(&mut self, line: &impl Serialize) -> Result<()> {
+        let mut text = serde_json::to_string(line).expect("a line is plain data");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|e| write_error(&self.path, e))?;
+        self.length += text.len() as u64;
         match &mut self.events {
-            Some(events) => events.write(&json!(record)),
+            Some(events) => events.write(&json!(line)),
             None => Ok(()),
         }
     }
 
-    /// Bytes written so far, which are on disk when this returns.
+    /// Waits until everything written so far is on disk, and returns its length in bytes.
     ///
     /// # Errors
-    /// When the disk is full or gone.
+    /// If the file cannot be written.
     pub fn synced(&mut self) -> Result<u64> {
         self.file.sync_data().map_err(Error::io(&self.path))?;
         Ok(self.length)

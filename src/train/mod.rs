@@ -1,4 +1,4 @@
-//! Training runs: the loop, what it writes, how it goes on after a stop, and what it does when numbers go wrong.
+//! Training runs: the loop, its files, how a run resumes after a stop, and how it reacts when numbers go wrong.
 
 mod checkpoint;
 mod evaluation;

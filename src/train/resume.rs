@@ -1,7 +1,7 @@
-//! Stopping a run, and going on with it: to the last bit as if it had never stopped, times and speeds apart.
+//! Stops a run and resumes it: the results equal those of a run that never stopped to the last bit, times and speeds excepted.
 //!
-//! Random numbers are functions of seed, epoch and sample, and schedules of the step, so that what a run needs beside its
-//! tensors is where it stands: [`Progress`].
+//! Random numbers are functions of seed, epoch and sample, and schedules are functions of the step. Besides its tensors, a run
+//! therefore only needs to know how far it has come: [`Progress`].
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,25 +15,26 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::Spread;
+use crate::files::write_file;
 use crate::methods::Reading;
 use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder, RECIPE};
 use crate::train::{Run, checkpoint};
-use crate::weights::{WeightFile, write_whole};
+use crate::weights::WeightFile;
 
 /// Notes in a checkpoint's header.
 const PROGRESS_NOTE: &str = "selfsup.progress";
 const RECIPE_NOTE: &str = "selfsup.recipe";
 
-/// Where a run stands.
+/// How far a run has come.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Progress {
     /// Steps done.
     pub(super) step: u64,
-    /// The epoch under way, from 0.
+    /// The current epoch, from 0.
     pub(super) epoch: u32,
-    /// Batches of it that are done; all of them where only its evaluation is missing.
+    /// Batches of the epoch that are done; all of them if only its evaluation is missing.
     pub(super) position: usize,
     /// The sum of their losses.
     pub(super) losses: f64,
@@ -41,27 +42,36 @@ pub(super) struct Progress {
     pub(super) first_loss: Option<f64>,
     /// The best kNN accuracy so far, in `0..=1`.
     pub(super) best_knn: Option<f64>,
-    /// Training images, which must not change.
+    /// The number of training images, which must not change.
     pub(super) images: usize,
-    /// Bytes of `metrics.jsonl`.
+    /// The length of `metrics.jsonl` in bytes.
     pub(super) metrics: u64,
-    /// What the epoch's last step showed, once all batches are done.
+    /// Prototypes in use after the epoch's last step, once all batches are done.
     pub(super) prototypes_used: Option<f64>,
-    /// The same.
+    /// Spread of the embeddings, likewise.
     pub(super) spread: Option<Spread>,
-    /// The same.
+    /// The method's monitors, likewise.
     #[serde(default)]
     pub(super) monitors: BTreeMap<String, Reading>,
 }
 
-/// A run that was stopped or killed, or has ended, in its folder.
+impl Progress {
+    /// Moves on to the beginning of an epoch.
+    pub(super) fn begin_epoch(&mut self, epoch: u32) {
+        (self.epoch, self.position, self.losses) = (epoch, 0, 0.0);
+        (self.spread, self.prototypes_used) = (None, None);
+        self.monitors.clear();
+    }
+}
+
+/// The folder of a run that was stopped or killed or has ended, opened to be resumed.
 pub struct Paused {
     path: PathBuf,
     lock: File,
     recipe: Recipe,
-    /// Whether the recipe was changed.
+    /// Whether settings were changed.
     changed: bool,
-    /// Without one the run starts anew.
+    /// `None` if the run has to start again.
     checkpoint: Option<WeightFile>,
     progress: Progress,
 }
@@ -70,20 +80,16 @@ impl Paused {
     /// Opens and locks a run's folder, with `key.path=value` settings on top of its recipe.
     ///
     /// # Errors
-    /// When the folder holds no run or another process trains in it, when its newest checkpoint is damaged, or when a setting
-    /// would make it another run.
+    /// If the folder holds no run or another process trains in it, if its newest checkpoint is damaged, or if a setting would
+    /// change the results.
     pub fn open(path: &Path, settings: &[String]) -> Result<Self> {
         let file = path.join(RECIPE);
         if !file.exists() {
-            return Err(Error::format(
-                path,
-                "holds no run to go on with (there is no recipe.toml)",
-            ));
+            return Err(Error::format(path, "holds no run to resume (it has no recipe.toml)"));
         }
         let lock = folder::lock(path)?;
         let recipe = Recipe::load(&file.to_string_lossy(), settings)?;
-        let checkpoint =
-            checkpoint::last(path)?.map(|path| checkpoint::checked(&path)).transpose()?;
+        let checkpoint = checkpoint::last(path)?.map(|path| checkpoint::open(&path)).transpose()?;
         let mut progress = Progress::default();
         if let Some(file) = &checkpoint {
             let origin = file.path().display().to_string();
@@ -95,23 +101,23 @@ impl Paused {
         Ok(Self { path, lock, recipe, changed, checkpoint, progress })
     }
 
-    /// Its recipe.
+    /// The run's recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
     }
 }
 
-/// A note of a checkpoint.
+/// Returns a note from a checkpoint's header.
 fn note<'a>(file: &'a WeightFile, key: &str) -> Result<&'a str> {
     let missing =
-        || Error::format(file.path(), format!("is no checkpoint: its header has no {key}"));
+        || Error::format(file.path(), format!("is not a checkpoint: its header has no {key}"));
     file.note(key).ok_or_else(missing)
 }
 
-/// The recipe that a checkpoint was made by, with `key.path=value` settings on top.
+/// Returns the recipe of the run that wrote a checkpoint, with `key.path=value` settings on top.
 ///
 /// # Errors
-/// When the file is damaged or no checkpoint of a run, or a setting does not fit.
+/// If the file is damaged or is not a run's checkpoint, or a setting does not fit.
 pub fn recipe_in(checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
     let file = WeightFile::open(checkpoint)?;
     Recipe::parse(note(&file, RECIPE_NOTE)?, &checkpoint.display().to_string(), settings)
@@ -135,7 +141,7 @@ fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     )))
 }
 
-/// The first key in which two values differ, and what it is in both.
+/// Returns the first key in which two values differ, and its value in both.
 fn difference(key: &str, a: &toml::Value, b: &toml::Value) -> Option<(String, String, String)> {
     let within = |name: &str| if key.is_empty() { name.into() } else { format!("{key}.{name}") };
     match (a, b) {
@@ -156,10 +162,10 @@ fn difference(key: &str, a: &toml::Value, b: &toml::Value) -> Option<(String, St
 }
 
 impl Run {
-    /// Goes on with a run where its newest checkpoint left it: from there on it is, to the last bit, what it would have been.
+    /// Resumes a run from its newest checkpoint. Its results equal those of a run that never stopped, to the last bit.
     ///
     /// # Errors
-    /// As [`Run::new`]; when the checkpoint is of another architecture, or the training set has changed in size.
+    /// As for [`Run::new`]; if the checkpoint is of another architecture, or the training set has changed in size.
     pub fn resume(paused: Paused, device: &Device) -> Result<Self> {
         let Paused { path, lock, recipe, changed, checkpoint, progress } = paused;
         let mut run = Self::prepare(&recipe, device, checkpoint.is_none())?;
@@ -169,7 +175,7 @@ impl Run {
             let batches = run.loader.batches_per_epoch();
             if progress.images != images {
                 return Err(Error::Config(format!(
-                    "{}: the run had {} training images, now there are {images}: it cannot go on as it was",
+                    "{}: the run was started with {} training images, and the set now has {images}: restore the images, or start another run",
                     recipe.data.path, progress.images
                 )));
             }
@@ -187,19 +193,19 @@ impl Run {
             run.set_policies();
         }
         if changed {
-            write_whole(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
+            write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         }
         run.folder = Some(Folder::open(&path, lock, run.progress.metrics, &run.recipe)?);
         Ok(run)
     }
 
-    /// Makes the run stop, with a checkpoint, soon after `flag` becomes true: between two steps, or while it evaluates.
+    /// Makes the run stop with a checkpoint soon after `flag` becomes true, between two steps or during evaluation.
     pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
         self.loader.stop_when(flag.clone());
         self.stop = flag;
     }
 
-    /// Steps done.
+    /// The number of steps done.
     pub fn step(&self) -> u64 {
         self.progress.step
     }
@@ -209,7 +215,7 @@ impl Run {
         self.progress.epoch >= self.recipe.train.epochs
     }
 
-    /// Whether something is to happen after the step begun last: a stop, or a checkpoint.
+    /// Whether the run stops or writes a checkpoint after the step begun last.
     pub(super) fn pauses(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || self.checkpoint_is_due(self.begun)
     }
@@ -222,7 +228,7 @@ impl Run {
         by_steps || minutes > 0.0 && self.saved.elapsed().as_secs_f64() >= 60.0 * minutes
     }
 
-    /// What may happen after any step: a stop, or a checkpoint that is due.
+    /// Stops if asked to, or writes a checkpoint if one is due; called between steps.
     pub(super) fn between_steps(&mut self) -> Result<()> {
         self.stop_if_asked()?;
         if self.checkpoint_is_due(self.progress.step) {
@@ -231,7 +237,7 @@ impl Run {
         Ok(())
     }
 
-    /// Stops with a checkpoint if that is wanted.
+    /// Stops with a checkpoint if asked to.
     pub(super) fn stop_if_asked(&mut self) -> Result<()> {
         if !self.stop.load(Ordering::Relaxed) {
             return Ok(());
@@ -240,13 +246,13 @@ impl Run {
         let stopped = format!("stopped at step {} of {}", self.progress.step, self.schedule.total);
         Err(Error::Stopped(match &self.folder {
             Some(Folder { path, .. }) => {
-                format!("{stopped}; go on with: selfsup train --resume {}", path.display())
+                format!("{stopped}; continue with: selfsup train --resume {}", path.display())
             }
-            None => format!("{stopped}; nothing is kept without --out"),
+            None => format!("{stopped}; nothing is saved without --out"),
         }))
     }
 
-    /// Writes a checkpoint, if the run has a folder; returns the file.
+    /// Writes a checkpoint and returns the file; `None` if the run has no folder.
     pub(super) fn checkpoint(&mut self) -> Result<Option<PathBuf>> {
         let Some(folder) = &mut self.folder else { return Ok(None) };
         self.progress.metrics = folder.metrics.synced()?;

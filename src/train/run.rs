@@ -1,4 +1,4 @@
-//! One training run: data, method, optimiser and what is written, step after step.
+//! The training loop: steps, epochs, what is logged, and when checkpoints are written.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -17,63 +17,63 @@ use crate::methods::{self, Method, Reading, RunInfo};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder};
-use crate::train::health::{collapse, diverged};
+use crate::train::health::{collapse, divergence};
 use crate::train::resume::Progress;
 use crate::train::trace::Trace;
 use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, report};
 
-/// What a step looked like.
+/// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
 pub struct StepReport {
-    /// Steps done, from 1.
+    /// The step's number, from 1.
     pub step: u64,
-    /// Steps of the run.
+    /// The number of steps of the run.
     pub total: u64,
-    /// Its loss.
+    /// The loss.
     pub loss: f64,
-    /// Its learning rate.
+    /// The learning rate.
     pub lr: f64,
-    /// Views a second, over the steps of this epoch so far.
+    /// Views per second, over the steps of this epoch so far.
     pub views_per_second: f64,
 }
 
-/// What an epoch looked like.
+/// One epoch, as reported to a [`Watch`].
 #[derive(Clone, Debug)]
 pub struct EpochReport {
-    /// Epochs done, from 1.
+    /// The epoch's number, from 1.
     pub epoch: u32,
-    /// Epochs of the run.
+    /// The number of epochs of the run.
     pub epochs: u32,
-    /// Mean loss of its steps.
+    /// The mean loss of the epoch's steps.
     pub loss: f64,
-    /// How far the embeddings of its last step were spread.
+    /// The spread of the last step's embeddings.
     pub spread: Option<Spread>,
-    /// kNN accuracy on held-out images, in `0..=1`, if it was measured.
+    /// kNN accuracy on the held-out images, in `0..=1`, if measured.
     pub knn: Option<f64>,
-    /// The method's own classifier's accuracy on held-out images, in `0..=1`, if it has one and it was measured.
+    /// Accuracy of the method's own classifier on the held-out images, in `0..=1`, if it has one and it was measured.
     pub accuracy: Option<f64>,
-    /// What the method's monitors show after its last step.
+    /// The method's monitors after the last step.
     pub monitors: BTreeMap<String, Reading>,
-    /// Views a second, evaluation excluded.
+    /// Views per second, without evaluation.
     pub views_per_second: f64,
-    /// Share of its time that the run waited for data.
+    /// The share of the training time spent waiting for data.
     pub waiting: f64,
 }
 
-/// Who is told how a run goes. The library itself prints nothing.
+/// Receives the progress of a run. The library itself prints nothing.
 pub trait Watch {
-    /// A step is done.
+    /// Called after each step.
     fn step(&mut self, report: &StepReport);
-    /// An epoch is done.
+    /// Called after each epoch.
     fn epoch(&mut self, report: &EpochReport);
-    /// Something worth a sentence.
+    /// Called with a sentence for the user.
     fn note(&mut self, sentence: &str);
 }
 
-/// Above this share of an epoch the wait for data is worth a sentence.
+/// The share of an epoch spent waiting for data above which the user is told.
 const WAITING: f64 = 0.1;
 
-/// A run under way.
+/// A training run.
 pub struct Run {
     pub(super) recipe: Recipe,
     pub(super) method: Box<dyn Method>,
@@ -84,37 +84,46 @@ pub struct Run {
     pub(super) images: Images,
     pub(super) folder: Option<Folder>,
     pub(super) steps: Steps,
-    /// Steps begun. [`Progress`] counts those whose losses are known, which on a GPU are fewer while an epoch lasts.
+    /// Steps begun. [`Progress`] counts the steps whose losses are known; on a GPU these are fewer in the middle of an epoch.
     pub(super) begun: u64,
     pub(super) progress: Progress,
     pub(super) stop: Arc<AtomicBool>,
     trace: Option<Trace>,
-    /// When the last checkpoint was written, or the run began.
+    /// When the last checkpoint was written, or else when the run began.
     pub(super) saved: Instant,
 }
 
-/// An epoch under way.
+/// The epoch in progress, and what its speed is computed from.
 struct EpochProgress {
     start: Instant,
-    /// Batches that were done before, by a run that was stopped: they count in the loss, not in the speed.
+    /// Batches done before the run was last stopped: they count in the loss, not in the speed.
     first: usize,
     steps: usize,
-    /// Views of all batches from the first on.
+    /// Views of all batches from `first` on.
     views: usize,
 }
 
+/// How long the parts of an epoch took.
+struct EpochTimes {
+    training: Duration,
+    evaluation: Duration,
+}
+
+/// Makes an error of a sentence that says what went wrong with the numbers.
+type Alarm = fn(String) -> Error;
+
 impl Run {
-    /// Prepares a run on a device; with `folder`, makes it and writes the resolved recipe there.
+    /// Prepares a run on a device. With `folder`, creates it and writes the resolved recipe there.
     ///
     /// # Errors
-    /// When recipe, data and device do not go together, or `folder` already holds a run.
+    /// If recipe, data and device do not fit together, or `folder` already holds a run.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
         let mut run = Self::prepare(recipe, device, true)?;
         run.folder = folder.map(|folder| Folder::create(folder, recipe)).transpose()?;
         Ok(run)
     }
 
-    /// A run without a folder; weights from files are read if it is a `fresh` one.
+    /// Prepares a run without a folder. A `fresh` run reads its first weights from files; a resumed one has them in its checkpoint.
     pub(super) fn prepare(recipe: &Recipe, device: &Device, fresh: bool) -> Result<Self> {
         let mut method = recipe.build_method()?;
         if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
@@ -152,10 +161,10 @@ impl Run {
         if let Some((file, teacher)) = method.teacher().filter(|_| fresh) {
             checkpoint::load_weights(&file, teacher)?;
         }
-        // A class that the method has no place for is told now, not when its image comes.
-        let classes = |i| images.train.label(i).map_or(-1, |label| label as i32);
-        let all = (0..images.train.len()).map(classes);
-        let extremes = [all.clone().min().unwrap_or(-1), all.max().unwrap_or(-1)];
+        // A class that the method cannot take is an error now, not when its first image comes.
+        let class = |i| images.train.label(i).map_or(-1, |label| label as i32);
+        let labels = (0..images.train.len()).map(class);
+        let extremes = [labels.clone().min().unwrap_or(-1), labels.max().unwrap_or(-1)];
         method.labels(&extremes)?;
         method.prepare(0);
         let mut run = Self {
@@ -168,7 +177,7 @@ impl Run {
             progress: Progress { images: images.train.len(), ..Progress::default() },
             images,
             folder: None,
-            steps: Steps::new(device).in_parts(recipe.train.micro_batches),
+            steps: Steps::new(device).with_micro_batches(recipe.train.micro_batches),
             begun: 0,
             stop: Arc::default(),
             trace: None,
@@ -178,70 +187,70 @@ impl Run {
         Ok(run)
     }
 
-    /// Asks the method how its slots are to be treated in this phase.
+    /// Sets the optimizer's policy for each parameter: the method may change them with its phase.
     pub(super) fn set_policies(&mut self) {
         let (method, peak) = (&self.method, self.schedule.peak);
         self.optimizer.set_policies(self.online.layout(), |slot| method.param_policy(slot, peak));
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn online(&self) -> &Arena {
         &self.online
     }
 
-    /// The method.
+    /// Returns the method.
     pub fn method(&self) -> &dyn Method {
         &*self.method
     }
 
-    /// Training and held-out images.
+    /// Returns the training and held-out images.
     pub fn images(&self) -> &Images {
         &self.images
     }
 
-    /// The learning rate, step by step.
+    /// Returns the learning-rate schedule.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }
 
-    /// Writes some of the first steps of this process, after two that ask for memory, to a file as a Chrome trace: phases,
-    /// operations forward and backward by the host's clock, and a GPU's kernels by its own. Until then a GPU's steps are launched,
-    /// not replayed.
+    /// Traces `steps` of this process's first steps, after two that allocate memory, and writes a Chrome trace to a file: phases
+    /// and operations, forward and backward, by the host's clock, and a GPU's kernels by its own. Until the trace is written, a
+    /// GPU's steps are launched, not replayed.
     pub fn trace(&mut self, file: &Path, steps: u64) {
         self.trace = Some(Trace::new(file, steps));
-        self.steps = self.fresh_steps().launched();
+        self.steps = self.fresh_steps().without_capture();
     }
 
     fn fresh_steps(&self) -> Steps {
-        Steps::new(self.online.device()).in_parts(self.recipe.train.micro_batches)
+        Steps::new(self.online.device()).with_micro_batches(self.recipe.train.micro_batches)
     }
 
     /// Trains to the end.
     ///
     /// # Errors
-    /// When the loss is no longer a number or the embeddings collapse, with a sentence on what was seen and what to try; when
-    /// the run was [asked to stop](Run::stop_when); when data cannot be read or a file cannot be written. Checkpoints written
-    /// before stay.
+    /// If the loss diverges or becomes NaN, or the embeddings collapse: the message says what was seen and what to try. If the
+    /// run was [asked to stop](Run::stop_when). If data cannot be read or a file cannot be written. Checkpoints written earlier
+    /// stay.
     pub fn train(&mut self, watch: &mut dyn Watch) -> Result<()> {
         self.begun = self.progress.step;
-        let trained = self.train_epochs(watch).map_err(|error| self.with_what_is_left(error));
+        let trained = self.train_epochs(watch).map_err(|error| self.with_newest_checkpoint(error));
         if trained.is_err() && self.progress.step == 0 {
             self.folder.take().into_iter().for_each(folder::discard);
         }
         if let (Err(error), Some(Folder { metrics, .. })) = (&trained, &mut self.folder) {
-            // Its own error is what is told; a run that goes on drops the line.
+            // An error here would hide the first one. A resumed run drops the line.
             let _ = metrics.write(&json!({ "stopped": error.to_string() }));
         }
-        self.report(watch);
+        self.write_report(watch);
         trained
     }
 
-    /// Writes the run's page; a run does not end because it cannot be written.
-    fn report(&self, watch: &mut dyn Watch) {
+    /// Writes the run's report. A report that cannot be written does not stop a run.
+    fn write_report(&self, watch: &mut dyn Watch) {
         if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
             && let Err(error) = report::write_report(&[path], &path.join(report::REPORT))
         {
-            watch.note(&format!("no report this time: {error}"));
+            watch.note(&format!("the report could not be written: {error}"));
         }
     }
 
@@ -251,7 +260,7 @@ impl Run {
         if let Some(sentence) = self.loader.place_images()? {
             watch.note(&sentence);
         }
-        self.record_start()?;
+        self.dump_start()?;
         for epoch in self.progress.epoch..epochs {
             let report = self.epoch(epoch, watch)?;
             if report.waiting > WAITING {
@@ -262,7 +271,7 @@ impl Run {
             }
             watch.epoch(&report);
             let last = epoch + 1 == epochs;
-            let best = report.knn > self.progress.best_knn; // nothing is less than any number
+            let best = report.knn > self.progress.best_knn; // `None` is less than any number
             if best {
                 self.progress.best_knn = report.knn;
             }
@@ -272,7 +281,7 @@ impl Run {
                 checkpoint::keep_as_best(&file)?;
             }
             if !last {
-                self.report(watch);
+                self.write_report(watch);
             }
         }
         for skipped in self.loader.skipped() {
@@ -281,12 +290,49 @@ impl Run {
         Ok(())
     }
 
+    /// Trains an epoch, or the rest of one, then evaluates and logs it.
     fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
-        let waited = self.loader.waited();
         let (first, steps) = (self.progress.position, self.loader.batches_per_epoch());
         let views = (steps - first) * self.recipe.train.batch * self.method.views();
+        let waited = self.loader.waited();
         let so_far = EpochProgress { start: Instant::now(), first, steps, views };
-        for i in first..steps {
+        self.train_batches(&so_far, watch)?;
+        let training = so_far.start.elapsed();
+        let loss = self.progress.losses / steps as f64;
+        if first < steps {
+            self.observe_last_step(loss)?;
+        }
+        let unhealthy = self.check_health(epoch, loss);
+        let evaluation = Instant::now();
+        let last = epoch + 1 == self.recipe.train.epochs || unhealthy.is_some();
+        let measure = due(self.recipe.train.knn_every, epoch) || last;
+        let knn = if measure { self.knn(epoch, watch)? } else { None };
+        let accuracy = if measure { self.accuracy()? } else { None };
+        let waiting = self.loader.waited() - waited;
+        let times = EpochTimes { training, evaluation: evaluation.elapsed() };
+        let report = EpochReport {
+            epoch: epoch + 1,
+            epochs: self.recipe.train.epochs,
+            loss,
+            spread: self.progress.spread,
+            knn,
+            accuracy,
+            monitors: self.progress.monitors.clone(),
+            views_per_second: views as f64 / training.as_secs_f64(),
+            waiting: waiting.as_secs_f64() / training.as_secs_f64().max(1e-9),
+        };
+        self.log_epoch(&report, &times)?;
+        if let Some((alarm, sentence)) = unhealthy {
+            self.raise(alarm, sentence, watch)?;
+        }
+        self.progress.begin_epoch(epoch + 1);
+        Ok(report)
+    }
+
+    /// Trains the epoch's remaining batches. Stops or writes checkpoints between them, but not after the last one: a checkpoint
+    /// does not hold the embeddings, which have to be observed first.
+    fn train_batches(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
+        for i in so_far.first..so_far.steps {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
@@ -304,80 +350,55 @@ impl Run {
             };
             let known = self.steps.run(training, &batch, self.begun)?;
             self.begun += 1;
-            known.into_iter().try_for_each(|done| self.tell(done, &so_far, watch))?;
-            self.traced(&so_far, watch)?;
-            // After the last one its embeddings are looked at first: a checkpoint does not hold them.
-            if i + 1 < steps && self.pauses() {
-                self.catch_up(&so_far, watch)?;
+            known.into_iter().try_for_each(|done| self.log_step(done, so_far, watch))?;
+            self.trace_step(so_far, watch)?;
+            if i + 1 < so_far.steps && self.pauses() {
+                self.catch_up(so_far, watch)?;
                 self.between_steps()?;
             }
         }
-        self.catch_up(&so_far, watch)?;
-        let elapsed = so_far.start.elapsed();
-        let loss = self.progress.losses / steps as f64;
-        if first < steps {
-            self.progress.spread = self.steps.embeddings().map(eval::spread);
-            self.progress.prototypes_used = self.method.prototypes_used();
-            self.progress.monitors = self.monitors(loss);
-            self.online.device().check()?;
-            self.between_steps()?;
-        }
-        let Progress { spread, prototypes_used, .. } = self.progress;
-        let seen = self.check_health(epoch, loss);
-        let last = epoch + 1 == self.recipe.train.epochs || seen.is_some();
-        let measure = due(self.recipe.train.knn_every, epoch) || last;
-        let evaluation = Instant::now();
-        let knn = if measure { self.knn(epoch, watch)? } else { None };
-        let accuracy = if measure { self.accuracy(watch)? } else { None };
-        let evaluation = evaluation.elapsed();
-        let share = |part: Duration| part.as_secs_f64() / elapsed.as_secs_f64().max(1e-9);
-        let report = EpochReport {
-            epoch: epoch + 1,
-            epochs: self.recipe.train.epochs,
-            loss,
-            spread,
-            knn,
-            accuracy,
-            monitors: self.progress.monitors.clone(),
-            views_per_second: views as f64 / elapsed.as_secs_f64(),
-            waiting: share(self.loader.waited() - waited),
-        };
-        if let Some(Folder { metrics, .. }) = &mut self.folder {
-            metrics.write(&json!({
-                "epoch": report.epoch,
-                "step": self.progress.step,
-                "loss": report.loss,
-                "embedding_std": spread.map(|s| s.std),
-                "effective_rank": spread.map(|s| s.effective_rank),
-                "uniformity": spread.map(|s| s.uniformity),
-                "prototypes_used": prototypes_used,
-                "knn": knn,
-                "accuracy": accuracy,
-                "views_per_second": report.views_per_second,
-                "waiting": report.waiting,
-                "seconds": {
-                    "training": (1.0 - report.waiting) * elapsed.as_secs_f64(),
-                    "waiting": report.waiting * elapsed.as_secs_f64(),
-                    "evaluation": evaluation.as_secs_f64(),
-                },
-                "monitors": report.monitors,
-            }))?;
-        }
-        if let Some(seen) = seen {
-            self.alarm(watch, || seen)?;
-        }
-        let progress = &mut self.progress;
-        (progress.epoch, progress.position, progress.losses) = (epoch + 1, 0, 0.0);
-        (progress.spread, progress.prototypes_used) = (None, None);
-        progress.monitors.clear();
-        Ok(report)
+        self.catch_up(so_far, watch)
     }
 
-    /// Ends the trace, if there is one and this was its last step.
-    fn traced(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
+    /// Reads the spread, the prototypes and the monitors after an epoch's last step, while its embeddings exist.
+    fn observe_last_step(&mut self, loss: f64) -> Result<()> {
+        self.progress.spread = self.steps.embeddings().map(eval::spread);
+        self.progress.prototypes_used = self.method.prototypes_used();
+        self.progress.monitors = self.monitors(loss);
+        self.online.device().check()?;
+        self.between_steps()
+    }
+
+    /// Appends an epoch's line to the log.
+    fn log_epoch(&mut self, report: &EpochReport, times: &EpochTimes) -> Result<()> {
+        let Some(Folder { metrics, .. }) = &mut self.folder else { return Ok(()) };
+        let training = times.training.as_secs_f64();
+        metrics.write(&json!({
+            "epoch": report.epoch,
+            "step": self.progress.step,
+            "loss": report.loss,
+            "embedding_std": report.spread.map(|s| s.std),
+            "effective_rank": report.spread.map(|s| s.effective_rank),
+            "uniformity": report.spread.map(|s| s.uniformity),
+            "prototypes_used": self.progress.prototypes_used,
+            "knn": report.knn,
+            "accuracy": report.accuracy,
+            "views_per_second": report.views_per_second,
+            "waiting": report.waiting,
+            "seconds": {
+                "training": (1.0 - report.waiting) * training,
+                "waiting": report.waiting * training,
+                "evaluation": times.evaluation.as_secs_f64(),
+            },
+            "monitors": report.monitors,
+        }))
+    }
+
+    /// Ends the trace after its last step.
+    fn trace_step(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
         let Some(trace) = &mut self.trace else { return Ok(()) };
         if trace.after_step()? {
-            watch.note(&trace.told());
+            watch.note(&trace.sentence());
             self.trace = None;
             self.catch_up(so_far, watch)?;
             self.steps = self.fresh_steps();
@@ -385,42 +406,49 @@ impl Run {
         Ok(())
     }
 
-    /// What the numbers of an epoch say against it, if they do.
-    fn check_health(&self, epoch: u32, loss: f64) -> Option<String> {
+    /// Says what is wrong with an epoch's numbers, if something is.
+    fn check_health(&self, epoch: u32, loss: f64) -> Option<(Alarm, String)> {
         let (watch, Progress { spread, prototypes_used, first_loss, .. }) =
             (&self.recipe.watch, &self.progress);
         let epoch = epoch + 1;
-        if let Some(seen) = diverged(watch, *first_loss, loss) {
-            return Some(format!(
-                "the run diverged in epoch {epoch}: {seen}; lower optim.lr or lengthen optim.warmup_epochs"
+        if let Some(seen) = divergence(watch, *first_loss, loss) {
+            return Some((
+                Error::Diverged,
+                format!(
+                    "the run diverged in epoch {epoch}: {seen}; lower optim.lr or lengthen optim.warmup_epochs"
+                ),
             ));
         }
         let seen = collapse(watch, *spread, *prototypes_used)?;
-        Some(format!(
-            "the embeddings collapsed in epoch {epoch}: {seen}; \
-             lower optim.lr, lengthen optim.warmup_epochs or check the augmentation"
+        Some((
+            Error::Collapsed,
+            format!(
+                "the embeddings collapsed in epoch {epoch}: {seen}; \
+                 lower optim.lr, lengthen optim.warmup_epochs or check the augmentation"
+            ),
         ))
     }
 
-    /// Waits for the losses of all steps begun: before weights are looked at, or written.
+    /// Waits for the losses of all steps begun: required before weights are read or saved.
     fn catch_up(&mut self, so_far: &EpochProgress, watch: &mut dyn Watch) -> Result<()> {
         let known = self.steps.finish()?;
-        known.into_iter().try_for_each(|done| self.tell(done, so_far, watch))
+        known.into_iter().try_for_each(|done| self.log_step(done, so_far, watch))
     }
 
-    /// Writes down a step whose loss is known.
-    fn tell(
+    /// Logs and reports a step whose loss is known.
+    fn log_step(
         &mut self,
         done: StepResult,
         so_far: &EpochProgress,
         watch: &mut dyn Watch,
     ) -> Result<()> {
         let StepResult { step, lr, loss } = done;
-        self.online.device().check()?; // what a failed device gives is no number
+        self.online.device().check()?; // a failed device returns garbage
         if !loss.is_finite() && self.progress.losses.is_finite() {
-            self.alarm(watch, || format!(
+            let sentence = format!(
                 "the loss became {loss} at step {step} (learning rate {lr:.4}): lower optim.lr or lengthen optim.warmup_epochs"
-            ))?;
+            );
+            self.raise(Error::Diverged, sentence, watch)?;
         }
         let progress = &mut self.progress;
         progress.losses += loss;
@@ -440,8 +468,8 @@ impl Run {
         Ok(())
     }
 
-    /// A device's failure with what is left of the run.
-    fn with_what_is_left(&self, error: Error) -> Error {
+    /// Adds the newest checkpoint to a device's error.
+    fn with_newest_checkpoint(&self, error: Error) -> Error {
         let (Error::Device(reason), Some(Folder { path, .. })) = (&error, &self.folder) else {
             return error;
         };
@@ -451,23 +479,24 @@ impl Run {
         })
     }
 
-    /// Stops a run whose numbers went wrong, or says what is wrong where the recipe has it carry on.
-    fn alarm(&self, watch: &mut dyn Watch, sentence: impl FnOnce() -> String) -> Result<()> {
+    /// Stops a run whose numbers went wrong; only reports it if the recipe says to carry on.
+    fn raise(&self, alarm: Alarm, sentence: String, watch: &mut dyn Watch) -> Result<()> {
         if !self.recipe.watch.carry_on {
-            return Err(Error::Diverged(sentence() + "; watch.carry_on=true goes on all the same"));
+            return Err(alarm(sentence + "; watch.carry_on=true continues all the same"));
         }
-        watch.note(&sentence());
+        watch.note(&sentence);
         Ok(())
     }
 
-    /// The folder of a record of this run's first steps, if one is asked for and this is one of them.
-    fn record(&self) -> Option<PathBuf> {
+    /// The folder to dump the next step's views to; `None` if they are not wanted.
+    fn dump_folder(&self) -> Option<PathBuf> {
         let Folder { path, .. } = self.folder.as_ref()?;
         (self.begun < self.recipe.train.dump_views).then(|| path.join(parity_dump::FOLDER))
     }
 
-    fn record_start(&mut self) -> Result<()> {
-        let Some(folder) = self.record().filter(|_| self.begun == 0) else { return Ok(()) };
+    /// Dumps the first weights if the views of the first step are to be dumped.
+    fn dump_start(&mut self) -> Result<()> {
+        let Some(folder) = self.dump_folder().filter(|_| self.begun == 0) else { return Ok(()) };
         std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
         let state = self.method.state();
         let (online, optimizer) = (&self.online, &self.optimizer);
@@ -476,7 +505,8 @@ impl Run {
     }
 
     fn dump_views(&self, batch: &Batch) -> Result<()> {
-        self.record().map_or(Ok(()), |folder| parity_dump::write_views(&folder, self.begun, batch))
+        let Some(folder) = self.dump_folder() else { return Ok(()) };
+        parity_dump::write_views(&folder, self.begun, batch)
     }
 }
 

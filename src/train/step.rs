@@ -1,13 +1,13 @@
-//! One training step after another: launched, or captured once and replayed.
+//! Runs training steps: launches them kernel by kernel, or captures one as a CUDA graph and replays it.
 //!
-//! The host runs all of a step on the CPU. On a GPU it does so for the first two steps of a phase, so that all memory is on
-//! the free list; the third is captured as a graph, and from then on a step is one call. A replay runs none of the host's
-//! code: views are copied to where the captured step found them, and what else changes are [`Numbers`](crate::tensor::Numbers)
-//! that [`Method::labels`], [`Method::prepare`] and the schedule set. Another phase or another shape captures anew; there is one
-//! graph at a time, because it owns the memory of its activations.
+//! On the CPU the host runs every step. On a GPU the host launches the first two steps of a phase, so that all memory is on
+//! the free list; it captures the third as a graph, and from then on a step is one call. A replay runs no host code: the views
+//! are copied to the buffers that the captured step read, and everything else that changes is in
+//! [`Numbers`](crate::tensor::Numbers) set by [`Method::labels`], [`Method::prepare`] and the schedule. Another phase or shape
+//! needs another capture. There is one graph at a time, because it owns the memory of its activations.
 //!
-//! Losses come back late from a GPU, which is never waited for in the middle of a step: while one step runs the host prepares
-//! the next, and then asks now and then whether the one before has ended.
+//! The host never waits for a GPU in the middle of a step, so losses arrive late: while one step runs, the host prepares the
+//! next, and then polls whether the previous one has ended.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -21,31 +21,31 @@ use crate::methods::{self, Method};
 use crate::optim::{Optimizer, Schedule};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Steps of a phase that are launched before one is captured: the second finds all of its memory on the free list.
+/// Steps of a phase that are launched before one is captured: the second takes all of its memory from the free list.
 const LAUNCHED: u32 = 2;
 
-/// Steps that a GPU has queued when the host turns to the next batch.
+/// Steps that a GPU has queued when the host moves on to the next batch.
 const AHEAD: usize = 1;
 
-/// How often a GPU is asked whether it has ended a step.
+/// The pause between two polls whether a GPU has ended a step.
 const PAUSE: Duration = Duration::from_micros(20);
 
-/// What is trained, and by what.
+/// The parts of a run that a step changes or reads.
 pub struct Training<'a> {
     /// The method.
     pub method: &'a mut dyn Method,
-    /// Its weights.
+    /// The method's weights.
     pub online: &'a mut Arena,
-    /// What moves them.
+    /// The optimizer of the weights.
     pub optimizer: &'a mut Optimizer,
-    /// How fast.
+    /// The learning rate, step by step.
     pub schedule: &'a Schedule,
 }
 
 /// A step whose loss is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepResult {
-    /// Steps done with it, from 1.
+    /// Its number, from 1.
     pub step: u64,
     /// Its learning rate.
     pub lr: f64,
@@ -57,29 +57,29 @@ pub struct StepResult {
 pub struct Steps {
     device: Device,
     /// Micro-batches of a step.
-    parts: usize,
+    micro_batches: usize,
     captures: bool,
-    /// What the last step was, and how many like it have been launched.
-    like: Option<CaptureKey>,
+    /// The key of the last step, and how many steps with this key have been launched.
+    key: Option<CaptureKey>,
     launched: u32,
-    /// Where a GPU's steps find their views.
+    /// The buffers from which a GPU's steps read their views.
     views: Vec<Tensor>,
     captured: Option<Captured>,
     embeddings: Option<Tensor>,
-    /// On a GPU, losses on their way.
+    /// The ring through which a GPU returns losses.
     losses: Option<Ring>,
-    /// Steps, with their learning rates, whose losses are on their way.
+    /// Steps whose losses have not arrived yet, with their learning rates.
     pending: VecDeque<(u64, f64)>,
 }
 
-/// What decides whether a captured step can stand for another.
+/// Decides whether a captured step can be replayed: everything in which it may not differ.
 #[derive(Clone, Debug, PartialEq)]
 struct CaptureKey {
     phase: u32,
     views: Vec<Shape>,
 }
 
-/// A captured step, and where it leaves what others look at.
+/// A captured step and its outputs.
 struct Captured {
     graph: Graph,
     loss: Tensor,
@@ -87,14 +87,14 @@ struct Captured {
 }
 
 impl Steps {
-    /// Steps on a device, none done.
+    /// Steps on a device, before the first one.
     pub fn new(device: &Device) -> Self {
         let on_gpu = device.kind() == DeviceKind::Cuda;
         Self {
             device: device.clone(),
-            parts: 1,
+            micro_batches: 1,
             captures: on_gpu && !device.gpu().is_synchronous(),
-            like: None,
+            key: None,
             launched: 0,
             views: Vec::new(),
             captured: None,
@@ -104,23 +104,23 @@ impl Steps {
         }
     }
 
-    /// Makes every step in so many micro-batches ([`methods::step`]).
-    pub fn in_parts(mut self, parts: usize) -> Self {
-        self.parts = parts;
+    /// Splits every step into `count` micro-batches ([`methods::step`]).
+    pub fn with_micro_batches(mut self, count: usize) -> Self {
+        self.micro_batches = count;
         self
     }
 
-    /// Launches every step: for comparisons, and to look at what a graph would hide.
-    pub fn launched(mut self) -> Self {
+    /// Launches every step instead of replaying a graph: for comparisons, and for traces of single operations.
+    pub fn without_capture(mut self) -> Self {
         self.captures = false;
         self
     }
 
-    /// Does step number `iteration`, from 0, with a batch; gives the steps whose losses are known by now, in order: this one
-    /// on the CPU, on a GPU the one before.
+    /// Runs step number `iteration`, from 0, on a batch. Returns the steps whose losses have become known, in order: this step on
+    /// the CPU, the previous one on a GPU.
     ///
     /// # Errors
-    /// When the method refuses the batch, or the device fails; an error of a step that a GPU still had to do names it.
+    /// If the method refuses the batch, or the device fails; the message names the step that failed.
     pub fn run(
         &mut self,
         training: Training<'_>,
@@ -140,34 +140,34 @@ impl Steps {
         optimizer.set_rate(lr);
         let progress = (iteration + 1) as f64 / schedule.total.max(1) as f64;
         if self.losses.is_none() {
-            let cut = (batch.indices.len(), self.parts);
-            let loss = step(method, online, optimizer, &batch.crops, cut, progress)?;
+            let split = (batch.indices.len(), self.micro_batches);
+            let loss = step(method, online, optimizer, &batch.crops, split, progress)?;
             let loss = loss.scalar();
             self.embeddings = method.take_embeddings();
             return Ok(vec![StepResult { step: iteration + 1, lr, loss }]);
         }
         let queued = self.queue(method, online, optimizer, batch, progress);
-        queued.and_then(|()| self.device.check()).map_err(|e| during(iteration + 1, e))?;
+        queued.and_then(|()| self.device.check()).map_err(|e| in_step(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
         let provide = (self.captured.is_none() && self.launched == LAUNCHED).then_some(AHEAD + 1);
         self.device.gpu().end_step(provide);
         self.known(AHEAD)
     }
 
-    /// Waits until every step's loss is known, as one must before looking at weights or telling how far a run has come.
+    /// Waits until the loss of every step is known. Required before the weights are read or the run's progress is saved.
     ///
     /// # Errors
-    /// When the device fails, naming the step.
+    /// If the device fails; the message names the step.
     pub fn finish(&mut self) -> Result<Vec<StepResult>> {
         self.known(0)
     }
 
-    /// What the last step compared, as [`Method::take_embeddings`] has it. The next step may write it anew.
+    /// The embeddings of the last step, from [`Method::take_embeddings`]. The next step may overwrite them.
     pub fn embeddings(&self) -> Option<&Tensor> {
         self.embeddings.as_ref()
     }
 
-    /// A step on a GPU, in one of three ways.
+    /// Queues a step on a GPU: launches, captures or replays it.
     fn queue(
         &mut self,
         method: &mut dyn Method,
@@ -176,33 +176,33 @@ impl Steps {
         batch: &Batch,
         progress: f64,
     ) -> Result<()> {
-        let (crops, cut) = (&batch.crops, (batch.indices.len(), self.parts));
-        let like = CaptureKey {
+        let (crops, split) = (&batch.crops, (batch.indices.len(), self.micro_batches));
+        let key = CaptureKey {
             phase: method.phase(),
             views: crops.iter().map(|crops| *crops.shape()).collect(),
         };
-        if self.like.as_ref() != Some(&like) {
+        if self.key.as_ref() != Some(&key) {
             self.captured = None;
             self.views = crops.iter().map(Tensor::empty_like).collect();
-            (self.like, self.launched) = (Some(like), 0);
+            (self.key, self.launched) = (Some(key), 0);
         }
         for (view, crops) in self.views.iter_mut().zip(crops) {
             view.view_mut().copy_from(crops);
         }
-        online.refresh(); // a captured step brings up to date what it changes itself, no more
+        online.refresh(); // a captured step refreshes only what it changes itself
         if !self.captures || self.launched < LAUNCHED {
-            let loss = step(method, online, optimizer, &self.views, cut, progress)?;
+            let loss = step(method, online, optimizer, &self.views, split, progress)?;
             self.embeddings = method.take_embeddings();
             self.launched += u32::from(self.launched <= LAUNCHED);
             self.send(&loss);
             return Ok(());
         }
         if self.captured.is_none() {
-            let work = || {
-                let loss = step(method, online, optimizer, &self.views, cut, progress)?;
+            let body = || {
+                let loss = step(method, online, optimizer, &self.views, split, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
-            let (graph, (loss, embeddings)) = Graph::capture(&self.device, work)?;
+            let (graph, (loss, embeddings)) = Graph::capture(&self.device, body)?;
             self.captured = Some(Captured { graph, loss, embeddings });
         }
         let captured = self.captured.as_ref().expect("captured by now");
@@ -214,10 +214,10 @@ impl Steps {
     }
 
     fn send(&mut self, loss: &Tensor) {
-        self.losses.as_mut().expect("a GPU's steps have a ring").send(loss.device_in());
+        self.losses.as_mut().expect("a GPU has a ring").send(loss.device_in());
     }
 
-    /// The steps whose losses arrive until no more than `ahead` are on their way.
+    /// Waits until at most `ahead` losses are outstanding; returns the steps whose losses arrived.
     fn known(&mut self, ahead: usize) -> Result<Vec<StepResult>> {
         let mut known = Vec::new();
         while self.pending.len() > ahead {
@@ -238,26 +238,25 @@ impl Steps {
     }
 }
 
-/// What a device says, with the step in which it said so.
-fn during(step: u64, error: Error) -> Error {
+/// Adds the number of the step to a device's error.
+fn in_step(step: u64, error: Error) -> Error {
     match error {
         Error::Device(reason) => Error::Device(format!("step {step}: {reason}")),
         other => other,
     }
 }
 
-/// All of a step but what the host sets before it: images, and the micro-batches that they are cut into. Gives the loss, in f32
-/// on a GPU.
+/// The body of a step, without what the host sets before it: `images` in `micro_batches`. Returns the loss, in f32 on a GPU.
 fn step(
     method: &mut dyn Method,
     online: &mut Arena,
     optimizer: &mut Optimizer,
     views: &[Tensor],
-    (images, parts): (usize, usize),
+    (images, micro_batches): (usize, usize),
     progress: f64,
 ) -> Result<Tensor> {
     method.before_step(online);
-    let loss = methods::step(method, online, views, images, parts)?;
+    let loss = methods::step(method, online, views, images, micro_batches)?;
     trace_phase("optimizer", || optimizer.update(online));
     trace_phase("after the update", || method.after_update(online, progress));
     Ok(loss.cast(DType::of(online.device())))

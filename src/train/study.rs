@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::write_whole;
+use crate::files::write_file;
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 
@@ -159,7 +159,7 @@ impl Study {
                 for (name, text) in
                     [(TABLES[0], self.markdown(&outcomes)), (TABLES[1], self.csv(&outcomes))]
                 {
-                    write_whole(&plan.out.join(name), text.as_bytes())?;
+                    write_file(&plan.out.join(name), text.as_bytes())?;
                 }
             }
         }
@@ -172,7 +172,7 @@ impl Study {
         std::fs::create_dir_all(out).map_err(Error::io(out))?;
         let lock = folder::lock(out)?;
         if !self.is_marked(out)? {
-            write_whole(&out.join(MARKER), format!("{}\n", self.question).as_bytes())?;
+            write_file(&out.join(MARKER), format!("{}\n", self.question).as_bytes())?;
         }
         Ok(lock)
     }
@@ -248,7 +248,7 @@ impl Study {
         let mut watch = (plan.watch)(run.schedule().total);
         match run.train(&mut *watch) {
             Ok(()) => {}
-            Err(Error::Diverged(sentence)) => {
+            Err(Error::Diverged(sentence) | Error::Collapsed(sentence)) => {
                 // The rest of the sentence is advice.
                 outcome.stopped = sentence.split(':').next().map(str::to_owned);
             }
@@ -458,7 +458,7 @@ const MARKER: &str = "study.txt";
 
 fn write_outcome(folder: &Path, outcome: &Outcome) -> Result<()> {
     let text = serde_json::to_string_pretty(outcome).expect("an outcome is plain data");
-    write_whole(&folder.join(RESULT), text.as_bytes())
+    write_file(&folder.join(RESULT), text.as_bytes())
 }
 
 impl Outcome {

@@ -1,4 +1,4 @@
-//! `train --trace`: a few steps as a Chrome trace, which Perfetto and chrome://tracing show.
+//! `train --trace`: writes a few steps as a Chrome trace, for Perfetto or chrome://tracing.
 
 use std::path::{Path, PathBuf};
 
@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 
 use crate::device::{Device, Row, Span, begin_trace, end_trace};
 use crate::error::Result;
-use crate::weights::write_whole;
+use crate::files::write_file;
 
-/// Steps that are let go by first: they ask for memory, which later ones do not.
+/// Steps that are left out first: they allocate memory, which later ones do not.
 const WARM_UP: u64 = 2;
 
-/// Some steps that are to be recorded.
+/// The steps to trace, and how many are done.
 pub(super) struct Trace {
     file: PathBuf,
-    /// Steps of this process before the first, and behind the last.
+    /// The first step of this process to trace, and the one after the last.
     steps: std::ops::Range<u64>,
     done: u64,
 }
@@ -25,31 +25,31 @@ impl Trace {
         Self { file, steps: WARM_UP..WARM_UP + steps.max(1), done: 0 }
     }
 
-    /// Before each step.
+    /// Begins the trace if the next step is the first one to trace; called before each step.
     pub(super) fn before_step(&self, device: &Device) {
         if self.done == self.steps.start {
             begin_trace(device);
         }
     }
 
-    /// After each; whether the trace has been written.
+    /// Writes the trace after its last step; called after each step. Returns whether it was written.
     pub(super) fn after_step(&mut self) -> Result<bool> {
         self.done += 1;
         if self.done < self.steps.end {
             return Ok(false);
         }
-        write_whole(&self.file, chrome(&end_trace()).to_string().as_bytes())?;
+        write_file(&self.file, chrome(&end_trace()).to_string().as_bytes())?;
         Ok(true)
     }
 
-    /// What has been written, in a sentence.
-    pub(super) fn told(&self) -> String {
+    /// Says what was written.
+    pub(super) fn sentence(&self) -> String {
         let steps = self.steps.end - self.steps.start;
         format!("{}: {steps} steps; open it in Perfetto or chrome://tracing", self.file.display())
     }
 }
 
-/// Google's Trace Event Format, times in microseconds.
+/// Converts spans to Google's Trace Event Format, times in microseconds.
 fn chrome(spans: &[Span]) -> Value {
     let rows =
         [(Row::Phases, "phases"), (Row::Operations, "operations"), (Row::Kernels, "GPU kernels")];

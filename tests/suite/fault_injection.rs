@@ -1,4 +1,4 @@
-//! The tests are tested: wrong numbers, handed to the checks on purpose, must be caught.
+//! Tests the tests: the checks must catch wrong numbers that are injected on purpose.
 
 use selfsup::device::Device;
 use selfsup::ops;
@@ -10,33 +10,34 @@ use crate::cases::case;
 use crate::compare::close;
 use crate::golden::Goldens;
 
-const TRUTH: [f64; 4] = [1.0, -2.0, 0.5, 3.0];
+const EXPECTED: [f64; 4] = [1.0, -2.0, 0.5, 3.0];
 
 #[track_caller]
-fn caught(got: &[f64], words: &str) {
-    let complaint = close("it", got, &TRUTH, 1e-5).expect_err("the checker passed a wrong number");
+fn assert_caught(got: &[f64], words: &str) {
+    let complaint =
+        close("it", got, &EXPECTED, 1e-5).expect_err("the checker passed a wrong number");
     assert!(complaint.contains(words), "got `{complaint}`, expected `{words}`");
 }
 
 #[test]
-fn the_checker_passes_what_is_right() {
-    assert_eq!(close("it", &TRUTH, &TRUTH, 1e-5), Ok(0.0));
-    let near = TRUTH.map(|v| v * (1.0 + 5e-6));
-    assert!(close("it", &near, &TRUTH, 1e-5).is_ok());
+fn the_checker_passes_right_numbers() {
+    assert_eq!(close("it", &EXPECTED, &EXPECTED, 1e-5), Ok(0.0));
+    let near = EXPECTED.map(|v| v * (1.0 + 5e-6));
+    assert!(close("it", &near, &EXPECTED, 1e-5).is_ok());
 }
 
 #[test]
 fn the_checker_fails_on_nan_and_on_infinity() {
     for wrong in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        caught(&[1.0, wrong, 0.5, 3.0], "at 1 of 4");
-        assert!(close("it", &TRUTH, &[1.0, wrong, 0.5, 3.0], 1e9).is_err(), "truth {wrong}");
+        assert_caught(&[1.0, wrong, 0.5, 3.0], "at 1 of 4");
+        assert!(close("it", &EXPECTED, &[1.0, wrong, 0.5, 3.0], 1e9).is_err(), "expected {wrong}");
     }
     assert!(close("it", &[f64::NAN; 4], &[f64::NAN; 4], 1e9).is_err());
 }
 
 #[test]
 fn the_checker_fails_on_an_error_of_a_thousandth() {
-    caught(&TRUTH.map(|v| v * 1.001), "relative error 1.00e-3");
+    assert_caught(&EXPECTED.map(|v| v * 1.001), "relative error 1.00e-3");
 }
 
 #[test]
@@ -50,29 +51,29 @@ fn the_checker_fails_on_one_wrong_element_among_many() {
 }
 
 #[test]
-fn the_checker_fails_on_another_length_and_on_something_in_place_of_nothing() {
-    caught(&TRUTH[..3], "3 numbers, expected 4");
+fn the_checker_fails_on_another_length_and_on_a_number_in_place_of_zero() {
+    assert_caught(&EXPECTED[..3], "3 numbers, expected 4");
     assert!(close("it", &[1e-30], &[0.0], 1e-5).is_err());
     assert!(close("it", &[0.0], &[0.0], 1e-5).is_ok());
 }
 
 const LINEAR: &str = "linear n=7 d=13 k=11 bias=1";
 
-/// What the checks of the table say of `got` when `LINEAR` was asked for: by goldens, and by the reference.
+/// The complaints of the case table's checks about `got` as the result of `LINEAR`: by goldens, and by the reference.
 fn complaints(got: &Outcome) -> Vec<String> {
     let case = case(LINEAR);
     let goldens = Goldens::open("primitives");
     let want = case.run(&Device::reference(), Route::Param);
     let pairs = got.parts(&case).zip(want.parts(&case));
     let both = pairs.flat_map(|((part, got), (_, want))| {
-        let record = goldens.record(&format!("{LINEAR}|{part}"));
-        let tolerance = record.tolerance(1e-5);
-        [record.check(got, tolerance), close(&part, got, want, tolerance)]
+        let golden = goldens.record(&format!("{LINEAR}|{part}"));
+        let tolerance = golden.tolerance(1e-5);
+        [golden.check(got, tolerance), close(&part, got, want, tolerance)]
     });
     both.filter_map(Result::err).collect()
 }
 
-/// An operation with a fault: copies `x` but for its last element, and has a gradient `factor` times too large.
+/// A faulty operation: copies `x` except its last `skip` elements, and has a gradient `factor` times too large.
 fn faulty<'t>(x: &Var<'t>, skip: usize, factor: f64) -> Var<'t> {
     let mut y = x.value().empty_like();
     let written = y.len() - skip;
@@ -95,7 +96,7 @@ fn an_operation_without_a_fault_passes() {
 }
 
 #[test]
-fn an_output_that_is_not_written_is_caught_on_a_poisoned_device() {
+fn an_unwritten_output_is_caught_on_a_poisoned_device() {
     let complaints = complaints(&run_faulty(1, 1.0));
     assert!(complaints.iter().any(|c| c.contains("NaN at 76 of 77")), "{complaints:?}");
 }
@@ -108,17 +109,17 @@ fn a_gradient_that_is_off_by_a_thousandth_is_caught() {
 }
 
 #[test]
-fn a_golden_kept_as_a_digest_catches_an_error_that_is_spread_thin() {
+fn a_golden_stored_as_a_digest_catches_an_evenly_spread_error() {
     let line = "nt_xent rows=130 d=31 t=0.5";
     let case = case(line);
-    let record = Goldens::open("primitives");
-    let record = record.record(&format!("{line}|dz"));
+    let goldens = Goldens::open("primitives");
+    let golden = goldens.record(&format!("{line}|dz"));
     let right = case.run(&Device::reference(), Route::Param).gradients.remove(0);
-    assert!(record.check(&right, 1e-10).is_ok());
+    assert!(golden.check(&right, 1e-10).is_ok());
     // Every other element a little larger, the rest a little smaller: the norm stays.
     let spread = |(i, v): (usize, &f64)| v * if i % 2 == 0 { 1.001 } else { 0.999 };
     let wrong: Vec<f64> = right.iter().enumerate().map(spread).collect();
-    assert!(record.check(&wrong, 1e-5).is_err());
+    assert!(golden.check(&wrong, 1e-5).is_err());
 }
 
 /// Shipped bug: the paper's mean in place of the reference code's loss, which is twice as large.
@@ -127,11 +128,11 @@ fn half_of_a_loss_is_caught() {
     let line = "nt_xent rows=6 d=3 t=0.1";
     let goldens = Goldens::open("primitives");
     let halved = case(line).run_with(&Device::reference(), Route::Param, &|y| ops::scale(&y, 0.5));
-    let record = goldens.record(&format!("{line}|y"));
-    assert!(record.check(&halved.output, 1e-2).is_err(), "{halved:?}");
+    let golden = goldens.record(&format!("{line}|y"));
+    assert!(golden.check(&halved.output, 1e-2).is_err(), "{halved:?}");
 }
 
-/// NT-Xent as a cross-entropy over the whole matrix of similarities, each row's own among them or not.
+/// NT-Xent as a cross-entropy over the full similarity matrix, with or without a mask on its diagonal.
 fn nt_xent_by_matrix(line: &str, mask: bool) -> Vec<f64> {
     let case = case(line);
     let rows = case.inputs[0].shape[0];
@@ -153,8 +154,8 @@ fn nt_xent_by_matrix(line: &str, mask: bool) -> Vec<f64> {
 fn a_similarity_matrix_with_its_diagonal_is_caught() {
     let line = "nt_xent rows=6 d=3 t=0.1";
     let goldens = Goldens::open("primitives");
-    let record = goldens.record(&format!("{line}|y"));
-    let right = record.check(&nt_xent_by_matrix(line, true), 1e-10);
+    let golden = goldens.record(&format!("{line}|y"));
+    let right = golden.check(&nt_xent_by_matrix(line, true), 1e-10);
     assert!(right.is_ok(), "{right:?}");
-    assert!(record.check(&nt_xent_by_matrix(line, false), 1e-2).is_err());
+    assert!(golden.check(&nt_xent_by_matrix(line, false), 1e-2).is_err());
 }

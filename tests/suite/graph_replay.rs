@@ -120,7 +120,7 @@ impl ManualRun {
             online,
             optimizer,
             schedule: Schedule { peak: 0.3, warmup: 3, total: 12, ..Schedule::default() },
-            steps: if captures { steps } else { steps.launched() },
+            steps: if captures { steps } else { steps.without_capture() },
             losses: Vec::new(),
         }
     }
@@ -205,7 +205,7 @@ fn some_steps(
     let run = methods::run_of(name);
     let mut state = methods::Training::new(run, device);
     let steps = Steps::new(device);
-    let mut steps = if captures { steps } else { steps.launched() };
+    let mut steps = if captures { steps } else { steps.without_capture() };
     let (schedule, mut losses) = (run.schedule(), Vec::new());
     state.method.prepare(0);
     let (online, method) = (&state.online, &state.method);

@@ -257,7 +257,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--out", "run"],
             1,
-            "run: already holds a run: choose another --out, or go on with it by --resume",
+            "run: already holds a run: choose another --out, or continue it with --resume",
         ),
         (
             &init("train.init=none.safetensors"),
@@ -307,7 +307,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "--resume", "mixed"],
             1,
-            "mixed: holds no run to go on with (there is no recipe.toml)",
+            "mixed: holds no run to resume (it has no recipe.toml)",
         ),
         (
             &["train", "--resume", "run", "--set", "optim.lr=0.5"],
@@ -322,7 +322,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "--resume", "run", "--set", "data.path=nine"],
             2,
-            "nine: the run had 16 training images, now there are 9: it cannot go on as it was",
+            "nine: the run was started with 16 training images, and the set now has 9: restore the images, or start another run",
         ),
         (
             &["train", "--resume", "newer"],
@@ -332,7 +332,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "--resume", "older"],
             1,
-            "older/step-00000001.safetensors: is no checkpoint to resume from: its header has no format version",
+            "older/step-00000001.safetensors: is not a checkpoint to resume from: its header has no format version",
         ),
         (&["train", "--resume", "less"], 1, &less),
         (
@@ -343,7 +343,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["eval", "knn", "other.safetensors"],
             1,
-            "other.safetensors: is no checkpoint: its header has no selfsup.recipe",
+            "other.safetensors: is not a checkpoint: its header has no selfsup.recipe",
         ),
         (
             &["embed", "run", "mixed", "--out", "features.csv"],
@@ -457,7 +457,7 @@ fn a_full_disk_leaves_the_previous_checkpoint_intact() {
         .current_dir(folder.path())
         .output()
         .unwrap();
-    let line = "run/step-00000004.safetensors: cannot be written (File too large (os error 27)): make room; what was written before it is whole";
+    let line = "run/step-00000004.safetensors: cannot be written (File too large (os error 27)): make room; files written earlier are complete";
     check_refusal(&output, &[words], 1, line).unwrap();
     let left = files(&run);
     let names: Vec<&str> = left.keys().map(String::as_str).collect();
@@ -492,7 +492,7 @@ fn a_run_can_be_told_to_carry_on() {
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     let last = said.lines().last().unwrap();
-    let advice = ": lower optim.lr or lengthen optim.warmup_epochs; watch.carry_on=true goes on all the same";
+    let advice = ": lower optim.lr or lengthen optim.warmup_epochs; watch.carry_on=true continues all the same";
     assert!(last.starts_with("selfsup: the loss became ") && last.ends_with(advice), "{said}");
     let output = train(&["--out", "b", "--set", "watch.carry_on=true"]);
     let said = text(&output.stderr);

@@ -1,4 +1,4 @@
-//! A run that was stopped, or killed, and resumed is to the last bit the run that never was.
+//! A run that was stopped or killed and then resumed gives the same bits as a run that was never stopped.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,23 +26,23 @@ impl Watch for StopAt {
     fn note(&mut self, _: &str) {}
 }
 
-/// The bytes of a weight file behind its header, which tells of times, and the metrics without times and speeds.
+/// The tensors of a run's newest checkpoint, as bytes without the header, and its log without times and speeds.
 pub fn outcome(folder: &Path) -> [Vec<u8>; 2] {
     let weights = std::fs::read(train::newest(folder).unwrap()).unwrap();
     let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
     let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     let lines = metrics.lines().map(|line| {
-        let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
-        let record = record.as_object_mut().unwrap();
-        record.remove("views_per_second");
-        record.remove("waiting");
-        record.remove("seconds");
-        serde_json::to_string(record).unwrap() + "\n"
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let line = line.as_object_mut().unwrap();
+        line.remove("views_per_second");
+        line.remove("waiting");
+        line.remove("seconds");
+        serde_json::to_string(line).unwrap() + "\n"
     });
     [weights[header..].to_vec(), lines.collect::<String>().into_bytes()]
 }
 
-/// A recipe of each method, with all the state that it can have.
+/// A recipe of each method, with every kind of state that it can have.
 fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
     let names = [
         "byol-cifar10-small",
@@ -70,7 +70,7 @@ fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
 }
 
 #[test]
-fn a_run_of_any_method_stopped_after_each_step_is_the_run_that_never_was() {
+fn a_run_of_any_method_stopped_after_each_step_equals_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu(1).unwrap().poisoned();
     for recipe in recipes(folder.path(), &device) {
@@ -89,7 +89,8 @@ fn a_run_of_any_method_stopped_after_each_step_is_the_run_that_never_was() {
                 Err(Error::Stopped(sentence)) => sentence,
                 other => panic!("{name}: {other:?} at step {step}"),
             };
-            let start = format!("stopped at step {step} of 4; go on with: selfsup train --resume ");
+            let start =
+                format!("stopped at step {step} of 4; continue with: selfsup train --resume ");
             assert!(sentence.starts_with(&start), "{sentence}");
             drop(run); // or its folder stays locked
             if let Some(file) = recipe.method.settings.get("teacher").map(|t| &t["file"]) {
@@ -105,7 +106,7 @@ fn a_run_of_any_method_stopped_after_each_step_is_the_run_that_never_was() {
     }
 }
 
-/// Enough steps of a tiny network to be hit in the middle of them.
+/// Enough steps of a tiny network for a signal to arrive in the middle of them.
 const SETTINGS: &[&str] = &[
     "network.width=2",
     "method.hidden=8",
@@ -137,7 +138,7 @@ impl Program {
         Self { folder: folder.to_path_buf(), child }
     }
 
-    /// Waits until the run has written so many lines of numbers.
+    /// Waits until the run has logged `lines` lines.
     fn wait_for(&mut self, lines: usize) {
         let metrics = self.folder.join("metrics.jsonl");
         while std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < lines {
@@ -151,7 +152,7 @@ impl Program {
         assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
     }
 
-    /// The exit code and what was said.
+    /// The exit code and standard error.
     fn end(self) -> (Option<i32>, String) {
         let output = self.child.wait_with_output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
@@ -160,7 +161,7 @@ impl Program {
 
 /// The short form of `scripts/check-resume`.
 #[test]
-fn a_run_that_was_killed_and_stopped_by_signals_is_the_run_that_never_was() {
+fn a_run_killed_and_stopped_by_signals_equals_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let [straight, stopped] = ["straight", "stopped"].map(|name| folder.path().join(name));
     let out = stopped.to_str().unwrap();
@@ -187,7 +188,7 @@ fn a_run_that_was_killed_and_stopped_by_signals_is_the_run_that_never_was() {
         } else {
             assert_eq!(code, Some(1), "{said}");
             let last = said.lines().last().unwrap();
-            let end = format!(" of 200; go on with: selfsup train --resume {out}");
+            let end = format!(" of 200; continue with: selfsup train --resume {out}");
             assert!(
                 last.starts_with("selfsup: stopped at step ") && last.ends_with(&end),
                 "{said}"

@@ -1,4 +1,4 @@
-//! What a run writes for those who watch it: its page with pictures, also when it is stopped; event files; a trace.
+//! The files that a run writes for its user: the report with pictures, also after a stop; event files; a trace.
 
 use std::path::Path;
 
@@ -22,14 +22,14 @@ fn train(folder: &Path, words: &[&str], settings: &[&str]) -> std::process::Outp
     selfsup(folder, &all)
 }
 
-/// The data of a page, as its script reads it.
+/// The data of a report, as its script reads it.
 fn data(page: &str) -> Value {
     let (_, rest) = page.split_once("id=\"data\">").unwrap();
     serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
 }
 
 #[test]
-fn a_run_has_a_page_with_pictures_and_numbers_for_tensorboard() {
+fn a_run_writes_a_report_with_pictures_and_event_files_for_tensorboard() {
     let root = tempfile::tempdir().unwrap();
     let settings = ["train.epochs=2", "train.knn_every=1", "watch.tensorboard=true"];
     let output = train(root.path(), &["--device", "cpu", "--out", "run"], &settings);
@@ -47,7 +47,7 @@ fn a_run_has_a_page_with_pictures_and_numbers_for_tensorboard() {
     assert_eq!((points.len(), points[0].as_array().unwrap().len()), (40, 4));
     assert_eq!(gallery["strips"]["rows"].as_array().unwrap().len(), 10);
     assert_eq!(gallery["strips"]["rows"][3]["near"].as_array().unwrap().len(), 8);
-    // Every held-out image is in the table of what kNN takes for what, and its diagonal is the accuracy.
+    // Every held-out image is in kNN's confusion matrix, and the diagonal gives the accuracy.
     let confusion = gallery["confusion"].as_array().unwrap();
     let sum = |right: bool| -> u64 {
         let those = confusion.iter().filter(|c| !right || c[0] == c[1]);
@@ -72,7 +72,7 @@ fn a_run_has_a_page_with_pictures_and_numbers_for_tensorboard() {
 }
 
 #[test]
-fn a_run_that_went_wrong_says_so_on_its_page() {
+fn a_run_that_diverged_says_so_in_its_report() {
     let root = tempfile::tempdir().unwrap();
     let wrong = ["train.epochs=3", "optim.lr=1e9", "optim.warmup_epochs=0"];
     let output = train(root.path(), &["--device", "cpu", "--out", "run"], &wrong);
@@ -85,7 +85,7 @@ fn a_run_that_went_wrong_says_so_on_its_page() {
     assert_eq!(selfsup(root.path(), &["report", "nowhere"]).status.code(), Some(2));
 }
 
-/// Spans of a row, by rising beginning.
+/// The spans of a row, sorted by begin.
 fn spans(trace: &Value, row: &str) -> Vec<(String, f64, f64)> {
     let all = trace["traceEvents"].as_array().unwrap();
     let of = |event: &&Value| event["ph"] == "X" && event["cat"] == row;

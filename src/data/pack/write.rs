@@ -19,7 +19,7 @@ use crate::data::folder::Folder;
 use crate::data::open::folders;
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};
-use crate::files::{no_room, whole, write_whole};
+use crate::files::{replace_file, write_error, write_file};
 
 /// Images per thread that are prepared before they are written in order; bounds the memory.
 const AHEAD: usize = 4;
@@ -133,7 +133,7 @@ pub fn pack(
         let images = (packed.images - files_before.1) as u64;
         manifest.parts.insert((*part).to_owned(), Part { files, images });
     }
-    write_whole(&to.join(MANIFEST), &manifest.to_bytes())?;
+    write_file(&to.join(MANIFEST), &manifest.to_bytes())?;
     Ok(packed)
 }
 
@@ -214,11 +214,11 @@ fn pack_part(
     let (mut number, mut first) = (0, 0);
     while records.peek().is_some() {
         let path = to.join(file_name(part, number));
-        whole(&path, |partial| {
-            let file = File::create(partial).map_err(|e| no_room(&path, e))?;
+        replace_file(&path, |partial| {
+            let file = File::create(partial).map_err(|e| write_error(&path, e))?;
             let begun = Header { number, first, ..Header::default() };
             let written = write(file, begun, images.classes(), settings.file_bytes, &mut records);
-            let (held, size) = written.map_err(|e| no_room(&path, e))?;
+            let (held, size) = written.map_err(|e| write_error(&path, e))?;
             if let Some(error) = failure.take() {
                 return Err(error);
             }

@@ -13,7 +13,7 @@ use crate::data::{Image, Policy, Source, center};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::eval::{self, Answer, Features};
-use crate::files::write_whole;
+use crate::files::write_file;
 use crate::recipes::Recipe;
 
 /// The name of the pictures in a run's folder.
@@ -115,7 +115,7 @@ pub(in crate::train) fn write(
         views: views_of(found.bank.0, recipe, views, LARGE.min(size))?,
     };
     let text = serde_json::to_string(&gallery).expect("a gallery is plain data");
-    write_whole(&folder.join(GALLERY), text.as_bytes())
+    write_file(&folder.join(GALLERY), text.as_bytes())
 }
 
 /// Reads the pictures in a run's folder; null if it has none.

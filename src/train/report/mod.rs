@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::folder::RECIPE;
 use crate::error::{Error, Result};
-use crate::files::write_whole;
+use crate::files::write_file;
 
 pub(super) use gallery::{Found, NEIGHBOURS, write as write_gallery};
 
@@ -33,7 +33,7 @@ const PICTURED: usize = 4;
 /// # Errors
 /// As [`report`], and if the file cannot be written.
 pub fn write_report(folders: &[impl AsRef<Path>], file: &Path) -> Result<()> {
-    write_whole(file, report(folders)?.as_bytes())
+    write_file(file, report(folders)?.as_bytes())
 }
 
 /// Returns the page on one run, or on several compared: curves, final figures and settings from the recipe and `metrics.jsonl` in
