@@ -1,7 +1,8 @@
 //! The commands `demo`, `train`, `recipes`, `report` and `devices`.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde_json::json;
@@ -101,7 +102,10 @@ fn run_to_end(run: &mut Run, recipe: &Recipe) -> Result<()> {
     ));
     let stop = signals::stop()?;
     run.stop_when(stop.clone());
+    let ended = Arc::new(AtomicBool::new(false));
+    signals::end_stuck_evaluation(stop.clone(), run.evaluating(), ended.clone());
     let trained = run.train(&mut Progress::new(schedule.total));
+    ended.store(true, Ordering::Relaxed);
     stop.store(true, Ordering::Relaxed); // from here on a signal ends the program at once
     trained
 }

@@ -62,6 +62,9 @@ impl Watch for Progress {
         if let Some(knn) = report.knn {
             line += &format!(", kNN {:.1}%", 100.0 * knn);
         }
+        if let Some(validation) = report.validation {
+            line += &format!(", validation kNN {:.1}%", 100.0 * validation);
+        }
         if let Some(accuracy) = report.accuracy {
             line += &format!(", top-1 {:.1}%", 100.0 * accuracy);
         }

@@ -1,7 +1,8 @@
 //! Ctrl-C, SIGTERM and a closed terminal request a stop.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::flag;
@@ -18,6 +19,34 @@ pub(super) fn stop() -> Result<Arc<AtomicBool>> {
             .map_err(Error::io("signal handler"))?;
     }
     Ok(stop)
+}
+
+/// How long an evaluation may take to notice that it is to stop.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Ends the program if an evaluation does not stop when asked to: a read from a dead network mount may never return. The run
+/// wrote a checkpoint before it.
+pub(super) fn end_stuck_evaluation(
+    stop: Arc<AtomicBool>,
+    evaluating: Arc<Mutex<Option<String>>>,
+    ended: Arc<AtomicBool>,
+) {
+    std::thread::spawn(move || {
+        let mut asked = None;
+        while !ended.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(50));
+            let evaluating = evaluating.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*evaluating {
+                Some(sentence) if stop.load(Ordering::Relaxed) => {
+                    if asked.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                        super::talk(&format!("selfsup: {sentence}"));
+                        std::process::exit(1);
+                    }
+                }
+                _ => asked = None,
+            }
+        }
+    });
 }
 
 #[cfg(unix)]

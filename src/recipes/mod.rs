@@ -67,6 +67,10 @@ pub struct DataSettings {
     /// The largest share of unreadable images, in `0..=1`, that a command leaves out; with more it stops.
     #[serde(default = "one_percent", skip_serializing_if = "is_one_percent")]
     pub max_skipped: f64,
+    /// The share of each class's training images, in `0..1`, that is not trained on but chooses `best.safetensors`. With 0 the
+    /// held-out images choose it.
+    #[serde(default, skip_serializing_if = "is_zero_share")]
+    pub validation: f64,
 }
 
 /// The optimizer and its learning rate schedule.
@@ -172,6 +176,10 @@ impl Default for WatchSettings {
             tensorboard: false,
         }
     }
+}
+
+fn is_zero_share(value: &f64) -> bool {
+    *value == 0.0
 }
 
 fn one() -> usize {
@@ -305,6 +313,15 @@ impl Recipe {
         positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;
         positive(self.optim.end_lr, "optim.end_lr")?;
         positive(self.train.checkpoint_every_minutes, "train.checkpoint_every_minutes")?;
+        for (share, key) in
+            [(self.data.max_skipped, "data.max_skipped"), (self.data.validation, "data.validation")]
+        {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(Error::Config(format!(
+                    "{key} is {share}; it must be a share between 0 and 1"
+                )));
+            }
+        }
         positive(self.watch.collapsed_std, "watch.collapsed_std")?;
         positive(self.watch.collapsed_rank, "watch.collapsed_rank")?;
         positive(self.watch.collapsed_prototypes, "watch.collapsed_prototypes")?;
@@ -319,12 +336,6 @@ impl Recipe {
                     "{key} is {value}; it must be at most {MOST_THREADS}"
                 )));
             }
-        }
-        if !(0.0..=1.0).contains(&self.data.max_skipped) {
-            return Err(Error::config(format!(
-                "data.max_skipped is {}; it must be a share between 0 and 1",
-                self.data.max_skipped
-            )));
         }
         for (value, key) in [
             (self.train.epochs as usize, "train.epochs"),

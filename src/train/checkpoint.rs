@@ -65,7 +65,7 @@ pub fn save(
     }
     notes.insert("format".into(), "pt".into()); // what PyTorch's loaders look for
     notes.insert(FORMAT_NOTE.into(), FORMAT.to_string());
-    let path = folder.join(format!("{PREFIX}{step:08}{SUFFIX}"));
+    let path = of_step(folder, step);
     // A failed device returns garbage.
     write_weights(&path, &entries, notes, || arena.device().check())?;
     let old = checkpoints(folder)?;
@@ -73,6 +73,16 @@ pub fn save(
         std::fs::remove_file(old).map_err(Error::io(old))?;
     }
     Ok(path)
+}
+
+/// The checkpoint of a step.
+pub(super) fn of_step(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("{PREFIX}{step:08}{SUFFIX}"))
+}
+
+/// The best checkpoint of a run, which its folder keeps under this name.
+pub(super) fn best(folder: &Path) -> PathBuf {
+    folder.join(BEST)
 }
 
 /// Keeps a checkpoint as `best.safetensors` next to it, even when the checkpoint itself is removed later.

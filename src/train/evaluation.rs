@@ -1,4 +1,4 @@
-//! What a run measures of itself after an epoch: monitors, kNN, its classifier; and the report's pictures.
+//! Measures a run after an epoch: the method's monitors, kNN and classifier accuracy; and draws the report's pictures.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,16 +7,28 @@ use crate::data::{Source, Subset};
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn};
 use crate::methods::Reading;
-use crate::train::Run;
 use crate::train::folder::Folder;
 use crate::train::report::{self, Found};
 use crate::train::run::Watch;
+use crate::train::skipped::Part;
+use crate::train::{Images, Run};
 
-/// Images whose features are made between two looks at whether the run is to stop; whole batches of the evaluation.
-const EVALUATED: usize = 1024;
+/// Images evaluated between two checks whether the run is to stop: a multiple of the evaluation's batch.
+const PIECE: usize = 1024;
+
+/// The results of an evaluation, in `0..=1`; `None` if there are no images or no classifier to measure.
+#[derive(Default)]
+pub(super) struct Accuracies {
+    pub(super) knn: Option<f64>,
+    /// kNN accuracy on the validation images.
+    pub(super) validation: Option<f64>,
+    pub(super) classifier: Option<f64>,
+    /// Images of each part that could not be read and do not count.
+    pub(super) skipped: BTreeMap<Part, usize>,
+}
 
 impl Run {
-    /// The method's monitors, and the norm of the last step's gradient.
+    /// Reads the method's monitors and the norm of the last step's gradient.
     pub(super) fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
         let mut readings = self.method.monitors(&self.online, self.steps.embeddings(), loss);
         let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
@@ -24,90 +36,132 @@ impl Run {
         readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
     }
 
-    /// kNN accuracy on the held-out images, and the report's pictures; `None` without any.
-    pub(super) fn knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
-        let measured = self.measured_knn(epoch, watch);
-        self.unless_diverged(measured, watch)
+    /// Measures kNN accuracy on the validation and held-out images and the accuracy of the method's own classifier on the
+    /// held-out ones, and draws the report's pictures.
+    ///
+    /// # Errors
+    /// If images cannot be read, or too many of a part are skipped; if the run was asked to stop.
+    pub(super) fn evaluate(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
+        let Images { train, validation, test, .. } = self.images.clone();
+        let mut accuracies = Accuracies::default();
+        if validation.is_none() && test.is_none() {
+            return Ok(accuracies);
+        }
+        let bank = self.features(Part::Training, &train)?;
+        let mut skipped = BTreeMap::from([(Part::Training, bank.skipped.len())]);
+        if let Some(validation) = validation {
+            let queries = self.features(Part::Validation, &validation)?;
+            skipped.insert(Part::Validation, queries.skipped.len());
+            let device = self.online.device();
+            let found = eval::knn_accuracies(&bank, &queries, &[Knn::default()], device)?;
+            accuracies.validation = found.first().copied();
+        }
+        if let Some(test) = test {
+            let queries = self.features(Part::HeldOut, &test)?;
+            skipped.insert(Part::HeldOut, queries.skipped.len());
+            accuracies.knn = Some(self.knn(epoch, (&*train, &bank), (&*test, &queries), watch)?);
+            accuracies.classifier = self.classifier_accuracy(&test)?;
+        }
+        accuracies.skipped = skipped;
+        Ok(accuracies)
     }
 
-    /// Drops the figure of a run that has diverged and carries on all the same: it would be that of chance.
-    fn unless_diverged(
+    /// kNN accuracy on the held-out images; draws the report's pictures.
+    fn knn(
         &self,
-        measured: Result<Option<f64>>,
+        epoch: u32,
+        bank: (&dyn Source, &Features),
+        queries: (&dyn Source, &Features),
         watch: &mut dyn Watch,
-    ) -> Result<Option<f64>> {
-        match measured {
-            Err(Error::Diverged(reason)) if self.recipe.watch.carry_on => {
-                watch.note(&format!("no accuracy this time: {reason}"));
-                Ok(None)
-            }
-            measured => measured,
-        }
-    }
-
-    fn measured_knn(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Option<f64>> {
-        let Some(test) = self.images.test.clone() else { return Ok(None) };
-        let train = self.images.train.clone();
-        let (bank, queries) = (self.features(&train)?, self.features(&test)?);
-        if bank.labels.is_empty() || queries.labels.is_empty() {
-            watch.note("kNN cannot be measured: no training or no held-out image can be read");
-            return Ok(None);
-        }
+    ) -> Result<f64> {
         let device = self.online.device();
         let answers =
-            eval::knn_answers(&bank, &queries, Knn::default(), report::NEIGHBOURS, device)?;
-        let right = answers.iter().zip(&queries.labels).filter(|(a, label)| a.class == **label);
+            eval::knn_answers(bank.1, queries.1, Knn::default(), report::NEIGHBOURS, device)?;
+        let labels = &queries.1.labels;
+        let right = answers.iter().zip(labels).filter(|(answer, label)| answer.class == **label);
         let accuracy = right.count() as f64 / answers.len() as f64;
         if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
         {
-            let found =
-                Found { bank: (&*train, &bank), queries: (&*test, &queries), answers: &answers };
+            let found = Found { bank, queries, answers: &answers };
             let views = self.method.views();
-            let written =
-                report::write_gallery(path, &self.recipe, views, epoch + 1, &found, device);
-            if let Err(error) = written {
-                watch.note(&format!("no pictures this time: {error}"));
+            let drawn = report::write_gallery(path, &self.recipe, views, epoch + 1, &found, device);
+            if let Err(error) = drawn {
+                watch.note(&format!("the pictures could not be drawn: {error}"));
             }
         }
-        Ok(Some(accuracy))
+        Ok(accuracy)
     }
 
-    /// Features of a whole set, some at a time, so that a run can be stopped between.
-    fn features(&mut self, source: &Arc<dyn Source>) -> Result<Features> {
+    /// Computes the features of a set piece by piece, so that a run can be stopped in between.
+    ///
+    /// # Errors
+    /// If no image can be read.
+    fn features(&mut self, part: Part, source: &Arc<dyn Source>) -> Result<Features> {
         let mut all = Features::none(self.method.backbone().features());
-        for part in parts(source) {
+        for piece in pieces(source) {
             self.stop_if_asked()?;
             let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
-            all.append(eval::backbone_features(&self.online, backbone, &part, policy)?);
+            all.append(eval::backbone_features(&self.online, backbone, &piece, policy)?);
+        }
+        self.skipped.add(part, &all.skipped);
+        if all.labels.is_empty() {
+            let first = all.skipped.first().map_or("", |skipped| &skipped.reason);
+            return Err(Error::Unreadable(format!(
+                "{}: none of its {} {part} images can be read; the first: {first}",
+                self.recipe.data.path,
+                source.len()
+            )));
         }
         Ok(all)
     }
 
-    /// Accuracy of the method's classifier on the held-out images, likewise; `None` without a classifier or without images.
-    pub(super) fn accuracy(&mut self, watch: &mut dyn Watch) -> Result<Option<f64>> {
-        let measured = self.measured_accuracy();
-        self.unless_diverged(measured, watch)
-    }
-
-    fn measured_accuracy(&mut self) -> Result<Option<f64>> {
-        let Some(test) = self.images.test.clone() else { return Ok(None) };
-        let (mut right, mut all) = (0, 0);
-        for part in parts(&test) {
+    /// Accuracy of the method's classifier on a set; `None` without a classifier.
+    fn classifier_accuracy(&mut self, test: &Arc<dyn Source>) -> Result<Option<f64>> {
+        let (mut right, mut count) = (0, 0);
+        for piece in pieces(test) {
             self.stop_if_asked()?;
             let Some(classifier) = self.method.classifier() else { return Ok(None) };
             let policy = &self.recipe.augment[0];
-            let found = eval::count_correct(&self.online, classifier, &part, policy)?;
-            (right, all) = (right + found[0], all + found[1]);
+            let answers = eval::count_correct(&self.online, classifier, &piece, policy)?;
+            (right, count) = (right + answers[0], count + answers[1]);
         }
-        Ok((all > 0).then(|| right as f64 / all as f64)) // none if no image can be read
+        Ok(Some(right as f64 / count.max(1) as f64))
+    }
+
+    /// Tells the user which images were skipped, and lists them in the run's folder.
+    ///
+    /// # Errors
+    /// If more images of a part are unreadable than `data.max_skipped` allows.
+    pub(super) fn check_skipped(&mut self, watch: &mut dyn Watch) -> Result<()> {
+        let folder = self.folder.as_ref().map(|folder| &*folder.path);
+        self.skipped.tell(folder)?.iter().for_each(|sentence| watch.note(sentence));
+        self.skipped_too_many()
+    }
+
+    /// Fails if more images of a part are unreadable than `data.max_skipped` allows.
+    pub(super) fn skipped_too_many(&self) -> Result<()> {
+        let Images { train, validation, test, .. } = &self.images;
+        let length = |source: &Option<Arc<dyn Source>>| source.as_ref().map_or(0, |s| s.len());
+        [
+            (Part::Training, train.len()),
+            (Part::Validation, length(validation)),
+            (Part::HeldOut, length(test)),
+        ]
+        .into_iter()
+        .try_for_each(|(part, length)| {
+            let complaint = self.skipped.complaint(part, length, self.recipe.data.max_skipped);
+            complaint.map_or(Ok(()), |reason| {
+                Err(Error::Unreadable(format!("{}: {reason}", self.recipe.data.path)))
+            })
+        })
     }
 }
 
-/// A set in parts of [`EVALUATED`] images.
-fn parts(source: &Arc<dyn Source>) -> impl Iterator<Item = Subset> + use<> {
+/// Splits a set into pieces of [`PIECE`] images.
+fn pieces(source: &Arc<dyn Source>) -> impl Iterator<Item = Subset> + use<> {
     let (source, len) = (source.clone(), source.len());
-    (0..len).step_by(EVALUATED).map(move |from| {
-        let to = (from + EVALUATED).min(len);
+    (0..len).step_by(PIECE).map(move |from| {
+        let to = (from + PIECE).min(len);
         Subset::new(source.clone(), (from as u32..to as u32).collect())
     })
 }

@@ -1,6 +1,8 @@
 //! The folder of a run, which one process at a time writes to.
 
+use std::ffi::OsString;
 use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -23,20 +25,40 @@ pub(super) struct Folder {
 }
 
 impl Folder {
+    /// Fails unless a new run can have the folder: it is missing or empty, so that nothing that was there is ever replaced.
+    pub(super) fn check_free(path: &Path) -> Result<()> {
+        let refused = |reason: &str| Err(Error::format(path, reason));
+        if path.join(RECIPE).exists() {
+            return refused(
+                "already holds a run: choose another --out, or continue it with --resume",
+            );
+        }
+        let entries = match std::fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => {
+                return refused("is a file: choose another --out");
+            }
+            Err(error) => return Err(Error::io(path)(error)),
+        };
+        for entry in entries {
+            let name = entry.map_err(Error::io(path))?.file_name();
+            if name != LOCK {
+                let name = name.to_string_lossy();
+                return refused(&format!(
+                    "holds other files, such as {name}: choose another --out"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Creates the folder of a new run and writes its recipe there.
     pub(super) fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
-        let taken = || {
-            let reason = "already holds a run: choose another --out, or continue it with --resume";
-            Err(Error::format(path, reason))
-        };
-        if path.join(RECIPE).exists() {
-            return taken();
-        }
+        Self::check_free(path)?;
         std::fs::create_dir_all(path).map_err(Error::io(path))?;
         let lock = lock(path)?;
-        if path.join(RECIPE).exists() {
-            return taken(); // another process was faster
-        }
+        Self::check_free(path)?; // another process may have been faster
         write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -66,7 +88,11 @@ fn metrics(path: &Path, length: u64, recipe: &Recipe) -> Result<Metrics> {
 pub(super) fn discard(folder: Folder) {
     if folder.new {
         let Folder { path, .. } = folder;
-        for file in [RECIPE, "metrics.jsonl", LOCK] {
+        let files = std::fs::read_dir(&path).into_iter().flatten().flatten();
+        let names: Vec<_> = files.map(|entry| entry.file_name()).collect();
+        let events = |name: &OsString| name.to_string_lossy().starts_with("events.out.tfevents");
+        let own = [RECIPE, "metrics.jsonl", LOCK].map(OsString::from);
+        for file in own.into_iter().chain(names.into_iter().filter(events)) {
             let _ = std::fs::remove_file(path.join(file)); // the error to report is why the run failed
         }
         let _ = std::fs::remove_dir(&path); // stays if it holds other files

@@ -1,19 +1,31 @@
 //! The images of a run, as its recipe names them.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::data::{self, Source, Split, Subset};
+use crate::data::{self, Image, Source, Split, Subset};
 use crate::error::{Error, Result};
 use crate::recipes::DataSettings;
+
+/// Images of each part that are read before the first step.
+const TRIED: usize = 32;
+
+/// Unreadable images among [`TRIED`] of a larger part that may be chance.
+const CHANCE: f64 = 7.0;
 
 /// The images of a run.
 #[derive(Clone)]
 pub struct Images {
-    /// The training part.
+    /// The images to train on.
     pub train: Arc<dyn Source>,
+    /// The share of the training part that chooses the best checkpoint and is not trained on; `None` unless `data.validation`
+    /// is set.
+    pub validation: Option<Arc<dyn Source>>,
     /// The held-out part; `None` if the set has no such part or no labels.
     pub test: Option<Arc<dyn Source>>,
+    /// Says why there is no held-out part, if there is a reason that the user should know.
+    no_test: Option<String>,
 }
 
 impl Images {
@@ -35,21 +47,42 @@ impl Images {
             let labelled = data::labelled(&*train, which)?;
             train = Arc::new(Subset::new(train, labelled));
         }
-        if train.classes().is_empty() {
-            return Ok(Self { train, test: None });
+        let (train, validation) = split_off(train, settings.validation)?;
+        let mut images = Self { train, validation, test: None, no_test: None };
+        if images.train.classes().is_empty() {
+            return Ok(images);
         }
-        let test = match open(Split::Test, settings.test_limit) {
-            Ok(test) => Some(test),
+        match open(Split::Test, settings.test_limit) {
+            Ok(test) if !test.is_empty() && test.label(0).is_none() => {
+                images.no_test = Some(format!(
+                    "{}: the images of the test part have no labels, so nothing is evaluated on them: sort them into class folders",
+                    settings.path
+                ));
+            }
+            Ok(test) => images.test = Some(test),
             // A set without a held-out part can be trained on; one with a damaged file cannot.
-            Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => None,
+            Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => {}
             Err(error) => return Err(error),
-        };
-        Ok(Self { train, test })
+        }
+        Ok(images)
+    }
+
+    /// Reads some images of every part, so that a run finds images that cannot be read before its first step, not at its first
+    /// evaluation.
+    ///
+    /// # Errors
+    /// If reading fails, or a larger share of a part than `data.max_skipped` cannot be read.
+    pub(super) fn check_readable(&self, settings: &DataSettings) -> Result<()> {
+        check_readable(&*self.train, "training", settings)?;
+        let validation = self.validation.iter().map(|part| (part, "validation"));
+        let mut others = validation.chain(self.test.iter().map(|part| (part, "held-out")));
+        others.try_for_each(|(part, name)| check_readable(&**part, name, settings))
     }
 
     /// Returns sentences on the images that a user should read: what is not read, and classes without training images.
     pub fn notes(&self) -> impl Iterator<Item = &String> {
-        self.train.notes().iter().chain(self.test.iter().flat_map(|test| test.notes()))
+        let test = self.test.iter().flat_map(|test| test.notes());
+        self.train.notes().iter().chain(test).chain(&self.no_test)
     }
 
     /// Returns the held-out images, for a command that needs them.
@@ -62,5 +95,165 @@ impl Images {
                 "evaluation needs labelled held-out images: class folders in test/ or val/",
             )
         })
+    }
+}
+
+/// Splits a share of each class off the training images, spread evenly over the order of the class.
+fn split_off(
+    train: Arc<dyn Source>,
+    share: f64,
+) -> Result<(Arc<dyn Source>, Option<Arc<dyn Source>>)> {
+    if share == 0.0 {
+        return Ok((train, None));
+    }
+    let mut seen: HashMap<u32, usize> = HashMap::new();
+    let (mut kept, mut aside) = (Vec::new(), Vec::new());
+    for index in 0..train.len() {
+        let Some(class) = train.label(index) else {
+            return Err(Error::config(
+                "data.validation needs labelled training images: class folders in train/",
+            ));
+        };
+        let count = seen.entry(class).or_default();
+        let chosen = |count: usize| (count as f64 * share).floor();
+        let aside_now = chosen(*count + 1) > chosen(*count);
+        *count += 1;
+        if aside_now { &mut aside } else { &mut kept }.push(index as u32);
+    }
+    if kept.is_empty() || aside.is_empty() {
+        return Err(Error::config(format!(
+            "data.validation = {share} leaves {} training and {} validation images",
+            kept.len(),
+            aside.len()
+        )));
+    }
+    Ok((Arc::new(Subset::new(train.clone(), kept)), Some(Arc::new(Subset::new(train, aside)))))
+}
+
+/// Reads a few images of a part, or all if there are few.
+///
+/// # Errors
+/// If reading itself fails, or more images are unreadable than `data.max_skipped` allows: of a part read in full, or of a
+/// larger one by more than chance.
+fn check_readable(source: &dyn Source, part: &str, settings: &DataSettings) -> Result<()> {
+    let (length, tried) = (source.len(), source.len().min(TRIED));
+    if length == 0 {
+        return Err(Error::Unreadable(format!("{}: has no {part} images", settings.path)));
+    }
+    let mut image = Image::default();
+    let mut unreadable = Vec::new();
+    for index in (0..tried).map(|i| i * length / tried) {
+        match source.read(index, &mut image) {
+            Ok(()) => {}
+            Err(error @ Error::Io { .. }) => return Err(error), // the disk or the network, not the image
+            Err(error) => unreadable.push(error),
+        }
+    }
+    let allowed = settings.max_skipped * tried as f64;
+    let chance = if tried < length { CHANCE } else { 0.0 };
+    let (count, limit) = (unreadable.len(), settings.max_skipped);
+    let Some(first) = unreadable.first() else { return Ok(()) };
+    if count == tried {
+        let all = if tried < length {
+            format!("none of {tried} {part} images tried")
+        } else {
+            format!("none of its {length} {part} images")
+        };
+        let reason = format!("{}: {all} can be read; the first: {first}", settings.path);
+        return Err(Error::Unreadable(reason));
+    }
+    if count as f64 > allowed + chance {
+        let reason = format!(
+            "{}: {count} of {tried} {part} images tried cannot be read, more than data.max_skipped={limit} allows; the first: {first}",
+            settings.path
+        );
+        return Err(Error::Unreadable(reason));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipes::Recipe;
+
+    /// Writes `count` images, of which the first `broken` are no images.
+    fn part(folder: &Path, count: usize, broken: usize) {
+        std::fs::create_dir_all(folder).unwrap();
+        for i in 0..count {
+            let path = folder.join(format!("{i:03}.png"));
+            if i < broken {
+                std::fs::write(path, "broken").unwrap();
+            } else {
+                image::RgbImage::from_pixel(4, 4, image::Rgb([i as u8; 3])).save(path).unwrap();
+            }
+        }
+    }
+
+    fn open(root: &Path, settings: &[&str]) -> Result<Images> {
+        let path = format!("data.path={}", root.display());
+        let settings: Vec<String> =
+            settings.iter().map(|s| s.to_string()).chain([path, "data.limit=0".into()]).collect();
+        let settings = Recipe::load("demo", &settings).unwrap().data;
+        let images = Images::open(&settings)?;
+        images.check_readable(&settings).map(|()| images)
+    }
+
+    #[test]
+    fn parts_with_unreadable_images_are_refused_before_the_first_step() {
+        for (counts, broken, complaint) in [
+            ([10, 10], [10, 0], Some("none of its 10 training images can be read")),
+            ([10, 10], [0, 10], Some("none of its 10 held-out images can be read")),
+            ([200, 10], [200, 0], Some("none of 32 training images tried can be read")),
+            ([10, 32], [0, 24], Some("24 of 32 held-out images tried cannot be read")),
+            ([10, 200], [0, 100], Some("16 of 32 held-out images tried cannot be read")),
+            ([200, 10], [2, 0], None),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            for ((name, count), broken) in ["train", "test"].into_iter().zip(counts).zip(broken) {
+                part(&root.path().join(name).join("cat"), count, broken);
+            }
+            match (open(root.path(), &[]), complaint) {
+                (Ok(_), None) => {}
+                (Err(error), Some(complaint)) => {
+                    assert!(error.to_string().contains(complaint), "{error}");
+                }
+                (other, _) => panic!("{counts:?} {broken:?}: {:?}", other.err()),
+            }
+            if complaint.is_some_and(|complaint| !complaint.starts_with("none")) {
+                assert!(open(root.path(), &["data.max_skipped=1"]).is_ok());
+            }
+        }
+    }
+
+    #[test]
+    fn a_flat_test_part_is_left_out_with_a_sentence() {
+        let root = tempfile::tempdir().unwrap();
+        part(&root.path().join("train/cat"), 3, 0);
+        part(&root.path().join("val"), 3, 0);
+        let images = open(root.path(), &[]).unwrap();
+        assert!(images.test.is_none() && images.held_out().is_err());
+        assert!(images.notes().any(|note| note.contains("have no labels")));
+    }
+
+    #[test]
+    fn a_share_of_each_class_is_left_out_of_training_for_validation() {
+        let root = tempfile::tempdir().unwrap();
+        part(&root.path().join("train/cat"), 10, 0);
+        part(&root.path().join("train/dog"), 5, 0);
+        let images = open(root.path(), &["data.validation=0.2"]).unwrap();
+        let validation = images.validation.unwrap();
+        let names = |source: &dyn Source| -> Vec<String> {
+            let end = |i| source.name(i)[root.path().display().to_string().len()..].to_owned();
+            (0..source.len()).map(end).collect()
+        };
+        assert_eq!(
+            names(&*validation),
+            ["/train/cat/004.png", "/train/cat/009.png", "/train/dog/004.png"]
+        );
+        assert_eq!(images.train.len(), 12);
+        assert!(names(&*images.train).iter().all(|name| !names(&*validation).contains(name)));
+        assert!(open(root.path(), &["data.validation=0.01"]).is_err());
+        assert!(open(&root.path().join("train/cat"), &["data.validation=0.2"]).is_err());
     }
 }

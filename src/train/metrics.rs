@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: the log of a run, one JSON object per line, appended as the run goes.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::tensorboard::Events;
 use crate::error::{Error, Result};
-use crate::files::{open_own, write_error};
+use crate::files::{open_own, write_error, write_file};
 
 /// The open log of a run.
 #[derive(Debug)]
@@ -29,18 +29,20 @@ impl Metrics {
         Self::open(folder, 0)
     }
 
-    /// Opens `metrics.jsonl` in a run's folder to append after its first `length` bytes; drops the rest.
+    /// Opens `metrics.jsonl` in a run's folder to append after its first `length` bytes; drops the rest. Of a shorter file, which
+    /// somebody removed or cut off, it keeps the complete lines: a damaged log does not cost the run.
     ///
     /// # Errors
-    /// If the folder cannot be written to, or the file is shorter.
+    /// If the folder cannot be written to, or the file is a link.
     pub fn open(folder: &Path, length: u64) -> Result<Self> {
         let path = folder.join("metrics.jsonl");
-        let file = open_own(&path, true)?;
-        let found = file.metadata().map_err(Error::io(&path))?.len();
-        if found < length {
-            let reason = format!("has {found} bytes; the checkpoint was written after {length}");
-            return Err(Error::format(&path, reason));
+        let mut file = open_own(&path, true)?;
+        let mut text = Vec::new();
+        Read::by_ref(&mut file).take(length).read_to_end(&mut text).map_err(Error::io(&path))?;
+        if (text.len() as u64) < length {
+            text.truncate(text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1));
         }
+        let length = text.len() as u64;
         file.set_len(length).map_err(Error::io(&path))?;
         Ok(Self { path, file, length, events: None })
     }
@@ -66,12 +68,72 @@ impl Metrics {
         }
     }
 
-    /// Waits until everything written so far is on disk, and returns its length in bytes.
+    /// Waits until everything written so far is on disk, and returns its length in bytes. A log that somebody removed is written
+    /// again, from the file that is still open.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn synced(&mut self) -> Result<u64> {
-        self.file.sync_data().map_err(Error::io(&self.path))?;
+        if !self.is_in_place() {
+            let mut text = Vec::new();
+            let read = self.file.rewind().and_then(|()| self.file.read_to_end(&mut text));
+            read.map_err(Error::io(&self.path))?;
+            write_file(&self.path, &text)?;
+            self.file = open_own(&self.path, true)?;
+        }
+        self.file.sync_data().map_err(|e| write_error(&self.path, e))?;
+        // Not the sum of what was written: somebody may have cut the file off.
+        self.length = self.file.metadata().map_err(Error::io(&self.path))?.len();
         Ok(self.length)
+    }
+
+    /// Whether the path still leads to the open file.
+    fn is_in_place(&self) -> bool {
+        let (Ok(open), Ok(there)) = (self.file.metadata(), std::fs::symlink_metadata(&self.path))
+        else {
+            return false;
+        };
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            (open.dev(), open.ino()) == (there.dev(), there.ino())
+        }
+        #[cfg(not(unix))]
+        {
+            open.len() == there.len()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_was_removed_is_written_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = Metrics::create(folder.path()).unwrap();
+        metrics.write(&1).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        metrics.write(&2).unwrap();
+        assert_eq!(metrics.synced().unwrap(), 4);
+        metrics.write(&3).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n2\n3\n");
+        std::fs::write(&path, "").unwrap();
+        metrics.write(&4).unwrap();
+        assert_eq!(metrics.synced().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_log_is_cut_off_at_a_length_or_before_its_first_incomplete_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for (length, kept) in [(4, "10\n2"), (0, ""), (5, "10\n20"), (99, "10\n")] {
+            std::fs::write(&path, "10\n20").unwrap();
+            let metrics = Metrics::open(folder.path(), length).unwrap();
+            assert_eq!(metrics.length, kept.len() as u64);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
+        }
     }
 }

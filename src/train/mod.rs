@@ -12,6 +12,7 @@ mod parity_dump;
 mod report;
 mod resume;
 mod run;
+mod skipped;
 mod step;
 mod study;
 mod tensorboard;

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -40,10 +40,16 @@ pub(super) struct Progress {
     pub(super) losses: f64,
     /// The run's first loss.
     pub(super) first_loss: Option<f64>,
-    /// The best kNN accuracy so far, in `0..=1`.
+    /// The best kNN accuracy so far, in `0..=1`: on the validation images if there are any, on the held-out ones otherwise.
     pub(super) best_knn: Option<f64>,
+    /// The step of the checkpoint with that accuracy, which is kept as `best.safetensors`.
+    #[serde(default)]
+    pub(super) best_step: Option<u64>,
     /// The number of training images, which must not change.
     pub(super) images: usize,
+    /// The names of the classes, in the order of their labels; empty without labels, and in files of earlier versions.
+    #[serde(default)]
+    pub(super) classes: Vec<String>,
     /// The length of `metrics.jsonl` in bytes.
     pub(super) metrics: u64,
     /// Prototypes in use after the epoch's last step, once all batches are done.
@@ -88,15 +94,16 @@ impl Paused {
             return Err(Error::format(path, "holds no run to resume (it has no recipe.toml)"));
         }
         let lock = folder::lock(path)?;
+        let mut then = Recipe::load(&file.to_string_lossy(), &[])?;
         let recipe = Recipe::load(&file.to_string_lossy(), settings)?;
         let checkpoint = checkpoint::last(path)?.map(|path| checkpoint::open(&path)).transpose()?;
         let mut progress = Progress::default();
         if let Some(file) = &checkpoint {
             let origin = file.path().display().to_string();
-            same_run(&recipe, &Recipe::parse(note(file, RECIPE_NOTE)?, &origin, &[])?)?;
-            progress = toml::from_str(note(file, PROGRESS_NOTE)?)
-                .map_err(|e| Error::format(&origin, format!("{PROGRESS_NOTE} is damaged: {e}")))?;
+            then = Recipe::parse(note(file, RECIPE_NOTE)?, &origin, &[])?;
+            progress = progress_in(file)?;
         }
+        same_run(&recipe, &then)?;
         let (path, changed) = (path.to_path_buf(), !settings.is_empty());
         Ok(Self { path, lock, recipe, changed, checkpoint, progress })
     }
@@ -114,6 +121,33 @@ fn note<'a>(file: &'a WeightFile, key: &str) -> Result<&'a str> {
     file.note(key).ok_or_else(missing)
 }
 
+/// Returns how far the run was that wrote a checkpoint.
+fn progress_in(file: &WeightFile) -> Result<Progress> {
+    toml::from_str(note(file, PROGRESS_NOTE)?)
+        .map_err(|e| Error::format(file.path(), format!("{PROGRESS_NOTE} is damaged: {e}")))
+}
+
+/// Keeps the best checkpoint as `best.safetensors` if the run was killed between the two. If the file is gone altogether, the
+/// next evaluated epoch makes another.
+fn restore_best(folder: &Path, progress: &mut Progress) -> Result<()> {
+    let Some(step) = progress.best_step else { return Ok(()) };
+    let is_best = |path: &Path| {
+        let found = WeightFile::open(path).and_then(|file| progress_in(&file));
+        found.is_ok_and(|found| (found.step, found.best_step) == (step, Some(step)))
+    };
+    let (best, own) = (checkpoint::best(folder), checkpoint::of_step(folder, step));
+    if is_best(&best) {
+        return Ok(());
+    }
+    if is_best(&own) {
+        return checkpoint::keep_as_best(&own);
+    }
+    if !best.exists() {
+        (progress.best_knn, progress.best_step) = (None, None);
+    }
+    Ok(())
+}
+
 /// Returns the recipe of the run that wrote a checkpoint, with `key.path=value` settings on top.
 ///
 /// # Errors
@@ -123,21 +157,27 @@ pub fn recipe_in(checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
     Recipe::parse(note(&file, RECIPE_NOTE)?, &checkpoint.display().to_string(), settings)
 }
 
-/// Fails unless a recipe computes what another one did; where files are and how often something is written may change.
+/// The settings that a resumed run may change, because none of them changes its weights.
+const CHANGEABLE: &str = "data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, keep, dump_views, \
+     knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes";
+
+/// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
 fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     let mut same = now.clone();
     same.data.path.clone_from(&then.data.path);
+    same.data.max_skipped = then.data.max_skipped;
     same.watch = then.watch;
-    same.train.clone_from(&then.train);
-    same.train.epochs = now.train.epochs;
-    same.train.batch = now.train.batch;
-    same.train.precision = now.train.precision;
+    let (own, old) = (&mut same.train, &then.train);
+    (own.threads, own.loader_threads) = (old.threads, old.loader_threads);
+    (own.keep, own.dump_views, own.knn_every) = (old.keep, old.dump_views, old.knn_every);
+    own.checkpoint_every = old.checkpoint_every;
+    own.checkpoint_every_steps = old.checkpoint_every_steps;
+    own.checkpoint_every_minutes = old.checkpoint_every_minutes;
     let tables = [same, then.clone()].map(|recipe| recipe.to_toml().parse::<toml::Table>());
-    let [Ok(now), Ok(then)] = tables else { unreachable!("a recipe writes what it reads") };
+    let [Ok(now), Ok(then)] = tables else { unreachable!("a recipe can be read back") };
     let Some((key, now, then)) = difference("", &now.into(), &then.into()) else { return Ok(()) };
     Err(Error::Config(format!(
-        "{key} was {then} and is now {now}: that is another run, start it with --out; a resumed one may change data.path, \
-         train.threads, what is watched and how often something is measured or written"
+        "{key} was {then} and is now {now}, which makes another run: start it with --out; a resumed run may change only {CHANGEABLE}"
     )))
 }
 
@@ -186,7 +226,18 @@ impl Run {
             }
             let state = run.method.state();
             checkpoint::restore(&mut file, &mut run.online, &mut run.optimizer, state)?;
-            run.progress = progress;
+            if !progress.classes.is_empty() && progress.classes != run.progress.classes {
+                return Err(Error::Config(format!(
+                    "{}: the run was started with other classes: {} then, {} now",
+                    recipe.data.path,
+                    progress.classes.join(", "),
+                    run.progress.classes.join(", ")
+                )));
+            }
+            run.saved_step = Some(step);
+            run.progress =
+                Progress { classes: std::mem::take(&mut run.progress.classes), ..progress };
+            restore_best(&path, &mut run.progress)?;
             run.loader
                 .seek(if position == batches { epoch + 1 } else { epoch }, position % batches);
             run.method.prepare(step);
@@ -203,6 +254,12 @@ impl Run {
     pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
         self.loader.stop_when(flag.clone());
         self.stop = flag;
+    }
+
+    /// Returns a place that holds a sentence on how to resume the run while it evaluates. A checkpoint was written before, so
+    /// that the process can be ended without a loss, even if the evaluation is stuck in a read that never returns.
+    pub fn evaluating(&self) -> Arc<Mutex<Option<String>>> {
+        self.evaluating.clone()
     }
 
     /// The number of steps done.
@@ -239,21 +296,36 @@ impl Run {
 
     /// Stops with a checkpoint if asked to.
     pub(super) fn stop_if_asked(&mut self) -> Result<()> {
-        if !self.stop.load(Ordering::Relaxed) {
-            return Ok(());
+        if self.stop.load(Ordering::Relaxed) { self.stop() } else { Ok(()) }
+    }
+
+    /// Stops with a checkpoint, unless there is nothing to save yet.
+    pub(super) fn stop(&mut self) -> Result<()> {
+        if self.progress.step == 0 {
+            return Err(Error::Stopped("stopped before the first step".into()));
         }
         self.checkpoint()?;
+        Err(Error::Stopped(self.stopped()))
+    }
+
+    /// Says where the run stopped, and how to resume it.
+    pub(super) fn stopped(&self) -> String {
         let stopped = format!("stopped at step {} of {}", self.progress.step, self.schedule.total);
-        Err(Error::Stopped(match &self.folder {
+        match &self.folder {
             Some(Folder { path, .. }) => {
                 format!("{stopped}; continue with: selfsup train --resume {}", path.display())
             }
             None => format!("{stopped}; nothing is saved without --out"),
-        }))
+        }
     }
 
     /// Writes a checkpoint and returns the file; `None` if the run has no folder.
     pub(super) fn checkpoint(&mut self) -> Result<Option<PathBuf>> {
+        self.save(self.recipe.train.keep)
+    }
+
+    /// Writes a checkpoint and removes all but the newest `keep`.
+    pub(super) fn save(&mut self, keep: usize) -> Result<Option<PathBuf>> {
         let Some(folder) = &mut self.folder else { return Ok(None) };
         self.progress.metrics = folder.metrics.synced()?;
         let progress = toml::to_string(&self.progress).expect("progress is plain data");
@@ -265,9 +337,9 @@ impl Run {
             &self.optimizer,
             self.method.state(),
             notes.map(|(key, note)| (key.to_owned(), note)).into(),
-            self.recipe.train.keep,
+            keep,
         )?;
-        self.saved = Instant::now();
+        (self.saved, self.saved_step) = (Instant::now(), Some(self.progress.step));
         Ok(Some(path))
     }
 }

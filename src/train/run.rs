@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -16,9 +16,11 @@ use crate::eval::{self, Spread};
 use crate::methods::{self, Method, Reading, RunInfo};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
+use crate::train::evaluation::Accuracies;
 use crate::train::folder::{self, Folder};
 use crate::train::health::{collapse, divergence};
 use crate::train::resume::Progress;
+use crate::train::skipped::{Part, SkippedImages};
 use crate::train::trace::Trace;
 use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, report};
 
@@ -50,6 +52,8 @@ pub struct EpochReport {
     pub spread: Option<Spread>,
     /// kNN accuracy on the held-out images, in `0..=1`, if measured.
     pub knn: Option<f64>,
+    /// kNN accuracy on the validation images, in `0..=1`, if there are any and it was measured.
+    pub validation: Option<f64>,
     /// Accuracy of the method's own classifier on the held-out images, in `0..=1`, if it has one and it was measured.
     pub accuracy: Option<f64>,
     /// The method's monitors after the last step.
@@ -89,6 +93,14 @@ pub struct Run {
     pub(super) progress: Progress,
     pub(super) stop: Arc<AtomicBool>,
     trace: Option<Trace>,
+    /// During an evaluation, before which everything was saved: how the run would be resumed.
+    pub(super) evaluating: Arc<Mutex<Option<String>>>,
+    /// Images that could not be read.
+    pub(super) skipped: SkippedImages,
+    /// The step of the last checkpoint that this process wrote or resumed from.
+    pub(super) saved_step: Option<u64>,
+    /// The checkpoint written before the last evaluation, and when the one before was written.
+    provisional: Option<(PathBuf, Instant)>,
     /// When the last checkpoint was written, or else when the run began.
     pub(super) saved: Instant,
 }
@@ -116,8 +128,9 @@ impl Run {
     /// Prepares a run on a device. With `folder`, creates it and writes the resolved recipe there.
     ///
     /// # Errors
-    /// If recipe, data and device do not fit together, or `folder` already holds a run.
+    /// If recipe, data and device do not fit together, or `folder` is not empty.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
+        folder.map_or(Ok(()), Folder::check_free)?;
         let mut run = Self::prepare(recipe, device, true)?;
         run.folder = folder.map(|folder| Folder::create(folder, recipe)).transpose()?;
         Ok(run)
@@ -134,6 +147,7 @@ impl Run {
         }
         methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
         let images = Images::open(&recipe.data)?;
+        images.check_readable(&recipe.data)?;
         let loader = Loader::new(
             images.train.clone(),
             recipe.policies(method.views())?,
@@ -174,13 +188,21 @@ impl Run {
             optimizer,
             schedule,
             loader,
-            progress: Progress { images: images.train.len(), ..Progress::default() },
+            progress: Progress {
+                images: images.train.len(),
+                classes: images.train.classes().to_vec(),
+                ..Progress::default()
+            },
             images,
             folder: None,
             steps: Steps::new(device).with_micro_batches(recipe.train.micro_batches),
             begun: 0,
             stop: Arc::default(),
             trace: None,
+            evaluating: Arc::default(),
+            skipped: SkippedImages::default(),
+            saved_step: None,
+            provisional: None,
             saved: Instant::now(),
         };
         run.set_policies();
@@ -262,7 +284,7 @@ impl Run {
         }
         self.dump_start()?;
         for epoch in self.progress.epoch..epochs {
-            let report = self.epoch(epoch, watch)?;
+            let (report, best) = self.epoch(epoch, watch)?;
             if report.waiting > WAITING {
                 watch.note(&format!(
                     "{:.0}% of this epoch was spent waiting for images: give the loader more threads, or faster files",
@@ -271,27 +293,52 @@ impl Run {
             }
             watch.epoch(&report);
             let last = epoch + 1 == epochs;
-            let best = report.knn > self.progress.best_knn; // `None` is less than any number
-            if best {
-                self.progress.best_knn = report.knn;
-            }
-            if (due(self.recipe.train.checkpoint_every, epoch) || last || best)
-                && let Some(file) = self.checkpoint()?.filter(|_| best)
-            {
-                checkpoint::keep_as_best(&file)?;
-            }
+            self.save_after_epoch(due(self.recipe.train.checkpoint_every, epoch) || last, best)?;
             if !last {
                 self.write_report(watch);
             }
         }
-        for skipped in self.loader.skipped() {
-            watch.note(&format!("skipped image {}: {}", skipped.index, skipped.reason));
+        self.skipped.add(Part::Training, &self.loader.skipped());
+        self.check_skipped(watch)?;
+        if let (Some(_), Some(step)) = (&self.folder, self.progress.best_step) {
+            watch.note(&format!(
+                "best.safetensors is the checkpoint of step {step}, chosen by kNN on {}",
+                match self.images.validation {
+                    Some(_) => "the validation images, a share of the training part",
+                    None => "the held-out images, so its accuracy on them is optimistic; data.validation=0.1 chooses on a \
+                         tenth of the training images instead",
+                }
+            ));
         }
         Ok(())
     }
 
-    /// Trains an epoch, or the rest of one, then evaluates and logs it.
-    fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<EpochReport> {
+    /// Writes a checkpoint before an evaluation, which may fail. The evaluation's end makes it permanent or removes it.
+    fn save_before_evaluation(&mut self) -> Result<()> {
+        if self.saved_step != Some(self.progress.step) {
+            let keep = self.recipe.train.keep + 1; // it must not push out one that stays
+            let before = self.saved;
+            self.provisional = self.save(keep)?.map(|file| (file, before));
+        }
+        Ok(())
+    }
+
+    /// Writes the checkpoint of an epoch's end if it is due or the best so far.
+    fn save_after_epoch(&mut self, due: bool, best: bool) -> Result<()> {
+        let provisional = self.provisional.take();
+        if due || best {
+            if let Some(file) = self.checkpoint()?.filter(|_| best) {
+                checkpoint::keep_as_best(&file)?;
+            }
+        } else if let Some((file, before)) = provisional {
+            std::fs::remove_file(&file).map_err(Error::io(&file))?;
+            (self.saved, self.saved_step) = (before, None);
+        }
+        Ok(())
+    }
+
+    /// Trains an epoch, or the rest of one, then evaluates and logs it. Returns also whether it is the best so far.
+    fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<(EpochReport, bool)> {
         let (first, steps) = (self.progress.position, self.loader.batches_per_epoch());
         let views = (steps - first) * self.recipe.train.batch * self.method.views();
         let waited = self.loader.waited();
@@ -303,30 +350,69 @@ impl Run {
             self.observe_last_step(loss)?;
         }
         let unhealthy = self.check_health(epoch, loss);
-        let evaluation = Instant::now();
         let last = epoch + 1 == self.recipe.train.epochs || unhealthy.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
-        let knn = if measure { self.knn(epoch, watch)? } else { None };
-        let accuracy = if measure { self.accuracy()? } else { None };
+        self.skipped.add(Part::Training, &self.loader.skipped());
+        if unhealthy.is_none() && (measure || self.skipped_too_many().is_err()) {
+            self.save_before_evaluation()?;
+        }
+        let evaluation = Instant::now();
+        let accuracies =
+            if measure { self.evaluate_saved(epoch, watch)? } else { Accuracies::default() };
+        let evaluation = evaluation.elapsed();
+        self.check_skipped(watch)?;
         let waiting = self.loader.waited() - waited;
-        let times = EpochTimes { training, evaluation: evaluation.elapsed() };
+        let times = EpochTimes { training, evaluation };
         let report = EpochReport {
             epoch: epoch + 1,
             epochs: self.recipe.train.epochs,
             loss,
             spread: self.progress.spread,
-            knn,
-            accuracy,
+            knn: accuracies.knn,
+            validation: accuracies.validation,
+            accuracy: accuracies.classifier,
             monitors: self.progress.monitors.clone(),
             views_per_second: views as f64 / training.as_secs_f64(),
             waiting: waiting.as_secs_f64() / training.as_secs_f64().max(1e-9),
         };
-        self.log_epoch(&report, &times)?;
+        let best = self.is_best(&accuracies);
+        self.log_epoch(&report, &times, &accuracies.skipped, best)?;
         if let Some((alarm, sentence)) = unhealthy {
             self.raise(alarm, sentence, watch)?;
         }
         self.progress.begin_epoch(epoch + 1);
-        Ok(report)
+        Ok((report, best))
+    }
+
+    /// Evaluates after a checkpoint, so that the process may be ended meanwhile.
+    fn evaluate_saved(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
+        let evaluating = self.evaluating.clone();
+        let set = |sentence| *evaluating.lock().unwrap_or_else(PoisonError::into_inner) = sentence;
+        set((self.folder.is_none() || self.saved_step == Some(self.progress.step))
+            .then(|| self.stopped()));
+        let accuracies = self.evaluate(epoch, watch);
+        set(None);
+        match accuracies {
+            // A diverged run that carries on has no accuracy: it would be that of chance.
+            Err(Error::Diverged(reason)) if self.recipe.watch.carry_on => {
+                watch.note(&format!("no accuracy after this epoch: {reason}"));
+                Ok(Accuracies::default())
+            }
+            accuracies => accuracies,
+        }
+    }
+
+    /// Whether an epoch has the best accuracy so far, which is then remembered: on the validation images if there are any, on
+    /// the held-out ones otherwise.
+    fn is_best(&mut self, accuracies: &Accuracies) -> bool {
+        let chooses_on_validation = self.images.validation.is_some();
+        let accuracy = if chooses_on_validation { accuracies.validation } else { accuracies.knn };
+        let progress = &mut self.progress;
+        let best = accuracy > progress.best_knn; // `None` is less than any number
+        if best {
+            (progress.best_knn, progress.best_step) = (accuracy, Some(progress.step));
+        }
+        best
     }
 
     /// Trains the epoch's remaining batches. Stops or writes checkpoints between them, but not after the last one: a checkpoint
@@ -336,11 +422,13 @@ impl Run {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
-            let batch = trace_phase("wait for images", || self.loader.next_batch());
-            if let Err(Error::Stopped(_)) = batch {
-                self.stop_if_asked()?;
-            }
-            let batch = batch?;
+            let batch = match trace_phase("wait for images", || self.loader.next_batch()) {
+                Err(Error::Stopped(_)) => {
+                    self.catch_up(so_far, watch)?;
+                    return self.stop();
+                }
+                batch => batch?,
+            };
             self.dump_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,
@@ -370,7 +458,15 @@ impl Run {
     }
 
     /// Appends an epoch's line to the log.
-    fn log_epoch(&mut self, report: &EpochReport, times: &EpochTimes) -> Result<()> {
+    fn log_epoch(
+        &mut self,
+        report: &EpochReport,
+        times: &EpochTimes,
+        skipped: &BTreeMap<Part, usize>,
+        best: bool,
+    ) -> Result<()> {
+        let chooser =
+            if self.images.validation.is_some() { Part::Validation } else { Part::HeldOut };
         let Some(Folder { metrics, .. }) = &mut self.folder else { return Ok(()) };
         let training = times.training.as_secs_f64();
         metrics.write(&json!({
@@ -382,6 +478,9 @@ impl Run {
             "uniformity": report.spread.map(|s| s.uniformity),
             "prototypes_used": self.progress.prototypes_used,
             "knn": report.knn,
+            "validation": report.validation,
+            "best_by": best.then_some(chooser),
+            "skipped": (!skipped.is_empty()).then_some(skipped),
             "accuracy": report.accuracy,
             "views_per_second": report.views_per_second,
             "waiting": report.waiting,

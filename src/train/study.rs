@@ -395,8 +395,15 @@ fn finished(folder: &Path, recipe: &Recipe) -> Result<Option<Outcome>> {
 
 /// Whether a file of this name in a run's folder was written by the run.
 fn is_a_runs(name: &str) -> bool {
-    const NAMES: [&str; 6] =
-        [".lock", "recipe.toml", "metrics.jsonl", "report.html", "gallery.json", "parity"];
+    const NAMES: [&str; 7] = [
+        ".lock",
+        "recipe.toml",
+        "metrics.jsonl",
+        "report.html",
+        "gallery.json",
+        "parity",
+        "skipped.txt",
+    ];
     NAMES.contains(&name)
         || name.starts_with("events.out.tfevents.")
         || name.ends_with(".safetensors")

@@ -208,3 +208,256 @@ fn a_run_killed_and_stopped_by_signals_equals_an_uninterrupted_one() {
     assert_eq!(partial.count(), 0, "a partial file is left");
     assert!(stopped.join("best.safetensors").is_file());
 }
+
+/// Writes `count` images for each of two classes, dark and bright, and returns the folder.
+fn write_part(folder: &Path, count: u8) {
+    for (class, base) in [("dark", 20), ("bright", 180)] {
+        let folder = folder.join(class);
+        std::fs::create_dir_all(&folder).unwrap();
+        for i in 0..count {
+            let image = image::RgbImage::from_fn(16, 16, |x, y| {
+                image::Rgb([base + i, base + x as u8, base + y as u8])
+            });
+            image.save(folder.join(format!("{i:03}.png"))).unwrap();
+        }
+    }
+}
+
+/// A recipe on a folder of images: two epochs of four steps, evaluated after each.
+fn on_images(data: &Path, settings: &[&str]) -> Recipe {
+    let small = [
+        "network.width=2",
+        "method.hidden=8",
+        "method.embedding=8",
+        "augment.size=16",
+        "data.limit=0",
+        "data.test_limit=0",
+        "train.epochs=2",
+        "train.batch=8",
+        "train.knn_every=1",
+        "watch.collapsed_std=0",
+        "watch.collapsed_rank=0",
+        "watch.diverged=0",
+    ];
+    let path = format!("data.path={}", data.display());
+    let settings: Vec<String> =
+        small.iter().chain(settings).map(|s| s.to_string()).chain([path]).collect();
+    Recipe::load("demo", &settings).unwrap()
+}
+
+/// Calls a function at a step, and keeps the sentences for the user.
+struct At<F: FnMut()>(u64, F, Vec<String>);
+
+impl<F: FnMut()> Watch for At<F> {
+    fn step(&mut self, report: &StepReport) {
+        if report.step == self.0 {
+            (self.1)();
+        }
+    }
+    fn epoch(&mut self, _: &EpochReport) {}
+    fn note(&mut self, sentence: &str) {
+        self.2.push(sentence.to_owned());
+    }
+}
+
+/// The lines of a run's log that tell of epochs.
+fn epochs(folder: &Path) -> Vec<serde_json::Value> {
+    let log = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.filter(|line| line["epoch"].is_u64()).collect()
+}
+
+#[test]
+fn a_test_part_that_breaks_during_training_does_not_cost_the_training() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, straight, broken] =
+        ["data", "straight", "broken"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 40); // some are kept in memory from before the first step
+    let recipe = on_images(&data, &[]);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&recipe, &device, Some(&straight)).unwrap();
+    run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+
+    let mut run = Run::new(&recipe, &device, Some(&broken)).unwrap();
+    let test = data.join("test");
+    let spoil = || {
+        for class in ["dark", "bright"] {
+            (0..40).for_each(|i| {
+                std::fs::write(test.join(class).join(format!("{i:03}.png")), "broken").unwrap();
+            });
+        }
+    };
+    let error = run.train(&mut At(3, spoil, Vec::new())).unwrap_err().to_string();
+    assert!(error.contains("held-out images can"), "{error}");
+    assert!(train::newest(&broken).unwrap().ends_with("step-00000004.safetensors"));
+    drop(run);
+
+    write_part(&test, 40);
+    let mut run = Run::resume(Paused::open(&broken, &[]).unwrap(), &device).unwrap();
+    assert_eq!(run.step(), 4);
+    run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+    let [got, want] = [&broken, &straight].map(|folder| outcome(folder));
+    assert_eq!(String::from_utf8_lossy(&got[1]), String::from_utf8_lossy(&want[1]));
+    assert!(got[0] == want[0], "the weights differ");
+}
+
+#[test]
+fn unreadable_images_are_counted_listed_and_limited() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 10);
+    std::fs::write(data.join("test/dark/003.png"), "broken").unwrap();
+    let device = Device::cpu(1).unwrap();
+    let error = Run::new(&on_images(&data, &[]), &device, Some(&out)).err().unwrap().to_string();
+    assert!(error.contains("1 of 20 held-out images tried cannot be read"), "{error}");
+    assert!(!out.exists(), "a refused run leaves a folder");
+    let recipe = on_images(&data, &["data.max_skipped=0.05"]);
+    let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
+    let mut watch = At(0, || (), Vec::new());
+    run.train(&mut watch).unwrap();
+    let named = watch.2.iter().filter(|note| note.starts_with("skipped held-out image "));
+    assert_eq!(named.count(), 1, "{:?}", watch.2);
+    for epoch in epochs(&out) {
+        assert_eq!(epoch["skipped"]["held_out"], 1, "{epoch}");
+        let right = epoch["knn"].as_f64().unwrap() * 19.0;
+        assert!((right - right.round()).abs() < 1e-9, "kNN is of 19 images, not of {epoch}");
+    }
+    let list = std::fs::read_to_string(out.join("skipped.txt")).unwrap();
+    assert!(list.starts_with("held-out\t") && list.contains("003.png"), "{list}");
+}
+
+#[test]
+fn the_best_checkpoint_is_put_right_after_a_kill() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 4);
+    let recipe = on_images(&data, &["train.epochs=1"]);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
+    let mut watch = At(0, || (), Vec::new());
+    run.train(&mut watch).unwrap();
+    let chosen =
+        "best.safetensors is the checkpoint of step 4, chosen by kNN on the held-out images";
+    assert!(watch.2.iter().any(|note| note.starts_with(chosen)), "{:?}", watch.2);
+    drop(run);
+    let best = out.join("best.safetensors");
+    let newest = std::fs::read(train::newest(&out).unwrap()).unwrap();
+    assert!(std::fs::read(&best).unwrap() == newest);
+    let spoils: [&dyn Fn(); 2] = [&|| std::fs::remove_file(&best).unwrap(), &|| {
+        std::fs::remove_file(&best).unwrap();
+        std::fs::write(&best, "older").unwrap();
+    }];
+    for spoil in spoils {
+        spoil();
+        drop(Run::resume(Paused::open(&out, &[]).unwrap(), &device).unwrap());
+        assert!(std::fs::read(&best).unwrap() == newest);
+    }
+}
+
+#[test]
+fn a_log_that_is_removed_does_not_cost_the_run() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 4);
+    let recipe = on_images(&data, &["train.epochs=2"]);
+    let device = Device::cpu(1).unwrap();
+    let log = out.join("metrics.jsonl");
+    let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
+    run.train(&mut At(5, || std::fs::remove_file(&log).unwrap(), Vec::new())).unwrap();
+    drop(run);
+    assert_eq!(epochs(&out).len(), 2, "the log is written again");
+    std::fs::remove_file(&log).unwrap();
+    let run = Run::resume(Paused::open(&out, &[]).unwrap(), &device).unwrap();
+    assert!(run.has_ended() && log.is_file());
+}
+
+#[test]
+fn a_resumed_run_refuses_settings_that_change_its_weights() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 4);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&on_images(&data, &[]), &device, Some(&out)).unwrap();
+    let flag = Arc::new(AtomicBool::new(false));
+    run.stop_when(flag.clone());
+    run.train(&mut StopAt(3, flag)).unwrap_err();
+    drop(run);
+    for setting in [
+        "train.micro_batches=4",
+        "train.batch=16",
+        "train.epochs=3",
+        "train.precision=f32",
+        "train.init=weights.safetensors",
+        "data.limit=8",
+        "data.validation=0.5",
+        "seed=5",
+        "augment.flip=0.1",
+        "method.temperature=0.3",
+        "optim.lr=0.1",
+    ] {
+        let refused = Paused::open(&out, &[setting.to_string()]).err();
+        let refused = refused.unwrap_or_else(|| panic!("{setting} is accepted")).to_string();
+        let key = setting.split('=').next().unwrap().replace("augment", "augment.0");
+        assert!(refused.starts_with(&key) && refused.contains("another run"), "{refused}");
+    }
+    for setting in [
+        "train.threads=2",
+        "train.loader_threads=1",
+        "train.keep=5",
+        "train.knn_every=2",
+        "train.checkpoint_every=1",
+        "train.checkpoint_every_steps=3",
+        "train.checkpoint_every_minutes=1",
+        "data.max_skipped=0.5",
+        "watch.report=false",
+    ] {
+        drop(
+            Paused::open(&out, &[setting.to_string()]).unwrap_or_else(|e| panic!("{setting}: {e}")),
+        );
+    }
+}
+
+#[test]
+fn a_new_run_replaces_no_file_that_was_there() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    write_part(&data.join("train"), 8);
+    let device = Device::cpu(1).unwrap();
+    let recipe = on_images(&data, &[]);
+    for name in ["metrics.jsonl", "report.html", "best.safetensors", "step-00000001.safetensors"] {
+        let out = root.path().join(name);
+        std::fs::create_dir(&out).unwrap();
+        std::fs::write(out.join(name), "precious").unwrap();
+        let error = Run::new(&recipe, &device, Some(&out)).err().unwrap().to_string();
+        assert!(error.contains("holds other files, such as"), "{error}");
+        assert_eq!(std::fs::read_to_string(out.join(name)).unwrap(), "precious");
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1);
+    }
+    let empty = root.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    Run::new(&recipe, &device, Some(&empty)).unwrap();
+}
+
+#[test]
+fn a_share_of_the_training_images_can_choose_the_best_checkpoint() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 20);
+    let recipe = on_images(&data, &["data.validation=0.2"]);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
+    assert_eq!(run.images().train.len(), 32);
+    let mut watch = At(0, || (), Vec::new());
+    run.train(&mut watch).unwrap();
+    let chosen = watch.2.iter().any(|note| note.ends_with("a share of the training part"));
+    assert!(chosen, "{:?}", watch.2);
+    let first = &epochs(&out)[0];
+    assert!(first["validation"].is_f64() && first["knn"].is_null(), "{first}");
+    assert_eq!(first["best_by"], "validation");
+    assert!(out.join("best.safetensors").is_file());
+}
