@@ -461,9 +461,9 @@ mod tests {
     #[test]
     fn every_device_starts_from_the_same_weights() {
         let layout = layout();
-        let truth = Arena::new(&layout, &Device::reference(), 3);
+        let reference = Arena::new(&layout, &Device::reference(), 3);
         let cpu = Arena::new(&layout, &Device::cpu(1).unwrap(), 3);
-        assert_eq!(truth.values().to_f64(), cpu.values().to_f64());
+        assert_eq!(reference.values().to_f64(), cpu.values().to_f64());
     }
 
     #[test]
