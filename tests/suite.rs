@@ -38,6 +38,8 @@ mod golden;
 mod graph_replay;
 #[path = "suite/interchange.rs"]
 mod interchange;
+#[path = "suite/jpeg.rs"]
+mod jpeg;
 #[path = "suite/layers.rs"]
 mod layers;
 #[path = "suite/memory.rs"]
