@@ -1,4 +1,4 @@
-//! The entropy-coded data of a scan: stuffed bytes removed, cut at restart markers, read bit by bit. Layer 5.
+//! The entropy-coded data of a scan: stuffed bytes removed, cut at restart markers, read bit by bit.
 
 /// Zeros after the data, so that what an overrun reads does not depend on an earlier image.
 const ZEROS: usize = 16;
@@ -80,6 +80,14 @@ fn before_marker(bytes: &[u8]) -> usize {
     at + bytes[at..].iter().position(|&byte| byte == 0xFF).unwrap_or(bytes.len() - at)
 }
 
+/// The next eight bytes where there are fewer, with zeros for those that are missing.
+#[cold]
+#[inline(never)]
+fn word_at_end(bytes: &[u8], at: usize) -> u64 {
+    let rest = bytes.get(at..).unwrap_or_default();
+    rest.iter().zip(0u32..).fold(0, |word, (&byte, i)| word | u64::from(byte) << (56 - 8 * i))
+}
+
 /// Reads a segment bit by bit. Beyond its end bits are arbitrary and [`Bits::overrun`] holds.
 pub struct Bits<'a> {
     bytes: &'a [u8],
@@ -94,25 +102,18 @@ pub struct Bits<'a> {
 
 impl Bits<'_> {
     /// Loads bits until at least 56 are held.
+    ///
+    /// No call that is not inlined gets the reader's address, here and in [`super::huffman`]: it would no longer live in
+    /// registers.
     #[inline(always)]
     pub fn refill(&mut self) {
-        if let Some(word) = self.bytes.get(self.at..).and_then(|rest| rest.first_chunk::<8>()) {
-            self.buffer |= u64::from_be_bytes(*word) >> self.held;
-            self.at += ((63 - self.held) >> 3) as usize;
-            self.held |= 56;
-        } else {
-            self.refill_at_end();
-        }
-    }
-
-    #[cold]
-    fn refill_at_end(&mut self) {
-        while self.held < 56 {
-            let byte = self.bytes.get(self.at).copied().unwrap_or(0);
-            self.buffer |= u64::from(byte) << (56 - self.held);
-            self.held += 8;
-            self.at += 1;
-        }
+        let word = match self.bytes.get(self.at..).and_then(|rest| rest.first_chunk::<8>()) {
+            Some(word) => u64::from_be_bytes(*word),
+            None => word_at_end(self.bytes, self.at),
+        };
+        self.buffer |= word >> self.held;
+        self.at += ((63 - self.held) >> 3) as usize;
+        self.held |= 56;
     }
 
     /// Loads bits if fewer than 32 are held, which is enough for a code and its value.
@@ -144,6 +145,7 @@ impl Bits<'_> {
     }
 
     /// True if more bits were read than the segment has.
+    #[inline(always)]
     pub fn overrun(&self) -> bool {
         8 * self.at > 8 * self.end + self.held as usize
     }

@@ -1,15 +1,15 @@
-//! Why a JPEG file is not decoded. Layer 5.
+//! Reasons to refuse a JPEG file.
 
 use std::fmt;
 
-/// Why a JPEG file is not decoded. It reads on from the name of the file.
+/// A reason to refuse a JPEG file. Its text continues a sentence that begins with the file's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The file stops before the image is complete.
     EndsEarly,
-    /// The file breaks the format's rules, as told.
+    /// The file breaks the rules of the format.
     Damaged(String),
-    /// The file is sound; the decoder does not support what it uses. What that is, and what to do.
+    /// The file may be sound, but the decoder does not support it: what it has, and what to do.
     Unsupported(&'static str),
 }
 

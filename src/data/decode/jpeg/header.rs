@@ -1,4 +1,4 @@
-//! The markers of a JPEG file: frame, tables and scans. Layer 5.
+//! The markers of a JPEG file: frame, tables and scans.
 
 use super::fault::{Fault, Result};
 use super::huffman::{Definition, standard};
@@ -273,7 +273,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Whether a marker begins a frame; what is not supported among them is told by [`read_frame`].
+/// True if a marker begins a frame; [`read_frame`] refuses those that are not supported.
 fn is_frame(code: u8) -> bool {
     matches!(code, 0xC0..=0xCF) && !matches!(code, 0xC4 | 0xC8 | 0xCC)
 }
@@ -354,10 +354,10 @@ const HIERARCHICAL: &str =
 const DEEP: &str =
     "with 12 bits per sample, which is not supported: convert it to 8 bits, or to PNG";
 const NO_HEIGHT: &str =
-    "that gives its height behind the image, which is not supported: convert it to baseline JPEG";
+    "that gives its height after the image, which is not supported: convert it to baseline JPEG";
 const FRACTIONAL: &str = "with sampling factors that do not divide each other, which is not supported: convert it to 4:4:4";
 const COMPONENTS: &str =
-    "whose number of components is none of 1, 3 and 4: convert it to a grey or colour image";
+    "with a number of components other than 1, 3 or 4: convert it to a grey or colour image";
 
 fn too_short(what: &str) -> Fault {
     Fault::damaged(format!("a {what} segment is too short"))

@@ -1,4 +1,4 @@
-//! Huffman tables of JPEG files, as a table look-up over the next bits. Layer 5.
+//! Huffman tables of JPEG files, as a table look-up over the next bits.
 
 use super::bits::Bits;
 use super::fault::{Fault, Result};
@@ -127,25 +127,25 @@ impl Table {
         let symbol = self.fast[bits.peek(FAST_BITS) as usize];
         let consumed = symbol.0 & 0xFF;
         if consumed == 0 {
-            return self.next_long(bits);
+            let (symbol, length) = self
+                .long(bits.peek(16))
+                .ok_or_else(|| Fault::damaged("an invalid Huffman code"))?;
+            bits.skip(length);
+            return Ok(symbol);
         }
         bits.skip(consumed);
         Ok(symbol)
     }
 
+    /// The symbol whose code begins the next 16 bits and is too long for the fast look-up, and its length.
     #[cold]
     #[inline(never)]
-    fn next_long(&self, bits: &mut Bits) -> Result<Symbol> {
-        let ahead = bits.peek(16);
-        let length = (FAST_BITS + 1..=16).find(|&length| ahead < self.beyond[length as usize]);
-        let length = length.ok_or_else(|| Fault::damaged("an invalid Huffman code"))?;
-        bits.skip(length);
+    fn long(&self, ahead: u32) -> Option<(Symbol, u32)> {
+        let mut lengths = FAST_BITS + 1..=16;
+        let length = lengths.find(|&length| ahead < self.beyond[length as usize])?;
         let index = (ahead >> (16 - length)) as i32 + self.offset[length as usize];
-        let symbol = *usize::try_from(index)
-            .ok()
-            .and_then(|index| self.symbols.get(index))
-            .ok_or_else(|| Fault::damaged("an invalid Huffman code"))?;
-        Ok(Symbol::new(0, u32::from(symbol >> 4), u32::from(symbol & 15), 0))
+        let symbol = u32::from(*self.symbols.get(usize::try_from(index).ok()?)?);
+        Some((Symbol::new(0, symbol >> 4, symbol & 15, 0), length))
     }
 }
 

@@ -1,10 +1,11 @@
 //! Baseline and progressive JPEG to RGB: the pixels of libjpeg-turbo, and so of Pillow and torchvision, to the bit.
 //!
-//! Huffman-coded files of 8 bits with 1, 3 or 4 components and any sampling factors that divide each other, with any
-//! scans and restart markers. What else there is (arithmetic coding, 12 bits, lossless, hierarchical) is named and
-//! refused, and so are files that lack data: a picture is right or an error. Bytes behind the image are ignored.
+//! Reads Huffman-coded files of 8 bits with 1, 3 or 4 components, sampling factors that divide each other, and any scans
+//! and restart markers. Other kinds (arithmetic coding, 12 bits, lossless, hierarchical) are named and refused, and so
+//! are files that lack data: an image is right or an error. Bytes after the image are ignored.
 //!
-//! A decoder of our own, because none in Rust gave these pixels (`benches/results/2026-11-28-jpeg.md`). Layer 5.
+//! A decoder of our own, because none in Rust gave these pixels (`benches/results/2026-11-28-jpeg.md`). Its arithmetic
+//! follows libjpeg-turbo, which is based in part on the work of the Independent JPEG Group.
 
 mod bits;
 mod fault;
@@ -14,6 +15,8 @@ mod idct;
 mod output;
 mod scan;
 
+use std::cell::RefCell;
+
 use bits::ScanData;
 pub use fault::Fault;
 use fault::Result;
@@ -21,11 +24,25 @@ use header::{Reader, Scan, no_quant};
 use huffman::Table;
 use scan::{Part, Plane};
 
-/// The most scans that are read of a progressive file, against files made to take for ever: encoders write about ten.
+/// Memory that a thread keeps from image to image, in bytes: enough for photos of 2 megapixels.
+const KEPT: usize = 8 << 20;
+
+/// The most scans that are read of a progressive file, which bounds the time that a hostile file takes: encoders write about ten.
 const SCAN_LIMIT: usize = 1000;
 
 /// Marks a coefficient that no scan has given yet.
 const UNKNOWN: u32 = u32::MAX;
+
+/// Buffers that a thread uses again, because fresh memory for each image costs page faults.
+#[derive(Default)]
+struct Scratch {
+    data: ScanData,
+    planes: Vec<Plane>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
 
 /// A file whose headers are read.
 pub struct Decoder<'a> {
@@ -52,13 +69,25 @@ impl<'a> Decoder<'a> {
     /// If the file is damaged or ends early.
     pub fn decode(mut self, pixels: &mut Vec<u8>) -> Result<()> {
         self.check_length()?;
-        let planes =
-            if self.reader.frame.progressive { self.progressive()? } else { self.sequential()? };
+        let mut scratch = SCRATCH.take();
+        let decoded = self.decode_with(&mut scratch, pixels);
+        if scratch.planes.iter().map(|plane| plane.samples.len()).sum::<usize>() <= KEPT {
+            SCRATCH.set(scratch);
+        }
+        decoded
+    }
+
+    fn decode_with(&mut self, scratch: &mut Scratch, pixels: &mut Vec<u8>) -> Result<()> {
+        if self.reader.frame.progressive {
+            self.progressive(scratch)?;
+        } else {
+            self.sequential(scratch)?;
+        }
         // Pillow also refuses a file without its end marker: what was cut may have been more than the marker.
         while self.reader.next_scan()?.is_some() {}
         let frame = &self.reader.frame;
         pixels.resize(3 * frame.width * frame.height, 0);
-        output::to_rgb(frame, self.reader.colour()?, &planes, pixels);
+        output::to_rgb(frame, self.reader.colour()?, &scratch.planes, pixels);
         Ok(())
     }
 
@@ -71,19 +100,20 @@ impl<'a> Decoder<'a> {
         if codes / 8 > self.reader.bytes.len() { Err(Fault::EndsEarly) } else { Ok(()) }
     }
 
-    /// The planes of a component each, with samples that are arbitrary.
-    fn planes(&self) -> Vec<Plane> {
-        let plane = |c: &header::Component| {
-            let stride = 8 * c.padded[0];
-            Plane { samples: vec![0; stride * 8 * c.padded[1]], stride }
-        };
-        self.reader.frame.components.iter().map(plane).collect()
+    /// Gives each component a plane, whose samples are unspecified.
+    fn lay_out(&self, planes: &mut Vec<Plane>) {
+        let components = &self.reader.frame.components;
+        planes.resize_with(components.len(), Plane::default);
+        for (plane, component) in planes.iter_mut().zip(components) {
+            plane.stride = 8 * component.padded[0];
+            plane.samples.resize(plane.stride * 8 * component.padded[1], 0);
+        }
     }
 
-    fn sequential(&mut self) -> Result<Vec<Plane>> {
-        let mut planes = self.planes();
+    /// Fills the planes from a sequential file.
+    fn sequential(&mut self, Scratch { data, planes }: &mut Scratch) -> Result<()> {
+        self.lay_out(planes);
         let mut missing = vec![true; planes.len()];
-        let mut data = ScanData::default();
         while missing.contains(&true) {
             let scan = self
                 .reader
@@ -93,20 +123,20 @@ impl<'a> Decoder<'a> {
             let tables = self.tables(&scan)?;
             let parts = self.parts(&scan, &tables)?;
             let reader = &self.reader;
-            scan::sequential(&reader.frame, &parts, reader.restart, &data, &mut planes)?;
+            scan::sequential(&reader.frame, &parts, reader.restart, data, planes)?;
             scan.parts.iter().for_each(|part| missing[part.0] = false);
         }
-        Ok(planes)
+        Ok(())
     }
 
-    fn progressive(&mut self) -> Result<Vec<Plane>> {
+    /// Fills the planes from a progressive file.
+    fn progressive(&mut self, Scratch { data, planes }: &mut Scratch) -> Result<()> {
         let components = &self.reader.frame.components;
         let blocks = |c: &header::Component| vec![[0i16; 64]; c.padded[0] * c.padded[1]];
         let mut coefficients: Vec<_> = components.iter().map(blocks).collect();
         // For each component and coefficient, the lowest bit known so far; and the quantization tables at its first scan.
         let mut known = vec![[UNKNOWN; 64]; components.len()];
         let mut quants = vec![None; components.len()];
-        let mut data = ScanData::default();
         for count in 0.. {
             if known.iter().flatten().all(|&bit| bit == 0) {
                 break;
@@ -124,7 +154,7 @@ impl<'a> Decoder<'a> {
                 &scan,
                 &parts,
                 reader.restart,
-                &data,
+                data,
                 &mut coefficients,
             )?;
             for part in &parts {
@@ -136,11 +166,11 @@ impl<'a> Decoder<'a> {
         if known.iter().any(|bits| bits[..10].iter().any(|&bit| bit != 0)) {
             return Err(Fault::Unsupported("without its last scans: copy or download it again"));
         }
-        let mut planes = self.planes();
+        self.lay_out(planes);
         for ((plane, quant), coefficients) in planes.iter_mut().zip(&quants).zip(&coefficients) {
             scan::samples(coefficients, quant.as_ref().ok_or_else(no_quant)?, plane);
         }
-        Ok(planes)
+        Ok(())
     }
 
     /// The Huffman tables that a scan names: DC and AC of each part, where they are defined.

@@ -1,5 +1,5 @@
 //! From samples to RGB: upsampling and colour conversion as in libjpeg-turbo (`jdsample.c`, `jdcolor.c`), and CMYK as in
-//! Pillow (`Convert.c`), to the bit. Layer 5.
+//! Pillow (`Convert.c`), to the bit.
 
 use multiversion::multiversion;
 

@@ -1,4 +1,4 @@
-//! Scans: from entropy-coded data to coefficients, and on to samples. Layer 5.
+//! Scans: from entropy-coded data to coefficients, and on to samples.
 
 use multiversion::multiversion;
 
@@ -72,13 +72,15 @@ impl<'a> Restarts<'a> {
             self.left -= 1;
             return Ok(None);
         }
-        self.restart(bits).map(Some)
+        self.restart(bits.overrun()).map(Some)
     }
 
     #[cold]
     #[inline(never)]
-    fn restart(&mut self, bits: &Bits) -> Result<Bits<'a>> {
-        check(bits)?;
+    fn restart(&mut self, overrun: bool) -> Result<Bits<'a>> {
+        if overrun {
+            return Err(Fault::EndsEarly);
+        }
         let wanted = (self.segment & 7) as u8;
         self.segment += 1;
         self.left = self.interval - 1;
@@ -93,6 +95,7 @@ impl<'a> Restarts<'a> {
 }
 
 /// That nothing was read beyond the data.
+#[inline(always)]
 fn check(bits: &Bits) -> Result<()> {
     if bits.overrun() { Err(Fault::EndsEarly) } else { Ok(()) }
 }
