@@ -9,6 +9,7 @@ const PASS1_BITS: u32 = 2;
 /// A one-dimensional transform of each column, in place, with a rounded shift to the right.
 ///
 /// Sums wrap: coefficients of sound files are far from the limit.
+#[allow(clippy::needless_range_loop)] // The loop runs over the columns, which become the lanes of vectors.
 #[inline(always)]
 fn columns<const SHIFT: u32>(v: &mut [[i32; 8]; 8]) {
     for i in 0..8 {

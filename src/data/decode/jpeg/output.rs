@@ -86,7 +86,7 @@ fn upsample(
     // The row that is nearest, and the one that is nearest on the other side; at an edge the same once more.
     let near = row(y / down);
     let far = |y: usize| {
-        let other = if y % 2 == 0 { (y / 2).saturating_sub(1) } else { y / 2 + 1 };
+        let other = if y.is_multiple_of(2) { (y / 2).saturating_sub(1) } else { y / 2 + 1 };
         row(other.min(component.size[1] - 1))
     };
     match kind {
