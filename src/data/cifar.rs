@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use super::source::{Image, Source, Split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
@@ -161,7 +161,7 @@ impl Source for Cifar {
     fn name(&self, index: usize) -> String {
         let place = self.files.iter().position(|&(_, end)| index < end).unwrap_or(0);
         let before = if place == 0 { 0 } else { self.files[place - 1].1 };
-        format!("{}, image {}", self.files[place].0.display(), index - before)
+        format!("{}, image {}", printable(self.files[place].0.as_os_str()), index - before)
     }
 }
 

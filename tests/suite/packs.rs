@@ -370,3 +370,68 @@ fn an_io_error_while_packing_is_an_error_and_leaves_nothing() {
     assert!(matches!(&said, selfsup::Error::Io { path, .. } if path.ends_with("x.png")), "{said}");
     assert!(!root.join("packed").exists());
 }
+
+/// A colour profile of 6 GB in a file of 6 MB, in a process that may have 4 GB.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_colour_profile_takes_no_more_memory_than_the_limit() {
+    use std::io::Write;
+    const ZEROS: usize = 16 << 20;
+    const TIMES: usize = 384;
+    // The same block of zeros again and again is one deflate stream: a full flush ends at a whole byte.
+    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
+    encoder.write_all(&vec![0; ZEROS]).unwrap();
+    encoder.flush().unwrap();
+    let block = encoder.get_ref().clone();
+    let mut profile = vec![0x78, 0x01];
+    profile.extend(block.repeat(TIMES));
+    profile.extend([3, 0]);
+    let sum = (ZEROS * TIMES) as u64 % 65_521;
+    profile.extend((((sum as u32) << 16) | 1).to_be_bytes());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set/0.png");
+    png(&path, 3, 3, 1);
+    let plain = std::fs::read(&path).unwrap();
+    let chunk = [&b"iCCPname\0\0"[..], &profile].concat();
+    let mut crc = flate2::Crc::new();
+    crc.update(&chunk);
+    let length = (chunk.len() as u32 - 4).to_be_bytes();
+    // Behind the header chunk, which ends at byte 33.
+    let bytes = [&plain[..33], &length, &chunk, &crc.sum().to_be_bytes(), &plain[33..]].concat();
+    std::fs::write(&path, bytes).unwrap();
+    let program = env!("CARGO_BIN_EXE_selfsup");
+    let command = format!("ulimit -v 4194304; exec {program} pack set --out packed --raw");
+    let run = std::process::Command::new("sh")
+        .args(["-c", &command])
+        .env("RAYON_NUM_THREADS", "2")
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success() && said.contains("1 images in 1 files"), "{said}");
+}
+
+/// An index that announces more than the file can hold, in a file without blocks that is as long as it says.
+#[test]
+#[cfg(target_os = "linux")]
+fn an_index_that_lies_about_its_length_is_refused_before_memory_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepare(root);
+    let to = root.join("packed");
+    pack(root, &to, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
+    let path = to.join("train-00000.pack");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+    let length = 1u64 << 40;
+    bytes[48..56].copy_from_slice(&(length - at).to_le_bytes());
+    let mut crc = flate2::Crc::new();
+    crc.update(&bytes[..60]);
+    bytes[60..64].copy_from_slice(&crc.sum().to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    if std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(length).is_err() {
+        return; // a file system without sparse files
+    }
+    let said = data::open(&to, Split::Train).err().unwrap().to_string();
+    assert!(said.contains("for 11 images: copy the set again"), "{said}");
+}
