@@ -51,7 +51,7 @@ impl Policy {
     pub(super) fn resize(&self, params: &Params) -> Resize {
         Resize {
             crop: params.crop,
-            whole: [self.size; 2],
+            target: [self.size; 2],
             first: [0; 2],
             size: self.size,
             filter: self.filter,
@@ -65,15 +65,15 @@ impl Policy {
         if params.grey && self.grey_first {
             colour::grey(pixels);
         }
-        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
-            for op in drawn.order {
+        if let (Some(factors), Some(jitter)) = (&params.jitter, &self.jitter) {
+            for op in factors.order {
                 match op {
-                    ColourOp::Brightness => colour::brightness(pixels, drawn.brightness),
-                    ColourOp::Contrast => colour::contrast(pixels, drawn.contrast),
-                    ColourOp::Saturation => colour::saturation(pixels, drawn.saturation),
+                    ColourOp::Brightness => colour::brightness(pixels, factors.brightness),
+                    ColourOp::Contrast => colour::contrast(pixels, factors.contrast),
+                    ColourOp::Saturation => colour::saturation(pixels, factors.saturation),
                     // The conversion to HSV and back is not exact, so the step is skipped if its range is 0, as in
                     // torchvision.
-                    ColourOp::Hue if jitter.hue > 0.0 => colour::hue(pixels, drawn.hue),
+                    ColourOp::Hue if jitter.hue > 0.0 => colour::hue(pixels, factors.hue),
                     ColourOp::Hue => {}
                 }
             }
@@ -97,16 +97,16 @@ impl Policy {
         if params.grey && self.grey_first {
             float::grey(pixels);
         }
-        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
-            for op in drawn.order {
+        if let (Some(factors), Some(jitter)) = (&params.jitter, &self.jitter) {
+            for op in factors.order {
                 match op {
                     ColourOp::Brightness if jitter.additive_brightness => {
-                        float::brightness_added(pixels, drawn.brightness);
+                        float::brightness_added(pixels, factors.brightness);
                     }
-                    ColourOp::Brightness => float::brightness(pixels, drawn.brightness),
-                    ColourOp::Contrast => float::contrast(pixels, drawn.contrast),
-                    ColourOp::Saturation => float::saturation(pixels, drawn.saturation),
-                    ColourOp::Hue => float::hue(pixels, drawn.hue),
+                    ColourOp::Brightness => float::brightness(pixels, factors.brightness),
+                    ColourOp::Contrast => float::contrast(pixels, factors.contrast),
+                    ColourOp::Saturation => float::saturation(pixels, factors.saturation),
+                    ColourOp::Hue => float::hue(pixels, factors.hue),
                 }
             }
         }
@@ -171,7 +171,7 @@ pub(crate) fn transform(
 pub(super) fn middle(by: Transform, width: usize, height: usize, policy: &Policy) -> Resize {
     let &Policy { size, filter, antialias, pixels, .. } = policy;
     let all = CropBox { left: 0, top: 0, width, height };
-    let (crop, whole) = if by == Transform::Center && [width, height] == [size; 2] {
+    let (crop, target_size) = if by == Transform::Center && [width, height] == [size; 2] {
         (all, [size; 2])
     } else if pixels == Pixels::Float {
         // Rounds halves to even, as TensorFlow's `rint`.
@@ -184,8 +184,8 @@ pub(super) fn middle(by: Transform, width: usize, height: usize, policy: &Policy
         (all, [target * width / short, target * height / short])
     };
     // Rounds halves to even, as torchvision's `CenterCrop`.
-    let first = whole.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
-    Resize { crop, whole, first, size, filter, antialias, flip: false }
+    let first = target_size.map(|side| ((side - size) as f64 / 2.0).round_ties_even() as usize);
+    Resize { crop, target: target_size, first, size, filter, antialias, flip: false }
 }
 
 /// Returns mean and standard deviation per channel.

@@ -23,7 +23,7 @@ pub struct Resize {
     /// The part of the image.
     pub crop: CropBox,
     /// Width and height of the target, of which only a square is made.
-    pub whole: [usize; 2],
+    pub target: [usize; 2],
     /// First column and row of that square in the target.
     pub first: [usize; 2],
     /// Side of the square.
@@ -263,7 +263,7 @@ impl Resize {
 
     /// Input and output length of an axis: 0 across, 1 down.
     fn lengths(&self, axis: usize) -> (usize, usize) {
-        ([self.crop.width, self.crop.height][axis], self.whole[axis])
+        ([self.crop.width, self.crop.height][axis], self.target[axis])
     }
 
     /// Sets the weights of the wanted output pixels `block` of an axis.
@@ -411,13 +411,13 @@ mod tests {
 
     fn resize(crop: CropBox, size: usize) -> Resize {
         let (filter, antialias) = (Filter::Bilinear, true);
-        Resize { crop, whole: [size; 2], first: [0; 2], size, filter, antialias, flip: false }
+        Resize { crop, target: [size; 2], first: [0; 2], size, filter, antialias, flip: false }
     }
 
     #[test]
     fn bounded_memory_changes_no_bit() {
         // So tall or wide that rows or weights are made in blocks and in pieces.
-        for (width, height, size, whole, first) in [
+        for (width, height, size, target, first) in [
             (1, 3_000_000, 3, [3, 3], [0, 0]),
             (2, 2_500_000, 2, [2, 1_000_000], [0, 400_000]),
             (3_000_000, 1, 3, [3, 3], [0, 0]),
@@ -426,7 +426,7 @@ mod tests {
             let image = ramp(width, height);
             let crop = CropBox { left: 0, top: 0, width, height };
             for filter in [Filter::Bilinear, Filter::Bicubic] {
-                let resize = Resize { whole, first, filter, flip: true, ..resize(crop, size) };
+                let resize = Resize { target, first, filter, flip: true, ..resize(crop, size) };
                 let (mut buffers, mut bytes, mut floats) =
                     (Buffers::default(), Vec::new(), Vec::new());
                 resize.to_u8(&image, &mut buffers, &mut bytes);

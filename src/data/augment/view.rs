@@ -19,7 +19,7 @@ pub struct View {
     width: i32,
     corner: [i32; 2],
     crop: [i32; 2],
-    whole: [i32; 2],
+    target: [i32; 2],
     first: [i32; 2],
     flags: u32,
     /// Colour operations, 4 bits each, the first in the lowest bits.
@@ -73,12 +73,12 @@ impl View {
         let mut view = Self::resampled(&policy.resize(params), policy, width, pixels);
         let float = policy.pixels == Pixels::Float;
         view.program = policy.program(params);
-        if let Some(drawn) = &params.jitter {
-            view.brightness = drawn.brightness;
-            view.contrast = drawn.contrast;
-            view.saturation = drawn.saturation;
-            view.hue = drawn.hue;
-            view.turn = colour::steps(drawn.hue);
+        if let Some(factors) = &params.jitter {
+            view.brightness = factors.brightness;
+            view.contrast = factors.contrast;
+            view.saturation = factors.saturation;
+            view.hue = factors.hue;
+            view.turn = colour::steps(factors.hue);
         }
         if let (true, Some(solarise)) = (params.solarise, &policy.solarise) {
             view.flags |= SOLARISE;
@@ -121,13 +121,13 @@ impl View {
 
     /// Returns the larger ratio of crop side to target side, rounded up.
     pub fn shrinks_by(&self) -> usize {
-        let axes = self.crop.iter().zip(self.whole);
+        let axes = self.crop.iter().zip(self.target);
         axes.map(|(&from, to)| (from as usize).div_ceil(to as usize)).max().unwrap_or(0)
     }
 
     fn resampled(resize: &Resize, policy: &Policy, width: usize, pixels: i64) -> Self {
         let pair = |a: usize, b: usize| [a as i32, b as i32];
-        let (crop, [x, y], [across, down]) = (resize.crop, resize.first, resize.whole);
+        let (crop, [x, y], [across, down]) = (resize.crop, resize.first, resize.target);
         let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
         let ([r, g, b, _], [dr, dg, db, _]) = scale(policy.normalise.as_ref());
         Self {
@@ -135,7 +135,7 @@ impl View {
             width: width as i32,
             corner: pair(crop.left, crop.top),
             crop: pair(crop.width, crop.height),
-            whole: pair(across, down),
+            target: pair(across, down),
             first: pair(x, y),
             flags: flag(resize.flip, FLIP)
                 | flag(resize.filter == Filter::Bicubic, BICUBIC)
@@ -155,8 +155,8 @@ impl Policy {
         if params.grey && self.grey_first {
             operations.push(GREY);
         }
-        if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.jitter) {
-            operations.extend(drawn.order.iter().filter_map(|op| match op {
+        if let (Some(factors), Some(jitter)) = (&params.jitter, &self.jitter) {
+            operations.extend(factors.order.iter().filter_map(|op| match op {
                 ColourOp::Brightness if jitter.additive_brightness => Some(ADD),
                 ColourOp::Brightness => Some(BRIGHTNESS),
                 ColourOp::Contrast => Some(CONTRAST),

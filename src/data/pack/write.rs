@@ -342,8 +342,7 @@ fn shrink(size: usize, scratch: &mut Scratch) {
         let first = if wide { [from, 0] } else { [0, from] };
         let crop = CropBox { left: 0, top: 0, width, height };
         let (filter, antialias, flip) = (Filter::Bilinear, true, false);
-        Resize { crop, whole: target, first, size, filter, antialias, flip }
-            .to_u8(image, resize, tile);
+        Resize { crop, target, first, size, filter, antialias, flip }.to_u8(image, resize, tile);
         for (row, pixels) in tile.chunks_exact(size).enumerate() {
             let to = (first[1] + row) * target[0] + first[0];
             let to = smaller.pixels[3 * to..].as_chunks_mut::<3>().0;
@@ -371,7 +370,7 @@ mod tests {
             for at in 0..=expected[0].max(expected[1]) - 5 {
                 let first = if sides[0] > sides[1] { [at, 0] } else { [0, at] };
                 let (filter, antialias, flip) = (Filter::Bilinear, true, false);
-                Resize { crop, whole: expected, first, size: 5, filter, antialias, flip }
+                Resize { crop, target: expected, first, size: 5, filter, antialias, flip }
                     .to_u8(image, resize, tile);
                 for (i, &[r, g, b, _]) in tile.iter().enumerate() {
                     let place = (first[1] + i / 5) * expected[0] + first[0] + i % 5;
