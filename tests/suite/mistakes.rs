@@ -119,7 +119,7 @@ fn prepare(root: &Path) {
     write("cut/train-00000.pack", &packed[..packed.len() - 5]);
     write("alien/train-00000.pack", &[b' '; 99]);
     write("gap/train-00001.pack", &packed);
-    write("future/train-00000.pack", &[&packed[..8], &[2], &packed[9..]].concat());
+    write("future/train-00000.pack", &[&packed[..8], &[3], &packed[9..]].concat());
 }
 
 fn with_tiny<'a>(words: &[&'a str]) -> Vec<&'a str> {
@@ -185,7 +185,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "data.path=hollow"],
             1,
-            "hollow/train/dog: is a class folder without images (jpg, jpeg, jpe, png) in it: fill it or remove it",
+            "hollow/train/dog: is a class folder without images (jpg, jpeg, jpe, jfif, png) in it: fill it or remove it",
         ),
         (
             &["train", "demo", "--set", "data.path=broken", "--set", "train.batch=2"],
@@ -214,7 +214,7 @@ fn every_mistake_ends_in_a_sentence_and_an_exit_code() {
         (
             &["train", "demo", "--set", "data.path=future"],
             1,
-            "future/train-00000.pack: has format 2, and this program reads 1: read it with the one that wrote it, or pack the images again",
+            "future/train-00000.pack: has format 3, and this program reads up to 2: read it with the program that wrote it, or pack the images again",
         ),
         (
             &["train", "demo", "--set", "data.path=gap"],
