@@ -31,7 +31,7 @@ pub(super) fn end_stuck_evaluation(
     evaluating: Arc<Mutex<Option<String>>>,
     ended: Arc<AtomicBool>,
 ) {
-    std::thread::spawn(move || {
+    let watch = move || {
         let mut asked = None;
         while !ended.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(50));
@@ -46,7 +46,9 @@ pub(super) fn end_stuck_evaluation(
                 _ => asked = None,
             }
         }
-    });
+    };
+    // Without a thread to be had, a stuck evaluation ends with the second signal.
+    let _ = std::thread::Builder::new().spawn(watch);
 }
 
 #[cfg(unix)]
