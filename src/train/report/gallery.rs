@@ -1,6 +1,7 @@
 //! The pictures of a run's report: augmented views, a map of held-out images, nearest neighbours, and a confusion matrix.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use base64::Engine;
@@ -124,10 +125,11 @@ pub(in crate::train) fn write(
 /// If the file cannot be read or its contents are not what [`write`] writes.
 pub(super) fn read(folder: &Path) -> Result<Value> {
     let file = folder.join(GALLERY);
-    if !file.exists() {
-        return Ok(Value::Null);
-    }
-    let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+    let text = match super::open(&file).and_then(std::io::read_to_string) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Value::Null),
+        Err(error) => return Err(Error::io(&file)(error)),
+    };
     let wrong = |what: &str| {
         let remedy = "delete it to get a report without pictures";
         Error::format(&file, format!("does not hold a run's pictures ({what}): {remedy}"))

@@ -64,6 +64,14 @@ fn full(folder: &Path) -> PathBuf {
     folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf())
 }
 
+/// Opens a regular file. A named pipe or a device in its place would block for ever.
+fn open(file: &Path) -> std::io::Result<File> {
+    match std::fs::metadata(file)?.is_file() {
+        true => File::open(file),
+        false => Err(std::io::Error::new(ErrorKind::InvalidInput, "is not a regular file")),
+    }
+}
+
 /// What the page shows of a run.
 struct RunData {
     settings: Vec<(String, String)>,
@@ -74,7 +82,9 @@ struct RunData {
 impl RunData {
     fn read(folder: &Path, pictured: bool) -> Result<Self> {
         let file = folder.join(RECIPE);
-        let recipe = std::fs::read_to_string(&file).map_err(|error| match error.kind() {
+        let recipe = open(&file).and_then(std::io::read_to_string).map_err(|error| match error
+            .kind()
+        {
             ErrorKind::NotFound => {
                 Error::Config(format!("{}: holds no run ({RECIPE} is missing)", folder.display()))
             }
@@ -161,7 +171,7 @@ struct Metrics {
 impl Metrics {
     fn read(file: &Path) -> Result<Self> {
         let mut all = Self::default();
-        let lines = BufReader::new(File::open(file).map_err(Error::io(file))?).lines();
+        let lines = BufReader::new(open(file).map_err(Error::io(file))?).lines();
         let mut lines = lines.enumerate().peekable();
         while let Some((i, line)) = lines.next() {
             let line = line.map_err(Error::io(file))?;
@@ -267,8 +277,15 @@ mod tests {
         assert!(error.ends_with("holds no run (recipe.toml is missing)"), "{error}");
         let lines = "{\"step\":1\n{\"step\":2,\"loss\":1,\"lr\":1}\n";
         let damaged = folder(root.path(), "damaged", "", lines);
-        let error = report(&[damaged]).unwrap_err().to_string();
+        let error = report(&[&damaged]).unwrap_err().to_string();
         assert!(error.contains("metrics.jsonl") && error.contains("line 1: "), "{error}");
+        for name in ["gallery.json", RECIPE] {
+            let special = folder(root.path(), &format!("with {name}"), "", "");
+            let _ = std::fs::remove_file(special.join(name));
+            std::fs::create_dir(special.join(name)).unwrap();
+            let error = report(&[special]).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("is not a regular file"), "{error}");
+        }
     }
 
     #[test]
@@ -329,6 +346,7 @@ mod tests {
         let fetching = ["https://example.org/a.jpg", "data:image/jpeg;base64,AA);url(//x"];
         let mut galleries = fetching.map(|sheet| gallery("ape", sheet)).to_vec();
         galleries.push(json!({ "epoch": 1 }));
+        galleries.push(json!([]));
         for (place, value) in
             [("/map/points/0/2", 1), ("/confusion/0/1", 7), ("/map/sheet/columns", 0)]
         {
