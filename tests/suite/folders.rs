@@ -116,7 +116,8 @@ fn fill(
     for i in 0..draw.below(4) {
         let file = format!("{}{i}.{}", draw.of(&["", "b", "B", "-"]), draw.of(&IMAGES));
         let broken = draw.one_in(6);
-        std::fs::write(folder.join(&file), if broken { b"no image" } else { picture }).unwrap();
+        std::fs::write(folder.join(&file), if broken { &b"no image"[..] } else { picture })
+            .unwrap();
         into.insert(key(&file), !broken);
     }
     if draw.one_in(3) {
