@@ -584,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_that_are_no_numbers_are_refused_by_name_and_the_arena_is_unchanged() {
+    fn weights_that_are_not_finite_are_refused_by_name_and_leave_the_arena_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.safetensors");
         let mut layout = Layout::new();

@@ -129,10 +129,10 @@ class MoCo(Method):
 class SimClrV2(Method):
     """model.py with three layers; objective.py."""
 
-    def __init__(self, line, trunk, features, temperature, sizes=(2, 8)):
-        super().__init__(line, Network(backbone=trunk, head=simclr_head(features, 32)))
+    def __init__(self, line, backbone, features, temperature, sizes=(2, 8)):
+        super().__init__(line, Network(backbone=backbone, head=simclr_head(features, 32)))
         self.temperature, self.sizes = temperature, sizes
-        self.kinked = isinstance(trunk, SelectiveTrunk)  # with fifty layers, some ReLU input always lies near zero
+        self.kinked = isinstance(backbone, SelectiveTrunk)  # with fifty layers, some ReLU input always lies near zero
 
     def passes(self, module, views):
         module(views[0])

@@ -19,11 +19,11 @@ class Network:
         words = dict(word.split("=", 1) for word in line.split(" ")[1:])
         depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
         if "sk" in words:
-            self.trunk = SelectiveTrunk(width, words["stem"], float(words["sk"]))
+            self.backbone = SelectiveTrunk(width, words["stem"], float(words["sk"]))
         else:
-            self.trunk = Trunk(depth, width, words["stem"], groups)
-        fill(self.trunk, line)
-        self.trunk.to(dtype)
+            self.backbone = Trunk(depth, width, words["stem"], groups)
+        fill(self.backbone, line)
+        self.backbone.to(dtype)
         self.size = (n, h, w, 3)
 
     def numbers(self, what, *shape):
@@ -32,10 +32,10 @@ class Network:
 
     def train(self, images):
         """Features, and the gradient of every parameter."""
-        self.trunk.zero_grad()
-        y = self.trunk(images)
+        self.backbone.zero_grad()
+        y = self.backbone(images)
         (y * self.numbers("w", *y.shape)).sum().backward()
-        return y, {name: outside(p.grad) for name, p in self.trunk.named_parameters()}
+        return y, {name: outside(p.grad) for name, p in self.backbone.named_parameters()}
 
     def images(self, draw):
         return self.numbers(f"images {draw}", *self.size)
@@ -44,9 +44,9 @@ class Network:
         images = self.images(draw)
         features, gradients = self.train(images)
         result = {"features": features, "gradients": gradients}
-        result["statistics"] = {k: outside(s) for k, s in slots(self.trunk).items() if k not in gradients}
+        result["statistics"] = {k: outside(s) for k, s in slots(self.backbone).items() if k not in gradients}
         with torch.no_grad():
-            result["evaluation"] = self.trunk.eval()(images)
+            result["evaluation"] = self.backbone.eval()(images)
         return result
 
 
@@ -55,7 +55,7 @@ def make(path, root):
     for line in (root / "tests/suite/networks.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             network = Network(line)
-            free = lambda d: "kinked=1" in line or not kinked(network.trunk, network.images(d))  # noqa: E731
+            free = lambda d: "kinked=1" in line or not kinked(network.backbone, network.images(d))  # noqa: E731
             draw = next(d for d in range(1000) if free(d))
             tensors[f"{line}|draw"] = np.array([draw])
             truth, own = network.run(draw), Network(line, torch.float32).run(draw)

@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_is_not_told_what_to_do_by_the_name_of_a_file() {
+    fn control_characters_in_file_names_do_not_reach_the_terminal() {
         assert_eq!(printable("a\tb\nc é"), "a\tb\nc é");
         assert_eq!(printable("x\u{1b}[2J\r\u{9b}y"), "x\\u{1b}[2J\\r\\u{9b}y");
     }

@@ -177,7 +177,7 @@ mod tests {
     use super::*;
     use crate::recipes::Recipe;
 
-    /// Writes `count` images, of which the first `broken` are no images.
+    /// Writes `count` image files, of which the first `broken` cannot be decoded.
     fn part(folder: &Path, count: usize, broken: usize) {
         std::fs::create_dir_all(folder).unwrap();
         for i in 0..count {

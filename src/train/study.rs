@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn a_last_loss_of_nan_is_no_result() {
+    fn a_last_loss_of_nan_is_not_a_result() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("metrics.jsonl");
         for (loss, stopped) in [("null", Some("the loss is NaN or infinite")), ("2.5", None)] {

@@ -39,7 +39,7 @@ impl Row {
     #[track_caller]
     fn number(&self, key: &str) -> f64 {
         let text = self.text(key).unwrap_or_else(|| panic!("{}: no {key}", self.line));
-        text.parse().unwrap_or_else(|_| panic!("{}: {key} is no number", self.line))
+        text.parse().unwrap_or_else(|_| panic!("{}: {key} is not a number", self.line))
     }
 
     pub fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {

@@ -1,4 +1,4 @@
-//! The CUDA path: the case table on a GPU against the truth, and what the device does when things go wrong.
+//! The CUDA path: the case table on a GPU against the reference device, and the behaviour of the device after failures.
 
 use std::sync::Arc;
 
@@ -97,7 +97,7 @@ fn long_sums_agree_with_the_f64_reference() {
     agree("long sums in bf16", &gpu(Precision::Bf16), rounded, |_, _| 1e-2);
 }
 
-/// Problems that fill a GPU with the large tiles' blocks, at few terms each; whole, and unchecked for speed.
+/// Problems whose large tiles fill a GPU, with short sums. They run on all blocks, without access checks for speed.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn large_tiles_agree_with_the_f64_reference() {
@@ -228,11 +228,11 @@ fn a_linear_layer_takes_f32_where_weights_are_bf16() {
     report("linear of f32", results.collect());
 }
 
-/// Losses take f32 rows from a network of bf16, and tensor cores multiply them by two bf16 planes: 2^-17 of their errors is
-/// left, where one plane would have 2e-3 in the gradient.
+/// Losses of a bf16 network get f32 rows, which tensor cores multiply as two bf16 terms each: an error of 2^-17 remains, where a
+/// single term would give 2e-3 in the gradient.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn contrastive_losses_of_a_bf16_run_are_f32s_all_but() {
+fn contrastive_losses_of_a_bf16_run_have_nearly_f32_accuracy() {
     let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
     for line in ["nt_xent rows=130 d=32 t=0.07", "info_nce n=65 m=257 d=17 t=0.07"] {
         let mut case = case(line);
@@ -256,7 +256,7 @@ fn a_gpu_gives_the_same_bits_again() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn no_rows_are_no_special_case_on_a_gpu() {
+fn empty_inputs_work_on_a_gpu() {
     let lines = [
         "conv2d n=0 h=5 w=5 c=3 k=4 r=3 s=3 stride=1 pad=1",
         "linear n=0 d=5 k=3 bias=1",
@@ -381,7 +381,7 @@ fn queues_on_a_gpu_take_rows_where_they_belong() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn a_row_that_does_not_exist_is_no_number_on_a_gpu() {
+fn a_missing_row_gives_nan_on_a_gpu() {
     let gpu = gpu(Precision::F32);
     let mut arena = case("relu n=3 c=2").arena(&gpu).0;
     let x = Tensor::from_f64(&gpu, [2, 2], &[1.0, 2.0, 3.0, 4.0]);
@@ -418,7 +418,7 @@ fn kernels_are_built_wherever_they_are_required() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there_is_named() {
+fn a_missing_gpu_is_named() {
     open();
     let error = Device::cuda(77, Precision::F32).unwrap_err().to_string();
     assert!(error.contains("there is no GPU 77"), "{error}");
@@ -426,8 +426,8 @@ fn a_gpu_that_is_not_there_is_named() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing() {
-    alone("cuda::the_second_run_takes_no_memory_from_the_driver_and_waits_for_nothing", |driver| {
+fn the_second_run_allocates_nothing_and_never_waits() {
+    alone("cuda::the_second_run_allocates_nothing_and_never_waits", |driver| {
         let gpu = gpu(Precision::Bf16);
         let run = || {
             let case = case("linear n=9 d=16 k=8 bias=1");
@@ -479,8 +479,8 @@ const LAUNCH_FAILED: u32 = 719;
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
-    alone("cuda::running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest", |driver| {
+fn out_of_memory_names_the_request_and_the_largest_holders() {
+    alone("cuda::out_of_memory_names_the_request_and_the_largest_holders", |driver| {
         let gpu = gpu(Precision::F32);
         let held = Tensor::zeros(&gpu, [300, 1024]);
         // What is kept for reuse is given up first: one refusal is not the end.
@@ -496,7 +496,7 @@ fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
         for part in ["out of memory: wanted 4.0 MiB, free ", "1.2 MiB in 1 from ", "cuda.rs"] {
             assert!(error.contains(part), "no {part:?} in: {error}");
         }
-        // What is read after that is no number.
+        // Data read after the failure are NaN.
         assert!(wanted.rows(0, 3).to_f64().iter().all(|v| v.is_nan()));
         assert!(held.rows(0, 1).to_f64().iter().all(|v| v.is_nan()));
         assert_eq!(gpu.check().unwrap_err().to_string(), error);
@@ -505,8 +505,8 @@ fn running_out_of_memory_says_what_was_wanted_and_who_holds_the_rest() {
 
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn a_kernel_that_fails_comes_out_of_the_step() {
-    alone("cuda::a_kernel_that_fails_comes_out_of_the_step", |driver| {
+fn a_failed_kernel_is_an_error_of_the_step() {
+    alone("cuda::a_failed_kernel_is_an_error_of_the_step", |driver| {
         let gpu = gpu(Precision::F32);
         let case = case("relu n=7 c=13");
         let (mut arena, params) = case.arena(&gpu);

@@ -158,7 +158,7 @@ fn link(to: &Path, from: &Path) {
     std::os::unix::fs::symlink(to, from).unwrap();
 }
 
-/// Something with an image's name that is no file, and that would block whoever opens it if it were a pipe.
+/// A special file with an image's name. A pipe in its place would block anyone who opens it.
 fn special(path: &Path) {
     // The path of a socket has at most 108 bytes, so it is made elsewhere and moved.
     let short = tempfile::tempdir().unwrap();

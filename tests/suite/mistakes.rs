@@ -652,7 +652,7 @@ fn change(from: &Path, to: &Path, name: &str, value: f32) {
 }
 
 #[test]
-fn weights_that_are_no_numbers_give_no_figure() {
+fn weights_that_are_not_finite_give_no_figure() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     run_on_hues(root);

@@ -18,7 +18,7 @@ fn fixture(name: &str) -> Vec<u8> {
     std::fs::read(Path::new("tests/fixtures").join(name)).unwrap()
 }
 
-/// A PNG file of so many pixels, no two images alike.
+/// Writes a PNG file of the given size. Different seeds give different images.
 fn png(path: &Path, width: u32, height: u32, seed: u32) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     let pixel = |x, y| image::Rgb([x * 7 + seed, y * 11 + seed * 3, x * y + seed].map(|v| v as u8));

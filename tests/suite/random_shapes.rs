@@ -1,4 +1,4 @@
-//! Seeded random legal shapes: what nobody thought of.
+//! Seeded random legal shapes, to find cases that nobody listed.
 
 use selfsup::device::Device;
 

@@ -1,5 +1,5 @@
-//! The whole case table against the truth: CPU against reference, reference against PyTorch, gradients against
-//! differences, one thread against several.
+//! All rows of the case table: the CPU compared with the reference device, the reference device with PyTorch, gradients with finite
+//! differences, one thread with several.
 
 use std::collections::BTreeSet;
 
@@ -78,7 +78,7 @@ fn every_case_has_a_golden_and_every_golden_a_case() {
 }
 
 #[test]
-fn gradients_are_the_limits_of_differences() {
+fn gradients_agree_with_finite_differences() {
     let reference = Device::reference().poisoned();
     let mut results = Vec::new();
     for case in table() {
@@ -168,7 +168,7 @@ fn a_batch_norm_of_one_row_gives_the_shift() {
 }
 
 #[test]
-fn no_images_are_no_special_case() {
+fn empty_batches_work() {
     let lines = [
         "conv2d n=0 h=5 w=5 c=3 k=4 r=3 s=3 stride=1 pad=1",
         "linear n=0 d=5 k=3 bias=1",

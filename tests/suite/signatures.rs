@@ -33,7 +33,7 @@ fn a_signature_is_read_whatever_its_lines_and_comments() {
 }
 
 #[test]
-fn what_launch_functions_do_not_know_is_refused_by_name() {
+fn unsupported_types_in_signatures_are_refused_by_name() {
     for (source, reason) in [
         ("KERNEL void f(size_t n) {}", "f: `size_t n` is not a supported argument type"),
         ("KERNEL void f(bf16 x) {}", "f: `bf16 x` is not a supported argument type"),

@@ -173,7 +173,7 @@ fn a_study_does_not_replace_tables_of_something_else() {
     assert!(error.contains("holds another study"), "{error}");
 }
 
-/// The loss of a run that goes on in spite of NaN is no number, and its kNN is that of chance.
+/// A run that continues after NaN ends with a loss of NaN and a kNN accuracy at chance level.
 #[test]
 fn seeds_that_end_in_nan_are_counted_and_not_averaged() {
     let folder = tempfile::tempdir().unwrap();

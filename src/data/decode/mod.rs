@@ -22,7 +22,7 @@ pub const PIXEL_LIMIT: usize = 178_956_970;
 /// The most bytes of a PNG file's colour profile and other texts, unpacked: pixels are counted apart.
 const TEXT_LIMIT: u64 = 64 << 20;
 
-/// Decodes the contents of an image file; the format is told by its first bytes, whatever its name.
+/// Decodes the contents of an image file; the first bytes decide the format, not the file's name.
 ///
 /// # Errors
 /// When they are neither JPEG nor PNG, damaged, or too large; the message names `path`.
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_an_image_is_said() {
+    fn errors_say_what_is_wrong_with_an_image() {
         let png = encode(&[1, 2], ColorType::L8);
         let jpeg = fixture("grey.jpg");
         // A size of 2^31 - 1 squared in the header, with its checksum (of `IHDR` and what follows) put right.

@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn an_io_error_is_an_error_and_no_broken_image() {
+    fn an_io_error_is_an_error_and_not_a_broken_image() {
         let root = tempfile::tempdir().unwrap();
         let set = folder_with_broken(root.path(), 8, &[2]);
         std::fs::remove_file(root.path().join("5.png")).unwrap();
