@@ -74,7 +74,7 @@ pub trait Watch {
     fn note(&mut self, sentence: &str);
 }
 
-/// The share of an epoch spent waiting for data above which the user is told.
+/// The fraction of an epoch spent waiting for data above which a warning is printed.
 const WAITING: f64 = 0.1;
 
 /// A training run.

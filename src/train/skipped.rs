@@ -13,7 +13,7 @@ use crate::files::write_file;
 /// The file that lists them, in a run's folder.
 const SKIPPED: &str = "skipped.txt";
 
-/// Names that the user is told; the file lists the others.
+/// Number of names that are printed; the file lists the others.
 const NAMED: usize = 10;
 
 /// A part of a run's images.

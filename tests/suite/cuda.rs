@@ -82,7 +82,7 @@ fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
     agree("CUDA bf16 against reference", &gpu(Precision::Bf16), cases, |_, _| 1e-2);
 }
 
-/// Sums long enough to be cut into slices, in each of the three products.
+/// Sums long enough for split-K, in each of the three GEMMs.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn long_sums_agree_with_the_f64_reference() {
