@@ -131,14 +131,17 @@ impl Run {
     /// Tells the user which images were skipped, and lists them in the run's folder.
     ///
     /// # Errors
-    /// If more images of a part are unreadable than `data.max_skipped` allows.
-    pub(super) fn check_skipped(&mut self, watch: &mut dyn Watch) -> Result<()> {
+    /// If the list cannot be written.
+    pub(super) fn tell_skipped(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let folder = self.folder.as_ref().map(|folder| &*folder.path);
         self.skipped.tell(folder)?.iter().for_each(|sentence| watch.note(sentence));
-        self.skipped_too_many()
+        Ok(())
     }
 
     /// Fails if more images of a part are unreadable than `data.max_skipped` allows.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`] in that case.
     pub(super) fn skipped_too_many(&self) -> Result<()> {
         let Images { train, validation, test, .. } = &self.images;
         let length = |source: &Option<Arc<dyn Source>>| source.as_ref().map_or(0, |s| s.len());

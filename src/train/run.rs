@@ -299,7 +299,7 @@ impl Run {
             }
         }
         self.skipped.add(Part::Training, &self.loader.skipped());
-        self.check_skipped(watch)?;
+        self.tell_skipped(watch)?;
         if let (Some(_), Some(step)) = (&self.folder, self.progress.best_step) {
             watch.note(&format!(
                 "best.safetensors is the checkpoint of step {step}, chosen by kNN on {}",
@@ -357,10 +357,14 @@ impl Run {
             self.save_before_evaluation()?;
         }
         let evaluation = Instant::now();
-        let accuracies =
-            if measure { self.evaluate_saved(epoch, watch)? } else { Accuracies::default() };
+        let accuracies = if measure {
+            self.evaluate_saved(epoch, unhealthy.is_some(), watch)?
+        } else {
+            Accuracies::default()
+        };
         let evaluation = evaluation.elapsed();
-        self.check_skipped(watch)?;
+        self.tell_skipped(watch)?;
+        self.skipped_too_many()?;
         let waiting = self.loader.waited() - waited;
         let times = EpochTimes { training, evaluation };
         let report = EpochReport {
@@ -385,7 +389,12 @@ impl Run {
     }
 
     /// Evaluates after a checkpoint, so that the process may be ended meanwhile.
-    fn evaluate_saved(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
+    fn evaluate_saved(
+        &mut self,
+        epoch: u32,
+        is_unhealthy: bool,
+        watch: &mut dyn Watch,
+    ) -> Result<Accuracies> {
         let evaluating = self.evaluating.clone();
         let set = |sentence| *evaluating.lock().unwrap_or_else(PoisonError::into_inner) = sentence;
         set((self.folder.is_none() || self.saved_step == Some(self.progress.step))
@@ -393,8 +402,8 @@ impl Run {
         let accuracies = self.evaluate(epoch, watch);
         set(None);
         match accuracies {
-            // A diverged run that carries on has no accuracy: it would be that of chance.
-            Err(Error::Diverged(reason)) if self.recipe.watch.carry_on => {
+            // A diverged run has no accuracy: it would be that of chance. If it does not carry on, what is wrong is reported next.
+            Err(Error::Diverged(reason)) if is_unhealthy || self.recipe.watch.carry_on => {
                 watch.note(&format!("no accuracy after this epoch: {reason}"));
                 Ok(Accuracies::default())
             }
