@@ -461,3 +461,36 @@ fn a_share_of_the_training_images_can_choose_the_best_checkpoint() {
     assert_eq!(first["best_by"], "validation");
     assert!(out.join("best.safetensors").is_file());
 }
+
+#[cfg(unix)]
+#[test]
+fn a_run_writes_through_no_link_in_its_folder() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out, victim] = ["data", "run", "victim"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&on_images(&data, &[]), &device, Some(&out)).unwrap();
+    let flag = Arc::new(AtomicBool::new(false));
+    run.stop_when(flag.clone());
+    run.train(&mut StopAt(3, flag)).unwrap_err();
+    drop(run);
+    std::fs::write(&victim, "precious").unwrap();
+    for name in [".lock", "metrics.jsonl"] {
+        let (file, kept) = (out.join(name), root.path().join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        std::os::unix::fs::symlink(&victim, &file).unwrap();
+        let resumed = Paused::open(&out, &[]).and_then(|paused| Run::resume(paused, &device));
+        let error = resumed.err().unwrap().to_string();
+        assert!(error.contains("is a link or a special file"), "{name}: {error}");
+        std::fs::remove_file(&file).unwrap();
+        std::fs::rename(&kept, &file).unwrap();
+    }
+    for name in ["recipe.toml", "report.html", "step-00000008.safetensors", "best.safetensors"] {
+        let _ = std::fs::remove_file(out.join(format!(".{name}.partial")));
+        std::os::unix::fs::symlink(&victim, out.join(format!(".{name}.partial"))).unwrap();
+    }
+    let settings = ["train.keep=1".to_string()];
+    let mut run = Run::resume(Paused::open(&out, &settings).unwrap(), &device).unwrap();
+    run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+    assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+}
