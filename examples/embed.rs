@@ -7,7 +7,7 @@ use std::sync::Arc;
 use selfsup::arena::{Arena, Layout};
 use selfsup::device::{Device, Philox, Purpose};
 use selfsup::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig, Stem};
-use selfsup::ops::{l2_normalize, mean, nt_xent, scale};
+use selfsup::ops::{l2_normalize, mean_of, nt_xent, scale};
 use selfsup::optim::{Exclude, Optimizer, Rule, Sgd};
 use selfsup::tape::step;
 use selfsup::tensor::Tensor;
@@ -48,7 +48,7 @@ pub fn main() {
         let views = views(&device, round);
         let loss = step(&mut arena, |tape| {
             let z = l2_normalize(&head.forward(backbone.forward(&tape.input(&views))));
-            mean(&[nt_xent(&z, 0.1), scale(&nt_xent(&z, 0.5), 2.0)]) // any graph will do
+            mean_of(&[nt_xent(&z, 0.1), scale(&nt_xent(&z, 0.5), 2.0)]) // any graph will do
         });
         losses.push(loss.expect("the CPU does not fail").scalar());
         optimizer.step(&mut arena, 0.05);

@@ -20,36 +20,15 @@ __device__ __forceinline__ void map(T* y, const T* a, int64_t n, F f) {
     });
 }
 
-/// y = 0 where x < 0, else x; NaN propagates.
-template <typename T>
-__device__ __forceinline__ void relu(T* y, const T* x, int64_t n) {
-    map(y, x, n, [](float x) { return x < 0.0f ? 0.0f : x; });
-}
-
-/// dx = dy where y > 0, else 0; y is the output of the forward pass.
-template <typename T>
-__device__ __forceinline__ void relu_backward(T* dx, const T* dy, const T* y, int64_t n) {
-    for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
-        Vector<T> d = load_partial(dy + i, count), out = load_partial(y + i, count);
-#pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) d.v[k] = out.v[k] > 0.0f ? d.v[k] : 0.0f;
-        store_partial(dx + i, d, count);
-    });
-}
-
-template <typename T>
-__device__ __forceinline__ void add(T* y, const T* a, const T* b, int64_t n) {
+/// y[i] = f(a[i], b[i]).
+template <typename T, typename F>
+__device__ __forceinline__ void zip(T* y, const T* a, const T* b, int64_t n, F f) {
     for_vectors(n, PER_VECTOR<T>, [&](int64_t i, int count) {
         Vector<T> u = load_partial(a + i, count), v = load_partial(b + i, count);
 #pragma unroll
-        for (int k = 0; k < PER_VECTOR<T>; k++) u.v[k] += v.v[k];
+        for (int k = 0; k < PER_VECTOR<T>; k++) u.v[k] = f(u.v[k], v.v[k]);
         store_partial(y + i, u, count);
     });
-}
-
-template <typename T>
-__device__ __forceinline__ void scale(T* y, const T* x, float factor, int64_t n) {
-    map(y, x, n, [factor](float x) { return factor * x; });
 }
 
 template <typename T>
@@ -62,21 +41,60 @@ __device__ __forceinline__ void fill(T* y, float value, int64_t n) {
     });
 }
 
-KERNEL void relu_f32(float* y, const float* x, int64_t n) { relu(y, x, n); }
-KERNEL void relu_bf16(bf16* y, const bf16* x, int64_t n) { relu(y, x, n); }
+// The expressions of src/ops/elementwise, in f32.
 
+struct Add {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+KERNEL void add_f32(float* y, const float* a, const float* b, int64_t n) { zip(y, a, b, n, Add{}); }
+KERNEL void add_bf16(bf16* y, const bf16* a, const bf16* b, int64_t n) { zip(y, a, b, n, Add{}); }
+
+struct Mul {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a * b; }
+};
+KERNEL void mul_f32(float* y, const float* a, const float* b, int64_t n) { zip(y, a, b, n, Mul{}); }
+KERNEL void mul_bf16(bf16* y, const bf16* a, const bf16* b, int64_t n) { zip(y, a, b, n, Mul{}); }
+
+/// Unlike a maximum, propagates NaN.
+struct Relu {
+    __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? 0.0f : x; }
+};
+KERNEL void relu_f32(float* y, const float* x, int64_t n) { map(y, x, n, Relu{}); }
+KERNEL void relu_bf16(bf16* y, const bf16* x, int64_t n) { map(y, x, n, Relu{}); }
+
+/// y is the output of the forward pass.
+struct ReluBackward {
+    __device__ __forceinline__ float operator()(float dy, float y) const { return y > 0.0f ? dy : 0.0f; }
+};
 KERNEL void relu_backward_f32(float* dx, const float* dy, const float* y, int64_t n) {
-    relu_backward(dx, dy, y, n);
+    zip(dx, dy, y, n, ReluBackward{});
 }
 KERNEL void relu_backward_bf16(bf16* dx, const bf16* dy, const bf16* y, int64_t n) {
-    relu_backward(dx, dy, y, n);
+    zip(dx, dy, y, n, ReluBackward{});
 }
 
-KERNEL void add_f32(float* y, const float* a, const float* b, int64_t n) { add(y, a, b, n); }
-KERNEL void add_bf16(bf16* y, const bf16* a, const bf16* b, int64_t n) { add(y, a, b, n); }
+struct Scale {
+    float factor;
+    __device__ __forceinline__ float operator()(float x) const { return factor * x; }
+};
+KERNEL void scale_f32(float* y, const float* x, float factor, int64_t n) { map(y, x, n, Scale{factor}); }
+KERNEL void scale_bf16(bf16* y, const bf16* x, float factor, int64_t n) { map(y, x, n, Scale{factor}); }
 
-KERNEL void scale_f32(float* y, const float* x, float factor, int64_t n) { scale(y, x, factor, n); }
-KERNEL void scale_bf16(bf16* y, const bf16* x, float factor, int64_t n) { scale(y, x, factor, n); }
+struct Square {
+    __device__ __forceinline__ float operator()(float x) const { return x * x; }
+};
+KERNEL void square_f32(float* y, const float* x, int64_t n) { map(y, x, n, Square{}); }
+KERNEL void square_bf16(bf16* y, const bf16* x, int64_t n) { map(y, x, n, Square{}); }
+
+struct SquareBackward {
+    __device__ __forceinline__ float operator()(float dy, float x) const { return 2.0f * x * dy; }
+};
+KERNEL void square_backward_f32(float* dx, const float* dy, const float* x, int64_t n) {
+    zip(dx, dy, x, n, SquareBackward{});
+}
+KERNEL void square_backward_bf16(bf16* dx, const bf16* dy, const bf16* x, int64_t n) {
+    zip(dx, dy, x, n, SquareBackward{});
+}
 
 KERNEL void fill_f32(float* y, float value, int64_t n) { fill(y, value, n); }
 KERNEL void fill_bf16(bf16* y, float value, int64_t n) { fill(y, value, n); }

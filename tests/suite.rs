@@ -17,6 +17,8 @@ mod cases;
 mod collapse;
 #[path = "suite/compare.rs"]
 mod compare;
+#[path = "suite/complete.rs"]
+mod complete;
 #[path = "suite/conv_batch_norm.rs"]
 mod conv_batch_norm;
 #[path = "suite/crops.rs"]

@@ -1,4 +1,4 @@
-"""The rows of tests/suite/cases.txt in PyTorch. What each word means stands in tests/suite/cases.rs as well."""
+"""The rows of tests/suite/cases.txt in PyTorch; tests/suite/cases.rs is the other half."""
 
 import math
 
@@ -21,6 +21,9 @@ class Row:
 
     def sizes(self, *keys):
         return [int(self.words[key]) for key in keys]
+
+    def shape(self):
+        return [int(size) for size in self.words["shape"].split("x")]
 
     def input(self, name, shape, values=seeded.unit):
         count = math.prod(shape)
@@ -91,7 +94,35 @@ def scale(row):
     return lambda x: factor * x
 
 
+def mul(row):
+    row.input("a", row.sizes("n", "c"))
+    row.input("b", row.sizes("n", "c"))
+    return lambda a, b: a * b
+
+
+def square(row):
+    row.input("x", row.sizes("n", "c"))
+    return lambda x: x.square()
+
+
+def sum(row):
+    (axis,) = row.sizes("axis")
+    row.input("x", row.shape())
+    return lambda x: x.sum(axis)
+
+
 def mean(row):
+    (axis,) = row.sizes("axis")
+    row.input("x", row.shape())
+    return lambda x: x.mean(axis)
+
+
+def transpose(row):
+    row.input("x", row.sizes("n", "d"))
+    return lambda x: x.T
+
+
+def mean_of(row):
     for name in "abcde"[: int(row.words["terms"])]:
         row.input(name, ())
     return lambda **terms: torch.stack(list(terms.values())).mean()
@@ -259,7 +290,8 @@ def concat_rows(row):
     return lambda a, b: torch.cat([a, b])
 
 
-ALL = (conv2d, linear, batch_norm, relu, add, scale, mean, max_pool, mean_pool, l2_normalize, nt_xent, cross_entropy)
+ALL = (conv2d, linear, batch_norm, relu, add, scale, mean_of, max_pool, mean_pool, l2_normalize, nt_xent, cross_entropy)
+ALL += (mul, square, sum, mean, transpose)
 ALL += (pair_loss,)
 ALL += (neg_cosine, info_nce, soft_cross_entropy, distillation, stream_mean, stream_select, avg_pool)
 ALL += (gather_rows, slice_rows, concat_rows)

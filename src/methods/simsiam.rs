@@ -40,7 +40,7 @@ use crate::arena::{Arena, Layout, Slot};
 use crate::error::{Error, Result};
 use crate::methods::{Coupling, Method, RunInfo, State, view, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
-use crate::ops::{l2_normalize, mean, neg_cosine};
+use crate::ops::{l2_normalize, mean_of, neg_cosine};
 use crate::optim::{ParamPolicy, ema};
 use crate::tape::{Tape, Var, forward_in_step};
 use crate::tensor::{Numbers, Tensor};
@@ -208,7 +208,7 @@ impl Method for SimSiam {
         self.embeddings = Some(l2_normalize(&z1.detach()).value().clone());
         let [t1, t2] = [self.target(&z1, &x1), self.target(&z2, &x2)];
         self.monitored = Some([&z1, &p1, &t2].map(|rows| rows.value().clone()));
-        mean(&[neg_cosine(&p1, &t2), neg_cosine(&p2, &t1)])
+        mean_of(&[neg_cosine(&p1, &t2), neg_cosine(&p2, &t1)])
     }
 
     fn coupling(&self) -> Coupling {

@@ -43,7 +43,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Coupling, Method, RunInfo, State, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
-    concat_rows, l2_normalize, linear, mean, normalize_rows, push_rows, sinkhorn, slice_rows,
+    concat_rows, l2_normalize, linear, mean_of, normalize_rows, push_rows, sinkhorn, slice_rows,
     soft_cross_entropy, softmax,
 };
 use crate::optim::ParamPolicy;
@@ -285,12 +285,12 @@ impl Method for Swav {
             let terms: Vec<Var<'t>> = predicted
                 .map(|v| soft_cross_entropy(&crop(v), &q, self.settings.temperature))
                 .collect();
-            losses.push(mean(&terms));
+            losses.push(mean_of(&terms));
         }
         let assigning = z.value().rows(0, ASSIGNING * n);
         self.to_enqueue = Some(assigning.clone());
         self.embeddings = Some(assigning);
-        mean(&losses)
+        mean_of(&losses)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {

@@ -16,11 +16,11 @@ macro_rules! by_dtype {
     };
 }
 
-mod add;
 mod batch_norm;
 mod cast;
 pub(crate) mod conv2d;
 mod cross_entropy;
+mod elementwise;
 pub(crate) mod gemm;
 mod info_nce;
 pub mod kernels;
@@ -30,21 +30,21 @@ mod neg_cosine;
 mod nt_xent;
 mod pair_loss;
 mod pool;
-mod relu;
 mod row_losses;
 pub(crate) mod rows;
-mod scale;
 mod selective_kernel;
 mod sinkhorn;
 mod soft_cross_entropy;
+mod sum;
+mod transpose;
 
-pub use add::add;
 pub(crate) use batch_norm::batch_norm_by;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use cast::cast;
 pub(crate) use conv2d::conv2d_with_moments;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;
+pub use elementwise::{add, mean_of, mul, relu, scale, square};
 pub(crate) use gemm::Moments;
 pub use info_nce::{Negatives, info_nce};
 pub use l2_normalize::{l2_normalize, normalize_rows};
@@ -54,13 +54,13 @@ pub use nt_xent::nt_xent;
 pub(crate) use nt_xent::nt_xent_groups;
 pub use pair_loss::{PairLoss, pair_loss};
 pub use pool::{avg_pool, max_pool, mean_pool};
-pub use relu::relu;
 pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
-pub use scale::{mean, scale};
 pub use selective_kernel::{stream_mean, stream_select};
 pub use sinkhorn::sinkhorn;
 pub(crate) use sinkhorn::sinkhorn_rows_per_chunk;
 pub use soft_cross_entropy::{distillation, soft_cross_entropy, softmax};
+pub use sum::{mean, sum};
+pub use transpose::transpose;
 
 /// Returns the instruction set that the CPU kernels use on this machine.
 pub fn instruction_set() -> &'static str {

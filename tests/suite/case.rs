@@ -130,7 +130,7 @@ impl Case {
             output = y.value().to_f64();
             let first = self.dot(&y);
             match route {
-                Route::Twice => ops::mean(&[first, self.dot(&(self.build)(tape, &vars))]),
+                Route::Twice => ops::mean_of(&[first, self.dot(&(self.build)(tape, &vars))]),
                 _ => first,
             }
         });

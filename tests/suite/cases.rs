@@ -1,7 +1,7 @@
-//! The case table: `cases.txt` has a row for each size of each primitive, this file what the words mean.
+//! The case table: `cases.txt` has a row for each size of each primitive; this file says how a row is run.
 //!
-//! `scripts/make-goldens` reads the same rows and gives the words the same meaning in PyTorch. A new primitive adds rows
-//! there, a function here and one there.
+//! `scripts/make-goldens` reads the same rows, and `scripts/goldens/primitives.py` says how PyTorch runs them. A new primitive
+//! adds rows to `cases.txt`, an entry to [`PRIMITIVES`] and a function to `primitives.py`; `complete.rs` says what is missing.
 
 use selfsup::arena::SlotKind;
 use selfsup::ops::{self, BatchNorm, Negatives, PairLoss};
@@ -23,7 +23,11 @@ impl Row {
         Self { line: line.split_whitespace().collect::<Vec<_>>().join(" ") }
     }
 
-    fn primitive(&self) -> &str {
+    pub fn line(&self) -> &str {
+        &self.line
+    }
+
+    pub fn primitive(&self) -> &str {
         self.line.split(' ').next().unwrap()
     }
 
@@ -44,6 +48,12 @@ impl Row {
 
     pub fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {
         keys.map(|key| self.get(key))
+    }
+
+    /// The sizes in `shape=7x13`.
+    fn shape(&self) -> Vec<usize> {
+        let sizes = self.text("shape").unwrap_or_else(|| panic!("{}: no shape", self.line));
+        sizes.split('x').map(|size| size.parse().unwrap()).collect()
     }
 
     /// An input of values in `[-1, 1)`.
@@ -75,40 +85,54 @@ impl Row {
 const STEP: f64 = 1.0 / (1 << 20) as f64;
 
 /// All rows.
-pub fn table() -> Vec<Case> {
-    let rows = include_str!("cases.txt").lines().map(str::trim);
-    rows.filter(|line| !line.is_empty() && !line.starts_with('#')).map(case).collect()
+pub fn rows() -> Vec<Row> {
+    let lines = include_str!("cases.txt").lines().map(str::trim);
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(Row::new).collect()
 }
+
+/// The cases of all rows.
+pub fn table() -> Vec<Case> {
+    rows().iter().map(|row| case(&row.line)).collect()
+}
+
+/// Every primitive by name, and how its rows are run.
+pub const PRIMITIVES: &[(&str, fn(Row) -> Case)] = &[
+    ("conv2d", conv2d),
+    ("linear", linear),
+    ("batch_norm", batch_norm),
+    ("relu", relu),
+    ("add", add),
+    ("mul", mul),
+    ("scale", scale),
+    ("square", square),
+    ("mean_of", mean_of),
+    ("sum", sum),
+    ("mean", mean),
+    ("transpose", transpose),
+    ("max_pool", max_pool),
+    ("mean_pool", mean_pool),
+    ("l2_normalize", l2_normalize),
+    ("nt_xent", nt_xent),
+    ("pair_loss", pair_loss),
+    ("cross_entropy", cross_entropy),
+    ("neg_cosine", neg_cosine),
+    ("info_nce", info_nce),
+    ("soft_cross_entropy", soft_cross_entropy),
+    ("distillation", distillation),
+    ("stream_mean", stream_mean),
+    ("stream_select", stream_select),
+    ("avg_pool", avg_pool),
+    ("gather_rows", gather_rows),
+    ("slice_rows", slice_rows),
+    ("concat_rows", concat_rows),
+];
 
 /// The case of one row.
 pub fn case(line: &str) -> Case {
     let row = Row::new(line);
-    match row.primitive() {
-        "conv2d" => conv2d(row),
-        "linear" => linear(row),
-        "batch_norm" => batch_norm(row),
-        "relu" => relu(row),
-        "add" => add(row),
-        "scale" => scale(row),
-        "mean" => mean(row),
-        "max_pool" => max_pool(row),
-        "mean_pool" => mean_pool(row),
-        "l2_normalize" => l2_normalize(row),
-        "nt_xent" => nt_xent(row),
-        "pair_loss" => pair_loss(row),
-        "cross_entropy" => cross_entropy(row),
-        "neg_cosine" => neg_cosine(row),
-        "info_nce" => info_nce(row),
-        "soft_cross_entropy" => soft_cross_entropy(row),
-        "distillation" => distillation(row),
-        "stream_mean" => stream_mean(row),
-        "stream_select" => stream_select(row),
-        "avg_pool" => avg_pool(row),
-        "gather_rows" => gather_rows(row),
-        "slice_rows" => slice_rows(row),
-        "concat_rows" => concat_rows(row),
-        other => panic!("{line}: there is no primitive {other} in the case table"),
-    }
+    let entry = PRIMITIVES.iter().find(|(name, _)| *name == row.primitive());
+    let (_, build) = entry.unwrap_or_else(|| panic!("{line}: not in PRIMITIVES of cases.rs"));
+    build(row)
 }
 
 fn conv2d(row: Row) -> Case {
@@ -174,10 +198,39 @@ fn scale(row: Row) -> Case {
     row.case(vec![input], Box::new(move |_, v| ops::scale(&v[0], factor)))
 }
 
+fn mul(row: Row) -> Case {
+    let shape = row.sizes(["n", "c"]);
+    let inputs = vec![row.input("a", &shape), row.input("b", &shape)];
+    row.case(inputs, Box::new(|_, v| ops::mul(&v[0], &v[1])))
+}
+
+fn square(row: Row) -> Case {
+    let input = row.input("x", &row.sizes(["n", "c"]));
+    row.case(vec![input], Box::new(|_, v| ops::square(&v[0])))
+}
+
+/// `shape` is sizes joined by `x`.
+fn sum(row: Row) -> Case {
+    let axis = row.get("axis");
+    let input = row.input("x", &row.shape());
+    row.case(vec![input], Box::new(move |_, v| ops::sum(&v[0], axis)))
+}
+
 fn mean(row: Row) -> Case {
+    let axis = row.get("axis");
+    let input = row.input("x", &row.shape());
+    row.case(vec![input], Box::new(move |_, v| ops::mean(&v[0], axis)))
+}
+
+fn transpose(row: Row) -> Case {
+    let input = row.input("x", &row.sizes(["n", "d"]));
+    row.case(vec![input], Box::new(|_, v| ops::transpose(&v[0])))
+}
+
+fn mean_of(row: Row) -> Case {
     let names = ["a", "b", "c", "d", "e"];
     let inputs = names[..row.get("terms")].iter().map(|name| row.input(name, &[])).collect();
-    row.case(inputs, Box::new(|_, v| ops::mean(v)))
+    row.case(inputs, Box::new(|_, v| ops::mean_of(v)))
 }
 
 /// `values` is `distinct`, or `tied`, where finite differences have no meaning.

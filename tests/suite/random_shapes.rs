@@ -94,3 +94,19 @@ fn max_pools_of_random_shapes_agree_with_the_reference() {
     };
     agree((0..12).map(line).collect(), 1e-6);
 }
+
+#[test]
+fn sums_and_transposes_of_random_shapes_agree_with_the_reference() {
+    let mut draw = Draw::new("sum");
+    let line = |i: usize| {
+        let rank = draw.number(1, 4);
+        let sizes: Vec<String> = (0..rank).map(|_| draw.number(1, 40).to_string()).collect();
+        let (axis, shape) = (draw.number(0, rank - 1), sizes.join("x"));
+        match i % 3 {
+            0 => format!("sum shape={shape} axis={axis}"),
+            1 => format!("mean shape={shape} axis={axis}"),
+            _ => format!("transpose n={} d={}", draw.number(1, 140), draw.number(1, 140)),
+        }
+    };
+    agree((0..18).map(line).collect(), 1e-5);
+}

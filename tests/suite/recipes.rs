@@ -23,7 +23,7 @@ pub fn reduced(name: &str, device: &Device) -> Recipe {
     recipe
 }
 
-/// Shrinks a recipe so that a step is cheap; keys that it lacks are not added.
+/// Makes a step cheap: a narrow network, few images, and the method's own tiny settings.
 pub fn reduce(recipe: &mut Recipe, device: &Device) {
     recipe.network.width = 2;
     recipe.network.norm_groups = recipe.network.norm_groups.min(2);
@@ -35,22 +35,30 @@ pub fn reduce(recipe: &mut Recipe, device: &Device) {
     for policy in &mut recipe.augment {
         policy.size = (policy.size / 7).max(side(device));
     }
-    let settings = &mut recipe.method.settings;
-    for (key, value) in [
-        ("hidden", 8),
-        ("embedding", 8),
-        ("queue", 32),
-        ("memory", 32),
-        ("prototypes", 12),
-        ("freeze_steps", 1),
-        ("queue_from", 0),
-        ("classes", 10),
-        ("predictor", 8),
-    ] {
-        if settings.get(key).and_then(toml::Value::as_integer).is_some_and(|old| old > 0) {
-            settings.insert(key.into(), value.into());
-        }
+    let entry = methods::ALL.iter().find(|entry| entry.name == recipe.method.name).unwrap();
+    for (path, value) in entry.tiny {
+        shrink(&mut recipe.method.settings, path, *value);
     }
+}
+
+/// Sets a dotted key, unless it is absent or 0.
+fn shrink(settings: &mut toml::Table, path: &str, value: i64) {
+    if let Some((table, rest)) = path.split_once('.') {
+        if let Some(table) = settings.get_mut(table).and_then(toml::Value::as_table_mut) {
+            shrink(table, rest, value);
+        }
+    } else if settings.get(path).and_then(toml::Value::as_integer).is_some_and(|old| old > 0) {
+        settings.insert(path.into(), value.into());
+    }
+}
+
+/// The recipe of a method that ends in `-small`: the one named after the method, or else the first that uses it.
+pub fn small_recipe(method: &str) -> &'static str {
+    let uses = |name: &&str| Recipe::load(name, &[]).unwrap().method.name == method;
+    let mut names: Vec<&str> = recipes::builtin_names().filter(|n| n.ends_with("-small")).collect();
+    names.retain(uses);
+    names.sort_by_key(|name| !name.starts_with(method));
+    *names.first().unwrap_or_else(|| panic!("{method} has no recipe whose name ends in -small"))
 }
 
 /// Runs two steps of each recipe and an evaluation; returns how many recipes ran.
@@ -102,11 +110,20 @@ fn every_recipe_runs_two_steps_at_reduced_width() {
 fn every_method_runs_two_steps_on_a_gpu_at_reduced_width() {
     unchecked("recipes::every_method_runs_two_steps_on_a_gpu_at_reduced_width", || {
         let chosen = |name: &&str| name.ends_with("-small") || *name == "simclr-v2-cifar10";
-        let names: Vec<&str> = recipes::builtin_names().filter(chosen).collect();
         let gpu = gpu(Precision::Bf16);
+        let mut names: Vec<&str> = recipes::builtin_names().filter(chosen).collect();
         let method = |name: &&str| reduced(name, &gpu).method.name;
         let used: BTreeSet<String> = names.iter().map(method).collect();
-        assert!(methods::ALL.iter().all(|(name, _)| used.contains(*name)), "{used:?}");
+        for entry in methods::ALL {
+            assert!(used.contains(entry.name), "{} has no recipe ending in -small", entry.name);
+        }
+        // A method without CUDA kernels says so, and runs on the CPU alone.
+        names.retain(|name| {
+            let without = reduced(name, &gpu).build_method().unwrap().without_cuda();
+            without
+                .inspect(|what| println!("{name} is left out: {what} has no CUDA kernels"))
+                .is_none()
+        });
         run(names.into_iter(), &gpu);
     });
 }
@@ -209,21 +226,12 @@ fn published_recipes_have_the_published_steps() {
 
 /// Trains a narrow teacher for a step or two, and makes the recipe use it.
 pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
-    let settings = &mut recipe.method.settings;
-    settings["student"].as_table_mut().unwrap().insert("classes".into(), 10.into());
-    let teacher = settings["teacher"].as_table_mut().unwrap();
-    teacher.insert("hidden".into(), 8.into());
-    let network = teacher["network"].as_table_mut().unwrap();
-    network.insert("width".into(), 2.into());
-    let depth = network["depth"].as_integer().unwrap();
+    let depth = recipe.method.settings["teacher"]["network"]["depth"].as_integer().unwrap();
     let name = if depth == 18 {
         "simclr-v2-finetune-cifar10-small"
     } else {
         "simclr-v2-finetune-imagenet"
     };
-    if let Some(student) = settings["student"].as_table_mut().filter(|s| s.contains_key("hidden")) {
-        student.insert("hidden".into(), 8.into());
-    }
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
     let mut own = reduced(name, device);
     own.train.dump_views = 1;

@@ -11,7 +11,7 @@ use selfsup::methods::ALL;
 use selfsup::recipes::Recipe;
 use selfsup::train::{self, EpochReport, Paused, Run, StepReport, Watch};
 
-use crate::recipes::{reduced, teacher};
+use crate::recipes::{reduced, small_recipe, teacher};
 
 /// Raises a flag at a step.
 struct StopAt(u64, Arc<AtomicBool>);
@@ -44,17 +44,8 @@ pub fn outcome(folder: &Path) -> [Vec<u8>; 2] {
 
 /// A recipe of each method, with every kind of state that it can have.
 fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
-    let names = [
-        "byol-cifar10-small",
-        "moco-v2-cifar10-small",
-        "simclr-cifar10-small",
-        "simclr-v2-cifar10-small",
-        "simclr-v2-distill-cifar10-small",
-        "simsiam-cifar10-small",
-        "supervised-cifar10-small",
-        "swav-cifar10-small",
-    ];
-    let mut recipes: Vec<Recipe> = names.into_iter().map(|name| reduced(name, device)).collect();
+    let mut recipes: Vec<Recipe> =
+        ALL.iter().map(|entry| reduced(small_recipe(entry.name), device)).collect();
     for recipe in &mut recipes {
         (recipe.train.epochs, recipe.train.knn_every) = (2, 1);
         match &*recipe.method.name {
@@ -64,8 +55,6 @@ fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
             _ => {}
         }
     }
-    let covered = |(name, _): &(&str, _)| recipes.iter().any(|r| r.method.name == *name);
-    assert!(ALL.iter().all(covered), "a method without a recipe here");
     recipes
 }
 

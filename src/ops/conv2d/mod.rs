@@ -22,6 +22,17 @@ pub(super) mod kernels {
 
 /// Convolves `x [n, h, w, c]` with `w [k, r, s, c]`. Returns `[n, p, q, k]`.
 ///
+/// ```
+/// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
+/// # let mut arena = Arena::new(&std::sync::Arc::new(Layout::new()), &Device::reference(), 0);
+/// # let device = arena.device().clone();
+/// let x = Tensor::from_f64(&device, [1, 1, 3, 1], &[1.0, 2.0, 4.0]);
+/// let w = Tensor::from_f64(&device, [1, 1, 2, 1], &[1.0, -1.0]);
+/// let y = tape::forward(&mut arena, |tape| ops::conv2d(&tape.input(&x), &tape.input(&w), 1, 0))?;
+/// assert_eq!(y.to_f64(), [-1.0, -2.0]);
+/// # Ok::<(), selfsup::Error>(())
+/// ```
+///
 /// # Panics
 /// As [`Conv2dDims::new`]; on a GPU also if the sizes exceed its kernels' 31-bit indices.
 #[track_caller]

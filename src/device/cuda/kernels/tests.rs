@@ -57,7 +57,7 @@ fn uses_mma(kernel: &str) -> bool {
 }
 
 /// Loops over contiguous elements, in bf16 if the kernel has both types: the width of their loads and stores sets their time.
-const STREAMS: [&str; 25] = [
+const STREAMS: [&str; 29] = [
     "add_bf16",
     "avg_pool_bf16",
     "batch_norm_apply_bf16",
@@ -74,6 +74,7 @@ const STREAMS: [&str; 25] = [
     "max_pool_bf16",
     "mean_pool_bf16",
     "mean_pool_backward_bf16",
+    "mul_bf16",
     "neg_cosine_bf16",
     "relu_bf16",
     "relu_backward_bf16",
@@ -82,7 +83,10 @@ const STREAMS: [&str; 25] = [
     "sinkhorn_columns_bf16",
     "soft_cross_entropy_bf16",
     "softmax_bf16",
+    "square_backward_bf16",
+    "square_bf16",
     "stream_select_bf16",
+    "sum_rows_bf16",
 ];
 
 #[test]
