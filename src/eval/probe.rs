@@ -272,10 +272,10 @@ mod tests {
         );
         let fresh = probe(&Protocol { augment: true, ..cached.clone().over(4) }, &[0.1]);
         assert!(swept.accuracy > 0.35 && fresh.accuracy > 0.2, "{swept:?} {fresh:?}");
-        let wild = Protocol { lr: 1e30, lr_rule: LrRule::Fixed, ..cached.clone() };
+        let wild = Protocol { lr: 1e300, lr_rule: LrRule::Fixed, ..cached.clone() };
         let error = linear_accuracy(frozen, &set, &*set, &wild, &[], 1).unwrap_err().to_string();
         assert!(error.starts_with("the classifier's logits became NaN or infinite"), "{error}");
-        let swept = probe(&cached, &[1e30, 0.1, 1e35]);
+        let swept = probe(&cached, &[1e300, 0.1, 1e305]);
         assert!(swept.lr == 0.1 && swept.swept[0].1.is_none() && swept.swept[2].1.is_none());
         let moco = Protocol { batch: 40, ..Protocol::named("moco").unwrap().over(3) };
         assert_eq!(probe(&moco, &[]).lr, 30.0);
