@@ -47,9 +47,9 @@ fn conv(device: &Device, words: &[&str]) -> f64 {
     let n: Vec<usize> = words[..8].iter().map(|w| w.parse().expect("a size")).collect();
     let (input, filters) = ([n[0], n[1], n[2], n[3]], [n[4], n[5], n[5], n[3]]);
     let d = Conv2dDims::new(input, filters, n[6], n[7]);
-    let mut x = noise(d.n * d.h * d.w * d.c);
-    let mut w = noise(d.k * d.r * d.s * d.c);
-    let mut y = noise(d.n * d.p * d.q * d.k);
+    let mut x = noise(d.n() * d.h() * d.w() * d.c());
+    let mut w = noise(d.k() * d.r() * d.s() * d.c());
+    let mut y = noise(d.n() * d.p() * d.q() * d.k());
     let direction = match words[8] {
         "forward" => Direction::Forward,
         "data" => Direction::DataGradient,
@@ -193,7 +193,7 @@ fn peak_memory() -> u64 {
 fn main() {
     let device = match std::env::args().nth(1).as_deref() {
         Some("cuda") => Device::cuda(0, Precision::Bf16).unwrap_or_else(|e| panic!("{e}")),
-        _ => Device::cpu(0).expect("threads"),
+        _ => Device::cpu_with_this_thread(0).expect("threads"),
     };
     let mut training: Option<(String, Training)> = None;
     for line in std::io::stdin().lock().lines() {

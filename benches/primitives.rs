@@ -11,7 +11,7 @@ use selfsup::device::Device;
 use selfsup::tensor::DType;
 
 fn bench(criterion: &mut Criterion) {
-    let device = Device::cpu(0).expect("threads");
+    let device = Device::cpu_with_this_thread(0).expect("threads");
     let mut group = criterion.benchmark_group("cpu");
     for case in cases(&Extent::CPU, DType::F32, "") {
         group.throughput(Throughput::Elements(case.work.operations as u64));

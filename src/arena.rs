@@ -9,6 +9,7 @@
 
 use std::cell::{Cell, Ref, RefCell};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::{Device, Group, Philox, Purpose};
 use crate::tensor::{DType, Shape, Tensor};
@@ -77,9 +78,11 @@ pub struct Slot {
     pub channels: usize,
 }
 
-/// A layer's handle on a parameter.
+/// A layer's handle on a parameter. It is valid in arenas of the layout that it was made by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Param {
+    layout: LayoutId,
+    index: usize,
     offset: usize,
     shape: Shape,
     kind: SlotKind,
@@ -96,16 +99,30 @@ impl Param {
     }
 }
 
-/// A layer's handle on a running statistic.
+/// A layer's handle on a running statistic. It is valid in arenas of the layout that it was made by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
+    layout: LayoutId,
+    index: usize,
     offset: usize,
     shape: Shape,
+}
+
+/// The identity of a layout, which its clones share. Handles carry it, so that a handle of another layout is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct LayoutId(u64);
+
+impl Default for LayoutId {
+    fn default() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 /// The slots of a network, in the order in which its layers added them.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
+    id: LayoutId,
     params: Vec<Slot>,
     stats: Vec<Slot>,
 }
@@ -148,7 +165,7 @@ impl Layout {
         let name = self.fresh(name.into());
         let offset = end(&self.params);
         self.params.push(Slot { name, offset, shape, kind, init, channels });
-        Param { offset, shape, kind }
+        Param { layout: self.id, index: self.params.len() - 1, offset, shape, kind }
     }
 
     /// Adds a running statistic of `c` channels that starts at `value`.
@@ -160,7 +177,7 @@ impl Layout {
         let (offset, shape) = (end(&self.stats), Shape::from([c]));
         let init = Init::Constant(value);
         self.stats.push(Slot { name, offset, shape, kind, init, channels: c });
-        Stat { offset, shape }
+        Stat { layout: self.id, index: self.stats.len() - 1, offset, shape }
     }
 
     /// Initialises the parameters of these kinds from a truncated normal with standard deviation `gain / sqrt(fan_in)` before
@@ -191,6 +208,41 @@ impl Layout {
             .sum()
     }
 
+    /// Elements of an arena's values, padding between slots included.
+    pub(crate) fn len(&self) -> usize {
+        end(&self.params)
+    }
+
+    /// Whether the parameters of both layouts have the same offsets and shapes, so that their arenas' values correspond.
+    pub(crate) fn has_slots_of(&self, other: &Layout) -> bool {
+        let same = |(a, b): (&Slot, &Slot)| (a.offset, a.shape) == (b.offset, b.shape);
+        self.params.len() == other.params.len() && self.params.iter().zip(&other.params).all(same)
+    }
+
+    /// Panics unless the parameter is one of this layout. A clone of the layout may have got other slots since.
+    #[track_caller]
+    pub(crate) fn expect_param(&self, param: Param) {
+        let slot = self.params.get(param.index).filter(|_| param.layout == self.id);
+        let same = |slot: &Slot| (slot.offset, slot.shape) == (param.offset, param.shape);
+        assert!(
+            slot.is_some_and(same),
+            "arena: the parameter {:?} belongs to another layout",
+            param.shape
+        );
+    }
+
+    /// Panics unless the statistic is one of this layout.
+    #[track_caller]
+    fn expect_stat(&self, stat: Stat) {
+        let slot = self.stats.get(stat.index).filter(|_| stat.layout == self.id);
+        let same = |slot: &Slot| (slot.offset, slot.shape) == (stat.offset, stat.shape);
+        assert!(
+            slot.is_some_and(same),
+            "arena: the statistic {:?} belongs to another layout",
+            stat.shape
+        );
+    }
+
     fn fresh(&self, name: String) -> String {
         let taken = self.params.iter().chain(&self.stats).any(|s| s.name == name);
         assert!(!taken, "layout: two slots are named {name}: slot names are unique");
@@ -207,8 +259,13 @@ fn truncated_normal(rng: &mut Philox) -> f64 {
     }
 }
 
+/// The offset of the next slot.
+#[track_caller]
 fn end(slots: &[Slot]) -> usize {
-    slots.last().map_or(0, |s| (s.offset + s.shape.elements()).next_multiple_of(SLOT_ALIGNMENT))
+    let Some(last) = slots.last() else { return 0 };
+    let end = last.offset.checked_add(last.shape.elements());
+    let end = end.and_then(|end| end.checked_next_multiple_of(SLOT_ALIGNMENT));
+    end.expect("layout: the slots have more elements than memory can hold")
 }
 
 /// The values, gradients and running statistics of a layout.
@@ -340,12 +397,19 @@ impl Arena {
     }
 
     /// A parameter's value, sharing the arena's memory: drop it before the next update.
+    ///
+    /// # Panics
+    /// If the parameter belongs to another layout.
+    #[track_caller]
     pub fn value(&self, param: Param) -> Tensor {
+        self.layout.expect_param(param);
         self.values.slice(param.offset, param.shape)
     }
 
     /// A parameter's value for use on a tape.
+    #[track_caller]
     pub(crate) fn working_value(&self, param: Param) -> Tensor {
+        self.layout.expect_param(param);
         match &*self.working.borrow() {
             Some(working) if param.kind.is_multiplied() => {
                 debug_assert!(!self.stale.get(), "a tape refreshes the working copy first");
@@ -372,14 +436,21 @@ impl Arena {
     /// A parameter's value, for writing.
     ///
     /// # Panics
-    /// If a tensor still shares the arena's memory.
+    /// If a tensor still shares the arena's memory or the parameter belongs to another layout.
+    #[track_caller]
     pub fn value_mut(&mut self, param: Param) -> crate::tensor::TensorMut<'_> {
+        self.layout.expect_param(param);
         self.stale.set(true);
         self.values.view_mut().slice(param.offset, param.shape)
     }
 
     /// A copy of a parameter's gradient.
+    ///
+    /// # Panics
+    /// If the parameter belongs to another layout.
+    #[track_caller]
     pub fn gradient(&self, param: Param) -> Tensor {
+        self.layout.expect_param(param);
         self.gradients.borrow().slice(param.offset, param.shape).copy()
     }
 
@@ -397,11 +468,15 @@ impl Arena {
         &self.gradients
     }
 
+    #[track_caller]
     pub(crate) fn stat(&self, stat: Stat) -> Tensor {
+        self.layout.expect_stat(stat);
         self.statistics.borrow().slice(stat.offset, stat.shape)
     }
 
+    #[track_caller]
     pub(crate) fn update_stat(&self, stat: Stat, f: impl FnOnce(crate::tensor::TensorMut<'_>)) {
+        self.layout.expect_stat(stat);
         let mut statistics = self.statistics.borrow_mut();
         f(statistics.view_mut().slice(stat.offset, stat.shape));
     }
@@ -464,6 +539,38 @@ mod tests {
         let reference = Arena::new(&layout, &Device::reference(), 3);
         let cpu = Arena::new(&layout, &Device::cpu(1).unwrap(), 3);
         assert_eq!(reference.values().to_f64(), cpu.values().to_f64());
+    }
+
+    #[test]
+    fn handles_of_another_layout_are_refused() {
+        let make = |sizes: [usize; 2]| {
+            let mut layout = Layout::new();
+            let param = |layout: &mut Layout, name: &str, n| {
+                layout.param(name, [n], SlotKind::Bias, Init::Constant(n as f64))
+            };
+            let param = sizes.map(|n| param(&mut layout, &format!("p{n}"), n))[0];
+            (param, layout.stat("mean", 3, SlotKind::RunningMean, 0.0), layout)
+        };
+        let ((param, stat, layout), (other, other_stat, _)) = (make([4, 5]), make([4, 5]));
+        let mut grown = layout.clone();
+        let later = grown.param("later", [4], SlotKind::Bias, Init::Constant(0.0));
+        let mut arena = Arena::new(&Arc::new(layout), &Device::reference(), 1);
+        assert_eq!(arena.value(param).to_f64(), [4.0; 4]);
+        assert_eq!(arena.stat(stat).to_f64(), [0.0; 3]);
+        let mut refused = |f: &dyn Fn(&mut Arena)| {
+            let call = std::panic::AssertUnwindSafe(|| f(&mut arena));
+            let panic = std::panic::catch_unwind(call).unwrap_err();
+            let message = panic.downcast_ref::<String>().unwrap();
+            assert!(message.contains("belongs to another layout"), "{message}");
+        };
+        for param in [other, later] {
+            refused(&|arena| drop(arena.value(param)));
+            refused(&|arena| drop(arena.working_value(param)));
+            refused(&|arena| drop(arena.gradient(param)));
+            refused(&|arena| arena.value_mut(param).fill(0.0));
+        }
+        refused(&|arena| drop(arena.stat(other_stat)));
+        refused(&|arena| arena.update_stat(other_stat, |_| ()));
     }
 
     #[test]

@@ -16,7 +16,7 @@
 use std::borrow::Cow;
 use std::cell::{RefCell, RefMut};
 
-use crate::arena::{Arena, Param, Stat};
+use crate::arena::{Arena, Layout, Param, Stat};
 use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
 use crate::error::Result;
 use crate::tensor::{DType, Shape, Tensor, TensorMut};
@@ -148,7 +148,7 @@ impl<'a> Tape<'a> {
     /// If the tensor lives on another device than the arena.
     #[track_caller]
     pub fn input<'t>(&'t self, value: &Tensor) -> Var<'t> {
-        assert!(value.device().same(self.device()), "input: the tensor lives on another device");
+        value.expect_on(self.device(), "input");
         Var { tape: self, value: value.clone(), id: VarId::Constant }
     }
 
@@ -160,17 +160,29 @@ impl<'a> Tape<'a> {
     }
 
     /// Puts a parameter of the arena on the tape.
+    ///
+    /// # Panics
+    /// If the parameter belongs to another layout than the arena's.
+    #[track_caller]
     pub fn param<'t>(&'t self, param: Param) -> Var<'t> {
         let id = if self.mode.gradients { VarId::Param(param) } else { VarId::Constant };
         Var { tape: self, value: self.arena.working_value(param), id }
     }
 
     /// The current value of a running statistic.
+    ///
+    /// # Panics
+    /// If the statistic belongs to another layout than the arena's.
+    #[track_caller]
     pub fn stat(&self, stat: Stat) -> Tensor {
         self.arena.stat(stat)
     }
 
     /// Updates a running statistic, unless the tape's mode leaves running statistics unchanged.
+    ///
+    /// # Panics
+    /// If the statistic belongs to another layout than the arena's.
+    #[track_caller]
     pub fn update_stat(&self, stat: Stat, f: impl FnOnce(TensorMut<'_>)) {
         if self.mode.update_running {
             self.arena.update_stat(stat, f);
@@ -179,6 +191,10 @@ impl<'a> Tape<'a> {
 
     /// Records an operation that made `value` from `inputs`. `backward` gets the gradient of `value` and adds to the gradients
     /// of the inputs. If no input wants a gradient, `backward` and its saved tensors are dropped at once.
+    ///
+    /// # Panics
+    /// If an input is on another tape or `value` lives on another device than the arena.
+    #[track_caller]
     pub fn record<'t>(
         &'t self,
         name: &'static str,
@@ -187,10 +203,22 @@ impl<'a> Tape<'a> {
         backward: impl FnOnce(Tensor, &mut Gradients<'_>) + 'static,
     ) -> Var<'t> {
         trace_operation(name);
+        self.expect_inputs(name, inputs);
+        value.expect_on(self.device(), name);
         if inputs.iter().any(|input| input.wants_gradient()) {
             self.push(name, value, Some(Box::new(backward)))
         } else {
             Var { tape: self, value, id: VarId::Constant }
+        }
+    }
+
+    /// Panics unless all inputs of the operation `name` are on this tape. Operations of several inputs call it before they
+    /// compute: a value of another tape may live on another device.
+    #[track_caller]
+    pub(crate) fn expect_inputs(&self, name: &str, inputs: &[&Var<'_>]) {
+        for input in inputs {
+            let same = std::ptr::addr_eq(input.tape, self);
+            assert!(same, "{name}: an input {:?} is on another tape", input.shape());
         }
     }
 
@@ -219,8 +247,9 @@ impl<'a> Tape<'a> {
         let mut nodes = std::mem::take(&mut *self.nodes.borrow_mut());
         let mut gradients = Gradients {
             device: self.device(),
+            layout: self.arena.layout(),
             nodes: nodes.iter().map(|_| None).collect(),
-            dtypes: nodes.iter().map(|node| node.dtype).collect(),
+            values: nodes.iter().map(|node| (node.shape, node.dtype)).collect(),
             arena: self.arena.gradients_cell().borrow_mut(),
         };
         gradients.add(root, seed);
@@ -241,9 +270,10 @@ impl<'a> Tape<'a> {
 #[derive(Debug)]
 pub struct Gradients<'g> {
     device: &'g Device,
+    layout: &'g Layout,
     nodes: Vec<Option<Tensor>>,
-    /// The dtypes of the nodes' values.
-    dtypes: Vec<DType>,
+    /// Shape and dtype of the nodes' values.
+    values: Vec<(Shape, DType)>,
     arena: RefMut<'g, Tensor>,
 }
 
@@ -253,21 +283,22 @@ impl Gradients<'_> {
     /// of their value.
     ///
     /// # Panics
-    /// If `shape` is not the shape of the value.
+    /// If `shape` is not the shape of the value, or the value is on another tape.
     #[track_caller]
     pub fn target(&mut self, id: VarId, shape: &Shape) -> Option<(TensorMut<'_>, bool)> {
         match id {
             VarId::Constant => None,
             VarId::Param(param) => {
+                self.layout.expect_param(param);
                 assert_eq!(param.shape(), shape, "a gradient's shape must be its parameter's");
                 Some((self.arena.view_mut().slice(param.offset(), *shape), true))
             }
             VarId::Node(index) => {
+                let (of_value, dtype) = self.value(index);
+                assert_eq!(&of_value, shape, "a gradient's shape must be its value's");
                 let slot = &mut self.nodes[index];
                 let accumulate = slot.is_some();
-                let dtype = self.dtypes[index];
                 let tensor = slot.get_or_insert_with(|| Tensor::empty(self.device, dtype, *shape));
-                assert_eq!(tensor.shape(), shape, "two gradients of one value differ in shape");
                 if !tensor.is_unique() {
                     *tensor = tensor.copy(); // an `add` shared it with another value's gradient
                 }
@@ -288,7 +319,7 @@ impl Gradients<'_> {
         let dtype = match id {
             VarId::Constant => return None,
             VarId::Param(_) => self.arena.dtype(),
-            VarId::Node(index) => self.dtypes[index],
+            VarId::Node(index) => self.value(index).1,
         };
         if dtype == like.dtype() {
             return self.target(id, like.shape());
@@ -297,18 +328,30 @@ impl Gradients<'_> {
     }
 
     /// Adds `dx` to the gradient of `id`, in the gradient's dtype. The first one of that dtype is kept without a copy.
+    ///
+    /// # Panics
+    /// If the shape of `dx` is not the shape of the value, `dx` lives on another device, or the value is on another tape.
     #[track_caller]
     pub fn add(&mut self, id: VarId, dx: Tensor) {
-        if let VarId::Node(index) = id
-            && self.nodes[index].is_none()
-        {
-            self.nodes[index] = Some(dx.cast(self.dtypes[index]));
-            return;
+        dx.expect_on(self.device, "backward");
+        if let VarId::Node(index) = id {
+            let (shape, dtype) = self.value(index);
+            assert_eq!(&shape, dx.shape(), "a gradient's shape must be its value's");
+            if self.nodes[index].is_none() {
+                self.nodes[index] = Some(dx.cast(dtype));
+                return;
+            }
         }
         let device = self.device;
         if let Some((mut target, _)) = self.target(id, dx.shape()) {
             crate::tensor::add_into(device, &mut target, &dx);
         }
+    }
+
+    /// Shape and dtype of a node's value.
+    #[track_caller]
+    fn value(&self, index: usize) -> (Shape, DType) {
+        *self.values.get(index).expect("a gradient of a value on another tape")
     }
 }
 
@@ -484,4 +527,117 @@ pub(crate) fn evaluate_in_step(
 ) -> Tensor {
     let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
     f(&Tape::new(arena, mode)).value
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::arena::{Init, SlotKind};
+    use crate::ops;
+
+    fn arena(device: &Device) -> (Arena, Param) {
+        let mut layout = Layout::new();
+        let param = layout.param("w", [1, 4], SlotKind::Matrix, Init::Constant(2.0));
+        (Arena::new(&Arc::new(layout), device, 1), param)
+    }
+
+    fn ones(device: &Device) -> Tensor {
+        Tensor::from_f64(device, [1, 4], &[1.0; 4])
+    }
+
+    /// The message of the panic that `f` ends in.
+    fn refused(f: impl FnOnce()) -> String {
+        let panic = catch_unwind(AssertUnwindSafe(f)).expect_err("a panic");
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_string());
+        text.or_else(|| panic.downcast_ref::<String>().cloned()).expect("a message")
+    }
+
+    #[test]
+    fn values_of_another_tape_or_device_are_refused() {
+        let device = Device::reference();
+        let ((mut outer, p), (inner, q)) = (arena(&device), arena(&device));
+        let message = refused(|| {
+            let _ = step(&mut outer, |tape| {
+                let x = tape.param(p);
+                let value = evaluate(&inner, |tape| ops::linear(&x, &tape.param(q), None));
+                tape.input(&value.expect("the reference device does not fail"))
+            });
+        });
+        assert!(message.contains("linear: an input [1, 4] is on another tape"), "{message}");
+        let elsewhere = ones(&Device::cpu(1).unwrap());
+        let message = refused(|| drop(evaluate(&inner, |tape| tape.input(&elsewhere))));
+        assert!(message.contains("input: a tensor [1, 4] is on another device"), "{message}");
+        let message = refused(|| {
+            let made = elsewhere.clone();
+            let _ = evaluate(&inner, |tape| tape.record("mine", made, &[], |_, _| {}));
+        });
+        assert!(message.contains("mine: a tensor [1, 4] is on another device"), "{message}");
+        let message = refused(|| drop(evaluate(&inner, |tape| tape.param(p))));
+        assert!(message.contains("belongs to another layout"), "{message}");
+    }
+
+    /// A step over an operation of one's own whose backward pass is `backward`.
+    fn custom(
+        arena: &mut Arena,
+        param: Param,
+        backward: impl FnOnce(VarId, &mut Gradients<'_>) + 'static,
+    ) -> Result<Tensor> {
+        step(arena, |tape| {
+            let x = ops::relu(&tape.param(param));
+            let (id, scalar) = (x.id(), Tensor::zeros(tape.device(), []));
+            tape.record("mine", scalar, &[&x], move |_, gradients| backward(id, gradients))
+        })
+    }
+
+    #[test]
+    fn gradients_that_do_not_belong_are_refused() {
+        let device = Device::reference();
+        let ((mut arena, param), (_, other)) = (arena(&device), arena(&device));
+        let wide = Tensor::zeros(&device, [1, 5]);
+        let message = refused(|| drop(custom(&mut arena, param, move |id, g| g.add(id, wide))));
+        assert!(message.contains("a gradient's shape must be its value's"), "{message}");
+        let elsewhere = ones(&Device::cpu(1).unwrap());
+        let message =
+            refused(|| drop(custom(&mut arena, param, move |id, g| g.add(id, elsewhere))));
+        assert!(message.contains("backward: a tensor [1, 4] is on another device"), "{message}");
+        let dx = ones(&device);
+        let message = refused(|| {
+            drop(custom(&mut arena, param, move |_, g| g.add(VarId::Node(7), dx)));
+        });
+        assert!(message.contains("a value on another tape"), "{message}");
+        let dx = ones(&device);
+        let message = refused(|| {
+            drop(custom(&mut arena, param, move |_, g| g.add(VarId::Param(other), dx)));
+        });
+        assert!(message.contains("belongs to another layout"), "{message}");
+    }
+
+    #[test]
+    fn an_arena_is_usable_after_a_panic_inside_a_step() {
+        let device = Device::cpu(1).unwrap();
+        let (mut arena, param) = arena(&device);
+        let x = ones(&device);
+        for _ in 0..2 {
+            assert_eq!(refused(|| drop(custom(&mut arena, param, |_, _| panic!("boom")))), "boom");
+            refused(|| drop(step(&mut arena, |_| panic!("boom"))));
+            let loss =
+                step(&mut arena, |tape| ops::linear(&tape.input(&x), &tape.param(param), None));
+            assert_eq!(loss.unwrap().scalar(), 8.0);
+            assert_eq!(arena.gradient(param).to_f64(), [1.0; 4]);
+        }
+    }
+
+    #[test]
+    fn tensors_outlive_the_handle_on_their_device() {
+        let device = Device::cpu(2).unwrap();
+        let (mut arena, param) = arena(&device);
+        let x = ones(&device);
+        drop(device);
+        let loss = step(&mut arena, |tape| ops::linear(&tape.input(&x), &tape.param(param), None));
+        drop(arena);
+        assert_eq!(loss.unwrap().scalar(), 8.0);
+    }
 }

@@ -78,6 +78,8 @@ mod resume;
 mod run_outputs;
 #[path = "suite/seeded.rs"]
 mod seeded;
+#[path = "suite/shape_fuzz.rs"]
+mod shape_fuzz;
 #[path = "suite/shipped_bugs.rs"]
 mod shipped_bugs;
 #[path = "suite/signatures.rs"]

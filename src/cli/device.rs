@@ -40,7 +40,7 @@ pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -
             "{threads} compute threads are asked for; the most is {MOST_THREADS}"
         )));
     }
-    let cpu = || Device::cpu(threads);
+    let cpu = || Device::cpu_with_this_thread(threads); // this thread does nothing but drive the device
     let (device, why) = match name {
         Some(Name::Cpu) => (cpu()?, String::new()),
         Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, precision)?, String::new()),

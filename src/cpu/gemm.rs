@@ -21,7 +21,11 @@ impl<'a> Matrix<'a> {
     /// A row-major matrix.
     #[track_caller]
     pub(crate) fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
-        assert!(data.len() >= rows * columns, "matrix: {rows} x {columns} in {}", data.len());
+        assert!(
+            rows.checked_mul(columns).is_some_and(|len| len <= data.len()),
+            "matrix: {rows} x {columns} in {} elements",
+            data.len()
+        );
         Self { data, rows, columns, row: columns, column: 1 }
     }
 

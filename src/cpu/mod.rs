@@ -7,7 +7,6 @@
 pub(crate) mod conv2d;
 pub(crate) mod exp;
 mod gemm;
-mod isa;
 
+pub(crate) use crate::device::Isa;
 pub(crate) use gemm::{Matrix, gemm, gemm_sequential};
-pub use isa::Isa;

@@ -4,7 +4,7 @@
 //! every request after the first step, without system calls, without splitting blocks and without a search.
 //! On a GPU a freed block may still be in use by queued work; the next owner's work is queued behind it.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
 use std::panic::Location;
 use std::sync::{Arc, Mutex};
@@ -108,16 +108,20 @@ impl Pool {
             self.lock().claim(&block);
             return block;
         }
-        let layout = layout(bytes);
         let pointer = if bytes < HUGE_PAGE {
             // SAFETY: the layout's size is not zero (`rounded`). Zeroed, because a later `&[f32]` over uninitialised
             // memory would be undefined behaviour.
-            unsafe { alloc_zeroed(layout) }
+            unsafe { alloc_zeroed(layout(bytes)) }
         } else {
             self.map(bytes).unwrap_or(std::ptr::null_mut())
         };
         if pointer.is_null() {
-            handle_alloc_error(layout);
+            let mut state = self.lock();
+            state.usage.live -= bytes;
+            state.usage.reserved -= bytes;
+            let live = gib(state.usage.live);
+            drop(state);
+            panic!("out of memory: a tensor needs {}, and tensors hold {live}", gib(bytes));
         }
         Block(pointer)
     }
@@ -125,7 +129,7 @@ impl Pool {
     /// Maps zeroed memory that starts on a huge page, if the system provides huge pages.
     fn map(&self, bytes: usize) -> std::io::Result<*mut u8> {
         // the part before the first boundary is never touched, so it takes no physical memory
-        let mut map = MmapMut::map_anon(bytes + HUGE_PAGE)?;
+        let mut map = MmapMut::map_anon(bytes.saturating_add(HUGE_PAGE))?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage); // an optimisation: failure is harmless
         let start = map.as_ptr().align_offset(HUGE_PAGE);
@@ -271,6 +275,15 @@ fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes, ALIGNMENT).expect("a tensor's size fits the address space")
 }
 
+/// The number of elements of an array with these sizes, or `None` if memory cannot hold it. Products of some of the sizes do
+/// not overflow either, even if another size is 0.
+pub(crate) fn elements(sizes: &[usize]) -> Option<usize> {
+    /// The largest element has 8 bytes, and a slice has at most `isize::MAX` bytes, less some for rounding.
+    const MOST: usize = isize::MAX as usize / 16;
+    let all = sizes.iter().try_fold(1_usize, |product, &size| product.checked_mul(size.max(1)))?;
+    (all <= MOST).then(|| if sizes.contains(&0) { 0 } else { all })
+}
+
 /// At least one byte, rounded up to whole cache lines so that neighbouring blocks never share a line.
 fn rounded(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(ALIGNMENT)
@@ -363,7 +376,10 @@ impl Memory {
     /// Copies `to.len()` bytes, starting at byte `from`, to the host. Waits for a GPU.
     #[track_caller]
     pub(crate) fn read(&self, from: usize, to: &mut [u8]) {
-        assert!(from + to.len() <= self.bytes, "a read beyond the memory's end");
+        assert!(
+            from.checked_add(to.len()).is_some_and(|end| end <= self.bytes),
+            "a read beyond the memory's end"
+        );
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in the block, as asserted.
             Some(gpu) => unsafe { gpu.download(to, self.address() + from as u64) },
@@ -374,7 +390,10 @@ impl Memory {
     /// Copies `from` from the host to byte offset `at`, queued behind earlier work on a GPU.
     #[track_caller]
     pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
-        assert!(at + from.len() <= self.bytes, "a write beyond the memory's end");
+        assert!(
+            at.checked_add(from.len()).is_some_and(|end| end <= self.bytes),
+            "a write beyond the memory's end"
+        );
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in the block, as asserted.
             Some(gpu) => unsafe { gpu.upload(self.address() + at as u64, from) },
@@ -385,12 +404,10 @@ impl Memory {
     /// Copies `bytes` bytes from offset `from` of other memory of the same device to offset `at`.
     #[track_caller]
     pub(crate) fn copy_from(&mut self, at: usize, other: &Memory, from: usize, bytes: usize) {
-        assert!(
-            at + bytes <= self.bytes
-                && from + bytes <= other.bytes
-                && self.device.same(&other.device),
-            "a copy beyond the memory's end or between devices"
-        );
+        assert!(self.device.same(&other.device), "a copy between two devices: use to_device");
+        let inside =
+            |at: usize, of: &Memory| at.checked_add(bytes).is_some_and(|end| end <= of.bytes);
+        assert!(inside(at, self) && inside(from, other), "a copy beyond the memory's end");
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in both blocks, as asserted; the blocks are distinct, because one is borrowed mutably.
             Some(gpu) => unsafe {
@@ -428,6 +445,27 @@ mod tests {
         assert_eq!(device.memory_use().live, 1024);
         drop(again);
         assert_eq!(device.memory_use().live, 0);
+    }
+
+    #[test]
+    fn numbers_of_elements_are_checked() {
+        assert_eq!(elements(&[]), Some(1));
+        assert_eq!(elements(&[2, 3, 4]), Some(24));
+        assert_eq!(elements(&[2, 0, 4]), Some(0));
+        assert_eq!(elements(&[3, 12_297_829_382_473_034_411]), None); // 1 modulo 2^64
+        assert_eq!(elements(&[0, 1 << 40, 1 << 40]), None);
+        assert_eq!(elements(&[1 << 60]), None);
+    }
+
+    #[test]
+    fn running_out_of_memory_is_a_panic_that_leaves_the_device_usable() {
+        let device = Device::reference();
+        let take = || drop(Memory::new(&device, isize::MAX as usize / 2));
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(take)).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert!(message.starts_with("out of memory: a tensor needs"), "{message}");
+        assert_eq!((device.memory_use().live, device.memory_use().reserved), (0, 0));
+        drop(Memory::new(&device, 1000));
     }
 
     #[test]

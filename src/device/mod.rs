@@ -6,6 +6,7 @@
 
 pub(crate) mod cuda;
 mod group;
+mod isa;
 mod memory;
 mod philox;
 mod threads;
@@ -17,8 +18,9 @@ use std::sync::Arc;
 use cuda::Gpu;
 pub use cuda::{Counts, Mix, Precision, Resources};
 pub use group::Group;
-pub(crate) use memory::Memory;
+pub(crate) use isa::Isa;
 pub use memory::MemoryUse;
+pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
 pub(crate) use trace::{
     Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
@@ -54,12 +56,25 @@ struct Inner {
 }
 
 impl Device {
-    /// The processor, with `threads` compute threads, the calling one among them; 0 takes one per core.
+    /// Makes a device on the processor with a pool of `threads` compute threads; 0 takes one per core.
+    ///
+    /// Operations wake the pool and wait for it. Wrap loops over many operations in [`Device::run`] to wake it once.
     ///
     /// # Errors
-    /// If the operating system refuses the threads.
+    /// If the operating system refuses the threads, there are too many of them, or `SELFSUP_ISA` names an instruction set
+    /// that this machine does not support.
     pub fn cpu(threads: usize) -> Result<Self> {
-        Self::build(DeviceKind::Cpu, threads, false)
+        Self::build(threads, Threads::new(threads), false)
+    }
+
+    /// Makes a device as [`Device::cpu`], with the calling thread as one of the `threads` compute threads: operations start
+    /// without waking another thread (3% of a ResNet-50 step on two cores). For programs whose main thread does nothing else:
+    /// the thread stays in the device's rayon pool for the rest of its life, even after the device is dropped.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`].
+    pub fn cpu_with_this_thread(threads: usize) -> Result<Self> {
+        Self::build(threads, Threads::with_this_thread(threads), false)
     }
 
     /// Makes an f64 reference device.
@@ -82,7 +97,7 @@ impl Device {
     /// If the GPU cannot be opened again.
     pub fn poisoned(&self) -> Self {
         match (self.kind(), self.0.pool.gpu()) {
-            (DeviceKind::Cpu, _) => Self::build(DeviceKind::Cpu, self.threads(), true)
+            (DeviceKind::Cpu, _) => Self::build(self.threads(), Threads::new(self.threads()), true)
                 .expect("the same number of threads as before"),
             (_, None) => Self::reference_with(true),
             (_, Some(gpu)) => {
@@ -103,10 +118,11 @@ impl Device {
         Self(Arc::new(Inner { kind: DeviceKind::Cuda, pool, threads: None, host: Some(host) }))
     }
 
-    fn build(kind: DeviceKind, threads: usize, poison: bool) -> Result<Self> {
-        let threads = Threads::new(threads)
-            .map_err(|e| Error::Device(format!("cannot start {threads} compute threads: {e}")))?;
-        let pool = Pool::new(poison, None);
+    fn build(count: usize, threads: Result<Threads, String>, poison: bool) -> Result<Self> {
+        Isa::selected()?;
+        let threads = threads
+            .map_err(|e| Error::Device(format!("cannot start {count} compute threads: {e}")))?;
+        let (kind, pool) = (DeviceKind::Cpu, Pool::new(poison, None));
         Ok(Self(Arc::new(Inner { kind, pool, threads: Some(threads), host: None })))
     }
 

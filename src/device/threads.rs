@@ -1,47 +1,77 @@
 //! The compute threads of the processor.
 //!
-//! The thread that makes a device is one of them: an operation then starts at once, where a pool of other threads would
-//! have to be woken for each (3% of a ResNet-50 step on two cores). From any other thread work goes to a pool that is
-//! made when it is first needed, since the maker may be busy elsewhere and would never take it up.
+//! A pool has threads of its own, and the caller of [`Threads::run`] waits for them. A program whose thread does nothing but
+//! drive a device can make that thread one of the compute threads ([`Threads::with_this_thread`]): operations then start
+//! without waking another thread (3% of a ResNet-50 step on two cores). rayon ties such a thread to the pool for the rest of
+//! the thread's life, so that this is never done without being asked for.
 
 use std::sync::OnceLock;
 use std::thread::ThreadId;
 
-use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// The most threads of a device: more are a mistake, and starting them would take the machine down with it.
+const MAX_THREADS: usize = 4096;
 
 #[derive(Debug)]
 pub(super) struct Threads {
-    maker: ThreadId,
     pool: ThreadPool,
-    /// For callers other than the maker.
+    /// For a pool that its maker is one of the threads of.
+    maker: Option<Maker>,
+}
+
+#[derive(Debug)]
+struct Maker {
+    id: ThreadId,
+    /// For callers on other threads: the maker may be busy elsewhere and would never take up its share.
     others: OnceLock<ThreadPool>,
 }
 
 impl Threads {
-    /// `count` threads, the calling one among them; 0 takes one per core.
-    pub(super) fn new(count: usize) -> Result<Self, ThreadPoolBuildError> {
-        // A thread can belong to one pool only. A second device made by the same thread gets a pool without it.
-        let pool =
-            builder(count).use_current_thread().build().or_else(|_| builder(count).build())?;
-        Ok(Self { maker: std::thread::current().id(), pool, others: OnceLock::new() })
+    /// A pool of `count` threads; 0 takes one per core.
+    pub(super) fn new(count: usize) -> Result<Self, String> {
+        let pool = checked(count)?.build().map_err(|e| e.to_string())?;
+        Ok(Self { pool, maker: None })
+    }
+
+    /// A pool of `count` threads, the calling one among them for the rest of its life; 0 takes one per core. The calling
+    /// thread stays outside if it belongs to a pool already.
+    pub(super) fn with_this_thread(count: usize) -> Result<Self, String> {
+        match checked(count)?.use_current_thread().build() {
+            Ok(pool) => {
+                let id = std::thread::current().id();
+                Ok(Self { pool, maker: Some(Maker { id, others: OnceLock::new() }) })
+            }
+            Err(_) => Self::new(count),
+        }
     }
 
     pub(super) fn count(&self) -> usize {
         self.pool.current_num_threads()
     }
 
-    /// Runs `f` where rayon's parallel iterators use these threads.
+    /// Runs `f` so that rayon's parallel iterators use these threads.
     pub(super) fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        let inside =
-            std::thread::current().id() == self.maker || self.pool.current_thread_index().is_some();
-        if inside { self.pool.install(f) } else { self.others().install(f) }
+        match &self.maker {
+            Some(maker)
+                if std::thread::current().id() != maker.id
+                    && self.pool.current_thread_index().is_none() =>
+            {
+                let count = self.count();
+                let build = || builder(count).build().expect("as many threads as the device has");
+                maker.others.get_or_init(build).install(f)
+            }
+            _ => self.pool.install(f),
+        }
     }
+}
 
-    fn others(&self) -> &ThreadPool {
-        self.others.get_or_init(|| {
-            builder(self.count()).build().expect("as many threads as the device has already")
-        })
+/// A builder for `count` threads.
+fn checked(count: usize) -> Result<ThreadPoolBuilder, String> {
+    if count > MAX_THREADS {
+        return Err(format!("at most {MAX_THREADS} are supported"));
     }
+    Ok(builder(count))
 }
 
 fn builder(count: usize) -> ThreadPoolBuilder {
@@ -54,21 +84,57 @@ mod tests {
 
     use super::*;
 
+    fn count_to(n: usize) -> usize {
+        (0..n).into_par_iter().count()
+    }
+
     #[test]
     fn any_thread_may_run_work_on_a_device_that_another_made() {
-        let threads = Threads::new(1).unwrap();
-        let sum = || (0..100).into_par_iter().sum::<i32>();
-        assert_eq!(threads.run(sum), 4950);
-        // The maker waits here outside of rayon: nobody but the other pool can do the work.
-        let from_another = std::thread::scope(|s| s.spawn(|| threads.run(sum)).join().unwrap());
-        assert_eq!(from_another, 4950);
+        for make in [Threads::new, Threads::with_this_thread] {
+            let threads = make(1).unwrap();
+            assert_eq!(threads.run(|| count_to(100)), 100);
+            // The maker waits here outside of rayon, so its own pool cannot do the work.
+            let from_another =
+                std::thread::scope(|s| s.spawn(|| threads.run(|| count_to(100))).join().unwrap());
+            assert_eq!(from_another, 100);
+        }
     }
 
     #[test]
     fn a_thread_may_make_several_devices_and_use_one_inside_another() {
-        let (first, second) = (Threads::new(2).unwrap(), Threads::new(3).unwrap());
-        assert_eq!((first.count(), second.count()), (2, 3));
-        assert_eq!(first.run(|| second.run(|| (0..100).into_par_iter().count())), 100);
-        assert_eq!(second.run(|| first.run(|| (0..100).into_par_iter().count())), 100);
+        for make in [Threads::new, Threads::with_this_thread] {
+            let (first, second) = (make(2).unwrap(), make(3).unwrap());
+            assert_eq!((first.count(), second.count()), (2, 3));
+            assert_eq!(first.run(|| second.run(|| count_to(100))), 100);
+            assert_eq!(second.run(|| first.run(|| count_to(100))), 100);
+        }
+    }
+
+    #[test]
+    fn a_device_does_not_bind_the_thread_that_makes_it() {
+        let work = || {
+            let before = rayon::current_num_threads();
+            let threads = Threads::new(before + 1).unwrap();
+            assert_eq!(threads.run(rayon::current_num_threads), before + 1);
+            assert_eq!(
+                (rayon::current_num_threads(), rayon::current_thread_index()),
+                (before, None)
+            );
+            drop(threads);
+            assert_eq!(
+                (rayon::current_num_threads(), rayon::current_thread_index()),
+                (before, None)
+            );
+        };
+        std::thread::scope(|s| s.spawn(work).join().unwrap());
+    }
+
+    #[test]
+    fn absurd_numbers_of_threads_are_refused() {
+        for make in [Threads::new, Threads::with_this_thread] {
+            for count in [MAX_THREADS + 1, 1_000_000, usize::MAX] {
+                assert!(make(count).unwrap_err().contains("at most 4096"));
+            }
+        }
     }
 }

@@ -20,7 +20,14 @@ pub fn ema(target: &mut Arena, online: &Arena, momentum: &Numbers<f64>) {
     let on_device = momentum.tensor();
     let [momentum] = *momentum.values() else { panic!("ema: the momentum must be one number") };
     assert!((0.0..=1.0).contains(&momentum), "ema: momentum {momentum} is not in 0..=1");
-    assert_eq!(target.values().len(), online.values().len(), "ema: two different layouts");
+    let (of_target, of_online) = (target.layout(), online.layout());
+    assert!(of_target.has_slots_of(of_online), "ema: two different layouts");
+    for arena in [&*target, online] {
+        let len = arena.values().len();
+        assert_eq!(len, arena.layout().len(), "ema: the arena's values were replaced");
+    }
+    online.values().expect_on(target.device(), "ema");
+    on_device.expect_on(target.device(), "ema");
     match online.device().kind() {
         DeviceKind::Cpu => average::<f32>(target, online, momentum),
         DeviceKind::Cuda => super::cuda::ema(target, online, on_device.device_in()),

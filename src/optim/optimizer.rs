@@ -259,11 +259,28 @@ impl Optimizer {
     /// # Panics
     /// If the arena's device or layout is not that of the optimiser.
     pub fn update(&mut self, arena: &mut Arena) {
+        arena.values().expect_on(self.momentum.device(), "optimizer");
+        let slots = arena.layout().params();
+        let same = |(segment, slot): (&Segment, &Slot)| {
+            (segment.offset, segment.len) == (slot.offset, slot.shape.elements())
+        };
+        assert!(
+            slots.len() == self.segments.len() && self.segments.iter().zip(slots).all(same),
+            "optimizer: the arena has another layout"
+        );
+        for (what, tensor) in [("values", arena.values()), ("momentum", &self.momentum)] {
+            let len = arena.layout().len();
+            assert_eq!(
+                tensor.len(),
+                len,
+                "optimizer: a tensor of another length replaced the {what}"
+            );
+        }
         let lr = self.rate.values()[0];
         match arena.device().kind() {
             DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
             DeviceKind::Cuda => {
-                let tables = self.tables.as_ref().expect("optimizer: made for another device");
+                let tables = self.tables.as_ref().expect("made with the optimizer on a GPU");
                 let lr = self.rate.tensor().device_in();
                 tables.step(self.rule, arena, &mut self.momentum, lr);
             }

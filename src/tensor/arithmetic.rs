@@ -22,7 +22,10 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
 }
 
 /// `sum += x`, in the dtype of `sum`.
+#[track_caller]
 pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
+    assert_eq!(sum.shape().elements(), x.len(), "sum: {:?} into {:?}", x.shape(), sum.shape());
+    x.expect_on(device, "sum");
     match device.kind() {
         DeviceKind::Cpu => {
             let (sum, x) = (sum.data_mut::<f32>(), x.data::<f32>());

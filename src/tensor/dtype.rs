@@ -4,7 +4,7 @@ use std::fmt;
 
 use half::bf16;
 
-use crate::device::{Device, DeviceKind, Precision};
+use crate::device::{Device, DeviceKind, Precision, elements};
 
 /// The type of a tensor's elements, known at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +46,17 @@ impl DType {
     }
 }
 
+/// Only types whose size is that of their dtype are elements.
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+    impl Sealed for i32 {}
+}
+
 /// A Rust type that a tensor can hold.
-pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug {
+pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug + sealed::Sealed {
     /// Its dtype.
     const DTYPE: DType;
 }
@@ -89,7 +98,8 @@ impl Float for f64 {
     }
 }
 
-/// Up to four sizes, outermost first; a shape without sizes is that of a scalar.
+/// Up to four sizes, outermost first; a shape without sizes is that of a scalar. Its number of elements fits into memory:
+/// making a larger shape panics.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
     pub(super) dims: [usize; 4],
@@ -99,7 +109,7 @@ pub struct Shape {
 impl Shape {
     /// The product of the sizes: 1 for a scalar.
     pub fn elements(&self) -> usize {
-        self.iter().product()
+        self.iter().product() // does not overflow: every shape was checked when it was made
     }
 }
 
@@ -114,6 +124,10 @@ impl From<&[usize]> for Shape {
     #[track_caller]
     fn from(sizes: &[usize]) -> Self {
         assert!(sizes.len() <= 4, "shape {sizes:?} has more than four sizes");
+        assert!(
+            elements(sizes).is_some(),
+            "shape {sizes:?} has more elements than memory can hold"
+        );
         let mut dims = [1; 4];
         dims[..sizes.len()].copy_from_slice(sizes);
         Self { dims, rank: sizes.len() }

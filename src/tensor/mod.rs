@@ -202,11 +202,7 @@ impl Tensor {
     #[track_caller]
     pub fn slice(&self, offset: usize, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
-        assert!(
-            offset + shape.elements() <= self.len(),
-            "slice of {shape:?} at element {offset} does not lie in {:?}",
-            self.shape
-        );
+        check_slice(offset, &shape, &self.shape);
         Self { memory: self.memory.clone(), offset: self.offset + offset, shape, dtype: self.dtype }
     }
 
@@ -216,8 +212,13 @@ impl Tensor {
     /// If the tensor is a scalar or has fewer rows.
     #[track_caller]
     pub fn rows(&self, from: usize, count: usize) -> Self {
-        let (rows, inner) = (self.shape[0], &self.shape[1..]);
-        assert!(from + count <= rows, "rows {from}..{} of {rows} rows", from + count);
+        let Some((&rows, inner)) = self.shape.split_first() else {
+            panic!("rows {from} and {count} more of a scalar")
+        };
+        assert!(
+            from.checked_add(count).is_some_and(|end| end <= rows),
+            "{count} rows from row {from} on do not lie in {rows} rows"
+        );
         let mut shape = self.shape;
         shape.dims[0] = count;
         self.slice(from * inner.iter().product::<usize>(), shape)
@@ -288,13 +289,24 @@ impl Tensor {
         to
     }
 
+    /// Panics unless the tensor lives on `device`; `operation` names what needs it there.
+    #[track_caller]
+    pub(crate) fn expect_on(&self, device: &Device, operation: &str) {
+        assert!(
+            self.device().same(device),
+            "{operation}: a tensor {:?} is on another device: copy it with to_device",
+            self.shape
+        );
+    }
+
     /// The address of the elements, for a kernel to read.
     ///
     /// # Panics
-    /// If `T` is not the tensor's dtype.
+    /// If `T` is not the tensor's dtype or the tensor is not on a GPU.
     #[track_caller]
     pub(crate) fn device_in<T: Element>(&self) -> In<'_, T> {
         assert_eq!(self.dtype, T::DTYPE, "a kernel reads a dtype that is not the tensor's");
+        let _ = self.device().gpu();
         In::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
     }
 
@@ -306,6 +318,15 @@ impl Tensor {
     pub(crate) fn device_out<T: Element>(&mut self) -> Out<'_, T> {
         self.view_mut().into_out()
     }
+}
+
+/// Panics unless `shape` elements from `offset` on lie inside a tensor of shape `of`.
+#[track_caller]
+fn check_slice(offset: usize, shape: &Shape, of: &Shape) {
+    assert!(
+        offset.checked_add(shape.elements()).is_some_and(|end| end <= of.elements()),
+        "slice of {shape:?} at element {offset} does not lie in {of:?}"
+    );
 }
 
 impl fmt::Debug for Tensor {
@@ -440,6 +461,7 @@ impl<'a> TensorMut<'a> {
     #[track_caller]
     fn into_out<T: Element>(self) -> Out<'a, T> {
         assert_eq!(self.dtype, T::DTYPE, "a kernel writes a dtype that is not the tensor's");
+        let _ = self.memory.device().gpu();
         Out::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
     }
 
@@ -454,11 +476,7 @@ impl<'a> TensorMut<'a> {
     /// If they do not lie inside the view.
     #[track_caller]
     pub fn slice(self, offset: usize, shape: Shape) -> TensorMut<'a> {
-        assert!(
-            offset + shape.elements() <= self.shape.elements(),
-            "slice of {shape:?} at element {offset} does not lie in {:?}",
-            self.shape
-        );
+        check_slice(offset, &shape, &self.shape);
         TensorMut { offset: self.offset + offset, shape, ..self }
     }
 
@@ -495,6 +513,32 @@ mod tests {
         assert_eq!(middle.data::<f64>(), &values[3..9]);
         assert!(!x.is_unique());
         assert_eq!(middle.rows(1, 1).data::<f64>(), &values[6..9]);
+    }
+
+    #[test]
+    fn ranges_that_wrap_around_are_refused() {
+        let device = Device::reference();
+        let x = Tensor::from_f64(&device, [4, 2], &[0.0; 8]);
+        let (part, rows) = (x.slice(4, [4]), x.rows(2, 2));
+        let refused = |what: &str, f: &dyn Fn()| {
+            let f = std::panic::AssertUnwindSafe(f);
+            let panic = std::panic::catch_unwind(f).expect_err(what);
+            let message = panic.downcast_ref::<String>().unwrap();
+            assert!(message.contains(what), "{message}");
+        };
+        for offset in [usize::MAX, usize::MAX - 3, 4, 1 << 62] {
+            refused("does not lie in", &|| drop(part.slice(offset, [1])));
+            refused("do not lie in", &|| drop(rows.rows(offset, 1)));
+            refused("does not lie in", &|| {
+                let mut y = Tensor::zeros(&device, [4]);
+                y.view_mut().slice(offset, [1].into()).fill(1.0);
+            });
+        }
+        refused("of a scalar", &|| drop(Tensor::zeros(&device, []).rows(0, 1)));
+        refused("more elements than memory can hold", &|| {
+            drop(Tensor::zeros(&device, [3, 12_297_829_382_473_034_411]));
+        });
+        refused("more elements than memory can hold", &|| drop(x.reshape([1 << 32, 1 << 32, 8])));
     }
 
     #[test]

@@ -158,9 +158,6 @@ pub fn run(
     workspace: &mut [f32],
     accumulate: bool,
 ) {
-    if out.is_empty() {
-        return;
-    }
     let plan = CorrelationPlan::new(p, isa);
     if plan.empty {
         if !accumulate {

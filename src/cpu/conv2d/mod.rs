@@ -29,9 +29,9 @@ mod weight;
 mod winograd;
 mod winograd_weight;
 
-pub use super::Isa;
 pub use dims::Conv2dDims;
 
+use super::Isa;
 use problem::Problem;
 
 /// A direction of the convolution.
@@ -125,6 +125,9 @@ fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
 }
 
 fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
+    if d.is_empty() {
+        return 0;
+    }
     use {Algorithm::*, Direction::*};
     match (direction, Algorithm::select(d, direction)) {
         (Forward, Direct) => correlation::workspace_len(&Problem::forward(d), isa),
@@ -148,6 +151,9 @@ fn forward_on(
     d: &Conv2dDims,
 ) {
     let workspace = checked(isa, d, Direction::Forward, [x.len(), w.len(), y.len()], workspace);
+    if d.is_empty() {
+        return y.fill(0.0);
+    }
     match Algorithm::select(d, Direction::Forward) {
         Algorithm::Direct => {
             correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
@@ -170,6 +176,12 @@ fn data_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::DataGradient, [dx.len(), w.len(), dy.len()], workspace);
+    if d.is_empty() {
+        if !accumulate {
+            dx.fill(0.0);
+        }
+        return;
+    }
     match Algorithm::select(d, Direction::DataGradient) {
         Algorithm::Direct => {
             correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
@@ -193,6 +205,12 @@ fn weight_gradient_on(
 ) {
     let workspace =
         checked(isa, d, Direction::WeightGradient, [x.len(), dw.len(), dy.len()], workspace);
+    if d.is_empty() {
+        if !accumulate {
+            dw.fill(0.0);
+        }
+        return;
+    }
     match Algorithm::select(d, Direction::WeightGradient) {
         Algorithm::Direct => weight::run(d, isa, dw, x, dy, workspace, accumulate),
         Algorithm::Winograd => {

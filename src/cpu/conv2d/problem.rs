@@ -83,9 +83,10 @@ impl Problem {
         if self.gradient { self.stride } else { 1 }
     }
 
+    /// The phases that have outputs.
     pub fn phases(self) -> impl Iterator<Item = Phase> {
-        let step = self.step();
-        (0..step * step).map(move |i| self.phase(i / step, i % step))
+        let (rows, columns) = (self.step().min(self.out_h), self.step().min(self.out_w));
+        (0..rows * columns).map(move |i| self.phase(i / columns, i % columns))
     }
 
     pub fn phase(&self, row0: usize, column0: usize) -> Phase {

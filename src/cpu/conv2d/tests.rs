@@ -34,12 +34,8 @@ impl Random {
 
 /// The dims for `[n, h, w, c]`, `[k, r, s]`, stride and padding.
 fn dims(image: [usize; 4], filter: [usize; 3], stride: usize, pad: usize) -> Conv2dDims {
-    let ([n, h, w, c], [k, r, s]) = (image, filter);
-    let outputs =
-        |len: usize, taps: usize| (len + 2 * pad).checked_sub(taps).map(|l| l / stride + 1);
-    let p = outputs(h, r).expect("the filter is no taller than the padded image");
-    let q = outputs(w, s).expect("the filter is no wider than the padded image");
-    Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad }
+    let [k, r, s] = filter;
+    Conv2dDims::new(image, [k, r, s, image[3]], stride, pad)
 }
 
 /// Calls `add` with the offsets of image, filter and output for every product in the sum.
@@ -192,6 +188,13 @@ fn check_run(
 fn table() -> Vec<Conv2dDims> {
     vec![
         dims([0, 4, 4, 3], [5, 3, 3], 1, 1),
+        dims([0, 4, 4, 3], [5, 1, 1], 1, 0), // no images for a GEMM
+        dims([0, 8, 8, 64], [32, 3, 3], 1, 1), // nor for Winograd
+        dims([2, 4, 4, 0], [5, 3, 3], 1, 1), // no input channels
+        dims([2, 4, 4, 3], [0, 3, 3], 1, 1), // no filters
+        dims([2, 0, 4, 3], [5, 2, 2], 1, 1), // no input rows
+        dims([2, 3, 2, 5], [6, 2, 2], usize::MAX, 1), // one output
+        dims([1, 40, 1, 3], [2, 3, 1], 40, 0), // fewer columns than phases
         dims([1, 1, 1, 1], [1, 1, 1], 1, 0),
         // images of one pixel with a stride
         dims([9, 1, 1, 16], [32, 1, 1], 2, 0),
@@ -229,7 +232,6 @@ fn table() -> Vec<Conv2dDims> {
 fn winograd_table() -> Vec<Conv2dDims> {
     let dims = |image, k| dims(image, [k, 3, 3], 1, 1);
     vec![
-        dims([0, 4, 4, 16], 16),
         dims([1, 1, 1, 16], 16),  // most of a tile is outside the image
         dims([3, 1, 2, 16], 32),  // the same in one direction
         dims([2, 3, 7, 32], 16),  // odd

@@ -180,17 +180,8 @@ fn taps(d: &Conv2dDims) -> (usize, usize) {
     if merged(d) { (1, d.s * d.c) } else { (d.s, d.c) }
 }
 
-/// A 1x1 convolution is a GEMM: every pixel becomes an image of one pixel.
-fn flattened(d: &Conv2dDims) -> Conv2dDims {
-    if (d.r, d.s, d.stride, d.pad) == (1, 1, 1, 0) {
-        Conv2dDims { n: d.n * d.h * d.w, h: 1, w: 1, p: 1, q: 1, ..*d }
-    } else {
-        *d
-    }
-}
-
 pub fn workspace_len(d: &Conv2dDims, isa: Isa) -> usize {
-    let d = &flattened(d);
+    let d = &d.flattened();
     let plan = WeightGradientPlan::new(d, isa);
     plan.chunks * (plan.sums_len(d) + plan.sets() * plan.scratch_len())
 }
@@ -205,17 +196,8 @@ pub fn run(
     workspace: &mut [f32],
     accumulate: bool,
 ) {
-    let d = &flattened(d);
+    let d = &d.flattened();
     let plan = WeightGradientPlan::new(d, isa);
-    if dw.is_empty() {
-        return;
-    }
-    if x.is_empty() || dy.is_empty() {
-        if !accumulate {
-            dw.fill(0.0);
-        }
-        return;
-    }
     let sums_len = plan.sums_len(d);
     let per_set = plan.set * plan.blocks.full() * d.r * d.s * d.c;
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * sums_len);

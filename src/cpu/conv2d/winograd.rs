@@ -172,9 +172,6 @@ pub fn run(
     workspace: &mut [f32],
     accumulate: bool,
 ) {
-    if out.is_empty() {
-        return;
-    }
     let plan = WinogradPlan::new(p, isa);
     let (filters, slots) = workspace.split_at_mut(plan.filters_len(p));
     transform_filters(p, &plan, filters, w);

@@ -104,15 +104,6 @@ pub fn run(
     accumulate: bool,
 ) {
     let plan = WinogradWeightPlan::new(d, isa);
-    if dw.is_empty() {
-        return;
-    }
-    if x.is_empty() {
-        if !accumulate {
-            dw.fill(0.0);
-        }
-        return;
-    }
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * plan.sums_len(d));
     let slots = Slots::new(scratch, plan.scratch_len(d));
     let task = Task { d, plan: &plan, x, dy };

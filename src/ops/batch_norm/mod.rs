@@ -103,6 +103,9 @@ pub(crate) fn batch_norm_by<'t>(
     with: BatchNorm<'_, 't>,
     moments: Option<Moments>,
 ) -> Var<'t> {
+    for input in [with.gain, with.shift, with.residual] {
+        x.tape().expect_inputs("batch_norm", input.as_slice());
+    }
     let dims = checked_dims(x, &with);
     let device = x.tape().device().clone();
     let (mean, inv_std) = statistics(x, with.running, dims, moments);

@@ -49,6 +49,7 @@ pub(crate) fn conv2d_with_moments<'t>(
     pad: usize,
     groups: Option<usize>,
 ) -> (Var<'t>, Option<Moments>) {
+    x.tape().expect_inputs("conv2d", &[x, w]);
     let d = Conv2dDims::new(
         x.value().dims("conv2d: the input"),
         w.value().dims("conv2d: the filters"),
@@ -85,6 +86,10 @@ pub(crate) fn forward(
     d: &Conv2dDims,
     groups: Option<usize>,
 ) -> Option<Moments> {
+    if d.is_empty() {
+        y.view_mut().fill(0.0);
+        return None;
+    }
     match x.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(x, d, Direction::Forward);
@@ -108,6 +113,12 @@ pub(crate) fn weight_gradient(
     d: &Conv2dDims,
     accumulate: bool,
 ) {
+    if d.is_empty() {
+        if !accumulate {
+            dw.fill(0.0);
+        }
+        return;
+    }
     match x.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(x, d, Direction::WeightGradient);
@@ -130,6 +141,12 @@ pub(crate) fn data_gradient(
     d: &Conv2dDims,
     accumulate: bool,
 ) {
+    if d.is_empty() {
+        if !accumulate {
+            dx.fill(0.0);
+        }
+        return;
+    }
     match dy.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(dy, d, Direction::DataGradient);

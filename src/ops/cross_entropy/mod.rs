@@ -32,6 +32,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     assert_eq!(**labels.shape(), [n], "cross_entropy: labels {:?}, {n} rows", labels.shape());
     assert!(n > 0, "cross_entropy: no rows");
     let device = x.tape().device().clone();
+    labels.expect_on(&device, "cross_entropy");
     let (x_value, labels) = (x.value().clone(), labels.clone());
     let x_id = x.id();
     if device.kind() == DeviceKind::Cuda {

@@ -27,6 +27,7 @@ use map::{map, zip};
 /// If the shapes differ.
 #[track_caller]
 pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
+    a.tape().expect_inputs("add", &[a, b]);
     assert_eq!(a.shape(), b.shape(), "add: {:?} and {:?} differ", a.shape(), b.shape());
     let [a, b] = &in_one_type(a, b);
     let y = zip!(a.value(), b.value(), |a, b| a + b, add_f32 | add_bf16);
@@ -43,6 +44,7 @@ pub fn add<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
 /// If the shapes differ.
 #[track_caller]
 pub fn mul<'t>(a: &Var<'t>, b: &Var<'t>) -> Var<'t> {
+    a.tape().expect_inputs("mul", &[a, b]);
     assert_eq!(a.shape(), b.shape(), "mul: {:?} and {:?} differ", a.shape(), b.shape());
     let [a, b] = &in_one_type(a, b);
     let y = multiplied(a.value(), b.value());

@@ -84,6 +84,10 @@ pub fn info_nce<'t>(
     negatives: &Negatives<'_>,
     temperature: f64,
 ) -> Var<'t> {
+    q.tape().expect_inputs("info_nce", &[q, k]);
+    for tensor in [Some(negatives.queue), negatives.own].into_iter().flatten() {
+        tensor.expect_on(q.tape().device(), "info_nce");
+    }
     let [n, d] = q.value().dims("info_nce: the queries");
     let [m, queue_d] = negatives.queue.dims("info_nce: the queue");
     assert_eq!(q.shape(), k.shape(), "info_nce: queries {:?}, keys {:?}", q.shape(), k.shape());

@@ -70,6 +70,7 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
 #[track_caller]
 pub fn normalize_rows(arena: &mut Arena, param: Param) {
     assert_eq!(param.shape().len(), 2, "normalize_rows: {:?} is not a matrix", param.shape());
+    arena.layout().expect_param(param);
     let (device, d) = (arena.device().clone(), param.shape()[1].max(1));
     match device.kind() {
         DeviceKind::Cpu => {

@@ -35,6 +35,8 @@ struct LinearDims {
 /// If the shapes `x [n, d]`, `w [k, d]` and `bias [k]` do not fit.
 #[track_caller]
 pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
+    x.tape().expect_inputs("linear", &[x, w]);
+    x.tape().expect_inputs("linear", bias.as_slice());
     let [n, d] = x.value().dims("linear: the input");
     let [k, w_d] = w.value().dims("linear: the weights");
     assert_eq!(d, w_d, "linear: input {:?} and weights {:?} do not fit", x.shape(), w.shape());

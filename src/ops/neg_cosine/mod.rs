@@ -29,6 +29,7 @@ use crate::tensor::Tensor;
 /// If the shapes differ or are empty.
 #[track_caller]
 pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
+    p.tape().expect_inputs("neg_cosine", &[p, z]);
     let [n, d] = p.value().dims("neg_cosine: the predictions");
     assert_eq!(p.shape(), z.shape(), "neg_cosine: {:?} and {:?} differ", p.shape(), z.shape());
     assert!(n > 0 && d > 0, "neg_cosine: the shape {:?} is empty", p.shape());

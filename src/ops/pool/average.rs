@@ -43,7 +43,11 @@ impl AvgPoolDims {
 #[track_caller]
 pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("avg_pool: the input");
-    assert!(size > 0 && stride > 0, "avg_pool: size {size}, stride {stride}");
+    let most = h.max(w).checked_add(size).and_then(|most| most.checked_mul(most));
+    assert!(
+        size > 0 && stride > 0 && most.is_some(),
+        "avg_pool: size {size}, stride {stride} over {h} x {w} images"
+    );
     let (p, q) = (h.div_ceil(stride), w.div_ceil(stride));
     let dims = AvgPoolDims { h, w, c, p, q, size, stride };
     let device = x.tape().device();
@@ -77,7 +81,7 @@ fn forward<T: Float>(y: &mut [T], x: &[T], dims: AvgPoolDims) {
     let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
     images.for_each(|(y, x)| {
         let mut sums = vec![0.0; c];
-        for (o, y) in y.chunks_exact_mut(c).enumerate() {
+        for (o, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
             sums.fill(0.0);
             let (pixels, all) = dims.window(o);
             for pixel in pixels {
@@ -93,7 +97,7 @@ fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: AvgPoolDims) {
     let images = dx.par_chunks_mut((h * w * c).max(1)).zip(dy.par_chunks((p * q * c).max(1)));
     images.for_each(|(dx, dy)| {
         dx.fill(T::narrow(0.0));
-        for (o, dy) in dy.chunks_exact(c).enumerate() {
+        for (o, dy) in dy.chunks_exact(c.max(1)).enumerate() {
             let (pixels, all) = dims.window(o);
             for pixel in pixels {
                 for (dx, dy) in dx[pixel..][..c].iter_mut().zip(dy) {

@@ -43,9 +43,12 @@ impl MaxPoolDims {
 #[track_caller]
 pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("max_pool: the input");
-    assert!(stride > 0 && 2 * pad <= size, "max_pool: size {size}, stride {stride}, pad {pad}");
     assert!(
-        size > 0 && h.min(w) + 2 * pad >= size,
+        stride > 0 && pad <= size / 2 && size <= usize::MAX / 4,
+        "max_pool: size {size}, stride {stride}, pad {pad}"
+    );
+    assert!(
+        size > 0 && h.min(w) > 0 && h.min(w) + 2 * pad >= size,
         "max_pool: {size} x {size} windows do not fit {h} x {w} images padded by {pad}"
     );
     let p = (h + 2 * pad - size) / stride + 1;
@@ -95,7 +98,7 @@ fn forward<T: Element + PartialOrd>(
     device.run(|| {
         let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
         images.for_each(|(y, x)| {
-            for (o, y) in y.chunks_exact_mut(c).enumerate() {
+            for (o, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
                 for (i, pixel) in dims.pixels(o / q, o % q).enumerate() {
                     for (y, &x) in y.iter_mut().zip(&x[pixel..pixel + c]) {
                         // `x != x`: NaN propagates.
@@ -127,7 +130,7 @@ fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
             dx.fill(T::default());
             // The gradient of each channel that is still to be assigned: the first largest pixel receives all of it.
             let mut rest = vec![T::default(); c];
-            let outputs = dy.chunks_exact(c).zip(y.chunks_exact(c));
+            let outputs = dy.chunks_exact(c.max(1)).zip(y.chunks_exact(c.max(1)));
             for (o, (dy, y)) in outputs.enumerate() {
                 rest.copy_from_slice(dy);
                 for pixel in dims.pixels(o / q, o % q) {

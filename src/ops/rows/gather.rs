@@ -20,6 +20,7 @@ pub fn gather_rows<'t>(x: &Var<'t>, index: &Tensor) -> Var<'t> {
     let rows = *x.shape().first().expect("gather_rows: a scalar has no rows");
     let [n] = index.dims("gather_rows: the index");
     let device = x.tape().device();
+    index.expect_on(device, "gather_rows");
     if device.kind() != DeviceKind::Cuda {
         let bad = index.data::<i32>().iter().find(|&&i| i < 0 || i as usize >= rows);
         assert!(bad.is_none(), "gather_rows: row {} of {rows}", bad.unwrap_or(&0));
@@ -69,6 +70,11 @@ fn scatter<T: Float>(dx: &mut Tensor, dy: &Tensor, index: &[i32]) {
 /// If `x` has fewer rows.
 #[track_caller]
 pub fn slice_rows<'t>(x: &Var<'t>, from: usize, count: usize) -> Var<'t> {
+    let rows = *x.shape().first().expect("slice_rows: a scalar has no rows");
+    assert!(
+        from.checked_add(count).is_some_and(|end| end <= rows),
+        "slice_rows: {count} rows from row {from} on of {rows}"
+    );
     let y = x.value().rows(from, count);
     let (x_id, shape) = (x.id(), *x.shape());
     let offset = from * y.len().checked_div(count).unwrap_or(0);
@@ -90,9 +96,10 @@ pub fn slice_rows<'t>(x: &Var<'t>, from: usize, count: usize) -> Var<'t> {
 #[track_caller]
 pub fn concat_rows<'t>(parts: &[Var<'t>]) -> Var<'t> {
     let first = parts.first().expect("concat_rows: no parts");
-    let inner = &first.shape()[1..];
     for part in parts {
-        assert_eq!(&part.shape()[1..], inner, "concat_rows: rows of different shapes");
+        first.tape().expect_inputs("concat_rows", &[part]);
+        assert!(!part.shape().is_empty(), "concat_rows: a scalar has no rows");
+        assert_eq!(part.shape()[1..], first.shape()[1..], "concat_rows: rows of different shapes");
     }
     let values: Vec<&Tensor> = parts.iter().map(Var::value).collect();
     let y = concat(&values);
@@ -132,6 +139,7 @@ fn concat(parts: &[&Tensor]) -> Tensor {
 #[track_caller]
 pub fn write_rows(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     check_rows("write_rows", to, rows);
+    at.expect_on(to.device(), "write_rows");
     assert_eq!(at.len(), 1, "write_rows: the position must be one element, not {:?}", at.shape());
     if to.device().kind() == DeviceKind::Cuda {
         return cuda::write(to, at, rows);
@@ -166,6 +174,8 @@ pub fn push_rows(queue: &mut Tensor, rows: &Tensor) {
 /// Panics unless `rows` can be written into `to`.
 #[track_caller]
 fn check_rows(what: &str, to: &Tensor, rows: &Tensor) {
+    rows.expect_on(to.device(), what);
+    assert!(!to.shape().is_empty() && !rows.shape().is_empty(), "{what}: a scalar has no rows");
     assert_eq!(to.shape()[1..], rows.shape()[1..], "{what}: rows of different shapes");
     assert_eq!(to.dtype(), rows.dtype(), "{what}: rows of two types");
     assert!(

@@ -67,6 +67,7 @@ pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
 /// If the shapes do not fit, the number of channels is odd or there are no pixels.
 #[track_caller]
 pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
+    x.tape().expect_inputs("stream_select", &[x, logits]);
     let dims @ [n, _, c] = streams_of(x, "stream_select: the input");
     assert_eq!(
         **logits.shape(),

@@ -30,6 +30,7 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
     assert!(n > 0 && k > 0, "soft_cross_entropy: the shape {:?} is empty", x.shape());
     assert!(temperature > 0.0, "soft_cross_entropy: temperature {temperature}");
     let device = x.tape().device().clone();
+    targets.expect_on(&device, "soft_cross_entropy");
     let (x_value, q) = (x.value().clone(), targets.clone());
     let mean = |sum: f64| Tensor::from_f64(&device, [], &[sum / n as f64]);
     let y = match device.kind() {
