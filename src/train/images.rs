@@ -98,11 +98,11 @@ impl Images {
     }
 }
 
+/// Training images, and the validation images split off them, if any.
+type TrainAndValidation = (Arc<dyn Source>, Option<Arc<dyn Source>>);
+
 /// Splits a share of each class off the training images, spread evenly over the order of the class.
-fn split_off(
-    train: Arc<dyn Source>,
-    share: f64,
-) -> Result<(Arc<dyn Source>, Option<Arc<dyn Source>>)> {
+fn split_off(train: Arc<dyn Source>, share: f64) -> Result<TrainAndValidation> {
     if share == 0.0 {
         return Ok((train, None));
     }

@@ -95,8 +95,11 @@ pub fn table() -> Vec<Case> {
     rows().iter().map(|row| case(&row.line)).collect()
 }
 
+/// A primitive by name, and how a row of the table becomes a case.
+type Primitive = (&'static str, fn(Row) -> Case);
+
 /// Every primitive by name, and how its rows are run.
-pub const PRIMITIVES: &[(&str, fn(Row) -> Case)] = &[
+pub const PRIMITIVES: &[Primitive] = &[
     ("conv2d", conv2d),
     ("linear", linear),
     ("batch_norm", batch_norm),

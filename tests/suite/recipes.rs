@@ -58,7 +58,7 @@ pub fn small_recipe(method: &str) -> &'static str {
     let mut names: Vec<&str> = recipes::builtin_names().filter(|n| n.ends_with("-small")).collect();
     names.retain(uses);
     names.sort_by_key(|name| !name.starts_with(method));
-    *names.first().unwrap_or_else(|| panic!("{method} has no recipe whose name ends in -small"))
+    names.first().unwrap_or_else(|| panic!("{method} has no recipe whose name ends in -small"))
 }
 
 /// Runs two steps of each recipe and an evaluation; returns how many recipes ran.

@@ -26,7 +26,7 @@ const OPS: [&str; 27] = [
     "l2_normalize",
     "linear",
     "max_pool",
-    "mean",
+    "mean_of",
     "mean_pool",
     "neg_cosine",
     "nt_xent",
@@ -215,10 +215,10 @@ impl Bench {
             "relu" => ops::relu(&input(c.shape(&[n, h, w, d]))),
             "scale" => ops::scale(&input(c.shape(&[n, d])), c.temperature()),
             "add" => ops::add(&input(c.shape(&[n, d])), &input(c.shape(&[n, d]))),
-            "mean" => {
+            "mean_of" => {
                 let count = c.byte() % 4;
                 let terms: Vec<_> = (0..count).map(|_| input(c.shape(&[1])[1..].into())).collect();
-                ops::mean(&terms)
+                ops::mean_of(&terms)
             }
             "linear" => {
                 let (x, in_w) = (input(c.shape(&[n, d])), c.about(d));
@@ -384,6 +384,7 @@ fn case(bytes: &[u8]) -> Result<bool, String> {
 }
 
 /// What the fuzzer calls.
+#[allow(dead_code)] // fed by fuzz/fuzz_targets/ops.rs
 pub fn ops(bytes: &[u8]) {
     if let Err(wrong) = case(bytes) {
         panic!("{wrong}");

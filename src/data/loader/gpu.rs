@@ -122,13 +122,16 @@ fn places(
     Ok(Some((places, at as usize)))
 }
 
+/// The pixels of a set on a GPU, and where each image lies in them.
+type UploadedSet = (Table<u8>, Arc<[Place]>);
+
 /// Uploads the images of a set and returns where each lies; `None` if they need more than `budget` bytes.
 fn upload_set(
     device: &Device,
     source: &dyn Source,
     budget: usize,
     skip: &dyn Fn(usize, Error) -> Result<()>,
-) -> Result<Option<(Table<u8>, Arc<[Place]>)>> {
+) -> Result<Option<UploadedSet>> {
     let Some((mut places, bytes)) = places(device, source, budget, skip)? else { return Ok(None) };
     let mut pixels = Table::room(device, bytes);
     let mut from = 0;

@@ -364,7 +364,7 @@ mod tests {
     /// FIPS 180-4.
     fn sha256(message: &[u8]) -> [u8; 32] {
         // The first 32 bits of the fractional parts of the square and cube roots of the primes.
-        let is_prime = |n: &u128| (2..*n).all(|d| n % d != 0);
+        let is_prime = |n: &u128| (2..*n).all(|d| !n.is_multiple_of(d));
         let primes: Vec<u128> = (2..).filter(is_prime).take(64).collect();
         let root = |degree: u32, prime: u128| {
             let fits = |root: u128| root.pow(degree) <= prime << (32 * degree);
