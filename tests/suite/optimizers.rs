@@ -152,7 +152,7 @@ fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
 fn a_step_on_a_gpu_is_one_launch_or_two() {
     alone("optimizers::a_step_on_a_gpu_is_one_launch_or_two", |driver| {
         let gpu = gpu(Precision::Bf16);
-        let (mut other, _) = arena(&gpu);
+        let (mut other, other_params) = arena(&gpu);
         for (name, rule) in rules() {
             let (mut arena, params) = arena(&gpu);
             arena.zero_gradients();
@@ -175,8 +175,8 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
             let expected =
                 if matches!(rule, Rule::Sgd(_)) { [1, 0, 0, 1, 0] } else { [0, 1, 1, 1, 0] };
             assert_eq!([0, 1, 2, 3, 4].map(count), expected, "{name}");
-            for arena in [&arena, &other] {
-                for &param in &params {
+            for (arena, params) in [(&arena, &params), (&other, &other_params)] {
+                for &param in params {
                     let copy = tape::evaluate(arena, |tape| tape.param(param)).unwrap();
                     let values = arena.value(param);
                     assert_eq!(copy.to_f64(), values.cast(copy.dtype()).to_f64(), "{name}");

@@ -147,7 +147,7 @@ fn checked_dims(x: &Var<'_>, with: &BatchNorm<'_, '_>) -> BatchNormDims {
     let all_rows = x.value().len() / c.max(1);
     let groups = if x.tape().batch_statistics() { with.groups } else { 1 };
     assert!(
-        groups > 0 && all_rows.is_multiple_of(groups),
+        (1..=all_rows.max(1)).contains(&groups) && all_rows.is_multiple_of(groups),
         "batch_norm: {all_rows} rows are not {groups} equal groups"
     );
     for (var, what) in [(with.gain, "gain"), (with.shift, "shift")] {

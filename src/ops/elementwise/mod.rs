@@ -128,6 +128,9 @@ pub fn square<'t>(x: &Var<'t>) -> Var<'t> {
 #[track_caller]
 pub fn mean_of<'t>(terms: &[Var<'t>]) -> Var<'t> {
     let (first, rest) = terms.split_first().expect("mean_of: no terms");
+    for term in rest {
+        assert_eq!(term.shape(), first.shape(), "mean_of: terms of different shapes");
+    }
     let sum = rest.iter().fold(first.clone(), |sum, term| add(&sum, term));
     scale(&sum, 1.0 / terms.len() as f64)
 }

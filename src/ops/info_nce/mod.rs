@@ -92,7 +92,7 @@ pub fn info_nce<'t>(
     let [m, queue_d] = negatives.queue.dims("info_nce: the queue");
     assert_eq!(q.shape(), k.shape(), "info_nce: queries {:?}, keys {:?}", q.shape(), k.shape());
     assert_eq!(d, queue_d, "info_nce: queries {:?}, queue [{m}, {queue_d}]", q.shape());
-    assert!(n > 0, "info_nce: no queries");
+    assert!(n > 0 && d > 0, "info_nce: no queries in [{n}, {d}]");
     assert!(temperature > 0.0, "info_nce: temperature {temperature}");
     let device = q.tape().device().clone();
     let own = negatives.own.cloned();

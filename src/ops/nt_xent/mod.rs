@@ -58,6 +58,7 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
         rows.is_multiple_of(2) && rows >= 4,
         "nt_xent: {rows} rows, expected two views of 2 or more"
     );
+    assert!(d > 0, "nt_xent: embeddings without features");
     assert!(temperature > 0.0, "nt_xent: temperature {temperature}");
     let dims = NtXentDims { rows, d, temperature };
     let device = z.tape().device().clone();
