@@ -217,7 +217,9 @@ impl Bench {
             "add" => ops::add(&input(c.shape(&[n, d])), &input(c.shape(&[n, d]))),
             "mean_of" => {
                 let count = c.byte() % 4;
-                let terms: Vec<_> = (0..count).map(|_| input(c.shape(&[1])[1..].into())).collect();
+                let terms: Vec<_> = (0..count)
+                    .map(|_| input(c.shape(&[1]).get(1..).unwrap_or_default().into()))
+                    .collect();
                 ops::mean_of(&terms)
             }
             "linear" => {
