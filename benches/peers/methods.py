@@ -14,9 +14,9 @@ import pytorch
 import small_cifar
 import torch
 import torch.nn.functional as F
-from goldens import heads, trunk
+from goldens import backbones, heads
 from goldens.heads import Mlp
-from pytorch import Trunk
+from pytorch import Backbone
 from torch import nn
 
 
@@ -47,7 +47,7 @@ class Method:
     fixed = ()  # names of parameters whose rate stays at the peak begin so
 
     def __init__(self, recipe):
-        self.settings, self.backbone = recipe["method"], Trunk(recipe["network"])
+        self.settings, self.backbone = recipe["method"], Backbone(recipe["network"])
         self.online = self.build(self.backbone.features, **self.settings)
 
     def start(self, batch, per_epoch, total):
@@ -95,8 +95,8 @@ class SimClrV2(SimClr):
     def build(self, features, **settings):
         return super().build(features, layers=3, **settings)
 
-    def start(self, *course):
-        super().start(*course)
+    def start(self, *run):
+        super().start(*run)
         self.key, self.oldest = copy.deepcopy(self.online), 0
         self.memory = self.unit_rows(self.settings["memory"], self.settings["embedding"])
 
@@ -134,8 +134,8 @@ class MoCo(Method):
         head = Mlp(features, [(hidden, True, None, True), last] if hidden else [last])
         return Parts(backbone=self.backbone, head=head)
 
-    def start(self, *course):
-        super().start(*course)
+    def start(self, *run):
+        super().start(*run)
         self.key, self.oldest = copy.deepcopy(self.online), 0
         self.queue = self.unit_rows(self.settings["queue"], self.settings["embedding"])
 
@@ -173,8 +173,8 @@ class Swav(Method):
         head = Mlp(features, [(hidden, True, "affine", True), (embedding, True, None, False)])
         return Parts(backbone=self.backbone, head=head, prototypes=nn.Linear(embedding, prototypes, bias=False))
 
-    def start(self, *course):
-        super().start(*course)
+    def start(self, *run):
+        super().start(*run)
         rows = self.settings["queue"] - self.settings["queue"] % self.batch
         self.queue = torch.zeros(2, rows, self.settings["embedding"])
 
@@ -232,8 +232,8 @@ class Byol(Method):
 
         return Parts(backbone=self.backbone, projector=head(features), predictor=head(embedding))
 
-    def start(self, *course):
-        super().start(*course)
+    def start(self, *run):
+        super().start(*run)
         assert not self.settings["fresh_target"]
         self.target = copy.deepcopy(self.online)
 
@@ -291,6 +291,6 @@ def version(recipe):
     """Of what decides a cell of PyTorch: this side's code, and the recipe."""
     family = [kind for kind in METHODS[recipe["method"]["name"]].__mro__ if kind is not object]
     shared = small_cifar.files_of, small_cifar.decoded, small_cifar.knn
-    code = map(inspect.getsource, [pytorch, heads, trunk, *shared, *family])
+    code = map(inspect.getsource, [pytorch, heads, backbones, *shared, *family])
     settings = [recipe, small_cifar.K, small_cifar.TEMPERATURE, small_cifar.WORKERS]
     return digest(json.dumps(settings, sort_keys=True), *code)

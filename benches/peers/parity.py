@@ -29,8 +29,8 @@ sys.dont_write_bytecode = True
 from goldens import methods as peers  # noqa: E402
 from goldens.heads import Mlp  # noqa: E402
 from goldens.methods import Network  # noqa: E402
-from goldens.selective import SelectiveTrunk  # noqa: E402
-from goldens.trunk import Trunk  # noqa: E402
+from goldens.selective import SelectiveBackbone  # noqa: E402
+from goldens.backbones import Backbone  # noqa: E402
 
 
 def backbone_of(network):
@@ -38,8 +38,8 @@ def backbone_of(network):
     if ratio > 0:
         if network["depth"] != 50:
             sys.exit("parity: selective kernels of depth 50 only")
-        return SelectiveTrunk(network["width"], network["stem"], ratio), 32 * network["width"]
-    backbone = Trunk(network["depth"], network["width"], network["stem"], network.get("norm_groups", 1))
+        return SelectiveBackbone(network["width"], network["stem"], ratio), 32 * network["width"]
+    backbone = Backbone(network["depth"], network["width"], network["stem"], network.get("norm_groups", 1))
     return backbone, network["width"] * (8 if network["depth"] < 50 else 32)
 
 

@@ -21,13 +21,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pixels
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from goldens import trunk  # noqa: E402
+from goldens import backbones  # noqa: E402
 
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
 
-class Trunk(trunk.Trunk):
+class Backbone(backbones.Backbone):
     """Images `[n, 3, h, w]` to features."""
 
     def __init__(self, network):
@@ -190,7 +190,7 @@ def features(recipe, backbone, files):
 
 
 def accuracy(recipe, backbone, sets):
-    """kNN on a trunk's features."""
+    """kNN on a backbone's features."""
     return knn(*(features(recipe, backbone, files) for files in sets))
 
 

@@ -48,7 +48,7 @@ K, TEMPERATURE, WORKERS, THREADS = 200, 0.1, 2, 2
 # ---- PyTorch's side
 
 
-class Trunk(ResNet):
+class Backbone(ResNet):
     """torchvision's ResNet-18 of any width, with a 3x3 stem and without pooling after it."""
 
     def __init__(self, width):
@@ -78,7 +78,7 @@ class SimClr(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         method, width = RECIPE["method"], RECIPE["network"]["width"]
-        self.backbone = Trunk(width)
+        self.backbone = Backbone(width)
         layers = [Layer(8 * width, method["hidden"], True), Layer(method["hidden"], method["embedding"], False)]
         self.head = nn.ModuleList(layers)
         for module in self.modules():
@@ -203,7 +203,7 @@ def pytorch_cell(data, seed):
     return {"knn": accuracy, "losses": losses, "seconds": seconds}
 
 
-PEER = (Trunk, Layer, SimClr, loss_of, rate, optimizer_of, transform_on, files_of, decoded, Views, step, features, knn, pytorch_cell)
+PEER = (Backbone, Layer, SimClr, loss_of, rate, optimizer_of, transform_on, files_of, decoded, Views, step, features, knn, pytorch_cell)
 
 
 def version():

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from goldens import trunk  # noqa: E402
+from goldens import backbones  # noqa: E402
 
 # Depth, width, stem, size, images; two views per image.
 STEPS = {"ResNet-50 at 224": (50, 64, "image", 224, 128), "ResNet-18 at 32": (18, 64, "small", 32, 512)}
 TINY = {"ResNet-18 at 16": (18, 8, "small", 16, 4)}
 
 
-class Network(trunk.Trunk):
+class Network(backbones.Backbone):
     def __init__(self, depth, width, stem):
         super().__init__(depth, width, stem)
         features = width * (8 if depth < 50 else 32)

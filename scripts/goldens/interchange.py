@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from . import seeded
 from .record import record, save
-from .trunk import fill
+from .backbones import fill
 
 SIZE = 64
 # Width, height: smaller and larger than the crop, odd, and the crop's own size.

@@ -16,8 +16,8 @@ from . import optimizers, seeded
 from .heads import Mlp
 from .philox import permutation
 from .record import record, save, table
-from .selective import SelectiveTrunk
-from .trunk import Trunk, fill, kinked, outside, slots
+from .selective import SelectiveBackbone
+from .backbones import Backbone, fill, kinked, outside, slots
 
 BATCH, STEPS, PER_EPOCH, SEED, EMBEDDING = 8, 10, 4, 7, 16
 FEATURES = 32
@@ -41,7 +41,7 @@ class Network(nn.Module):
 
 
 def small(groups=1, width=4):
-    return Trunk(18, width, "small", groups)
+    return Backbone(18, width, "small", groups)
 
 
 def simclr_head(inputs, hidden, keep=3):
@@ -132,7 +132,7 @@ class SimClrV2(Method):
     def __init__(self, line, backbone, features, temperature, sizes=(2, 8)):
         super().__init__(line, Network(backbone=backbone, head=simclr_head(features, 32)))
         self.temperature, self.sizes = temperature, sizes
-        self.kinked = isinstance(backbone, SelectiveTrunk)  # with fifty layers, some ReLU input always lies near zero
+        self.kinked = isinstance(backbone, SelectiveBackbone)  # with fifty layers, some ReLU input always lies near zero
 
     def passes(self, module, views):
         module(views[0])
@@ -349,7 +349,7 @@ RUNS = {
     "moco v1": (lambda line: MoCo(line, 0.07, False, LINEAR), optimizers.sgd, 0.005),
     "moco v2": (lambda line: MoCo(line, 0.2, True, TWO), optimizers.sgd, 0.005),
     "simclr v2": (
-        lambda line: SimClrV2(line, SelectiveTrunk(4, "small", 0.0625), 128, 0.5, (2, 16)),
+        lambda line: SimClrV2(line, SelectiveBackbone(4, "small", 0.0625), 128, 0.5, (2, 16)),
         optimizers.simclr,
         1e-6,  # fifty layers: at larger rates rounding grows too fast
     ),

@@ -7,8 +7,8 @@ import torch
 
 from . import seeded
 from .record import record, save, table
-from .selective import SelectiveTrunk
-from .trunk import Trunk, fill, kinked, outside, slots
+from .selective import SelectiveBackbone
+from .backbones import Backbone, fill, kinked, outside, slots
 
 
 class Network:
@@ -19,9 +19,9 @@ class Network:
         words = dict(word.split("=", 1) for word in line.split(" ")[1:])
         depth, width, groups, n, h, w = (int(words[key]) for key in ("depth", "width", "groups", "n", "h", "w"))
         if "sk" in words:
-            self.backbone = SelectiveTrunk(width, words["stem"], float(words["sk"]))
+            self.backbone = SelectiveBackbone(width, words["stem"], float(words["sk"]))
         else:
-            self.backbone = Trunk(depth, width, words["stem"], groups)
+            self.backbone = Backbone(depth, width, words["stem"], groups)
         fill(self.backbone, line)
         self.backbone.to(dtype)
         self.size = (n, h, w, 3)

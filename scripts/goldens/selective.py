@@ -41,7 +41,7 @@ class Block(nn.Module):
         return self.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-class SelectiveTrunk(nn.Module):
+class SelectiveBackbone(nn.Module):
     def __init__(self, width, stem, ratio):
         super().__init__()
         half, norm = width // 2, nn.BatchNorm2d

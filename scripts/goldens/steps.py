@@ -10,7 +10,7 @@ from torch import nn
 
 from . import seeded
 from .record import record, save, table
-from .trunk import Trunk, fill, kinked, outside, slots
+from .backbones import Backbone, fill, kinked, outside, slots
 
 BATCH, SIDE, HIDDEN, EMBEDDING, STEPS = 8, 16, 64, 24, 10
 
@@ -31,7 +31,7 @@ class Layer(nn.Linear):
 class Network(nn.Module):
     def __init__(self):
         super().__init__()
-        self.backbone = Trunk(18, 8, "small")
+        self.backbone = Backbone(18, 8, "small")
         self.head = nn.ModuleList([Layer(64, HIDDEN, True), Layer(HIDDEN, EMBEDDING, False)])
         self.relu = nn.ReLU()
         self.double()

@@ -10,7 +10,7 @@ use selfsup::tensor::Tensor;
 use crate::case::write;
 use crate::seeded;
 
-/// An arena whose values and statistics are seeded; `scripts/goldens/trunk.py` has the same.
+/// An arena whose values and statistics are seeded; `scripts/goldens/backbones.py` has the same.
 pub fn seeded_arena(layout: &Arc<Layout>, device: &Device, line: &str) -> Arena {
     let mut arena = Arena::new(layout, device, 0);
     for slot in layout.params() {

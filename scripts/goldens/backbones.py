@@ -35,7 +35,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return y.view(-1, self.groups, c, h, w).transpose(0, 1).reshape(n, c, h, w)
 
 
-class Trunk(torchvision.models.ResNet):
+class Backbone(torchvision.models.ResNet):
     """Images `[n, h, w, 3]` to features."""
 
     def __init__(self, depth, width, stem, groups=1):
