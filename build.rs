@@ -1,4 +1,5 @@
-//! Compiles `kernels/*.cu` with nvcc, embeds the results and generates a Rust launch function for each kernel.
+//! Compiles `kernels/*.cu` with nvcc, embeds the results and generates a Rust launch function for each kernel; embeds the
+//! recipes and studies of `recipes/`.
 //!
 //! Searches for nvcc in `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `PATH`, `/usr/local/cuda` and `.cuda/` (`scripts/fetch-nvcc`).
 //! Without nvcc the build succeeds, with a warning, and has no kernels to run. The launch functions come from the sources
@@ -45,6 +46,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rustc-check-cfg=cfg(no_kernels)");
+    println!("cargo::rerun-if-changed=recipes");
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -71,15 +73,37 @@ fn main() {
     };
     fs::write(out.join("kernels.rs"), rust(&files, compiled.as_ref()))
         .expect("OUT_DIR is writable");
+    let recipes = embedded("RECIPES", "recipes") + &embedded("STUDIES", "recipes/studies");
+    fs::write(out.join("recipes.rs"), recipes).expect("OUT_DIR is writable");
+}
+
+/// The files of `folder` that end in `suffix`, sorted.
+fn files_in(folder: &str, suffix: &str) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder)
+        .unwrap_or_else(|e| panic!("{folder}/ belongs next to build.rs: {e}"))
+        .map(|entry| entry.unwrap_or_else(|e| panic!("{folder}/ is unreadable: {e}")).path())
+        .filter(|path| path.extension().is_some_and(|e| e == suffix))
+        .collect();
+    paths.sort();
+    paths
+}
+
+/// A table of the names and texts of the TOML files in `folder`, as Rust.
+fn embedded(table: &str, folder: &str) -> String {
+    let root =
+        PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let row = |path: PathBuf| {
+        let name = path.file_stem().expect("a file").to_string_lossy().into_owned();
+        format!("    ({name:?}, include_str!({:?})),\n", root.join(path))
+    };
+    // By name: with their suffix, `x-small.toml` would come before `x.toml`.
+    let rows: BTreeSet<String> = files_in(folder, "toml").into_iter().map(row).collect();
+    let rows: String = rows.into_iter().collect();
+    format!("const {table}: &[(&str, &str)] = &[\n{rows}];\n")
 }
 
 fn sources() -> Vec<File> {
-    let mut paths: Vec<PathBuf> = fs::read_dir("kernels")
-        .expect("kernels/ is next to build.rs")
-        .map(|entry| entry.expect("a readable kernels/").path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
-        .collect();
-    paths.sort();
+    let paths = files_in("kernels", "cu");
     let mut names = BTreeSet::new();
     let file = |path: PathBuf| {
         let source = fs::read_to_string(&path).expect("a readable kernel source");
