@@ -65,7 +65,7 @@ and `labels`, and names and classes as JSON lists in its header.")]
     Embed(Embed),
     /// Pack a folder of many images into a few large files, which are faster to list and read
     ///
-    /// Packs the parts train, test and val if the folder has them, else the folder as one part. Train with data.path=DIR instead
+    /// Packs the splits train, test and val if the folder has them, else the folder as one split. Train with data.path=DIR instead
     /// of data.path=FOLDER. Without --size files are copied unchanged, or decoded with --raw, and training gives the same bits
     /// if no image is broken. Broken images are left out and listed.
     #[command(after_help = "Examples:
@@ -207,7 +207,7 @@ pub(super) struct Embed {
     /// Side of the centre crop; the image is resized so that its shorter side is 8/7 of it [default: the recipe's, or 224]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(super) size: Option<u32>,
-    /// The part of the data set: train or test
+    /// The split of the data set: train or test
     #[arg(long, default_value = "train")]
     pub(super) split: Split,
     /// Use this many images, spread evenly over the set; 0 for all

@@ -45,7 +45,7 @@ impl Networks {
         Frozen { arena, backbone: self.method.backbone(), policy }
     }
 
-    /// Prints what is evaluated and on how many images, those `skipped` of both parts excluded; returns the printer of results.
+    /// Prints what is evaluated and on how many images, those `skipped` of both splits excluded; returns the printer of results.
     fn results(&self, json: bool, how: &str, skipped: [usize; 2]) -> Result<Results> {
         let (checkpoint, seed) = (&self.run.checkpoint, self.run.recipe.seed);
         let train = self.images.train.len() - skipped[0];
@@ -324,7 +324,7 @@ impl Compared {
         })
     }
 
-    /// The raw pixels of both parts: the first of the baselines.
+    /// The raw pixels of both splits: the first of the baselines.
     pub(super) fn pixels(
         recipe: &Recipe,
         device: &Device,

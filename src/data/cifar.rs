@@ -47,7 +47,7 @@ const HUNDRED: Kind = Kind {
     classes: 100,
 };
 
-/// A part of CIFAR-10 or CIFAR-100.
+/// A split of CIFAR-10 or CIFAR-100.
 pub struct Cifar {
     /// The records of all files, one after the other.
     records: Vec<u8>,

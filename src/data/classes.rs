@@ -1,8 +1,8 @@
-//! One list of classes for all parts of a set.
+//! One list of classes for all splits of a set.
 //!
-//! Every part of a set has folders (or an index) of its own, and a part may lack a class. A label means the same in all
-//! parts only if classes are numbered by name: the training part's classes come first, in its order; classes that only
-//! another part has come after them, so that no training image shares their numbers.
+//! Every split of a set has folders (or an index) of its own, and a split may lack a class. A label means the same in all
+//! splits only if classes are numbered by name: the training split's classes come first, in its order; classes that only
+//! another split has come after them, so that no training image shares their numbers.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,21 +12,21 @@ use crate::error::{Error, Result, printable};
 /// Class names in a message.
 const NAMED: usize = 10;
 
-/// The classes of a part under the numbers of a set.
+/// The classes of a split under the numbers of a set.
 #[derive(Debug)]
 pub struct Merged {
-    /// The training part's classes, then those that only this part has.
+    /// The training split's classes, then those that only this split has.
     pub classes: Vec<String>,
-    /// For each class of the part, its place in `classes`.
+    /// For each class of the split, its place in `classes`.
     pub numbers: Vec<u32>,
-    /// How many of `classes` are the training part's.
+    /// How many of `classes` are the training split's.
     first: usize,
 }
 
-/// Numbers the classes of the part at `path` as the training part does.
+/// Numbers the classes of the split at `path` as the training split does.
 ///
 /// # Errors
-/// If a class differs from one of the training part by case only, or the two parts share no class.
+/// If a class differs from one of the training split by case only, or the two splits share no class.
 pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
     let places: HashMap<&str, u32> = first.iter().map(String::as_str).zip(0..).collect();
     let lower: HashMap<String, &str> =
@@ -39,7 +39,7 @@ pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
         }
         if let Some(other) = lower.get(&name.to_lowercase()) {
             let reason = format!(
-                "has class {name}, and the train part has class {other}: if they are the same class, give them the same name"
+                "has class {name}, and the train split has class {other}: if they are the same class, give them the same name"
             );
             return Err(Error::format(path, reason));
         }
@@ -49,7 +49,7 @@ pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
     let new = merged.classes.len() - first.len();
     if !first.is_empty() && new == own.len() && new > 0 {
         let reason = format!(
-            "has classes ({}), none of which the train part has ({}): no image of it could be right",
+            "has classes ({}), none of which the train split has ({}): no image of it could be right",
             list(own),
             list(first)
         );
@@ -59,7 +59,7 @@ pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
 }
 
 impl Merged {
-    /// A sentence on the classes that the training part lacks, if there are any; `labels` are those of the part's images.
+    /// A sentence on the classes that the training split lacks, if there are any; `labels` are those of the split's images.
     pub fn note(&self, path: &Path, labels: impl Iterator<Item = u32>) -> Option<String> {
         let new = &self.classes[self.first..];
         if new.is_empty() || self.first == 0 {
@@ -112,8 +112,8 @@ mod tests {
         let said = merge(Path::new("set/test"), &names("ape dog"), &names("Dog ape"))
             .unwrap_err()
             .to_string();
-        assert!(said.contains("has class Dog, and the train part has class dog"), "{said}");
-        // Within the training part they are classes of their own: letters, for instance.
+        assert!(said.contains("has class Dog, and the train split has class dog"), "{said}");
+        // Within the training split they are classes of their own: letters, for instance.
         let merged = merge(Path::new("set/test"), &names("A a"), &names("A a")).unwrap();
         assert_eq!(merged.numbers, [0, 1]);
     }
@@ -122,6 +122,6 @@ mod tests {
     fn parts_that_share_no_class_are_refused() {
         let said =
             merge(Path::new("set/test"), &names("0 1"), &names("cat dog")).unwrap_err().to_string();
-        assert!(said.contains("(cat, dog), none of which the train part has (0, 1)"), "{said}");
+        assert!(said.contains("(cat, dog), none of which the train split has (0, 1)"), "{said}");
     }
 }

@@ -32,7 +32,7 @@ impl Folder {
         Ok(Self { root: path.to_path_buf(), files, classes, notes, cache })
     }
 
-    /// Numbers the classes as `first` does, the training part's classes; classes that it lacks come after them.
+    /// Numbers the classes as `first` does, the training split's classes; classes that it lacks come after them.
     ///
     /// # Errors
     /// If a class differs from one of `first` by case only, or `first` has none of the classes.

@@ -53,7 +53,7 @@ impl Idx {
         FILES.iter().any(|[images, _]| find(folder, images).is_some())
     }
 
-    /// Reads a split of a folder with idx files under their usual names. Classes of the test part that the training part lacks
+    /// Reads a split of a folder with idx files under their usual names. Classes of the test split that the training split lacks
     /// are named in [`Source::notes`].
     ///
     /// # Errors
@@ -78,7 +78,7 @@ impl Idx {
         Err(Error::format(folder, reason))
     }
 
-    /// Takes note of labels that are above all of the training part.
+    /// Takes note of labels that are above all of the training split.
     fn note_classes_beyond(&mut self, folder: &Path) -> Result<()> {
         let Some(path) = FILES[..2].iter().find_map(|[_, labels]| find(folder, labels)) else {
             return Ok(());

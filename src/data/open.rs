@@ -20,13 +20,13 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
 
 /// Opens the images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder
 /// that holds `train/` and `test/` (or `val/`, `valid/`), or a folder of class folders or of images without labels, which is a
-/// training part.
+/// training split.
 ///
-/// Classes are numbered by name, alike for all parts of a set: the training part's classes come first, classes that only
-/// the held-out part has follow, and [`Source::notes`] names them.
+/// Classes are numbered by name, alike for all splits of a set: the training split's classes come first, classes that only
+/// the held-out split has follow, and [`Source::notes`] names them.
 ///
 /// # Errors
-/// If nothing is there, nothing is recognised, the split is missing, what is recognised is damaged, or the parts' classes
+/// If nothing is there, nothing is recognised, the split is missing, what is recognised is damaged, or the splits' classes
 /// differ by case only or altogether.
 pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     if !path.exists() {
@@ -59,7 +59,7 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
         return Err(Error::format(
             path,
-            format!("has no {}: the {split} part is missing", names.join(" or ")),
+            format!("has no {}: the {split} split is missing", names.join(" or ")),
         ));
     }
     let folder = Folder::open(path)
@@ -68,7 +68,7 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         (Split::Train, _) => Ok(Box::new(folder)),
         (Split::Test, true) => Err(Error::format(
             path,
-            "is a folder of images without labels, which has a train part only: evaluate on another set",
+            "is a folder of images without labels, which has a train split only: evaluate on another set",
         )),
         (Split::Test, false) => Err(Error::format(
             path,
@@ -81,7 +81,7 @@ fn not_recognised(path: &Path, what: &str) -> Error {
     let reason = format!(
         "{what}; recognised are: a folder with train/ and test/ (or val/, valid/), each with a folder of JPEG or PNG files per class; \
          what `selfsup pack` wrote; the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
-         a folder of class folders, or of images without labels (train part only)"
+         a folder of class folders, or of images without labels (train split only)"
     );
     Error::format(path, reason)
 }
@@ -146,7 +146,7 @@ mod tests {
         );
         touch(&at("set/valid/Ape/1.png"), b"");
         let said = open(&at("set"), Split::Test).err().unwrap().to_string();
-        assert!(said.contains("has class Ape, and the train part has class ape"), "{said}");
+        assert!(said.contains("has class Ape, and the train split has class ape"), "{said}");
     }
 
     #[test]
@@ -165,8 +165,12 @@ mod tests {
                 "recognised are: a folder with train/ and test/ (or val/, valid/)",
             ),
             ("flat/a.png", Split::Train, "is a file; name the folder it lies in"),
-            ("only-train", Split::Test, "has no test/ or val/ or valid/: the test part is missing"),
-            ("flat", Split::Test, "has a train part only"),
+            (
+                "only-train",
+                Split::Test,
+                "has no test/ or val/ or valid/: the test split is missing",
+            ),
+            ("flat", Split::Test, "has a train split only"),
             ("classes", Split::Test, "put the class folders into train/ and test/"),
         ] {
             let message = open(&at(name), split).err().expect(expected).to_string();

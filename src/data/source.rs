@@ -29,12 +29,12 @@ impl Image {
     }
 }
 
-/// A part of a data set.
+/// A split of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// The training part.
+    /// The training split.
     Train,
-    /// The held-out part.
+    /// The held-out split.
     Test,
 }
 
@@ -101,7 +101,7 @@ pub trait Source: Send + Sync {
     /// and differ where files do: control characters, backslashes and bytes that are not UTF-8 are escaped.
     fn name(&self, index: usize) -> String;
 
-    /// Returns sentences that a user of the set should read: what lies there and is not read, classes that the training part
+    /// Returns sentences that a user of the set should read: what lies there and is not read, classes that the training split
     /// lacks.
     fn notes(&self) -> &[String] {
         &[]

@@ -10,7 +10,7 @@ use crate::methods::Reading;
 use crate::train::folder::Folder;
 use crate::train::report::{self, Found};
 use crate::train::run::Watch;
-use crate::train::skipped::Part;
+use crate::train::skipped::RunSplit;
 use crate::train::{Images, Run};
 
 /// Images evaluated between two checks whether the run is to stop: a multiple of the evaluation's batch.
@@ -23,8 +23,8 @@ pub(super) struct Accuracies {
     /// kNN accuracy on the validation images.
     pub(super) validation: Option<f64>,
     pub(super) classifier: Option<f64>,
-    /// Images of each part that could not be read and do not count.
-    pub(super) skipped: BTreeMap<Part, usize>,
+    /// Images of each split that could not be read and do not count.
+    pub(super) skipped: BTreeMap<RunSplit, usize>,
 }
 
 impl Run {
@@ -40,25 +40,25 @@ impl Run {
     /// held-out ones, and draws the report's pictures.
     ///
     /// # Errors
-    /// If images cannot be read, or too many of a part are skipped; if the run was asked to stop.
+    /// If images cannot be read, or too many of a split are skipped; if the run was asked to stop.
     pub(super) fn evaluate(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
         let Images { train, validation, test, .. } = self.images.clone();
         let mut accuracies = Accuracies::default();
         if validation.is_none() && test.is_none() {
             return Ok(accuracies);
         }
-        let bank = self.features(Part::Training, &train)?;
-        let mut skipped = BTreeMap::from([(Part::Training, bank.skipped.len())]);
+        let bank = self.features(RunSplit::Training, &train)?;
+        let mut skipped = BTreeMap::from([(RunSplit::Training, bank.skipped.len())]);
         if let Some(validation) = validation {
-            let queries = self.features(Part::Validation, &validation)?;
-            skipped.insert(Part::Validation, queries.skipped.len());
+            let queries = self.features(RunSplit::Validation, &validation)?;
+            skipped.insert(RunSplit::Validation, queries.skipped.len());
             let device = self.online.device();
             let found = eval::knn_accuracies(&bank, &queries, &[Knn::default()], device)?;
             accuracies.validation = found.first().copied();
         }
         if let Some(test) = test {
-            let queries = self.features(Part::HeldOut, &test)?;
-            skipped.insert(Part::HeldOut, queries.skipped.len());
+            let queries = self.features(RunSplit::HeldOut, &test)?;
+            skipped.insert(RunSplit::HeldOut, queries.skipped.len());
             accuracies.knn = Some(self.knn(epoch, (&*train, &bank), (&*test, &queries), watch)?);
             accuracies.classifier = self.classifier_accuracy(&test)?;
         }
@@ -96,18 +96,18 @@ impl Run {
     ///
     /// # Errors
     /// If no image can be read.
-    fn features(&mut self, part: Part, source: &Arc<dyn Source>) -> Result<Features> {
+    fn features(&mut self, split: RunSplit, source: &Arc<dyn Source>) -> Result<Features> {
         let mut all = Features::none(self.method.backbone().features());
         for piece in pieces(source) {
             self.stop_if_asked()?;
             let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
             all.append(eval::backbone_features(&self.online, backbone, &piece, policy)?);
         }
-        self.skipped.add(part, &all.skipped);
+        self.skipped.add(split, &all.skipped);
         if all.labels.is_empty() {
             let first = all.skipped.first().map_or("", |skipped| &skipped.reason);
             return Err(Error::Unreadable(format!(
-                "{}: none of its {} {part} images can be read; the first: {first}",
+                "{}: none of its {} {split} images can be read; the first: {first}",
                 self.recipe.data.path,
                 source.len()
             )));
@@ -138,7 +138,7 @@ impl Run {
         Ok(())
     }
 
-    /// Fails if more images of a part are unreadable than `data.max_skipped` allows.
+    /// Fails if more images of a split are unreadable than `data.max_skipped` allows.
     ///
     /// # Errors
     /// [`Error::Unreadable`] in that case.
@@ -146,13 +146,13 @@ impl Run {
         let Images { train, validation, test, .. } = &self.images;
         let length = |source: &Option<Arc<dyn Source>>| source.as_ref().map_or(0, |s| s.len());
         [
-            (Part::Training, train.len()),
-            (Part::Validation, length(validation)),
-            (Part::HeldOut, length(test)),
+            (RunSplit::Training, train.len()),
+            (RunSplit::Validation, length(validation)),
+            (RunSplit::HeldOut, length(test)),
         ]
         .into_iter()
-        .try_for_each(|(part, length)| {
-            let complaint = self.skipped.complaint(part, length, self.recipe.data.max_skipped);
+        .try_for_each(|(split, length)| {
+            let complaint = self.skipped.complaint(split, length, self.recipe.data.max_skipped);
             complaint.map_or(Ok(()), |reason| {
                 Err(Error::Unreadable(format!("{}: {reason}", self.recipe.data.path)))
             })

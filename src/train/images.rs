@@ -8,10 +8,10 @@ use crate::data::{self, Image, Source, Split, Subset};
 use crate::error::{Error, Result};
 use crate::recipes::DataSettings;
 
-/// Images of each part that are read before the first step.
+/// Images of each split that are read before the first step.
 const TRIED: usize = 32;
 
-/// Unreadable images among [`TRIED`] of a larger part that may be chance.
+/// Unreadable images among [`TRIED`] of a larger split that may be chance.
 const CHANCE: f64 = 7.0;
 
 /// The images of a run.
@@ -19,12 +19,12 @@ const CHANCE: f64 = 7.0;
 pub struct Images {
     /// The images to train on.
     pub train: Arc<dyn Source>,
-    /// The share of the training part that chooses the best checkpoint and is not trained on; `None` unless `data.validation`
+    /// The share of the training split that chooses the best checkpoint and is not trained on; `None` unless `data.validation`
     /// is set.
     pub validation: Option<Arc<dyn Source>>,
-    /// The held-out part; `None` if the set has no such part or no labels.
+    /// The held-out split; `None` if the set has no such split or no labels.
     pub test: Option<Arc<dyn Source>>,
-    /// Says why there is no held-out part, if there is a reason that the user should know.
+    /// Says why there is no held-out split, if there is a reason that the user should know.
     no_test: Option<String>,
 }
 
@@ -32,7 +32,7 @@ impl Images {
     /// Opens the images that a recipe names.
     ///
     /// # Errors
-    /// If the path does not hold a data set, or a part of it is damaged.
+    /// If the path does not hold a data set, or a split of it is damaged.
     pub fn open(settings: &DataSettings) -> Result<Self> {
         let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
             let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
@@ -55,28 +55,28 @@ impl Images {
         match open(Split::Test, settings.test_limit) {
             Ok(test) if !test.is_empty() && test.label(0).is_none() => {
                 images.no_test = Some(format!(
-                    "{}: the images of the test part have no labels, so nothing is evaluated on them: sort them into class folders",
+                    "{}: the images of the test split have no labels, so nothing is evaluated on them: sort them into class folders",
                     settings.path
                 ));
             }
             Ok(test) => images.test = Some(test),
-            // A set without a held-out part can be trained on; one with a damaged file cannot.
+            // A set without a held-out split can be trained on; one with a damaged file cannot.
             Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => {}
             Err(error) => return Err(error),
         }
         Ok(images)
     }
 
-    /// Reads some images of every part, so that a run finds images that cannot be read before its first step, not at its first
+    /// Reads some images of every split, so that a run finds images that cannot be read before its first step, not at its first
     /// evaluation.
     ///
     /// # Errors
-    /// If reading fails, or a larger share of a part than `data.max_skipped` cannot be read.
+    /// If reading fails, or a larger share of a split than `data.max_skipped` cannot be read.
     pub(super) fn check_readable(&self, settings: &DataSettings) -> Result<()> {
         check_readable(&*self.train, "training", settings)?;
-        let validation = self.validation.iter().map(|part| (part, "validation"));
-        let mut others = validation.chain(self.test.iter().map(|part| (part, "held-out")));
-        others.try_for_each(|(part, name)| check_readable(&**part, name, settings))
+        let validation = self.validation.iter().map(|split| (split, "validation"));
+        let mut others = validation.chain(self.test.iter().map(|split| (split, "held-out")));
+        others.try_for_each(|(split, name)| check_readable(&**split, name, settings))
     }
 
     /// Returns sentences on the images that a user should read: what is not read, and classes without training images.
@@ -130,15 +130,15 @@ fn split_off(train: Arc<dyn Source>, share: f64) -> Result<TrainAndValidation> {
     Ok((Arc::new(Subset::new(train.clone(), kept)), Some(Arc::new(Subset::new(train, aside)))))
 }
 
-/// Reads a few images of a part, or all if there are few.
+/// Reads a few images of a split, or all if there are few.
 ///
 /// # Errors
-/// If reading itself fails, or more images are unreadable than `data.max_skipped` allows: of a part read in full, or of a
+/// If reading itself fails, or more images are unreadable than `data.max_skipped` allows: of a split read in full, or of a
 /// larger one by more than chance.
-fn check_readable(source: &dyn Source, part: &str, settings: &DataSettings) -> Result<()> {
+fn check_readable(source: &dyn Source, split: &str, settings: &DataSettings) -> Result<()> {
     let (length, tried) = (source.len(), source.len().min(TRIED));
     if length == 0 {
-        return Err(Error::Unreadable(format!("{}: has no {part} images", settings.path)));
+        return Err(Error::Unreadable(format!("{}: has no {split} images", settings.path)));
     }
     let mut image = Image::default();
     let mut unreadable = Vec::new();
@@ -155,16 +155,16 @@ fn check_readable(source: &dyn Source, part: &str, settings: &DataSettings) -> R
     let Some(first) = unreadable.first() else { return Ok(()) };
     if count == tried {
         let all = if tried < length {
-            format!("none of {tried} {part} images tried")
+            format!("none of {tried} {split} images tried")
         } else {
-            format!("none of its {length} {part} images")
+            format!("none of its {length} {split} images")
         };
         let reason = format!("{}: {all} can be read; the first: {first}", settings.path);
         return Err(Error::Unreadable(reason));
     }
     if count as f64 > allowed + chance {
         let reason = format!(
-            "{}: {count} of {tried} {part} images tried cannot be read, more than data.max_skipped={limit} allows; the first: {first}",
+            "{}: {count} of {tried} {split} images tried cannot be read, more than data.max_skipped={limit} allows; the first: {first}",
             settings.path
         );
         return Err(Error::Unreadable(reason));
@@ -178,7 +178,7 @@ mod tests {
     use crate::recipes::Recipe;
 
     /// Writes `count` image files, of which the first `broken` cannot be decoded.
-    fn part(folder: &Path, count: usize, broken: usize) {
+    fn split(folder: &Path, count: usize, broken: usize) {
         std::fs::create_dir_all(folder).unwrap();
         for i in 0..count {
             let path = folder.join(format!("{i:03}.png"));
@@ -211,7 +211,7 @@ mod tests {
         ] {
             let root = tempfile::tempdir().unwrap();
             for ((name, count), broken) in ["train", "test"].into_iter().zip(counts).zip(broken) {
-                part(&root.path().join(name).join("cat"), count, broken);
+                split(&root.path().join(name).join("cat"), count, broken);
             }
             match (open(root.path(), &[]), complaint) {
                 (Ok(_), None) => {}
@@ -229,8 +229,8 @@ mod tests {
     #[test]
     fn a_flat_test_part_is_left_out_with_a_sentence() {
         let root = tempfile::tempdir().unwrap();
-        part(&root.path().join("train/cat"), 3, 0);
-        part(&root.path().join("val"), 3, 0);
+        split(&root.path().join("train/cat"), 3, 0);
+        split(&root.path().join("val"), 3, 0);
         let images = open(root.path(), &[]).unwrap();
         assert!(images.test.is_none() && images.held_out().is_err());
         assert!(images.notes().any(|note| note.contains("have no labels")));
@@ -239,8 +239,8 @@ mod tests {
     #[test]
     fn a_share_of_each_class_is_left_out_of_training_for_validation() {
         let root = tempfile::tempdir().unwrap();
-        part(&root.path().join("train/cat"), 10, 0);
-        part(&root.path().join("train/dog"), 5, 0);
+        split(&root.path().join("train/cat"), 10, 0);
+        split(&root.path().join("train/dog"), 5, 0);
         let images = open(root.path(), &["data.validation=0.2"]).unwrap();
         let validation = images.validation.unwrap();
         let names = |source: &dyn Source| -> Vec<String> {

@@ -20,7 +20,7 @@ use crate::train::evaluation::Accuracies;
 use crate::train::folder::{self, Folder};
 use crate::train::health::{collapse, divergence};
 use crate::train::resume::Progress;
-use crate::train::skipped::{Part, SkippedImages};
+use crate::train::skipped::{RunSplit, SkippedImages};
 use crate::train::trace::Trace;
 use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, report};
 
@@ -298,13 +298,13 @@ impl Run {
                 self.write_report(watch);
             }
         }
-        self.skipped.add(Part::Training, &self.loader.skipped());
+        self.skipped.add(RunSplit::Training, &self.loader.skipped());
         self.tell_skipped(watch)?;
         if let (Some(_), Some(step)) = (&self.folder, self.progress.best_step) {
             watch.note(&format!(
                 "best.safetensors is the checkpoint of step {step}, chosen by kNN on {}",
                 match self.images.validation {
-                    Some(_) => "the validation images, a share of the training part",
+                    Some(_) => "the validation images, a share of the training split",
                     None => "the held-out images, so its accuracy on them is optimistic; data.validation=0.1 chooses on a \
                          tenth of the training images instead",
                 }
@@ -352,7 +352,7 @@ impl Run {
         let unhealthy = self.check_health(epoch, loss);
         let last = epoch + 1 == self.recipe.train.epochs || unhealthy.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
-        self.skipped.add(Part::Training, &self.loader.skipped());
+        self.skipped.add(RunSplit::Training, &self.loader.skipped());
         if unhealthy.is_none() && (measure || self.skipped_too_many().is_err()) {
             self.save_before_evaluation()?;
         }
@@ -471,11 +471,11 @@ impl Run {
         &mut self,
         report: &EpochReport,
         times: &EpochTimes,
-        skipped: &BTreeMap<Part, usize>,
+        skipped: &BTreeMap<RunSplit, usize>,
         best: bool,
     ) -> Result<()> {
         let chooser =
-            if self.images.validation.is_some() { Part::Validation } else { Part::HeldOut };
+            if self.images.validation.is_some() { RunSplit::Validation } else { RunSplit::HeldOut };
         let Some(Folder { metrics, .. }) = &mut self.folder else { return Ok(()) };
         let training = times.training.as_secs_f64();
         metrics.write(&json!({

@@ -16,16 +16,16 @@ const SKIPPED: &str = "skipped.txt";
 /// Number of names that are printed; the file lists the others.
 const NAMED: usize = 10;
 
-/// A part of a run's images.
+/// A split of a run's images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Part {
+pub(super) enum RunSplit {
     Training,
     Validation,
     HeldOut,
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for RunSplit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Training => "training",
@@ -38,20 +38,20 @@ impl fmt::Display for Part {
 /// The unreadable images that a run has met.
 #[derive(Default)]
 pub(super) struct SkippedImages {
-    /// File and reason by part and place in it.
-    reasons: BTreeMap<(Part, u32), String>,
+    /// File and reason by split and place in it.
+    reasons: BTreeMap<(RunSplit, u32), String>,
     /// Those that the user has not been told yet.
-    news: Vec<(Part, u32)>,
+    news: Vec<(RunSplit, u32)>,
     /// How many names the user has been told.
     named: usize,
 }
 
 impl SkippedImages {
     /// Adds images, each once.
-    pub(super) fn add(&mut self, part: Part, skipped: &[Skipped]) {
+    pub(super) fn add(&mut self, split: RunSplit, skipped: &[Skipped]) {
         for Skipped { index, reason } in skipped {
-            if self.reasons.insert((part, *index), reason.clone()).is_none() {
-                self.news.push((part, *index));
+            if self.reasons.insert((split, *index), reason.clone()).is_none() {
+                self.news.push((split, *index));
             }
         }
     }
@@ -70,9 +70,9 @@ impl SkippedImages {
         self.named += now;
         let mut sentences: Vec<String> = news[..now]
             .iter()
-            .map(|key @ (part, index)| match part {
-                Part::Training => format!("skipped image {index}: {}", self.reasons[key]),
-                _ => format!("skipped {part} image {index}: {}", self.reasons[key]),
+            .map(|key @ (split, index)| match split {
+                RunSplit::Training => format!("skipped image {index}: {}", self.reasons[key]),
+                _ => format!("skipped {split} image {index}: {}", self.reasons[key]),
             })
             .collect();
         if now < news.len() {
@@ -81,9 +81,9 @@ impl SkippedImages {
         if let Some(folder) = folder {
             let file = folder.join(SKIPPED);
             let mut text = String::new();
-            for ((part, index), reason) in &self.reasons {
+            for ((split, index), reason) in &self.reasons {
                 let reason = reason.replace(['\n', '\r', '\t'], " ");
-                writeln!(text, "{part}\t{index}\t{reason}").expect("a string takes all");
+                writeln!(text, "{split}\t{index}\t{reason}").expect("a string takes all");
             }
             write_file(&file, text.as_bytes())?;
             if let Some(last) = sentences.last_mut().filter(|_| now < news.len()) {
@@ -93,16 +93,16 @@ impl SkippedImages {
         Ok(sentences)
     }
 
-    /// Complains if more images of a part are unreadable than the share `limit` of its `length`.
-    pub(super) fn complaint(&self, part: Part, length: usize, limit: f64) -> Option<String> {
-        let own = || self.reasons.iter().filter(|((of, _), _)| *of == part);
+    /// Complains if more images of a split are unreadable than the share `limit` of its `length`.
+    pub(super) fn complaint(&self, split: RunSplit, length: usize, limit: f64) -> Option<String> {
+        let own = || self.reasons.iter().filter(|((of, _), _)| *of == split);
         let count = own().count();
         if count as f64 <= limit * length as f64 {
             return None;
         }
         let first = own().next().map_or("", |(_, reason)| reason);
         Some(format!(
-            "{count} of {length} {part} images cannot be read, more than data.max_skipped={limit} allows; the first: {first}"
+            "{count} of {length} {split} images cannot be read, more than data.max_skipped={limit} allows; the first: {first}"
         ))
     }
 }
@@ -120,9 +120,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut images = SkippedImages::default();
         assert_eq!(images.tell(Some(folder.path())).unwrap(), [""; 0]);
-        images.add(Part::HeldOut, &skipped(4..5));
-        images.add(Part::Training, &skipped(0..2));
-        images.add(Part::Training, &skipped(0..2));
+        images.add(RunSplit::HeldOut, &skipped(4..5));
+        images.add(RunSplit::Training, &skipped(0..2));
+        images.add(RunSplit::Training, &skipped(0..2));
         let expected = [
             "skipped image 0: 0.png: broken",
             "skipped image 1: 1.png: broken",
@@ -130,7 +130,7 @@ mod tests {
         ];
         assert_eq!(images.tell(Some(folder.path())).unwrap(), expected);
         assert_eq!(images.tell(Some(folder.path())).unwrap(), [""; 0]);
-        images.add(Part::Training, &skipped(0..20));
+        images.add(RunSplit::Training, &skipped(0..20));
         let sentences = images.tell(Some(folder.path())).unwrap();
         assert_eq!(sentences.len(), 8);
         assert!(sentences[7].starts_with("skipped 11 more images; "), "{sentences:?}");
@@ -142,11 +142,11 @@ mod tests {
     #[test]
     fn more_than_the_limit_is_a_complaint() {
         let mut images = SkippedImages::default();
-        images.add(Part::Training, &skipped(0..2));
-        assert_eq!(images.complaint(Part::Training, 200, 0.01), None);
-        assert_eq!(images.complaint(Part::HeldOut, 0, 0.01), None);
-        let complaint = images.complaint(Part::Training, 199, 0.01).unwrap();
+        images.add(RunSplit::Training, &skipped(0..2));
+        assert_eq!(images.complaint(RunSplit::Training, 200, 0.01), None);
+        assert_eq!(images.complaint(RunSplit::HeldOut, 0, 0.01), None);
+        let complaint = images.complaint(RunSplit::Training, 199, 0.01).unwrap();
         assert!(complaint.starts_with("2 of 199 training images cannot be read"), "{complaint}");
-        assert_eq!(images.complaint(Part::Training, 2, 1.0), None);
+        assert_eq!(images.complaint(RunSplit::Training, 2, 1.0), None);
     }
 }

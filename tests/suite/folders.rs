@@ -2,7 +2,7 @@
 //! of a set whose classes are plain colours.
 //!
 //! The model knows what it wrote and never looks at the disk; the rules are torchvision's `ImageFolder` and those of one
-//! class list for all parts. `FOLDERS=10000 cargo test folders` draws more.
+//! class list for all splits. `FOLDERS=10000 cargo test folders` draws more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -225,7 +225,7 @@ fn expected(folder: &Path, part: &Part, train: Option<&Part>) -> Result<Expected
         let lower = printed(class).to_lowercase();
         if let Some(other) = known.iter().find(|&&other| printed(other).to_lowercase() == lower) {
             return Err(format!(
-                "has class {}, and the train part has class {}",
+                "has class {}, and the train split has class {}",
                 printed(class),
                 printed(*other)
             ));
@@ -233,7 +233,7 @@ fn expected(folder: &Path, part: &Part, train: Option<&Part>) -> Result<Expected
         list.push(class);
     }
     if train.is_some() && !known.is_empty() && !own.iter().any(|class| known.contains(class)) {
-        return Err("none of which the train part has".into());
+        return Err("none of which the train split has".into());
     }
     let mut images = Vec::new();
     for (bytes, (class, written)) in &part.classes {

@@ -261,7 +261,7 @@ fn files_that_are_missing_or_of_another_set_are_noticed() {
     let other = root.join("other");
     pack(&root.join("train"), &other, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
     let said = data::open(&other, Split::Test).err().unwrap().to_string();
-    let expected = "has packed images, but no test-00000.pack or val-00000.pack or valid-00000.pack: the test part is missing";
+    let expected = "has packed images, but no test-00000.pack or val-00000.pack or valid-00000.pack: the test split is missing";
     assert_eq!(said, format!("{}: {expected}", other.display()));
 }
 
@@ -283,7 +283,7 @@ fn a_pack_that_was_stopped_is_not_taken_for_a_complete_one() {
         left.iter().for_each(|name| write(&stopped.join(name), &written[*name]));
         for split in [Split::Train, Split::Test] {
             let said = data::open(&stopped, split).err().unwrap().to_string();
-            let missing = said.contains("the test part is missing") && left.len() == 1;
+            let missing = said.contains("the test split is missing") && left.len() == 1;
             assert!(
                 said.contains("holds a pack that was stopped before it was complete") || missing,
                 "{said}"

@@ -199,7 +199,7 @@ fn a_run_killed_and_stopped_by_signals_equals_an_uninterrupted_one() {
 }
 
 /// Writes `count` images for each of two classes, dark and bright, and returns the folder.
-fn write_part(folder: &Path, count: u8) {
+fn write_split(folder: &Path, count: u8) {
     for (class, base) in [("dark", 20), ("bright", 180)] {
         let folder = folder.join(class);
         std::fs::create_dir_all(&folder).unwrap();
@@ -261,8 +261,8 @@ fn a_test_part_that_breaks_during_training_does_not_cost_the_training() {
     let root = tempfile::tempdir().unwrap();
     let [data, straight, broken] =
         ["data", "straight", "broken"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 40); // some are kept in memory from before the first step
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 40); // some are kept in memory from before the first step
     let recipe = on_images(&data, &[]);
     let device = Device::cpu(1).unwrap();
     let mut run = Run::new(&recipe, &device, Some(&straight)).unwrap();
@@ -282,7 +282,7 @@ fn a_test_part_that_breaks_during_training_does_not_cost_the_training() {
     assert!(train::newest(&broken).unwrap().ends_with("step-00000004.safetensors"));
     drop(run);
 
-    write_part(&test, 40);
+    write_split(&test, 40);
     let mut run = Run::resume(Paused::open(&broken, &[]).unwrap(), &device).unwrap();
     assert_eq!(run.step(), 4);
     run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
@@ -295,8 +295,8 @@ fn a_test_part_that_breaks_during_training_does_not_cost_the_training() {
 fn unreadable_images_are_counted_listed_and_limited() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 10);
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 10);
     std::fs::write(data.join("test/dark/003.png"), "broken").unwrap();
     let device = Device::cpu(1).unwrap();
     let error = Run::new(&on_images(&data, &[]), &device, Some(&out)).err().unwrap().to_string();
@@ -321,8 +321,8 @@ fn unreadable_images_are_counted_listed_and_limited() {
 fn the_best_checkpoint_is_put_right_after_a_kill() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 4);
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 4);
     let recipe = on_images(&data, &["train.epochs=1"]);
     let device = Device::cpu(1).unwrap();
     let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
@@ -350,8 +350,8 @@ fn the_best_checkpoint_is_put_right_after_a_kill() {
 fn a_log_that_is_removed_does_not_cost_the_run() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 4);
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 4);
     let recipe = on_images(&data, &["train.epochs=2"]);
     let device = Device::cpu(1).unwrap();
     let log = out.join("metrics.jsonl");
@@ -368,8 +368,8 @@ fn a_log_that_is_removed_does_not_cost_the_run() {
 fn a_resumed_run_refuses_settings_that_change_its_weights() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 4);
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 4);
     let device = Device::cpu(1).unwrap();
     let mut run = Run::new(&on_images(&data, &[]), &device, Some(&out)).unwrap();
     let flag = Arc::new(AtomicBool::new(false));
@@ -415,7 +415,7 @@ fn a_resumed_run_refuses_settings_that_change_its_weights() {
 fn a_new_run_replaces_no_file_that_was_there() {
     let root = tempfile::tempdir().unwrap();
     let data = root.path().join("data");
-    write_part(&data.join("train"), 8);
+    write_split(&data.join("train"), 8);
     let device = Device::cpu(1).unwrap();
     let recipe = on_images(&data, &[]);
     for name in ["metrics.jsonl", "report.html", "best.safetensors", "step-00000001.safetensors"] {
@@ -436,14 +436,14 @@ fn a_new_run_replaces_no_file_that_was_there() {
 fn a_share_of_the_training_images_can_choose_the_best_checkpoint() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 20);
+    write_split(&data.join("train"), 20);
     let recipe = on_images(&data, &["data.validation=0.2"]);
     let device = Device::cpu(1).unwrap();
     let mut run = Run::new(&recipe, &device, Some(&out)).unwrap();
     assert_eq!(run.images().train.len(), 32);
     let mut watch = At(0, || (), Vec::new());
     run.train(&mut watch).unwrap();
-    let chosen = watch.2.iter().any(|note| note.ends_with("a share of the training part"));
+    let chosen = watch.2.iter().any(|note| note.ends_with("a share of the training split"));
     assert!(chosen, "{:?}", watch.2);
     let first = &epochs(&out)[0];
     assert!(first["validation"].is_f64() && first["knn"].is_null(), "{first}");
@@ -456,7 +456,7 @@ fn a_share_of_the_training_images_can_choose_the_best_checkpoint() {
 fn a_run_writes_through_no_link_in_its_folder() {
     let root = tempfile::tempdir().unwrap();
     let [data, out, victim] = ["data", "run", "victim"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
+    write_split(&data.join("train"), 16);
     let device = Device::cpu(1).unwrap();
     let mut run = Run::new(&on_images(&data, &[]), &device, Some(&out)).unwrap();
     let flag = Arc::new(AtomicBool::new(false));

@@ -1,15 +1,15 @@
 //! The layout of a pack file.
 //!
-//! A part is `PART-00000.pack`, `PART-00001.pack` and so on, where PART is `train`, `test`, `val` or `valid`. Each file is a
+//! A split is `SPLIT-00000.pack`, `SPLIT-00001.pack` and so on, where SPLIT is `train`, `test`, `val` or `valid`. Each file is a
 //! header, the bytes of the images one after another, and an index; all numbers are little-endian. The manifest
-//! (`pack.json`) lists the parts of a finished pack; files of format 1 have none.
+//! (`pack.json`) lists the splits of a finished pack; files of format 1 have none.
 //!
 //! | header | bytes |
 //! |---|---|
 //! | magic | 8 |
 //! | format | u32 |
-//! | whether it is the part's last file | u32 |
-//! | its number in the part, from 0 | u32 |
+//! | whether it is the split's last file | u32 |
+//! | its number in the split, from 0 | u32 |
 //! | crc32 of the index | u32 |
 //! | images in the files before it | u64 |
 //! | images in it | u64 |
@@ -34,15 +34,15 @@ pub const HEADER: usize = 64;
 /// Bytes of an image's entry in the index.
 const ENTRY: usize = 36;
 
-/// The name of a file of a part.
-pub fn file_name(part: &str, number: u32) -> String {
-    format!("{part}-{number:05}.pack")
+/// The name of a file of a split.
+pub fn file_name(split: &str, number: u32) -> String {
+    format!("{split}-{number:05}.pack")
 }
 
-/// The number of a file, if its name is that of a file of the part.
-pub fn number_of(name: &str, part: &str) -> Option<u32> {
-    let digits = name.strip_prefix(part)?.strip_prefix('-')?.strip_suffix(".pack")?;
-    digits.parse().ok().filter(|&number| file_name(part, number) == name)
+/// The number of a file, if its name is that of a file of the split.
+pub fn number_of(name: &str, split: &str) -> Option<u32> {
+    let digits = name.strip_prefix(split)?.strip_prefix('-')?.strip_suffix(".pack")?;
+    digits.parse().ok().filter(|&number| file_name(split, number) == name)
 }
 
 /// The header of a file.

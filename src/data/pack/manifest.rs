@@ -1,4 +1,4 @@
-//! The manifest of a pack: which parts it has. It is written last, so a pack that was stopped has none.
+//! The manifest of a pack: which splits it has. It is written last, so a pack that was stopped has none.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,16 +13,16 @@ pub const MANIFEST: &str = "pack.json";
 /// The most bytes of a manifest; a longer one is not ours.
 const LONGEST: u64 = 1 << 20;
 
-/// The parts of a pack.
+/// The splits of a pack.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// By name: `train`, `test`, `val` or `valid`.
-    pub parts: BTreeMap<String, Part>,
+    pub splits: BTreeMap<String, SplitInfo>,
 }
 
-/// One part.
+/// One split.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Part {
+pub struct SplitInfo {
     /// How many files it has.
     pub files: u32,
     /// How many images, in all of them.
@@ -50,7 +50,7 @@ impl Manifest {
         Ok(Some(manifest))
     }
 
-    /// The bytes of the file, the same for the same parts.
+    /// The bytes of the file, the same for the same splits.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = serde_json::to_vec_pretty(self).expect("names and numbers are JSON");
         bytes.push(b'\n');

@@ -37,7 +37,7 @@ pub struct Pack {
     cache: Cache,
 }
 
-/// One file of a part.
+/// One file of a split.
 struct Shard {
     path: PathBuf,
     file: File,
@@ -53,37 +53,37 @@ impl Pack {
     }
 
     /// Opens a split of a folder with packed images: reads the indices of its files. Classes have the numbers of the
-    /// training part; classes that it lacks come after them.
+    /// training split; classes that it lacks come after them.
     ///
     /// # Errors
     /// If the pack is unfinished or lacks the split, a file is missing, damaged or of a newer format, or a class differs from
-    /// one of the training part by case only.
+    /// one of the training split by case only.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let manifest = Manifest::read(folder)?;
-        for part in folders(split) {
-            if let Some(pack) = Self::open_part(folder, part, manifest.as_ref())? {
+        for name in folders(split) {
+            if let Some(pack) = Self::open_split(folder, name, manifest.as_ref())? {
                 return match split {
                     Split::Train => Ok(pack),
-                    Split::Test => pack.with_classes_of_train(folder, part),
+                    Split::Test => pack.with_classes_of_train(folder, name),
                 };
             }
         }
         if manifest.is_none() && left_by_a_pack(folder)?.iter().any(|name| name.starts_with('.')) {
             return Err(unfinished(folder)?);
         }
-        let wanted: Vec<_> = folders(split).iter().map(|part| file_name(part, 0)).collect();
+        let wanted: Vec<_> = folders(split).iter().map(|name| file_name(name, 0)).collect();
         let reason = format!(
-            "has packed images, but no {}: the {split} part is missing",
+            "has packed images, but no {}: the {split} split is missing",
             wanted.join(" or ")
         );
         Err(Error::format(folder, reason))
     }
 
-    /// Opens a part; `None` if the pack does not have it.
-    fn open_part(folder: &Path, part: &str, manifest: Option<&Manifest>) -> Result<Option<Self>> {
-        let numbers = numbers(folder, part)?;
+    /// Opens the split that is named `split`; `None` if the pack does not have it.
+    fn open_split(folder: &Path, split: &str, manifest: Option<&Manifest>) -> Result<Option<Self>> {
+        let numbers = numbers(folder, split)?;
         let listed = match manifest {
-            Some(manifest) => match manifest.parts.get(part) {
+            Some(manifest) => match manifest.splits.get(split) {
                 Some(listed) => Some(listed),
                 None => return Ok(None),
             },
@@ -91,7 +91,7 @@ impl Pack {
             None => None,
         };
         let missing = |number: u32| {
-            let path = folder.join(file_name(part, number));
+            let path = folder.join(file_name(split, number));
             Error::format(path, format!("is missing: {REMEDY}"))
         };
         let (mut shards, mut images, mut ended) = (Vec::<Shard>::new(), 0, false);
@@ -99,7 +99,7 @@ impl Pack {
             if number != expected {
                 return Err(missing(expected));
             }
-            let path = folder.join(file_name(part, number));
+            let path = folder.join(file_name(split, number));
             let (file, format, header, index) = read(&path)?;
             if manifest.is_none() && format != WITHOUT_MANIFEST {
                 return Err(unfinished(folder)?);
@@ -121,7 +121,7 @@ impl Pack {
             && (listed.files as usize, listed.images) != (shards.len(), images as u64)
         {
             let reason = format!(
-                "lists {} images in {} files of the part {part}, and there are {images} in {}: {REMEDY}",
+                "lists {} images in {} files of the split {split}, and there are {images} in {}: {REMEDY}",
                 listed.images,
                 listed.files,
                 shards.len()
@@ -140,14 +140,14 @@ impl Pack {
         }))
     }
 
-    /// Numbers the classes of the held-out part `part` as the training part of the pack does.
-    fn with_classes_of_train(mut self, folder: &Path, part: &str) -> Result<Self> {
+    /// Numbers the classes of the held-out split, named `split`, as the training split of the pack does.
+    fn with_classes_of_train(mut self, folder: &Path, split: &str) -> Result<Self> {
         let first = folder.join(file_name("train", 0));
         if self.classes.is_empty() || !first.is_file() {
             return Ok(self);
         }
         let (_, _, _, train) = read(&first)?;
-        let path = folder.join(part);
+        let path = folder.join(split);
         let merged = classes::merge(&path, &train.classes, &self.classes)?;
         (self.classes, self.numbers) = (merged.classes.clone(), merged.numbers.clone());
         let labels: Vec<u32> = (0..self.images).filter_map(|i| self.label(i)).collect();
@@ -184,14 +184,14 @@ fn left_by_a_pack(folder: &Path) -> Result<Vec<String>> {
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let name = entry.map_err(Error::io(folder))?.file_name();
         let Some(name) = name.to_str() else { continue };
-        let of_a_part = |part: &&str| {
+        let of_a_split = |split: &&str| {
             let partial = name.strip_prefix('.').is_some_and(|rest| {
-                rest.strip_prefix(*part)
+                rest.strip_prefix(*split)
                     .is_some_and(|rest| rest.starts_with('-') && rest.contains(".pack."))
             });
-            partial || number_of(name, part).is_some()
+            partial || number_of(name, split).is_some()
         };
-        if [Split::Train, Split::Test].into_iter().flat_map(folders).any(of_a_part) {
+        if [Split::Train, Split::Test].into_iter().flat_map(folders).any(of_a_split) {
             names.push(name.to_owned());
         }
     }
@@ -211,12 +211,12 @@ fn unfinished(folder: &Path) -> Result<Error> {
     Ok(Error::format(folder, reason))
 }
 
-/// The numbers of a part's files in ascending order.
-fn numbers(folder: &Path, part: &str) -> Result<Vec<u32>> {
+/// The numbers of a split's files in ascending order.
+fn numbers(folder: &Path, split: &str) -> Result<Vec<u32>> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let name = entry.map_err(Error::io(folder))?.file_name();
-        numbers.extend(name.to_str().and_then(|name| number_of(name, part)));
+        numbers.extend(name.to_str().and_then(|name| number_of(name, split)));
     }
     numbers.sort_unstable();
     Ok(numbers)

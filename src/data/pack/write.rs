@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::format::{Entry, HEADER, Header, Index, Kind, file_name};
 use super::left_by_a_pack;
-use super::manifest::{MANIFEST, Manifest, Part};
+use super::manifest::{MANIFEST, Manifest, SplitInfo};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
 use crate::data::decode::decode;
@@ -70,14 +70,14 @@ struct Record {
     entry: Entry,
 }
 
-/// Packs the images of `from` into the folder `to`, which is created: each of the parts `train/`, `test/`, `val/` and
-/// `valid/`, or `from` itself as the training part. The same images and settings give the same bytes. `progress` is called
+/// Packs the images of `from` into the folder `to`, which is created: each of the splits `train/`, `test/`, `val/` and
+/// `valid/`, or `from` itself as the training split. The same images and settings give the same bytes. `progress` is called
 /// with the number of images done and their total.
 ///
 /// A manifest is written last, so a pack that was stopped is never taken for a complete one.
 ///
 /// # Errors
-/// If `from` is not a folder of images, a file cannot be read, no image of a part can be decoded, `to` is not empty, or the
+/// If `from` is not a folder of images, a file cannot be read, no image of a split can be decoded, `to` is not empty, or the
 /// disk is full. What was written until then is removed.
 pub fn pack(
     from: &Path,
@@ -89,30 +89,32 @@ pub fn pack(
     if !from.exists() {
         return Err(Error::format(from, "no such folder: check the path of the images"));
     }
-    let parts = [Split::Train, Split::Test].into_iter().flat_map(folders);
-    let mut parts: Vec<_> =
-        parts.map(|part| (*part, from.join(part))).filter(|(_, folder)| folder.is_dir()).collect();
-    if parts.is_empty() {
-        parts.push(("train", from.to_path_buf()));
+    let splits = [Split::Train, Split::Test].into_iter().flat_map(folders);
+    let mut splits: Vec<_> = splits
+        .map(|split| (*split, from.join(split)))
+        .filter(|(_, folder)| folder.is_dir())
+        .collect();
+    if splits.is_empty() {
+        splits.push(("train", from.to_path_buf()));
     }
     let mut opened: Vec<(&str, &PathBuf, Folder)> = Vec::new();
-    for (part, folder) in &parts {
+    for (split, folder) in &splits {
         let mut images = Folder::open(folder)?;
         if let Some(("train", _, train)) = opened.first() {
             images = images.with_classes_of(folder, train.classes())?;
         }
-        opened.push((part, folder, images));
+        opened.push((split, folder, images));
     }
-    let parts = opened;
+    let splits = opened;
     prepare(to)?;
-    let total = parts.iter().map(|(_, _, images)| images.len()).sum();
+    let total = splits.iter().map(|(_, _, images)| images.len()).sum();
     let (mut packed, mut before) = (Packed::default(), 0);
     let mut manifest = Manifest::default();
-    for (part, folder, images) in &parts {
+    for (split, folder, images) in &splits {
         let seen = |count| progress(before + count, total);
         let files_before = (packed.files.len(), packed.images);
         let left_out = packed.skipped.len();
-        let any = pack_part(images, (to, part), settings, seen, &mut packed);
+        let any = pack_split(images, (to, split), settings, seen, &mut packed);
         let wrote = any.and_then(|any| match packed.skipped.get(left_out) {
             Some(Skipped { reason, .. }) if !any => {
                 let count = images.len();
@@ -131,7 +133,7 @@ pub fn pack(
         before += images.len();
         let files = (packed.files.len() - files_before.0) as u32;
         let images = (packed.images - files_before.1) as u64;
-        manifest.parts.insert((*part).to_owned(), Part { files, images });
+        manifest.splits.insert((*split).to_owned(), SplitInfo { files, images });
     }
     write_file(&to.join(MANIFEST), &manifest.to_bytes())?;
     Ok(packed)
@@ -177,10 +179,10 @@ fn prepare(to: &Path) -> Result<()> {
     }
 }
 
-/// Writes the files of a part. Returns whether there are any.
-fn pack_part(
+/// Writes the files of a split. Returns whether there are any.
+fn pack_split(
     images: &Folder,
-    (to, part): (&Path, &str),
+    (to, split): (&Path, &str),
     settings: &PackSettings,
     mut seen: impl FnMut(usize),
     packed: &mut Packed,
@@ -213,7 +215,7 @@ fn pack_part(
     let mut records = readable.flatten().peekable();
     let (mut number, mut first) = (0, 0);
     while records.peek().is_some() {
-        let path = to.join(file_name(part, number));
+        let path = to.join(file_name(split, number));
         replace_file(&path, |partial| {
             let file = File::create(partial).map_err(|e| write_error(&path, e))?;
             let begun = Header { number, first, ..Header::default() };
