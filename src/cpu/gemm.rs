@@ -1,4 +1,4 @@
-//! GEMM in f32 over slices, on the `gemm` crate: the only place that passes it raw pointers.
+//! GEMM in f32 over slices, on the `gemm-f32` crate: the only place that passes it raw pointers.
 
 use rayon::prelude::*;
 
@@ -116,29 +116,31 @@ unsafe fn gemm_at(c: *mut f32, row: usize, a: Matrix<'_>, b: Matrix<'_>, accumul
         let last = (x.rows - 1) * x.row + (x.columns - 1) * x.column;
         assert!(last < x.data.len(), "gemm: the {what} matrix ends past its slice");
     }
-    // SAFETY: the assertions above keep every element that `gemm` reads inside the slices; the caller vouches for what it
+    // The crate's microkernels write columns, and a row of C is a column of its transpose: Ct = Bt At.
+    let multiply = gemm_f32::gemm::f32::get_gemm_fn();
+    // SAFETY: the assertions above keep every element that `multiply` reads inside the slices; the caller vouches for what it
     // writes.
     unsafe {
-        gemm::gemm(
-            m,
+        multiply(
             n,
+            m,
             k,
             c,
-            1,
             row as isize,
+            1,
             accumulate,
-            a.data.as_ptr(),
-            a.column as isize,
-            a.row as isize,
             b.data.as_ptr(),
-            b.column as isize,
             b.row as isize,
+            b.column as isize,
+            a.data.as_ptr(),
+            a.row as isize,
+            a.column as isize,
             1.0,
             1.0,
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            gemm_common::Parallelism::None,
         );
     }
 }
