@@ -47,6 +47,11 @@ fn main() {
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rustc-check-cfg=cfg(no_kernels)");
     println!("cargo::rerun-if-changed=recipes");
+    println!("cargo::rustc-check-cfg=cfg(no_mpi)");
+    if !std::path::Path::new(".mpi/bin/mpiexec").is_file() {
+        // Tests of several processes carry `cfg_attr(no_mpi, ignore = ...)`, so that they are counted as ignored.
+        println!("cargo::rustc-cfg=no_mpi");
+    }
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }

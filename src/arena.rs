@@ -333,6 +333,12 @@ impl Arena {
         }
     }
 
+    /// Shares the arena's gradients and batch statistics with the other ranks of a group, whose arenas have the same values.
+    pub fn in_group(mut self, group: &Group) -> Self {
+        self.group = group.clone();
+        self
+    }
+
     /// The slots.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
@@ -343,7 +349,7 @@ impl Arena {
         self.values.device()
     }
 
-    /// The group of processes that share its gradients and batch statistics.
+    /// The ranks that share its gradients and batch statistics.
     pub fn group(&self) -> &Group {
         &self.group
     }

@@ -52,6 +52,9 @@ pub enum Error {
     /// A run was asked to stop, and did.
     #[error("{0}")]
     Stopped(String),
+    /// Another rank failed, and reports why.
+    #[error("rank {0} failed")]
+    Elsewhere(usize),
 }
 
 /// Returns a file name or path as text that can be printed anywhere: control characters (line feeds, tabs, escape sequences,

@@ -19,7 +19,7 @@ use std::cell::{RefCell, RefMut};
 use crate::arena::{Arena, Layout, Param, Stat};
 use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
 use crate::error::Result;
-use crate::tensor::{DType, Shape, Tensor, TensorMut};
+use crate::tensor::{DType, Shape, Tensor, TensorMut, sum_over_ranks};
 
 /// The mode of a tape's operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -385,7 +385,7 @@ pub fn step(
 ) -> Result<Tensor> {
     arena.zero_gradients();
     let loss = backward_pass(arena, loss);
-    reduce_gradients(arena);
+    reduce_gradients(arena)?;
     loss
 }
 
@@ -421,7 +421,7 @@ pub fn summed_step(
         let part = backward_pass(arena, |tape| loss(tape, i))?;
         crate::tensor::add_into(arena.device(), &mut sum.view_mut(), &part);
     }
-    reduce_gradients(arena);
+    reduce_gradients(arena)?;
     Ok(sum)
 }
 
@@ -467,7 +467,7 @@ pub fn cached_step(
         let z = embed(&tape, i);
         tape.backward(z.id, pick_views(&dz, views, count, i));
     }
-    reduce_gradients(arena);
+    reduce_gradients(arena)?;
     arena.device().check()?;
     Ok(loss)
 }
@@ -479,13 +479,19 @@ fn one(loss: &Var<'_>) -> Tensor {
     one
 }
 
-/// Sums gradients over the processes of the arena's group.
-fn reduce_gradients(arena: &mut Arena) {
+/// Replaces gradients by their mean over the ranks: a rank's loss is the mean over its rows, or that of all ranks' rows.
+fn reduce_gradients(arena: &mut Arena) -> Result<()> {
     let group = arena.group().clone();
     if group.size() > 1 {
         let mut gradients = arena.gradients_cell().borrow_mut();
-        group.all_reduce_sum(gradients.data_mut::<f32>());
+        sum_over_ranks(&mut gradients, &group, "gradients");
+        let share = 1.0 / group.size() as f64;
+        match gradients.dtype() {
+            DType::F64 => gradients.data_mut::<f64>().iter_mut().for_each(|g| *g *= share),
+            _ => gradients.data_mut::<f32>().iter_mut().for_each(|g| *g *= share as f32),
+        }
     }
+    group.check()
 }
 
 /// Runs a forward pass as in training, without gradients: batch norm uses batch statistics and updates the running ones. For

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use cuda::Gpu;
 pub use cuda::{Counts, Mix, Precision, Resources};
-pub use group::Group;
+pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub(crate) use isa::Isa;
 pub use memory::MemoryUse;
 pub(crate) use memory::{Memory, elements};

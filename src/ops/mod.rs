@@ -54,6 +54,7 @@ pub use nt_xent::nt_xent;
 pub(crate) use nt_xent::nt_xent_groups;
 pub use pair_loss::{PairLoss, pair_loss};
 pub use pool::{avg_pool, max_pool, mean_pool};
+pub(crate) use rows::gather_ranks;
 pub use rows::{concat_rows, gather_rows, push_rows, slice_rows, write_rows};
 pub use selective_kernel::{stream_mean, stream_select};
 pub use sinkhorn::sinkhorn;

@@ -23,7 +23,7 @@ pub(crate) use arithmetic::{CHUNK, add_into, fill};
 pub(crate) use dtype::Float;
 pub use dtype::{DType, Element, Shape};
 pub use numbers::Numbers;
-pub(crate) use views::{interleave_views, pick_views, row_shape};
+pub(crate) use views::{gather_views, interleave_views, pick_views, row_shape, sum_over_ranks};
 
 /// A contiguous array on a device.
 #[derive(Clone)]

@@ -1,6 +1,7 @@
 //! Row orders of several views: micro-batches and the full batch.
 
-use super::{Shape, Tensor};
+use super::{DType, Element, Shape, Tensor};
+use crate::device::Group;
 
 pub(crate) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     let mut sizes = shape.to_vec();
@@ -8,27 +9,31 @@ pub(crate) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     sizes.as_slice().into()
 }
 
-/// Joins micro-batches, each `[views * m, d]` view after view, into one `[views * n, d]`, view after view.
+/// Joins micro-batches, each `[views * m, …]` view after view, into one `[views * n, …]`, view after view.
 ///
 /// # Panics
 /// If there are no parts, they differ in shape, or their rows are not a multiple of `views`.
 #[track_caller]
 pub(crate) fn interleave_views(parts: &[Tensor], views: usize) -> Tensor {
-    let [rows, d] = parts.first().expect("micro-batches: none given").dims("embeddings");
+    let first = parts.first().expect("micro-batches: none given");
+    let rows = first.shape()[0];
+    let d = first.len() / rows.max(1);
     assert!(
-        rows % views == 0,
+        rows.is_multiple_of(views),
         "micro-batches: {rows} rows cannot be split into {views} equal views"
     );
     assert!(
         parts.iter().all(|p| p.shape() == parts[0].shape()),
         "micro-batches: the shapes differ"
     );
-    let mut all = Tensor::empty(parts[0].device(), parts[0].dtype(), [rows * parts.len(), d]);
+    let shape = row_shape(first.shape(), rows * parts.len());
+    let mut all = Tensor::empty(first.device(), first.dtype(), shape);
     let (count, block) = (parts.len(), rows / views);
     for i in 0..count * views {
         let (view, part) = (i / count, i % count);
-        let to = all.view_mut().slice(i * block * d, [block, d].into());
-        { to }.copy_from(&parts[part].rows(view * block, block));
+        let rows = parts[part].rows(view * block, block);
+        let to = all.view_mut().slice(i * block * d, *rows.shape());
+        { to }.copy_from(&rows);
     }
     all
 }
@@ -45,6 +50,41 @@ pub(crate) fn pick_views(all: &Tensor, views: usize, count: usize, index: usize)
         { to }.copy_from(&rows);
     }
     part
+}
+
+/// Gathers the rows of all ranks, each `[views * m, …]` view after view, into those of the batch, `[views * n, …]`. Where a rank
+/// holds a share of each of `count` micro-batches, `views * count` in place of `views` gives the rows in the batch's order.
+pub(crate) fn gather_views(
+    own: &Tensor,
+    views: usize,
+    group: &Group,
+    what: &'static str,
+) -> Tensor {
+    fn parts<T: Element>(own: &Tensor, group: &Group, what: &'static str) -> Vec<Tensor> {
+        let all = group.all_gather(what, own.data::<T>()).unwrap_or_default();
+        let part = |part: &[T]| Tensor::from_slice(own.device(), *own.shape(), part);
+        all.chunks(own.len().max(1)).map(part).collect()
+    }
+    if group.size() == 1 {
+        return own.clone();
+    }
+    let parts = match own.dtype() {
+        DType::Bf16 => parts::<half::bf16>(own, group, what),
+        DType::F32 => parts::<f32>(own, group, what),
+        DType::F64 => parts::<f64>(own, group, what),
+        DType::I32 => parts::<i32>(own, group, what),
+    };
+    interleave_views(&parts, views)
+}
+
+/// Replaces a tensor by its sum over the ranks.
+pub(crate) fn sum_over_ranks(tensor: &mut Tensor, group: &Group, what: &'static str) {
+    match tensor.dtype() {
+        DType::Bf16 => group.all_reduce_sum(what, tensor.data_mut::<half::bf16>()),
+        DType::F32 => group.all_reduce_sum(what, tensor.data_mut::<f32>()),
+        DType::F64 => group.all_reduce_sum(what, tensor.data_mut::<f64>()),
+        DType::I32 => group.all_reduce_sum(what, tensor.data_mut::<i32>()),
+    }
 }
 
 #[cfg(test)]

@@ -365,7 +365,8 @@ fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], bac
 
 /// For each group a, b and d of `dx = a dz + b x + d`, repeated to the width of a wide row.
 fn backward_lines(sums: &[f32], saved: &Saved) -> Vec<f32> {
-    let BatchNormDims { groups, rows, c } = saved.dims;
+    let BatchNormDims { groups, c, .. } = saved.dims;
+    let rows = saved.dims.all_rows();
     let mut lines = vec![0.0; 3 * groups * c];
     for (g, line) in lines.chunks_exact_mut((3 * c).max(1)).enumerate() {
         let (scale, mean) = scale_and_mean(saved, g);

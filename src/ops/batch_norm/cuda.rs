@@ -91,7 +91,7 @@ pub(super) fn moments(
     dims: BatchNormDims,
     given: Option<Moments>,
 ) -> (Tensor, Tensor) {
-    let BatchNormDims { groups, rows, c } = dims;
+    let BatchNormDims { groups, rows, c, .. } = dims;
     let device = x.device();
     let Moments { partial, rows: per_chunk } = given.unwrap_or_else(|| partial_moments(x, dims));
     let chunks = rows.div_ceil(per_chunk);
@@ -207,7 +207,7 @@ fn backward_sums(
     relu: bool,
     ids: Ids,
 ) -> Tensor {
-    let (x, BatchNormDims { groups, rows, c }) = (&saved.x, saved.dims);
+    let (x, BatchNormDims { groups, rows, c, .. }) = (&saved.x, saved.dims);
     let device = x.device();
     let shape = Shape::new(saved.dims, x.dtype());
     let mut partial = Tensor::floats(device, [groups, shape.chunks, 2, c]);

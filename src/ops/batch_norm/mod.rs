@@ -3,7 +3,8 @@
 //! `y = relu(gain (x - mean) / sqrt(var + eps) + shift + residual)`, mean and biased variance per channel over the rows
 //! (Ioffe and Szegedy 2015, algorithm 1). Images are rows: `[n, h, w, c]` has `n h w` of them. With `groups > 1` the rows
 //! are split into that many equal runs, each normalised by its own statistics: MoCo's batch norm on one device
-//! (facebookresearch/moco, colab notebook, `SplitBatchNorm`).
+//! (facebookresearch/moco, colab notebook, `SplitBatchNorm`). Groups are those of the batch: a single one spans all ranks, which
+//! merge their means and variances; of several, each rank has its share.
 //!
 //! Backward, with `dz = dy` where `y > 0` and `x̂ = (x - mean) / sqrt(var + eps)`:
 //! `dshift = Σ dz`, `dgain = Σ dz x̂`, `dx = gain / sqrt(var + eps) (dz - Σdz / m - x̂ Σ(dz x̂) / m)`, `dresidual = dz`.
@@ -16,9 +17,9 @@ mod reference;
 
 use super::gemm::Moments;
 use crate::arena::Stat;
-use crate::device::DeviceKind;
+use crate::device::{DeviceKind, Group};
 use crate::tape::{Gradients, Var, VarId};
-use crate::tensor::Tensor;
+use crate::tensor::{Float, Tensor, sum_over_ranks};
 
 /// Added to the variance before the square root.
 pub(crate) const EPS: f64 = 1e-5;
@@ -62,12 +63,19 @@ impl Default for BatchNorm<'_, '_> {
 #[derive(Clone, Copy, Debug)]
 struct BatchNormDims {
     groups: usize,
-    /// Rows in one group.
+    /// Rows in one group, of this rank.
     rows: usize,
     c: usize,
+    /// Number of ranks that share the rows of a group.
+    ranks: usize,
 }
 
 impl BatchNormDims {
+    /// Number of rows whose statistics a group is normalised by.
+    fn all_rows(self) -> usize {
+        self.rows * self.ranks
+    }
+
     /// Number of elements in one group.
     fn len(self) -> usize {
         self.rows * self.c
@@ -131,11 +139,12 @@ pub(crate) fn batch_norm_by<'t>(
     // place: both passes are limited by memory bandwidth.
     let rectified = device.kind() != DeviceKind::Reference && with.relu && with.residual.is_none();
     let mask = (with.relu && !rectified).then(|| y.clone());
+    let group = x.tape().group().clone();
     x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
         if device.kind() == DeviceKind::Cuda {
             cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
         } else {
-            backward_on_host(gradients, dy, &saved, mask.as_ref(), rectified, ids);
+            backward_on_host(gradients, dy, &saved, mask.as_ref(), rectified, ids, &group);
         }
     })
 }
@@ -145,7 +154,18 @@ pub(crate) fn batch_norm_by<'t>(
 fn checked_dims(x: &Var<'_>, with: &BatchNorm<'_, '_>) -> BatchNormDims {
     let c = *x.shape().last().expect("batch_norm: the input has no channels");
     let all_rows = x.value().len() / c.max(1);
-    let groups = if x.tape().batch_statistics() { with.groups } else { 1 };
+    let (groups, ranks) = match (x.tape().batch_statistics(), with.groups) {
+        (false, _) => (1, 1),
+        (true, 1) => (1, x.tape().group().size()),
+        (true, groups) => {
+            let size = x.tape().group().size();
+            assert!(
+                groups.is_multiple_of(size),
+                "batch_norm: {size} ranks cannot have equal shares of {groups} groups"
+            );
+            (groups / size, 1)
+        }
+    };
     assert!(
         (1..=all_rows.max(1)).contains(&groups) && all_rows.is_multiple_of(groups),
         "batch_norm: {all_rows} rows are not {groups} equal groups"
@@ -158,7 +178,7 @@ fn checked_dims(x: &Var<'_>, with: &BatchNorm<'_, '_>) -> BatchNormDims {
     if let Some(residual) = with.residual {
         assert_eq!(residual.shape(), x.shape(), "batch_norm: residual and input differ");
     }
-    BatchNormDims { groups, rows: all_rows / groups, c }
+    BatchNormDims { groups, rows: all_rows / groups, c, ranks }
 }
 
 /// Returns the mean and `1 / sqrt(var + eps)` to normalise by, `[groups, c]`: the batch's in training, the running ones in
@@ -214,9 +234,10 @@ fn backward_on_host(
     mask: Option<&Tensor>,
     rectified: bool,
     ids: Ids,
+    group: &Group,
 ) {
     let device = dy.device().clone();
-    let BatchNormDims { c, groups, .. } = saved.dims;
+    let BatchNormDims { c, groups, ranks, .. } = saved.dims;
     // [groups, 2, c]: Σ dz and Σ dz x̂
     let mut sums = Tensor::floats(&device, [groups, 2, c]);
     let mut dz = mask_and_sum(&mut sums, dy, saved, mask, rectified);
@@ -229,6 +250,10 @@ fn backward_on_host(
             }
             gradients.add(id, total);
         }
+    }
+    if ranks > 1 {
+        // Gain and shift get this rank's sums, as all parameters do; the input's gradient needs those of all rows.
+        sum_over_ranks(&mut sums, group, "batch norm's gradients");
     }
     if rectified {
         let (dx, sums) = (dz.data_mut(), sums.data());
@@ -307,8 +332,7 @@ struct Saved {
 
 /// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics.
 ///
-/// For the CPU and the reference device; a GPU uses `cuda::moments`. Training over several processes would merge
-/// `(rows, mean, M2)` here, between the moments and their use.
+/// For the CPU and the reference device; a GPU uses `cuda::moments`.
 fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> (Tensor, Tensor) {
     let device = x.tape().device();
     let shape = [dims.groups, dims.c];
@@ -324,9 +348,16 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> 
             reference::moments(mean.data_mut(), variance.data_mut(), x.value().data(), dims);
         }
     }
+    if dims.ranks > 1 {
+        match device.kind() {
+            DeviceKind::Cpu => merge_ranks::<f32>(&mut mean, &mut variance, x.tape().group()),
+            _ => merge_ranks::<f64>(&mut mean, &mut variance, x.tape().group()),
+        }
+    }
     if let Some(running) = running {
         // PyTorch's running variance is unbiased.
-        let unbiased = dims.rows as f64 / (dims.rows as f64 - 1.0).max(1.0);
+        let rows = dims.all_rows() as f64;
+        let unbiased = rows / (rows - 1.0).max(1.0);
         for (stat, batch, factor) in
             [(running.mean, &mean, 1.0), (running.variance, &variance, unbiased)]
         {
@@ -350,4 +381,22 @@ fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> 
         }
     }
     (mean, inv_std)
+}
+
+/// Replaces mean and biased variance of this rank's rows by those of all ranks' rows, which are as many on each. In rank order,
+/// so that all ranks get the same bits.
+fn merge_ranks<T: Float>(mean: &mut Tensor, variance: &mut Tensor, group: &Group) {
+    let (mean, variance) = (mean.data_mut::<T>(), variance.data_mut::<T>());
+    let c = mean.len();
+    let own = [&*mean, &*variance].concat();
+    let all = group.all_gather("batch norm's statistics", &own).unwrap_or(own);
+    let ranks = all.len() as f64 / (2 * c) as f64;
+    for j in 0..c {
+        let of =
+            |which: usize| all.chunks_exact(2 * c).map(move |rank| rank[which * c + j].widen());
+        let mu = of(0).sum::<f64>() / ranks;
+        let between: f64 = of(0).map(|mean| (mean - mu).powi(2)).sum();
+        mean[j] = T::narrow(mu);
+        variance[j] = T::narrow((of(1).sum::<f64>() + between) / ranks);
+    }
 }

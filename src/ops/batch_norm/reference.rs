@@ -70,7 +70,7 @@ pub(super) fn input_gradient(
     accumulate: bool,
 ) {
     let dims = saved.dims;
-    let m = dims.rows as f64;
+    let m = dims.all_rows() as f64;
     for g in 0..dims.groups {
         for j in 0..dims.c {
             let (sum, dot) = (sums[2 * g * dims.c + j], sums[(2 * g + 1) * dims.c + j]);

@@ -27,7 +27,8 @@ pub struct Negatives<'a> {
     /// Unit rows `[m, d]`, which must not change until the backward pass has run.
     pub queue: &'a Tensor,
     /// Begin and end of the rows of the queue that hold this batch's keys, view after view: two i32 on the device, so that a
-    /// replayed step reads current values. Query `i` of `n` excludes the rows whose offset in the range is `i` modulo `n`.
+    /// replayed step reads current values. Query `i` of a batch of `n`, all ranks' queries in rank order, excludes the rows whose
+    /// offset in the range is `i` modulo `n`.
     /// `None` for MoCo, whose queue holds only past batches.
     pub own: Option<&'a Tensor>,
 }
@@ -42,17 +43,20 @@ struct InfoNceDims {
     temperature: f64,
     /// Empty on a GPU, whose kernels read the range from memory.
     own: Range<usize>,
+    /// Number of queries of the batch, and the place of the first of this rank among them.
+    batch: usize,
+    first: usize,
 }
 
 impl InfoNceDims {
     /// Whether query `i` excludes row `j` of the queue.
     fn skips(&self, i: usize, j: usize) -> bool {
-        self.own.contains(&j) && (j - self.own.start) % self.n == i
+        self.own.contains(&j) && (j - self.own.start) % self.batch == self.first + i
     }
 
     /// The rows of the queue among `columns` that query `i` excludes.
     fn skipped(&self, i: usize, columns: Range<usize>) -> impl Iterator<Item = usize> {
-        let all = (self.own.start + i..self.own.end).step_by(self.n);
+        let all = (self.own.start + self.first + i..self.own.end).step_by(self.batch);
         all.filter(move |j| columns.contains(j))
     }
 }
@@ -96,7 +100,10 @@ pub fn info_nce<'t>(
     assert!(temperature > 0.0, "info_nce: temperature {temperature}");
     let device = q.tape().device().clone();
     let own = negatives.own.cloned();
-    let dims = InfoNceDims { n, d, m, temperature, own: own_rows(own.as_ref(), n, m) };
+    let group = q.tape().group();
+    let (batch, first) = (n * group.size(), n * group.rank());
+    let rows = own_rows(own.as_ref(), batch, m);
+    let dims = InfoNceDims { n, d, m, temperature, own: rows, batch, first };
     let [q, k] = &[q, k].map(|x| super::cast(x, DType::of(&device)));
     let mut saved = Saved {
         q: q.value().clone(),

@@ -36,7 +36,7 @@ impl NtXentDims {
 }
 
 /// Returns the mean NT-Xent over the `2n` rows of `z [2n, d]`, view after view; a scalar. Rows must have unit length (see
-/// [`l2_normalize`](super::l2_normalize())). `temperature > 0`.
+/// [`l2_normalize`](super::l2_normalize())). `temperature > 0`. Several ranks each compute the loss of all their rows.
 ///
 /// ```
 /// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
@@ -53,6 +53,7 @@ impl NtXentDims {
 /// If the number of rows is odd or less than 4 (one pair has no negatives), or the temperature is not positive.
 #[track_caller]
 pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
+    let z = &super::rows::gather_ranks(z, 2);
     let [rows, d] = z.value().dims("nt_xent: the embeddings");
     assert!(
         rows.is_multiple_of(2) && rows >= 4,
@@ -62,7 +63,6 @@ pub fn nt_xent<'t>(z: &Var<'t>, temperature: f64) -> Var<'t> {
     assert!(temperature > 0.0, "nt_xent: temperature {temperature}");
     let dims = NtXentDims { rows, d, temperature };
     let device = z.tape().device().clone();
-    assert_eq!(z.tape().group().size(), 1, "nt_xent: does not gather from several processes");
     let z = &super::cast(z, DType::of(&device));
     let z_value = z.value().clone();
     let mut lse = Tensor::floats(&device, [rows]); // log-sum-exp of each row

@@ -44,13 +44,15 @@ fn no_cuda() -> ! {
     panic!("pair_loss has no CUDA kernels: compute on the CPU")
 }
 
-/// Returns the mean loss over the `2n` rows of `z [2n, d]`, view after view; a scalar. `temperature > 0`.
+/// Returns the mean loss over the `2n` rows of `z [2n, d]`, view after view; a scalar. `temperature > 0`. Several ranks each compute
+/// the loss of all their rows.
 ///
 /// # Panics
 /// If the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is a
 /// GPU.
 #[track_caller]
 pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
+    let z = &super::rows::gather_ranks(z, 2);
     let [rows, d] = z.value().dims("pair_loss: the embeddings");
     assert!(
         rows.is_multiple_of(2) && rows >= 4,

@@ -15,7 +15,7 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
     let SinkhornDims { b, k, epsilon, iterations } = dims;
     let all_rows = (b * group.size()) as f64;
     let mut max = [scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)];
-    group.all_reduce_max(&mut max);
+    group.all_reduce_max("Sinkhorn's maximum", &mut max);
     let inv = 1.0 / epsilon;
     e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).for_each(|(e, s)| {
         exp_into(e, s, inv, f64::from(max[0]) * inv);
@@ -24,7 +24,7 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
     let (mut u, mut v) = (vec![1.0; k], vec![1.0; b]);
     for _ in 0..iterations {
         let mut sums = column_sums(e, &v, k);
-        group.all_reduce_sum(&mut sums);
+        group.all_reduce_sum("Sinkhorn's sums", &mut sums);
         u.iter_mut().zip(&sums).for_each(|(u, sum)| *u = share(*sum, k as f64));
         v.par_chunks_mut(ROWS).zip(e.par_chunks(ROWS * k)).for_each(|(v, e)| {
             for (v, row) in v.iter_mut().zip(e.chunks_exact(k)) {
