@@ -12,7 +12,7 @@ use super::eval::Compared;
 use super::progress::Progress;
 use super::{device, say, signals, talk};
 use crate::arena::Layout;
-use crate::device::Device;
+use crate::device::{Device, Group};
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
 use crate::recipes::{self, Recipe};
@@ -47,11 +47,12 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
 }
 
 pub(super) fn train(train: &Train) -> Result<()> {
+    let group = Group::launched()?;
     let (mut run, recipe, out) = match (&train.resume, &train.recipe) {
         (Some(folder), _) => {
-            let paused = Paused::open(folder, &train.set)?;
+            let paused = Paused::open_in(folder, &train.set, &group)?;
             let recipe = paused.recipe().clone();
-            let device = device::open(train.device, &recipe.train)?;
+            let device = group.together(device::open(train.device, &recipe.train))?;
             let run = Run::resume(paused, &device)?;
             let what = if run.has_ended() { "the run has ended," } else { "going on" };
             talk(&format!("{}: {what} after step {}", folder.display(), run.step()));
@@ -59,21 +60,24 @@ pub(super) fn train(train: &Train) -> Result<()> {
         }
         (None, name) => {
             let name = name.as_deref().unwrap_or_default(); // one of the two is required
-            let recipe = Recipe::load(name, &train.set)?;
+            let recipe = group.together(Recipe::load(name, &train.set))?;
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
-            let device = device::open(train.device, &recipe.train)?;
-            let run = Run::new(&recipe, &device, Some(&out))?;
+            let device = group.together(device::open(train.device, &recipe.train))?;
+            let run = Run::in_group(&recipe, &device, Some(&out), &group)?;
             if let Some(file) = &recipe.train.init {
                 told_prefix(Path::new(file), run.online().layout())?;
             }
             (run, recipe, out)
         }
     };
-    if let Some(file) = &train.trace {
+    if let Some(file) = train.trace.as_ref().filter(|_| group.leads()) {
         run.trace(file, train.trace_steps);
     }
     run_to_end(&mut run, &recipe)?;
+    if !group.leads() {
+        return Ok(());
+    }
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
 }
@@ -136,8 +140,10 @@ pub(super) fn devices(json: bool) -> Result<()> {
     let isa = crate::ops::instruction_set();
     if json {
         let cpu = json!({ "threads": device.threads(), "kernels": isa });
-        return say(&json!({ "cpu": cpu, "gpu": crate::device::gpus() }).to_string());
+        let (gpu, mpi) = (crate::device::gpus(), crate::device::mpi());
+        return say(&json!({ "cpu": cpu, "gpu": gpu, "mpi": mpi }).to_string());
     }
     say(&format!("cpu: {} threads, {isa} kernels", device.threads()))?;
-    crate::device::gpus().iter().try_for_each(|line| say(line))
+    crate::device::gpus().iter().try_for_each(|line| say(line))?;
+    crate::device::mpi().iter().try_for_each(|line| say(line))
 }

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::talk;
-use crate::device::{Device, Precision};
+use crate::device::{Device, Launch, Precision};
 use crate::error::{Error, Result};
 use crate::recipes::{MOST_THREADS, TrainSettings};
 
@@ -40,8 +40,19 @@ pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -
             "{threads} compute threads are asked for; the most is {MOST_THREADS}"
         )));
     }
+    let launch = Launch::detect();
+    let threads = match &launch {
+        Some(launch) if threads == 0 => launch.threads(),
+        _ => threads,
+    };
     let cpu = || Device::cpu_with_this_thread(threads); // this thread does nothing but drive the device
     let (device, why) = match name {
+        Some(Name::Cuda(_)) if launch.is_some() => {
+            return Err(Error::config(
+                "several ranks train on processors only, so far: use --device cpu, or one process for a GPU",
+            ));
+        }
+        None if launch.is_some() => (cpu()?, " for each rank".into()),
         Some(Name::Cpu) => (cpu()?, String::new()),
         Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, precision)?, String::new()),
         None => match Device::cuda(0, precision) {

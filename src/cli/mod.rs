@@ -10,6 +10,7 @@ mod interchange;
 mod output;
 mod pack;
 mod progress;
+mod ranks;
 mod signals;
 mod skipped;
 mod study;
@@ -18,27 +19,49 @@ mod trained;
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 
 use crate::cpu::Isa;
+use crate::device::Launch;
 use crate::error::{Error, Result};
 use args::{Args, Command, Eval};
 
 /// Runs the program: parses the command line and runs the command.
 pub fn main() -> ExitCode {
     let args = Args::parse(); // exits with 2 by itself
-    let done = check_instruction_set().and_then(|()| run(args.command));
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
+    let launch = Launch::detect();
+    SILENT.store(launch.as_ref().is_some_and(|launch| launch.rank > 0), Ordering::Relaxed);
+    if let Err(error) = in_one_process(&args.command, launch.as_ref()) {
+        talk(&format!("selfsup: {error}"));
+        return ExitCode::from(2);
+    }
+    match check_instruction_set().and_then(|()| run(args.command)) {
+        Ok(()) => ranks::leave(),
         // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            talk(&format!("selfsup: {error}"));
-            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
+            let code = if matches!(error, Error::Config(_)) { 2 } else { 1 };
+            match launch {
+                Some(launch) => ranks::fail(&error, &launch, code),
+                None => talk(&format!("selfsup: {error}")),
+            }
+            ExitCode::from(code)
         }
+    }
+}
+
+/// Refuses a command that several processes would each do.
+fn in_one_process(command: &Command, launch: Option<&Launch>) -> Result<()> {
+    match (command, launch) {
+        (Command::Train(_) | Command::Devices { .. }, _) | (_, None) => Ok(()),
+        (_, Some(launch)) => Err(Error::Config(format!(
+            "{} started {} processes, and only `train` runs in several: start this command without it",
+            launch.by, launch.size
+        ))),
     }
 }
 
@@ -94,18 +117,31 @@ fn printable(line: &str) -> Cow<'_, str> {
     line.chars().map(escape).collect::<String>().into()
 }
 
+/// Whether this process leaves the terminal to another: it is a rank other than 0.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+fn silent() -> bool {
+    SILENT.load(Ordering::Relaxed)
+}
+
 /// Prints a line on stderr.
 fn talk(line: &str) {
+    if silent() {
+        return;
+    }
     let _ = writeln!(std::io::stderr(), "{}", printable(line)); // there is no one left to tell
 }
 
 /// Prints a line of results on stdout.
 fn say(line: &str) -> Result<()> {
+    if silent() {
+        return Ok(());
+    }
     writeln!(std::io::stdout(), "{}", printable(line)).map_err(Error::io("standard output"))
 }
 
 fn on_terminal() -> bool {
-    std::io::stderr().is_terminal()
+    !silent() && std::io::stderr().is_terminal()
 }
 
 #[cfg(test)]

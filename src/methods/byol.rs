@@ -51,7 +51,7 @@ use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{add, l2_normalize, neg_cosine, scale};
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
-use crate::tensor::{Numbers, Tensor};
+use crate::tensor::{Numbers, Tensor, gather_views};
 
 /// BYOL's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -192,7 +192,7 @@ impl Method for Byol {
         self.total = run.total.max(1);
         self.tau = Some(Numbers::new(online.device(), &[self.settings.momentum]));
         self.target = Some(if self.settings.fresh_target {
-            Arena::new(&self.layout, online.device(), run.seed ^ (1 << 63))
+            Arena::new(&self.layout, online.device(), run.seed ^ (1 << 63)).in_group(online.group())
         } else {
             online.twin()
         });
@@ -229,6 +229,10 @@ impl Method for Byol {
         Coupling::Images
     }
 
+    fn without_ranks(&self) -> Option<&'static str> {
+        None
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
     }
@@ -237,8 +241,9 @@ impl Method for Byol {
         let (Some([z, p, t]), Some(target)) = (&self.monitored, &self.target) else {
             return Readings::new();
         };
-        let mut readings = similarities(p, t, None);
-        let gain = mean_cosine(p, t) - mean_cosine(z, t);
+        let [z, p, t] = [z, p, t].map(|rows| gather_views(rows, 1, online.group(), "monitors"));
+        let mut readings = similarities(&p, &t, None);
+        let gain = mean_cosine(&p, &t) - mean_cosine(&z, &t);
         readings.push(("predictor_gain", Reading::Number(gain)));
         readings.push(distance(online, target));
         readings

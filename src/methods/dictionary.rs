@@ -24,15 +24,15 @@ pub enum Dictionary {
     MemoryBank,
 }
 
-/// InfoNCE of queries `q [n, d]` against the keys `k [n, d]` of the batch. `labels [n]` holds 0, 1, …, n - 1: the key of query
-/// `i` is row `i`.
+/// InfoNCE of queries `q [m, d]` against the keys `k [n, d]` of the batch. `labels [m]` holds the row of each query's key: 0, 1, …,
+/// n - 1, or a rank's share of them.
 pub(super) fn batch_loss<'t>(
     q: &Var<'t>,
     k: &Var<'t>,
     labels: &Tensor,
     temperature: f64,
 ) -> Var<'t> {
-    let logits = scale(&linear(q, k, None), 1.0 / temperature); // [n, n]
+    let logits = scale(&linear(q, k, None), 1.0 / temperature); // [m, n]
     cross_entropy(&logits, labels)
 }
 

@@ -125,6 +125,10 @@ impl Method for Distill {
         distillation(&student, &teacher, self.settings.temperature)
     }
 
+    fn without_ranks(&self) -> Option<&'static str> {
+        None
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         None
     }

@@ -53,11 +53,12 @@ use crate::methods::{
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
-    Negatives, add, concat_rows, gather_rows, info_nce, l2_normalize, slice_rows, write_rows,
+    Negatives, add, concat_rows, gather_ranks, gather_rows, info_nce, l2_normalize, slice_rows,
+    write_rows,
 };
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
-use crate::tensor::{Numbers, Tensor};
+use crate::tensor::{Numbers, Tensor, gather_views, pick_views};
 
 /// MoCo's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -117,13 +118,13 @@ pub struct MoCo {
     run_state: Option<RunState>,
     /// A permutation of the batch and its inverse, for each half of the loss; empty without shuffling.
     shuffles: Vec<[Numbers<i32>; 2]>,
-    /// Keys of the last loss, which [`MoCo::enqueue`] puts into the queue.
+    /// Keys of the last loss, of all ranks, which [`MoCo::enqueue`] puts into the queue.
     keys: Vec<Tensor>,
     embeddings: Option<Tensor>,
     /// Queries and keys of the last loss, for the monitors.
     monitored: Option<[Tensor; 2]>,
     iteration: u64,
-    /// Images per micro-batch, in a step of several micro-batches.
+    /// Images of this rank per micro-batch, in a step of several micro-batches.
     micro_batch: Option<usize>,
     /// With a memory bank: row numbers of the batch's images and of the negatives.
     bank_rows: Option<[Tensor; 2]>,
@@ -217,40 +218,53 @@ impl MoCo {
     /// # Panics
     /// If called before [`Method::start`].
     pub fn encode_keys(&mut self, images: &Tensor, half: usize) -> Tensor {
-        let mut state = self.run_state.take().expect("moco: start comes before the first step");
-        let encoder = &mut state.momentum_encoder;
-        let k = match self.micro_batch {
-            Some(rows) => self.encode_keys_in_parts(encoder, images, half, rows),
-            None => {
-                forward_in_step(encoder, |tape| self.encode_shuffled(&tape.input(images), half))
-            }
-        };
-        self.run_state = Some(state);
-        k
+        self.encode_all_keys(images, half)[0].clone()
     }
 
-    /// The same in micro-batches of `rows` images. The shuffle spans the complete batch, so that the groups of batch norm mix as
-    /// they do in an undivided step.
+    /// The keys of this rank's images, and those of all ranks in the order of the batch.
+    fn encode_all_keys(&mut self, images: &Tensor, half: usize) -> [Tensor; 2] {
+        let mut state = self.run_state.take().expect("moco: start comes before the first step");
+        let encoder = &mut state.momentum_encoder;
+        let rows = self.micro_batch.unwrap_or(images.shape()[0]);
+        let keys = if rows < images.shape()[0] || encoder.group().size() > 1 {
+            self.encode_keys_in_parts(encoder, images, half, rows)
+        } else {
+            let k =
+                forward_in_step(encoder, |tape| self.encode_shuffled(&tape.input(images), half));
+            [k.clone(), k]
+        };
+        self.run_state = Some(state);
+        keys
+    }
+
+    /// The same in micro-batches of `rows` images of this rank. The shuffle spans the complete batch, so that the groups of batch
+    /// norm mix as they do in an undivided step on one rank.
     fn encode_keys_in_parts(
         &self,
         encoder: &mut Arena,
         images: &Tensor,
         half: usize,
         rows: usize,
-    ) -> Tensor {
+    ) -> [Tensor; 2] {
+        let (group, count) = (encoder.group().clone(), images.shape()[0] / rows);
+        let own = |all: &Tensor| pick_views(all, count, group.size(), group.rank());
         let shuffle = self.shuffles.get(half);
         let images = shuffle.map_or(images.clone(), |[order, _]| {
-            forward_in_step(encoder, |tape| gather_rows(&tape.input(images), order.tensor()))
+            let all = gather_views(images, count, &group, "images of keys");
+            forward_in_step(encoder, |tape| gather_rows(&tape.input(&all), &own(order.tensor())))
         });
         let part = |i: usize| images.rows(i * rows, rows);
-        let parts: Vec<Tensor> = (0..images.shape()[0] / rows)
+        let parts: Vec<Tensor> = (0..count)
             .map(|i| forward_in_step(encoder, |tape| self.encode(&tape.input(&part(i)))))
             .collect();
-        forward_in_step(encoder, |tape| {
-            let parts: Vec<_> = parts.iter().map(|part| tape.input(part)).collect();
-            let all = concat_rows(&parts);
-            shuffle.map_or(all.clone(), |[_, inverse]| gather_rows(&all, inverse.tensor()))
-        })
+        let keys = forward_in_step(encoder, |tape| {
+            concat_rows(&parts.iter().map(|part| tape.input(part)).collect::<Vec<_>>())
+        });
+        let all = gather_views(&keys, count, &group, "keys");
+        let all = shuffle.map_or(all.clone(), |[_, inverse]| {
+            forward_in_step(encoder, |tape| gather_rows(&tape.input(&all), inverse.tensor()))
+        });
+        [own(&all), all]
     }
 
     /// Computes one half of the loss: queries of `x_q` against keys of `x_k`. Keeps the keys for [`MoCo::enqueue`].
@@ -266,8 +280,8 @@ impl MoCo {
 
     /// The loss of queries `q [n, embedding]` against keys of `x_k`.
     fn contrast<'t>(&mut self, q: &Var<'t>, x_k: &Tensor, half: usize) -> Var<'t> {
-        let k = match self.settings.dictionary {
-            Dictionary::Queue => self.encode_keys(x_k, half), // [n, embedding]
+        let [k, all] = match self.settings.dictionary {
+            Dictionary::Queue => self.encode_all_keys(x_k, half), // [n, embedding]
             Dictionary::EndToEnd => return self.end_to_end(q, x_k),
             Dictionary::MemoryBank => return self.against_bank(q),
         };
@@ -275,16 +289,27 @@ impl MoCo {
         let negatives = Negatives { queue: &state.queue, own: None };
         let loss = info_nce(q, &q.tape().input(&k), &negatives, self.settings.temperature);
         self.keep_for_monitors(q, &k);
-        self.keys.push(k);
+        self.keys.push(all);
         loss
     }
 
     /// The loss with the batch as dictionary: gradients flow into the keys.
     fn end_to_end<'t>(&mut self, q: &Var<'t>, x_k: &Tensor) -> Var<'t> {
-        let k = self.encode_shuffled(&q.tape().input(x_k), 0); // [n, embedding]
-        self.keep_for_monitors(q, k.value());
+        let (tape, group) = (q.tape(), q.tape().group());
+        let own = |all: &Tensor| pick_views(all, 1, group.size(), group.rank());
+        let k = match self.shuffles.first() {
+            Some([order, inverse]) if group.size() > 1 => {
+                let all = gather_views(x_k, 1, group, "images of keys");
+                let shuffled = gather_rows(&tape.input(&all), &own(order.tensor()));
+                let keys = gather_ranks(&self.encode(&shuffled), 1);
+                gather_rows(&keys, inverse.tensor())
+            }
+            _ => gather_ranks(&self.encode_shuffled(&tape.input(x_k), 0), 1),
+        }; // those of all ranks
+        self.keep_for_monitors(q, &own(k.value()));
         let state = self.run_state.as_ref().expect("moco: start comes before the first step");
-        dictionary::batch_loss(q, &k, state.positions.tensor(), self.settings.temperature)
+        let labels = own(state.positions.tensor());
+        dictionary::batch_loss(q, &k, &labels, self.settings.temperature)
     }
 
     /// The loss with a memory bank: the key of an image is its row of the bank. The new keys are blended in after the update.
@@ -306,7 +331,9 @@ impl MoCo {
         let state = self.run_state.as_mut().expect("moco: start comes before the first step");
         if let (Some([q, k]), Some([rows, _])) = (&self.monitored, self.bank_rows.take()) {
             let momentum = self.settings.bank_momentum;
-            dictionary::blend_rows(online, &mut state.queue, &rows, [k, q], momentum);
+            let [q, k, rows] =
+                [q, k, &rows].map(|own| gather_views(own, 1, online.group(), "rows of the bank"));
+            dictionary::blend_rows(online, &mut state.queue, &rows, [&k, &q], momentum);
         }
     }
 
@@ -441,6 +468,10 @@ impl Method for MoCo {
         add(&first, &self.contrast(&slice_rows(&z, n, n), &x1, 1))
     }
 
+    fn without_ranks(&self) -> Option<&'static str> {
+        None
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         self.embeddings.take()
     }
@@ -449,13 +480,14 @@ impl Method for MoCo {
         let (Some(state), Some([q, k])) = (&self.run_state, &self.monitored) else {
             return Readings::new();
         };
+        let [q, k] = [q, k].map(|rows| gather_views(rows, 1, online.group(), "monitors"));
         let Settings { queue, symmetric, dictionary, .. } = self.settings;
         if dictionary == Dictionary::EndToEnd {
-            let mut readings = similarities(q, k, None);
+            let mut readings = similarities(&q, &k, None);
             readings.push(information(q.shape()[0], loss));
             return readings;
         }
-        let mut readings = similarities(q, k, Some(&state.queue));
+        let mut readings = similarities(&q, &k, Some(&state.queue));
         let halves = if symmetric { 2 } else { 1 };
         readings.push(information(queue + 1, loss / halves as f64));
         if dictionary == Dictionary::Queue {

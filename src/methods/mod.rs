@@ -59,7 +59,7 @@ pub use monitors::{BINS, Reading, Readings};
 pub struct RunInfo {
     /// Seed of all random numbers.
     pub seed: u64,
-    /// Images per step.
+    /// Images per step, of all ranks.
     pub batch: usize,
     /// Images of the data set.
     pub images: usize,
@@ -108,6 +108,14 @@ pub trait Method {
         None
     }
 
+    /// Names the setting that several ranks cannot train, or `None` if N ranks compute what one does.
+    ///
+    /// A method that answers `None` has a loss that is a mean over its images, or that sees the rows of all ranks: those that couple
+    /// rows gather them ([`Arena::group`]). Its state is the same on every rank. The default refuses.
+    fn without_ranks(&self) -> Option<&'static str> {
+        Some("a method that does not say that N ranks compute what one does")
+    }
+
     /// Views of each image per step.
     fn views(&self) -> usize {
         2
@@ -127,7 +135,7 @@ pub trait Method {
         None
     }
 
-    /// Receives the class of each image of the next batch, -1 for an image without a label. Called before [`Method::prepare`].
+    /// Receives the class of each image of this rank's share of the next batch, -1 for an image without a label. Called before [`Method::prepare`].
     ///
     /// # Errors
     /// If the method needs labels and one is missing or out of range.
@@ -136,7 +144,7 @@ pub trait Method {
         Ok(())
     }
 
-    /// Receives the indices, in the data set, of the images of the next batch. Called after [`Method::prepare`].
+    /// Receives the indices, in the data set, of the images of this rank's share of the next batch. Called after [`Method::prepare`].
     fn samples(&mut self, indices: &[u32]) {
         let _ = indices;
     }
@@ -234,6 +242,10 @@ fn view(crops: &Tensor, index: usize, views: usize) -> Tensor {
     let n = crops.shape()[0] / views;
     crops.rows(index * n, n)
 }
+
+/// Why several ranks cannot share the groups of batch norm of a pass over several views: a group is a run of the rows of one view,
+/// and a rank has a part of every view.
+const GROUPS_OF_VIEWS: &str = "network.norm_groups above 1 with all views in one pass";
 
 /// Checks that a setting is finite and positive.
 fn above_zero(value: f64, key: &str) -> Result<()> {

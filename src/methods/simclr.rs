@@ -37,7 +37,7 @@ use serde::Deserialize;
 use super::monitors::{Readings, information, similarities};
 use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, Method, above_zero, widths};
+use crate::methods::{Coupling, GROUPS_OF_VIEWS, Method, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{PairLoss, add, l2_normalize, neg_cosine, nt_xent, pair_loss, scale, slice_rows};
 use crate::tape::{Tape, Var};
@@ -133,6 +133,7 @@ pub struct SimClr {
     head: Mlp,
     predictor: Mlp,
     settings: Settings,
+    norm_groups: usize,
     embeddings: Option<Tensor>,
 }
 
@@ -178,7 +179,7 @@ impl SimClr {
         let layers = if settings.predictor > 0 { &layers[..] } else { &[] };
         let predictor = Mlp::new(&mut layout, "predictor", d, layers, groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, backbone, head, predictor, settings, embeddings: None }
+        Self { layout, backbone, head, predictor, settings, norm_groups: groups, embeddings: None }
     }
 
     /// Embeds images `[rows, s, s, 4]` to `[rows, embedding]`, of unit length unless `normalise` is off.
@@ -247,6 +248,10 @@ impl Method for SimClr {
         let unit = if self.settings.normalise { z.detach() } else { l2_normalize(&z.detach()) };
         self.embeddings = Some(unit.value().clone());
         self.contrast(&z)
+    }
+
+    fn without_ranks(&self) -> Option<&'static str> {
+        (self.norm_groups > 1).then_some(GROUPS_OF_VIEWS)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {

@@ -41,12 +41,14 @@ use super::simclr::TRUNCATION;
 use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
 use crate::methods::moco::random_rows;
-use crate::methods::{Coupling, Method, RunInfo, State, above_zero, momentum_in_range, widths};
+use crate::methods::{
+    Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, above_zero, momentum_in_range, widths,
+};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
 use crate::optim::ema;
 use crate::tape::{Tape, Var, forward_in_step};
-use crate::tensor::{Numbers, Tensor};
+use crate::tensor::{Numbers, Tensor, gather_views};
 
 /// Settings of SimCLR v2's pretraining: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -113,6 +115,7 @@ pub struct SimClrV2 {
     backbone: ResNet,
     head: Mlp,
     settings: Settings,
+    norm_groups: usize,
     memory: Option<Memory>,
     embeddings: Option<Tensor>,
     /// For the monitors: with memory, the positive keys `[n, embedding]` of the first view's embeddings.
@@ -150,7 +153,9 @@ impl SimClrV2 {
         let sizes = [settings.hidden, settings.embedding, HEAD_LAYERS];
         let head = head(&mut layout, "", backbone.features(), sizes, network.norm_groups);
         let (layout, settings) = (Arc::new(layout), *settings);
-        Self { layout, backbone, head, settings, memory: None, embeddings: None, monitored: None }
+        let norm_groups = network.norm_groups;
+        let (memory, embeddings, monitored) = (None, None, None);
+        Self { layout, backbone, head, settings, norm_groups, memory, embeddings, monitored }
     }
 
     /// Embeds images `[rows, s, s, 4]` to unit rows `[rows, embedding]`.
@@ -235,11 +240,16 @@ impl Method for SimClrV2 {
             return scale(&nt_xent(&z, self.settings.temperature), 2.0);
         };
         let k = forward_in_step(&mut memory.encoder, |tape| self.embed(&tape.input(&views[0])));
-        write_rows(&mut memory.keys, &memory.window.tensor().slice(0, [1]), &k);
+        let entering = gather_views(&k, 2, z.tape().group(), "keys");
+        write_rows(&mut memory.keys, &memory.window.tensor().slice(0, [1]), &entering);
         let loss = self.contrast_with_memory(&z, &k, &memory);
         self.monitored = Some(k.rows(n, n));
         self.memory = Some(memory);
         loss
+    }
+
+    fn without_ranks(&self) -> Option<&'static str> {
+        (self.norm_groups > 1).then_some(GROUPS_OF_VIEWS)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
@@ -254,7 +264,8 @@ impl Method for SimClrV2 {
             readings.push(information(2 * n - 1, loss / 2.0));
             return readings;
         };
-        let mut readings = similarities(&z.rows(0, n), k, Some(&memory.keys));
+        let k = gather_views(k, 1, online.group(), "monitors");
+        let mut readings = similarities(&z.rows(0, n), &k, Some(&memory.keys));
         // A query excludes the two keys of its own image in memory and has one of them as its positive.
         readings.push(information(self.settings.memory - 1, loss / 2.0));
         readings.push(distance(online, &memory.encoder));

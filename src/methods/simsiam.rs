@@ -43,7 +43,7 @@ use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{l2_normalize, mean_of, neg_cosine};
 use crate::optim::{ParamPolicy, ema};
 use crate::tape::{Tape, Var, forward_in_step};
-use crate::tensor::{Numbers, Tensor};
+use crate::tensor::{Numbers, Tensor, gather_views};
 
 /// SimSiam's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -215,12 +215,17 @@ impl Method for SimSiam {
         Coupling::Images
     }
 
-    fn monitors(&self, _: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
+    fn monitors(&self, online: &Arena, _: Option<&Tensor>, _: f64) -> Readings {
         let Some([z, p, t]) = &self.monitored else { return Readings::new() };
-        let mut readings = similarities(p, t, None);
-        let gain = mean_cosine(p, t) - mean_cosine(z, t);
+        let [z, p, t] = [z, p, t].map(|rows| gather_views(rows, 1, online.group(), "monitors"));
+        let mut readings = similarities(&p, &t, None);
+        let gain = mean_cosine(&p, &t) - mean_cosine(&z, &t);
         readings.push(("predictor_gain", Reading::Number(gain)));
         readings
+    }
+
+    fn without_ranks(&self) -> Option<&'static str> {
+        None
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {

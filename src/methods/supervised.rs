@@ -216,6 +216,10 @@ impl Method for Supervised {
         }
     }
 
+    fn without_ranks(&self) -> Option<&'static str> {
+        None
+    }
+
     fn take_embeddings(&mut self) -> Option<Tensor> {
         None
     }

@@ -39,8 +39,9 @@ use serde::Deserialize;
 
 use super::monitors::{Reading, Readings, similarities};
 use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
+use crate::device::Group;
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, Method, RunInfo, State, above_zero, widths};
+use crate::methods::{Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, above_zero, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
     concat_rows, l2_normalize, linear, mean_of, normalize_rows, push_rows, sinkhorn, slice_rows,
@@ -48,7 +49,7 @@ use crate::ops::{
 };
 use crate::optim::ParamPolicy;
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, gather_views};
 
 /// SwAV's settings: the `[method]` table of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -114,6 +115,8 @@ pub struct Swav {
     head: Mlp,
     prototypes: Param,
     settings: Settings,
+    norm_groups: usize,
+    group: Group,
     /// One queue `[queue, embedding]` for each assigning crop, newest rows first; empty if there is no queue.
     queues: Vec<Tensor>,
     run: RunInfo,
@@ -122,6 +125,8 @@ pub struct Swav {
     queue_full: bool,
     /// Embeddings of the assigning crops of the last loss, which enter the queues after the update.
     to_enqueue: Option<Tensor>,
+    /// Images of this rank in a micro-batch of the last loss.
+    micro_batch: usize,
     assignments: Vec<Tensor>,
     embeddings: Option<Tensor>,
 }
@@ -163,12 +168,15 @@ impl Swav {
             head,
             prototypes,
             settings: *settings,
+            norm_groups: groups,
+            group: Group::alone(),
             queues: Vec::new(),
             run: RunInfo { seed: 0, batch: 1, images: 1, per_epoch: 1, total: 1 },
             frozen: settings.freeze_steps > 0,
             queue_runs: false,
             queue_full: false,
             to_enqueue: None,
+            micro_batch: 1,
             assignments: Vec::new(),
             embeddings: None,
         }
@@ -177,6 +185,12 @@ impl Swav {
     /// The assignments of the last loss: `[n, prototypes]` for each assigning crop, each row summing to 1.
     pub fn assignments(&self) -> &[Tensor] {
         &self.assignments
+    }
+
+    /// The assignments of the last loss, of all ranks.
+    fn all_assignments(&self) -> Vec<Tensor> {
+        let gathered = |q| gather_views(q, 1, &self.group, "monitors");
+        self.assignments.iter().map(gathered).collect()
     }
 
     /// Assignments `[n, prototypes]` from the scores of crop `i`, without a gradient.
@@ -189,7 +203,11 @@ impl Swav {
         let all = if self.queue_full {
             // Detached inputs record no node on the tape.
             let prototypes = tape.param(self.prototypes).detach();
-            let queued = linear(&tape.input(&self.queues[i]), &prototypes, None);
+            // Each rank takes its share of the queue's rows, as of the batch's: Sinkhorn sums over all of them.
+            let queue = &self.queues[i];
+            let rows = queue.shape()[0] / self.group.size();
+            let queue = tape.input(&queue.rows(self.group.rank() * rows, rows));
+            let queued = linear(&queue, &prototypes, None);
             concat_rows(&[queued, scores.detach()])
         } else {
             scores.detach()
@@ -215,6 +233,7 @@ impl Method for Swav {
 
     fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
         self.run = *run;
+        self.group = online.group().clone();
         let Settings { queue, embedding, .. } = self.settings;
         let rows = queue - queue % run.batch;
         if queue > 0 && rows == 0 {
@@ -266,6 +285,8 @@ impl Method for Swav {
     }
 
     fn embed_part<'t>(&mut self, tape: &'t Tape<'t>, views: &[Tensor]) -> Var<'t> {
+        self.micro_batch =
+            views.iter().map(|crops| crops.shape()[0]).sum::<usize>() / self.settings.crops;
         let features: Vec<Var<'t>> =
             views.iter().map(|crops| self.backbone.forward(&tape.input(crops))).collect();
         l2_normalize(&self.head.forward(concat_rows(&features)))
@@ -288,9 +309,16 @@ impl Method for Swav {
             losses.push(mean_of(&terms));
         }
         let assigning = z.value().rows(0, ASSIGNING * n);
-        self.to_enqueue = Some(assigning.clone());
+        let micro_batches = n / self.micro_batch.max(1);
+        self.to_enqueue = self.queue_runs.then(|| {
+            gather_views(&assigning, ASSIGNING * micro_batches, &self.group, "queued rows")
+        });
         self.embeddings = Some(assigning);
         mean_of(&losses)
+    }
+
+    fn without_ranks(&self) -> Option<&'static str> {
+        (self.norm_groups > 1).then_some(GROUPS_OF_VIEWS)
     }
 
     fn take_embeddings(&mut self) -> Option<Tensor> {
@@ -301,8 +329,9 @@ impl Method for Swav {
         let Some(z) = embeddings else { return Readings::new() };
         let n = z.shape()[0] / ASSIGNING;
         let mut readings = similarities(&z.rows(0, n), &z.rows(n, n), None);
-        let rows = self.assignments.iter().map(|q| q.shape()[0]).sum::<usize>().max(1);
-        let all = self.assignments.iter().flat_map(Tensor::to_f64);
+        let assignments = self.all_assignments();
+        let rows = assignments.iter().map(|q| q.shape()[0]).sum::<usize>().max(1);
+        let all = assignments.iter().flat_map(Tensor::to_f64);
         let entropy: f64 = all.filter(|&q| q > 0.0).map(|q| -q * q.ln()).sum();
         readings.push(("assignment_entropy", Reading::Number(entropy / rows as f64)));
         readings.push(("queue_full", Reading::Number(f64::from(u8::from(self.queue_full)))));
@@ -312,7 +341,7 @@ impl Method for Swav {
     fn prototypes_used(&self) -> Option<f64> {
         let k = self.settings.prototypes;
         let mut mean = vec![0.0; k];
-        for q in &self.assignments {
+        for q in &self.all_assignments() {
             let share = 1.0 / (self.assignments.len() * q.shape()[0]) as f64;
             q.to_f64().iter().enumerate().for_each(|(i, v)| mean[i % k] += share * v);
         }
@@ -321,7 +350,7 @@ impl Method for Swav {
     }
 
     fn after_update(&mut self, _: &mut Arena, _: f64) {
-        let Some(z) = self.to_enqueue.take().filter(|_| self.queue_runs) else { return };
+        let Some(z) = self.to_enqueue.take() else { return };
         let n = z.shape()[0] / ASSIGNING;
         for (i, queue) in self.queues.iter_mut().enumerate() {
             push_rows(queue, &z.rows(i * n, n));

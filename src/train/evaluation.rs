@@ -7,6 +7,7 @@ use crate::data::{Source, Subset};
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Knn};
 use crate::methods::Reading;
+use crate::tensor::Tensor;
 use crate::train::folder::Folder;
 use crate::train::report::{self, Found};
 use crate::train::run::Watch;
@@ -29,8 +30,12 @@ pub(super) struct Accuracies {
 
 impl Run {
     /// Reads the method's monitors and the norm of the last step's gradient.
-    pub(super) fn monitors(&self, loss: f64) -> BTreeMap<String, Reading> {
-        let mut readings = self.method.monitors(&self.online, self.steps.embeddings(), loss);
+    pub(super) fn monitors(
+        &self,
+        embeddings: Option<&Tensor>,
+        loss: f64,
+    ) -> BTreeMap<String, Reading> {
+        let mut readings = self.method.monitors(&self.online, embeddings, loss);
         let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
         readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
         readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()

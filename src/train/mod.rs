@@ -9,6 +9,7 @@ mod images;
 mod inspect;
 mod metrics;
 mod parity_dump;
+mod ranks;
 mod report;
 mod resume;
 mod run;

@@ -12,14 +12,14 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::Device;
+use crate::device::{Device, Group};
 use crate::error::{Error, Result};
 use crate::eval::Spread;
 use crate::files::write_file;
 use crate::methods::Reading;
 use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder, RECIPE};
-use crate::train::{Run, checkpoint};
+use crate::train::{Run, checkpoint, ranks};
 use crate::weights::WeightFile;
 
 /// Notes in a checkpoint's header.
@@ -73,13 +73,15 @@ impl Progress {
 /// The folder of a run that was stopped or killed or has ended, opened to be resumed.
 pub struct Paused {
     path: PathBuf,
-    lock: File,
+    /// Of rank 0.
+    lock: Option<File>,
     recipe: Recipe,
     /// Whether settings were changed.
     changed: bool,
-    /// `None` if the run has to start again.
+    /// `None` if the run has to start again, and on ranks other than 0.
     checkpoint: Option<WeightFile>,
     progress: Progress,
+    group: Group,
 }
 
 impl Paused {
@@ -104,8 +106,42 @@ impl Paused {
             progress = progress_in(file)?;
         }
         same_run(&recipe, &then)?;
-        let (path, changed) = (path.to_path_buf(), !settings.is_empty());
-        Ok(Self { path, lock, recipe, changed, checkpoint, progress })
+        let (path, changed, lock) = (path.to_path_buf(), !settings.is_empty(), Some(lock));
+        let group = Group::alone();
+        Ok(Self { path, lock, recipe, changed, checkpoint, progress, group })
+    }
+
+    /// Opens a run's folder to be resumed by all ranks of a group, however many trained it before. Rank 0 reads the folder, and
+    /// the others get from it what they need; they need not see the folder.
+    ///
+    /// # Errors
+    /// As [`Paused::open`], on all ranks.
+    pub fn open_in(path: &Path, settings: &[String], group: &Group) -> Result<Self> {
+        let own = group.leads().then(|| Self::open(path, settings)).transpose();
+        let own = group.together(own)?;
+        let recipe = own.as_ref().map(|paused| paused.recipe.to_toml()).unwrap_or_default();
+        let text = group.broadcast_bytes("the recipe", recipe.into_bytes());
+        let progress = own.as_ref().map(|paused| paused.progress.clone()).unwrap_or_default();
+        let progress = toml::to_string(&progress).expect("progress is plain data");
+        let progress = group.broadcast_bytes("the progress", progress.into_bytes());
+        let progress =
+            toml::from_str(&String::from_utf8_lossy(&progress)).expect("rank 0 wrote it");
+        group.check()?;
+        let paused = match own {
+            Some(own) => Ok(Self { group: group.clone(), ..own }),
+            None => Recipe::parse(&String::from_utf8_lossy(&text), "rank 0's recipe", &[]).map(
+                |recipe| Self {
+                    path: path.to_path_buf(),
+                    lock: None,
+                    recipe,
+                    changed: false,
+                    checkpoint: None,
+                    progress,
+                    group: group.clone(),
+                },
+            ),
+        };
+        group.together(paused)
     }
 
     /// The run's recipe.
@@ -182,7 +218,11 @@ fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
 }
 
 /// Returns the first key in which two values differ, and its value in both.
-fn difference(key: &str, a: &toml::Value, b: &toml::Value) -> Option<(String, String, String)> {
+pub(super) fn difference(
+    key: &str,
+    a: &toml::Value,
+    b: &toml::Value,
+) -> Option<(String, String, String)> {
     let within = |name: &str| if key.is_empty() { name.into() } else { format!("{key}.{name}") };
     match (a, b) {
         (toml::Value::Table(a), toml::Value::Table(b)) => {
@@ -207,47 +247,74 @@ impl Run {
     /// # Errors
     /// As for [`Run::new`]; if the checkpoint is of another architecture, or the training set has changed in size.
     pub fn resume(paused: Paused, device: &Device) -> Result<Self> {
-        let Paused { path, lock, recipe, changed, checkpoint, progress } = paused;
-        let mut run = Self::prepare(&recipe, device, checkpoint.is_none())?;
+        let group = paused.group.clone();
+        let mut resumes = [u64::from(paused.checkpoint.is_some())];
+        group.broadcast("whether a checkpoint exists", &mut resumes);
+        let resumes = resumes == [1];
+        let prepared = Self::prepare(&paused.recipe, device, !resumes, &group);
+        let mut run = group.together(prepared)?;
+        ranks::compare(&run, &group)?;
+        let Paused { path, lock, recipe, changed, checkpoint, progress, .. } = paused;
+        if resumes {
+            let restored = run.restore(checkpoint, &path, progress);
+            group.together(restored)?;
+            run.share_restored(&group);
+            group.check()?;
+        }
+        let opened = lock.map(|lock| {
+            if changed {
+                write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
+            }
+            Folder::open(&path, lock, run.progress.metrics, &run.recipe)
+        });
+        run.folder = group.together(opened.transpose())?;
+        Ok(run)
+    }
+
+    /// Takes up a run where it was: its progress, and what the checkpoint holds on the rank that has it.
+    fn restore(
+        &mut self,
+        checkpoint: Option<WeightFile>,
+        path: &Path,
+        progress: Progress,
+    ) -> Result<()> {
+        let run = self;
+        let (images, epochs) = (run.progress.images, run.recipe.train.epochs);
+        let Progress { epoch, position, step, .. } = progress;
+        let batches = run.loader.batches_per_epoch();
+        let data = &run.recipe.data.path;
+        if progress.images != images {
+            return Err(Error::Config(format!(
+                "{data}: the run was started with {} training images, and the set now has {images}: restore the images, or start another run",
+                progress.images
+            )));
+        }
+        let steps = u64::from(epoch) * batches as u64 + position as u64;
+        if epoch > epochs || position > batches || step != steps {
+            let file = checkpoint.as_ref().map_or(path, |file| file.path());
+            let reason = format!("{PROGRESS_NOTE} is damaged: epoch {epoch}, batch {position}");
+            return Err(Error::format(file, reason));
+        }
         if let Some(mut file) = checkpoint {
-            let (images, epochs) = (run.progress.images, recipe.train.epochs);
-            let Progress { epoch, position, step, .. } = progress;
-            let batches = run.loader.batches_per_epoch();
-            if progress.images != images {
-                return Err(Error::Config(format!(
-                    "{}: the run was started with {} training images, and the set now has {images}: restore the images, or start another run",
-                    recipe.data.path, progress.images
-                )));
-            }
-            let steps = u64::from(epoch) * batches as u64 + position as u64;
-            if epoch > epochs || position > batches || step != steps {
-                let reason = format!("{PROGRESS_NOTE} is damaged: epoch {epoch}, batch {position}");
-                return Err(Error::format(file.path(), reason));
-            }
             let state = run.method.state();
             checkpoint::restore(&mut file, &mut run.online, &mut run.optimizer, state)?;
-            if !progress.classes.is_empty() && progress.classes != run.progress.classes {
-                return Err(Error::Config(format!(
-                    "{}: the run was started with other classes: {} then, {} now",
-                    recipe.data.path,
-                    progress.classes.join(", "),
-                    run.progress.classes.join(", ")
-                )));
-            }
-            run.saved_step = Some(step);
-            run.progress =
-                Progress { classes: std::mem::take(&mut run.progress.classes), ..progress };
-            restore_best(&path, &mut run.progress)?;
-            run.loader
-                .seek(if position == batches { epoch + 1 } else { epoch }, position % batches);
-            run.method.prepare(step);
-            run.set_policies();
         }
-        if changed {
-            write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
+        if !progress.classes.is_empty() && progress.classes != run.progress.classes {
+            return Err(Error::Config(format!(
+                "{data}: the run was started with other classes: {} then, {} now",
+                progress.classes.join(", "),
+                run.progress.classes.join(", ")
+            )));
         }
-        run.folder = Some(Folder::open(&path, lock, run.progress.metrics, &run.recipe)?);
-        Ok(run)
+        run.saved_step = Some(step);
+        run.progress = Progress { classes: std::mem::take(&mut run.progress.classes), ..progress };
+        if run.group().leads() {
+            restore_best(path, &mut run.progress)?;
+        }
+        run.loader.seek(if position == batches { epoch + 1 } else { epoch }, position % batches);
+        run.method.prepare(step);
+        run.set_policies();
+        Ok(())
     }
 
     /// Makes the run stop with a checkpoint soon after `flag` becomes true, between two steps or during evaluation.
@@ -272,12 +339,7 @@ impl Run {
         self.progress.epoch >= self.recipe.train.epochs
     }
 
-    /// Whether the run stops or writes a checkpoint after the step begun last.
-    pub(super) fn pauses(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.checkpoint_is_due(self.begun)
-    }
-
-    fn checkpoint_is_due(&self, step: u64) -> bool {
+    pub(super) fn checkpoint_is_due(&self, step: u64) -> bool {
         let train = &self.recipe.train;
         let minutes = train.checkpoint_every_minutes;
         let by_steps =
@@ -285,10 +347,13 @@ impl Run {
         by_steps || minutes > 0.0 && self.saved.elapsed().as_secs_f64() >= 60.0 * minutes
     }
 
-    /// Stops if asked to, or writes a checkpoint if one is due; called between steps.
+    /// Stops if a rank was asked to, or writes a checkpoint if one is due; called between steps.
     pub(super) fn between_steps(&mut self) -> Result<()> {
-        self.stop_if_asked()?;
-        if self.checkpoint_is_due(self.progress.step) {
+        let wishes = self.agree(self.progress.step, false)?;
+        if wishes.stop {
+            self.stop()?;
+        }
+        if wishes.save {
             self.checkpoint()?;
         }
         Ok(())
@@ -326,6 +391,7 @@ impl Run {
 
     /// Writes a checkpoint and removes all but the newest `keep`.
     pub(super) fn save(&mut self, keep: usize) -> Result<Option<PathBuf>> {
+        self.agree_on_state()?;
         let Some(folder) = &mut self.folder else { return Ok(None) };
         self.progress.metrics = folder.metrics.synced()?;
         let progress = toml::to_string(&self.progress).expect("progress is plain data");

@@ -10,10 +10,10 @@ use serde_json::json;
 
 use crate::arena::Arena;
 use crate::data::{Batch, Loader};
-use crate::device::{Device, DeviceKind, trace_phase};
+use crate::device::{Device, DeviceKind, Group, trace_phase};
 use crate::error::{Error, Result};
 use crate::eval::{self, Spread};
-use crate::methods::{self, Method, Reading, RunInfo};
+use crate::methods::{self, Method, Reading, RunInfo, State};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
 use crate::train::evaluation::Accuracies;
@@ -22,7 +22,7 @@ use crate::train::health::{collapse, divergence};
 use crate::train::resume::Progress;
 use crate::train::skipped::{RunSplit, SkippedImages};
 use crate::train::trace::Trace;
-use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, report};
+use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, ranks, report};
 
 /// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +99,8 @@ pub struct Run {
     pub(super) skipped: SkippedImages,
     /// The step of the last checkpoint that this process wrote or resumed from.
     pub(super) saved_step: Option<u64>,
+    /// The step after which the ranks last agreed on their state.
+    pub(super) agreed_step: Option<u64>,
     /// The checkpoint written before the last evaluation, and when the one before was written.
     provisional: Option<(PathBuf, Instant)>,
     /// When the last checkpoint was written, or else when the run began.
@@ -130,15 +132,40 @@ impl Run {
     /// # Errors
     /// If recipe, data and device do not fit together, or `folder` is not empty.
     pub fn new(recipe: &Recipe, device: &Device, folder: Option<&Path>) -> Result<Self> {
-        folder.map_or(Ok(()), Folder::check_free)?;
-        let mut run = Self::prepare(recipe, device, true)?;
-        run.folder = folder.map(|folder| Folder::create(folder, recipe)).transpose()?;
+        Self::in_group(recipe, device, folder, &Group::alone())
+    }
+
+    /// Prepares this rank's part of a run of several ranks, which all call this with the same recipe. Rank 0 has the folder.
+    ///
+    /// # Errors
+    /// As [`Run::new`], on all ranks if on one ([`Group::together`]); if the ranks differ in recipe, images or program, or cannot
+    /// train this recipe.
+    pub fn in_group(
+        recipe: &Recipe,
+        device: &Device,
+        folder: Option<&Path>,
+        group: &Group,
+    ) -> Result<Self> {
+        let folder = folder.filter(|_| group.leads());
+        let prepared = folder
+            .map_or(Ok(()), Folder::check_free)
+            .and_then(|()| Self::prepare(recipe, device, true, group));
+        let mut run = group.together(prepared)?;
+        ranks::compare(&run, group)?;
+        let created = folder.map(|folder| Folder::create(folder, recipe)).transpose();
+        run.folder = group.together(created)?;
         Ok(run)
     }
 
     /// Prepares a run without a folder. A `fresh` run reads its first weights from files; a resumed one has them in its checkpoint.
-    pub(super) fn prepare(recipe: &Recipe, device: &Device, fresh: bool) -> Result<Self> {
+    pub(super) fn prepare(
+        recipe: &Recipe,
+        device: &Device,
+        fresh: bool,
+        group: &Group,
+    ) -> Result<Self> {
         let mut method = recipe.build_method()?;
+        ranks::check(recipe, &*method, device, group)?;
         if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
             let name = &recipe.method.name;
             return Err(Error::Config(format!(
@@ -148,15 +175,20 @@ impl Run {
         methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
         let images = Images::open(&recipe.data)?;
         images.check_readable(&recipe.data)?;
+        let loader_threads = match (recipe.train.loader_threads, group.launch()) {
+            (0, Some(launch)) => launch.threads(),
+            (threads, _) => threads,
+        };
         let loader = Loader::new(
             images.train.clone(),
             recipe.policies(method.views())?,
             recipe.train.batch,
             recipe.seed,
-            recipe.train.loader_threads,
+            loader_threads,
             device,
-        )?;
-        let mut online = Arena::new(method.layout(), device, recipe.seed);
+        )?
+        .shared(group, recipe.train.micro_batches)?;
+        let mut online = Arena::new(method.layout(), device, recipe.seed).in_group(group);
         if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
             checkpoint::init_weights(Path::new(file), &mut online)?;
         }
@@ -202,6 +234,7 @@ impl Run {
             evaluating: Arc::default(),
             skipped: SkippedImages::default(),
             saved_step: None,
+            agreed_step: None,
             provisional: None,
             saved: Instant::now(),
         };
@@ -223,6 +256,11 @@ impl Run {
     /// Returns the method.
     pub fn method(&self) -> &dyn Method {
         &*self.method
+    }
+
+    /// Returns the method's state next to the online weights.
+    pub fn state(&mut self) -> Vec<(&'static str, State<'_>)> {
+        self.method.state()
     }
 
     /// Returns the training and held-out images.
@@ -298,7 +336,7 @@ impl Run {
                 self.write_report(watch);
             }
         }
-        self.skipped.add(RunSplit::Training, &self.loader.skipped());
+        self.add_skipped();
         self.tell_skipped(watch)?;
         if let (Some(_), Some(step)) = (&self.folder, self.progress.best_step) {
             watch.note(&format!(
@@ -352,7 +390,7 @@ impl Run {
         let unhealthy = self.check_health(epoch, loss);
         let last = epoch + 1 == self.recipe.train.epochs || unhealthy.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
-        self.skipped.add(RunSplit::Training, &self.loader.skipped());
+        self.add_skipped();
         if unhealthy.is_none() && (measure || self.skipped_too_many().is_err()) {
             self.save_before_evaluation()?;
         }
@@ -364,7 +402,8 @@ impl Run {
         };
         let evaluation = evaluation.elapsed();
         self.tell_skipped(watch)?;
-        self.skipped_too_many()?;
+        let checked = self.skipped_too_many();
+        self.group().together(checked)?;
         let waiting = self.loader.waited() - waited;
         let times = EpochTimes { training, evaluation };
         let report = EpochReport {
@@ -399,7 +438,7 @@ impl Run {
         let set = |sentence| *evaluating.lock().unwrap_or_else(PoisonError::into_inner) = sentence;
         set((self.folder.is_none() || self.saved_step == Some(self.progress.step))
             .then(|| self.stopped()));
-        let accuracies = self.evaluate(epoch, watch);
+        let accuracies = self.evaluate_on_one_rank(epoch, watch);
         set(None);
         match accuracies {
             // A diverged run has no accuracy: it would be that of chance. If it does not carry on, what is wrong is reported next.
@@ -431,13 +470,17 @@ impl Run {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
-            let batch = match trace_phase("wait for images", || self.loader.next_batch()) {
-                Err(Error::Stopped(_)) => {
-                    self.catch_up(so_far, watch)?;
-                    return self.stop();
-                }
-                batch => batch?,
-            };
+            let batch = trace_phase("wait for images", || self.loader.next_batch());
+            let wishes = self.agree(self.begun, matches!(batch, Err(Error::Stopped(_))))?;
+            if wishes.stop {
+                self.catch_up(so_far, watch)?;
+                return self.stop();
+            }
+            if wishes.save && i > so_far.first {
+                self.catch_up(so_far, watch)?;
+                self.checkpoint()?;
+            }
+            let batch = batch?;
             self.dump_views(&batch)?;
             let training = Training {
                 method: &mut *self.method,
@@ -449,19 +492,16 @@ impl Run {
             self.begun += 1;
             known.into_iter().try_for_each(|done| self.log_step(done, so_far, watch))?;
             self.trace_step(so_far, watch)?;
-            if i + 1 < so_far.steps && self.pauses() {
-                self.catch_up(so_far, watch)?;
-                self.between_steps()?;
-            }
         }
         self.catch_up(so_far, watch)
     }
 
     /// Reads the spread, the prototypes and the monitors after an epoch's last step, while its embeddings exist.
     fn observe_last_step(&mut self, loss: f64) -> Result<()> {
-        self.progress.spread = self.steps.embeddings().map(eval::spread);
+        let embeddings = self.all_embeddings();
+        self.progress.spread = embeddings.as_ref().map(eval::spread);
         self.progress.prototypes_used = self.method.prototypes_used();
-        self.progress.monitors = self.monitors(loss);
+        self.progress.monitors = self.monitors(embeddings.as_ref(), loss);
         self.online.device().check()?;
         self.between_steps()
     }

@@ -49,7 +49,7 @@ pub struct StepResult {
     pub step: u64,
     /// Its learning rate.
     pub lr: f64,
-    /// Its loss.
+    /// Its loss, the mean over the ranks.
     pub loss: f64,
 }
 
@@ -142,7 +142,8 @@ impl Steps {
         if self.losses.is_none() {
             let split = (batch.indices.len(), self.micro_batches);
             let loss = step(method, online, optimizer, &batch.crops, split, progress)?;
-            let loss = loss.scalar();
+            let loss = online.group().mean("losses", loss.scalar());
+            online.group().check()?;
             self.embeddings = method.take_embeddings();
             return Ok(vec![StepResult { step: iteration + 1, lr, loss }]);
         }

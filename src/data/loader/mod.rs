@@ -23,13 +23,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gpu::GpuCrops;
-use plan::{BatchPlan, CropBackend, lock};
+use plan::{BatchPlan, CropBackend, Share, lock};
 use prepared::{AugmentParams, PreparedBatch};
 
 use super::augment::Policy;
 use super::batch::{Batch, Skipped};
 use super::source::Source;
-use crate::device::{Device, DeviceKind};
+use crate::device::{Device, DeviceKind, Group};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -107,8 +107,17 @@ impl Loader {
         }
         let (host, skipped) = (device.host().clone(), Mutex::default());
         let backend = CropBackend::Host;
-        let plan =
-            BatchPlan { source, policies, groups, batch, seed, device: host, backend, skipped };
+        let plan = BatchPlan {
+            source,
+            policies,
+            groups,
+            batch,
+            share: Share::WHOLE,
+            seed,
+            device: host,
+            backend,
+            skipped,
+        };
         Ok(Self {
             plan: Arc::new(plan),
             device: device.clone(),
@@ -120,6 +129,34 @@ impl Loader {
             waited: Duration::ZERO,
             stop: Arc::default(),
         })
+    }
+
+    /// Hands out only this rank's share of each batch: an equal run of samples of each of the `micro_batches` of a step, in rank
+    /// order. The batches of all ranks together, and the crops of each sample, are those of one process.
+    ///
+    /// # Errors
+    /// If the ranks cannot have equal shares.
+    ///
+    /// # Panics
+    /// If a batch was taken already.
+    pub fn shared(mut self, group: &Group, micro_batches: usize) -> Result<Self> {
+        let (rank, ranks) = (group.rank(), group.size());
+        let plan = Arc::get_mut(&mut self.plan).expect("loader: share it before the first batch");
+        if ranks > 1 && !plan.batch.is_multiple_of(ranks * micro_batches) {
+            let parts = match micro_batches {
+                1 => String::new(),
+                count => format!(" in {count} micro-batches"),
+            };
+            return Err(Error::Config(format!(
+                "{ranks} ranks cannot have equal shares of train.batch={}{parts}",
+                plan.batch
+            )));
+        }
+        if ranks > 1 {
+            plan.batch /= ranks;
+            plan.share = Share { rank, ranks, micro_batches };
+        }
+        Ok(self)
     }
 
     /// Keeps at most `bytes` of images on a GPU (default: half of the free memory). A larger set is uploaded batch by
@@ -251,7 +288,7 @@ impl Loader {
 
     /// Batches per epoch.
     pub fn batches_per_epoch(&self) -> usize {
-        self.plan.source.len() / self.plan.batch
+        self.plan.source.len() / self.plan.whole_batch()
     }
 
     /// Views of each sample.

@@ -24,8 +24,10 @@ pub struct BatchPlan {
     pub policies: Vec<Policy>,
     /// For each distinct crop size, the views of that size.
     pub groups: Vec<(usize, Vec<usize>)>,
-    /// Samples per batch.
+    /// Samples per batch, of this rank.
     pub batch: usize,
+    /// Which samples of a batch are this rank's.
+    pub share: Share,
     /// Seed of the order and of the augmentation.
     pub seed: u64,
     /// The host device on which the threads make crops.
@@ -34,6 +36,29 @@ pub struct BatchPlan {
     pub backend: CropBackend,
     /// Images that cannot be read, with the reason.
     pub skipped: Mutex<BTreeMap<u32, String>>,
+}
+
+/// A rank's share of each batch: of each micro-batch an equal run of samples, so that what batch norm sees of all ranks'
+/// micro-batches is what it sees of one rank's.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// Of this process.
+    pub rank: usize,
+    /// Number of processes.
+    pub ranks: usize,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
+}
+
+impl Share {
+    /// All samples.
+    pub const WHOLE: Self = Self { rank: 0, ranks: 1, micro_batches: 1 };
+
+    /// The place in the batch of this rank's sample `i` of `batch`.
+    fn place(self, i: usize, batch: usize) -> usize {
+        let run = batch / self.micro_batches;
+        (i / run * self.ranks + self.rank) * run + i % run
+    }
 }
 
 /// What makes the crops, and from which images.
@@ -65,7 +90,7 @@ struct Worker {
 /// The place of a batch in the epoch.
 struct Slot<'a> {
     epoch: u32,
-    /// Position of its first sample in the epoch's order.
+    /// Position in the epoch's order of the first sample of all ranks.
     first: usize,
     order: &'a [u32],
 }
@@ -92,8 +117,8 @@ impl BatchPlan {
         let (first_epoch, mut position) = next;
         for epoch in first_epoch.. {
             let order = order(self.seed, epoch, self.source.len());
-            while position < order.len() / self.batch {
-                let slot = Slot { epoch, first: position * self.batch, order: &order };
+            while position < order.len() / self.whole_batch() {
+                let slot = Slot { epoch, first: position * self.whole_batch(), order: &order };
                 let prepare = || self.prepare(&pool, &slot);
                 let prepared = catch_unwind(AssertUnwindSafe(prepare)).unwrap_or_else(|panic| {
                     let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -112,6 +137,16 @@ impl BatchPlan {
         }
     }
 
+    /// Samples per batch, of all ranks.
+    pub fn whole_batch(&self) -> usize {
+        self.batch * self.share.ranks
+    }
+
+    /// The position in the epoch's order of the batch's sample `i`.
+    fn place(&self, slot: &Slot<'_>, i: usize) -> usize {
+        slot.first + self.share.place(i, self.batch)
+    }
+
     fn prepare(&self, pool: &WorkerPool<'_>, slot: &Slot<'_>) -> Result<PreparedBatch> {
         let mut indices = vec![0; self.batch];
         let (crops, params) = match self.backend {
@@ -120,7 +155,7 @@ impl BatchPlan {
         };
         let label = |&i: &u32| self.source.label(i as usize).map_or(-1, |label| label as i32);
         let labels = indices.iter().map(label).collect();
-        let (epoch, position) = (slot.epoch, slot.first / self.batch);
+        let (epoch, position) = (slot.epoch, slot.first / self.whole_batch());
         Ok((Batch { epoch, position, indices, labels, crops }, params))
     }
 
@@ -210,7 +245,7 @@ impl BatchPlan {
     /// The random stream of a view of the batch's sample `i`.
     fn stream(&self, slot: &Slot<'_>, i: usize, view: usize) -> Philox {
         // Numbered by the image that was meant, so that a substitute for a broken image gets crops of its own.
-        let intended = slot.order[slot.first + i];
+        let intended = slot.order[self.place(slot, i)];
         let stream = intended * self.policies.len() as u32 + view as u32;
         Philox::new(self.seed, Purpose::Augmentation, slot.epoch, stream)
     }
@@ -223,7 +258,7 @@ impl BatchPlan {
         i: usize,
         mut read: impl FnMut(usize) -> Result<()>,
     ) -> Result<u32> {
-        let (before, after) = slot.order.split_at(slot.first + i);
+        let (before, after) = slot.order.split_at(self.place(slot, i));
         for &index in after.iter().chain(before) {
             if lock(&self.skipped).contains_key(&index) {
                 continue;
@@ -270,4 +305,27 @@ impl WorkerPool<'_> {
 /// Locks a mutex and ignores poisoning: the values behind these locks are valid between any two statements.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shares_of_all_ranks_are_the_batch_and_micro_batches_keep_their_samples() {
+        let (batch, ranks, micro_batches) = (24, 3, 2);
+        let own = batch / ranks;
+        let of = |rank| {
+            let share = Share { rank, ranks, micro_batches };
+            (0..own).map(move |i| share.place(i, own)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(1), [4, 5, 6, 7, 16, 17, 18, 19]);
+        for part in 0..micro_batches {
+            let mut places: Vec<usize> =
+                (0..ranks).flat_map(|rank| of(rank)[part * 4..][..4].to_vec()).collect();
+            places.sort_unstable();
+            assert_eq!(places, (12 * part..12 * part + 12).collect::<Vec<_>>());
+        }
+        assert_eq!((0..5).map(|i| Share::WHOLE.place(i, 5)).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    }
 }

@@ -1,0 +1,45 @@
+//! How several processes of the program end: together, and with one sentence.
+
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::{SILENT, silent, talk};
+use crate::device::{Group, Launch};
+use crate::error::Error;
+
+/// How long a rank waits for another one, which knows more, to end the job.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// Ends a command that succeeded.
+pub(super) fn leave() -> ExitCode {
+    // Initialised by the command, or never: `devices` needs no other rank.
+    if let Some(group) = Group::opened() {
+        group.leave();
+    }
+    ExitCode::SUCCESS
+}
+
+/// Reports a failure, unless another rank does, and ends all ranks.
+pub(super) fn fail(error: &Error, launch: &Launch, code: u8) {
+    let group = Group::opened();
+    match (error, &group) {
+        (Error::Elsewhere(_), _) => std::thread::sleep(GRACE),
+        // All ranks end so, with the same sentence.
+        (Error::Stopped(_) | Error::Diverged(_) | Error::Collapsed(_), Some(group)) => {
+            talk(&format!("selfsup: {error}"));
+            return group.leave();
+        }
+        _ => {
+            // Without a group all ranks fail alike, one by one: once the first has ended, the launcher ends the others.
+            if silent() && group.is_none() {
+                std::thread::sleep(GRACE);
+            }
+            SILENT.store(false, Ordering::Relaxed);
+            talk(&format!("selfsup: rank {} of {}: {error}", launch.rank, launch.size));
+        }
+    }
+    if let Some(group) = group {
+        group.abort(code);
+    }
+}

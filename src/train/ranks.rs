@@ -1,0 +1,298 @@
+//! What several ranks of one run agree on: that they train the same, when to stop and to save, and what they evaluate.
+
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::arena::Arena;
+use crate::data::Skipped;
+use crate::device::{Device, DeviceKind, Group};
+use crate::error::{Error, Result};
+use crate::methods::{Method, State};
+use crate::recipes::Recipe;
+use crate::tensor::{DType, Tensor, gather_views};
+use crate::train::Run;
+use crate::train::evaluation::Accuracies;
+use crate::train::resume::difference;
+use crate::train::run::Watch;
+use crate::train::skipped::RunSplit;
+
+/// Refuses a recipe that this group cannot train as one process would.
+pub(super) fn check(
+    recipe: &Recipe,
+    method: &dyn Method,
+    device: &Device,
+    group: &Group,
+) -> Result<()> {
+    let ranks = group.size();
+    if ranks == 1 {
+        return Ok(());
+    }
+    if device.kind() == DeviceKind::Cuda {
+        return Err(Error::Config(format!(
+            "{ranks} ranks train on processors only, so far: use --device cpu, or one process for a GPU"
+        )));
+    }
+    let name = &recipe.method.name;
+    if let Some(what) = method.without_ranks() {
+        return Err(Error::Config(format!(
+            "{name}: {ranks} ranks cannot train {what}: use one process"
+        )));
+    }
+    let groups = recipe.network.norm_groups;
+    if groups > 1 && !groups.is_multiple_of(ranks) {
+        return Err(Error::Config(format!(
+            "{ranks} ranks cannot have equal shares of the groups of batch norm, network.norm_groups={groups}"
+        )));
+    }
+    if recipe.train.dump_views > 0 {
+        return Err(Error::Config(format!(
+            "train.dump_views dumps complete batches, and {ranks} ranks have shares: use one process"
+        )));
+    }
+    Ok(())
+}
+
+/// Fails on all ranks unless they run the same program on the same recipe and images. The first rank that differs from rank 0 says
+/// in what.
+pub(super) fn compare(run: &Run, group: &Group) -> Result<()> {
+    if group.size() == 1 {
+        return Ok(());
+    }
+    let recipe = group.broadcast_bytes("the recipe", run.recipe.to_toml().into_bytes());
+    let train = &run.images.train;
+    let names = (0..train.len()).fold(0, |crc, i| {
+        let name = train.name(i);
+        let end = name.strip_prefix(&run.recipe.data.path).unwrap_or(&name);
+        crc32c::crc32c_append(crc, format!("{end}\n{:?}\n", train.label(i)).as_bytes())
+    });
+    let own = [env!("CARGO_PKG_VERSION").into(), train.len().to_string(), format!("{names:08x}")];
+    let first: [String; 3] = from_bytes(&group.broadcast_bytes("the images", to_bytes(&own)));
+    group.check()?;
+    let what = [
+        "the program's version",
+        "the number of training images",
+        "names or classes of the training images",
+    ];
+    let differs = own.iter().zip(&first).zip(what).find(|((own, first), _)| own != first);
+    let verdict = match (differing_setting(&run.recipe, &recipe), differs) {
+        (Some(setting), _) => Err(setting),
+        (None, Some(((own, first), what))) => Err(format!("{what}: {own} here, {first} on rank 0")),
+        (None, None) => Ok(()),
+    };
+    let path = &run.recipe.data.path;
+    group.together(verdict.map_err(|what| {
+        Error::Config(format!(
+            "rank {} differs from rank 0 in {what} (data.path={path})",
+            group.rank()
+        ))
+    }))
+}
+
+/// The first setting in which a recipe differs from rank 0's. Where the images lie and how many threads there are may differ from
+/// machine to machine.
+fn differing_setting(own: &Recipe, first: &[u8]) -> Option<String> {
+    let first = String::from_utf8_lossy(first).parse::<toml::Table>().ok()?;
+    let mut table = own.to_toml().parse::<toml::Table>().ok()?;
+    for (part, key) in [("data", "path"), ("train", "threads"), ("train", "loader_threads")] {
+        let value = first.get(part).and_then(|table| table.get(key)).cloned();
+        if let (Some(toml::Value::Table(own)), Some(value)) = (table.get_mut(part), value) {
+            own.insert(key.into(), value);
+        }
+    }
+    let (key, own, first) = difference("", &table.into(), &first.into())?;
+    Some(format!("{key}: {own} here, {first} on rank 0"))
+}
+
+/// What the ranks want between two steps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wishes {
+    /// A rank was asked to stop.
+    pub(super) stop: bool,
+    /// A checkpoint is due by rank 0's clock.
+    pub(super) save: bool,
+}
+
+impl Run {
+    /// The ranks of the run.
+    pub(super) fn group(&self) -> &Group {
+        self.online.group()
+    }
+
+    /// Agrees with the other ranks on what to do after `step` steps; `stop` says that this rank stopped waiting for images.
+    pub(super) fn agree(&self, step: u64, stop: bool) -> Result<Wishes> {
+        let group = self.group();
+        group.enter(&format!("in step {} of {}", step + 1, self.schedule.total));
+        let stop = stop || self.stop.load(Ordering::Relaxed);
+        let save = group.leads() && self.checkpoint_is_due(step);
+        let mut word = [u64::from(stop), u64::from(save)];
+        group.all_reduce_max("whether to stop or save", &mut word);
+        group.check()?;
+        Ok(Wishes { stop: word[0] > 0, save: word[1] > 0 })
+    }
+
+    /// Replaces running statistics by their mean over the ranks, before an evaluation or a checkpoint: with several groups of batch
+    /// norm each rank has updated them by its own groups. Fails if the weights differ.
+    pub(super) fn agree_on_state(&mut self) -> Result<()> {
+        let group = self.group().clone();
+        if group.size() == 1 || self.agreed_step == Some(self.begun) {
+            return Ok(());
+        }
+        let weights = crc32c::crc32c(bytes_of(self.online.values()));
+        let all = group.all_gather("checksums of the weights", &[weights]).unwrap_or_default();
+        group.check()?;
+        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
+            return Err(Error::Device(format!(
+                "after step {} the weights of rank {rank} differ from those of rank 0, which is a bug or a broken machine; resume \
+                 from the newest checkpoint",
+                self.begun
+            )));
+        }
+        mean_statistics(&mut self.online, &group);
+        for (_, part) in self.method.state() {
+            if let State::Network(network) = part {
+                mean_statistics(network, &group);
+            }
+        }
+        self.agreed_step = Some(self.begun);
+        group.check()
+    }
+
+    /// The embeddings of the last step, or of its last micro-batch, of all ranks.
+    pub(super) fn all_embeddings(&self) -> Option<Tensor> {
+        let own = self.steps.embeddings()?;
+        let images = self.recipe.train.batch / self.group().size();
+        let views = (own.shape()[0] / images).max(1);
+        Some(gather_views(own, views, self.group(), "monitors"))
+    }
+
+    /// Adds the training images that a rank could not read.
+    pub(super) fn add_skipped(&mut self) {
+        let own: Vec<(u32, String)> = self
+            .loader
+            .skipped()
+            .into_iter()
+            .map(|Skipped { index, reason }| (index, reason))
+            .collect();
+        for bytes in self.group().all_gather_bytes("skipped images", &to_bytes(&own)) {
+            let skipped: Vec<(u32, String)> = from_bytes(&bytes);
+            let skipped = skipped.into_iter().map(|(index, reason)| Skipped { index, reason });
+            self.skipped.add(RunSplit::Training, &skipped.collect::<Vec<_>>());
+        }
+    }
+
+    /// Evaluates on rank 0 while the others wait.
+    pub(super) fn evaluate_on_one_rank(
+        &mut self,
+        epoch: u32,
+        watch: &mut dyn Watch,
+    ) -> Result<Accuracies> {
+        self.agree_on_state()?;
+        let group = self.group().clone();
+        if group.size() == 1 {
+            return self.evaluate(epoch, watch);
+        }
+        group.enter("in an evaluation");
+        if group.leads() {
+            let measured = self.evaluate(epoch, watch);
+            let told = match &measured {
+                Ok(Accuracies { knn, validation, classifier, .. }) => {
+                    Told::Measured([knn, validation, classifier].map(|a| a.map(f64::to_bits)))
+                }
+                Err(Error::Stopped(_)) => Told::Stopped,
+                Err(Error::Diverged(reason)) => Told::Diverged(reason.clone()),
+                Err(_) => Told::Failed,
+            };
+            group.broadcast_bytes("accuracies", to_bytes(&told));
+            return measured;
+        }
+        let told = group.patiently(|| group.broadcast_bytes("accuracies", Vec::new()));
+        group.check()?;
+        match from_bytes(&told) {
+            Told::Measured(bits) => {
+                let [knn, validation, classifier] = bits.map(|a| a.map(f64::from_bits));
+                Ok(Accuracies { knn, validation, classifier, ..Accuracies::default() })
+            }
+            Told::Stopped => Err(Error::Stopped(self.stopped())),
+            Told::Diverged(reason) => Err(Error::Diverged(reason)),
+            Told::Failed => Err(Error::Elsewhere(0)),
+        }
+    }
+
+    /// Gives all ranks what rank 0 has read from a checkpoint.
+    pub(super) fn share_restored(&mut self, group: &Group) {
+        let restored = "what a checkpoint holds";
+        broadcast_arena(&mut self.online, group);
+        broadcast(self.optimizer.momentum_mut(), group);
+        for (_, part) in self.method.state() {
+            match part {
+                State::Network(network) => broadcast_arena(network, group),
+                State::Rows(rows) => broadcast(rows, group),
+                State::Count(count) => {
+                    let mut value = [*count];
+                    group.broadcast(restored, &mut value);
+                    *count = value[0];
+                }
+            }
+        }
+    }
+}
+
+/// What rank 0 tells the others of an evaluation.
+#[derive(Serialize, serde::Deserialize)]
+enum Told {
+    /// The bits of the accuracies: JSON rounds.
+    Measured([Option<u64>; 3]),
+    Stopped,
+    Diverged(String),
+    Failed,
+}
+
+/// Replaces an arena's running statistics by their mean over the ranks. Where all ranks have the same value, it keeps its bits.
+fn mean_statistics(arena: &mut Arena, group: &Group) {
+    let own = arena.statistics().to_f64();
+    let Some(all) = group.all_gather("running statistics", &own) else { return };
+    let rank = |r: usize| &all[r * own.len()..][..own.len()];
+    let mean = |i: usize| {
+        let values = (0..group.size()).map(|r| rank(r)[i]);
+        if values.clone().all(|v| v == own[i]) {
+            own[i]
+        } else {
+            values.sum::<f64>() / group.size() as f64
+        }
+    };
+    let means: Vec<f64> = (0..own.len()).map(mean).collect();
+    *arena.statistics_mut() = Tensor::from_f64(&arena.device().clone(), [own.len()], &means);
+}
+
+fn broadcast_arena(arena: &mut Arena, group: &Group) {
+    broadcast(arena.values_mut(), group);
+    broadcast(arena.statistics_mut(), group);
+}
+
+fn broadcast(tensor: &mut Tensor, group: &Group) {
+    let what = "what a checkpoint holds";
+    match tensor.dtype() {
+        DType::F64 => group.broadcast(what, tensor.data_mut::<f64>()),
+        DType::F32 => group.broadcast(what, tensor.data_mut::<f32>()),
+        DType::I32 => group.broadcast(what, tensor.data_mut::<i32>()),
+        DType::Bf16 => group.broadcast(what, tensor.data_mut::<half::bf16>()),
+    }
+}
+
+fn bytes_of(tensor: &Tensor) -> &[u8] {
+    match tensor.dtype() {
+        DType::F64 => bytemuck::cast_slice(tensor.data::<f64>()),
+        _ => bytemuck::cast_slice(tensor.data::<f32>()),
+    }
+}
+
+/// A message from one rank to another of the same program.
+pub(super) fn to_bytes(message: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(message).expect("plain data")
+}
+
+pub(super) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> T {
+    serde_json::from_slice(bytes).expect("a message of the same program")
+}
