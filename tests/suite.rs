@@ -68,6 +68,10 @@ mod parser_fuzz;
 mod program;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
+#[path = "suite/rank_failures.rs"]
+mod rank_failures;
+#[path = "suite/ranks.rs"]
+mod ranks;
 #[path = "suite/recipes.rs"]
 mod recipes;
 #[path = "suite/reference.rs"]

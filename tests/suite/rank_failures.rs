@@ -1,0 +1,197 @@
+//! Several ranks of the program that fail, hang or are stopped: one sentence from the rank that knows, all end, and the newest
+//! checkpoint resumes.
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use selfsup::train;
+
+use crate::program::{selfsup, text};
+
+/// A run of 24 steps.
+const SETTINGS: &[&str] = &[
+    "network.width=2",
+    "method.hidden=8",
+    "method.embedding=8",
+    "augment.size=8",
+    "data.limit=96",
+    "data.test_limit=20",
+    "train.epochs=2",
+    "train.batch=8",
+    "train.checkpoint_every_steps=5",
+    "watch.report=false",
+];
+
+/// How long a launcher may take to end the other ranks.
+const END: Duration = Duration::from_secs(60);
+
+fn words(more: &[&str]) -> Vec<String> {
+    let program = env!("CARGO_BIN_EXE_selfsup");
+    let set = SETTINGS.iter().flat_map(|setting| ["--set", setting]);
+    let start = [program, "train", "demo", "--device", "cpu"];
+    start.into_iter().chain(set).chain(more.iter().copied()).map(str::to_owned).collect()
+}
+
+/// `mpiexec` with one program for each rank.
+fn mpiexec(folder: &Path, ranks: &[Vec<String>]) -> Command {
+    let mut command = Command::new(std::fs::canonicalize(".mpi/bin/mpiexec").unwrap());
+    command.current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for (i, words) in ranks.iter().enumerate() {
+        command.args((i > 0).then_some(":")).args(["-n", "1"]).args(words);
+    }
+    command
+}
+
+/// Waits for the end of all ranks.
+fn end(mut child: Child) -> Output {
+    let begin = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begin.elapsed() > END {
+            child.kill().unwrap();
+            panic!("the ranks did not end: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.wait_with_output().unwrap()
+}
+
+/// The sentences of the program among what a launcher prints.
+fn sentences(output: &Output) -> Vec<&str> {
+    text(&output.stderr).lines().filter(|line| line.starts_with("selfsup: ")).collect()
+}
+
+/// Asserts that the ranks failed with one sentence.
+#[track_caller]
+fn refused(folder: &Path, ranks: &[Vec<String>], sentence: &str) {
+    let output = end(mpiexec(folder, ranks).spawn().unwrap());
+    let said = sentences(&output);
+    assert!(!output.status.success(), "{output:?}");
+    assert!(
+        said.len() == 1 && said[0].contains(sentence),
+        "{said:?}, expected {sentence}\n{output:?}"
+    );
+}
+
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn ranks_that_cannot_train_together_say_so_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let two = |more: &[&str]| [words(more), words(more)];
+    let differs = [words(&[]), words(&["--set", "optim.lr=0.5"])];
+    refused(folder, &differs, "rank 1 of 2: rank 1 differs from rank 0 in optim.lr: 0.5 here, ");
+    let missing = [words(&[]), words(&["--set", "data.path=nowhere"])];
+    refused(folder, &missing, "rank 1 of 2: nowhere: ");
+    refused(
+        folder,
+        &two(&["--set", "train.batch=9"]),
+        "2 ranks cannot have equal shares of train.batch=9",
+    );
+    let groups = "network.norm_groups above 1 with all views in one pass";
+    refused(folder, &two(&["--set", "network.norm_groups=2"]), groups);
+    refused(folder, &two(&["--set", "nonsense=1"]), "rank 0 of 2: ");
+    refused(folder, &two(&["--out", "/dev/null/x"]), "rank 0 of 2: /dev/null/x");
+    let evaluate = vec![env!("CARGO_BIN_EXE_selfsup").to_owned(), "recipes".into()];
+    refused(folder, &[evaluate.clone(), evaluate], "only `train` runs in several");
+    assert!(!folder.join("runs/demo").exists(), "a folder is left");
+}
+
+/// Waits until a run has logged `lines` lines.
+fn wait_for(folder: &Path, lines: usize) {
+    let begin = Instant::now();
+    let metrics = folder.join("runs/demo/metrics.jsonl");
+    while std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < lines {
+        assert!(begin.elapsed() < Duration::from_secs(60), "the run did not come to {lines} lines");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The process of each rank under an `mpiexec`, lowest rank first.
+fn processes(launcher: &Child) -> Vec<String> {
+    let children = |process: &str| -> Vec<String> {
+        let list = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+        list.unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+    };
+    let proxy = children(&launcher.id().to_string());
+    proxy.iter().flat_map(|proxy| children(proxy)).collect()
+}
+
+fn signal(process: &str, name: &str) {
+    assert!(Command::new("kill").args(["-s", name, process]).status().unwrap().success());
+}
+
+/// Resumes in one process what two ranks began, to the end.
+fn resumes(folder: &Path) {
+    let begin = Instant::now();
+    let output = loop {
+        let output = selfsup(folder, &["train", "--device", "cpu", "--resume", "runs/demo"]);
+        // A launcher may end a moment before its ranks do.
+        if !text(&output.stderr).contains(" is in use: ") || begin.elapsed() > END {
+            break output;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("going on after step "), "{output:?}");
+    let newest = train::newest(&folder.join("runs/demo")).unwrap();
+    assert!(newest.ends_with("step-00000024.safetensors"), "{newest:?}");
+}
+
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_signal_to_one_rank_stops_all_with_a_checkpoint_and_another_number_of_ranks_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let launcher = mpiexec(folder, &[words(&[]), words(&[])]).spawn().unwrap();
+    wait_for(folder, 7);
+    signal(&processes(&launcher)[1], "TERM");
+    let output = end(launcher);
+    let said = sentences(&output);
+    assert!(said.len() == 1 && said[0].starts_with("selfsup: stopped at step "), "{output:?}");
+    assert!(said[0].ends_with("continue with: selfsup train --resume runs/demo"), "{said:?}");
+    // Three ranks cannot share a batch of eight; four can, and read nothing but what rank 0 tells them.
+    let resume = |folder: &str| -> Vec<String> {
+        let words = [env!("CARGO_BIN_EXE_selfsup"), "train", "--device", "cpu", "--resume", folder];
+        words.map(str::to_owned).to_vec()
+    };
+    let three = [resume("runs/demo"), resume("runs/demo"), resume("runs/demo")];
+    refused(folder, &three, "3 ranks cannot have equal shares of train.batch=8");
+    let four = ["runs/demo", "elsewhere", "elsewhere", "elsewhere"].map(resume);
+    let output = end(mpiexec(folder, &four).spawn().unwrap());
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("going on after step "), "{output:?}");
+    let newest = train::newest(&folder.join("runs/demo")).unwrap();
+    assert!(newest.ends_with("step-00000024.safetensors"), "{newest:?}");
+    assert!(!folder.join("elsewhere").exists());
+}
+
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_killed_rank_ends_all_and_the_newest_checkpoint_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let launcher = mpiexec(folder.path(), &[words(&[]), words(&[])]).spawn().unwrap();
+    wait_for(folder.path(), 7);
+    signal(&processes(&launcher)[1], "KILL");
+    assert!(!end(launcher).status.success());
+    resumes(folder.path());
+}
+
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_rank_that_hangs_is_noticed_by_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = mpiexec(folder.path(), &[words(&[]), words(&[])]);
+    let launcher = command.env("SELFSUP_RANK_TIMEOUT", "2").spawn().unwrap();
+    wait_for(folder.path(), 7);
+    let hung = processes(&launcher)[1].clone();
+    signal(&hung, "STOP");
+    let output = end(launcher);
+    let said = sentences(&output);
+    let start = "selfsup: rank 0 has waited ";
+    assert!(
+        said.len() == 1 && said[0].starts_with(start) && said[0].contains(" in step "),
+        "{output:?}"
+    );
+    resumes(folder.path());
+}
