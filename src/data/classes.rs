@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use unicode_normalization::UnicodeNormalization;
+
 use crate::error::{Error, Result, printable};
 
 /// Class names in a message.
@@ -23,23 +25,41 @@ pub struct Merged {
     first: usize,
 }
 
+/// What a person sees of a name: not its case, spaces around it, or how its accents are encoded (macOS decomposes them).
+fn look(name: &str) -> String {
+    name.trim().nfc().flat_map(char::to_lowercase).collect()
+}
+
+/// In what two names of one look differ.
+fn difference(a: &str, b: &str) -> &'static str {
+    if a.trim() != a || b.trim() != b {
+        "spaces around it"
+    } else if a.to_lowercase() == b.to_lowercase() {
+        "case"
+    } else {
+        "how accents are encoded (Unicode NFC or NFD)"
+    }
+}
+
 /// Numbers the classes of the split at `path` as the training split does.
 ///
 /// # Errors
-/// If a class differs from one of the training split by case only, or the two splits share no class.
+/// If a class differs from one of the training split by case, spaces around it or the encoding of accents only, or the two
+/// splits share no class.
 pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
     let places: HashMap<&str, u32> = first.iter().map(String::as_str).zip(0..).collect();
-    let lower: HashMap<String, &str> =
-        first.iter().map(|name| (name.to_lowercase(), name.as_str())).collect();
+    let alike: HashMap<String, &str> =
+        first.iter().map(|name| (look(name), name.as_str())).collect();
     let mut merged = Merged { classes: first.to_vec(), numbers: Vec::new(), first: first.len() };
     for name in own {
         if let Some(&place) = places.get(name.as_str()) {
             merged.numbers.push(place);
             continue;
         }
-        if let Some(other) = lower.get(&name.to_lowercase()) {
+        if let Some(other) = alike.get(&look(name)) {
             let reason = format!(
-                "has class {name}, and the train split has class {other}: if they are the same class, give them the same name"
+                "has class {name}, and the train split has class {other}, which differs in {}: if they are the same class, give them the same name",
+                difference(name, other)
             );
             return Err(Error::format(path, reason));
         }
@@ -108,11 +128,19 @@ mod tests {
     }
 
     #[test]
-    fn names_that_differ_by_case_only_are_asked_about() {
-        let said = merge(Path::new("set/test"), &names("ape dog"), &names("Dog ape"))
-            .unwrap_err()
-            .to_string();
-        assert!(said.contains("has class Dog, and the train split has class dog"), "{said}");
+    fn names_that_look_alike_are_asked_about() {
+        for (train, test, in_what) in [
+            ("dog", "Dog", "case"),
+            ("dog", "dog ", "spaces around it"),
+            ("\u{e9}t\u{e9}", "e\u{301}te\u{301}", "how accents are encoded (Unicode NFC or NFD)"),
+        ] {
+            let [first, own] = [train, test].map(|name| ["ape".to_owned(), name.to_owned()]);
+            let said = merge(Path::new("set/test"), &first, &own).unwrap_err().to_string();
+            let expected = format!(
+                "has class {test}, and the train split has class {train}, which differs in {in_what}: if"
+            );
+            assert!(said.contains(&expected), "{said}");
+        }
         // Within the training split they are classes of their own: letters, for instance.
         let merged = merge(Path::new("set/test"), &names("A a"), &names("A a")).unwrap();
         assert_eq!(merged.numbers, [0, 1]);

@@ -48,6 +48,12 @@ impl Folder {
         Ok(self)
     }
 
+    /// Adds a sentence that a user of the set should read.
+    pub(super) fn with_note(mut self, note: Option<String>) -> Self {
+        self.notes.extend(note);
+        self
+    }
+
     /// Sets how many bytes of decoded images are kept in memory (default: 1 GiB); 0 keeps none.
     pub fn with_cache(mut self, bytes: usize) -> Self {
         self.cache.limit(bytes);

@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::pack::MANIFEST;
 use crate::error::{Error, Result, printable};
 
 /// File extensions that are read, in lower case.
@@ -139,9 +140,9 @@ struct PassedOver {
     formats: BTreeMap<&'static str, usize>,
     /// Image names that are neither files nor links to files: pipes, sockets, devices.
     special: Vec<PathBuf>,
-    /// Image names that link to nothing.
+    /// Names of images or folders that link to nothing.
     dangling: Vec<PathBuf>,
-    /// Folders of training runs.
+    /// Folders of training runs and packs.
     runs: Vec<PathBuf>,
 }
 
@@ -160,7 +161,9 @@ impl PassedOver {
                 kind = match std::fs::metadata(&path) {
                     Ok(target) => target.file_type(),
                     Err(e) if e.kind() == ErrorKind::NotFound || is_loop(&e) => {
-                        if extension(&path).is_some_and(|e| EXTENSIONS.contains(&e.as_str())) {
+                        // Without an extension it may have been a class folder.
+                        let extension = extension(&path);
+                        if extension.is_none_or(|e| EXTENSIONS.contains(&e.as_str())) {
                             self.dangling.push(path);
                         }
                         continue;
@@ -169,7 +172,7 @@ impl PassedOver {
                 };
             }
             if kind.is_dir() {
-                if is_run(&path) {
+                if is_run(&path) || is_pack(&path) {
                     self.runs.push(path);
                 } else if !FOLDERS_OF_TOOLS.iter().any(|tool| name == *tool) {
                     entries.folders.push(path);
@@ -210,7 +213,7 @@ impl PassedOver {
             self.formats(),
             some("image names that are no regular files and are not read", &self.special),
             some("links that lead nowhere and are not read", &self.dangling),
-            some("folders of training runs, which are not read as images", &self.runs),
+            some("folders of training runs or packs, which are not read as images", &self.runs),
         ];
         notes.into_iter().flatten().collect()
     }
@@ -227,8 +230,8 @@ fn collect(
     into.extend(entries.images);
     for folder in entries.folders {
         let identity = identity(&folder)?;
-        // A link to a folder above would be followed for ever.
-        if above.contains(&identity) {
+        // A link to a folder above would be followed for ever, and on the way find the images of other classes.
+        if above.iter().any(|below| below.starts_with(&identity)) {
             continue;
         }
         if above.len() == DEEPEST {
@@ -263,6 +266,11 @@ fn is_run(folder: &Path) -> bool {
     folder.join("recipe.toml").is_file() && folder.join("metrics.jsonl").is_file()
 }
 
+/// Whether a folder holds packed images.
+fn is_pack(folder: &Path) -> bool {
+    folder.join(MANIFEST).is_file()
+}
+
 /// Whether a folder has the name under which runs are kept unless `--out` says otherwise.
 fn is_called_runs(folder: &Path) -> bool {
     folder.file_name() == Some(OsStr::new("runs"))
@@ -282,17 +290,49 @@ fn has_a_run(folder: &Path) -> Result<bool> {
 
 /// Whether there is an image in a folder or below it; looks no further than the first.
 fn has_an_image(folder: &Path) -> Result<bool> {
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let entry = entry.map_err(Error::io(folder))?;
-        let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
-        let is_image = extension(&entry.path()).is_some_and(|e| EXTENSIONS.contains(&e.as_str()));
-        if !hidden && is_image && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+    fn below(folder: &Path, above: &mut Vec<Identity>) -> Result<bool> {
+        let entries = PassedOver::default().list(folder)?;
+        if !entries.images.is_empty() {
             return Ok(true);
         }
+        for folder in entries.folders {
+            let identity = identity(&folder)?;
+            if above.len() == DEEPEST || above.iter().any(|below| below.starts_with(&identity)) {
+                continue;
+            }
+            above.push(identity);
+            if below(&folder, above)? {
+                return Ok(true);
+            }
+            above.pop();
+        }
+        Ok(false)
     }
-    let mut images = Vec::new();
-    collect(folder, &mut vec![identity(folder)?], &mut PassedOver::default(), &mut images)?;
-    Ok(!images.is_empty())
+    below(folder, &mut vec![identity(folder)?])
+}
+
+/// The sub-folders of a folder that hold images and are not among `parts`; runs are none of them.
+///
+/// # Errors
+/// If a folder cannot be read.
+pub fn folders_beside(root: &Path, parts: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut beside = PassedOver::default().list(root)?.folders;
+    beside.retain(|folder| !parts.iter().any(|part| folder.file_name() == Some(OsStr::new(part))));
+    let mut found = Vec::new();
+    for folder in beside {
+        if !is_called_runs(&folder) && has_an_image(&folder)? {
+            found.push(folder);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether images lie in a folder itself, not only in folders below it.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn has_loose_images(folder: &Path) -> Result<bool> {
+    Ok(!PassedOver::default().list(folder)?.images.is_empty())
 }
 
 fn without_images(folder: &Path, passed_over: &PassedOver) -> Error {

@@ -1,14 +1,14 @@
 //! Recognises the data set at a path.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::cifar::Cifar;
 use super::folder::Folder;
 use super::idx::Idx;
-use super::listing::class_names;
+use super::listing::{class_names, folders_beside, has_loose_images, name_of};
 use super::pack::Pack;
 use super::source::{Source, Split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 
 /// Names of the folders that may hold a split.
 pub(super) fn folders(split: Split) -> &'static [&'static str] {
@@ -16,6 +16,103 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
         Split::Train => &["train"],
         Split::Test => &["test", "val", "valid"],
     }
+}
+
+/// Names of all folders that may hold a split.
+const PARTS: [&str; 4] = ["train", "test", "val", "valid"];
+
+/// Names that others give to the splits of a set, in lower case.
+const LIKE_PARTS: [[&str; 6]; 2] = [
+    ["train", "training", "trainset", "train_set", "training_set", "train-set"],
+    ["test", "testing", "val", "valid", "validation", "test_set"],
+];
+
+/// The folders of a set's splits.
+pub(super) struct Parts {
+    pub(super) train: Option<PathBuf>,
+    /// The held-out split comes first; others of its kind are not used.
+    pub(super) held_out: Vec<PathBuf>,
+    /// Folders next to the splits that hold images.
+    beside: Vec<PathBuf>,
+}
+
+impl Parts {
+    /// Finds the folders of a set's splits; `None` if there are none, so that the folder itself is the training split.
+    ///
+    /// Of several folders that may be the held-out split, the first with classes is: ImageNet's test images come without
+    /// labels, its validation images have them.
+    ///
+    /// # Errors
+    /// If the folders cannot be read, or it is unclear which of them are splits.
+    pub(super) fn of(path: &Path) -> Result<Option<Self>> {
+        let holds = |name: &&str| Some(path.join(name)).filter(|folder| folder.is_dir());
+        let train = folders(Split::Train).iter().find_map(holds);
+        let mut held_out: Vec<PathBuf> = folders(Split::Test).iter().filter_map(holds).collect();
+        let beside = folders_beside(path, &PARTS)?;
+        if train.is_none() && held_out.is_empty() {
+            return like_parts(path, &beside).map_or(Ok(None), Err);
+        }
+        if held_out.len() > 1 {
+            let has_classes = |folder: &PathBuf| class_names(folder).is_ok_and(|c| !c.is_empty());
+            held_out.sort_by_key(|folder| !has_classes(folder));
+        }
+        if let (Some(train), [], [other, ..]) = (&train, &*held_out, &*beside)
+            && has_loose_images(train)?
+        {
+            let reason = format!(
+                "has folders of images train/ and {}/: is `train` the training split, or a class? Name the folder train/ itself as the set, \
+                 or put the class folders into a folder train/",
+                name_of(other)
+            );
+            return Err(Error::format(path, reason));
+        }
+        Ok(Some(Self { train, held_out, beside }))
+    }
+
+    /// The folder of a split, if there is one.
+    fn folder(&self, split: Split) -> Option<&Path> {
+        match split {
+            Split::Train => self.train.as_deref(),
+            Split::Test => self.held_out.first().map(PathBuf::as_path),
+        }
+    }
+
+    /// A sentence on the folders of images that are no splits.
+    pub(super) fn note(&self) -> Option<String> {
+        let first = printable(self.beside.first()?.as_os_str());
+        let count = self.beside.len();
+        Some(format!(
+            "folders of images next to the splits, which are not read: {count}, such as {first}"
+        ))
+    }
+}
+
+/// A sentence on splits that could be the held-out one; the first of them is.
+pub(super) fn not_used(mut splits: impl Iterator<Item = String>) -> Option<String> {
+    let (first, other) = (splits.next()?, splits.next()?);
+    let others: Vec<String> = [other].into_iter().chain(splits).collect();
+    let (others, are) = match &others[..] {
+        [one] => (one.clone(), "is"),
+        all => (all.join(", "), "are"),
+    };
+    Some(format!("{first} is the held-out split, and {others} {are} not read"))
+}
+
+/// The error of a folder in which all folders of images have names like those of splits: read as classes, training images and
+/// held-out ones would be mixed.
+fn like_parts(path: &Path, folders: &[PathBuf]) -> Option<Error> {
+    let names: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();
+    let is_like = |name: &str, split: usize| LIKE_PARTS[split].contains(&&*name.to_lowercase());
+    let all = names.iter().all(|name| is_like(name, 0) || is_like(name, 1));
+    if !all || !names.iter().any(|name| is_like(name, 0)) {
+        return None;
+    }
+    let reason = format!(
+        "has folders with names like those of a set's splits ({}): rename them to train/ and test/ (or val/, valid/) if they are the splits; \
+         if they are classes, put them into a folder train/",
+        names.join(", ")
+    );
+    Some(Error::format(path, reason))
 }
 
 /// Opens the images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder
@@ -29,6 +126,9 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
 /// If nothing is there, nothing is recognised, the split is missing, what is recognised is damaged, or the splits' classes
 /// differ by case only or altogether.
 pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::config("data.path is empty: name the folder of the images"));
+    }
     if !path.exists() {
         return Err(Error::format(path, "no such file or folder: check the path of the data set"));
     }
@@ -44,23 +144,23 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     if Idx::is_at(path) {
         return Ok(Box::new(Idx::open(path, split)?));
     }
-    let holds =
-        |split| folders(split).iter().map(|name| path.join(name)).find(|folder| folder.is_dir());
-    if let Some(folder) = holds(split) {
-        let images = Folder::open(&folder)?;
-        return Ok(Box::new(match holds(Split::Train) {
-            Some(train) if split != Split::Train => {
-                images.with_classes_of(&folder, &class_names(&train)?)?
-            }
-            _ => images,
-        }));
-    }
-    if holds(Split::Train).or(holds(Split::Test)).is_some() {
-        let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
-        return Err(Error::format(
-            path,
-            format!("has no {}: the {split} split is missing", names.join(" or ")),
-        ));
+    if let Some(splits) = Parts::of(path)? {
+        let Some(folder) = splits.folder(split) else {
+            let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
+            return Err(Error::format(
+                path,
+                format!("has no {}: the {split} split is missing", names.join(" or ")),
+            ));
+        };
+        let mut images = Folder::open(folder)?;
+        if split == Split::Train {
+            return Ok(Box::new(images.with_note(splits.note())));
+        }
+        if let Some(train) = &splits.train {
+            images = images.with_classes_of(folder, &class_names(train)?)?;
+        }
+        let held_out = splits.held_out.iter().map(|folder| printable(folder.as_os_str()));
+        return Ok(Box::new(images.with_note(not_used(held_out))));
     }
     let folder = Folder::open(path)
         .map_err(|e| not_recognised(path, &format!("is not a data set ({e})")))?;

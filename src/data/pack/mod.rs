@@ -16,13 +16,14 @@ use format::{
     Entry, FORMAT, HEADER, Header, Index, Kind, LONGEST_NAME, MAGIC, WITHOUT_MANIFEST, file_name,
     number_of,
 };
-use manifest::{MANIFEST, Manifest};
+pub(super) use manifest::MANIFEST;
+use manifest::Manifest;
 pub use write::{PackSettings, Packed, Stored, pack};
 
 use super::cache::Cache;
 use super::classes;
 use super::decode::{PIXEL_LIMIT, decode};
-use super::open::folders;
+use super::open::{folders, not_used};
 use super::source::{Image, Source, Split};
 use crate::error::{Error, Result, printable};
 
@@ -60,13 +61,21 @@ impl Pack {
     /// one of the training split by case only.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let manifest = Manifest::read(folder)?;
+        let mut found = Vec::new();
         for name in folders(split) {
             if let Some(pack) = Self::open_split(folder, name, manifest.as_ref())? {
-                return match split {
-                    Split::Train => Ok(pack),
-                    Split::Test => pack.with_classes_of_train(folder, name),
-                };
+                found.push((name, pack));
             }
+        }
+        // As in a folder: of several splits that may be the held-out one, the first with classes is.
+        found.sort_by_key(|(_, pack)| pack.classes.is_empty());
+        let note = not_used(found.iter().map(|(name, _)| printable(folder.join(name).as_os_str())));
+        if let Some((name, mut pack)) = found.into_iter().next() {
+            pack.notes.extend(note);
+            return match split {
+                Split::Train => Ok(pack),
+                Split::Test => pack.with_classes_of_train(folder, name),
+            };
         }
         if manifest.is_none() && left_by_a_pack(folder)?.iter().any(|name| name.starts_with('.')) {
             return Err(unfinished(folder)?);

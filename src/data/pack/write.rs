@@ -10,13 +10,13 @@ use jpeg_encoder::{ColorType, Encoder};
 use rayon::prelude::*;
 
 use super::format::{Entry, HEADER, Header, Index, Kind, file_name};
-use super::left_by_a_pack;
 use super::manifest::{MANIFEST, Manifest, SplitInfo};
+use super::{Pack, left_by_a_pack};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
 use crate::data::decode::decode;
 use crate::data::folder::Folder;
-use crate::data::open::folders;
+use crate::data::open::{Parts, folders};
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};
 use crate::files::{replace_file, write_error, write_file};
@@ -89,13 +89,24 @@ pub fn pack(
     if !from.exists() {
         return Err(Error::format(from, "no such folder: check the path of the images"));
     }
-    let splits = [Split::Train, Split::Test].into_iter().flat_map(folders);
-    let mut splits: Vec<_> = splits
-        .map(|split| (*split, from.join(split)))
-        .filter(|(_, folder)| folder.is_dir())
-        .collect();
-    if splits.is_empty() {
-        splits.push(("train", from.to_path_buf()));
+    if from.is_dir() && Pack::is_at(from) {
+        return Err(Error::format(
+            from,
+            "is packed already: pack the folder that the images came from",
+        ));
+    }
+    let found = if from.is_dir() { Parts::of(from)? } else { None };
+    let note = found.as_ref().and_then(Parts::note);
+    let mut splits: Vec<(&str, PathBuf)> = Vec::new();
+    match found {
+        Some(Parts { train, held_out, .. }) => {
+            let split = |name: &&'static str| (*name, from.join(name));
+            let there =
+                |folder: &PathBuf| train.as_ref() == Some(folder) || held_out.contains(folder);
+            let all = [Split::Train, Split::Test].into_iter().flat_map(folders);
+            splits.extend(all.map(split).filter(|(_, folder)| there(folder)));
+        }
+        None => splits.push(("train", from.to_path_buf())),
     }
     let mut opened: Vec<(&str, &PathBuf, Folder)> = Vec::new();
     for (split, folder) in &splits {
@@ -108,7 +119,8 @@ pub fn pack(
     let splits = opened;
     prepare(to)?;
     let total = splits.iter().map(|(_, _, images)| images.len()).sum();
-    let (mut packed, mut before) = (Packed::default(), 0);
+    let (mut packed, mut before) =
+        (Packed { notes: note.into_iter().collect(), ..Packed::default() }, 0);
     let mut manifest = Manifest::default();
     for (split, folder, images) in &splits {
         let seen = |count| progress(before + count, total);
