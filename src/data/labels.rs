@@ -21,7 +21,16 @@ const SEED: u64 = 0;
 /// If the share is out of range, the set has no labels, or a line names no image or several.
 pub fn labelled(source: &dyn Source, which: &str) -> Result<Vec<u32>> {
     let Some(percent) = which.trim().strip_suffix('%') else {
-        return listed(source, Path::new(which));
+        let file = Path::new(which);
+        if !file.exists() && which.trim().parse::<f64>().is_ok() {
+            let reason =
+                "a share ends in %, such as 10%; anything else is a file with one image per line";
+            return Err(Error::config(format!("data.labels = {which}: {reason}")));
+        }
+        if file.is_dir() {
+            return Err(Error::format(file, "is a folder, where a list of images is expected"));
+        }
+        return listed(source, file);
     };
     let percent = percent.trim().parse().ok().filter(|&p: &f64| p > 0.0 && p <= 100.0);
     let percent = percent.ok_or_else(|| {
@@ -75,11 +84,10 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     // Editors of Windows begin a file with a byte order mark.
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let lines: Vec<(usize, &str)> =
-        (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()).collect();
+        (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
     let mut called: HashMap<String, Vec<(u32, String)>> = HashMap::new();
-    for (_, line) in &lines {
-        called.entry(last_part(&printable(OsStr::new(line)))).or_default();
-        called.entry(last_part(line)).or_default();
+    for reading in lines.iter().flat_map(|(_, line)| readings(line)) {
+        called.entry(last_part(&reading)).or_default();
     }
     for i in 0..source.len() {
         let name = slashes(&source.name(i));
@@ -90,10 +98,12 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     let mut chosen = Vec::new();
     for (number, line) in lines {
         let wrong = |what: String| Error::format(file, format!("line {number}: {what}"));
-        let mut found = images_called(&called, &printable(OsStr::new(line)));
-        if found.is_empty() {
-            found = images_called(&called, line);
-        }
+        // Of several readings, that which agrees with more of an image's path.
+        let (_, mut found) = readings(line).iter().fold((0, Vec::new()), |best, reading| {
+            let named = images_called(&called, reading);
+            if named.0 > best.0 { named } else { best }
+        });
+        let line = line.trim();
         if found.is_empty() {
             let place = line.parse().ok().filter(|&i: &u32| (i as usize) < source.len());
             found.extend(place);
@@ -102,7 +112,9 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
             [place] => chosen.push(place),
             [] => {
                 let line = printable(OsStr::new(line));
-                return Err(wrong(format!("the training images have no {line}")));
+                return Err(wrong(format!(
+                    "the training images have no {line}: a line is a file, CLASS/FILE or an index from 0"
+                )));
             }
             _ if line.contains('/') => {
                 return Err(wrong(format!(
@@ -122,6 +134,14 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     Ok(chosen)
 }
 
+/// What a line may be: a name, a name as the program prints it, either between spaces that do not belong to it, and a path
+/// with the separators of Windows.
+fn readings(line: &str) -> [String; 5] {
+    let printed = |line: &str| printable(OsStr::new(line));
+    let trimmed = line.trim();
+    [printed(line), line.into(), printed(trimmed), trimmed.into(), trimmed.replace('\\', "/")]
+}
+
 fn slashes(path: &str) -> String {
     if cfg!(windows) { path.replace('\\', "/") } else { path.to_owned() }
 }
@@ -133,27 +153,27 @@ fn last_part(path: &str) -> String {
 
 /// The images that a line of a list may mean. The end of an image's path must be the line, or the line may be a longer
 /// path of which the image's is the end; of an absolute path, which may be that of another machine, only the longest
-/// common end counts, at least a folder and a file.
-fn images_called(called: &HashMap<String, Vec<(u32, String)>>, line: &str) -> Vec<u32> {
+/// common end counts, at least a folder and a file. Comes with the length of that end, in parts; 0 without an image.
+fn images_called(called: &HashMap<String, Vec<(u32, String)>>, line: &str) -> (usize, Vec<u32>) {
     let line = slashes(line);
     let parts = |path: &str| -> Vec<String> {
         path.split('/').filter(|part| !matches!(*part, "" | ".")).map(Into::into).collect()
     };
     let wanted = parts(&line);
-    let mut best = (1, Vec::new());
+    let mut best = (0, Vec::new());
     for (image, name) in called.get(&last_part(&line)).into_iter().flatten() {
         let name = parts(name);
         let same = wanted.iter().rev().zip(name.iter().rev()).take_while(|(a, b)| a == b).count();
         let shorter = wanted.len().min(name.len());
         let needed = if line.starts_with('/') { shorter.min(2) } else { shorter };
-        if same >= needed.max(best.0) {
+        if same >= needed.max(best.0).max(1) {
             if same > best.0 {
                 best = (same, Vec::new());
             }
             best.1.push(*image);
         }
     }
-    best.1
+    best
 }
 
 #[cfg(test)]
@@ -181,6 +201,8 @@ mod tests {
             let message = labelled(&set, wrong).unwrap_err().to_string();
             assert!(message.contains("above 0% and at most 100%"), "{message}");
         }
+        let message = labelled(&set, "0.1").unwrap_err().to_string();
+        assert!(message.contains("a share ends in %, such as 10%"), "{message}");
     }
 
     #[test]
@@ -200,14 +222,24 @@ mod tests {
         assert_eq!(read("dog/1.png\n\n2.png\r\n").unwrap(), [1, 2]);
         assert_eq!(read("0\n2\n2\n").unwrap(), [0, 2]);
         assert_eq!(read("\u{feff}dog/1.png\r\n./cat/1.png\r\n").unwrap(), [0, 2]);
+        assert_eq!(read(" 2.png \ndog\\1.png\n").unwrap(), [1, 2]);
         let whole = root.path().join("train/dog/1.png").display().to_string();
         assert_eq!(read(&whole).unwrap(), [2]);
         assert_eq!(read("/another/machine/train/cat/1.png\ntrain/dog/1.png").unwrap(), [0, 2]);
         for (text, message) in [
             ("2.png\n1.png", "line 2: several images are called 1.png: write CLASS/1.png"),
-            ("3", "line 1: the training images have no 3"),
-            ("bird/2.png", "line 1: the training images have no bird/2.png"),
-            ("/x/bird/2.png", "line 1: the training images have no /x/bird/2.png"),
+            (
+                "3",
+                "line 1: the training images have no 3: a line is a file, CLASS/FILE or an index from 0",
+            ),
+            (
+                "bird/2.png",
+                "line 1: the training images have no bird/2.png: a line is a file, CLASS/FILE or an index from 0",
+            ),
+            (
+                "/x/bird/2.png",
+                "line 1: the training images have no /x/bird/2.png: a line is a file, CLASS/FILE or an index from 0",
+            ),
             ("\n", "names no image"),
         ] {
             let got = read(text).unwrap_err();
