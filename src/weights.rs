@@ -240,6 +240,7 @@ fn other_format(path: &Path, start: &[u8]) -> Option<String> {
     if start.get(8) == Some(&b'{') {
         return None; // as every safetensors file
     }
+    let begins = |part: &[u8]| start.starts_with(part);
     let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();
     let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
     // The second byte of a pickle is its protocol, 2 to 5; a legacy PyTorch file is a chain of pickles.
@@ -253,11 +254,29 @@ fn other_format(path: &Path, start: &[u8]) -> Option<String> {
         Some("a gzip file, not a safetensors file: unpack it first (gunzip)".into())
     } else if text.starts_with("version https://git-lfs") {
         Some("a Git LFS pointer, not the weights themselves: fetch them with `git lfs pull`".into())
+    } else if begins(b"\x89HDF\r\n") {
+        Some("an HDF5 file (Keras), and only safetensors with PyTorch's names is read".into())
+    } else if begins(b"GGUF") {
+        Some("a GGUF file, and only safetensors is read".into())
+    } else if begins(b"\x93NUMPY") {
+        Some("an array of NumPy, and only safetensors is read".into())
+    } else if start.get(257..262) == Some(b"ustar") {
+        Some("a tar archive, not a safetensors file: unpack it first".into())
+    } else if holds(b"\"weight_map\"") {
+        Some("an index of weights in several files: join the files that it names into one".into())
+    } else if is_onnx(path, start) {
+        Some("an ONNX file, and only safetensors is read".into())
     } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
         Some("a web page (HTML), not a safetensors file: download the file itself".into())
     } else {
         None
     }
+}
+
+/// Whether a file is an ONNX model: a protobuf message of IR version and producer, whatever its name; or named like one.
+fn is_onnx(path: &Path, start: &[u8]) -> bool {
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"));
+    named || matches!(start, [0x08, 1..=20, 0x12, length, ..] if (1..64).contains(length))
 }
 
 /// The line of Python that converts a PyTorch file.
@@ -308,8 +327,8 @@ const PREFERRED: [[&str; 2]; 5] = [
 ];
 
 impl WeightFile {
-    /// Returns what stands before the name of each of `slots` in the file: nothing, or a chain of the prefixes that public
-    /// checkpoints use, such as `module.encoder_q.`. All slots must share it.
+    /// Returns what stands before the name of each of `slots` in the file: nothing, a chain of the prefixes that public
+    /// checkpoints use, such as `module.encoder_q.`, or, without either, the only prefix under which all slots are there.
     pub(super) fn common_prefix(&self, slots: &[&str]) -> Result<String> {
         let names: BTreeSet<String> = self.names().into_iter().collect();
         let Some(first) = slots.first() else { return Ok(String::new()) };
@@ -320,12 +339,16 @@ impl WeightFile {
                     .is_some_and(|parts| parts.split('.').all(|part| PREFIX_PARTS.contains(&part)))
         };
         let prefixes = names.iter().filter_map(|name| name.strip_suffix(first));
-        let prefixes: Vec<&str> = prefixes.filter(|prefix| is_chain(prefix)).collect();
+        let prefixes: Vec<&str> =
+            prefixes.filter(|prefix| prefix.is_empty() || prefix.ends_with('.')).collect();
         let found = |prefix: &str| {
             slots.iter().filter(|slot| names.contains(&format!("{prefix}{slot}"))).count()
         };
-        let complete: Vec<&str> =
+        let mut complete: Vec<&str> =
             prefixes.iter().copied().filter(|prefix| found(prefix) == slots.len()).collect();
+        if complete.iter().any(|prefix| is_chain(prefix)) {
+            complete.retain(|prefix| is_chain(prefix));
+        }
         let has = |prefix: &str, part: &str| prefix.split('.').any(|own| own == part);
         let is_second = |prefix: &str| {
             PREFERRED.iter().any(|[preferred, other]| {
@@ -339,7 +362,7 @@ impl WeightFile {
             // The message about the first missing tensor then names it as the file would.
             ([], Some(nearest)) => Ok((*nearest).to_owned()),
             ([], None) => Err(Error::Weights(format!(
-                "{}: has no tensor {first}, with or without a known prefix such as module.; its first tensor is {}",
+                "{}: has no tensor {first}, with or without a prefix such as module.; its first tensor is {}",
                 self.path.display(),
                 names.first().map_or("missing, too", String::as_str)
             ))),
@@ -534,6 +557,16 @@ mod tests {
         ] {
             assert_eq!(found(&both, &[]).unwrap(), chosen);
         }
+        // Any other prefix, if it is the only one.
+        for (prefixes, chosen) in [
+            (&["img_backbone.body."][..], "img_backbone.body."),
+            (&["a.encoder_k."], "a.encoder_k."),
+            (&["a.", "module."], "module."),
+        ] {
+            assert_eq!(found(prefixes, &["b.conv1.weight"]).unwrap(), chosen);
+        }
+        let error = found(&["a.", "b."], &[]).unwrap_err();
+        assert!(error.contains("several backbones, under `a.` and `b.`"), "{error}");
         let error = found(&["", "module."], &[]).unwrap_err();
         assert!(
             error.ends_with("several backbones, under `` and `module.`: keep one of them"),
@@ -544,7 +577,7 @@ mod tests {
             found(&[], &["module.conv1.weight", "module.bn1.running_var"]).unwrap(),
             "module."
         );
-        let error = found(&[], &["blocks.0.attn.weight"]).unwrap_err();
+        let error = found(&[], &["blocks.0.attn.weight", "my_conv1.weight"]).unwrap_err();
         assert!(
             error.contains("no tensor conv1.weight") && error.contains("blocks.0.attn.weight"),
             "{error}"
@@ -569,6 +602,16 @@ mod tests {
                 "a Git LFS pointer",
             ),
             ("page", b"\n<!DOCTYPE html><html>".to_vec(), "a web page"),
+            ("keras.h5", b"\x89HDF\r\n\x1a\n\0\0\0\0".to_vec(), "an HDF5 file"),
+            ("llm.gguf", b"GGUF\x03\0\0\0\0\0\0\0".to_vec(), "a GGUF file"),
+            ("a.npy", b"\x93NUMPY\x01\0v\0{".to_vec(), "an array of NumPy"),
+            ("w.onnx", b"\x08\x07\x12\x07pytorch\x1a".to_vec(), "an ONNX file"),
+            ("w.tar", [&[b'x'; 257][..], b"ustar\0"].concat(), "a tar archive"),
+            (
+                "model.safetensors.index.json",
+                b"{\"metadata\":{},\"weight_map\":{\"a\":\"b\"}}".to_vec(),
+                "an index of weights in several files",
+            ),
             ("empty", Vec::new(), "truncated or corrupt safetensors file: its length is 0 bytes"),
         ] {
             let path = folder.path().join(name);

@@ -123,22 +123,43 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// # Errors
 /// If the file is damaged, or a slot is missing or has another shape: the message names the first mismatch with both shapes.
 pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
-    WeightFile::open(path)?.fill_finite(arena, |slot| Some(slot.to_owned()))
+    let mut file = WeightFile::open(path)?;
+    check_format(&file)?;
+    file.fill_finite(arena, |slot| Some(slot.to_owned()))
 }
 
 /// Fills an arena from a weight file, to start a run from: the complete backbone, with torchvision's names or prefixed with
 /// `backbone.`, and those slots of the heads that the file has.
 ///
 /// # Errors
-/// If the file is damaged, a slot of the backbone is missing, or a slot has another shape.
+/// If the file is damaged, a slot of the backbone is missing, the file's backbone has others, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
     let mut file = WeightFile::open(path)?;
     let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
+    check_architecture(&file, &prefix, arena.layout())?;
     file.fill_finite(arena, |slot| match slot.strip_prefix(BACKBONE) {
         Some(inner) => Some(format!("{prefix}{inner}")),
         None => names.contains(slot).then(|| slot.to_owned()),
     })
+}
+
+/// Refuses weights of a larger backbone: those of a ResNet-34 hold all slots of a ResNet-18, in the same shapes.
+fn check_architecture(file: &WeightFile, prefix: &str, layout: &Layout) -> Result<()> {
+    let slots: BTreeSet<&str> = backbone_slots(layout).into_iter().collect();
+    let of_backbone = |inner: &str| {
+        let parts = ["layer", "conv1.", "bn1."];
+        parts.iter().any(|part| inner.starts_with(part)) && !inner.ends_with("num_batches_tracked")
+    };
+    let names = file.names();
+    let mut inner = names.iter().filter_map(|name| name.strip_prefix(prefix));
+    match inner.find(|inner| of_backbone(inner) && !slots.contains(inner)) {
+        None => Ok(()),
+        Some(inner) => Err(Error::Weights(format!(
+            "{}: has a tensor {prefix}{inner}, which this network does not have: choose the architecture of the weights",
+            file.path().display()
+        ))),
+    }
 }
 
 /// Returns the prefix that [`init_weights`] strips from a weight file's names, if it is not that of a run's own checkpoints.
@@ -239,18 +260,26 @@ pub(super) fn restore(
 pub(super) fn open(path: &Path) -> Result<WeightFile> {
     let file = WeightFile::open(path)
         .map_err(|e| Error::Weights(format!("{e}; remove it to resume from the one before it")))?;
-    match file.note(FORMAT_NOTE).map(str::parse::<u32>) {
-        Some(Ok(FORMAT)) => Ok(file),
-        Some(Ok(format)) if format > FORMAT => Err(Error::format(
-            path,
-            format!(
-                "has format {format}, and this program reads {FORMAT}: resume with the newer one that wrote it"
-            ),
-        )),
-        _ => Err(Error::format(
+    check_format(&file)?;
+    if file.note(FORMAT_NOTE).map(str::parse) != Some(Ok(FORMAT)) {
+        return Err(Error::format(
             path,
             "is not a checkpoint to resume from: its header has no format version",
+        ));
+    }
+    Ok(file)
+}
+
+/// Refuses a checkpoint of a format that only later versions of this program know.
+pub(super) fn check_format(file: &WeightFile) -> Result<()> {
+    match file.note(FORMAT_NOTE).map(str::parse::<u32>) {
+        Some(Ok(format)) if format > FORMAT => Err(Error::format(
+            file.path(),
+            format!(
+                "has format {format}, and this program reads {FORMAT}: use the newer one that wrote it"
+            ),
         )),
+        _ => Ok(()),
     }
 }
 
@@ -266,9 +295,13 @@ mod tests {
     use crate::optim::{Lars, Rule};
 
     fn arena(width: usize, seed: u64) -> Arena {
+        arena_of(18, width, seed)
+    }
+
+    fn arena_of(depth: usize, width: usize, seed: u64) -> Arena {
         let mut layout = Layout::new();
         let config = ResNetConfig {
-            depth: 18,
+            depth,
             width,
             stem: Stem::Small,
             zero_init_residual: false,
@@ -313,6 +346,28 @@ mod tests {
         let number = f32::from_le_bytes(stem.data()[at..at + 4].try_into().unwrap());
         let slot = &saved.layout().params()[0];
         assert_eq!(f64::from(number), saved.slot_values(slot)[((3 * 3) + 1) * 4 + 2]);
+    }
+
+    /// A ResNet-18 has a part of the slots of a ResNet-34, in the same shapes: read into it, they would be no network at all.
+    #[test]
+    fn weights_of_a_larger_backbone_are_refused_and_heads_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        export_backbone(&path, &arena_of(34, 2, 1)).unwrap();
+        let error = init_weights(&path, &mut arena(2, 1)).unwrap_err().to_string();
+        let expected = "has a tensor layer1.2.bn1.bias, which this network does not have: choose the architecture of the weights";
+        assert!(error.ends_with(expected), "{error}");
+        init_weights(&path, &mut arena_of(34, 2, 2)).unwrap();
+        let one = || vec![1.0];
+        let others = ["fc.bias", "layer1.0.bn1.num_batches_tracked", "momentum.layer9.weight"];
+        let others = others.map(|name| Entry::floats(name.into(), vec![1], one));
+        let small = arena(2, 1);
+        let all: Vec<Entry<'_>> =
+            Entry::network(&small, |slot| slot.strip_prefix(BACKBONE).map(str::to_owned))
+                .chain(others)
+                .collect();
+        write_weights(&path, &all, HashMap::new(), || Ok(())).unwrap();
+        init_weights(&path, &mut arena(2, 2)).unwrap();
     }
 
     #[test]

@@ -190,7 +190,9 @@ fn restore_best(folder: &Path, progress: &mut Progress) -> Result<()> {
 /// If the file is damaged or is not a run's checkpoint, or a setting does not fit.
 pub fn recipe_in(checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
     let file = WeightFile::open(checkpoint)?;
-    Recipe::parse(note(&file, RECIPE_NOTE)?, &checkpoint.display().to_string(), settings)
+    checkpoint::check_format(&file)?;
+    let origin = format!("{}, {RECIPE_NOTE}", checkpoint.display());
+    Recipe::parse(note(&file, RECIPE_NOTE)?, &origin, settings)
 }
 
 /// The settings that a resumed run may change, because none of them changes its weights.
