@@ -15,6 +15,19 @@ use crate::error::{Error, Result};
 /// The end of temporary names.
 const PARTIAL: &str = ".partial";
 
+/// Reads a text file; `what` says what the text is, for the error about a file that holds none.
+pub(crate) fn read_text(path: &Path, what: &str) -> Result<String> {
+    if path.is_dir() {
+        return Err(Error::format(path, format!("is a folder, where {what} is expected")));
+    }
+    std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        ErrorKind::InvalidData => {
+            Error::format(path, format!("is not UTF-8 text, and so not {what}"))
+        }
+        _ => Error::io(path)(error),
+    })
+}
+
 /// Writes a small file.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     replace_file(path, |partial| {

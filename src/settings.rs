@@ -48,10 +48,10 @@ pub(crate) fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
         Error::config(format!("--set takes key.path=value, such as train.epochs=5, not {setting}"))
     };
     let (path, text) = split(setting).ok_or_else(malformed)?;
-    let value = format!("v = {text}").parse::<toml::Table>().map_or_else(
-        |_| toml::Value::String(text.into()),
-        |mut t| t.remove("v").expect("set above"),
-    );
+    let parsed = format!("v = {text}").parse::<toml::Table>().ok();
+    // A text of several lines may hold more keys, which must not be dropped.
+    let value = parsed.filter(|table| table.len() == 1).and_then(|mut table| table.remove("v"));
+    let value = value.unwrap_or_else(|| toml::Value::String(text.into()));
     put(table, path, value)
         .map_err(|reason| Error::config(format!("--set {}: {reason}", shown(setting))))
 }

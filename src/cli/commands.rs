@@ -9,12 +9,14 @@ use serde_json::json;
 
 use super::args::{Demo, Train};
 use super::eval::Compared;
+use super::output::{self, Kind};
 use super::progress::Progress;
 use super::{device, say, signals, talk};
 use crate::arena::Layout;
 use crate::device::{Device, Group};
 use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
+use crate::files::write_file;
 use crate::recipes::{self, Recipe};
 use crate::train::{self, Paused, Run};
 
@@ -48,6 +50,9 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
 
 pub(super) fn train(train: &Train) -> Result<()> {
     let group = Group::launched()?;
+    if let Some(file) = &train.trace {
+        group.together(output::check(file, Kind::Trace))?;
+    }
     let (mut run, recipe, out) = match (&train.resume, &train.recipe) {
         (Some(folder), _) => {
             let paused = Paused::open_in(folder, &train.set, &group)?;
@@ -131,7 +136,9 @@ pub(super) fn report(runs: &[PathBuf], out: Option<PathBuf>) -> Result<()> {
         (None, [run]) => run.join(train::REPORT),
         (None, _) => train::REPORT.into(),
     };
-    train::write_report(runs, &out)?;
+    let page = train::report(runs)?; // says what is wrong with a run before what is wrong with the output
+    output::check(&out, Kind::Page)?;
+    write_file(&out, page.as_bytes())?;
     say(&out.display().to_string())
 }
 

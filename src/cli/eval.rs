@@ -136,8 +136,8 @@ fn with_labels(mut recipe: Recipe, labels: Option<&str>) -> Recipe {
 }
 
 pub(super) fn knn(args: &EvalKnn) -> Result<()> {
-    if args.temperature.iter().any(|t| t.is_nan() || *t <= 0.0) {
-        return Err(Error::config("--temperature must be above 0"));
+    if !args.temperature.iter().all(|t| t.is_finite() && *t > 0.0) {
+        return Err(Error::config("--temperature must be a number above 0"));
     }
     let of_k = |&k: &u32| args.temperature.iter().map(move |&t| (k, t));
     let grid: Vec<(u32, f64)> = args.k.iter().flat_map(of_k).collect();

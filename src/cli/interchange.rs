@@ -15,7 +15,7 @@ use crate::arena::{Arena, Layout};
 use crate::data::augment::{Normalise, Policy};
 use crate::data::{self, Source, Split, Subset, Transform};
 use crate::device::{Device, Precision};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::eval::{self, Embedded};
 use crate::nn::{ResNet, ResNetConfig, Stem};
 use crate::train;
@@ -73,7 +73,7 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
     let mut all = eval::embed(&arena, &backbone, &*source, &policy, transform, done)?;
     bar.iter().for_each(ProgressBar::finish_and_clear);
     for name in &mut all.names {
-        if let Ok(inner) = Path::new(&*name).strip_prefix(folder) {
+        if let Ok(inner) = Path::new(&*name).strip_prefix(printable(folder.as_os_str())) {
             *name = inner.to_string_lossy().into_owned();
         }
     }

@@ -16,6 +16,10 @@ pub(super) enum Kind {
     Npy,
     /// The table of an array's rows.
     Table,
+    /// A report.
+    Page,
+    /// A trace.
+    Trace,
 }
 
 impl Kind {
@@ -24,6 +28,8 @@ impl Kind {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("npy") => Self::Npy,
             Some("tsv") => Self::Table,
+            Some("html") => Self::Page,
+            Some("json") => Self::Trace,
             _ => Self::Weights,
         }
     }
@@ -65,12 +71,15 @@ fn replaceable(path: &Path, kind: Kind) -> bool {
         return false;
     }
     let mut start = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(16).read_to_end(&mut start));
+    let read = File::open(path).and_then(|file| file.take(2048).read_to_end(&mut start));
+    let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
     match kind {
         _ if read.is_err() => false,
         Kind::Weights => WeightFile::open(path).is_ok() && !is_checkpoint(path),
         Kind::Npy => start.starts_with(b"\x93NUMPY"),
         Kind::Table => start.starts_with(b"file\tlabel\tclass"),
+        Kind::Page => holds(b"<title>selfsup"),
+        Kind::Trace => start.starts_with(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":"),
     }
 }
 
@@ -102,6 +111,8 @@ mod tests {
         for (name, good, bad) in [
             ("a.npy", &b"\x93NUMPY\x01\x00"[..], &b"precious"[..]),
             ("a.tsv", b"file\tlabel\tclass\n", b"name\tage\n"),
+            ("a.html", b"<!DOCTYPE html>\n<title>selfsup</title>", b"<!DOCTYPE html>\n<title>mine"),
+            ("a.json", b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[]}", b"{\"traceEvents\":1}"),
             ("a.safetensors", b"\x02\0\0\0\0\0\0\0{}", b"precious"),
         ] {
             std::fs::write(at(name), good).unwrap();
@@ -113,6 +124,6 @@ mod tests {
         let checkpoint = [&(header.len() as u64).to_le_bytes()[..], header].concat();
         std::fs::write(at("a.safetensors"), checkpoint).unwrap();
         assert!(said("a.safetensors").ends_with("is a run's checkpoint: choose another --out"));
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4, "a check leaves nothing");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 6, "a check leaves nothing");
     }
 }

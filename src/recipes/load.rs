@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::builtin::{builtin, builtin_names};
 use crate::error::{Error, Result};
+use crate::files::read_text;
 use crate::settings::{merge, parsed};
 
 fn text(name: &str, path: &Path) -> Result<String> {
@@ -13,7 +14,7 @@ fn text(name: &str, path: &Path) -> Result<String> {
             "no recipe file or built-in recipe {name}; built-in recipes: {known}"
         )));
     }
-    std::fs::read_to_string(path).map_err(Error::io(path))
+    read_text(path, "a recipe (TOML)")
 }
 
 /// The deepest chain of bases; a longer one is taken for a cycle.

@@ -24,8 +24,8 @@ pub struct Images {
     pub validation: Option<Arc<dyn Source>>,
     /// The held-out split; `None` if the set has no such split or no labels.
     pub test: Option<Arc<dyn Source>>,
-    /// Says why there is no held-out split, if there is a reason that the user should know.
-    no_test: Option<String>,
+    /// Says why there is no held-out split, or why a figure on it says nothing, if there is a reason.
+    about_test: Option<String>,
 }
 
 impl Images {
@@ -48,18 +48,26 @@ impl Images {
             train = Arc::new(Subset::new(train, labelled));
         }
         let (train, validation) = split_off(train, settings.validation)?;
-        let mut images = Self { train, validation, test: None, no_test: None };
+        let mut images = Self { train, validation, test: None, about_test: None };
         if images.train.classes().is_empty() {
             return Ok(images);
         }
         match open(Split::Test, settings.test_limit) {
             Ok(test) if !test.is_empty() && test.label(0).is_none() => {
-                images.no_test = Some(format!(
+                images.about_test = Some(format!(
                     "{}: the images of the test split have no labels, so nothing is evaluated on them: sort them into class folders",
                     settings.path
                 ));
             }
-            Ok(test) => images.test = Some(test),
+            Ok(test) => {
+                if let [class] = test.classes() {
+                    images.about_test = Some(format!(
+                        "{}: all images have the class {class}, so every answer is right: figures say nothing about the features",
+                        settings.path
+                    ));
+                }
+                images.test = Some(test);
+            }
             // A set without a held-out split can be trained on; one with a damaged file cannot.
             Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => {}
             Err(error) => return Err(error),
@@ -82,7 +90,7 @@ impl Images {
     /// Returns sentences on the images that a user should read: what is not read, and classes without training images.
     pub fn notes(&self) -> impl Iterator<Item = &String> {
         let test = self.test.iter().flat_map(|test| test.notes());
-        self.train.notes().iter().chain(test).chain(&self.no_test)
+        self.train.notes().iter().chain(test).chain(&self.about_test)
     }
 
     /// Returns the held-out images, for a command that needs them.

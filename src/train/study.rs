@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::files::write_file;
+use crate::error::{Error, Result, printable};
+use crate::files::{read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 
@@ -55,6 +55,20 @@ pub struct Arm {
     pub set: Vec<String>,
     /// The arm whose last checkpoint it starts from.
     pub after: Option<String>,
+}
+
+/// The first name in a folder, hidden files such as the lock apart; `None` if there is none, or no folder.
+fn first_entry(folder: &Path) -> Result<Option<String>> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(folder)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(printable(&entry.map_err(Error::io(folder))?.file_name()));
+    }
+    Ok(names.into_iter().filter(|name| !name.starts_with('.')).min())
 }
 
 /// The outcome of one arm and seed, as stored in `result.json`.
@@ -98,9 +112,7 @@ impl Study {
     pub fn load(name: &str) -> Result<Self> {
         let text = match recipes::builtin_study(name) {
             Some(text) => text.to_owned(),
-            None if Path::new(name).exists() => {
-                std::fs::read_to_string(name).map_err(Error::io(name))?
-            }
+            None if Path::new(name).exists() => read_text(Path::new(name), "a study (TOML)")?,
             None => {
                 let known = recipes::builtin_studies().collect::<Vec<_>>().join(", ");
                 return Err(Error::Config(format!(
@@ -177,16 +189,14 @@ impl Study {
         Ok(lock)
     }
 
-    /// Whether a folder is marked as this study's; an error if its tables are not the study's own.
+    /// Whether a folder is marked as this study's; an error if it holds anything and is not.
     fn is_marked(&self, out: &Path) -> Result<bool> {
         let marker = out.join(MARKER);
         match std::fs::read_to_string(&marker) {
             Ok(question) if question.trim_end() == self.question.trim_end() => Ok(true),
             Ok(_) => Err(Error::format(out, "holds another study: choose another --out")),
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let Some(name) = TABLES.iter().find(|name| out.join(name).exists()) else {
-                    return Ok(false);
-                };
+                let Some(name) = first_entry(out)? else { return Ok(false) };
                 let reason = format!(
                     "holds {name}, which this study did not write: choose another --out, or move it away"
                 );

@@ -160,14 +160,19 @@ fn a_damaged_result_is_an_error_and_files_of_the_user_stay() {
 }
 
 #[test]
-fn a_study_does_not_replace_tables_of_something_else() {
+fn a_study_leaves_a_folder_of_something_else_alone() {
     let folder = tempfile::tempdir().unwrap();
-    let table = folder.path().join("table.md");
-    std::fs::write(&table, "mine").unwrap();
-    let error = error_in(folder.path(), SMALL);
-    assert!(error.contains("holds table.md, which this study did not write"), "{error}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-    std::fs::remove_file(&table).unwrap();
+    for name in ["table.md", "recipe.toml", "a photo.jpg"] {
+        let file = folder.path().join(name);
+        std::fs::write(&file, "mine").unwrap();
+        let error = error_in(folder.path(), SMALL);
+        assert!(
+            error.contains(&format!("holds {name}, which this study did not write")),
+            "{error}"
+        );
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        std::fs::remove_file(&file).unwrap();
+    }
     run_in(folder.path(), SMALL, 1, &|_| {}).unwrap();
     let error = error_in(folder.path(), &SMALL.replace("Does it?", "Or not?"));
     assert!(error.contains("holds another study"), "{error}");
