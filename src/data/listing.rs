@@ -105,7 +105,8 @@ pub fn class_names(root: &Path) -> Result<Vec<String>> {
     let mut classes = Vec::new();
     for folder in PassedOver::default().list(root)?.folders {
         let runs = (is_called_runs(&folder) && has_a_run(&folder)?)
-            || (!has_an_image(&folder)? && (is_called_runs(&folder) || has_a_run(&folder)?));
+            || (!has_an_image(&folder, usize::MAX)?
+                && (is_called_runs(&folder) || has_a_run(&folder)?));
         if !runs {
             classes.push(name_of(&folder));
         }
@@ -288,9 +289,11 @@ fn has_a_run(folder: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// Whether there is an image in a folder or below it; looks no further than the first.
-fn has_an_image(folder: &Path) -> Result<bool> {
-    fn below(folder: &Path, above: &mut Vec<Identity>) -> Result<bool> {
+/// Whether there is an image in a folder or below it; looks no further than the first, and into at most `folders` folders.
+fn has_an_image(folder: &Path, mut folders: usize) -> Result<bool> {
+    fn below(folder: &Path, above: &mut Vec<Identity>, folders: &mut usize) -> Result<bool> {
+        let Some(left) = folders.checked_sub(1) else { return Ok(false) };
+        *folders = left;
         let entries = PassedOver::default().list(folder)?;
         if !entries.images.is_empty() {
             return Ok(true);
@@ -301,30 +304,32 @@ fn has_an_image(folder: &Path) -> Result<bool> {
                 continue;
             }
             above.push(identity);
-            if below(&folder, above)? {
+            if below(&folder, above, folders)? {
                 return Ok(true);
             }
             above.pop();
         }
         Ok(false)
     }
-    below(folder, &mut vec![identity(folder)?])
+    below(folder, &mut vec![identity(folder)?], &mut folders)
 }
 
-/// The sub-folders of a folder that hold images and are not among `parts`; runs are none of them.
+/// The sub-folders of a folder that may be classes or splits: hidden ones, runs, packs and what tools leave are none.
 ///
 /// # Errors
-/// If a folder cannot be read.
-pub fn folders_beside(root: &Path, parts: &[&str]) -> Result<Vec<PathBuf>> {
-    let mut beside = PassedOver::default().list(root)?.folders;
-    beside.retain(|folder| !parts.iter().any(|part| folder.file_name() == Some(OsStr::new(part))));
-    let mut found = Vec::new();
-    for folder in beside {
-        if !is_called_runs(&folder) && has_an_image(&folder)? {
-            found.push(folder);
-        }
-    }
-    Ok(found)
+/// If the folder cannot be read.
+pub fn sub_folders(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut folders = PassedOver::default().list(root)?.folders;
+    folders.retain(|folder| !is_called_runs(folder));
+    Ok(folders)
+}
+
+/// Folders that are looked into for a sentence: it is not worth a walk through a large tree.
+const GLANCE: usize = 100;
+
+/// Whether a glance shows images in a folder or below it; not if it cannot be read, as the `lost+found` of a disk.
+pub fn seems_to_hold_images(folder: &Path) -> bool {
+    has_an_image(folder, GLANCE).unwrap_or(false)
 }
 
 /// Whether images lie in a folder itself, not only in folders below it.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::cifar::Cifar;
 use super::folder::Folder;
 use super::idx::Idx;
-use super::listing::{class_names, folders_beside, has_loose_images, name_of};
+use super::listing::{class_names, has_loose_images, name_of, seems_to_hold_images, sub_folders};
 use super::pack::Pack;
 use super::source::{Source, Split};
 use crate::error::{Error, Result, printable};
@@ -19,7 +19,7 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
 }
 
 /// Names of all folders that may hold a split.
-const PARTS: [&str; 4] = ["train", "test", "val", "valid"];
+const SPLITS: [&str; 4] = ["train", "test", "val", "valid"];
 
 /// Names that others give to the splits of a set, in lower case.
 const LIKE_PARTS: [[&str; 6]; 2] = [
@@ -48,10 +48,12 @@ impl Parts {
         let holds = |name: &&str| Some(path.join(name)).filter(|folder| folder.is_dir());
         let train = folders(Split::Train).iter().find_map(holds);
         let mut held_out: Vec<PathBuf> = folders(Split::Test).iter().filter_map(holds).collect();
-        let beside = folders_beside(path, &PARTS)?;
+        let mut beside = sub_folders(path)?;
+        beside.retain(|folder| !SPLITS.iter().any(|part| *folder == path.join(part)));
         if train.is_none() && held_out.is_empty() {
             return like_parts(path, &beside).map_or(Ok(None), Err);
         }
+        beside.retain(|folder| seems_to_hold_images(folder));
         if held_out.len() > 1 {
             let has_classes = |folder: &PathBuf| class_names(folder).is_ok_and(|c| !c.is_empty());
             held_out.sort_by_key(|folder| !has_classes(folder));
@@ -98,7 +100,7 @@ pub(super) fn not_used(mut splits: impl Iterator<Item = String>) -> Option<Strin
     Some(format!("{first} is the held-out split, and {others} {are} not read"))
 }
 
-/// The error of a folder in which all folders of images have names like those of splits: read as classes, training images and
+/// The error of a folder in which all folders have names like those of splits: read as classes, training images and
 /// held-out ones would be mixed.
 fn like_parts(path: &Path, folders: &[PathBuf]) -> Option<Error> {
     let names: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();

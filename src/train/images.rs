@@ -245,6 +245,18 @@ mod tests {
     }
 
     #[test]
+    fn figures_on_one_class_are_said_to_be_worthless() {
+        let root = tempfile::tempdir().unwrap();
+        split(&root.path().join("train/cat"), 3, 0);
+        split(&root.path().join("test/cat"), 3, 0);
+        let told =
+            |images: &Images| images.notes().any(|note| note.contains("every answer is right"));
+        assert!(told(&open(root.path(), &[]).unwrap()));
+        split(&root.path().join("train/dog"), 3, 0);
+        assert!(!told(&open(root.path(), &[]).unwrap()));
+    }
+
+    #[test]
     fn a_share_of_each_class_is_left_out_of_training_for_validation() {
         let root = tempfile::tempdir().unwrap();
         split(&root.path().join("train/cat"), 10, 0);

@@ -1,394 +1,440 @@
-//! Folders drawn at random, read as the model here says: which images, in what order, of what class, and what kNN makes
-//! of a set whose classes are plain colours.
+//! Folders drawn at random, read as the model says: which images, in what order, of what class, what is told of the rest, and
+//! what kNN makes of a set whose classes are plain colours; as folders, as packs, and through lists of labelled images.
 //!
-//! The model knows what it wrote and never looks at the disk; the rules are torchvision's `ImageFolder` and those of one
-//! class list for all splits. `FOLDERS=10000 cargo test folders` draws more.
+//! `FOLDERS=10000 cargo test --test suite folders` draws more; `FOLDER=17` draws that one.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+#[path = "folders/lists.rs"]
+mod lists;
+#[path = "folders/model.rs"]
+mod model;
+#[path = "folders/write.rs"]
+mod write;
 
-use selfsup::data::{self, Image, Source, Split};
-use selfsup::device::{Device, Philox, Purpose};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use selfsup::data::{self, Image, PackSettings, Source, Split, Stored};
+use selfsup::device::Device;
 use selfsup::eval::{self, Knn};
 
-/// Names of classes as bytes, and as they are printed.
-const CLASSES: [(&[u8], &str); 14] = [
-    (b"ape", "ape"),
-    (b"bee", "bee"),
-    (b"Bee", "Bee"),
-    (b"cow", "cow"),
-    (b"dog", "dog"),
-    (b"DOG", "DOG"),
-    (b"2024", "2024"),
-    (b"a b", "a b"),
-    ("ä".as_bytes(), "ä"),
-    (b"t\tab", "t\\tab"),
-    (b"z\xfe", "z\\xfe"),
-    (b"z\xff", "z\\xff"),
-    (b"back\\slash", "back\\\\slash"),
-    (b"x-ray", "x-ray"),
-];
+use model::{Expected, expected};
+use write::{CLASSES, Draw, Part, Stock, Writer};
 
-/// A colour for each class; no two point the same way.
-const COLOURS: [[u8; 3]; 14] = [
-    [255, 0, 0],
-    [0, 255, 0],
-    [0, 0, 255],
-    [255, 255, 0],
-    [255, 0, 255],
-    [0, 255, 255],
-    [255, 255, 255],
-    [255, 128, 0],
-    [255, 0, 128],
-    [128, 255, 0],
-    [0, 255, 128],
-    [128, 0, 255],
-    [0, 128, 255],
-    [255, 128, 128],
-];
-
-const IMAGES: [&str; 6] = ["png", "jpg", "JPG", "jpeg", "jfif", "jpe"];
-const FOREIGN: [&str; 6] = ["webp", "bmp", "gif", "TIF", "heic", "avif"];
-const NESTED: [&str; 5] = ["2024", "a", "a-b", "a b", "z"];
-
-/// What was written of a class: the path of each image below the class folder, and whether it can be decoded.
-type Written = BTreeMap<(Vec<u8>, Vec<u8>), bool>;
-
-/// A part as it was written.
-#[derive(Default)]
-struct Part {
-    /// Which of `CLASSES`, with its images; sorted by torchvision's key, the folder's path and the file's name.
-    classes: BTreeMap<&'static [u8], (usize, Written)>,
-    foreign: usize,
-    special: usize,
-    dangling: usize,
+/// What was compared.
+#[derive(Debug, Default)]
+struct Tally {
+    folders: usize,
+    parts: usize,
+    images: usize,
+    skipped: usize,
+    refused: usize,
+    packs: usize,
+    knn: usize,
+    lists: usize,
 }
 
-/// Draws numbers.
-struct Draw(Philox);
-
-impl Draw {
-    fn below(&mut self, n: usize) -> usize {
-        self.0.below(n as u32) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len())]
-    }
-}
-
-fn name(bytes: &[u8]) -> OsString {
-    std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec())
-}
-
-fn bytes_of(name: &OsStr) -> Vec<u8> {
-    name.as_encoded_bytes().to_vec()
-}
-
-/// PNG files of one pixel, one per class.
-fn pictures() -> Vec<Vec<u8>> {
-    let picture = |&colour: &[u8; 3]| {
-        let mut bytes = std::io::Cursor::new(Vec::new());
-        let image = image::RgbImage::from_pixel(1, 1, image::Rgb(colour));
-        image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
-        bytes.into_inner()
-    };
-    COLOURS.iter().map(picture).collect()
-}
-
-/// Writes files into a folder of a class and says which are images.
-fn fill(
-    folder: &Path,
-    below: &str,
-    depth: usize,
-    picture: &[u8],
-    draw: &mut Draw,
-    part: &mut Part,
-    into: &mut Written,
-) {
-    std::fs::create_dir_all(folder).unwrap();
-    let key = |file: &str| (below.as_bytes().to_vec(), file.as_bytes().to_vec());
-    for i in 0..draw.below(4) {
-        let file = format!("{}{i}.{}", draw.of(&["", "b", "B", "-"]), draw.of(&IMAGES));
-        let broken = draw.one_in(6);
-        std::fs::write(folder.join(&file), if broken { &b"no image"[..] } else { picture })
-            .unwrap();
-        into.insert(key(&file), !broken);
-    }
-    if draw.one_in(3) {
-        for i in 0..1 + draw.below(2) {
-            std::fs::write(folder.join(format!("f{i}.{}", draw.of(&FOREIGN))), "x").unwrap();
-            part.foreign += 1;
-        }
-    }
-    if draw.one_in(3) {
-        for file in [".DS_Store", "._0.jpg", ".hidden.png", "Thumbs.db", "notes.txt", "jpg"] {
-            std::fs::write(folder.join(file), picture).unwrap();
-        }
-        std::fs::create_dir_all(folder.join(".git")).unwrap();
-        std::fs::write(folder.join(".git/x.png"), picture).unwrap();
-    }
-    if draw.one_in(8) {
-        link(Path::new("nowhere.png"), &folder.join("dangling.png"));
-        part.dangling += 1;
-    }
-    if draw.one_in(8) {
-        link(folder, &folder.join("circle"));
-    }
-    if draw.one_in(12) {
-        special(&folder.join("pipe.jpg"));
-        part.special += 1;
-    }
-    let mut nested = BTreeSet::new();
-    for _ in 0..if depth < 3 { draw.below(3) } else { 0 } {
-        nested.insert(draw.of(&NESTED));
-    }
-    for inner in nested {
-        let (folder, below) = (folder.join(inner), format!("{below}/{inner}"));
-        fill(&folder, &below, depth + 1, picture, draw, part, into);
-    }
-}
-
-fn link(to: &Path, from: &Path) {
-    std::os::unix::fs::symlink(to, from).unwrap();
-}
-
-/// A special file with an image's name. A pipe in its place would block anyone who opens it.
-fn special(path: &Path) {
-    // The path of a socket has at most 108 bytes, so it is made elsewhere and moved.
-    let short = tempfile::tempdir().unwrap();
-    std::os::unix::net::UnixListener::bind(short.path().join("s")).unwrap();
-    std::fs::rename(short.path().join("s"), path).unwrap();
-}
-
-/// Writes a part with some of `CLASSES`.
-fn part(
-    folder: &Path,
-    among: &[usize],
-    elsewhere: &Path,
-    pictures: &[Vec<u8>],
-    draw: &mut Draw,
-) -> Part {
-    std::fs::create_dir_all(folder).unwrap();
-    let mut part = Part::default();
-    for &class in among {
-        let bytes = CLASSES[class].0;
-        let mut written = Written::new();
-        let at = folder.join(name(bytes));
-        if draw.one_in(8) {
-            // The class folder is a link.
-            let real = elsewhere.join(format!("{}-{class}", folder.file_name().unwrap().display()));
-            fill(&real, "", 0, &pictures[class], draw, &mut part, &mut written);
-            link(&real, &at);
-        } else {
-            fill(&at, "", 0, &pictures[class], draw, &mut part, &mut written);
-        }
-        if draw.one_in(6) {
-            let real = elsewhere.join(format!("linked-{class}.png"));
-            std::fs::write(&real, &pictures[class]).unwrap();
-            let _ = std::fs::remove_file(at.join("link.png"));
-            link(&real, &at.join("link.png"));
-            written.insert((Vec::new(), b"link.png".to_vec()), true);
-        }
-        part.classes.insert(bytes, (class, written));
-    }
-    part
-}
-
-/// What the model expects of a part: its classes, and of each image its file, class and whether it can be read.
-struct Expected {
-    classes: Vec<String>,
-    images: Vec<(PathBuf, u32, bool)>,
-}
-
-/// The classes that a set of parts must have, or words of the error.
-fn expected(folder: &Path, part: &Part, train: Option<&Part>) -> Result<Expected, String> {
-    if part.classes.values().any(|(_, written)| written.is_empty()) {
-        return Err("is a class folder without images".into());
-    }
-    if part.classes.is_empty() {
-        return Err("has neither class folders nor images".into());
-    }
-    let printed = |class: usize| CLASSES[class].1.to_owned();
-    let own: Vec<usize> = part.classes.values().map(|(class, _)| *class).collect();
-    let mut list: Vec<usize> = match train {
-        Some(train) => train.classes.values().map(|(class, _)| *class).collect(),
-        None => own.clone(),
-    };
-    let known = list.clone();
-    for &class in own.iter().filter(|class| !known.contains(class)) {
-        let lower = printed(class).to_lowercase();
-        if let Some(other) = known.iter().find(|&&other| printed(other).to_lowercase() == lower) {
-            return Err(format!(
-                "has class {}, and the train split has class {}",
-                printed(class),
-                printed(*other)
-            ));
-        }
-        list.push(class);
-    }
-    if train.is_some() && !known.is_empty() && !own.iter().any(|class| known.contains(class)) {
-        return Err("none of which the train split has".into());
-    }
-    let mut images = Vec::new();
-    for (bytes, (class, written)) in &part.classes {
-        let label = list.iter().position(|other| other == class).unwrap() as u32;
-        let base = bytes_of(folder.join(name(bytes)).as_os_str());
-        for ((below, file), readable) in written {
-            let path = [&base[..], below, b"/", file].concat();
-            images.push((PathBuf::from(name(&path)), label, *readable));
-        }
-    }
-    Ok(Expected { classes: list.into_iter().map(printed).collect(), images })
-}
-
-fn printed(path: &Path) -> String {
-    let mut text = String::new();
-    for chunk in path.as_os_str().as_encoded_bytes().utf8_chunks() {
-        text += &chunk.valid().replace('\\', "\\\\").replace('\t', "\\t");
-        chunk.invalid().iter().for_each(|byte| text += &format!("\\x{byte:02x}"));
-    }
-    text
-}
+/// A part that was opened, and what it must be.
+type Opened<'a> = (Box<dyn Source>, &'a Expected);
 
 /// Compares an opened part with the model; `None` if both refuse it.
-fn compare(
+fn compare<'a>(
     what: &str,
     opened: selfsup::Result<Box<dyn Source>>,
-    expected: Result<Expected, String>,
-    part: &Part,
-) -> Option<(Box<dyn Source>, Expected)> {
-    let (set, expected) = match (opened, expected) {
-        (Ok(set), Ok(expected)) => (set, expected),
+    model: &'a Result<Expected, Vec<String>>,
+    tally: &mut Tally,
+) -> Option<Opened<'a>> {
+    let (set, model) = match (opened, model) {
+        (Ok(set), Ok(model)) => (set, model),
         (Err(said), Err(words)) => {
             let said = said.to_string();
-            assert!(said.contains(&words), "{what}: expected `{words}` in `{said}`");
+            assert!(
+                words.iter().any(|w| said.contains(w)),
+                "{what}: expected {words:?} in `{said}`"
+            );
+            tally.refused += 1;
             return None;
         }
-        (Ok(_), Err(words)) => panic!("{what}: opened, but expected `{words}`"),
+        (Ok(_), Err(words)) => panic!("{what}: opened, but expected {words:?}"),
         (Err(said), Ok(_)) => panic!("{what}: {said}"),
     };
-    assert_eq!(set.classes(), expected.classes, "{what}: classes");
-    let names: Vec<_> = (0..set.len()).map(|i| set.name(i)).collect();
-    let wanted: Vec<_> = expected.images.iter().map(|(path, ..)| printed(path)).collect();
-    assert_eq!(names, wanted, "{what}: images");
-    let mut image = Image::default();
-    for (i, (path, label, readable)) in expected.images.iter().enumerate() {
-        assert_eq!(set.label(i), Some(*label), "{what}: label of {}", path.display());
-        assert_eq!(set.read(i, &mut image).is_ok(), *readable, "{what}: {}", path.display());
-        if *readable {
-            let class =
-                CLASSES.iter().position(|(_, name)| *name == expected.classes[*label as usize]);
-            assert_eq!(
-                image.pixels,
-                COLOURS[class.unwrap()],
-                "{what}: pixels of {}",
-                path.display()
-            );
-        }
-    }
-    let notes = set.notes().join("\n");
-    for (count, words) in [
-        (part.foreign, "of other formats"),
-        (part.special, "no regular files and are not read"),
-        (part.dangling, "links that lead nowhere and are not read"),
-    ] {
-        assert_eq!(notes.contains(words), count > 0, "{what}: {count} `{words}` in `{notes}`");
-        let told =
-            notes.contains(&format!("{count} file")) || notes.contains(&format!(": {count}, "));
-        assert!(count == 0 || told, "{what}: {count} `{words}` in `{notes}`");
-    }
-    Some((set, expected))
+    let all: Vec<_> = model.images.iter().collect();
+    compare_images(what, &*set, &model.classes, &all, |image| {
+        model::printed(image.path.as_os_str().as_encoded_bytes())
+    });
+    tally.parts += 1;
+    tally.images += all.len();
+    tally.skipped += all.len() - model.readable().count();
+    Some((set, model))
 }
 
-/// kNN over the pixels: right for a held-out image exactly if a training image of its class can be read.
-fn compare_knn(
+/// Compares the classes and images of a source.
+fn compare_images(
     what: &str,
-    train: (&dyn Source, &Expected),
-    test: (&dyn Source, &Expected),
-    device: &Device,
+    set: &dyn Source,
+    classes: &[String],
+    images: &[&model::Listed],
+    name: impl Fn(&model::Listed) -> String,
 ) {
-    let readable = |of: &Expected| -> Vec<u32> {
-        of.images.iter().filter(|image| image.2).map(|image| image.1).collect()
-    };
-    let (bank, queries) = (readable(train.1), readable(test.1));
+    assert_eq!(set.classes(), classes, "{what}: classes");
+    let names: Vec<_> = (0..set.len()).map(|i| set.name(i)).collect();
+    let wanted: Vec<_> = images.iter().map(|image| name(image)).collect();
+    assert_eq!(names, wanted, "{what}: images");
+    let mut image = Image::default();
+    for (i, listed) in images.iter().enumerate() {
+        let what = format!("{what}: {}", listed.inner);
+        assert_eq!(set.label(i), listed.label, "{what}: label");
+        let read = set.read(i, &mut image);
+        let Some(colour) = listed.colour else {
+            assert!(read.is_err(), "{what}: it can be read");
+            continue;
+        };
+        read.unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(set.size(i).unwrap(), [image.width, image.height], "{what}");
+        // JPEG of the best quality is off by a level or two.
+        let far = |pixel: &[u8]| (0..3).any(|c| pixel[c].abs_diff(colour[c]) > 2);
+        assert!(
+            !image.pixels.chunks_exact(3).any(far),
+            "{what}: {:?}, not {colour:?}",
+            image.pixels
+        );
+    }
+}
+
+/// What must be told of a part, and only then.
+fn compare_notes(
+    what: &str,
+    notes: &[String],
+    parts: &[&Part],
+    new: &[String],
+    more: &[(&str, bool)],
+) {
+    let notes = notes.join("\n");
+    let sum = |count: fn(&Part) -> usize| parts.iter().map(|part| count(part)).sum::<usize>();
+    for (count, words) in [
+        (sum(|part| part.foreign), "of other formats"),
+        (sum(|part| part.special), "image names that are no regular files and are not read: "),
+        (sum(|part| part.dangling), "links that lead nowhere and are not read: "),
+        (
+            sum(|part| part.runs_passed()),
+            "folders of training runs or packs, which are not read as images: ",
+        ),
+    ] {
+        assert_eq!(notes.contains(words), count > 0, "{what}: {count} `{words}` in `{notes}`");
+        if let ([_], true) = (parts, count > 0) {
+            let told = notes.contains(&format!("{words}{count}, such as "))
+                || notes.contains(&format!("{count} file"));
+            assert!(told, "{what}: {count} `{words}` in `{notes}`");
+        }
+    }
+    assert_eq!(notes.contains("never right"), !new.is_empty(), "{what}: {new:?} in `{notes}`");
+    for class in new {
+        assert!(notes.contains(class), "{what}: {class} in `{notes}`");
+    }
+    for (words, told) in more {
+        assert_eq!(notes.contains(words), *told, "{what}: `{words}` in `{notes}`");
+    }
+}
+
+/// kNN over the pixels: the model knows every colour, and so every vote.
+fn compare_knn(what: &str, train: &Opened, test: &Opened, tally: &mut Tally, device: &Device) {
+    let labels =
+        |of: &Expected| of.readable().map(|image| image.label.unwrap()).collect::<Vec<_>>();
+    let (bank, queries) = (labels(train.1), labels(test.1));
     if bank.is_empty() || queries.is_empty() {
         return;
     }
-    let known: BTreeSet<u32> = bank.iter().copied().collect();
-    let right = queries.iter().filter(|label| known.contains(label)).count();
-    let features = |source| eval::pixel_features(source, 1, device).unwrap();
-    let (bank_features, query_features) = (features(train.0), features(test.0));
+    let features = |of: &Opened| eval::pixel_features(&*of.0, 1, device).unwrap();
+    let (bank_features, query_features) = (features(train), features(test));
     assert_eq!((&bank_features.labels, &query_features.labels), (&bank, &queries), "{what}");
-    assert_eq!(
-        query_features.skipped.len(),
-        test.1.images.len() - queries.len(),
-        "{what}: skipped"
-    );
-    let knn = Knn { k: 1, temperature: 0.1 };
-    let got = eval::knn_accuracy(&bank_features, &query_features, knn, device).unwrap();
-    let want = right as f64 / queries.len() as f64;
-    assert!((got - want).abs() < 1e-12, "{what}: kNN {got}, expected {want}");
+    for (of, features) in [(train, &bank_features), (test, &query_features)] {
+        let broken: Vec<u32> = (0..)
+            .zip(&of.1.images)
+            .filter(|(_, image)| image.colour.is_none())
+            .map(|(i, _)| i)
+            .collect();
+        let skipped: Vec<u32> = features.skipped.iter().map(|skipped| skipped.index).collect();
+        let in_files = of.0.len() == of.1.images.len();
+        assert_eq!(skipped, if in_files { broken } else { Vec::new() }, "{what}: skipped");
+    }
+    for (k, nearest_only) in [(1, true), (bank.len() + 7, false)] {
+        let knn = Knn { k, temperature: 0.1 };
+        let got = eval::knn_accuracy(&bank_features, &query_features, knn, device).unwrap();
+        let [least, most] = model::knn_right(train.1, test.1, nearest_only, knn.temperature);
+        let right = got * queries.len() as f64;
+        assert!(
+            (least as f64 - 1e-9..most as f64 + 1e-9).contains(&right),
+            "{what}: kNN of {k} has {right} right, expected {least} to {most} of {}",
+            queries.len()
+        );
+    }
+    tally.knn += 1;
+}
+
+/// A set as it was written: its parts by name, `""` for the folder itself.
+struct Set {
+    parts: BTreeMap<&'static str, Part>,
+    /// The part that must be taken for the held-out one.
+    held_out: Option<&'static str>,
+    /// What must be told of the set, and only then.
+    notes: Vec<(&'static str, bool)>,
+    /// Words of the error, one of them, if the set is refused as a whole.
+    refused: Option<&'static [&'static str]>,
+}
+
+/// Words of the notes that sets have.
+const NOT_USED: &str = " is the held-out split, and ";
+const BESIDE: &str = "folders of images next to the parts, which are not read: ";
+
+fn write_set(root: &Path, writer: &mut Writer) -> Set {
+    let mut classes: Vec<usize> = (0..CLASSES.len()).collect();
+    writer.draw.0.shuffle(&mut classes);
+    // Few classes, so that parts share some; rarely none.
+    let pool = classes[..3 + writer.draw.below(4)].to_vec();
+    let mut some = |writer: &mut Writer| -> Vec<usize> {
+        pool.iter().copied().filter(|_| !writer.draw.one_in(4)).collect()
+    };
+    let mut parts = BTreeMap::new();
+    let (mut held_out, mut notes, mut refused) =
+        (None, vec![(NOT_USED, false), (BESIDE, false)], None);
+    let layout = writer.draw.below(20);
+    let with_classes = |name: &'static str,
+                        writer: &mut Writer,
+                        some: &mut dyn FnMut(&mut Writer) -> Vec<usize>| {
+        let among = some(writer);
+        writer.part(&root.join(name), &among)
+    };
+    let flat = |name: &'static str, writer: &mut Writer| writer.flat(&root.join(name));
+    match layout {
+        0..3 => {
+            parts.insert("", with_classes("", writer, &mut some));
+            if writer.draw.one_in(2) && !root.join("runs").exists() {
+                std::fs::create_dir_all(root.join("runs/demo")).unwrap();
+                std::fs::write(root.join("runs/demo/recipe.toml"), "").unwrap();
+                std::fs::copy("tests/fixtures/palette.png", root.join("runs/demo/x.png")).unwrap();
+                parts.get_mut("").unwrap().runs += 1;
+            }
+        }
+        3 => drop(parts.insert("", flat("", writer))),
+        4 => drop(parts.insert("train", with_classes("train", writer, &mut some))),
+        5 => {
+            held_out = Some("test");
+            parts.insert("test", with_classes("test", writer, &mut some));
+        }
+        6 => {
+            held_out = Some("val");
+            parts.insert("train", flat("train", writer));
+            parts.insert("val", with_classes("val", writer, &mut some));
+        }
+        7 => {
+            held_out = Some("valid");
+            parts.insert("train", with_classes("train", writer, &mut some));
+            parts.insert("valid", flat("valid", writer));
+        }
+        8 => {
+            // As ImageNet comes: the test images have no labels, the validation images do.
+            held_out = Some("val");
+            parts.insert("train", with_classes("train", writer, &mut some));
+            parts.insert("test", flat("test", writer));
+            let mut val = Vec::new();
+            while val.is_empty() {
+                val = some(writer);
+            }
+            parts.insert("val", writer.part(&root.join("val"), &val));
+            notes[0].1 = true;
+        }
+        9 => {
+            held_out = Some("test");
+            for name in ["train", "test", "valid"] {
+                parts.insert(name, with_classes(name, writer, &mut some));
+            }
+            let no_classes = |part: &Part| model::classes(part).is_empty();
+            if no_classes(&parts["test"]) && !no_classes(&parts["valid"]) {
+                held_out = Some("valid");
+            }
+            notes[0].1 = true;
+        }
+        10 => {
+            held_out = Some("test");
+            for name in ["train", "test"] {
+                parts.insert(name, with_classes(name, writer, &mut some));
+            }
+            writer.flat(&root.join("unlabeled/2024"));
+            writer.flat(&root.join(".cache"));
+            std::fs::create_dir_all(root.join("notes")).unwrap();
+            notes[1].1 = true;
+        }
+        11 => {
+            // A class may be called like a part.
+            for name in ["train", "car"] {
+                parts.insert(name, flat(name, writer));
+            }
+            refused = Some(&["is `train` the training split, or a class"][..]);
+        }
+        12 => {
+            for name in ["Train", "TEST"] {
+                parts.insert(name, with_classes(name, writer, &mut some));
+            }
+            refused = Some(&["rename", "is a class folder without images"][..]);
+        }
+        _ => {
+            let name = writer.draw.of(&["test", "val", "valid"]);
+            held_out = Some(name);
+            for name in ["train", name] {
+                parts.insert(name, with_classes(name, writer, &mut some));
+            }
+        }
+    }
+    Set { parts, held_out, notes, refused }
+}
+
+/// Opens the set in `root` and compares it with the model.
+fn check(what: &str, root: &Path, set: &Set, draw: &mut Draw, tally: &mut Tally, device: &Device) {
+    tally.folders += 1;
+    let opened = |split| data::open(root, split);
+    let pack_to = root.with_file_name("packed");
+    if let Some(words) = set.refused {
+        for said in [opened(Split::Train).err(), pack(root, &pack_to, draw).err()] {
+            let said = said.unwrap_or_else(|| panic!("{what}: opened")).to_string();
+            let right = words.iter().any(|words| said.contains(words));
+            assert!(right, "{what}: expected {words:?} in `{said}`");
+        }
+        tally.refused += 1;
+        return;
+    }
+    let at = |name: &str| if name.is_empty() { root.to_path_buf() } else { root.join(name) };
+    let train_name = ["train", ""].into_iter().find(|name| set.parts.contains_key(name));
+    let train = train_name.map(|name| &set.parts[name]);
+    let missing = |words: &str| Err(vec![words.to_owned()]);
+    let train_model = match train_name {
+        Some(name) => expected(&at(name), &set.parts[name], None),
+        None => missing("has no train/: the train split is missing"),
+    };
+    let test_model = match set.held_out {
+        Some(name) => expected(&at(name), &set.parts[name], train),
+        None => match (train_name, &train_model) {
+            (Some(""), Err(words)) => Err(words.clone()),
+            (Some(""), Ok(model)) if model.classes.is_empty() => {
+                missing("which has a train split only")
+            }
+            (Some(""), Ok(_)) => missing("has class folders but no test/, val/ or valid/"),
+            _ => missing("has no test/ or val/ or valid/: the test split is missing"),
+        },
+    };
+    let train_set = compare(&format!("{what}, train"), opened(Split::Train), &train_model, tally);
+    let test_set = compare(&format!("{what}, held out"), opened(Split::Test), &test_model, tally);
+    if let Some((source, _)) = &train_set {
+        let parts: Vec<_> = train.into_iter().collect();
+        compare_notes(what, source.notes(), &parts, &[], &set.notes[1..]);
+        lists::compare(what, &**source, train_set.as_ref().unwrap().1, root, draw, tally);
+    }
+    if let (Some((source, model)), Some(name)) = (&test_set, set.held_out) {
+        compare_notes(what, source.notes(), &[&set.parts[name]], &model.new, &set.notes[..1]);
+    }
+    if let (Some(train), Some(test)) = (&train_set, &test_set)
+        && !train.1.classes.is_empty()
+        && !test.1.classes.is_empty()
+    {
+        compare_knn(what, train, test, tally, device);
+    }
+    check_pack(what, root, set, [&train_model, &test_model], draw, tally, device);
+}
+
+fn pack(root: &Path, to: &Path, draw: &mut Draw) -> selfsup::Result<data::Packed> {
+    let stored = if draw.one_in(2) { Stored::Raw } else { Stored::Files { quality: 95 } };
+    let file_bytes = draw.of(&[800, 1 << 20, 1 << 20]);
+    data::pack(root, to, &PackSettings { size: None, stored, file_bytes }, |_, _| ())
+}
+
+/// Packs the set: a pack holds what can be read, under the same labels.
+fn check_pack(
+    what: &str,
+    root: &Path,
+    set: &Set,
+    [train_model, test_model]: [&Result<Expected, Vec<String>>; 2],
+    draw: &mut Draw,
+    tally: &mut Tally,
+    device: &Device,
+) {
+    let to = root.with_file_name("packed");
+    let train = set.parts.get("train");
+    let models: Vec<_> = set
+        .parts
+        .iter()
+        .map(|(name, part)| expected(&root.join(name), part, train.filter(|_| *name != "train")))
+        .collect();
+    let broken = models.iter().flatten().any(|model| model.readable().next().is_none());
+    let packed = pack(root, &to, draw);
+    if models.iter().any(Result::is_err) || broken {
+        let said = packed.err().unwrap_or_else(|| panic!("{what}: packed")).to_string();
+        let words = models.iter().filter_map(|model| model.as_ref().err()).flatten();
+        let right = words.map(String::as_str).chain(broken.then_some("images can be read"));
+        assert!(right.into_iter().any(|words| said.contains(words)), "{what}: {said}");
+        assert!(!to.exists() || std::fs::read_dir(&to).unwrap().next().is_none(), "{what}");
+        return;
+    }
+    let packed = packed.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let counts = models.iter().flatten().map(|m| [m.readable().count(), m.images.len()]);
+    let [readable, all] = counts.fold([0, 0], |a, b| [a[0] + b[0], a[1] + b[1]]);
+    assert_eq!((packed.images, packed.skipped.len()), (readable, all - readable), "{what}: packed");
+    let parts: Vec<_> = set.parts.values().collect();
+    let new: Vec<String> = models.iter().flatten().flat_map(|model| model.new.clone()).collect();
+    compare_notes(what, &packed.notes, &parts, &new, &[(BESIDE, set.notes[1].1)]);
+    let read = |split, model: &Expected, part: &str| {
+        let what = format!("{what}, packed {split}");
+        let source = data::open(&to, split).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let images: Vec<_> = model.readable().collect();
+        let name = |image: &model::Listed| {
+            let part = if part.is_empty() { "train" } else { part };
+            let (start, end) = (
+                format!("{}/{part}-", to.display()),
+                format!("/{}", image.inner.trim_start_matches('/')),
+            );
+            let found = (0..source.len()).map(|i| source.name(i)).find(|n| {
+                n.starts_with(&start)
+                    && n.ends_with(&end)
+                    && n.len() == start.len() + "00000.pack".len() + end.len()
+            });
+            found.unwrap_or_else(|| panic!("{what}: no {start}NNNNN.pack{end}"))
+        };
+        compare_images(&what, &*source, &model.classes, &images, name);
+        source
+    };
+    let train_name = if train.is_some() { "train" } else { "" };
+    let sources = [
+        train_model.as_ref().ok().map(|model| (read(Split::Train, model, train_name), model)),
+        test_model
+            .as_ref()
+            .ok()
+            .map(|model| (read(Split::Test, model, set.held_out.unwrap()), model)),
+    ];
+    if let [Some(train), Some(test)] = &sources
+        && !train.1.classes.is_empty()
+        && !test.1.classes.is_empty()
+    {
+        compare_notes(what, test.0.notes(), &[], &test.1.new, &set.notes[..1]);
+        compare_knn(&format!("{what}, packed"), train, test, tally, device);
+    }
+    tally.packs += 1;
 }
 
 #[test]
 fn folders_are_read_as_the_model_says() {
-    let count = std::env::var("FOLDERS").map_or(300, |count| count.parse().unwrap());
-    let (pictures, device) = (pictures(), Device::cpu(1).unwrap());
-    let (mut compared, mut refused) = (0, 0);
-    for i in 0..count {
-        let mut draw = Draw(Philox::new(16, Purpose::Test, i, 0));
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
+    let range = match (number("FOLDER"), number("FOLDERS")) {
+        (Some(one), _) => one..one + 1,
+        (None, count) => 0..count.unwrap_or(200),
+    };
+    let (stock, device) = (Stock::new(), Device::cpu(1).unwrap());
+    let mut tally = Tally::default();
+    let count = range.len();
+    for i in range {
         let root = tempfile::tempdir().unwrap();
-        let (set, elsewhere) = (root.path().join("set"), root.path().join("elsewhere"));
-        std::fs::create_dir_all(&elsewhere).unwrap();
-        let mut classes: Vec<usize> = (0..CLASSES.len()).collect();
-        draw.0.shuffle(&mut classes);
-        // Few classes, so that parts share some; rarely none.
-        let pool = &classes[..3 + draw.below(4)];
-        let some = |draw: &mut Draw| -> Vec<usize> {
-            pool.iter().copied().filter(|_| !draw.one_in(4)).collect()
-        };
-        let (first, second) = (some(&mut draw), some(&mut draw));
-        let what = format!("folder {i}");
-        if draw.one_in(5) {
-            // Class folders at the root, perhaps with a run next to them.
-            let train = part(&set, &first, &elsewhere, &pictures, &mut draw);
-            if draw.one_in(2) {
-                std::fs::create_dir_all(set.join("runs/demo")).unwrap();
-                std::fs::write(set.join("runs/demo/recipe.toml"), "").unwrap();
-                std::fs::write(set.join("runs/demo/picture.png"), &pictures[0]).unwrap();
-            }
-            let opened = data::open(&set, Split::Train);
-            match compare(&what, opened, expected(&set, &train, None), &train) {
-                Some(_) => compared += 1,
-                None => refused += 1,
-            }
-            assert!(data::open(&set, Split::Test).is_err(), "{what}: nothing is held out");
-            continue;
-        }
-        let held_out = draw.of(&["test", "val", "valid"]);
-        let (train_folder, test_folder) = (set.join("train"), set.join(held_out));
-        let train = part(&train_folder, &first, &elsewhere, &pictures, &mut draw);
-        let test = part(&test_folder, &second, &elsewhere, &pictures, &mut draw);
-        let opened = [Split::Train, Split::Test].map(|split| data::open(&set, split));
-        let [train_set, test_set] = opened;
-        let train_model = expected(&train_folder, &train, None);
-        let test_model = expected(&test_folder, &test, (!first.is_empty()).then_some(&train));
-        let train = compare(&format!("{what}, train"), train_set, train_model, &train);
-        let test = compare(&format!("{what}, {held_out}"), test_set, test_model, &test);
-        match (&train, &test) {
-            (Some(train), Some(test)) => {
-                compare_knn(&what, (&*train.0, &train.1), (&*test.0, &test.1), &device);
-                compared += 1;
-            }
-            _ => refused += 1,
-        }
+        let (folder, elsewhere) = (root.path().join("set"), root.path().join("elsewhere"));
+        [&folder, &elsewhere].iter().for_each(|path| std::fs::create_dir_all(path).unwrap());
+        let mut draw = Draw::new(i);
+        let set = write_set(&folder, &mut Writer { stock: &stock, draw: &mut draw, elsewhere });
+        check(&format!("folder {i}"), &folder, &set, &mut draw, &mut tally, &device);
     }
-    println!("folders: {compared} compared, {refused} refused as expected");
-    assert!(compared > count / 4, "only {compared} folders of {count} could be compared");
+    println!("folders without a wrong number: {count} of {count}; {tally:?}");
+    assert!(count < 100 || tally.knn > count / 4 && tally.packs > count / 4, "{tally:?}");
 }

@@ -307,7 +307,7 @@ fn a_class_keeps_its_number_where_a_part_lacks_one_or_has_one_more() {
     let output = eval("alike");
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{said}");
-    assert!(said.contains("has class Ape, and the train part has class ape"), "{said}");
+    assert!(said.contains("has class Ape, and the train split has class ape"), "{said}");
     let packed = selfsup(root, &["pack", "less", "--out", "packed"]);
     assert!(packed.status.success(), "{}", text(&packed.stderr));
     for set in ["less", "more", "packed"] {
