@@ -4,6 +4,7 @@
 //! an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same operations naively in
 //! f64 and which the other two are compared with. Operations run in launch order on all three.
 
+mod bf16;
 pub(crate) mod cuda;
 mod group;
 mod isa;
@@ -15,6 +16,7 @@ mod trace;
 use std::fmt;
 use std::sync::Arc;
 
+pub use bf16::Bf16Path;
 use cuda::Gpu;
 pub use cuda::{Counts, Mix, Precision, Resources};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};

@@ -7,3 +7,11 @@ pub use super::gemm::{Gemm, GemmKind, Tile, TileShape};
 pub mod conv2d {
     pub use crate::ops::conv2d::kernels::*;
 }
+
+/// The kernels in bf16: GEMMs, conversions and convolutions, on tiles where the processor has them.
+pub mod bf16 {
+    pub use crate::cpu::bf16::{
+        Bf16Path, Gemm, GemmKind, GemmSize, Moments, Output, conv2d, gemm, gemm_workspace_len,
+        round, widen,
+    };
+}

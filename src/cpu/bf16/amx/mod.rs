@@ -1,0 +1,197 @@
+//! bf16 kernels on AMX tiles: x86-64 Linux, where [`Bf16Path::Amx`](super::Bf16Path) is available.
+//!
+//! Tiles do nearly all arithmetic (`tile`). The rest is to bring operands into their layout (`pack`) and sums into memory
+//! (`finish`), and to cut the work so that operands stay in the caches: products of rows (`rows`), convolutions as sums over
+//! taps (`correlate`), and sums over pixels (`weight`).
+//!
+//! On machines without tiles the tests run these kernels as they are, on emulated instructions (`emulate`).
+
+mod correlate;
+#[cfg(test)]
+pub mod emulate;
+mod finish;
+mod pack;
+mod rows;
+mod scratch;
+mod tile;
+mod weight;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::gemm::{Gemm, GemmKind, GemmSize, Output, deliver};
+use super::{Moments, moments};
+use crate::cpu::conv2d::{Conv2dDims, Direction};
+use correlate::Problem;
+use finish::Target;
+use rows::{Product, Right, Rows};
+use weight::Reduction;
+
+/// Whether the tiles can be used, for assertions.
+fn available() -> bool {
+    super::Bf16Path::Amx.is_available() || cfg!(test)
+}
+
+/// Whether a convolution is a product of rows: its only tap meets a pixel for each output.
+fn is_product(d: &Conv2dDims) -> bool {
+    (d.r, d.s, d.pad) == (1, 1, 0)
+}
+
+/// Floats of scratch for [`gemm`].
+pub fn gemm_workspace_len(kind: GemmKind, GemmSize { m, n, k }: GemmSize) -> usize {
+    let bytes = match kind {
+        // A bf16 result is rounded from f32 sums.
+        GemmKind::Tn => {
+            weight::scratch_len(&Reduction::plain(k, [m, n], Rows::All, &[], &[])) + 4 * m * n
+        }
+        _ => rows::scratch_len(m, n, k, Rows::All, 0),
+    };
+    bytes.div_ceil(4)
+}
+
+/// Computes a GEMM whose result is not empty. The lengths have been checked.
+pub fn gemm(c: Output<'_>, gemm: &Gemm<'_>, workspace: &mut [f32]) {
+    let Gemm { kind, size: GemmSize { m, n, k }, a, b, bias, accumulate } = *gemm;
+    assert!(available(), "gemm: this machine has no tiles");
+    if kind == GemmKind::Tn {
+        let reduction = Reduction::plain(k, [m, n], Rows::All, b, a);
+        let (sums, rest) = workspace.split_at_mut(m * n);
+        // SAFETY: tiles are available, and the operands are borrowed and of these sizes.
+        let run = |c: &mut [f32], accumulate: bool, rest: &mut [f32]| unsafe {
+            weight::run(&reduction, c, accumulate, rest);
+        };
+        return match (c, bias) {
+            (Output::F32(c), None) => run(c, accumulate, rest),
+            (c, bias) => {
+                run(sums, false, rest);
+                deliver(c, sums, bias, n, accumulate);
+            }
+        };
+    }
+    let right = if kind == GemmKind::Nt { Right::Transposed } else { Right::Plain };
+    let (a_rows, c_rows) = (Rows::All, Rows::All);
+    let product = Product { m, n, k, a, a_rows, b, right, bias, accumulate, c_rows };
+    let c = match c {
+        Output::F32(c) => Target::F32(c.as_mut_ptr()),
+        Output::Bf16(c) => Target::Bf16(c.as_mut_ptr().cast()),
+    };
+    // SAFETY: tiles are available; `C` is `m` rows of `n`.
+    unsafe { rows::run(&product, c, None, workspace) };
+}
+
+/// The most groups whose moments come from the epilogue; more are rare, and small.
+const MOST_GROUPS: usize = 8;
+
+/// Floats of scratch for a convolution that is not empty. That of the forward pass is enough for any number of groups.
+pub fn conv2d_workspace_len(d: &Conv2dDims, direction: Direction) -> usize {
+    let bytes = match direction {
+        Direction::Forward => {
+            let groups = (1..=MOST_GROUPS).filter(|&groups| d.n.is_multiple_of(groups));
+            let with_groups = |groups| {
+                if is_product(d) {
+                    rows::scratch_len(d.n * d.p * d.q, d.k, d.c, Rows::met(d), groups)
+                } else {
+                    correlate::scratch_len(&Problem::forward(d), groups)
+                }
+            };
+            let of_rows = 4 * moments::workspace_len(d.n * d.p * d.q, d.k, d.n);
+            groups.map(with_groups).fold(with_groups(0).max(of_rows), usize::max)
+        }
+        Direction::DataGradient if is_product(d) => {
+            rows::scratch_len(d.n * d.p * d.q, d.c, d.k, Rows::All, 0)
+        }
+        Direction::DataGradient => correlate::scratch_len(&Problem::data_gradient(d), 0),
+        Direction::WeightGradient => weight::scratch_len(&Reduction::convolution(d, &[], &[])),
+    };
+    bytes.div_ceil(4)
+}
+
+/// The forward pass of a convolution that is not empty. The lengths have been checked.
+pub fn forward(
+    y: &mut [bf16],
+    x: &[bf16],
+    w: &[bf16],
+    moments: Option<Moments<'_>>,
+    workspace: &mut [f32],
+    d: &Conv2dDims,
+) {
+    assert!(available(), "conv2d: this machine has no tiles");
+    let (own, apart) = match moments {
+        Some(moments) if moments.groups > MOST_GROUPS => (None, Some(moments)),
+        moments => (moments, None),
+    };
+    let to = Target::Bf16(y.as_mut_ptr().cast());
+    if is_product(d) {
+        let product = Product {
+            m: d.n * d.p * d.q,
+            n: d.k,
+            k: d.c,
+            a: x,
+            a_rows: Rows::met(d),
+            b: w,
+            right: Right::Transposed,
+            bias: None,
+            accumulate: false,
+            c_rows: Rows::All,
+        };
+        // SAFETY: tiles are available; `y` has a row for each pixel.
+        unsafe { rows::run(&product, to, own, workspace) };
+    } else {
+        let problem = Problem::forward(d);
+        // SAFETY: tiles are available, and the slices are of these sizes.
+        unsafe { correlate::run(&problem, to, x, w, false, own, workspace) };
+    }
+    if let Some(moments) = apart {
+        moments.of_rows(y, d.k, workspace);
+    }
+}
+
+/// The data gradient of a convolution that is not empty. The lengths have been checked.
+pub fn data_gradient(
+    dx: &mut [bf16],
+    dy: &[bf16],
+    w: &[bf16],
+    workspace: &mut [f32],
+    d: &Conv2dDims,
+    accumulate: bool,
+) {
+    assert!(available(), "conv2d: this machine has no tiles");
+    if !is_product(d) {
+        let (problem, to) = (Problem::data_gradient(d), Target::Bf16(dx.as_mut_ptr().cast()));
+        // SAFETY: tiles are available, and the slices are of these sizes.
+        return unsafe { correlate::run(&problem, to, dy, w, accumulate, None, workspace) };
+    }
+    // Pixels that the stride leaves out have no gradient.
+    if d.n * d.p * d.q < d.n * d.h * d.w && !accumulate {
+        dx.par_chunks_mut(1 << 16).for_each(|dx| dx.fill(bf16::ZERO));
+    }
+    let product = Product {
+        m: d.n * d.p * d.q,
+        n: d.c,
+        k: d.k,
+        a: dy,
+        a_rows: Rows::All,
+        b: w,
+        right: Right::Plain,
+        bias: None,
+        accumulate,
+        c_rows: Rows::met(d),
+    };
+    // SAFETY: tiles are available; `dx` has the rows that the convolution meets.
+    unsafe { rows::run(&product, Target::Bf16(dx.as_mut_ptr().cast()), None, workspace) };
+}
+
+/// The weight gradient of a convolution that is not empty. The lengths have been checked.
+pub fn weight_gradient(
+    dw: &mut [f32],
+    x: &[bf16],
+    dy: &[bf16],
+    workspace: &mut [f32],
+    d: &Conv2dDims,
+    accumulate: bool,
+) {
+    assert!(available(), "conv2d: this machine has no tiles");
+    let reduction = Reduction::convolution(d, x, dy);
+    // SAFETY: tiles are available, and the slices are borrowed and of these sizes.
+    unsafe { weight::run(&reduction, dw, accumulate, workspace) };
+}
