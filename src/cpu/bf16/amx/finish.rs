@@ -32,26 +32,53 @@ impl Target {
     }
 }
 
+/// Rows whose sums are in f32 only: longer sums would lose digits.
+const SHORT: usize = 256;
+
 /// Sums for moments of 32 columns; the shift is the first row's value.
 pub struct ColumnSums {
     started: bool,
+    /// Rows in the lines that are not in the totals yet.
+    pending: usize,
     lines: [[f32; SIDE]; LINES],
+    /// Of the values less the shift, and of their squares.
+    totals: [[f64; SIDE]; LINES - 1],
 }
 
 impl ColumnSums {
     pub fn new() -> Self {
-        Self { started: false, lines: [[0.0; SIDE]; LINES] }
+        let (lines, totals) = ([[0.0; SIDE]; LINES], [[0.0; SIDE]; LINES - 1]);
+        Self { started: false, pending: 0, lines, totals }
     }
 
     /// Writes the sums of the first `live` columns to lines that are `columns` floats apart.
     ///
     /// # Safety
     /// `live` floats at each of the three lines are writable.
-    pub unsafe fn write(&self, to: *mut f32, columns: usize, live: usize) {
-        for (i, line) in self.lines.iter().enumerate() {
+    pub unsafe fn write(mut self, to: *mut f32, columns: usize, live: usize) {
+        self.fold();
+        let [sum, squares] = self.totals.map(|totals| totals.map(|total| total as f32));
+        for (i, line) in [self.lines[0], sum, squares].iter().enumerate() {
             // SAFETY: the caller vouches for the line.
             unsafe { to.add(i * columns).copy_from_nonoverlapping(line.as_ptr(), live) };
         }
+    }
+
+    /// Notes that the lines have so many more rows.
+    fn count(&mut self, rows: usize) {
+        self.pending += rows;
+        if self.pending >= SHORT {
+            self.fold();
+        }
+    }
+
+    fn fold(&mut self) {
+        for (totals, line) in self.totals.iter_mut().zip(&mut self.lines[1..]) {
+            for (total, sum) in totals.iter_mut().zip(line) {
+                *total += f64::from(std::mem::take(sum));
+            }
+        }
+        self.pending = 0;
     }
 }
 
@@ -137,6 +164,9 @@ impl Finish {
                 moments.add(&values);
             }
         }
+        if let Some(moments) = moments {
+            moments.count(rows);
+        }
     }
 }
 
@@ -205,6 +235,7 @@ unsafe fn rows_avx2(
     }
     if let Some(moments) = moments {
         moments.started |= rows > 0;
+        moments.count(rows);
     }
 }
 
@@ -243,7 +274,7 @@ unsafe fn rows_avx512(
         };
         [half(_mm512_castsi512_si256(x)), half(_mm512_extracti64x4_epi64::<1>(x))]
     };
-    let ColumnSums { started, lines } = moments;
+    let ColumnSums { started, lines, .. } = &mut *moments;
     if !*started && rows > 0 {
         *started = true;
         let first = widen(round(&sums[..SIDE]));
@@ -272,4 +303,5 @@ unsafe fn rows_avx512(
             unsafe { _mm512_storeu_ps(line[part * 16..].as_mut_ptr(), state) };
         }
     }
+    moments.count(rows);
 }

@@ -138,13 +138,12 @@ pub unsafe fn pack_right(
             unsafe {
                 match right {
                     Right::Transposed => {
-                        let rows = std::array::from_fn(|i| row(first + i, outputs));
+                        let rows = pack::Rows::new(|i| row(first + i, outputs));
                         pack::transposed_pairs(to, &rows, term, terms - term);
                     }
                     Right::Plain => {
-                        let pair = |i| [row(term + 2 * i, terms), row(term + 2 * i + 1, terms)];
-                        let rows: [[Row; 2]; 16] = std::array::from_fn(pair);
-                        pack::pairs(to, &rows, first, outputs.saturating_sub(first));
+                        let rows: pack::Rows<32> = pack::Rows::new(|i| row(term + i, terms));
+                        pack::pairs(to, &rows, (first, outputs.saturating_sub(first)), 1, 0);
                     }
                 }
             }

@@ -316,14 +316,10 @@ unsafe fn pack_x(reduction: &Reduction, cut: &Cut, pack: usize, to: *mut u8) {
             for place in 0..d.stride * cut.phase {
                 let column = (place % cut.phase * d.stride + place / cut.phase).wrapping_sub(d.pad);
                 let pixel = |image| reduction.x_row(group, row, column, image);
-                let images: [[Row; 2]; 8] =
-                    std::array::from_fn(|i| [pixel(2 * i), pixel(2 * i + 1)]);
+                let images: pack::Rows<IMAGES> = pack::Rows::new(pixel);
                 let to = to.wrapping_add(place * TILE / 2);
-                for block in 0..2 * cut.c_blocks {
-                    let (first, to) = (block * 16, to.wrapping_add(block * x_block));
-                    // SAFETY: channels of pixels that exist; half a tile of the caller's pack.
-                    unsafe { pack::pairs(to.cast(), &images, first, d.c.saturating_sub(first)) };
-                }
+                // SAFETY: channels of pixels that exist; half a tile in each block of the caller's pack.
+                unsafe { pack::pairs(to.cast(), &images, (0, d.c), 2 * cut.c_blocks, x_block) };
             }
         }
     }
@@ -346,12 +342,16 @@ unsafe fn pack_dy(
     for (u, unit) in cut.pack(pack).enumerate() {
         let (group, (first, rows)) = (unit / cut.bands, cut.rows_of(unit, d));
         for i in 0..rows {
-            for step in 0..cut.steps {
-                let term = |j| {
+            let terms = |step: usize| {
+                pack::Rows::new(|j| {
                     let column = 2 * step + j / IMAGES;
                     reduction.dy_row(group, first + i, column, j % IMAGES)
-                };
-                let terms: [Row; 32] = std::array::from_fn(term);
+                })
+            };
+            let mut next = terms(0);
+            for step in 0..cut.steps {
+                let terms = std::mem::replace(&mut next, terms(step + 1));
+                next.prefetch_from(first_k, (d.k - first_k).min(blocks * 16).min(128));
                 let to = to.wrapping_add(u * cut.dy_unit() + (i * cut.steps + step) * TILE);
                 for block in 0..blocks {
                     let k = first_k + block * 16;
