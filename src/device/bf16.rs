@@ -39,9 +39,12 @@ impl Bf16Path {
         Bf16Path::selected().unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// Whether this machine multiplies bf16 matrices faster than f32 ones.
-    pub fn is_fast(self) -> bool {
-        self == Bf16Path::Amx
+    /// The instructions that make bf16 faster than f32, by name; none where it is slower.
+    pub fn instructions(self) -> Option<&'static str> {
+        match self {
+            Bf16Path::Portable => None,
+            Bf16Path::Amx => Some("AMX"),
+        }
     }
 
     fn named(name: &str) -> Result<Bf16Path, String> {

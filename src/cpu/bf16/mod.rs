@@ -3,7 +3,8 @@
 //! Results are written in bf16, each rounded once, or in f32 (gradients of weights). [`Bf16Path`] decides how: on AMX tiles
 //! (`amx`), or on the f32 kernels with widened operands (`portable`). The two differ in the order of sums only, and in numbers
 //! below 2^-126, which tiles read and write as zero. Work is partitioned by shape, never by thread count: each path gives the
-//! same bits in every rayon pool. Call the functions inside the pool that should do the work; they allocate nothing.
+//! same bits in every rayon pool. Call the functions inside the pool that should do the work. Operands are packed in the caller's
+//! workspace; tasks allocate lists of addresses only.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;

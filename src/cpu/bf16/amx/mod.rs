@@ -37,6 +37,19 @@ fn is_product(d: &Conv2dDims) -> bool {
     (d.r, d.s, d.pad) == (1, 1, 0)
 }
 
+/// Whether a convolution is a product of gathered rows, forward and for its weights: a stem, of too few channels for a step.
+fn gathers(d: &Conv2dDims) -> bool {
+    !is_product(d) && d.c <= 8
+}
+
+/// The rows and the terms of the forward pass as a product, if it is one.
+fn as_product(d: &Conv2dDims) -> Option<(Rows, usize)> {
+    if is_product(d) {
+        return Some((Rows::met(d), d.c));
+    }
+    gathers(d).then_some((Rows::Taps(*d), d.r * d.s * d.c))
+}
+
 /// Floats of scratch for [`gemm`].
 pub fn gemm_workspace_len(kind: GemmKind, GemmSize { m, n, k }: GemmSize) -> usize {
     let bytes = match kind {
@@ -87,12 +100,9 @@ pub fn conv2d_workspace_len(d: &Conv2dDims, direction: Direction) -> usize {
     let bytes = match direction {
         Direction::Forward => {
             let groups = (1..=MOST_GROUPS).filter(|&groups| d.n.is_multiple_of(groups));
-            let with_groups = |groups| {
-                if is_product(d) {
-                    rows::scratch_len(d.n * d.p * d.q, d.k, d.c, Rows::met(d), groups)
-                } else {
-                    correlate::scratch_len(&Problem::forward(d), groups)
-                }
+            let with_groups = |groups| match as_product(d) {
+                Some((rows, k)) => rows::scratch_len(d.n * d.p * d.q, d.k, k, rows, groups),
+                None => correlate::scratch_len(&Problem::forward(d), groups),
             };
             let of_rows = 4 * moments::workspace_len(d.n * d.p * d.q, d.k, d.n);
             groups.map(with_groups).fold(with_groups(0).max(of_rows), usize::max)
@@ -121,13 +131,13 @@ pub fn forward(
         moments => (moments, None),
     };
     let to = Target::Bf16(y.as_mut_ptr().cast());
-    if is_product(d) {
+    if let Some((a_rows, k)) = as_product(d) {
         let product = Product {
             m: d.n * d.p * d.q,
             n: d.k,
-            k: d.c,
+            k,
             a: x,
-            a_rows: Rows::met(d),
+            a_rows,
             b: w,
             right: Right::Transposed,
             bias: None,

@@ -27,6 +27,9 @@ pub enum Rows {
     All,
     /// The pixels that a 1x1 convolution without padding meets: `p x q` of an image, `stride` apart.
     Strided { p: usize, q: usize, width: usize, image: usize, stride: usize },
+    /// For each output pixel of a convolution the pixels under its filter, one after the other. A stem's few channels would
+    /// leave most of a step empty; those of all taps do not.
+    Taps(Conv2dDims),
 }
 
 impl Rows {
@@ -47,6 +50,27 @@ impl Rows {
                 let (row, column) = (i / q, i % q);
                 row / p * image + row % p * stride * width + column * stride
             }
+            Rows::Taps(_) => unreachable!("rows of taps are gathered"),
+        }
+    }
+}
+
+/// Writes the pixels under the filter of output pixel `i`, `r s c` elements, zeros outside the image, and zeros up to the end of
+/// the line.
+pub fn gather(d: &Conv2dDims, x: &[u16], i: usize, line: &mut [u16]) {
+    let (row, q) = (i / d.q, i % d.q);
+    let (n, p) = (row / d.p, row % d.p);
+    line.fill(0);
+    // The columns of the filter that are inside.
+    let left = q * d.stride;
+    let first = d.pad.saturating_sub(left).min(d.s);
+    let last = (d.w + d.pad).saturating_sub(left).min(d.s).max(first);
+    let count = (last - first) * d.c;
+    for (r, line) in line.chunks_mut(d.s * d.c).take(d.r).enumerate() {
+        let row = (p * d.stride + r).wrapping_sub(d.pad);
+        if row < d.h && count > 0 {
+            let from = ((n * d.h + row) * d.w + left + first - d.pad) * d.c;
+            line[first * d.c..][..count].copy_from_slice(&x[from..][..count]);
         }
     }
 }
@@ -246,12 +270,18 @@ unsafe fn block(
     // The rows that are packed: all, or the last ones that are no whole block.
     let packed = if direct { count / SIDE * SIDE } else { 0 };
     for i in packed..count.next_multiple_of(SIDE) {
+        let to = panel.wrapping_add((i - packed) * line);
+        if let (Rows::Taps(d), true) = (a_rows, i < count) {
+            // SAFETY: a line of this task's panel, which starts on a cache line and holds whole elements.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.cast(), line / 2) };
+            gather(&d, bytemuck::cast_slice(a), first + i, to);
+            continue;
+        }
         let row = if i < count {
             a.as_ptr().cast::<u16>().wrapping_add(a_rows.at(first + i) * k)
         } else {
             std::ptr::null()
         };
-        let to = panel.wrapping_add((i - packed) * line);
         // SAFETY: a row of `a`, and a line of this task's panel.
         unsafe { pack::lines(to, row, k, cut.steps, 64) };
     }

@@ -12,7 +12,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::pack::{self, Row};
-use super::rows::Rows;
+use super::rows::{Rows, gather};
 use super::scratch::{Part, Scratch, Shared, Slots};
 use super::tile::{Operands, Run, SIDE, Sums, TILE, Tiles};
 use crate::cpu::conv2d::Conv2dDims;
@@ -43,6 +43,10 @@ pub struct Reduction {
 
 impl Reduction {
     pub fn convolution(d: &Conv2dDims, x: &[bf16], dy: &[bf16]) -> Self {
+        if super::gathers(d) {
+            let sizes = [d.k, d.r * d.s * d.c];
+            return Self::plain(d.n * d.p * d.q, sizes, Rows::Taps(*d), x, dy);
+        }
         let (x_start, dy_start) = (Shared::of(x), Shared::of(dy));
         if (d.r, d.s, d.pad) == (1, 1, 0) {
             return Self::plain(d.n * d.p * d.q, [d.k, d.c], Rows::met(d), x, dy);
@@ -305,6 +309,7 @@ fn add(to: &mut [f32], from: &[f32]) {
 unsafe fn pack_x(reduction: &Reduction, cut: &Cut, pack: usize, to: *mut u8) {
     let d = &reduction.d;
     let (x_row, x_block) = (cut.x_row(d), cut.x_block(d));
+    let mut gathered = Vec::new();
     for (u, unit) in cut.pack(pack).enumerate() {
         let (group, (first, rows)) = (unit / cut.bands, cut.rows_of(unit, d));
         for i in 0..(rows.max(1) - 1) * d.stride + d.r {
@@ -314,15 +319,50 @@ unsafe fn pack_x(reduction: &Reduction, cut: &Cut, pack: usize, to: *mut u8) {
             }
             let to = to.wrapping_add((u * cut.x_rows + i) * x_row);
             for place in 0..d.stride * cut.phase {
+                let to = to.wrapping_add(place * TILE / 2);
+                if let Some((pixels, Rows::Taps(taps))) = reduction.plain {
+                    let images = gathered_rows(reduction, &taps, pixels, row, place, &mut gathered);
+                    // SAFETY: as below, from the gathered rows.
+                    unsafe { pack::pairs(to.cast(), &images, (0, d.c), 2 * cut.c_blocks, x_block) };
+                    continue;
+                }
                 let column = (place % cut.phase * d.stride + place / cut.phase).wrapping_sub(d.pad);
                 let pixel = |image| reduction.x_row(group, row, column, image);
                 let images: pack::Rows<IMAGES> = pack::Rows::new(pixel);
-                let to = to.wrapping_add(place * TILE / 2);
                 // SAFETY: channels of pixels that exist; half a tile in each block of the caller's pack.
                 unsafe { pack::pairs(to.cast(), &images, (0, d.c), 2 * cut.c_blocks, x_block) };
             }
         }
     }
+}
+
+/// The rows of sixteen pixels, each with the pixels under its filter.
+fn gathered_rows(
+    reduction: &Reduction,
+    taps: &Conv2dDims,
+    pixels: usize,
+    row: usize,
+    column: usize,
+    to: &mut Vec<u16>,
+) -> pack::Rows<IMAGES> {
+    let d = &reduction.d;
+    to.resize(IMAGES * d.c, 0);
+    // SAFETY: the reduction's slice is borrowed and of this size.
+    let x =
+        unsafe { std::slice::from_raw_parts(reduction.x.row(), taps.n * taps.h * taps.w * taps.c) };
+    let exists = |image: usize| {
+        let i = (row * d.w + column) * IMAGES + image;
+        (column < d.w && i < pixels).then_some(i)
+    };
+    for (image, line) in to.chunks_exact_mut(d.c).enumerate() {
+        if let Some(i) = exists(image) {
+            gather(taps, x, i, line);
+        }
+    }
+    pack::Rows::new(|image| match exists(image) {
+        Some(_) => to[image * d.c..].as_ptr(),
+        None => std::ptr::null(),
+    })
 }
 
 /// Packs the gradients of the units of a pack, from filter `first_k` on: of each block of sixteen filters `[unit][row][step][16
