@@ -3,6 +3,8 @@
 //! Each line on stdin is a request, each line on stdout an answer, so that both sides measure in the same minute:
 //!
 //! - `conv N H W C K R STRIDE PAD forward|data|weight`: the minimum seconds of a few repetitions.
+//! - `conv_bf16`, with the arguments of `conv`: the same in bf16, with the moments of a batch norm in the forward pass.
+//! - `tiles`: 1 if the processor multiplies bf16 by instructions of its own, otherwise 0.
 //! - `step DEPTH WIDTH image|small SIZE BATCH`: the same for a SimCLR step.
 //! - `phases`, with the arguments of `step`: the seconds of the forward pass, the backward pass and the update.
 //! - `crops DEPTH WIDTH BATCH SIDE SMALL`: the seconds of a SwAV step on two crops of `SIDE` pixels, and on two plus six of `SMALL`.
@@ -13,13 +15,15 @@
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use selfsup::arena::Arena;
-use selfsup::device::{Device, Philox, Precision, Purpose};
+use selfsup::device::{Bf16Path, Device, Philox, Precision, Purpose};
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::methods::swav::{self, Swav};
 use selfsup::methods::{Method, RunInfo};
 use selfsup::nn::{ResNetConfig, Stem};
 use selfsup::ops::Conv2dDims;
+use selfsup::ops::kernels::bf16::{self as kernels_bf16, Moments};
 use selfsup::ops::kernels::conv2d::{self, Direction};
 use selfsup::optim::{Exclude, Optimizer, Rule, Sgd};
 use selfsup::tape::step;
@@ -43,18 +47,49 @@ fn noise(n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.uniform_in(-1.0, 1.0)).collect()
 }
 
-fn conv(device: &Device, words: &[&str]) -> f64 {
+/// The sizes and the direction of a request.
+fn convolution(words: &[&str]) -> (Conv2dDims, Direction) {
     let n: Vec<usize> = words[..8].iter().map(|w| w.parse().expect("a size")).collect();
     let (input, filters) = ([n[0], n[1], n[2], n[3]], [n[4], n[5], n[5], n[3]]);
-    let d = Conv2dDims::new(input, filters, n[6], n[7]);
-    let mut x = noise(d.n() * d.h() * d.w() * d.c());
-    let mut w = noise(d.k() * d.r() * d.s() * d.c());
-    let mut y = noise(d.n() * d.p() * d.q() * d.k());
     let direction = match words[8] {
         "forward" => Direction::Forward,
         "data" => Direction::DataGradient,
         _ => Direction::WeightGradient,
     };
+    (Conv2dDims::new(input, filters, n[6], n[7]), direction)
+}
+
+fn conv_bf16(device: &Device, words: &[&str]) -> f64 {
+    let (d, direction) = convolution(words);
+    let noise = |len| noise(len).into_iter().map(bf16::from_f32).collect::<Vec<_>>();
+    let mut x = noise(d.n() * d.h() * d.w() * d.c());
+    let w = noise(d.k() * d.r() * d.s() * d.c());
+    let mut y = noise(d.n() * d.p() * d.q() * d.k());
+    let mut dw = vec![0.0; w.len()];
+    let (mut mean, mut variance) = (vec![0.0; d.k()], vec![0.0; d.k()]);
+    let mut scratch = vec![0.0; kernels_bf16::conv2d::workspace_len(&d, direction)];
+    device.run(|| {
+        minimum_time(Duration::from_millis(250), || match direction {
+            Direction::Forward => {
+                let (mean, variance) = (&mut mean[..], &mut variance[..]);
+                let moments = Some(Moments { groups: 1, mean, variance });
+                kernels_bf16::conv2d::forward(&mut y, &x, &w, moments, &mut scratch, &d);
+            }
+            Direction::DataGradient => {
+                kernels_bf16::conv2d::data_gradient(&mut x, &y, &w, &mut scratch, &d, false);
+            }
+            Direction::WeightGradient => {
+                kernels_bf16::conv2d::weight_gradient(&mut dw, &x, &y, &mut scratch, &d, false);
+            }
+        })
+    })
+}
+
+fn conv(device: &Device, words: &[&str]) -> f64 {
+    let (d, direction) = convolution(words);
+    let mut x = noise(d.n() * d.h() * d.w() * d.c());
+    let mut w = noise(d.k() * d.r() * d.s() * d.c());
+    let mut y = noise(d.n() * d.p() * d.q() * d.k());
     let mut scratch = vec![0.0; conv2d::workspace_len(&d, direction)];
     device.run(|| {
         minimum_time(Duration::from_millis(250), || match direction {
@@ -201,6 +236,8 @@ fn main() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match words.as_slice() {
             ["conv", rest @ ..] => conv(&device, rest).to_string(),
+            ["conv_bf16", rest @ ..] => conv_bf16(&device, rest).to_string(),
+            ["tiles"] => u8::from(Bf16Path::current().instructions().is_some()).to_string(),
             [what @ ("step" | "phases"), rest @ ..] => {
                 let name = rest.join(" ");
                 if training.as_ref().is_none_or(|(made, _)| *made != name) {

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compares selfsup with PyTorch on the CPU in one run: convolutions, complete SimCLR steps, peak memory.
+"""Compares selfsup with PyTorch on the CPU in one run: convolutions in f32 and bf16, complete SimCLR steps, peak memory.
 
     pip install torch==2.9.1
     python benches/peers/cpu.py [--rounds 5] [--threads 2]
 
 Both sides take turns, so that noise hits both; ratios are medians over rounds, ours over PyTorch's in speed (above 1: faster) and
-in memory (below 1: less). No test depends on this.
+in memory (below 1: less). Our forward convolutions in bf16 also compute the moments of a batch norm. No test depends on this.
 """
 
 import argparse
@@ -65,6 +65,27 @@ class Ours:
     def end(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def torch_conv(dtype, size, c, k, r, stride):
+    """The three directions of a convolution of 8 images, channels last, by name."""
+    import torch
+
+    pad = r // 2
+    last = {"memory_format": torch.channels_last}
+    x = torch.randn(8, c, size, size).to(dtype).contiguous(**last)
+    w = torch.randn(k, c, r, r).to(dtype).contiguous(**last)
+    dy = torch.randn_like(torch.nn.functional.conv2d(x, w, None, stride, pad)).contiguous(**last)
+
+    def backward(mask):
+        return torch.ops.aten.convolution_backward(
+            dy, x, w, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, mask)
+
+    return {
+        "forward": lambda: torch.nn.functional.conv2d(x, w, None, stride, pad),
+        "data": lambda: backward([True, False, False]),
+        "weight": lambda: backward([False, True, False]),
+    }
 
 
 def torch_step(name, channels_last):
@@ -185,35 +206,26 @@ def main():
 
     print(f"PyTorch {torch.__version__}, {args.threads} threads; {time.strftime('%Y-%m-%d')}")
     ours = Ours(args.threads)
-    print(f"\n{'conv2d, batch 8':<26} {'direction':<9} {'ours':>8} {'PyTorch':>8} GFLOP/s {'ratio':>6}")
-    conv_ratios = []
+    conv_ratios = {"": [], "_bf16": []}
+    if not ours.ask("tiles"):
+        print("no instructions for bf16: ours multiplies bf16 by the f32 kernels, which is for tests")
+    print(f"\n{'conv2d, batch 8':<26} {'direction':<9} {'ours':>6} {'PyTorch':>8} {'ratio':>6} {'bf16: ours':>11} {'PyTorch':>8} {'ratio':>6}  GFLOP/s")
     for size, c, k, r, stride in layers():
-        x = torch.randn(8, c, size, size).contiguous(memory_format=torch.channels_last)
-        w = torch.randn(k, c, r, r).contiguous(memory_format=torch.channels_last)
-        pad = r // 2
-        y = torch.nn.functional.conv2d(x, w, None, stride, pad)
-        dy = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
-
-        def backward(mask):
-            return torch.ops.aten.convolution_backward(
-                dy, x, w, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, mask)
-
-        theirs = {
-            "forward": lambda: torch.nn.functional.conv2d(x, w, None, stride, pad),
-            "data": lambda: backward([True, False, False]),
-            "weight": lambda: backward([False, True, False]),
-        }
-        for direction, f in theirs.items():
+        theirs = {"": torch_conv(torch.float32, size, c, k, r, stride)}
+        theirs["_bf16"] = torch_conv(torch.bfloat16, size, c, k, r, stride)
+        for direction in ("forward", "data", "weight"):
             if c == 3 and direction == "data":
                 continue  # no gradient flows to images
-            device_c = 4 if c == 3 else c
-            request = f"conv 8 {size} {size} {device_c} {k} {r} {stride} {pad} {direction}"
-            pairs = [(ours.ask(request), least(0.25, f)) for _ in range(max(1, args.rounds // 2))]
-            ratio = statistics.median(theirs / own for own, theirs in pairs)
-            conv_ratios.append(ratio)
-            flop = 2 * y.numel() * c * r * r / 1e9
-            own, their = (min(p[i] for p in pairs) for i in (0, 1))
-            print(f"{size:>3} px {c:>4} -> {k:>4} {r}x{r}/{stride:<5} {direction:<9} {flop / own:8.0f} {flop / their:8.0f} {'':7} {ratio:6.2f}", flush=True)
+            row = f"{size:>3} px {c:>4} -> {k:>4} {r}x{r}/{stride:<5} {direction:<9}"
+            flop = 2 * 8 * ((size - 1) // stride + 1) ** 2 * k * c * r * r / 1e9
+            for dtype, calls in theirs.items():
+                request = f"conv{dtype} 8 {size} {size} {4 if c == 3 else c} {k} {r} {stride} {r // 2} {direction}"
+                pairs = [(ours.ask(request), least(0.25, calls[direction])) for _ in range(max(1, args.rounds // 2))]
+                ratio = statistics.median(their / own for own, their in pairs)
+                conv_ratios[dtype].append(ratio)
+                own, their = (min(p[i] for p in pairs) for i in (0, 1))
+                row += f" {flop / own:{11 if dtype else 6}.0f} {flop / their:8.0f} {ratio:6.2f}"
+            print(row, flush=True)
 
     step_ratios, memory_ratios = {}, []
     for name, shape in STEPS.items():
@@ -244,8 +256,9 @@ def main():
     print()
     for name, ratio in step_ratios.items():
         print(f"{name} step ratio: {ratio:.2f}")
-    mean = math.exp(statistics.mean(map(math.log, conv_ratios)))
-    print(f"conv speed ratio (geometric mean, worst): {mean:.2f} {min(conv_ratios):.2f}")
+    for dtype, ratios in conv_ratios.items():
+        mean = math.exp(statistics.mean(map(math.log, ratios)))
+        print(f"conv{dtype.replace('_', ' ')} speed ratio (geometric mean, worst): {mean:.2f} {min(ratios):.2f}")
     print(f"peak memory ratio: {max(memory_ratios):.2f}")
 
 
