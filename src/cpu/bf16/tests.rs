@@ -315,6 +315,8 @@ fn convolutions_agree_with_the_definition() {
         dims([16, 4, 4, 32], [32, 3, 3], 1, 1),
         dims([17, 3, 3, 33], [31, 3, 3], 1, 1),
         dims([33, 2, 2, 16], [16, 3, 3], 2, 1),
+        // Wide images in low bands.
+        dims([17, 9, 17, 65], [3, 3, 3], 1, 1),
         // 1x1, plain and strided.
         dims([2, 7, 7, 48], [40, 1, 1], 1, 0),
         dims([16, 4, 4, 64], [64, 1, 1], 1, 0),

@@ -1,7 +1,7 @@
 //! Convolution forward and its data gradient as sums over taps.
 //!
 //! A tile of the left operand is one pixel of sixteen images: the taps of an output pixel that lie outside the image are left
-//! out, and strides and padding cost nothing. A task packs the rows of 32 images that a band of output rows meets, `[row][column]
+//! out, and strides and padding cost nothing. A task packs the rows of 16 or 32 images that a band of output rows meets, `[row][column]
 //! [step][16 images][32 channels]`, and runs through the filters, 32 at a time.
 
 use half::bf16;
@@ -89,7 +89,7 @@ struct Cut {
     groups: usize,
     group_images: usize,
     batches: usize,
-    /// Tiles of images in a task: 2, or 1 where all fit into one.
+    /// Tiles of images in a task, 1 or 2. With one, blocks of sums are two pixels of it.
     tiles: usize,
     /// Output rows of a band, and bands.
     rows: usize,
@@ -106,24 +106,34 @@ struct Cut {
 impl Cut {
     fn new(p: &Problem, groups: usize) -> Self {
         let group_images = p.n / groups;
-        let tiles = group_images.div_ceil(IMAGES).min(2);
-        let batches = group_images.div_ceil(tiles * IMAGES);
         let steps = p.c.div_ceil(SIDE);
-        let row_bytes = tiles * p.w * steps * TILE;
         let largest = |rows: usize| {
             let band = |first: usize| p.rows(first..(first + rows).min(p.out_h)).len();
             (0..p.out_h).step_by(rows).map(band).max().unwrap_or(0)
         };
-        let all = groups * batches;
-        let mut bands = 1;
-        let rows = loop {
-            let rows = p.out_h.div_ceil(bands);
-            let enough = all * bands >= TASKS / 2;
-            if rows <= 2 || (enough && largest(rows) * row_bytes <= SLAB_BYTES) {
-                break rows;
+        // Batches and rows of a band with so many tiles of images.
+        let cut = |tiles: usize| {
+            let batches = group_images.div_ceil(tiles * IMAGES);
+            let row_bytes = tiles * p.w * steps * TILE;
+            let mut bands = 1;
+            loop {
+                let rows = p.out_h.div_ceil(bands);
+                let enough = groups * batches * bands >= TASKS / 2;
+                if rows <= 2 || (enough && largest(rows) * row_bytes <= SLAB_BYTES) {
+                    return (batches, rows);
+                }
+                bands += 1;
             }
-            bands += 1;
         };
+        let mut tiles = group_images.div_ceil(IMAGES).min(2);
+        let (mut batches, mut rows) = cut(tiles);
+        // Low bands of wide images pack most rows twice. Neighbouring pixels of a strided gradient share few taps.
+        let strided = p.gradient && p.stride > 1;
+        if tiles == 2 && rows < 8 && p.w > 16 && !strided {
+            tiles = 1;
+            (batches, rows) = cut(tiles);
+        }
+        let all = groups * batches;
         let bands = p.out_h.div_ceil(rows);
         let blocks = p.k.div_ceil(SIDE);
         // Sets of filters pack the same rows again: only where there are too few tasks for any machine.
