@@ -4,7 +4,7 @@
 //! layout values, gradients and running statistics, each one contiguous tensor, so that an optimiser, a momentum update,
 //! a checkpoint or an all-reduce handles one array. A momentum encoder is a second arena of the same layout.
 //!
-//! All of them are f32 (f64 on the reference device). A GPU that multiplies in bf16 also keeps a working copy of the values,
+//! All of them are f32 (f64 on the reference device). A device that multiplies in bf16 also keeps a working copy of the values,
 //! which tapes hand out for filters and matrices; gains, shifts and biases stay f32.
 
 use std::cell::{Cell, Ref, RefCell};

@@ -76,6 +76,10 @@ impl Pool {
         Self { poison, gpu, state: Mutex::default() }
     }
 
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poison
+    }
+
     pub(super) fn usage(&self) -> MemoryUse {
         self.lock().usage
     }

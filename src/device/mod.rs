@@ -1,8 +1,8 @@
 //! Devices: where memory lives and operations run.
 //!
-//! A [`Device`] is a handle on a memory pool, a thread pool and a kind. Three kinds exist: the CPU, which computes in f32;
-//! an NVIDIA GPU, which computes in bf16 or f32; and the reference device, which computes the same operations naively in
-//! f64 and which the other two are compared with. Operations run in launch order on all three.
+//! A [`Device`] is a handle on a memory pool, a thread pool and a kind. Three kinds exist: the CPU and NVIDIA GPUs, which
+//! compute in bf16 or f32 ([`Precision`]); and the reference device, which computes the same operations naively in f64 and
+//! which the other two are compared with. Operations run in launch order on all three.
 
 mod bf16;
 pub(crate) mod cuda;
@@ -10,6 +10,7 @@ mod group;
 mod isa;
 mod memory;
 mod philox;
+mod precision;
 mod threads;
 mod trace;
 
@@ -18,12 +19,13 @@ use std::sync::Arc;
 
 pub use bf16::Bf16Path;
 use cuda::Gpu;
-pub use cuda::{Counts, Mix, Precision, Resources};
+pub use cuda::{Counts, Mix, Resources};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub(crate) use isa::Isa;
 pub use memory::MemoryUse;
 pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
+pub use precision::Precision;
 pub(crate) use trace::{
     Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
     phase as trace_phase, span as trace_span,
@@ -36,7 +38,7 @@ use threads::Threads;
 /// The kind of a device; it selects the code that an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
-    /// f32 on the processor's cores.
+    /// f32 or bf16 on the processor's cores.
     Cpu,
     /// bf16 or f32 on an NVIDIA GPU.
     Cuda,
@@ -52,13 +54,16 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     kind: DeviceKind,
     pool: Pool,
-    threads: Option<Threads>,
+    /// The type of its activations.
+    precision: Precision,
+    threads: Option<Arc<Threads>>,
     /// The CPU device on which a GPU's inputs are prepared and its results finished.
     host: Option<Device>,
 }
 
 impl Device {
-    /// Makes a device on the processor with a pool of `threads` compute threads; 0 takes one per core.
+    /// Makes a device on the processor with a pool of `threads` compute threads; 0 takes one per core. It computes in f32;
+    /// [`Device::with_precision`] chooses.
     ///
     /// Operations wake the pool and wait for it. Wrap loops over many operations in [`Device::run`] to wake it once.
     ///
@@ -66,7 +71,7 @@ impl Device {
     /// If the operating system refuses the threads, there are too many of them, or `SELFSUP_ISA` names an instruction set
     /// that this machine does not support.
     pub fn cpu(threads: usize) -> Result<Self> {
-        Self::build(threads, Threads::new(threads), false)
+        Self::build(threads, Threads::new(threads))
     }
 
     /// Makes a device as [`Device::cpu`], with the calling thread as one of the `threads` compute threads: operations start
@@ -76,7 +81,33 @@ impl Device {
     /// # Errors
     /// As [`Device::cpu`].
     pub fn cpu_with_this_thread(threads: usize) -> Result<Self> {
-        Self::build(threads, Threads::with_this_thread(threads), false)
+        Self::build(threads, Threads::with_this_thread(threads))
+    }
+
+    /// Makes a device on the same threads whose activations have this precision.
+    ///
+    /// ```
+    /// use selfsup::device::{Device, Precision};
+    /// use selfsup::tensor::DType;
+    /// let device = Device::cpu(1)?.with_precision(Precision::Bf16)?;
+    /// assert_eq!(DType::of_activations(&device), DType::Bf16);
+    /// assert_eq!(DType::of(&device), DType::F32); // weights, statistics, losses
+    /// # Ok::<(), selfsup::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If `SELFSUP_BF16` names a way to multiply bf16 matrices that this machine does not support.
+    ///
+    /// # Panics
+    /// If the device is not a CPU: [`Device::cuda`] takes the precision of a GPU, and the reference device has only f64.
+    #[track_caller]
+    pub fn with_precision(&self, precision: Precision) -> Result<Self> {
+        let threads = self.0.threads.clone().filter(|_| self.kind() == DeviceKind::Cpu);
+        let threads = threads.unwrap_or_else(|| panic!("with_precision: {self} is not a CPU"));
+        if precision == Precision::Bf16 {
+            Bf16Path::selected()?;
+        }
+        Ok(Self::on_threads(threads, precision, self.0.pool.is_poisoned()))
     }
 
     /// Makes an f64 reference device.
@@ -99,8 +130,11 @@ impl Device {
     /// If the GPU cannot be opened again.
     pub fn poisoned(&self) -> Self {
         match (self.kind(), self.0.pool.gpu()) {
-            (DeviceKind::Cpu, _) => Self::build(self.threads(), Threads::new(self.threads()), true)
-                .expect("the same number of threads as before"),
+            (DeviceKind::Cpu, _) => {
+                let threads = Threads::new(self.threads());
+                let threads = threads.expect("the same number of threads as before");
+                Self::on_threads(Arc::new(threads), self.precision(), true)
+            }
             (_, None) => Self::reference_with(true),
             (_, Some(gpu)) => {
                 let again =
@@ -112,25 +146,36 @@ impl Device {
 
     fn reference_with(poison: bool) -> Self {
         let pool = Pool::new(poison, None);
-        Self(Arc::new(Inner { kind: DeviceKind::Reference, pool, threads: None, host: None }))
+        let (kind, precision) = (DeviceKind::Reference, Precision::F32);
+        Self(Arc::new(Inner { kind, pool, precision, threads: None, host: None }))
     }
 
     fn gpu_with_host(gpu: Gpu, host: Device, poison: bool) -> Self {
+        let (kind, precision) = (DeviceKind::Cuda, gpu.precision());
         let pool = Pool::new(poison, Some(Arc::new(gpu)));
-        Self(Arc::new(Inner { kind: DeviceKind::Cuda, pool, threads: None, host: Some(host) }))
+        Self(Arc::new(Inner { kind, pool, precision, threads: None, host: Some(host) }))
     }
 
-    fn build(count: usize, threads: Result<Threads, String>, poison: bool) -> Result<Self> {
+    fn build(count: usize, threads: Result<Threads, String>) -> Result<Self> {
         Isa::selected()?;
         let threads = threads
             .map_err(|e| Error::Device(format!("cannot start {count} compute threads: {e}")))?;
+        Ok(Self::on_threads(Arc::new(threads), Precision::F32, false))
+    }
+
+    fn on_threads(threads: Arc<Threads>, precision: Precision, poison: bool) -> Self {
         let (kind, pool) = (DeviceKind::Cpu, Pool::new(poison, None));
-        Ok(Self(Arc::new(Inner { kind, pool, threads: Some(threads), host: None })))
+        Self(Arc::new(Inner { kind, pool, precision, threads: Some(threads), host: None }))
     }
 
     /// Its kind.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
+    }
+
+    /// The precision of its activations. The reference device says f32: it rounds nothing.
+    pub(crate) fn precision(&self) -> Precision {
+        self.0.precision
     }
 
     /// The device on which the host prepares this device's inputs: a CPU device for a GPU, otherwise the device itself.
@@ -140,7 +185,7 @@ impl Device {
 
     /// Number of compute threads on the host.
     pub fn threads(&self) -> usize {
-        self.host().0.threads.as_ref().map_or(1, Threads::count)
+        self.host().0.threads.as_ref().map_or(1, |threads| threads.count())
     }
 
     /// Runs `f` so that rayon's parallel iterators inside it use this device's host threads.
@@ -204,7 +249,9 @@ impl Device {
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.kind(), self.0.pool.gpu()) {
-            (DeviceKind::Cpu, _) => write!(f, "CPU, {} threads", self.threads()),
+            (DeviceKind::Cpu, _) => {
+                write!(f, "CPU, {} threads, {}", self.threads(), self.precision())
+            }
             (_, None) => f.write_str("f64 reference"),
             (_, Some(gpu)) => {
                 write!(f, "GPU {} ({}), {}", gpu.ordinal(), gpu.name(), gpu.precision())

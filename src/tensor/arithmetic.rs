@@ -1,8 +1,9 @@
 //! Arithmetic on tensors below the tape, for arenas and for accumulating gradients.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{DType, Element, Tensor, TensorMut};
+use super::{Activation, DType, Element, Tensor, TensorMut, by_activation};
 use crate::device::cuda::{In, Launch, Out};
 use crate::device::{Device, DeviceKind};
 
@@ -13,10 +14,10 @@ pub(crate) const CHUNK: usize = 1 << 14;
 pub(crate) fn fill(x: &mut Tensor, value: f64) {
     let device = x.device().clone();
     match device.kind() {
-        DeviceKind::Cpu => {
-            let x = x.data_mut::<f32>();
-            device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value as f32)));
-        }
+        DeviceKind::Cpu => by_activation!(x.dtype(), T => {
+            let (x, value) = (x.data_mut::<T>(), T::store(value as f32));
+            device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value)));
+        }),
         DeviceKind::Cuda | DeviceKind::Reference => x.view_mut().fill(value),
     }
 }
@@ -27,22 +28,51 @@ pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
     assert_eq!(sum.shape().elements(), x.len(), "sum: {:?} into {:?}", x.shape(), sum.shape());
     x.expect_on(device, "sum");
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (sum, x) = (sum.data_mut::<f32>(), x.data::<f32>());
+        DeviceKind::Cpu => by_activation!(sum.dtype(), S => by_activation!(x.dtype(), T => {
+            let (sum, x) = (sum.data_mut::<S>(), x.data::<T>());
             device.run(|| {
-                sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(sum, x)| {
-                    for (sum, x) in sum.iter_mut().zip(x) {
-                        *sum += x;
-                    }
-                });
+                let pairs = sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+                pairs.for_each(|(sum, x)| add_chunk(sum, x));
             });
-        }
+        })),
         DeviceKind::Cuda => add_into_on_gpu(sum, &x.cast(sum.dtype())),
         DeviceKind::Reference => {
             for (sum, x) in sum.data_mut::<f64>().iter_mut().zip(x.data::<f64>()) {
                 *sum += x;
             }
         }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn add_chunk<S: Activation, T: Activation>(sum: &mut [S], x: &[T]) {
+    for (sum, x) in sum.iter_mut().zip(x) {
+        *sum = S::store(sum.load() + x.load());
+    }
+}
+
+/// [`Tensor::cast`] on a host; between the types of a CPU's activations in whole vectors.
+#[track_caller]
+pub(super) fn cast_on_host(device: &Device, to: &mut TensorMut<'_>, x: &Tensor) {
+    match (x.dtype(), to.dtype()) {
+        (DType::F32, DType::Bf16) => cast_chunks::<f32, half::bf16>(device, to, x),
+        (DType::Bf16, DType::F32) => cast_chunks::<half::bf16, f32>(device, to, x),
+        _ => to.write_f64(&x.to_f64()),
+    }
+}
+
+fn cast_chunks<S: Activation, T: Activation>(device: &Device, to: &mut TensorMut<'_>, x: &Tensor) {
+    let (to, x) = (to.data_mut::<T>(), x.data::<S>());
+    device.run(|| {
+        let pairs = to.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+        pairs.for_each(|(to, x)| cast_chunk(to, x));
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn cast_chunk<S: Activation, T: Activation>(to: &mut [T], x: &[S]) {
+    for (to, x) in to.iter_mut().zip(x) {
+        *to = T::store(x.load());
     }
 }
 

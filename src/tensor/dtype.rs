@@ -4,12 +4,13 @@ use std::fmt;
 
 use half::bf16;
 
+use crate::cpu::bf16::{rounded, widened};
 use crate::device::{Device, DeviceKind, Precision, elements};
 
 /// The type of a tensor's elements, known at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DType {
-    /// 16-bit float with the exponents of 32 bits: activations and working copies of weights on a GPU.
+    /// 16-bit float with the exponents of 32 bits: activations and working copies of weights of a device in bf16.
     Bf16,
     /// 32-bit float.
     F32,
@@ -39,9 +40,9 @@ impl DType {
 
     /// The float type of a device's activations, images and working copies of filters and matrices.
     pub fn of_activations(device: &Device) -> Self {
-        match device.kind() {
-            DeviceKind::Cuda if device.gpu().precision() == Precision::Bf16 => DType::Bf16,
-            _ => Self::of(device),
+        match device.precision() {
+            Precision::Bf16 => DType::Bf16,
+            Precision::F32 => Self::of(device),
         }
     }
 }
@@ -74,10 +75,19 @@ impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
 
-/// f32 or f64, for generic loops that compute in f64.
+/// A float type, for generic loops that compute in f64.
 pub(crate) trait Float: Element {
     fn widen(self) -> f64;
     fn narrow(value: f64) -> Self;
+}
+
+impl Float for bf16 {
+    fn widen(self) -> f64 {
+        f64::from(self.load())
+    }
+    fn narrow(value: f64) -> Self {
+        Self::store(value as f32)
+    }
 }
 
 impl Float for f32 {
@@ -97,6 +107,54 @@ impl Float for f64 {
         value
     }
 }
+
+/// The type of a CPU's activations, f32 or bf16, for generic loops that compute in f32.
+pub(crate) trait Activation: Float {
+    fn load(self) -> f32;
+    fn store(value: f32) -> Self;
+}
+
+impl Activation for bf16 {
+    #[inline(always)]
+    fn load(self) -> f32 {
+        widened(self.to_bits())
+    }
+    #[inline(always)]
+    fn store(value: f32) -> Self {
+        Self::from_bits(rounded(value))
+    }
+}
+
+impl Activation for f32 {
+    #[inline(always)]
+    fn load(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn store(value: f32) -> Self {
+        value
+    }
+}
+
+/// Evaluates an expression with `$t` the type of a CPU's activations of this dtype:
+/// `by_activation!(x.dtype(), T => forward(y.data_mut::<T>(), x.data()))`.
+macro_rules! by_activation {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::Bf16 => {
+                type $t = half::bf16;
+                $body
+            }
+            $crate::tensor::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            other => panic!("a CPU does not compute in {other:?}"),
+        }
+    };
+}
+
+pub(crate) use by_activation;
 
 /// Up to four sizes, outermost first; a shape without sizes is that of a scalar. Its number of elements fits into memory:
 /// making a larger shape panics.

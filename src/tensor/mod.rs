@@ -20,7 +20,7 @@ use half::bf16;
 use crate::device::cuda::{self, In, Launch, Out};
 use crate::device::{Device, DeviceKind, Memory};
 pub(crate) use arithmetic::{CHUNK, add_into, fill};
-pub(crate) use dtype::Float;
+pub(crate) use dtype::{Activation, Float, by_activation};
 pub use dtype::{DType, Element, Shape};
 pub use numbers::Numbers;
 pub(crate) use views::{gather_views, interleave_views, pick_views, row_shape, sum_over_ranks};
@@ -433,10 +433,10 @@ impl<'a> TensorMut<'a> {
     #[track_caller]
     pub(crate) fn cast_from(&mut self, x: &Tensor) {
         assert_eq!(&self.shape, x.shape(), "cast: the shapes differ");
-        if self.memory.device().kind() != DeviceKind::Cuda {
-            return self.write_f64(&x.to_f64());
-        }
         let (device, n) = (x.device().clone(), x.len());
+        if device.kind() != DeviceKind::Cuda {
+            return arithmetic::cast_on_host(&device, self, x);
+        }
         let launch = Launch::over(device.gpu(), n, 8);
         // SAFETY: both have `n` elements.
         unsafe {

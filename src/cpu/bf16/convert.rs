@@ -38,7 +38,7 @@ pub(super) fn bits_mut(x: &mut [bf16]) -> &mut [u16] {
 
 /// The bits of the bf16 nearest to `x`, ties to even.
 #[inline(always)]
-pub(super) fn rounded(x: f32) -> u16 {
+pub(crate) fn rounded(x: f32) -> u16 {
     let bits = x.to_bits();
     let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     // Rounding could carry a NaN's bits into infinity or zero.
@@ -47,7 +47,7 @@ pub(super) fn rounded(x: f32) -> u16 {
 
 /// The value of a bf16 with these bits.
 #[inline(always)]
-pub(super) fn widened(bits: u16) -> f32 {
+pub(crate) fn widened(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 

@@ -20,5 +20,6 @@ mod tests;
 
 pub use crate::device::Bf16Path;
 pub use convert::{round, widen};
+pub(crate) use convert::{rounded, widened};
 pub use gemm::{Gemm, GemmKind, GemmSize, Output, gemm, gemm_workspace_len};
 pub use moments::Moments;

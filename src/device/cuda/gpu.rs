@@ -9,11 +9,11 @@ use cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode,
 };
 
-use super::Precision;
 use super::driver::{self, words};
 use super::kernels::{self, Loaded};
 use super::numbers::Region;
 use super::staging::{PIECE, Staging};
+use crate::device::Precision;
 use crate::error::{Error, Result};
 
 /// An open GPU. Requests are queued and run later, in the order in which they were made.

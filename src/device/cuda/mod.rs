@@ -29,25 +29,3 @@ pub(crate) use marks::Marks;
 pub(crate) use ring::Ring;
 pub(crate) use table::Table;
 pub(crate) use timer::Timer;
-
-use serde::{Deserialize, Serialize};
-
-/// The type in which a GPU stores activations and the working copies of weights. Sums, statistics, losses, master weights
-/// and optimiser state are f32 in both cases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// bf16 on tensor cores: the usual choice for training.
-    Bf16,
-    /// f32 throughout.
-    F32,
-}
-
-impl std::fmt::Display for Precision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Bf16 => "bf16",
-            Self::F32 => "f32",
-        })
-    }
-}

@@ -3,7 +3,8 @@
 
 use half::bf16;
 
-use crate::device::cuda::{self, In, Launch, Precision};
+use crate::device::Precision;
+use crate::device::cuda::{self, In, Launch};
 use crate::tensor::{DType, Tensor};
 
 /// The lowest temperature at which the fixed maximum `1 / T`, an upper bound on the logits of unit rows, is subtracted from
