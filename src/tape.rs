@@ -307,8 +307,29 @@ impl Gradients<'_> {
         }
     }
 
-    /// [`Gradients::target`] for a kernel that writes the dtype and shape of `like`. If the gradient has another dtype (f32
-    /// for a parameter), the target is made in `own`, for the caller to [add](Gradients::add) afterwards.
+    /// [`Gradients::target`] for a kernel that writes this dtype. If the gradient has another one (f32 for a parameter), the
+    /// target is made in `own`, for the caller to [add](Gradients::add) afterwards.
+    #[track_caller]
+    pub(crate) fn target_as<'t>(
+        &'t mut self,
+        id: VarId,
+        dtype: DType,
+        shape: &Shape,
+        own: &'t mut Option<Tensor>,
+    ) -> Option<(TensorMut<'t>, bool)> {
+        let of_gradient = match id {
+            VarId::Constant => return None,
+            VarId::Param(_) => self.arena.dtype(),
+            VarId::Node(index) => self.value(index).1,
+        };
+        if dtype == of_gradient {
+            return self.target(id, shape);
+        }
+        let own = own.insert(Tensor::empty(self.device, dtype, *shape));
+        Some((own.view_mut(), false))
+    }
+
+    /// [`Gradients::target_as`] for a kernel that writes the dtype and shape of `like`.
     #[track_caller]
     pub(crate) fn target_like<'t>(
         &'t mut self,
@@ -316,15 +337,7 @@ impl Gradients<'_> {
         like: &Tensor,
         own: &'t mut Option<Tensor>,
     ) -> Option<(TensorMut<'t>, bool)> {
-        let dtype = match id {
-            VarId::Constant => return None,
-            VarId::Param(_) => self.arena.dtype(),
-            VarId::Node(index) => self.value(index).1,
-        };
-        if dtype == like.dtype() {
-            return self.target(id, like.shape());
-        }
-        Some((own.insert(like.empty_like()).view_mut(), false))
+        self.target_as(id, like.dtype(), like.shape(), own)
     }
 
     /// Adds `dx` to the gradient of `id`, in the gradient's dtype. The first one of that dtype is kept without a copy.

@@ -71,7 +71,7 @@ impl Norm {
     }
 }
 
-/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the building block of ResNets. On a GPU the
+/// Convolution without bias, batch norm, an optional residual, an optional ReLU: the building block of ResNets. In bf16 the
 /// convolution's epilogue computes the batch statistics, which saves one read of its output; [`ops::conv2d`] followed by
 /// [`Norm::forward`] gives the same result.
 #[derive(Clone, Copy, Debug)]

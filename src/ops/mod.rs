@@ -1,9 +1,9 @@
 //! The primitives: operations on a [`Var`](crate::tape::Var) with a gradient.
 //!
 //! Each primitive is a folder. `mod.rs` states the maths with shapes and source, checks the arguments and records the
-//! operation on the tape; `cpu.rs` is the f32 path over slices; `cuda.rs` launches its kernels, which are in `kernels/`;
-//! `reference.rs` is the naive f64 path that tests compare with, written for clarity and not for speed. A new primitive needs
-//! its folder, the re-export below and a row in the case table of the tests (`tests/suite/cases.txt`).
+//! operation on the tape; `cpu.rs` is the path over slices, which computes in f32; `cuda.rs` launches its kernels, which are in
+//! `kernels/`; `reference.rs` is the naive f64 path that tests compare with, written for clarity and not for speed. A new
+//! primitive needs its folder, the re-export below and a row in the case table of the tests (`tests/suite/cases.txt`).
 
 /// Launches the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`. Needs an unsafe block.
 macro_rules! by_dtype {
@@ -41,6 +41,7 @@ mod transpose;
 pub(crate) use batch_norm::batch_norm_by;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use cast::cast;
+use cast::in_f32_on_a_cpu;
 pub(crate) use conv2d::conv2d_with_moments;
 pub use conv2d::{Conv2dDims, conv2d};
 pub use cross_entropy::cross_entropy;

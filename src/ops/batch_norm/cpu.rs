@@ -1,12 +1,11 @@
-//! The f32 path. Statistics need one read of the input: each chunk of rows stays in cache while its mean and its squared
-//! deviations are computed, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
+//! The path for f32 and bf16, which computes in f32. Statistics need one read of the input: each chunk of rows stays in cache
+//! while its mean and its squared deviations are computed, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{BatchNormDims, RUNNING_WEIGHT, Saved};
-use crate::tensor::CHUNK;
-use crate::tensor::Tensor;
+use crate::tensor::{Activation, CHUNK, Tensor};
 
 /// Rows in a parallel task: about 64 KiB of one operand.
 fn chunk_rows(c: usize) -> usize {
@@ -53,11 +52,11 @@ pub(super) fn partial_len(dims: BatchNormDims) -> usize {
 }
 
 /// Mean and biased variance of each group, `[groups, c]`.
-pub(super) fn moments(
+pub(super) fn moments<T: Activation>(
     mean: &mut [f32],
     variance: &mut [f32],
     partial: &mut [f32],
-    x: &[f32],
+    x: &[T],
     dims: BatchNormDims,
 ) {
     let c = dims.c;
@@ -68,7 +67,7 @@ pub(super) fn moments(
     }
     let rows = chunk_rows(c);
     let per_group = x.par_chunks(dims.len()).flat_map(|group| group.par_chunks(rows * c));
-    let tasks: Vec<&[f32]> = per_group.collect();
+    let tasks: Vec<&[T]> = per_group.collect();
     partial.par_chunks_mut(2 * c).zip(tasks).for_each(|(partial, x)| {
         let (mean, m2) = partial.split_at_mut(c);
         chunk_moments(mean, m2, x);
@@ -91,7 +90,7 @@ pub(super) fn moments(
 }
 
 /// Mean of the rows of a chunk, and the sum of their squared deviations.
-fn chunk_moments(mean: &mut [f32], m2: &mut [f32], x: &[f32]) {
+fn chunk_moments<T: Activation>(mean: &mut [f32], m2: &mut [f32], x: &[T]) {
     let scale = mean.len() as f32 / x.len() as f32;
     sum_wide([&mut *mean], |[sum]| add_rows(sum, x));
     mean.iter_mut().for_each(|mean| *mean *= scale);
@@ -100,30 +99,36 @@ fn chunk_moments(mean: &mut [f32], m2: &mut [f32], x: &[f32]) {
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn add_rows(sum: &mut [f32], x: &[f32]) {
+fn add_rows<T: Activation>(sum: &mut [f32], x: &[T]) {
     for row in x.chunks(sum.len()) {
         for (sum, x) in sum.iter_mut().zip(row) {
-            *sum += x;
+            *sum += x.load();
         }
     }
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn add_squares(m2: &mut [f32], x: &[f32], mean: &[f32]) {
+fn add_squares<T: Activation>(m2: &mut [f32], x: &[T], mean: &[f32]) {
     for row in x.chunks(m2.len()) {
         for ((m2, x), mean) in m2.iter_mut().zip(row).zip(mean) {
-            *m2 += (x - mean) * (x - mean);
+            let deviation = x.load() - mean;
+            *m2 += deviation * deviation;
         }
     }
 }
 
 /// `y = relu((x - mean) inv_std gain + shift + residual)`.
-pub(super) fn apply(y: &mut [f32], saved: &Saved, residual: Option<&Tensor>, relu: bool) {
-    let residual = residual.map(Tensor::data::<f32>);
+pub(super) fn apply<T: Activation>(
+    y: &mut [T],
+    saved: &Saved,
+    residual: Option<&Tensor>,
+    relu: bool,
+) {
+    let residual = residual.map(Tensor::data::<T>);
     let (lines, width) = (forward_lines(saved), width(saved.dims.c));
     for_chunks(y, saved.dims, |g, at, y| {
         let lines = &lines[3 * g * width..][..3 * width];
-        let x = &saved.x.data::<f32>()[at..][..y.len()];
+        let x = &saved.x.data::<T>()[at..][..y.len()];
         let residual = residual.map(|r| &r[at..][..x.len()]);
         apply_rows(y, x, residual, lines, relu);
     });
@@ -147,18 +152,24 @@ fn forward_lines(saved: &Saved) -> Vec<f32> {
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32], relu: bool) {
+fn apply_rows<T: Activation>(
+    y: &mut [T],
+    x: &[T],
+    residual: Option<&[T]>,
+    lines: &[f32],
+    relu: bool,
+) {
     let width = lines.len() / 3;
     let (mean, lines) = lines.split_at(width);
     let (a, b) = lines.split_at(width);
     let least = if relu { 0.0 } else { f32::NEG_INFINITY };
-    let clip = |v: f32| if v < least { least } else { v }; // unlike `max`, propagates NaN
+    let clip = |v: f32| T::store(if v < least { least } else { v }); // unlike `max`, propagates NaN
     let line = || mean.iter().zip(a).zip(b);
     match residual {
         None => {
             for (y, x) in y.chunks_mut(width).zip(x.chunks(width)) {
                 for ((y, x), ((mean, a), b)) in y.iter_mut().zip(x).zip(line()) {
-                    *y = clip((x - mean) * a + b);
+                    *y = clip((x.load() - mean) * a + b);
                 }
             }
         }
@@ -166,7 +177,7 @@ fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32],
             let inputs = x.chunks(width).zip(r.chunks(width));
             for (y, (x, r)) in y.chunks_mut(width).zip(inputs) {
                 for (((y, x), r), ((mean, a), b)) in y.iter_mut().zip(x).zip(r).zip(line()) {
-                    *y = clip((x - mean) * a + b + r);
+                    *y = clip((x.load() - mean) * a + b + r.load());
                 }
             }
         }
@@ -175,11 +186,16 @@ fn apply_rows(y: &mut [f32], x: &[f32], residual: Option<&[f32]>, lines: &[f32],
 
 /// Fills `sums [groups, 2, c]` with Σ dz and Σ dz x̂: sums over a chunk in f32, their total in f64. If `rectified`, `dz` is the
 /// gradient of the ReLU's output, and the ReLU's mask is recomputed from `x`.
-pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved, rectified: bool) {
+pub(super) fn backward_sums<T: Activation>(
+    sums: &mut [f32],
+    dz: &[T],
+    saved: &Saved,
+    rectified: bool,
+) {
     let c = saved.dims.c;
     let chunks = dz.chunks(saved.dims.len().max(1)).flat_map(|g| row_chunks(g, c)).collect();
     let (lines, width) = (forward_lines(saved), width(c));
-    sum_chunks(sums, chunks, saved, |sum, dot, dz: &[f32], (group, x, mean, inv_std)| {
+    sum_chunks(sums, chunks, saved, |sum, dot, dz: &[T], (group, x, mean, inv_std)| {
         if !rectified {
             return chunk_sums(sum, dot, dz, x, mean, inv_std);
         }
@@ -190,7 +206,13 @@ pub(super) fn backward_sums(sums: &mut [f32], dz: &[f32], saved: &Saved, rectifi
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn add_rectified_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32], lines: &[f32]) {
+fn add_rectified_products<T: Activation>(
+    sum: &mut [f32],
+    dot: &mut [f32],
+    dz: &[T],
+    x: &[T],
+    lines: &[f32],
+) {
     let width = sum.len();
     let (mean, lines) = lines.split_at(width);
     let (a, b) = lines.split_at(width);
@@ -198,21 +220,22 @@ fn add_rectified_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32
         let out = sum.iter_mut().zip(dot.iter_mut());
         let line = mean.iter().zip(a).zip(b);
         for ((((sum, dot), dz), x), ((mean, a), b)) in out.zip(dz).zip(x).zip(line) {
-            let dz = if (x - mean) * a + b > 0.0 { *dz } else { 0.0 }; // the same bits as `y`
+            let deviation = x.load() - mean;
+            let dz = if deviation * a + b > 0.0 { dz.load() } else { 0.0 }; // the same bits as `y`
             *sum += dz;
-            *dot += dz * (x - mean);
+            *dot += dz * deviation;
         }
     }
 }
 
 /// Sets `dz` to zero where `y <= 0`, and computes [`backward_sums`] in the same pass.
-pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &Saved) {
+pub(super) fn mask_and_sum<T: Activation>(sums: &mut [f32], dz: &mut [T], y: &[T], saved: &Saved) {
     let c = saved.dims.c;
     let group = saved.dims.len().max(1);
     let outputs = y.chunks(group).flat_map(|g| row_chunks(g, c));
     let chunk = chunk_rows(c) * c.max(1);
     let chunks = dz.chunks_mut(group).flat_map(|g| g.chunks_mut(chunk)).zip(outputs).collect();
-    let both = |sum: &mut [f32], dot: &mut [f32], (dz, y): (&mut [f32], &[f32]), at: Place<'_>| {
+    let both = |sum: &mut [f32], dot: &mut [f32], (dz, y): (&mut [T], &[T]), at: Place<'_, T>| {
         let (_, x, mean, inv_std) = at;
         let mean = repeated(mean, mean.len());
         sum_wide([sum, &mut *dot], |[sum, dot]| mask_and_add_products(sum, dot, dz, [y, x], &mean));
@@ -222,19 +245,19 @@ pub(super) fn mask_and_sum(sums: &mut [f32], dz: &mut [f32], y: &[f32], saved: &
 }
 
 /// Chunks of complete rows of one group.
-fn row_chunks(group: &[f32], c: usize) -> impl Iterator<Item = &[f32]> {
+fn row_chunks<T>(group: &[T], c: usize) -> impl Iterator<Item = &[T]> {
     group.chunks(chunk_rows(c) * c.max(1))
 }
 
 /// The group of a chunk, its `x`, and mean and `1 / std` of the group.
-type Place<'a> = (usize, &'a [f32], &'a [f32], &'a [f32]);
+type Place<'a, T> = (usize, &'a [T], &'a [f32], &'a [f32]);
 
 /// Calls `f(sum, dot, part, place)` for each chunk of rows in parallel, then adds up `sum` and `dot` of all chunks in order.
-fn sum_chunks<P: Send>(
+fn sum_chunks<T: Activation, P: Send>(
     sums: &mut [f32],
     parts: Vec<P>,
     saved: &Saved,
-    f: impl Fn(&mut [f32], &mut [f32], P, Place<'_>) + Sync,
+    f: impl Fn(&mut [f32], &mut [f32], P, Place<'_, T>) + Sync,
 ) {
     let dims = saved.dims;
     let c = dims.c;
@@ -249,7 +272,7 @@ fn sum_chunks<P: Send>(
         let (group, chunk) = (i / per_group, i % per_group);
         let at = group * dims.len() + chunk * rows * c;
         let len = (rows.min(dims.rows - chunk * rows)) * c;
-        let x = &saved.x.data::<f32>()[at..][..len];
+        let x = &saved.x.data::<T>()[at..][..len];
         let mean = &saved.mean.data::<f32>()[group * c..][..c];
         let inv_std = &saved.inv_std.data::<f32>()[group * c..][..c];
         let (sum, dot) = partial.split_at_mut(c);
@@ -265,29 +288,30 @@ fn sum_chunks<P: Send>(
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn mask_and_add_products(
+fn mask_and_add_products<T: Activation>(
     sum: &mut [f32],
     dot: &mut [f32],
-    dz: &mut [f32],
-    [y, x]: [&[f32]; 2],
+    dz: &mut [T],
+    [y, x]: [&[T]; 2],
     mean: &[f32],
 ) {
     let width = sum.len();
     for (dz, (y, x)) in dz.chunks_mut(width).zip(y.chunks(width).zip(x.chunks(width))) {
         let out = sum.iter_mut().zip(dot.iter_mut());
         for ((((sum, dot), dz), (y, x)), mean) in out.zip(dz).zip(y.iter().zip(x)).zip(mean) {
-            *dz = if *y > 0.0 { *dz } else { 0.0 };
-            *sum += *dz;
-            *dot += *dz * (x - mean);
+            let kept = if y.load() > 0.0 { dz.load() } else { 0.0 };
+            *dz = T::store(kept);
+            *sum += kept;
+            *dot += kept * (x.load() - mean);
         }
     }
 }
 
-fn chunk_sums(
+fn chunk_sums<T: Activation>(
     sum: &mut [f32],
     dot: &mut [f32],
-    dz: &[f32],
-    x: &[f32],
+    dz: &[T],
+    x: &[T],
     mean: &[f32],
     inv_std: &[f32],
 ) {
@@ -299,13 +323,13 @@ fn chunk_sums(
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn add_products(sum: &mut [f32], dot: &mut [f32], dz: &[f32], x: &[f32], mean: &[f32]) {
+fn add_products<T: Activation>(sum: &mut [f32], dot: &mut [f32], dz: &[T], x: &[T], mean: &[f32]) {
     let width = sum.len();
     for (dz, x) in dz.chunks(width).zip(x.chunks(width)) {
         let out = sum.iter_mut().zip(dot.iter_mut());
         for ((((sum, dot), dz), x), mean) in out.zip(dz).zip(x).zip(mean) {
-            *sum += dz;
-            *dot += dz * (x - mean);
+            *sum += dz.load();
+            *dot += dz.load() * (x.load() - mean);
         }
     }
 }
@@ -320,9 +344,9 @@ pub(super) fn sum_groups(total: &mut [f32], sums: &[f32], which: usize) {
     }
 }
 
-pub(super) fn input_gradient(
-    dx: &mut [f32],
-    dz: &[f32],
+pub(super) fn input_gradient<T: Activation>(
+    dx: &mut [T],
+    dz: &[T],
     sums: &[f32],
     saved: &Saved,
     accumulate: bool,
@@ -330,24 +354,29 @@ pub(super) fn input_gradient(
     let (lines, width) = (backward_lines(sums, saved), width(saved.dims.c));
     for_chunks(dx, saved.dims, |g, at, dx| {
         let line = &lines[3 * g * width..][..3 * width];
-        let x = &saved.x.data::<f32>()[at..][..dx.len()];
+        let x = &saved.x.data::<T>()[at..][..dx.len()];
         input_gradient_rows(dx, &dz[at..][..x.len()], x, line, accumulate);
     });
 }
 
 /// [`input_gradient`] of batch norm and ReLU, in place: `dx` holds the gradient of the ReLU's output on entry.
-pub(super) fn rectified_input_gradient(dx: &mut [f32], sums: &[f32], saved: &Saved) {
+pub(super) fn rectified_input_gradient<T: Activation>(dx: &mut [T], sums: &[f32], saved: &Saved) {
     let (forward, backward) = (forward_lines(saved), backward_lines(sums, saved));
     let width = width(saved.dims.c);
     for_chunks(dx, saved.dims, |g, at, dx| {
         let [forward, backward] = [&forward, &backward].map(|l| &l[3 * g * width..][..3 * width]);
-        let x = &saved.x.data::<f32>()[at..][..dx.len()];
+        let x = &saved.x.data::<T>()[at..][..dx.len()];
         rectified_input_gradient_rows(dx, x, forward, backward);
     });
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], backward: &[f32]) {
+fn rectified_input_gradient_rows<T: Activation>(
+    dx: &mut [T],
+    x: &[T],
+    forward: &[f32],
+    backward: &[f32],
+) {
     let width = forward.len() / 3;
     let (mean, forward) = forward.split_at(width);
     let (a, b) = forward.split_at(width);
@@ -357,8 +386,9 @@ fn rectified_input_gradient_rows(dx: &mut [f32], x: &[f32], forward: &[f32], bac
         let line = mean.iter().zip(a).zip(b).zip(to_dz.iter().zip(to_x).zip(constant));
         for ((dx, x), (((mean, a), b), ((to_dz, to_x), constant))) in dx.iter_mut().zip(x).zip(line)
         {
-            let dz = if (x - mean) * a + b > 0.0 { *dx } else { 0.0 };
-            *dx = to_dz * dz + to_x * x + constant;
+            let x = x.load();
+            let dz = if (x - mean) * a + b > 0.0 { dx.load() } else { 0.0 };
+            *dx = T::store(to_dz * dz + to_x * x + constant);
         }
     }
 }
@@ -384,7 +414,13 @@ fn backward_lines(sums: &[f32], saved: &Saved) -> Vec<f32> {
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn input_gradient_rows(dx: &mut [f32], dz: &[f32], x: &[f32], line: &[f32], accumulate: bool) {
+fn input_gradient_rows<T: Activation>(
+    dx: &mut [T],
+    dz: &[T],
+    x: &[T],
+    line: &[f32],
+    accumulate: bool,
+) {
     let width = line.len() / 3;
     let (a, rest) = line.split_at(width);
     let (b, d) = rest.split_at(width);
@@ -392,8 +428,8 @@ fn input_gradient_rows(dx: &mut [f32], dz: &[f32], x: &[f32], line: &[f32], accu
     for (dx, (dz, x)) in dx.chunks_mut(width).zip(inputs) {
         let line = a.iter().zip(b).zip(d);
         for (((dx, dz), x), ((a, b), d)) in dx.iter_mut().zip(dz).zip(x).zip(line) {
-            let value = a * dz + b * x + d;
-            *dx = if accumulate { *dx + value } else { value };
+            let value = a * dz.load() + b * x.load() + d;
+            *dx = T::store(if accumulate { dx.load() + value } else { value });
         }
     }
 }
@@ -417,7 +453,11 @@ fn scale_and_mean(saved: &Saved, group: usize) -> (impl Fn(usize) -> f32 + '_, &
 }
 
 /// Calls `f(group, first element, rows)` for chunks of rows in parallel.
-fn for_chunks(out: &mut [f32], dims: BatchNormDims, f: impl Fn(usize, usize, &mut [f32]) + Sync) {
+fn for_chunks<T: Send>(
+    out: &mut [T],
+    dims: BatchNormDims,
+    f: impl Fn(usize, usize, &mut [T]) + Sync,
+) {
     if dims.len() == 0 {
         return;
     }

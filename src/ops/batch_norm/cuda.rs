@@ -4,7 +4,7 @@
 
 use super::{BatchNormDims, EPS, Ids, RUNNING_WEIGHT, Running, Saved};
 use crate::device::cuda::{self, In, Launch, Out};
-use crate::ops::gemm::Moments;
+use crate::ops::gemm::{BlockMoments, Moments};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::{DType, Element, Tensor};
 
@@ -58,7 +58,7 @@ fn over_chunks(x: &Tensor, c: usize, chunks: usize) -> Launch<'_> {
 }
 
 /// Returns mean and squared deviations of each chunk of rows.
-fn partial_moments(x: &Tensor, dims: BatchNormDims) -> Moments {
+fn partial_moments(x: &Tensor, dims: BatchNormDims) -> BlockMoments {
     let shape = Shape::new(dims, x.dtype());
     let mut partial = Tensor::floats(x.device(), [dims.groups * shape.chunks, 2, dims.c]);
     let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
@@ -79,7 +79,7 @@ fn partial_moments(x: &Tensor, dims: BatchNormDims) -> Moments {
                 )
         );
     }
-    Moments { partial, rows: shape.rows_per_chunk }
+    BlockMoments { partial, rows: shape.rows_per_chunk }
 }
 
 /// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics. Reads `x` only if
@@ -93,7 +93,10 @@ pub(super) fn moments(
 ) -> (Tensor, Tensor) {
     let BatchNormDims { groups, rows, c, .. } = dims;
     let device = x.device();
-    let Moments { partial, rows: per_chunk } = given.unwrap_or_else(|| partial_moments(x, dims));
+    let BlockMoments { partial, rows: per_chunk } = match given {
+        Some(Moments::Blocks(given)) => given,
+        _ => partial_moments(x, dims),
+    };
     let chunks = rows.div_ceil(per_chunk);
     let (mut mean, mut inv_std) =
         (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));

@@ -19,7 +19,7 @@ use super::gemm::Moments;
 use crate::arena::Stat;
 use crate::device::{DeviceKind, Group};
 use crate::tape::{Gradients, Var, VarId};
-use crate::tensor::{Float, Tensor, sum_over_ranks};
+use crate::tensor::{Float, Tensor, by_activation, sum_over_ranks};
 
 /// Added to the variance before the square root.
 pub(crate) const EPS: f64 = 1e-5;
@@ -194,7 +194,7 @@ fn statistics(
     if tape.batch_statistics() {
         return match device.kind() {
             DeviceKind::Cuda => cuda::moments(tape, x.value(), running, dims, moments),
-            _ => batch_moments(x, running, dims),
+            _ => batch_moments(x, running, dims, moments),
         };
     }
     let running = running.expect("batch_norm: evaluation needs running statistics");
@@ -215,10 +215,10 @@ fn apply(saved: &Saved, residual: Option<&Tensor>, relu: bool) -> Tensor {
     let mut y = saved.x.empty_like();
     let device = y.device().clone();
     match device.kind() {
-        DeviceKind::Cpu => {
-            let y = y.data_mut();
+        DeviceKind::Cpu => by_activation!(saved.x.dtype(), T => {
+            let y = y.data_mut::<T>();
             device.run(|| cpu::apply(y, saved, residual, relu));
-        }
+        }),
         DeviceKind::Cuda => cuda::apply(&mut y, saved, residual, relu),
         DeviceKind::Reference => reference::apply(y.data_mut(), saved, residual, relu),
     }
@@ -256,22 +256,28 @@ fn backward_on_host(
         sum_over_ranks(&mut sums, group, "batch norm's gradients");
     }
     if rectified {
-        let (dx, sums) = (dz.data_mut(), sums.data());
-        device.run(|| cpu::rectified_input_gradient(dx, sums, saved));
+        by_activation!(dz.dtype(), T => {
+            let (dx, sums) = (dz.data_mut::<T>(), sums.data());
+            device.run(|| cpu::rectified_input_gradient(dx, sums, saved));
+        });
         gradients.add(ids.x, dz);
         return;
     }
-    if let Some((mut dx, accumulate)) = gradients.target(ids.x, saved.x.shape()) {
+    let mut own = None;
+    if let Some((mut dx, accumulate)) = gradients.target_like(ids.x, &saved.x, &mut own) {
         match device.kind() {
-            DeviceKind::Cpu => {
-                let (dx, dz, sums) = (dx.data_mut(), dz.data(), sums.data());
+            DeviceKind::Cpu => by_activation!(dz.dtype(), T => {
+                let (dx, dz, sums) = (dx.data_mut::<T>(), dz.data(), sums.data());
                 device.run(|| cpu::input_gradient(dx, dz, sums, saved, accumulate));
-            }
+            }),
             _ => {
                 let (dz, sums) = (dz.data(), sums.data());
                 reference::input_gradient(dx.data_mut(), dz, sums, saved, accumulate);
             }
         }
+    }
+    if let Some(dx) = own {
+        gradients.add(ids.x, dx);
     }
     if let Some(id) = ids.residual {
         gradients.add(id, dz);
@@ -299,13 +305,13 @@ fn mask_and_sum(
         dz = dz.copy(); // it is overwritten in place
     }
     let sums = sums.data_mut();
-    match mask {
+    by_activation!(dz.dtype(), T => match mask {
         Some(y) => {
-            let dz = dz.data_mut();
+            let dz = dz.data_mut::<T>();
             device.run(|| cpu::mask_and_sum(sums, dz, y.data(), saved));
         }
-        None => device.run(|| cpu::backward_sums(sums, dz.data(), saved, rectified)),
-    }
+        None => device.run(|| cpu::backward_sums(sums, dz.data::<T>(), saved, rectified)),
+    });
     dz
 }
 
@@ -330,24 +336,38 @@ struct Saved {
     dims: BatchNormDims,
 }
 
-/// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics.
-///
-/// For the CPU and the reference device; a GPU uses `cuda::moments`.
-fn batch_moments(x: &Var<'_>, running: Option<Running>, dims: BatchNormDims) -> (Tensor, Tensor) {
-    let device = x.tape().device();
+/// Returns mean and biased variance of each group, `[groups, c]`, read from `x`.
+fn own_moments(x: &Tensor, dims: BatchNormDims) -> (Tensor, Tensor) {
+    let device = x.device();
     let shape = [dims.groups, dims.c];
     let (mut mean, mut variance) = (Tensor::floats(device, shape), Tensor::floats(device, shape));
     match device.kind() {
-        DeviceKind::Cpu => {
+        DeviceKind::Cpu => by_activation!(x.dtype(), T => {
             let mut partial = Tensor::floats(device, [cpu::partial_len(dims)]);
             let (mean, variance) = (mean.data_mut(), variance.data_mut());
-            let (partial, x) = (partial.data_mut(), x.value().data());
+            let (partial, x) = (partial.data_mut(), x.data::<T>());
             device.run(|| cpu::moments(mean, variance, partial, x, dims));
-        }
-        _ => {
-            reference::moments(mean.data_mut(), variance.data_mut(), x.value().data(), dims);
-        }
+        }),
+        _ => reference::moments(mean.data_mut(), variance.data_mut(), x.data(), dims),
     }
+    (mean, variance)
+}
+
+/// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics.
+///
+/// For the CPU and the reference device; a GPU uses `cuda::moments`.
+fn batch_moments(
+    x: &Var<'_>,
+    running: Option<Running>,
+    dims: BatchNormDims,
+    given: Option<Moments>,
+) -> (Tensor, Tensor) {
+    let device = x.tape().device();
+    let shape = [dims.groups, dims.c];
+    let (mut mean, mut variance) = match given {
+        Some(Moments::Groups { mean, variance }) => (mean, variance),
+        _ => own_moments(x.value(), dims),
+    };
     if dims.ranks > 1 {
         match device.kind() {
             DeviceKind::Cpu => merge_ranks::<f32>(&mut mean, &mut variance, x.tape().group()),

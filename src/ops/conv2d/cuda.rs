@@ -4,7 +4,7 @@
 use super::Conv2dDims;
 use crate::device::cuda::{self, Launch, Out};
 use crate::ops::gemm::{
-    Gemm, GemmKind, GemmSize, Moments, TileShape, gemm, gemm_with_moments, is_aligned,
+    BlockMoments, Gemm, GemmKind, GemmSize, TileShape, gemm, gemm_with_moments, is_aligned,
     split_k_reduce,
 };
 use crate::tensor::{DType, Tensor, TensorMut};
@@ -59,7 +59,7 @@ pub(super) fn forward(
     filters: &Tensor,
     d: &Conv2dDims,
     groups: Option<usize>,
-) -> Option<Moments> {
+) -> Option<BlockMoments> {
     let rows = d.n * d.p * d.q;
     if is_plain(d) {
         let sizes = GemmSize { m: rows, n: d.k, k: d.c };
@@ -71,7 +71,7 @@ pub(super) fn forward(
     }
     let tile = table(Gemm::convolution(d), [x, filters]).tile();
     let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
-    let mut moments = groups.and_then(|groups| Moments::new(y, rows, groups, &tile));
+    let mut moments = groups.and_then(|groups| BlockMoments::new(y, rows, groups, &tile));
     let partial = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
     macro_rules! of_bf16 {
         ($kernel:ident) => {

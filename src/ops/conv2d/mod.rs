@@ -7,11 +7,12 @@ mod cuda;
 mod reference;
 
 use super::gemm::Moments;
+use crate::cpu::bf16;
 pub use crate::cpu::conv2d::Conv2dDims;
 use crate::cpu::conv2d::{self as cpu, Direction};
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Tensor, TensorMut};
+use crate::tensor::{DType, Tensor, TensorMut};
 
 /// The part of this operation that [`kernels`](super::kernels) exports.
 pub(super) mod kernels {
@@ -40,7 +41,7 @@ pub fn conv2d<'t>(x: &Var<'t>, w: &Var<'t>, stride: usize, pad: usize) -> Var<'t
     conv2d_with_moments(x, w, stride, pad, None).0
 }
 
-/// [`conv2d`] that also returns the moments of its output for a batch norm of `groups` groups, if a GPU kernel supports them.
+/// [`conv2d`] that also returns the moments of its output for a batch norm of `groups` groups, if a kernel has them.
 #[track_caller]
 pub(crate) fn conv2d_with_moments<'t>(
     x: &Var<'t>,
@@ -63,15 +64,21 @@ pub(crate) fn conv2d_with_moments<'t>(
     let moments = forward(&mut y, &x_value, &w_value, &d, groups);
     let (x_id, w_id) = (x.id(), w.id());
     let y = x.tape().record("conv2d", y, &[x, w], move |dy, gradients| {
-        if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
+        let [mut own_dw, mut own_dx] = [None, None];
+        let dw = match device.kind() {
+            DeviceKind::Cuda => gradients.target(w_id, w_value.shape()), // of any dtype
+            _ => gradients.target_as(w_id, DType::of(&device), w_value.shape(), &mut own_dw),
+        };
+        if let Some((mut dw, accumulate)) = dw {
             weight_gradient(&mut dw, &x_value, &dy, &d, accumulate);
         }
-        let mut own = None;
-        if let Some((mut dx, accumulate)) = gradients.target_like(x_id, &x_value, &mut own) {
+        if let Some((mut dx, accumulate)) = gradients.target_like(x_id, &x_value, &mut own_dx) {
             data_gradient(&mut dx, &dy, &w_value, &d, accumulate);
         }
-        if let Some(dx) = own {
-            gradients.add(x_id, dx);
+        for (id, own) in [(w_id, own_dw), (x_id, own_dx)] {
+            if let Some(own) = own {
+                gradients.add(id, own);
+            }
         }
     });
     (y, moments)
@@ -93,16 +100,44 @@ pub(crate) fn forward(
     match x.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(x, d, Direction::Forward);
+            let workspace = workspace.data_mut();
+            if x.dtype() == DType::Bf16 {
+                return forward_in_bf16(y, x, w, workspace, d, groups);
+            }
             let (y, x_data, w) = (y.data_mut(), x.data(), w.data());
-            x.device().run(|| cpu::forward(y, x_data, w, workspace.data_mut(), d));
+            x.device().run(|| cpu::forward(y, x_data, w, workspace, d));
         }
         DeviceKind::Cuda => {
             cuda::check(d);
-            return cuda::forward(y, x, w, d, groups);
+            return cuda::forward(y, x, w, d, groups).map(Moments::Blocks);
         }
         DeviceKind::Reference => reference::forward(y.data_mut(), x.data(), w.data(), d),
     }
     None
+}
+
+/// [`forward`] on a CPU in bf16, with moments if each group has whole images.
+fn forward_in_bf16(
+    y: &mut Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    workspace: &mut [f32],
+    d: &Conv2dDims,
+    groups: Option<usize>,
+) -> Option<Moments> {
+    let (y, x_data, w) = (y.data_mut(), x.data(), w.data());
+    let groups = groups.filter(|groups| d.n.is_multiple_of(*groups));
+    let mut moments = groups.map(|groups| {
+        let of = || Tensor::floats(x.device(), [groups, d.k]);
+        (of(), of())
+    });
+    let wanted = moments.as_mut().map(|(mean, variance)| bf16::Moments {
+        groups: mean.shape()[0],
+        mean: mean.data_mut(),
+        variance: variance.data_mut(),
+    });
+    x.device().run(|| bf16::conv2d::forward(y, x_data, w, wanted, workspace, d));
+    moments.map(|(mean, variance)| Moments::Groups { mean, variance })
 }
 
 /// Computes `dw` from `x` and `dy`, or adds it to the contents of `dw` if `accumulate`.
@@ -122,9 +157,16 @@ pub(crate) fn weight_gradient(
     match x.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(x, d, Direction::WeightGradient);
-            let (dw, x_data, dy) = (dw.data_mut(), x.data(), dy.data());
-            let workspace = workspace.data_mut();
-            x.device().run(|| cpu::weight_gradient(dw, x_data, dy, workspace, d, accumulate));
+            let (dw, workspace) = (dw.data_mut(), workspace.data_mut());
+            if x.dtype() == DType::Bf16 {
+                let (x_data, dy) = (x.data(), dy.data());
+                let run =
+                    || bf16::conv2d::weight_gradient(dw, x_data, dy, workspace, d, accumulate);
+                x.device().run(run);
+            } else {
+                let (x_data, dy) = (x.data(), dy.data());
+                x.device().run(|| cpu::weight_gradient(dw, x_data, dy, workspace, d, accumulate));
+            }
         }
         DeviceKind::Cuda => cuda::weight_gradient(dw, x, dy, d, accumulate),
         DeviceKind::Reference => {
@@ -150,9 +192,15 @@ pub(crate) fn data_gradient(
     match dy.device().kind() {
         DeviceKind::Cpu => {
             let mut workspace = workspace(dy, d, Direction::DataGradient);
-            let (dx, dy_data, w) = (dx.data_mut(), dy.data(), w.data());
             let workspace = workspace.data_mut();
-            dy.device().run(|| cpu::data_gradient(dx, dy_data, w, workspace, d, accumulate));
+            if dy.dtype() == DType::Bf16 {
+                let (dx, dy_data, w) = (dx.data_mut(), dy.data(), w.data());
+                let run = || bf16::conv2d::data_gradient(dx, dy_data, w, workspace, d, accumulate);
+                dy.device().run(run);
+            } else {
+                let (dx, dy_data, w) = (dx.data_mut(), dy.data(), w.data());
+                dy.device().run(|| cpu::data_gradient(dx, dy_data, w, workspace, d, accumulate));
+            }
         }
         DeviceKind::Cuda => cuda::data_gradient(dx, dy, w, d, accumulate),
         DeviceKind::Reference => {
@@ -162,5 +210,9 @@ pub(crate) fn data_gradient(
 }
 
 fn workspace(x: &Tensor, d: &Conv2dDims, direction: Direction) -> Tensor {
-    Tensor::floats(x.device(), [cpu::workspace_len(d, direction)])
+    let len = match x.dtype() {
+        DType::Bf16 => bf16::conv2d::workspace_len(d, direction),
+        _ => cpu::workspace_len(d, direction),
+    };
+    Tensor::floats(x.device(), [len])
 }

@@ -33,6 +33,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
     assert!(n > 0, "cross_entropy: no rows");
     let device = x.tape().device().clone();
     labels.expect_on(&device, "cross_entropy");
+    let x = &super::in_f32_on_a_cpu(x);
     let (x_value, labels) = (x.value().clone(), labels.clone());
     let x_id = x.id();
     if device.kind() == DeviceKind::Cuda {

@@ -1,10 +1,11 @@
 //! The helper of the elementwise primitives: one expression for all devices.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
 use crate::device::cuda::Launch;
-use crate::tensor::{CHUNK, Tensor};
+use crate::tensor::{Activation, CHUNK, Tensor, by_activation};
 
 /// Returns `f(x)`, element by element: `map!(x, |x| x * x, square_f32 | square_bf16)`. The expression must be valid in f32, for
 /// the CPU, and in f64, for the reference device. The kernels take `(y, x, n)`.
@@ -83,14 +84,13 @@ pub(super) fn map_with(
 ) -> Tensor {
     let (mut y, device) = (x.empty_like(), x.device());
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, x) = (y.data_mut::<f32>(), x.data::<f32>());
+        DeviceKind::Cpu => by_activation!(x.dtype(), T => {
+            let (y, x) = (y.data_mut::<T>(), x.data::<T>());
             device.run(|| {
-                y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
-                    y.iter_mut().zip(x).for_each(|(y, &x)| *y = on_cpu(x));
-                });
+                let pairs = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+                pairs.for_each(|(y, x)| map_chunk(y, x, &on_cpu));
             });
-        }
+        }),
         DeviceKind::Cuda => on_cuda(launch(x), &mut y, x.len() as i64),
         DeviceKind::Reference => {
             let pairs = y.data_mut::<f64>().iter_mut().zip(x.data::<f64>());
@@ -116,15 +116,14 @@ pub(super) fn zip_with(
     );
     let (mut y, device) = (a.empty_like(), a.device());
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, a, b) = (y.data_mut::<f32>(), a.data::<f32>(), b.data::<f32>());
+        DeviceKind::Cpu => by_activation!(a.dtype(), T => {
+            let (y, a, b) = (y.data_mut::<T>(), a.data::<T>(), b.data::<T>());
             device.run(|| {
                 let inputs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
-                y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (a, b))| {
-                    y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (&a, &b))| *y = on_cpu(a, b));
-                });
+                let all = y.par_chunks_mut(CHUNK).zip(inputs);
+                all.for_each(|(y, (a, b))| zip_chunk(y, a, b, &on_cpu));
             });
-        }
+        }),
         DeviceKind::Cuda => on_cuda(launch(a), &mut y, a.len() as i64),
         DeviceKind::Reference => {
             let inputs = a.data::<f64>().iter().zip(b.data::<f64>());
@@ -133,6 +132,24 @@ pub(super) fn zip_with(
         }
     }
     y
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn map_chunk<T: Activation, F: Fn(f32) -> f32>(y: &mut [T], x: &[T], f: &F) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = T::store(f(x.load()));
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn zip_chunk<T, F>(y: &mut [T], a: &[T], b: &[T], f: &F)
+where
+    T: Activation,
+    F: Fn(f32, f32) -> f32,
+{
+    for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
+        *y = T::store(f(a.load(), b.load()));
+    }
 }
 
 /// 16 bytes per thread.

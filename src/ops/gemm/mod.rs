@@ -15,15 +15,23 @@ pub(super) struct GemmSize {
     pub(super) k: usize,
 }
 
+/// Batch norm statistics of a convolution's output, from its epilogue.
+pub(crate) enum Moments {
+    /// From a GPU.
+    Blocks(BlockMoments),
+    /// From a CPU: mean and biased variance of each group of rows, both `[groups, columns]`.
+    Groups { mean: Tensor, variance: Tensor },
+}
+
 /// Batch norm statistics from a GEMM's epilogue: mean and sum of squared deviations of each column, per block of rows.
-pub(crate) struct Moments {
+pub(crate) struct BlockMoments {
     /// `[blocks, 2, columns]`
     pub(crate) partial: Tensor,
     /// Rows of a block; the last may have fewer.
     pub(crate) rows: usize,
 }
 
-impl Moments {
+impl BlockMoments {
     /// Memory for the moments of `rows` rows in `groups` equal groups, computed by `tile`. `None` if a tile would span two
     /// groups.
     pub(super) fn new(y: &Tensor, rows: usize, groups: usize, tile: &Tile) -> Option<Self> {
@@ -92,10 +100,10 @@ pub(super) fn gemm_with_moments(
     w: &Tensor,
     sizes: GemmSize,
     groups: usize,
-) -> Option<Moments> {
+) -> Option<BlockMoments> {
     let gemm = table(GemmKind::Nt, sizes, [x, w], false);
     let tile = gemm.tile();
-    let mut moments = Moments::new(y, sizes.m, groups, &tile);
+    let mut moments = BlockMoments::new(y, sizes.m, groups, &tile);
     let (c, partial) = (&mut y.view_mut(), moments.as_mut().map(|m| &mut m.partial));
     Matmul { gemm, tile, c, a: x, b: w, bias: None, moments: partial, accumulate: false }.run();
     moments

@@ -10,12 +10,12 @@ use rayon::prelude::*;
 use crate::arena::{Arena, Param, Parts};
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Float, Tensor, TensorMut};
+use crate::tensor::{Activation, Float, Tensor, TensorMut, by_activation};
 
 /// Lower bound of the norm in the division.
 pub(crate) const EPS: f64 = 1e-12;
 
-/// Scales each row of `x [n, d]` to unit length. The output is f32 on a GPU, even if `x` is bf16.
+/// Scales each row of `x [n, d]` to unit length. The output is f32, even if `x` is bf16.
 ///
 /// ```
 /// # use selfsup::{arena::{Arena, Layout}, device::Device, ops, tape, tensor::Tensor};
@@ -36,10 +36,10 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     let mut y = Tensor::floats(&device, [n, d]);
     let mut norms = Tensor::floats(&device, [n]);
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, norms, x) = (y.data_mut(), norms.data_mut(), x.value().data());
+        DeviceKind::Cpu => by_activation!(x.value().dtype(), T => {
+            let (y, norms, x) = (y.data_mut(), norms.data_mut(), x.value().data::<T>());
             device.run(|| forward_cpu(y, norms, x, d));
-        }
+        }),
         DeviceKind::Cuda => cuda::forward(&mut y, &mut norms, x.value()),
         DeviceKind::Reference => {
             forward_reference(y.data_mut(), norms.data_mut(), x.value().data(), d);
@@ -49,10 +49,11 @@ pub fn l2_normalize<'t>(x: &Var<'t>) -> Var<'t> {
     x.tape().record("l2_normalize", y, &[x], move |dy, gradients| {
         let mut dx = Tensor::empty(&device, dtype, [n, d]);
         match device.kind() {
-            DeviceKind::Cpu => {
-                let (dx, dy, y, norms) = (dx.data_mut(), dy.data(), saved.data(), norms.data());
+            DeviceKind::Cpu => by_activation!(dtype, T => {
+                let (dy, y, norms) = (dy.data(), saved.data(), norms.data());
+                let dx = dx.data_mut::<T>();
                 device.run(|| backward_cpu(dx, dy, y, norms, d));
-            }
+            }),
             DeviceKind::Cuda => cuda::backward(&mut dx, &dy, &saved, &norms),
             DeviceKind::Reference => {
                 backward_reference(dx.data_mut(), dy.data(), saved.data(), norms.data(), d);
@@ -98,19 +99,19 @@ fn normalize_row<T: Float>(row: &mut [T]) {
     row.iter_mut().for_each(|v| *v = T::narrow(v.widen() / norm));
 }
 
-fn forward_cpu(y: &mut [f32], norms: &mut [f32], x: &[f32], d: usize) {
+fn forward_cpu<T: Activation>(y: &mut [f32], norms: &mut [f32], x: &[T], d: usize) {
     let rows = y.par_chunks_mut(d.max(1)).zip(x.par_chunks(d.max(1)));
     rows.zip(norms).for_each(|((y, x), norm)| {
-        let square: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
+        let square: f64 = x.iter().map(|v| v.widen().powi(2)).sum();
         *norm = square.sqrt() as f32;
         let scale = 1.0 / norm.max(EPS as f32);
         for (y, x) in y.iter_mut().zip(x) {
-            *y = x * scale;
+            *y = x.load() * scale;
         }
     });
 }
 
-fn backward_cpu(dx: &mut [f32], dy: &[f32], y: &[f32], norms: &[f32], d: usize) {
+fn backward_cpu<T: Activation>(dx: &mut [T], dy: &[f32], y: &[f32], norms: &[f32], d: usize) {
     let inputs = dy.par_chunks(d.max(1)).zip(y.par_chunks(d.max(1))).zip(norms);
     dx.par_chunks_mut(d.max(1)).zip(inputs).for_each(|(dx, ((dy, y), &norm))| {
         let scale = 1.0 / norm.max(EPS as f32);
@@ -120,7 +121,7 @@ fn backward_cpu(dx: &mut [f32], dy: &[f32], y: &[f32], norms: &[f32], d: usize) 
             0.0
         };
         for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
-            *dx = (dy - y * dot) * scale;
+            *dx = T::store((dy - y * dot) * scale);
         }
     });
 }

@@ -8,7 +8,7 @@ mod reference;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, by_activation};
 
 /// The sizes of a linear layer.
 #[derive(Clone, Copy, Debug)]
@@ -50,9 +50,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
     let (x_value, w_value) = (x.value().clone(), w.value().clone());
     match device.kind() {
         DeviceKind::Cpu => {
-            let (y, x, w) = (y.data_mut(), x_value.data(), w_value.data());
-            let bias = bias.map(|b| b.value().data());
-            device.run(|| cpu::forward(y, x, w, bias, dims));
+            cpu::forward(&mut y.view_mut(), &x_value, &w_value, bias.map(|b| b.value()), dims);
         }
         DeviceKind::Cuda => {
             cuda::forward(&mut y, &x_value, &w_value, bias.map(|b| b.value()), dims);
@@ -71,10 +69,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
     x.tape().record("linear", y, &inputs, move |dy, gradients| {
         if let Some((mut dx, accumulate)) = gradients.target(x_id, x_value.shape()) {
             match device.kind() {
-                DeviceKind::Cpu => {
-                    let (dx, dy, w) = (dx.data_mut(), dy.data(), w_value.data());
-                    device.run(|| cpu::input_gradient(dx, dy, w, dims, accumulate));
-                }
+                DeviceKind::Cpu => cpu::input_gradient(&mut dx, &dy, &w_value, dims, accumulate),
                 DeviceKind::Cuda => cuda::input_gradient(&mut dx, &dy, &w_value, dims, accumulate),
                 DeviceKind::Reference => reference::input_gradient(
                     dx.data_mut(),
@@ -87,10 +82,7 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
         }
         if let Some((mut dw, accumulate)) = gradients.target(w_id, w_value.shape()) {
             match device.kind() {
-                DeviceKind::Cpu => {
-                    let (dw, dy, x) = (dw.data_mut(), dy.data(), x_value.data());
-                    device.run(|| cpu::weight_gradient(dw, dy, x, dims, accumulate));
-                }
+                DeviceKind::Cpu => cpu::weight_gradient(&mut dw, &dy, &x_value, dims, accumulate),
                 DeviceKind::Cuda => cuda::weight_gradient(&mut dw, &dy, &x_value, dims, accumulate),
                 DeviceKind::Reference => reference::weight_gradient(
                     dw.data_mut(),
@@ -105,7 +97,10 @@ pub fn linear<'t>(x: &Var<'t>, w: &Var<'t>, bias: Option<&Var<'t>>) -> Var<'t> {
             && let Some((mut db, accumulate)) = gradients.target(id, &[k].into())
         {
             match device.kind() {
-                DeviceKind::Cpu => cpu::bias_gradient(db.data_mut(), dy.data(), accumulate),
+                DeviceKind::Cpu => {
+                    let db = db.data_mut();
+                    by_activation!(dy.dtype(), T => cpu::bias_gradient::<T>(db, dy.data(), accumulate));
+                }
                 DeviceKind::Cuda => cuda::bias_gradient(&mut db, &dy, dims, accumulate),
                 DeviceKind::Reference => {
                     reference::bias_gradient(db.data_mut(), dy.data(), accumulate);

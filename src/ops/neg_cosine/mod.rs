@@ -10,7 +10,7 @@ mod rows;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, by_activation};
 
 /// Returns the mean negative cosine of rows `p [n, d]` and `z [n, d]`, in `-1..=1`; a scalar. [`Var::detach`] stops the gradient
 /// of either side.
@@ -38,7 +38,9 @@ pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
     let (p_value, z_value) = (p.value().clone(), z.value().clone());
     let mean = |sum: f64| Tensor::from_f64(&device, [], &[-sum / n as f64]);
     let y = match device.kind() {
-        DeviceKind::Cpu => mean(rows::sum_of_cosines::<f32>(p_value.data(), z_value.data(), d)),
+        DeviceKind::Cpu => by_activation!(p_value.dtype(), T => {
+            mean(rows::sum_of_cosines::<T>(p_value.data(), z_value.data(), d))
+        }),
         DeviceKind::Cuda => cuda::forward(&p_value, &z_value),
         DeviceKind::Reference => {
             mean(rows::sum_of_cosines::<f64>(p_value.data(), z_value.data(), d))
@@ -53,11 +55,11 @@ pub fn neg_cosine<'t>(p: &Var<'t>, z: &Var<'t>) -> Var<'t> {
             }
             let mut dx = x.empty_like();
             match device.kind() {
-                DeviceKind::Cpu => {
-                    let (dx, x, other) = (dx.data_mut::<f32>(), x.data(), other.data());
+                DeviceKind::Cpu => by_activation!(x.dtype(), T => {
+                    let (dx, x, other) = (dx.data_mut::<T>(), x.data(), other.data());
                     let scale = scale();
                     device.run(|| rows::gradient(dx, x, other, d, scale));
-                }
+                }),
                 DeviceKind::Cuda => cuda::backward(&mut dx, x, other, &dy),
                 DeviceKind::Reference => {
                     rows::gradient::<f64>(dx.data_mut(), x.data(), other.data(), d, scale());

@@ -1,4 +1,4 @@
-//! Loops over rows, generic over the CPU's f32 and the reference device's f64.
+//! Loops over rows, generic over the CPU's types and the reference device's f64.
 
 use rayon::prelude::*;
 

@@ -60,6 +60,7 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
     );
     assert!(temperature > 0.0, "pair_loss: temperature {temperature}");
     let device = z.tape().device().clone();
+    let z = &super::in_f32_on_a_cpu(z);
     let z_value = z.value().clone();
     let mut weights = Tensor::floats(&device, [rows, rows]); // similarities, then G
     let sum = match device.kind() {

@@ -1,11 +1,11 @@
-//! Average pooling of small windows; loops generic over the CPU's f32 and the reference device's f64, with sums in f64.
+//! Average pooling of small windows; loops generic over the CPU's types and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 
 use super::cuda;
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{DType, Float, Tensor, by_activation};
 
 /// The sizes of an average pooling.
 #[derive(Clone, Copy, Debug)]
@@ -53,21 +53,23 @@ pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, x) = (y.data_mut::<f32>(), x.value().data());
+        DeviceKind::Cpu => by_activation!(y.dtype(), T => {
+            let (y, x) = (y.data_mut::<T>(), x.value().data());
             device.run(|| forward(y, x, dims));
-        }
+        }),
         DeviceKind::Cuda => cuda::average_forward(&mut y, x.value(), dims),
         DeviceKind::Reference => forward::<f64>(y.data_mut(), x.value().data(), dims),
     }
     let (x_id, shape) = (x.id(), *x.shape());
     x.tape().record("avg_pool", y, &[x], move |dy, gradients| {
         let device = dy.device();
-        let mut dx = Tensor::empty(device, dy.dtype(), shape);
+        let on_cpu = device.kind() == DeviceKind::Cpu;
+        // Windows of stride 1 overlap: on a CPU their sums are in f32, which `add` rounds.
+        let mut dx = Tensor::empty(device, if on_cpu { DType::F32 } else { dy.dtype() }, shape);
         match device.kind() {
             DeviceKind::Cpu => {
-                let (dx, dy) = (dx.data_mut::<f32>(), dy.data());
-                device.run(|| backward(dx, dy, dims));
+                let (dx, dy) = (dx.data_mut::<f32>(), dy.cast(DType::F32));
+                device.run(|| backward(dx, dy.data(), dims));
             }
             DeviceKind::Cuda => cuda::average_backward(&mut dx, &dy, dims),
             DeviceKind::Reference => backward::<f64>(dx.data_mut(), dy.data(), dims),

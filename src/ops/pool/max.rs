@@ -1,11 +1,13 @@
-//! Max pooling. It only compares, so one generic loop serves the CPU and the reference device.
+//! Max pooling. It only compares, so one generic loop serves the CPU and the reference device. `wide` turns an element into the
+//! type that is compared and that gradients add up in: f32 for bf16, otherwise its own.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::cuda;
 use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Activation, DType, Element, Tensor};
 
 /// The sizes of a max pooling.
 #[derive(Clone, Copy, Debug)]
@@ -57,20 +59,27 @@ pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
     match device.kind() {
-        DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), dims, device),
+        DeviceKind::Cpu if y.dtype() == DType::Bf16 => {
+            forward(&mut y, x.value(), dims, device, bf16::load);
+        }
+        DeviceKind::Cpu => forward(&mut y, x.value(), dims, device, f32::load),
         DeviceKind::Cuda => return on_gpu(x, y, dims),
-        DeviceKind::Reference => forward::<f64>(&mut y, x.value(), dims, device),
+        DeviceKind::Reference => forward(&mut y, x.value(), dims, device, |x: f64| x),
     }
     let (x_id, x_value, y_value) = (x.id(), x.value().clone(), y.clone());
     x.tape().record("max_pool", y, &[x], move |dy, gradients| {
         let device = dy.device();
         let mut dx = Tensor::floats(device, *x_value.shape());
+        let values = [&dy, &x_value, &y_value];
         match device.kind() {
-            DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, &x_value, &y_value, dims, device),
+            DeviceKind::Cpu if dy.dtype() == DType::Bf16 => {
+                backward(&mut dx, values, dims, device, bf16::load);
+            }
+            DeviceKind::Cpu => backward(&mut dx, values, dims, device, f32::load),
             // The reference device; the GPU returned above.
-            _ => backward::<f64>(&mut dx, &dy, &x_value, &y_value, dims, device),
+            _ => backward(&mut dx, values, dims, device, |x: f64| x),
         }
-        gradients.add(x_id, dx);
+        gradients.add(x_id, dx); // rounds
     })
 }
 
@@ -87,11 +96,12 @@ fn on_gpu<'t>(x: &Var<'t>, mut y: Tensor, dims: MaxPoolDims) -> Var<'t> {
     })
 }
 
-fn forward<T: Element + PartialOrd>(
+fn forward<T: Element, W: PartialOrd>(
     y: &mut Tensor,
     x: &Tensor,
     dims: MaxPoolDims,
     device: &Device,
+    wide: impl Fn(T) -> W + Sync,
 ) {
     let MaxPoolDims { h, w, c, p, q, .. } = dims;
     let (y, x) = (y.data_mut::<T>(), x.data::<T>());
@@ -101,11 +111,11 @@ fn forward<T: Element + PartialOrd>(
             for (o, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
                 for (i, pixel) in dims.pixels(o / q, o % q).enumerate() {
                     for (y, &x) in y.iter_mut().zip(&x[pixel..pixel + c]) {
-                        // `x != x`: NaN propagates.
+                        let value = wide(x);
+                        // `value != value`: NaN propagates.
                         #[allow(clippy::eq_op)]
-                        if i == 0 || x > *y || x != x {
-                            *y = x;
-                        }
+                        let larger = i == 0 || value > wide(*y) || value != value;
+                        *y = if larger { x } else { *y };
                     }
                 }
             }
@@ -113,33 +123,32 @@ fn forward<T: Element + PartialOrd>(
     });
 }
 
-fn backward<T: Element + PartialOrd + std::ops::AddAssign + Default>(
+fn backward<T: Element, W: Element + PartialOrd + std::ops::AddAssign + Default>(
     dx: &mut Tensor,
-    dy: &Tensor,
-    x: &Tensor,
-    y: &Tensor,
+    values: [&Tensor; 3],
     dims: MaxPoolDims,
     device: &Device,
+    wide: impl Fn(T) -> W + Sync,
 ) {
     let MaxPoolDims { h, w, c, p, q, .. } = dims;
-    let (dx, dy, x, y) = (dx.data_mut::<T>(), dy.data::<T>(), x.data::<T>(), y.data::<T>());
+    let (dx, [dy, x, y]) = (dx.data_mut::<W>(), values.map(Tensor::data::<T>));
     let (input, output) = ((h * w * c).max(1), (p * q * c).max(1));
     device.run(|| {
         let images = x.par_chunks(input).zip(dy.par_chunks(output).zip(y.par_chunks(output)));
         dx.par_chunks_mut(input).zip(images).for_each(|(dx, (x, (dy, y)))| {
-            dx.fill(T::default());
+            dx.fill(W::default());
             // The gradient of each channel that is still to be assigned: the first largest pixel receives all of it.
-            let mut rest = vec![T::default(); c];
+            let mut rest = vec![W::default(); c];
             let outputs = dy.chunks_exact(c.max(1)).zip(y.chunks_exact(c.max(1)));
             for (o, (dy, y)) in outputs.enumerate() {
-                rest.copy_from_slice(dy);
+                rest.iter_mut().zip(dy).for_each(|(rest, &dy)| *rest = wide(dy));
                 for pixel in dims.pixels(o / q, o % q) {
                     let x = &x[pixel..pixel + c];
                     let places = dx[pixel..pixel + c].iter_mut().zip(&mut rest);
                     for ((dx, rest), (x, y)) in places.zip(x.iter().zip(y)) {
-                        let largest = x == y;
-                        *dx += if largest { *rest } else { T::default() };
-                        *rest = if largest { T::default() } else { *rest };
+                        let largest = wide(*x) == wide(*y);
+                        *dx += if largest { *rest } else { W::default() };
+                        *rest = if largest { W::default() } else { *rest };
                     }
                 }
             }

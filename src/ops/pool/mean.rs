@@ -1,11 +1,11 @@
-//! Global mean pooling; loops generic over the CPU's f32 and the reference device's f64, with sums in f64.
+//! Global mean pooling; loops generic over the CPU's types and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 
 use super::cuda;
 use crate::device::{Device, DeviceKind};
 use crate::tape::Var;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Tensor, by_activation};
 
 /// Returns the mean of `x [n, h, w, c]` over all pixels, `[n, c]`.
 ///
@@ -18,7 +18,9 @@ pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, c]);
     match device.kind() {
-        DeviceKind::Cpu => forward::<f32>(&mut y, x.value(), device),
+        DeviceKind::Cpu => {
+            by_activation!(y.dtype(), T => forward::<T>(&mut y, x.value(), device));
+        }
         DeviceKind::Cuda => cuda::mean_forward(&mut y, x.value()),
         DeviceKind::Reference => forward::<f64>(&mut y, x.value(), device),
     }
@@ -27,7 +29,9 @@ pub fn mean_pool<'t>(x: &Var<'t>) -> Var<'t> {
         let device = dy.device();
         let mut dx = Tensor::empty(device, dy.dtype(), shape);
         match device.kind() {
-            DeviceKind::Cpu => backward::<f32>(&mut dx, &dy, device),
+            DeviceKind::Cpu => {
+                by_activation!(dy.dtype(), T => backward::<T>(&mut dx, &dy, device));
+            }
             DeviceKind::Cuda => cuda::mean_backward(&mut dx, &dy),
             DeviceKind::Reference => backward::<f64>(&mut dx, &dy, device),
         }

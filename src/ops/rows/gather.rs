@@ -5,7 +5,7 @@
 use super::cuda;
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Element, Float, Tensor};
+use crate::tensor::{DType, Element, Float, Tensor, by_activation};
 use crate::tensor::{add_into, row_shape};
 
 /// Gathers rows: row `i` of the result is row `index[i]` of `x [m, …]`. `index [n]` is i32 and may repeat or omit rows. MoCo
@@ -27,16 +27,20 @@ pub fn gather_rows<'t>(x: &Var<'t>, index: &Tensor) -> Var<'t> {
     }
     let mut y = Tensor::empty(device, x.value().dtype(), row_shape(x.shape(), n));
     match device.kind() {
-        DeviceKind::Cpu => pick::<f32>(&mut y, x.value(), index.data()),
+        DeviceKind::Cpu => {
+            by_activation!(y.dtype(), T => pick::<T>(&mut y, x.value(), index.data()));
+        }
         DeviceKind::Cuda => cuda::gather(&mut y, x.value(), index),
         DeviceKind::Reference => pick::<f64>(&mut y, x.value(), index.data()),
     }
     let (x_id, shape, index) = (x.id(), *x.shape(), index.clone());
     x.tape().record("gather_rows", y, &[x], move |dy, gradients| {
         let device = dy.device();
-        let mut dx = Tensor::empty(device, dy.dtype(), shape);
+        let on_cpu = device.kind() == DeviceKind::Cpu;
+        // On a CPU the sums of repeated rows are in f32, which `add` rounds.
+        let mut dx = Tensor::empty(device, if on_cpu { DType::F32 } else { dy.dtype() }, shape);
         match device.kind() {
-            DeviceKind::Cpu => scatter::<f32>(&mut dx, &dy, index.data()),
+            DeviceKind::Cpu => scatter::<f32>(&mut dx, &dy.cast(DType::F32), index.data()),
             DeviceKind::Cuda => cuda::scatter(&mut dx, &dy, &index),
             DeviceKind::Reference => scatter::<f64>(&mut dx, &dy, index.data()),
         }
@@ -164,7 +168,9 @@ pub fn push_rows(queue: &mut Tensor, rows: &Tensor) {
     check_rows("push_rows", queue, rows);
     let keep = queue.len() - rows.len();
     match queue.device().kind() {
-        DeviceKind::Cpu => queue.data_mut::<f32>().copy_within(..keep, rows.len()),
+        DeviceKind::Cpu => by_activation!(queue.dtype(), T => {
+            queue.data_mut::<T>().copy_within(..keep, rows.len());
+        }),
         DeviceKind::Cuda => return cuda::push(queue, rows),
         DeviceKind::Reference => queue.data_mut::<f64>().copy_within(..keep, rows.len()),
     }

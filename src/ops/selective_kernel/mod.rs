@@ -13,7 +13,7 @@ mod streams;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, by_activation};
 
 #[track_caller]
 fn streams_of(x: &Var<'_>, what: &str) -> [usize; 3] {
@@ -36,10 +36,10 @@ pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
     let device = x.tape().device();
     let mut g = Tensor::empty(device, x.value().dtype(), [n, c]);
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (g, x) = (g.data_mut::<f32>(), x.value().data());
+        DeviceKind::Cpu => by_activation!(x.value().dtype(), T => {
+            let (g, x) = (g.data_mut::<T>(), x.value().data());
             device.run(|| streams::mean(g, x, c));
-        }
+        }),
         DeviceKind::Cuda => cuda::mean(&mut g, x.value(), dims),
         DeviceKind::Reference => streams::mean::<f64>(g.data_mut(), x.value().data(), c),
     }
@@ -48,10 +48,10 @@ pub fn stream_mean<'t>(x: &Var<'t>) -> Var<'t> {
         let device = dg.device();
         let mut dx = Tensor::empty(device, dg.dtype(), shape);
         match device.kind() {
-            DeviceKind::Cpu => {
-                let (dx, dg) = (dx.data_mut::<f32>(), dg.data());
+            DeviceKind::Cpu => by_activation!(dg.dtype(), T => {
+                let (dx, dg) = (dx.data_mut::<T>(), dg.data());
                 device.run(|| streams::mean_gradient(dx, dg, c));
-            }
+            }),
             DeviceKind::Cuda => cuda::mean_gradient(&mut dx, &dg, dims),
             DeviceKind::Reference => {
                 streams::mean_gradient::<f64>(dx.data_mut(), dg.data(), c);
@@ -83,10 +83,10 @@ pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
     let mut y = Tensor::empty(&device, x.value().dtype(), shape);
     let (x_value, logits_value) = (x.value().clone(), logits.value().clone());
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, x, logits) = (y.data_mut::<f32>(), x_value.data(), logits_value.data());
+        DeviceKind::Cpu => by_activation!(x_value.dtype(), T => {
+            let (y, x, logits) = (y.data_mut::<T>(), x_value.data(), logits_value.data());
             device.run(|| streams::select(y, x, logits, c));
-        }
+        }),
         DeviceKind::Cuda => cuda::select(&mut y, &x_value, &logits_value, dims),
         DeviceKind::Reference => {
             streams::select::<f64>(y.data_mut(), x_value.data(), logits_value.data(), c);
@@ -96,11 +96,11 @@ pub fn stream_select<'t>(x: &Var<'t>, logits: &Var<'t>) -> Var<'t> {
     x.tape().record("stream_select", y, &[x, logits], move |dy, gradients| {
         let (mut dx, mut dlogits) = (x_value.empty_like(), logits_value.empty_like());
         match device.kind() {
-            DeviceKind::Cpu => {
-                let (dx, dlogits) = (dx.data_mut::<f32>(), dlogits.data_mut());
+            DeviceKind::Cpu => by_activation!(x_value.dtype(), T => {
+                let (dx, dlogits) = (dx.data_mut::<T>(), dlogits.data_mut());
                 let (dy, x, logits) = (dy.data(), x_value.data(), logits_value.data());
                 device.run(|| streams::select_gradient([dx, dlogits], [dy, x, logits], c));
-            }
+            }),
             DeviceKind::Cuda => {
                 cuda::select_gradient([&mut dx, &mut dlogits], [&dy, &x_value, &logits_value], dims)
             }

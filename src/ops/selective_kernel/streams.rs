@@ -1,4 +1,4 @@
-//! Loops over images, generic over the CPU's f32 and the reference device's f64, with sums in f64.
+//! Loops over images, generic over the CPU's types and the reference device's f64, with sums in f64.
 
 use rayon::prelude::*;
 

@@ -16,7 +16,7 @@ mod reference;
 pub(crate) use cuda::rows_per_chunk as sinkhorn_rows_per_chunk;
 
 use crate::device::{DeviceKind, Group};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// The sizes and settings.
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +29,7 @@ struct SinkhornDims {
     iterations: usize,
 }
 
-/// Returns assignments `[b, k]` of `scores [b, k]`, each row summing to 1; f32 on a GPU, even if scores are bf16. `epsilon > 0`
+/// Returns assignments `[b, k]` of `scores [b, k]`, each row summing to 1; f32, even if scores are bf16. `epsilon > 0`
 /// (0.05 in the paper), `iterations >= 1` (3 in the paper).
 ///
 /// # Panics
@@ -46,8 +46,8 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
     let mut q = Tensor::floats(scores.device(), [b, k]);
     match scores.device().kind() {
         DeviceKind::Cpu => {
-            let (q, scores_data) = (q.data_mut(), scores.data());
-            scores.device().run(|| cpu::assign(q, scores_data, dims, group));
+            let (q, scores) = (q.data_mut(), scores.cast(DType::F32));
+            scores.device().run(|| cpu::assign(q, scores.data(), dims, group));
         }
         DeviceKind::Cuda => {
             assert_eq!(group.size(), 1, "sinkhorn: does not sum over several processes on a GPU");

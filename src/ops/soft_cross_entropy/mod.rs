@@ -9,9 +9,9 @@ mod cuda;
 mod rows;
 
 use crate::device::DeviceKind;
-use crate::ops::scale;
+use crate::ops::{in_f32_on_a_cpu, scale};
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Returns the mean cross-entropy of scores `x [n, k]`, divided by `temperature > 0`, and `targets [n, k]`; a scalar.
 ///
@@ -31,6 +31,7 @@ pub fn soft_cross_entropy<'t>(x: &Var<'t>, targets: &Tensor, temperature: f64) -
     assert!(temperature > 0.0, "soft_cross_entropy: temperature {temperature}");
     let device = x.tape().device().clone();
     targets.expect_on(&device, "soft_cross_entropy");
+    let x = &in_f32_on_a_cpu(x);
     let (x_value, q) = (x.value().clone(), targets.clone());
     let mean = |sum: f64| Tensor::from_f64(&device, [], &[sum / n as f64]);
     let y = match device.kind() {
@@ -79,7 +80,7 @@ pub fn distillation<'t>(student: &Var<'t>, teacher: &Tensor, temperature: f64) -
     scale(&soft_cross_entropy(student, &targets, temperature), temperature * temperature)
 }
 
-/// Returns `softmax(x_i / T)` of the rows of `x [n, k]`, without a gradient; f32 on a GPU, even if `x` is bf16.
+/// Returns `softmax(x_i / T)` of the rows of `x [n, k]`, without a gradient; f32, even if `x` is bf16.
 ///
 /// # Panics
 /// If `x` does not have rank 2 or the temperature is not positive.
@@ -90,8 +91,8 @@ pub fn softmax(x: &Tensor, temperature: f64) -> Tensor {
     let mut y = Tensor::floats(x.device(), *x.shape());
     match x.device().kind() {
         DeviceKind::Cpu => {
-            let (y, x_data) = (y.data_mut::<f32>(), x.data());
-            x.device().run(|| rows::softmax(y, x_data, k, temperature));
+            let (y, x) = (y.data_mut::<f32>(), x.cast(DType::F32));
+            x.device().run(|| rows::softmax(y, x.data(), k, temperature));
         }
         DeviceKind::Cuda => cuda::softmax(&mut y, x, temperature),
         DeviceKind::Reference => rows::softmax::<f64>(y.data_mut(), x.data(), k, temperature),

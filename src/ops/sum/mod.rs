@@ -1,5 +1,5 @@
 //! Sum and mean over one axis. `x` is seen as `[outer, n, inner]`, `y_oj = factor Σ_i x_oij`, where the factor is 1 or `1 / n`;
-//! `dx_oij = factor dy_oj`. Sums are in f64 on every device; on a GPU the output is f32, even if `x` is bf16.
+//! `dx_oij = factor dy_oj`. Sums are in f64 on every device; the output is f32, even if `x` is bf16.
 
 mod cuda;
 
@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{CHUNK, Float, Tensor};
+use crate::tensor::{CHUNK, Float, Tensor, by_activation};
 
 /// The sizes of a sum over one axis.
 #[derive(Clone, Copy, Debug)]
@@ -66,24 +66,24 @@ fn reduce<'t>(
     let device = x.tape().device();
     let mut y = Tensor::floats(device, [before, after].concat().as_slice());
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, x) = (y.data_mut::<f32>(), x.value().data());
+        DeviceKind::Cpu => by_activation!(x.value().dtype(), T => {
+            let (y, x) = (y.data_mut::<f32>(), x.value().data::<T>());
             device.run(|| forward(y, x, dims));
-        }
+        }),
         DeviceKind::Cuda => cuda::forward(&mut y, x.value(), dims),
-        DeviceKind::Reference => forward::<f64>(y.data_mut(), x.value().data(), dims),
+        DeviceKind::Reference => forward::<f64, f64>(y.data_mut(), x.value().data(), dims),
     }
     let (id, dtype) = (x.id(), x.value().dtype());
     x.tape().record(name, y, &[x], move |dy, gradients| {
         let device = dy.device();
         let mut dx = Tensor::empty(device, dtype, shape);
         match device.kind() {
-            DeviceKind::Cpu => {
-                let (dx, dy) = (dx.data_mut::<f32>(), dy.data());
+            DeviceKind::Cpu => by_activation!(dtype, T => {
+                let (dx, dy) = (dx.data_mut::<T>(), dy.data::<f32>());
                 device.run(|| backward(dx, dy, dims));
-            }
+            }),
             DeviceKind::Cuda => cuda::backward(&mut dx, &dy, dims),
-            DeviceKind::Reference => backward::<f64>(dx.data_mut(), dy.data(), dims),
+            DeviceKind::Reference => backward::<f64, f64>(dx.data_mut(), dy.data(), dims),
         }
         gradients.add(id, dx);
     })
@@ -92,12 +92,12 @@ fn reduce<'t>(
 /// Columns of a parallel task, whose sums stay in registers and cache.
 const COLUMNS: usize = 256;
 
-fn forward<T: Float>(y: &mut [T], x: &[T], dims: SumDims) {
+fn forward<Y: Float, X: Float>(y: &mut [Y], x: &[X], dims: SumDims) {
     let SumDims { n, inner, factor, .. } = dims;
     if inner == 1 {
         return y.par_iter_mut().enumerate().for_each(|(o, y)| {
             let sum: f64 = x[o * n..][..n].iter().map(|x| x.widen()).sum();
-            *y = T::narrow(factor * sum);
+            *y = Y::narrow(factor * sum);
         });
     }
     y.par_chunks_mut(inner.max(1)).enumerate().for_each(|(o, y)| {
@@ -107,16 +107,16 @@ fn forward<T: Float>(y: &mut [T], x: &[T], dims: SumDims) {
                 let row = &x[(o * n + i) * inner + chunk * COLUMNS..][..y.len()];
                 sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x.widen());
             }
-            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::narrow(factor * sum));
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = Y::narrow(factor * sum));
         });
     });
 }
 
-fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: SumDims) {
+fn backward<X: Float, Y: Float>(dx: &mut [X], dy: &[Y], dims: SumDims) {
     let SumDims { n, inner, factor, .. } = dims;
     let rows = dx.par_chunks_mut(inner.max(1)).with_min_len((CHUNK / inner.max(1)).max(1));
     rows.enumerate().for_each(|(row, dx)| {
         let dy = &dy[row / n * inner..][..inner];
-        dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = T::narrow(factor * dy.widen()));
+        dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = X::narrow(factor * dy.widen()));
     });
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::device::DeviceKind;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Element, Tensor, by_activation};
 
 /// Returns the transpose of `x [n, d]`, `[d, n]`. With [`linear`](super::linear()) it gives `aᵀ b` of `a [n, d]` and `b [n, k]`:
 /// `linear(&transpose(&a), &transpose(&b), None)`.
@@ -27,10 +27,10 @@ fn transposed(x: &Tensor) -> Tensor {
     let device = x.device();
     let mut y = Tensor::empty(device, x.dtype(), [columns, rows]);
     match device.kind() {
-        DeviceKind::Cpu => {
-            let (y, x) = (y.data_mut::<f32>(), x.data());
+        DeviceKind::Cpu => by_activation!(x.dtype(), T => {
+            let (y, x) = (y.data_mut::<T>(), x.data());
             device.run(|| copy(y, x, rows, columns));
-        }
+        }),
         DeviceKind::Cuda => cuda::transpose(&mut y, x),
         DeviceKind::Reference => copy::<f64>(y.data_mut(), x.data(), rows, columns),
     }
