@@ -57,7 +57,8 @@ pub(super) fn train(train: &Train) -> Result<()> {
         (Some(folder), _) => {
             let paused = Paused::open_in(folder, &train.set, &group)?;
             let recipe = paused.recipe().clone();
-            let device = group.together(device::open(train.device, &recipe.train))?;
+            let (precision, threads) = (paused.precision(), recipe.train.threads);
+            let device = group.together(device::choose(train.device, precision, threads))?;
             let run = Run::resume(paused, &device)?;
             let what = if run.has_ended() { "the run has ended," } else { "going on" };
             talk(&format!("{}: {what} after step {}", folder.display(), run.step()));

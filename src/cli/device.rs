@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::talk;
-use crate::device::{Device, Launch, Precision};
+use crate::device::{Bf16Path, Device, DeviceKind, Launch, Precision};
 use crate::error::{Error, Result};
 use crate::recipes::{MOST_THREADS, TrainSettings};
 
@@ -33,8 +33,13 @@ pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Devic
     choose(name, settings.precision, settings.threads)
 }
 
-/// Opens the device of that name; without a name, a GPU if there is one, else the CPU. Prints which.
-pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -> Result<Device> {
+/// Opens the device of that name; without a name, a GPU if there is one, else the CPU. Without a precision it gets the one that is
+/// usual on it. Prints which.
+pub(super) fn choose(
+    name: Option<Name>,
+    precision: Option<Precision>,
+    threads: usize,
+) -> Result<Device> {
     if threads > MOST_THREADS {
         return Err(Error::Config(format!(
             "{threads} compute threads are asked for; the most is {MOST_THREADS}"
@@ -45,7 +50,12 @@ pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -
         Some(launch) if threads == 0 => launch.threads(),
         _ => threads,
     };
-    let cpu = || Device::cpu_with_this_thread(threads); // this thread does nothing but drive the device
+    let on = |kind| precision.unwrap_or(Precision::usual(kind));
+    let cpu = || {
+        // This thread does nothing but drive the device.
+        Device::cpu_with_this_thread(threads)?.with_precision(on(DeviceKind::Cpu))
+    };
+    let gpu = |ordinal| Device::cuda(ordinal, on(DeviceKind::Cuda));
     let (device, why) = match name {
         Some(Name::Cuda(_)) if launch.is_some() => {
             return Err(Error::config(
@@ -54,14 +64,25 @@ pub(super) fn choose(name: Option<Name>, precision: Precision, threads: usize) -
         }
         None if launch.is_some() => (cpu()?, " for each rank".into()),
         Some(Name::Cpu) => (cpu()?, String::new()),
-        Some(Name::Cuda(ordinal)) => (Device::cuda(ordinal, precision)?, String::new()),
-        None => match Device::cuda(0, precision) {
+        Some(Name::Cuda(ordinal)) => (gpu(ordinal)?, String::new()),
+        None => match gpu(0) {
             Ok(gpu) => (gpu, "; choose the processor with --device cpu".into()),
             Err(reason) => (cpu()?, format!("; {reason}")),
         },
     };
-    talk(&format!("device: {device}{why}"));
+    talk(&format!("device: {device}{}{why}", how(&device)));
     Ok(device)
+}
+
+/// How a CPU multiplies bf16 matrices, and what follows from it.
+fn how(device: &Device) -> &'static str {
+    if device.kind() != DeviceKind::Cpu || device.precision() == Precision::F32 {
+        return "";
+    }
+    match Bf16Path::current() {
+        Bf16Path::Amx => " by AMX tiles",
+        Bf16Path::Portable => " without instructions for it: slower than train.precision=f32",
+    }
 }
 
 #[cfg(test)]

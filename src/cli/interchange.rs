@@ -112,7 +112,7 @@ impl Network {
     fn foreign(args: &Embed, file: &Path) -> Result<Self> {
         let name = args.arch.as_deref().unwrap_or_default(); // --weights requires it
         let network = ResNetConfig::named(name)?;
-        let device = device::choose(args.device, Precision::F32, 0)?;
+        let device = device::choose(args.device, Some(Precision::F32), 0)?;
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", &network);
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);

@@ -29,8 +29,9 @@ impl Trained {
                 path.display()
             )));
         }
-        let recipe = Recipe::load(&file.to_string_lossy(), settings)?;
-        Ok(Self { recipe, checkpoint: train::newest(path)? })
+        let checkpoint = train::newest(path)?;
+        let recipe = train::recipe_of(&file, &checkpoint, settings)?;
+        Ok(Self { recipe, checkpoint })
     }
 
     /// Builds the method and loads its weights.

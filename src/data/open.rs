@@ -22,7 +22,7 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
 const SPLITS: [&str; 4] = ["train", "test", "val", "valid"];
 
 /// Names that others give to the splits of a set, in lower case.
-const LIKE_PARTS: [[&str; 6]; 2] = [
+const LIKE_SPLITS: [[&str; 6]; 2] = [
     ["train", "training", "trainset", "train_set", "training_set", "train-set"],
     ["test", "testing", "val", "valid", "validation", "test_set"],
 ];
@@ -104,7 +104,7 @@ pub(super) fn not_used(mut splits: impl Iterator<Item = String>) -> Option<Strin
 /// held-out ones would be mixed.
 fn like_parts(path: &Path, folders: &[PathBuf]) -> Option<Error> {
     let names: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();
-    let is_like = |name: &str, split: usize| LIKE_PARTS[split].contains(&&*name.to_lowercase());
+    let is_like = |name: &str, split: usize| LIKE_SPLITS[split].contains(&&*name.to_lowercase());
     let all = names.iter().all(|name| is_like(name, 0) || is_like(name, 1));
     if !all || !names.iter().any(|name| is_like(name, 0)) {
         return None;

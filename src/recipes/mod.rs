@@ -123,9 +123,9 @@ pub struct TrainSettings {
     /// Number of checkpoints that are kept; at least 1.
     #[serde(default = "three")]
     pub keep: usize,
-    /// The type in which a GPU stores activations and multiplies: `bf16` or `f32`. The CPU computes in f32.
-    #[serde(default = "bf16")]
-    pub precision: Precision,
+    /// The type in which a device stores activations and multiplies: `bf16` or `f32`. If absent, bf16 on a GPU and f32 on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<Precision>,
     /// The views of the first `dump_views` steps, and the initial weights, are written to the run's `parity/` folder for
     /// `benches/peers/parity.py`.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -207,10 +207,6 @@ fn is_zero(value: &u64) -> bool {
 
 fn three() -> usize {
     3
-}
-
-fn bf16() -> Precision {
-    Precision::Bf16
 }
 
 /// The most threads that are accepted: more than any machine's cores, fewer than an operating system refuses.

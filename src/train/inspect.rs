@@ -26,14 +26,14 @@ pub struct Measured {
     pub peak: usize,
 }
 
-/// The memory that a step needs, in f32 as on the CPU.
+/// The memory that a step needs in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Need {
     /// Bytes of weights, gradients, momentum and the method's state.
     pub fixed: usize,
     /// Bytes per image of a batch, all its views together.
     pub per_image: usize,
-    /// The part of `per_image` that the forward pass saves for the backward pass; half of it on a GPU, in bf16.
+    /// The part of `per_image` that the forward pass saves for the backward pass; half of it in bf16.
     pub saved_per_image: usize,
     /// Bytes at the recipe's batch.
     pub in_all: usize,

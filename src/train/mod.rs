@@ -27,7 +27,7 @@ pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
 pub use report::{REPORT, report, write_report};
-pub use resume::{Paused, recipe_in};
+pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};
 pub use study::{Arm, Outcome, Study, StudyPlan};

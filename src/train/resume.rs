@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::{Device, Group};
+use crate::device::{Device, DeviceKind, Group, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Spread;
 use crate::files::write_file;
@@ -25,6 +25,8 @@ use crate::weights::WeightFile;
 /// Notes in a checkpoint's header.
 const PROGRESS_NOTE: &str = "selfsup.progress";
 const RECIPE_NOTE: &str = "selfsup.recipe";
+/// In which precision the run was trained; missing in files of earlier versions.
+const PRECISION_NOTE: &str = "selfsup.precision";
 
 /// How far a run has come.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -80,6 +82,7 @@ pub struct Paused {
     changed: bool,
     /// `None` if the run has to start again, and on ranks other than 0.
     checkpoint: Option<WeightFile>,
+    precision: Option<Precision>,
     progress: Progress,
     group: Group,
 }
@@ -96,19 +99,22 @@ impl Paused {
             return Err(Error::format(path, "holds no run to resume (it has no recipe.toml)"));
         }
         let lock = folder::lock(path)?;
-        let mut then = Recipe::load(&file.to_string_lossy(), &[])?;
-        let recipe = Recipe::load(&file.to_string_lossy(), settings)?;
+        let written = Recipe::load(&file.to_string_lossy(), &[])?;
         let checkpoint = checkpoint::last(path)?.map(|path| checkpoint::open(&path)).transpose()?;
-        let mut progress = Progress::default();
+        let (mut recipe, mut then, mut progress) =
+            (written.clone(), written.clone(), Progress::default());
         if let Some(file) = &checkpoint {
             let origin = file.path().display().to_string();
-            then = Recipe::parse(note(file, RECIPE_NOTE)?, &origin, &[])?;
+            then = as_meant(Recipe::parse(note(file, RECIPE_NOTE)?, &origin, &[])?, file);
+            recipe = as_meant(recipe, file);
             progress = progress_in(file)?;
         }
+        recipe = recipe.with(settings)?;
         same_run(&recipe, &then)?;
-        let (path, changed, lock) = (path.to_path_buf(), !settings.is_empty(), Some(lock));
+        let (path, changed, lock) = (path.to_path_buf(), !settings.is_empty() || recipe != written, Some(lock));
         let group = Group::alone();
-        Ok(Self { path, lock, recipe, changed, checkpoint, progress, group })
+        let precision = checkpoint.as_ref().and_then(precision_in).or(recipe.train.precision);
+        Ok(Self { path, lock, recipe, changed, checkpoint, precision, progress, group })
     }
 
     /// Opens a run's folder to be resumed by all ranks of a group, however many trained it before. Rank 0 reads the folder, and
@@ -126,6 +132,9 @@ impl Paused {
         let progress = group.broadcast_bytes("the progress", progress.into_bytes());
         let progress =
             toml::from_str(&String::from_utf8_lossy(&progress)).expect("rank 0 wrote it");
+        let precision = own.as_ref().and_then(|paused| paused.precision);
+        let precision = precision.map(|precision| precision.to_string()).unwrap_or_default();
+        let precision = group.broadcast_bytes("the precision", precision.into_bytes());
         group.check()?;
         let paused = match own {
             Some(own) => Ok(Self { group: group.clone(), ..own }),
@@ -136,12 +145,18 @@ impl Paused {
                     recipe,
                     changed: false,
                     checkpoint: None,
+                    precision: precision_named(&String::from_utf8_lossy(&precision)),
                     progress,
                     group: group.clone(),
                 },
             ),
         };
         group.together(paused)
+    }
+
+    /// The precision in which the run was trained so far, or else what its recipe says; `None` for the device's usual one.
+    pub fn precision(&self) -> Option<Precision> {
+        self.precision
     }
 
     /// The run's recipe.
@@ -155,6 +170,24 @@ fn note<'a>(file: &'a WeightFile, key: &str) -> Result<&'a str> {
     let missing =
         || Error::format(file.path(), format!("is not a checkpoint: its header has no {key}"));
     file.note(key).ok_or_else(missing)
+}
+
+/// Returns the precision in which the run was trained that wrote a checkpoint, unless its version did not note it.
+fn precision_in(file: &WeightFile) -> Option<Precision> {
+    precision_named(file.note(PRECISION_NOTE)?)
+}
+
+fn precision_named(name: &str) -> Option<Precision> {
+    [Precision::Bf16, Precision::F32].into_iter().find(|precision| precision.to_string() == name)
+}
+
+/// Returns a run's recipe as the version meant it that wrote a checkpoint. Before checkpoints noted their precision, each recipe
+/// said bf16 or f32, but a CPU always trained in f32: `bf16` was the usual precision of a device.
+fn as_meant(mut recipe: Recipe, checkpoint: &WeightFile) -> Recipe {
+    if checkpoint.note(PRECISION_NOTE).is_none() {
+        recipe.train.precision = recipe.train.precision.filter(|p| *p == Precision::F32);
+    }
+    recipe
 }
 
 /// Returns how far the run was that wrote a checkpoint.
@@ -192,7 +225,17 @@ pub fn recipe_in(checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
     let file = WeightFile::open(checkpoint)?;
     checkpoint::check_format(&file)?;
     let origin = format!("{}, {RECIPE_NOTE}", checkpoint.display());
-    Recipe::parse(note(&file, RECIPE_NOTE)?, &origin, settings)
+    let recipe = Recipe::parse(note(&file, RECIPE_NOTE)?, &origin, &[])?;
+    as_meant(recipe, &file).with(settings)
+}
+
+/// Returns the recipe in a run's `recipe.toml`, with `key.path=value` settings on top; `checkpoint` is one of the run's.
+///
+/// # Errors
+/// As [`recipe_in`].
+pub fn recipe_of(recipe: &Path, checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
+    let recipe = Recipe::load(&recipe.to_string_lossy(), &[])?;
+    as_meant(recipe, &WeightFile::open(checkpoint)?).with(settings)
 }
 
 /// The settings that a resumed run may change, because none of them changes its weights.
@@ -217,6 +260,19 @@ fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     Err(Error::Config(format!(
         "{key} was {then} and is now {now}, which makes another run: start it with --out; a resumed run may change only {CHANGEABLE}"
     )))
+}
+
+/// Fails unless a device computes in the precision in which the run was trained that wrote a checkpoint.
+fn check_precision(file: &WeightFile, device: &Device) -> Result<()> {
+    let on_cpu = device.kind() == DeviceKind::Cpu;
+    let then = precision_in(file).or(on_cpu.then_some(Precision::F32));
+    match then.filter(|then| *then != device.precision()) {
+        None => Ok(()),
+        Some(then) => Err(Error::Config(format!(
+            "the run was trained in {then}, and the device computes in {}, which makes another run: resume on a device in {then}",
+            device.precision()
+        ))),
+    }
 }
 
 /// Returns the first key in which two values differ, and its value in both.
@@ -247,7 +303,8 @@ impl Run {
     /// Resumes a run from its newest checkpoint. Its results equal those of a run that never stopped, to the last bit.
     ///
     /// # Errors
-    /// As for [`Run::new`]; if the checkpoint is of another architecture, or the training set has changed in size.
+    /// As for [`Run::new`]; if the checkpoint is of another architecture, the training set has changed in size, or the device
+    /// has another precision than [`Paused::precision`].
     pub fn resume(paused: Paused, device: &Device) -> Result<Self> {
         let group = paused.group.clone();
         let mut resumes = [u64::from(paused.checkpoint.is_some())];
@@ -298,6 +355,7 @@ impl Run {
             return Err(Error::format(file, reason));
         }
         if let Some(mut file) = checkpoint {
+            check_precision(&file, run.online.device())?;
             let state = run.method.state();
             checkpoint::restore(&mut file, &mut run.online, &mut run.optimizer, state)?;
         }
@@ -397,7 +455,12 @@ impl Run {
         let Some(folder) = &mut self.folder else { return Ok(None) };
         self.progress.metrics = folder.metrics.synced()?;
         let progress = toml::to_string(&self.progress).expect("progress is plain data");
-        let notes = [(RECIPE_NOTE, self.recipe.to_toml()), (PROGRESS_NOTE, progress)];
+        let precision = self.online.device().precision().to_string();
+        let notes = [
+            (RECIPE_NOTE, self.recipe.to_toml()),
+            (PROGRESS_NOTE, progress),
+            (PRECISION_NOTE, precision),
+        ];
         let path = checkpoint::save(
             &folder.path,
             self.progress.step,
