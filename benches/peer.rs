@@ -10,7 +10,7 @@
 //! - `crops DEPTH WIDTH BATCH SIDE SMALL`: the seconds of a SwAV step on two crops of `SIDE` pixels, and on two plus six of `SMALL`.
 //! - `memory`: the peak resident bytes of the process.
 //!
-//! With the argument `cuda` steps run on the GPU in bf16, launched one by one, not captured.
+//! With the argument `bf16` steps run in bf16, with `cuda` on the GPU in bf16, launched one by one, not captured.
 
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
@@ -228,7 +228,12 @@ fn peak_memory() -> u64 {
 fn main() {
     let device = match std::env::args().nth(1).as_deref() {
         Some("cuda") => Device::cuda(0, Precision::Bf16).unwrap_or_else(|e| panic!("{e}")),
-        _ => Device::cpu_with_this_thread(0).expect("threads"),
+        precision => {
+            let precision =
+                if precision == Some("bf16") { Precision::Bf16 } else { Precision::F32 };
+            let device = Device::cpu_with_this_thread(0).expect("threads");
+            device.with_precision(precision).unwrap_or_else(|e| panic!("{e}"))
+        }
     };
     let mut training: Option<(String, Training)> = None;
     for line in std::io::stdin().lock().lines() {

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Compares selfsup with PyTorch on the CPU in one run: convolutions in f32 and bf16, complete SimCLR steps, peak memory.
+"""Compares selfsup with PyTorch on the CPU in one run: convolutions and complete SimCLR steps in f32 and bf16, peak
+memory.
 
     pip install torch==2.9.1
-    python benches/peers/cpu.py [--rounds 5] [--threads 2]
+    python benches/peers/cpu.py [--rounds 5] [--threads 2] [--steps]
 
-Both sides take turns, so that noise hits both; ratios are medians over rounds, ours over PyTorch's in speed (above 1: faster) and
-in memory (below 1: less). Our forward convolutions in bf16 also compute the moments of a batch norm. No test depends on this.
+Steps of PyTorch run in both memory formats, compiled (`torch.compile`, which needs g++), and in bf16 by autocast, by a network that is
+bf16 throughout, and by a compiled one under autocast. All sides take turns, so that noise hits all; ratios are medians over rounds,
+ours over PyTorch's fastest in speed (above 1: faster) and in memory (below 1: less). Our forward convolutions in bf16 also compute the
+moments of a batch norm. No test depends on this.
 """
 
 import argparse
@@ -20,6 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"resnet18-32": (18, 64, "small", 32, 64), "resnet50-128": (50, 64, "image", 128, 8)}
+
+# PyTorch's ways to run a step, by the precision that they are compared in; names are words that `torch_step` reads.
+WAYS = {
+    "f32": ["channels_first", "channels_last", "channels_last compiled"],
+    "bf16": ["channels_last autocast", "channels_last pure", "channels_last autocast compiled"],
+}
 
 
 def least(budget, f):
@@ -46,12 +55,12 @@ def layers():
 
 
 class Ours:
-    def __init__(self, threads):
+    def __init__(self, threads, precision="f32"):
         command = ["cargo", "bench", "--quiet", "--bench", "peer"]
         subprocess.run([*command, "--no-run"], cwd=ROOT, check=True)
         env = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [*command, "--", precision], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
     def ask(self, request):
@@ -88,7 +97,7 @@ def torch_conv(dtype, size, c, k, r, stride):
     }
 
 
-def torch_step(name, channels_last):
+def torch_step(name, way):
     """A SimCLR step as a PyTorch user writes it: torchvision's ResNet, batch norms and all, SGD."""
     import torch
     from torch import nn
@@ -132,8 +141,12 @@ def torch_step(name, channels_last):
     parts += [nn.ReLU(inplace=True), nn.Linear(c, 128, bias=False), nn.BatchNorm1d(128)]
     net = nn.Sequential(*parts)
     x = torch.rand(2 * batch, 3, size, size) * 2 - 1
-    if channels_last:
+    way = way.split()
+    if "channels_last" in way:
         net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if "pure" in way:
+        net, x = net.to(torch.bfloat16), x.to(torch.bfloat16)
+    forward_pass = torch.compile(net) if "compiled" in way else net
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     positives = torch.arange(2 * batch).roll(batch)
 
@@ -141,7 +154,9 @@ def torch_step(name, channels_last):
         """Seconds of the forward pass, the backward pass and the update."""
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        z = nn.functional.normalize(net(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in way):
+            z = forward_pass(x)
+        z = nn.functional.normalize(z.float())
         logits = (z @ z.T / 0.5).fill_diagonal_(-1e9)
         loss = 2 * nn.functional.cross_entropy(logits, positives)
         forward = time.perf_counter()
@@ -176,10 +191,10 @@ def torch_classes(step):
     return {name: t / total for name, t in times.items()}
 
 
-def memory_of(name, threads, side):
+def memory_of(name, threads, precision, side):
     """Peak resident bytes of a process of its own that makes three steps."""
     if side == "ours":
-        ours = Ours(threads)
+        ours = Ours(threads, precision)
         ours.ask("step " + " ".join(map(str, STEPS[name])))
         peak = ours.ask("memory")
         ours.end()
@@ -192,20 +207,44 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", action="store_true", help="no convolutions, steps alone")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        step = torch_step(args.memory_of[0], args.memory_of[1] == "channels_last")
+        step = torch_step(*args.memory_of)
         for _ in range(3):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
     print(f"PyTorch {torch.__version__}, {args.threads} threads; {time.strftime('%Y-%m-%d')}")
-    ours = Ours(args.threads)
+    ours = {precision: Ours(args.threads, precision) for precision in WAYS}
+    conv_ratios = {} if args.steps else convolutions(ours["f32"], args.rounds)
+    step_ratios, memory_ratios = {}, []
+    for name in STEPS:
+        for precision in WAYS:
+            ratio, memory = steps(ours[precision], name, precision, args)
+            step_ratios[name, precision] = ratio
+            memory_ratios.append(memory)
+    for side in ours.values():
+        side.end()
+
+    print()
+    for (name, precision), ratio in step_ratios.items():
+        print(f"{name} {'' if precision == 'f32' else precision + ' '}step ratio: {ratio:.2f}")
+    for dtype, ratios in conv_ratios.items():
+        mean = math.exp(statistics.mean(map(math.log, ratios)))
+        print(f"conv{dtype.replace('_', ' ')} speed ratio (geometric mean, worst): {mean:.2f} {min(ratios):.2f}")
+    print(f"peak memory ratio: {max(memory_ratios):.2f}")
+
+
+def convolutions(ours, rounds):
+    """Prints the speed of every convolution of ResNet-50 and returns the ratios by the suffix of the request."""
+    import torch
+
     conv_ratios = {"": [], "_bf16": []}
     if not ours.ask("tiles"):
         print("no instructions for bf16: ours multiplies bf16 by the f32 kernels, which is for tests")
@@ -220,46 +259,39 @@ def main():
             flop = 2 * 8 * ((size - 1) // stride + 1) ** 2 * k * c * r * r / 1e9
             for dtype, calls in theirs.items():
                 request = f"conv{dtype} 8 {size} {size} {4 if c == 3 else c} {k} {r} {stride} {r // 2} {direction}"
-                pairs = [(ours.ask(request), least(0.25, calls[direction])) for _ in range(max(1, args.rounds // 2))]
+                pairs = [(ours.ask(request), least(0.25, calls[direction])) for _ in range(max(1, rounds // 2))]
                 ratio = statistics.median(their / own for own, their in pairs)
                 conv_ratios[dtype].append(ratio)
                 own, their = (min(p[i] for p in pairs) for i in (0, 1))
                 row += f" {flop / own:{11 if dtype else 6}.0f} {flop / their:8.0f} {ratio:6.2f}"
             print(row, flush=True)
+    return conv_ratios
 
-    step_ratios, memory_ratios = {}, []
-    for name, shape in STEPS.items():
-        formats = {"channels_first": torch_step(name, False), "channels_last": torch_step(name, True)}
-        ratios, best = [], {}
-        for _ in range(args.rounds):
-            own = ours.ask("step " + " ".join(map(str, shape)))
-            times = {fmt: least(2.0, step) for fmt, step in formats.items()}
-            ratios.append(min(times.values()) / own)
-            for key, value in {"ours": own, **times}.items():
-                best[key] = min(value, best.get(key, math.inf))
-        step_ratios[name] = statistics.median(ratios)
-        views = 2 * shape[4]
-        print(f"\n{name}, SimCLR step of {views} views: " + ", ".join(f"{k} {views / v:.1f} views/s" for k, v in best.items()))
-        fastest = min(formats, key=lambda fmt: best[fmt])
-        own = ours.ask_all("phases " + " ".join(map(str, shape)))
-        their = [min(phase) for phase in zip(*(formats[fastest]() for _ in range(5)))]
-        print(f"{'phase':<10} {'ours':>9} {'PyTorch':>9}  ({fastest})")
-        for phase, a, b in zip(("forward", "backward", "update"), own, their):
-            print(f"{phase:<10} {a * 1e3:6.1f} ms {b * 1e3:6.1f} ms  {b / a:5.2f}")
-        shares = torch_classes(formats[fastest]).items()
-        print("PyTorch's operators: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
-        peaks = {side: memory_of(name, args.threads, side) for side in ("ours", *formats)}
-        print("peak memory: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
-        memory_ratios.append(peaks["ours"] / min(v for k, v in peaks.items() if k != "ours"))
-    ours.end()
 
-    print()
-    for name, ratio in step_ratios.items():
-        print(f"{name} step ratio: {ratio:.2f}")
-    for dtype, ratios in conv_ratios.items():
-        mean = math.exp(statistics.mean(map(math.log, ratios)))
-        print(f"conv{dtype.replace('_', ' ')} speed ratio (geometric mean, worst): {mean:.2f} {min(ratios):.2f}")
-    print(f"peak memory ratio: {max(memory_ratios):.2f}")
+def steps(ours, name, precision, args):
+    """Prints the speed of a step in all ways of a precision; returns ours over the fastest, in speed and in memory."""
+    shape = STEPS[name]
+    ways = {way: torch_step(name, way) for way in WAYS[precision]}
+    ratios, best = [], {}
+    for _ in range(args.rounds):
+        own = ours.ask("step " + " ".join(map(str, shape)))
+        times = {way: least(2.0, step) for way, step in ways.items()}
+        ratios.append(min(times.values()) / own)
+        for key, value in {"ours": own, **times}.items():
+            best[key] = min(value, best.get(key, math.inf))
+    views = 2 * shape[4]
+    print(f"\n{name} in {precision}, SimCLR step of {views} views: " + ", ".join(f"{k} {views / v:.1f} views/s" for k, v in best.items()))
+    fastest = min(ways, key=lambda way: best[way])
+    own = ours.ask_all("phases " + " ".join(map(str, shape)))
+    their = [min(phase) for phase in zip(*(ways[fastest]() for _ in range(5)))]
+    print(f"{'phase':<10} {'ours':>9} {'PyTorch':>9}  ({fastest})")
+    for phase, a, b in zip(("forward", "backward", "update"), own, their):
+        print(f"{phase:<10} {a * 1e3:6.1f} ms {b * 1e3:6.1f} ms  {b / a:5.2f}")
+    shares = torch_classes(ways[fastest]).items()
+    print("PyTorch's operators: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+    peaks = {side: memory_of(name, args.threads, precision, side) for side in ("ours", *ways)}
+    print("peak memory: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
+    return statistics.median(ratios), peaks["ours"] / min(v for k, v in peaks.items() if k != "ours")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 /// The unit that computes an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
-    /// The matrix units: a GPU's tensor cores; on a CPU, which has none, the same as [`Unit::Vector`].
+    /// The matrix units: a GPU's tensor cores, a CPU's tiles in bf16; on a CPU in f32 the same as [`Unit::Vector`].
     Matrix,
     /// The vector units: a GPU's f32 lanes, or a CPU's widest multiply-add.
     Vector,
@@ -18,7 +18,7 @@ pub struct Chip {
     pub source: String,
     /// Copy rate in bytes per second, reads and writes added.
     pub copy: f64,
-    /// Operations per second of a large GEMM in the dtype of the benchmark; on a CPU the same as `vector`.
+    /// Operations per second of a large GEMM in the dtype of the benchmark; on a CPU in f32 the same as `vector`.
     pub gemm: f64,
     /// Operations per second in f32 lanes.
     pub vector: f64,

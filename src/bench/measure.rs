@@ -148,15 +148,13 @@ impl Bench {
                 "copy measured now, GEMM from the table of known chips"
             }
             DeviceKind::Cuda => {
-                let side = 4096;
-                let [x, w] = [0, 1].map(|_| super::case::filled(&device, &[side, side]));
-                let arena = super::case::tiny_arena(&device).0;
-                let timing = self.measure(|| {
-                    let y = evaluate(&arena, |tape| linear(&tape.input(&x), &tape.input(&w), None));
-                    drop(y.expect("the device"));
-                })?;
-                self.chip.gemm = 2.0 * (side as f64).powi(3) / timing.hot.median;
+                self.chip.gemm = self.own_gemm(4096)?;
                 "copy and this program's own GEMM of 4096 x 4096 x 4096, measured now"
+            }
+            _ if DType::of_activations(&self.device) == DType::Bf16 => {
+                self.chip.vector = peak(&self.device);
+                self.chip.gemm = self.own_gemm(1024)?;
+                "copy and this program's own GEMM of 1024 x 1024 x 1024 in bf16, measured now"
             }
             _ => {
                 self.chip.vector = peak(&self.device);
@@ -167,6 +165,17 @@ impl Bench {
         self.chip.source = source.into();
         self.chip.name = name_of(&self.device);
         Ok(())
+    }
+
+    /// Operations per second of a square GEMM in the type of activations.
+    fn own_gemm(&mut self, side: usize) -> Result<f64> {
+        let [x, w] = [0, 1].map(|_| super::case::filled(&self.device, &[side, side]));
+        let arena = super::case::tiny_arena(&self.device).0;
+        let timing = self.measure(|| {
+            let y = evaluate(&arena, |tape| linear(&tape.input(&x), &tape.input(&w), None));
+            drop(y.expect("the device"));
+        })?;
+        Ok(2.0 * (side as f64).powi(3) / timing.hot.median)
     }
 }
 

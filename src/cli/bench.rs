@@ -21,9 +21,12 @@ pub(super) struct BenchArgs {
     /// Threads on the CPU; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Activations in f32 instead of bf16 on a GPU
+    /// Activations in f32 instead of bf16, the usual precision of a GPU
     #[arg(long)]
     f32: bool,
+    /// Activations in bf16 instead of f32, the usual precision of a CPU
+    #[arg(long, conflicts_with = "f32")]
+    bf16: bool,
     /// Seconds for each case hot, and again with cold caches
     #[arg(long, default_value_t = 0.3, value_name = "S")]
     seconds: f64,
@@ -67,7 +70,8 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
             args.seconds
         )));
     }
-    let precision = if args.f32 { Precision::F32 } else { Precision::Bf16 };
+    let bf16 = args.bf16.then_some(Precision::Bf16);
+    let precision = bf16.or(args.f32.then_some(Precision::F32));
     let device = device::choose(args.device, precision, args.threads)?;
     let extent = match device.kind() {
         _ if args.tiny => Extent::TINY,
