@@ -1,6 +1,7 @@
-//! bf16 on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer runs on the reference's inputs rounded to
-//! bf16 and must meet a tolerance. The test also prints the errors of a network that runs in bf16 throughout: its gradients
-//! differ by tens of percent, because ReLUs near zero decide differently, so such runs are judged by what they learn.
+//! bf16 on a CPU and on a GPU, layer by layer: a small ResNet against the f64 reference. Each layer runs on the reference's
+//! inputs rounded to bf16 and must meet a tolerance. The test also prints the errors of a network that runs in bf16 throughout:
+//! its gradients differ by tens of percent, because ReLUs near zero decide differently, so such runs are judged by what they
+//! learn.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -172,16 +173,25 @@ pub fn drift(got: &[f64], want: &[f64]) -> f64 {
 }
 
 #[test]
+fn every_layer_on_the_cpu_in_bf16_agrees_with_the_f64_reference_to_bf16_rounding() {
+    audit(&Device::cpu(2).unwrap().with_precision(Precision::Bf16).unwrap().poisoned());
+}
+
+#[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn every_layer_in_bf16_agrees_with_the_f64_reference_to_bf16_rounding() {
+    audit(&gpu(Precision::Bf16));
+}
+
+fn audit(device: &Device) {
     /// Gradients of a unit could need three times this, where rounding flips its ReLU; in this test no ReLU flips.
     const TOLERANCE: f64 = 1e-2;
-    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+    let reference = Device::reference();
     let mut layout = Layout::new();
     let units = units(&mut layout);
     let layout = Arc::new(layout);
-    let (want, drifted) = (run(&units, &layout, &reference), run(&units, &layout, &gpu));
-    gpu.check().unwrap();
+    let (want, drifted) = (run(&units, &layout, &reference), run(&units, &layout, device));
+    device.check().unwrap();
 
     println!("relative errors in bf16 of each layer alone | of the free-running network");
     let parts = ["y", "dx", "dw", "dgain", "dshift", "dresidual"].map(|p| format!("{p:>10}"));
@@ -194,7 +204,7 @@ fn every_layer_in_bf16_agrees_with_the_f64_reference_to_bf16_rounding() {
         let run_on = |device, route| {
             case.run_with(device, route, &|y| if unit.relu { off_kinks(y, &before) } else { y })
         };
-        let (right, got) = (run_on(&reference, Route::Param), run_on(&gpu, Route::Node));
+        let (right, got) = (run_on(&reference, Route::Param), run_on(device, Route::Node));
         let mut line = format!("{:22}", unit.name);
         for ((part, got), (_, right)) in got.parts(&case).zip(right.parts(&case)) {
             results.push(close(&format!("{}|{part}", unit.name), got, right, TOLERANCE));
@@ -213,6 +223,6 @@ fn every_layer_in_bf16_agrees_with_the_f64_reference_to_bf16_rounding() {
         println!("{line:82} |{of_y:9.1e}{of_dw:9.1e}{:11.2}%", 100.0 * others);
     }
     println!("{:82} |{:9.1e}", "features", drift(&drifted.features, &want.features));
-    gpu.check().unwrap();
-    report("bf16, layer by layer", results);
+    device.check().unwrap();
+    report(&format!("{device}, layer by layer"), results);
 }

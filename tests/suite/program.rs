@@ -198,8 +198,9 @@ fn a_run_on_a_gpu_moves_to_the_cpu_by_its_checkpoint_and_back() {
         assert_eq!(text(&output.stdout).lines().count(), 3, "{}", text(&output.stdout));
         text(&output.stdout).to_owned()
     };
-    let cpu = evaluate("cpu", "train.precision=bf16");
+    let cpu = evaluate("cpu", "train.precision=f32");
     assert_eq!(evaluate("cuda:0", "train.precision=f32"), cpu);
+    evaluate("cpu", "train.precision=bf16");
     evaluate("cuda", "train.precision=bf16");
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 
 use crate::case::{Case, ROUTES, Route};
 use crate::cases::{case, table};
@@ -31,6 +31,27 @@ fn the_cpu_agrees_with_the_f64_reference() {
         }
     }
     report("CPU against reference", results);
+}
+
+/// On inputs that bf16 holds exactly; each operation then rounds its result once.
+#[test]
+fn the_cpu_agrees_with_the_f64_reference_in_bf16() {
+    let (cpu, reference) = (in_bf16(2), Device::reference());
+    let mut results = Vec::new();
+    for case in table().into_iter().map(Case::rounded) {
+        let want = case.run(&reference, Route::Param);
+        for route in ROUTES {
+            let got = case.run(&cpu, route);
+            for ((part, got), (_, want)) in got.parts(&case).zip(want.parts(&case)) {
+                results.push(close(&format!("{}|{part} {route:?}", case.name), got, want, 1e-2));
+            }
+        }
+    }
+    report("CPU in bf16 against reference", results);
+}
+
+fn in_bf16(threads: usize) -> Device {
+    Device::cpu(threads).unwrap().with_precision(Precision::Bf16).unwrap().poisoned()
 }
 
 #[test]
@@ -132,12 +153,14 @@ fn differences(case: &Case, device: &Device) -> Vec<Result<f64, String>> {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let devices = [1, 2, 3].map(|threads| Device::cpu(threads).unwrap().poisoned());
-    for case in table() {
-        let [one, two, three] = devices.each_ref().map(|device| case.run(device, Route::Param));
-        assert!(one.output.iter().all(|v| v.is_finite()), "{case:?}");
-        assert_eq!(one, two, "{case:?}: one thread and two");
-        assert_eq!(one, three, "{case:?}: one thread and three");
+    let in_f32 = [1, 2, 3].map(|threads| Device::cpu(threads).unwrap().poisoned());
+    for devices in [in_f32, [1, 2, 3].map(in_bf16)] {
+        for case in table() {
+            let [one, two, three] = devices.each_ref().map(|device| case.run(device, Route::Param));
+            assert!(one.output.iter().all(|v| v.is_finite()), "{case:?}");
+            assert_eq!(one, two, "{case:?}: one thread and two of {}", devices[0]);
+            assert_eq!(one, three, "{case:?}: one thread and three of {}", devices[0]);
+        }
     }
 }
 
@@ -187,12 +210,13 @@ fn empty_batches_work() {
     ];
     for line in lines {
         let case = case(line);
-        for device in [Device::cpu(2).unwrap().poisoned(), Device::reference().poisoned()] {
+        let cpu = Device::cpu(2).unwrap().poisoned();
+        for device in [cpu, in_bf16(2), Device::reference().poisoned()] {
             let got = case.run(&device, Route::Node);
             assert_eq!(got.output, [0.0; 0], "{line}");
             // Weights have gradients all the same, and they are zero.
             let zero = got.gradients.iter().flatten().all(|dx| *dx == 0.0);
-            assert!(zero, "{line} on {:?}: {:?}", device.kind(), got.gradients);
+            assert!(zero, "{line} on {device}: {:?}", got.gradients);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use selfsup::Error;
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::methods::ALL;
 use selfsup::recipes::Recipe;
 use selfsup::train::{self, EpochReport, Paused, Run, StepReport, Watch};
@@ -63,36 +63,48 @@ fn a_run_of_any_method_stopped_after_each_step_equals_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu(1).unwrap().poisoned();
     for recipe in recipes(folder.path(), &device) {
-        let name = &recipe.method.name;
-        let [straight, stopped] =
-            ["straight", "stopped"].map(|how| folder.path().join(format!("{name}-{how}")));
-        let mut run = Run::new(&recipe, &device, Some(&straight)).unwrap();
-        run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
-        let total = run.schedule().total;
-        assert_eq!(total, 4, "{name}: two epochs of two steps");
-        let mut run = Run::new(&recipe, &device, Some(&stopped)).unwrap();
-        for step in 1..=total {
-            let flag = Arc::new(AtomicBool::new(false));
-            run.stop_when(flag.clone());
-            let sentence = match run.train(&mut StopAt(step, flag)) {
-                Err(Error::Stopped(sentence)) => sentence,
-                other => panic!("{name}: {other:?} at step {step}"),
-            };
-            let start =
-                format!("stopped at step {step} of 4; continue with: selfsup train --resume ");
-            assert!(sentence.starts_with(&start), "{sentence}");
-            drop(run); // or its folder stays locked
-            if let Some(file) = recipe.method.settings.get("teacher").map(|t| &t["file"]) {
-                let _ = std::fs::remove_file(file.as_str().unwrap()); // it is in the checkpoint
-            }
-            run = Run::resume(Paused::open(&stopped, &[]).unwrap(), &device).unwrap();
-            assert_eq!(run.step(), step);
-        }
-        run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
-        let [got, want] = [stopped, straight].map(|folder| outcome(&folder));
-        assert_eq!(String::from_utf8_lossy(&got[1]), String::from_utf8_lossy(&want[1]), "{name}");
-        assert!(got[0] == want[0], "{name}: the weights differ");
+        stopped_after_each_step(&recipe, folder.path(), &device);
     }
+    let in_bf16 = device.with_precision(Precision::Bf16).unwrap();
+    let recipe = reduced(small_recipe("byol"), &in_bf16);
+    let recipe = recipe.with(&["train.epochs=2".into(), "train.knn_every=1".into()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    stopped_after_each_step(&recipe, folder.path(), &in_bf16);
+    let paused = || Paused::open(&folder.path().join("byol-stopped"), &[]).unwrap();
+    assert_eq!(paused().precision(), Some(Precision::Bf16));
+    let error = Run::resume(paused(), &device).err().unwrap().to_string();
+    assert!(error.contains("trained in bf16, and the device computes in f32"), "{error}");
+}
+
+fn stopped_after_each_step(recipe: &Recipe, folder: &Path, device: &Device) {
+    let name = &recipe.method.name;
+    let [straight, stopped] =
+        ["straight", "stopped"].map(|how| folder.join(format!("{name}-{how}")));
+    let mut run = Run::new(recipe, device, Some(&straight)).unwrap();
+    run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+    let total = run.schedule().total;
+    assert_eq!(total, 4, "{name}: two epochs of two steps");
+    let mut run = Run::new(recipe, device, Some(&stopped)).unwrap();
+    for step in 1..=total {
+        let flag = Arc::new(AtomicBool::new(false));
+        run.stop_when(flag.clone());
+        let sentence = match run.train(&mut StopAt(step, flag)) {
+            Err(Error::Stopped(sentence)) => sentence,
+            other => panic!("{name}: {other:?} at step {step}"),
+        };
+        let start = format!("stopped at step {step} of 4; continue with: selfsup train --resume ");
+        assert!(sentence.starts_with(&start), "{sentence}");
+        drop(run); // or its folder stays locked
+        if let Some(file) = recipe.method.settings.get("teacher").map(|t| &t["file"]) {
+            let _ = std::fs::remove_file(file.as_str().unwrap()); // it is in the checkpoint
+        }
+        run = Run::resume(Paused::open(&stopped, &[]).unwrap(), device).unwrap();
+        assert_eq!(run.step(), step);
+    }
+    run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
+    let [got, want] = [stopped, straight].map(|folder| outcome(&folder));
+    assert_eq!(String::from_utf8_lossy(&got[1]), String::from_utf8_lossy(&want[1]), "{name}");
+    assert!(got[0] == want[0], "{name}: the weights differ");
 }
 
 /// Enough steps of a tiny network for a signal to arrive in the middle of them.
@@ -409,6 +421,41 @@ fn a_resumed_run_refuses_settings_that_change_its_weights() {
             Paused::open(&out, &[setting.to_string()]).unwrap_or_else(|e| panic!("{setting}: {e}")),
         );
     }
+}
+
+/// Before checkpoints noted their precision, every recipe said `bf16`, and a CPU trained in f32 all the same.
+#[test]
+fn a_run_of_an_earlier_version_goes_on_in_f32_on_a_cpu() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out] = ["data", "run"].map(|name| root.path().join(name));
+    write_part(&data.join("train"), 16);
+    write_part(&data.join("test"), 4);
+    let device = Device::cpu(1).unwrap();
+    let recipe = on_images(&data, &["train.precision=bf16"]);
+    let stop = |mut run: Run, step| {
+        let flag = Arc::new(AtomicBool::new(false));
+        run.stop_when(flag.clone());
+        run.train(&mut StopAt(step, flag)).unwrap_err();
+    };
+    stop(Run::new(&recipe, &device, Some(&out)).unwrap(), 2);
+    let checkpoint = train::newest(&out).unwrap();
+    let mut bytes = std::fs::read(&checkpoint).unwrap();
+    let note = b"selfsup.precision";
+    let at = bytes.windows(note.len()).position(|window| window == note).unwrap();
+    bytes[at..][..note.len()].copy_from_slice(b"selfsup.forgotten");
+    std::fs::write(&checkpoint, bytes).unwrap();
+    assert_eq!(train::recipe_in(&checkpoint, &[]).unwrap().train.precision, None);
+    let asked = ["train.precision=bf16".to_string()];
+    let recipe = train::recipe_of(&out.join("recipe.toml"), &checkpoint, &asked).unwrap();
+    assert_eq!(recipe.train.precision, Some(Precision::Bf16));
+    let paused = || Paused::open(&out, &[]).unwrap();
+    assert_eq!(paused().precision(), None);
+    let in_bf16 = device.with_precision(Precision::Bf16).unwrap();
+    let error = Run::resume(paused(), &in_bf16).err().unwrap().to_string();
+    assert!(error.contains("trained in f32, and the device computes in bf16"), "{error}");
+    stop(Run::resume(paused(), &device).unwrap(), 3);
+    assert_eq!(paused().precision(), Some(Precision::F32));
+    drop(Run::resume(paused(), &device).unwrap());
 }
 
 #[test]

@@ -176,56 +176,65 @@ fn every_step_of_simclr_on_a_gpu_from_the_golden_state_agrees_with_pytorch() {
     );
 }
 
-/// bf16 rounds every activation of a network, and a ReLU whose input is near zero may then decide differently: gradients of the
-/// complete network cannot meet an op's tolerance (`audit.rs` checks that layer by layer). The yardstick here is the reference
-/// with only its weights rounded to bf16; the test prints the errors of every tensor next to it.
+#[test]
+fn a_step_of_simclr_on_the_cpu_in_bf16_is_audited_layer_by_layer() {
+    audited(&Device::cpu(2).unwrap().with_precision(Precision::Bf16).unwrap().poisoned());
+}
+
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_of_simclr_in_bf16_is_audited_layer_by_layer() {
-    /// Not only weights are rounded but also images, activations and gradients, each once per layer.
-    const TIMES: f64 = 3.0;
     unchecked("steps::a_step_of_simclr_in_bf16_is_audited_layer_by_layer", || {
-        let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
-        let goldens = Goldens::open("steps");
-        let mut results = Vec::new();
-        for run in runs().iter().take(2) {
-            let mut method = run.method();
-            let mut forward_and_backward = |device: &Device, rounded: bool| {
-                let mut arena = network::seeded_arena(method.layout(), device, run.name);
-                if rounded {
-                    round_weights(&mut arena);
-                }
-                let views = run.views(&goldens, device, 0);
-                let loss = tape::step(&mut arena, |tape| method.loss(tape, &views)).unwrap();
-                let z = method.take_embeddings().unwrap();
-                let mut all = network::gradients(&arena);
-                all.extend(network::statistics(&arena));
-                let gradients = arena.gradients().to_f64();
-                all.insert("embeddings".into(), z.to_f64());
-                all.insert("loss".into(), vec![loss.scalar()]);
-                all.insert("gradients, all together".into(), gradients);
-                all
-            };
-            let [got, rounded, want] = [(&gpu, false), (&reference, true), (&reference, false)]
-                .map(|(device, rounded)| forward_and_backward(device, rounded));
-            gpu.check().unwrap();
-            println!("{}: relative errors in bf16 | of f64 with weights rounded to bf16", run.name);
-            for (slot, want) in &want {
-                let [error, yardstick] = [&got, &rounded].map(|of| drift(&of[slot], want));
-                println!("{slot:40}{error:10.1e} |{yardstick:9.1e}");
-            }
-            for part in ["embeddings", "gradients, all together"] {
-                let name = format!("{}|{part}", run.name);
-                let allowed = TIMES * drift(&rounded[part], &want[part]);
-                results.push(close(&name, &got[part], &want[part], allowed));
-            }
-            results.push(close(&format!("{}|loss", run.name), &got["loss"], &want["loss"], 1e-2));
-        }
-        report("SimCLR in bf16", results);
+        audited(&gpu(Precision::Bf16));
     });
 }
 
-/// Rounds to bf16 the weights that a GPU multiplies in bf16.
+/// bf16 rounds every activation of a network, and a ReLU whose input is near zero may then decide differently: gradients of the
+/// complete network cannot meet an op's tolerance (`audit.rs` checks that layer by layer). The yardstick here is the reference
+/// with only its weights rounded to bf16; the test prints the errors of every tensor next to it.
+fn audited(device: &Device) {
+    /// Not only weights are rounded but also images, activations and gradients, each once per layer.
+    const TIMES: f64 = 3.0;
+    let reference = Device::reference();
+    let goldens = Goldens::open("steps");
+    let mut results = Vec::new();
+    for run in runs().iter().take(2) {
+        let mut method = run.method();
+        let mut forward_and_backward = |device: &Device, rounded: bool| {
+            let mut arena = network::seeded_arena(method.layout(), device, run.name);
+            if rounded {
+                round_weights(&mut arena);
+            }
+            let views = run.views(&goldens, device, 0);
+            let loss = tape::step(&mut arena, |tape| method.loss(tape, &views)).unwrap();
+            let z = method.take_embeddings().unwrap();
+            let mut all = network::gradients(&arena);
+            all.extend(network::statistics(&arena));
+            let gradients = arena.gradients().to_f64();
+            all.insert("embeddings".into(), z.to_f64());
+            all.insert("loss".into(), vec![loss.scalar()]);
+            all.insert("gradients, all together".into(), gradients);
+            all
+        };
+        let [got, rounded, want] = [(device, false), (&reference, true), (&reference, false)]
+            .map(|(device, rounded)| forward_and_backward(device, rounded));
+        device.check().unwrap();
+        println!("{}: relative errors in bf16 | of f64 with weights rounded to bf16", run.name);
+        for (slot, want) in &want {
+            let [error, yardstick] = [&got, &rounded].map(|of| drift(&of[slot], want));
+            println!("{slot:40}{error:10.1e} |{yardstick:9.1e}");
+        }
+        for part in ["embeddings", "gradients, all together"] {
+            let name = format!("{}|{part}", run.name);
+            let allowed = TIMES * drift(&rounded[part], &want[part]);
+            results.push(close(&name, &got[part], &want[part], allowed));
+        }
+        results.push(close(&format!("{}|loss", run.name), &got["loss"], &want["loss"], 1e-2));
+    }
+    report(&format!("SimCLR on {device}"), results);
+}
+
+/// Rounds to bf16 the weights that are multiplied in bf16.
 fn round_weights(arena: &mut Arena) {
     for slot in arena.layout().clone().params() {
         if matches!(slot.kind, SlotKind::Filter | SlotKind::Matrix) {
