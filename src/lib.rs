@@ -23,7 +23,7 @@
 //! | [`tape`] | autograd |
 //! | [`arena`] | all weights of a network in one allocation |
 //! | [`tensor`] | shape, dtype, memory |
-//! | `cpu` | f32 kernels for the CPU over slices, the twin of `kernels/` |
+//! | `cpu` | kernels for the CPU over slices, in f32 and bf16: the twin of `kernels/` |
 //! | [`device`] | where memory lives and operations run: memory pool, threads, GPUs, Philox, the group of processes |
 //! | `settings` | TOML tables with `--set` overrides, and errors that suggest the nearest key |
 //! | `files` | files written completely or not at all |
@@ -46,11 +46,15 @@
 //! (`examples/custom_op.rs`).
 //!
 //! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) runs the kernels in `kernels/`. `build.rs` compiles and embeds
-//! them and generates a typed launch function for each; an operation's `cuda.rs` calls these functions. Activations and working
-//! copies of weights are bf16 (or f32, see [`Precision`](device::Precision)); sums, statistics and weights are f32. Operations
-//! are queued and return no errors; [`Device::check`](device::Device::check), which every step calls, reports the first
-//! failure. A training step is captured once as a CUDA graph and replayed as one call ([`train::Steps`]). Numbers that change
-//! from step to step are [`Numbers`](tensor::Numbers), which kernels read from memory.
+//! them and generates a typed launch function for each; an operation's `cuda.rs` calls these functions. Operations are
+//! queued and return no errors; [`Device::check`](device::Device::check), which every step calls, reports the first failure. A
+//! training step is captured once as a CUDA graph and replayed as one call ([`train::Steps`]). Numbers that change from step to
+//! step are [`Numbers`](tensor::Numbers), which kernels read from memory.
+//!
+//! **bf16 follows one rule on every device** ([`Precision`](device::Precision)): activations, their gradients and working copies
+//! of filters and matrices are bf16; weights and their gradients, sums, statistics, losses and optimiser state are f32. A GPU
+//! computes so if it is not told otherwise, a CPU if it is asked to
+//! ([`Device::with_precision`](device::Device::with_precision)).
 //!
 //! **Ground truth is a device.** [`Device::reference`](device::Device::reference) runs the same tape naively in f64. Tests
 //! compare every primitive, complete networks and complete training steps with it, and compare it with PyTorch in f64.
