@@ -111,7 +111,8 @@ impl Paused {
         }
         recipe = recipe.with(settings)?;
         same_run(&recipe, &then)?;
-        let (path, changed, lock) = (path.to_path_buf(), !settings.is_empty() || recipe != written, Some(lock));
+        let (path, changed, lock) =
+            (path.to_path_buf(), !settings.is_empty() || recipe != written, Some(lock));
         let group = Group::alone();
         let precision = checkpoint.as_ref().and_then(precision_in).or(recipe.train.precision);
         Ok(Self { path, lock, recipe, changed, checkpoint, precision, progress, group })

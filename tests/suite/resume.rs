@@ -428,8 +428,8 @@ fn a_resumed_run_refuses_settings_that_change_its_weights() {
 fn a_run_of_an_earlier_version_goes_on_in_f32_on_a_cpu() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));
-    write_part(&data.join("train"), 16);
-    write_part(&data.join("test"), 4);
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 4);
     let device = Device::cpu(1).unwrap();
     let recipe = on_images(&data, &["train.precision=bf16"]);
     let stop = |mut run: Run, step| {
