@@ -5,7 +5,8 @@
 //! collide, and a link that somebody planted under such a name is not followed. A rename replaces a link instead of writing
 //! through it.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,22 +31,43 @@ pub(crate) fn read_text(path: &Path, what: &str) -> Result<String> {
 
 /// Writes a small file.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    replace_file(path, |partial| {
-        let file = OpenOptions::new().write(true).truncate(true).open(partial);
-        file.and_then(|mut file| file.write_all(bytes)).map_err(|e| write_error(path, e))
+    replace_file(path, |partial| fill(path, partial, bytes))
+}
+
+/// Writes two small files that belong together: there is never a `main` file next to the other one of an earlier pair. If the
+/// process is killed in between, the `main` file is missing.
+pub(crate) fn write_pair(other: (&Path, &[u8]), main: (&Path, &[u8])) -> Result<()> {
+    replace_file(main.0, |partial| {
+        fill(main.0, partial, main.1)?;
+        sync(main.0, partial)?;
+        replace_file(other.0, |partial| {
+            fill(other.0, partial, other.1)?;
+            match std::fs::remove_file(main.0) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    Err(write_error(main.0, error))
+                }
+                _ => Ok(()),
+            }
+        })
     })
 }
 
 /// Writes `path` by way of a temporary file, which exists and is empty when `write` fills it.
 pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let partial = temporary(path, |partial| {
-        OpenOptions::new().write(true).create_new(true).open(partial).map(drop)
-    })?;
-    let written = write(&partial).and_then(|()| {
-        let synced = File::open(&partial).and_then(|file| file.sync_all());
-        synced.map_err(|e| write_error(path, e))
-    });
+    let partial = temporary(path, |partial| File::create_new(partial).map(drop))?;
+    let written = write(&partial).and_then(|()| sync(path, &partial));
     rename(&partial, path, written)
+}
+
+/// Fills the temporary file of `path`.
+fn fill(path: &Path, partial: &Path, bytes: &[u8]) -> Result<()> {
+    let file = OpenOptions::new().write(true).truncate(true).open(partial);
+    file.and_then(|mut file| file.write_all(bytes)).map_err(|e| write_error(path, e))
+}
+
+fn sync(path: &Path, partial: &Path) -> Result<()> {
+    let synced = File::open(partial).and_then(|file| file.sync_all());
+    synced.map_err(|e| write_error(path, e))
 }
 
 /// Makes `path` another name of the file `from`; a copy of it if the file system has no hard links.
@@ -89,16 +111,48 @@ fn rename(partial: &Path, path: &Path, written: Result<()>) -> Result<()> {
     Ok(())
 }
 
+/// Whether a file of this name is a temporary one.
+pub(crate) fn is_partial(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    name.starts_with(b".") && name.ends_with(PARTIAL.as_bytes())
+}
+
 /// Removes the temporary files that killed processes left in a folder.
 pub(crate) fn remove_partial_files(folder: &Path) {
-    let names = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    for entry in names {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with('.') && name.ends_with(PARTIAL) {
-            let _ = std::fs::remove_file(entry.path()); // a leftover does no harm
-        }
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| is_partial(&entry.file_name())) {
+        let _ = std::fs::remove_file(entry.path()); // a leftover does no harm
     }
+}
+
+/// Fails if no file can be created next to `path`.
+pub(crate) fn check_writable(path: &Path) -> Result<()> {
+    let partial = temporary(path, |partial| File::create_new(partial).map(drop))?;
+    std::fs::remove_file(partial).map_err(|error| write_error(path, error))
+}
+
+/// What is at a path, links followed; `None` if nothing is there.
+///
+/// `Path::exists` and the like also say no when a disk or a network fails: what is there would be taken for missing.
+///
+/// # Errors
+/// If that cannot be found out.
+pub(crate) fn find(path: &Path) -> Result<Option<Metadata>> {
+    match std::fs::metadata(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(Error::io(path)(e)),
+    }
+}
+
+/// Whether a regular file is at a path; an error as in [`find`].
+pub(crate) fn is_file(path: &Path) -> Result<bool> {
+    Ok(find(path)?.is_some_and(|found| found.is_file()))
+}
+
+/// Whether a folder is at a path; an error as in [`find`].
+pub(crate) fn is_folder(path: &Path) -> Result<bool> {
+    Ok(find(path)?.is_some_and(|found| found.is_dir()))
 }
 
 /// Opens `path` for reading and writing without truncating it, and creates it if it is missing.

@@ -1,10 +1,11 @@
 //! Checks of output files before the work begins: a command replaces only what a command like it has written.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::files::{check_writable, is_file, is_folder};
 use crate::weights::WeightFile;
 
 /// The contents of an output file.
@@ -40,21 +41,24 @@ impl Kind {
 /// # Errors
 /// If the folder is missing or not writable, or the file is of another kind: a checkpoint, an image, a note.
 pub(super) fn check(path: &Path, kind: Kind) -> Result<()> {
-    let Some(name) = path.file_name().filter(|_| !path.is_dir()) else {
+    if path.file_name().is_none() || is_folder(path)? {
         return Err(Error::format(path, "is a folder: name a file to write"));
-    };
+    }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
-    if !folder.is_dir() {
+    if !is_folder(folder)? {
         return Err(Error::format(
             path,
             format!("there is no folder {}: create it first", folder.display()),
         ));
     }
-    // Whether it can be written shows when it is tried; the name is one that nothing else uses.
-    let probe = folder.join(format!(".{}.{}.check", name.display(), std::process::id()));
-    File::create_new(&probe).and_then(|_| std::fs::remove_file(&probe)).map_err(Error::io(path))?;
-    if std::fs::symlink_metadata(path).is_ok() && !replaceable(path, kind) {
+    check_writable(path)?; // shows when it is tried
+    let is_there = match std::fs::symlink_metadata(path) {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    if is_there && !replaceable(path, kind)? {
         let what = if is_checkpoint(path) {
             "is a run's checkpoint"
         } else {
@@ -66,21 +70,21 @@ pub(super) fn check(path: &Path, kind: Kind) -> Result<()> {
 }
 
 /// Whether a file that exists is of this kind.
-fn replaceable(path: &Path, kind: Kind) -> bool {
-    if !path.is_file() {
-        return false;
+fn replaceable(path: &Path, kind: Kind) -> Result<bool> {
+    if !is_file(path)? {
+        return Ok(false);
     }
     let mut start = Vec::new();
     let read = File::open(path).and_then(|file| file.take(2048).read_to_end(&mut start));
+    read.map_err(Error::io(path))?;
     let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
-    match kind {
-        _ if read.is_err() => false,
+    Ok(match kind {
         Kind::Weights => WeightFile::open(path).is_ok() && !is_checkpoint(path),
         Kind::Npy => start.starts_with(b"\x93NUMPY"),
         Kind::Table => start.starts_with(b"file\tlabel\tclass"),
         Kind::Page => holds(b"<title>selfsup"),
         Kind::Trace => start.starts_with(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":"),
-    }
+    })
 }
 
 /// Whether a file holds a run's state.

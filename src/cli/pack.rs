@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 
 use super::skipped::{LeftOut, share};
 use super::{on_terminal, say, talk};
-use crate::data::{self, PackSettings, Stored};
+use crate::data::{self, PackSettings, Packed, Stored};
 use crate::error::{Error, Result};
 use crate::recipes::MAX_SKIPPED;
 
@@ -48,11 +48,16 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
         .build_global()
         .map_err(|e| Error::Device(format!("cannot start the threads: {e}")))?;
     let bar = on_terminal().then(|| ProgressBar::new(0));
-    let packed = data::pack(&args.folder, &args.out, &settings, |done, total| {
+    let progress = |done, total| {
         if let Some(bar) = &bar {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
         }
+    };
+    // A pack that lacks too many images is never complete.
+    let packed = data::pack_if(&args.folder, &args.out, &settings, progress, |packed| {
+        bar.iter().for_each(ProgressBar::finish_and_clear);
+        list_skipped(args, packed)
     });
     bar.iter().for_each(ProgressBar::finish_and_clear);
     let packed = packed?;
@@ -63,19 +68,14 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
         packed.bytes as f64 / f64::from(1 << 20)
     ));
     packed.notes.iter().for_each(|note| talk(note));
+    say(&args.out.display().to_string())
+}
+
+/// Counts, names and lists the images that are left out.
+fn list_skipped(args: &PackArgs, packed: &Packed) -> Result<()> {
     let all = packed.images + packed.skipped.len();
     // Next to the folder, which has to be empty for another attempt.
     let mut list = args.out.components().collect::<PathBuf>().into_os_string();
     list.push(".skipped.txt");
-    let mut left_out = LeftOut::new(list.into(), args.max_skipped);
-    if let Err(error) = left_out.add("source", all, &packed.skipped) {
-        // An incomplete pack must not be taken for the set.
-        let manifest = args.out.join("pack.json");
-        for file in [&manifest].into_iter().chain(&packed.files) {
-            std::fs::remove_file(file).map_err(Error::io(file))?;
-        }
-        let _ = std::fs::remove_dir(&args.out); // unless something else is in it
-        return Err(error);
-    }
-    say(&args.out.display().to_string())
+    LeftOut::new(list.into(), args.max_skipped).add("source", all, &packed.skipped)
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::arena::Arena;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::is_file;
 use crate::methods::Method;
 use crate::recipes::Recipe;
 use crate::train;
@@ -18,12 +19,12 @@ pub(super) struct Trained {
 impl Trained {
     /// Opens a folder's newest checkpoint, or the given checkpoint, with `key.path=value` settings on top of its recipe.
     pub(super) fn open(path: &Path, settings: &[String]) -> Result<Self> {
-        if path.is_file() {
+        if is_file(path)? {
             let recipe = train::recipe_in(path, settings)?;
             return Ok(Self { recipe, checkpoint: path.to_path_buf() });
         }
         let file = path.join("recipe.toml");
-        if !file.is_file() {
+        if !is_file(&file)? {
             return Err(Error::Config(format!(
                 "{}: neither a run's folder (it has no recipe.toml) nor a checkpoint",
                 path.display()

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::source::{Image, Source, Split};
 use crate::error::{Error, Result, printable};
+use crate::files::is_file;
 
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
@@ -59,8 +60,11 @@ pub struct Cifar {
 
 impl Cifar {
     /// Returns whether a folder (or the archive's folder below it) holds files of either set.
-    pub fn is_at(path: &Path) -> bool {
-        find(path).is_some()
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn is_at(path: &Path) -> Result<bool> {
+        Ok(find(path)?.is_some())
     }
 
     /// Reads a split; CIFAR-10 and CIFAR-100 are told apart by their file names.
@@ -68,7 +72,7 @@ impl Cifar {
     /// # Errors
     /// If there is no file of either set, a file of the split is missing or truncated, or a label is out of range.
     pub fn open(path: &Path, split: Split) -> Result<Self> {
-        let (folder, kind) = find(path).ok_or_else(|| {
+        let (folder, kind) = find(path)?.ok_or_else(|| {
             Error::format(
                 path,
                 "no CIFAR binary files here (data_batch_1.bin … test_batch.bin, or train.bin and test.bin): \
@@ -103,7 +107,7 @@ impl Cifar {
             records.extend_from_slice(&bytes);
             files.push((file, records.len() / record));
         }
-        let classes = class_names(&folder.join(kind.names), kind.classes);
+        let classes = class_names(&folder.join(kind.names), kind.classes)?;
         Ok(Self { records, label_bytes: kind.label_bytes, classes, files })
     }
 
@@ -113,23 +117,27 @@ impl Cifar {
     }
 }
 
-fn find(path: &Path) -> Option<(PathBuf, &'static Kind)> {
+fn find(path: &Path) -> Result<Option<(PathBuf, &'static Kind)>> {
     for kind in [&TEN, &HUNDRED] {
         for folder in [path.to_path_buf(), path.join(kind.folder)] {
-            if kind.train.iter().chain(kind.test).any(|file| folder.join(file).is_file()) {
-                return Some((folder, kind));
+            for file in kind.train.iter().chain(kind.test) {
+                if is_file(&folder.join(file))? {
+                    return Ok(Some((folder, kind)));
+                }
             }
         }
     }
-    None
+    Ok(None)
 }
 
 /// Reads the names next to the data; numbers if that small file is missing.
-fn class_names(file: &Path, count: usize) -> Vec<String> {
-    let text = std::fs::read_to_string(file).unwrap_or_default();
+fn class_names(file: &Path, count: usize) -> Result<Vec<String>> {
+    let text =
+        if is_file(file)? { std::fs::read(file).map_err(Error::io(file))? } else { Vec::new() };
+    let text = String::from_utf8(text).unwrap_or_default();
     let names: Vec<String> =
         text.lines().map(str::trim).filter(|l| !l.is_empty()).map(Into::into).collect();
-    if names.len() == count { names } else { (0..count).map(|i| i.to_string()).collect() }
+    Ok(if names.len() == count { names } else { (0..count).map(|i| i.to_string()).collect() })
 }
 
 impl Source for Cifar {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::classes;
 use super::source::{Image, Source, Split};
 use crate::error::{Error, Result, printable};
+use crate::files::is_file;
 
 /// The most bytes of a file, unpacked: a guard against corrupt or malicious ones.
 const UNPACKED_LIMIT: u64 = 4 << 30;
@@ -49,8 +50,16 @@ pub struct Idx {
 
 impl Idx {
     /// Returns whether a folder holds idx files of images.
-    pub fn is_at(folder: &Path) -> bool {
-        FILES.iter().any(|[images, _]| find(folder, images).is_some())
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn is_at(folder: &Path) -> Result<bool> {
+        for [images, _] in FILES {
+            if find(folder, images)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Reads a split of a folder with idx files under their usual names. Classes of the test split that the training split lacks
@@ -61,8 +70,8 @@ impl Idx {
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let candidates = if split == Split::Train { &FILES[..2] } else { &FILES[2..] };
         for [images, labels] in candidates {
-            if let Some(images) = find(folder, images) {
-                let mut set = Self::from_files(&images, find(folder, labels).as_deref())?;
+            if let Some(images) = find(folder, images)? {
+                let mut set = Self::from_files(&images, find(folder, labels)?.as_deref())?;
                 if split == Split::Test {
                     set.note_classes_beyond(folder)?;
                 }
@@ -80,9 +89,8 @@ impl Idx {
 
     /// Takes note of labels that are above all of the training split.
     fn note_classes_beyond(&mut self, folder: &Path) -> Result<()> {
-        let Some(path) = FILES[..2].iter().find_map(|[_, labels]| find(folder, labels)) else {
-            return Ok(());
-        };
+        let [first, second] = [&FILES[0], &FILES[1]].map(|[_, labels]| find(folder, labels));
+        let Some(path) = first?.or(second?) else { return Ok(()) };
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let (_, labels) = parse::<1>(&path, &bytes, "labels")?;
         let first = labels.iter().max().map_or(0, |&label| usize::from(label) + 1);
@@ -197,8 +205,13 @@ pub fn fashion_scattered(split: Split) -> Idx {
         .expect("the embedded files are complete: a test reads them")
 }
 
-fn find(folder: &Path, name: &str) -> Option<PathBuf> {
-    [folder.join(name), folder.join(format!("{name}.gz"))].into_iter().find(|path| path.is_file())
+fn find(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
+    for path in [folder.join(name), folder.join(format!("{name}.gz"))] {
+        if is_file(&path)? {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// Reads the sizes and contents of an idx file of unsigned bytes. Memory is taken for what the header announces, and no more.

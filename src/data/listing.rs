@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::pack::MANIFEST;
 use crate::error::{Error, Result, printable};
+use crate::files::is_file;
 
 /// File extensions that are read, in lower case.
 pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "jpe", "jfif", "png"];
@@ -173,7 +174,7 @@ impl PassedOver {
                 };
             }
             if kind.is_dir() {
-                if is_run(&path) || is_pack(&path) {
+                if is_run(&path)? || is_pack(&path)? {
                     self.runs.push(path);
                 } else if !FOLDERS_OF_TOOLS.iter().any(|tool| name == *tool) {
                     entries.folders.push(path);
@@ -263,13 +264,13 @@ fn extension(path: &Path) -> Option<String> {
 }
 
 /// Whether a folder is that of a training run.
-fn is_run(folder: &Path) -> bool {
-    folder.join("recipe.toml").is_file() && folder.join("metrics.jsonl").is_file()
+fn is_run(folder: &Path) -> Result<bool> {
+    Ok(is_file(&folder.join("recipe.toml"))? && is_file(&folder.join("metrics.jsonl"))?)
 }
 
 /// Whether a folder holds packed images.
-fn is_pack(folder: &Path) -> bool {
-    folder.join(MANIFEST).is_file()
+fn is_pack(folder: &Path) -> Result<bool> {
+    is_file(&folder.join(MANIFEST))
 }
 
 /// Whether a folder has the name under which runs are kept unless `--out` says otherwise.
@@ -281,8 +282,8 @@ fn is_called_runs(folder: &Path) -> bool {
 fn has_a_run(folder: &Path) -> Result<bool> {
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
-        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if is_folder && entry.path().join("recipe.toml").is_file() {
+        let kind = entry.file_type().map_err(Error::io(entry.path()))?;
+        if kind.is_dir() && is_file(&entry.path().join("recipe.toml"))? {
             return Ok(true);
         }
     }

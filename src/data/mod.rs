@@ -31,5 +31,5 @@ pub use idx::{Idx, fashion_scattered};
 pub use labels::{labelled, labels_of, of_each_class};
 pub use loader::Loader;
 pub use open::open;
-pub use pack::{Pack, PackSettings, Packed, Stored, pack};
+pub use pack::{Pack, PackSettings, Packed, Stored, pack, pack_if};
 pub use source::{Image, Source, Split, Subset};

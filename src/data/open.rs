@@ -9,6 +9,7 @@ use super::listing::{class_names, has_loose_images, name_of, seems_to_hold_image
 use super::pack::Pack;
 use super::source::{Source, Split};
 use crate::error::{Error, Result, printable};
+use crate::files::{find, is_folder};
 
 /// Names of the folders that may hold a split.
 pub(super) fn folders(split: Split) -> &'static [&'static str] {
@@ -28,7 +29,7 @@ const LIKE_SPLITS: [[&str; 6]; 2] = [
 ];
 
 /// The folders of a set's splits.
-pub(super) struct Parts {
+pub(super) struct SplitFolders {
     pub(super) train: Option<PathBuf>,
     /// The held-out split comes first; others of its kind are not used.
     pub(super) held_out: Vec<PathBuf>,
@@ -36,7 +37,7 @@ pub(super) struct Parts {
     beside: Vec<PathBuf>,
 }
 
-impl Parts {
+impl SplitFolders {
     /// Finds the folders of a set's splits; `None` if there are none, so that the folder itself is the training split.
     ///
     /// Of several folders that may be the held-out split, the first with classes is: ImageNet's test images come without
@@ -45,13 +46,20 @@ impl Parts {
     /// # Errors
     /// If the folders cannot be read, or it is unclear which of them are splits.
     pub(super) fn of(path: &Path) -> Result<Option<Self>> {
-        let holds = |name: &&str| Some(path.join(name)).filter(|folder| folder.is_dir());
-        let train = folders(Split::Train).iter().find_map(holds);
-        let mut held_out: Vec<PathBuf> = folders(Split::Test).iter().filter_map(holds).collect();
+        let there = |split| -> Result<Vec<PathBuf>> {
+            let all = folders(split).iter().map(|name| path.join(name));
+            all.filter_map(|folder| match is_folder(&folder) {
+                Ok(there) => there.then_some(Ok(folder)),
+                Err(error) => Some(Err(error)),
+            })
+            .collect()
+        };
+        let train = there(Split::Train)?.into_iter().next();
+        let mut held_out = there(Split::Test)?;
         let mut beside = sub_folders(path)?;
         beside.retain(|folder| !SPLITS.iter().any(|part| *folder == path.join(part)));
         if train.is_none() && held_out.is_empty() {
-            return like_parts(path, &beside).map_or(Ok(None), Err);
+            return like_splits(path, &beside).map_or(Ok(None), Err);
         }
         beside.retain(|folder| seems_to_hold_images(folder));
         if held_out.len() > 1 {
@@ -102,7 +110,7 @@ pub(super) fn not_used(mut splits: impl Iterator<Item = String>) -> Option<Strin
 
 /// The error of a folder in which all folders have names like those of splits: read as classes, training images and
 /// held-out ones would be mixed.
-fn like_parts(path: &Path, folders: &[PathBuf]) -> Option<Error> {
+fn like_splits(path: &Path, folders: &[PathBuf]) -> Option<Error> {
     let names: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();
     let is_like = |name: &str, split: usize| LIKE_SPLITS[split].contains(&&*name.to_lowercase());
     let all = names.iter().all(|name| is_like(name, 0) || is_like(name, 1));
@@ -131,22 +139,22 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
     if path.as_os_str().is_empty() {
         return Err(Error::config("data.path is empty: name the folder of the images"));
     }
-    if !path.exists() {
+    let Some(found) = find(path)? else {
         return Err(Error::format(path, "no such file or folder: check the path of the data set"));
-    }
-    if !path.is_dir() {
+    };
+    if !found.is_dir() {
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
     }
-    if Pack::is_at(path) {
+    if Pack::is_at(path)? {
         return Ok(Box::new(Pack::open(path, split)?));
     }
-    if Cifar::is_at(path) {
+    if Cifar::is_at(path)? {
         return Ok(Box::new(Cifar::open(path, split)?));
     }
-    if Idx::is_at(path) {
+    if Idx::is_at(path)? {
         return Ok(Box::new(Idx::open(path, split)?));
     }
-    if let Some(splits) = Parts::of(path)? {
+    if let Some(splits) = SplitFolders::of(path)? {
         let Some(folder) = splits.folder(split) else {
             let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
             return Err(Error::format(
@@ -164,8 +172,10 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         let held_out = splits.held_out.iter().map(|folder| printable(folder.as_os_str()));
         return Ok(Box::new(images.with_note(not_used(held_out))));
     }
-    let folder = Folder::open(path)
-        .map_err(|e| not_recognised(path, &format!("is not a data set ({e})")))?;
+    let folder = Folder::open(path).map_err(|e| match e {
+        Error::Io { .. } => e, // the disk or the network, not the set
+        _ => not_recognised(path, &format!("is not a data set ({e})")),
+    })?;
     match (split, folder.classes().is_empty()) {
         (Split::Train, _) => Ok(Box::new(folder)),
         (Split::Test, true) => Err(Error::format(

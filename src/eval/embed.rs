@@ -8,7 +8,7 @@ use crate::data::augment::Policy;
 use crate::data::{Skipped, Source, Transform, transformed_batch};
 use crate::error::{Error, Result};
 use crate::eval::features::{check_finite, some_readable};
-use crate::files::write_file;
+use crate::files::write_pair;
 use crate::nn::ResNet;
 use crate::tape::evaluate;
 use crate::weights::{Entry, write_weights};
@@ -121,8 +121,8 @@ impl Embedded {
         match Format::of(path)? {
             Format::Npy => {
                 let table = path.with_extension("tsv");
-                write_file(&table, self.table().as_bytes())?;
-                write_file(path, &npy(shape, &self.values))?;
+                let rows = npy(shape, &self.values);
+                write_pair((&table, self.table().as_bytes()), (path, &rows))?;
                 Ok(vec![path.to_path_buf(), table])
             }
             Format::Safetensors => {

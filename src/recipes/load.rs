@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::builtin::{builtin, builtin_names};
 use crate::error::{Error, Result};
-use crate::files::read_text;
+use crate::files::{find, read_text};
 use crate::settings::{merge, parsed};
 
 fn text(name: &str, path: &Path) -> Result<String> {
-    if !path.exists() {
+    if find(path)?.is_none() {
         let known = builtin_names().collect::<Vec<_>>().join(", ");
         return Err(Error::Config(format!(
             "no recipe file or built-in recipe {name}; built-in recipes: {known}"
@@ -32,7 +32,7 @@ fn table_at(name: &str, folder: &Path, depth: usize) -> Result<toml::Table> {
         Some(text) => text.to_owned(),
         None => {
             let neighbour = folder.join(name);
-            if neighbour.exists() {
+            if find(&neighbour)?.is_some() {
                 path = neighbour;
             }
             text(name, &path)?

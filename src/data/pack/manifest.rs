@@ -1,11 +1,13 @@
 //! The manifest of a pack: which splits it has. It is written last, so a pack that was stopped has none.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files::find;
 
 /// The file's name.
 pub const MANIFEST: &str = "pack.json";
@@ -33,10 +35,8 @@ impl Manifest {
     /// Reads the manifest of a folder; `None` if it has none.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(MANIFEST);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let length = path.metadata().map_err(Error::io(&path))?.len();
+        let Some(found) = find(&path)?.filter(Metadata::is_file) else { return Ok(None) };
+        let length = found.len();
         if length > LONGEST {
             return Err(Error::format(
                 path,

@@ -18,7 +18,7 @@ use format::{
 };
 pub(super) use manifest::MANIFEST;
 use manifest::Manifest;
-pub use write::{PackSettings, Packed, Stored, pack};
+pub use write::{PackSettings, Packed, Stored, pack, pack_if};
 
 use super::cache::Cache;
 use super::classes;
@@ -26,6 +26,7 @@ use super::decode::{PIXEL_LIMIT, decode};
 use super::open::{folders, not_used};
 use super::source::{Image, Source, Split};
 use crate::error::{Error, Result, printable};
+use crate::files::is_file;
 
 /// Images in files that [`pack`] wrote.
 pub struct Pack {
@@ -49,8 +50,11 @@ struct Shard {
 
 impl Pack {
     /// Returns whether a folder holds packed images, complete or not.
-    pub fn is_at(folder: &Path) -> bool {
-        folder.join(MANIFEST).is_file() || !left_by_a_pack(folder).unwrap_or_default().is_empty()
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn is_at(folder: &Path) -> Result<bool> {
+        Ok(is_file(&folder.join(MANIFEST))? || !left_by_a_pack(folder)?.is_empty())
     }
 
     /// Opens a split of a folder with packed images: reads the indices of its files. Classes have the numbers of the
@@ -152,7 +156,7 @@ impl Pack {
     /// Numbers the classes of the held-out split, named `split`, as the training split of the pack does.
     fn with_classes_of_train(mut self, folder: &Path, split: &str) -> Result<Self> {
         let first = folder.join(file_name("train", 0));
-        if self.classes.is_empty() || !first.is_file() {
+        if self.classes.is_empty() || !is_file(&first)? {
             return Ok(self);
         }
         let (_, _, _, train) = read(&first)?;

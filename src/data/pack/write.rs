@@ -16,10 +16,10 @@ use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
 use crate::data::decode::decode;
 use crate::data::folder::Folder;
-use crate::data::open::{Parts, folders};
+use crate::data::open::{SplitFolders, folders};
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};
-use crate::files::{replace_file, write_error, write_file};
+use crate::files::{find, is_folder, replace_file, write_error, write_file};
 
 /// Images per thread that are prepared before they are written in order; bounds the memory.
 const AHEAD: usize = 4;
@@ -83,23 +83,59 @@ pub fn pack(
     from: &Path,
     to: &Path,
     settings: &PackSettings,
-    mut progress: impl FnMut(usize, usize),
+    progress: impl FnMut(usize, usize),
 ) -> Result<Packed> {
+    pack_if(from, to, settings, progress, |_| Ok(()))
+}
+
+/// Like [`pack`], and calls `accept` before the manifest is written, when all images are packed or left out.
+///
+/// # Errors
+/// As [`pack`], and those of `accept`.
+pub fn pack_if(
+    from: &Path,
+    to: &Path,
+    settings: &PackSettings,
+    progress: impl FnMut(usize, usize),
+    accept: impl FnOnce(&Packed) -> Result<()>,
+) -> Result<Packed> {
+    let (splits, note) = open_splits(from, settings)?;
+    prepare(to)?;
+    let mut packed = Packed { notes: note.into_iter().collect(), ..Packed::default() };
+    let packing = pack_splits(&splits, to, settings, progress, &mut packed).and_then(|manifest| {
+        accept(&packed)?;
+        write_file(&to.join(MANIFEST), &manifest.to_bytes())
+    });
+    if let Err(error) = packing {
+        // Best effort: the first error is the one to report.
+        packed.files.iter().for_each(|file| drop(std::fs::remove_file(file)));
+        let _ = std::fs::remove_dir(to); // removes it only if it is empty
+        return Err(error);
+    }
+    Ok(packed)
+}
+
+/// A split's name, its folder and its images.
+type OpenSplit = (&'static str, PathBuf, Folder);
+
+/// Lists the images of all splits; the second value is a sentence on folders of images that are not read.
+fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, Option<String>)> {
     settings.check()?;
-    if !from.exists() {
+    if find(from)?.is_none() {
         return Err(Error::format(from, "no such folder: check the path of the images"));
     }
-    if from.is_dir() && Pack::is_at(from) {
+    let is_folder = is_folder(from)?;
+    if is_folder && Pack::is_at(from)? {
         return Err(Error::format(
             from,
             "is packed already: pack the folder that the images came from",
         ));
     }
-    let found = if from.is_dir() { Parts::of(from)? } else { None };
-    let note = found.as_ref().and_then(Parts::note);
+    let found = if is_folder { SplitFolders::of(from)? } else { None };
+    let note = found.as_ref().and_then(SplitFolders::note);
     let mut splits: Vec<(&str, PathBuf)> = Vec::new();
     match found {
-        Some(Parts { train, held_out, .. }) => {
+        Some(SplitFolders { train, held_out, .. }) => {
             let split = |name: &&'static str| (*name, from.join(name));
             let there =
                 |folder: &PathBuf| train.as_ref() == Some(folder) || held_out.contains(folder);
@@ -108,38 +144,37 @@ pub fn pack(
         }
         None => splits.push(("train", from.to_path_buf())),
     }
-    let mut opened: Vec<(&str, &PathBuf, Folder)> = Vec::new();
-    for (split, folder) in &splits {
-        let mut images = Folder::open(folder)?;
+    let mut opened: Vec<OpenSplit> = Vec::new();
+    for (split, folder) in splits {
+        let mut images = Folder::open(&folder)?;
         if let Some(("train", _, train)) = opened.first() {
-            images = images.with_classes_of(folder, train.classes())?;
+            images = images.with_classes_of(&folder, train.classes())?;
         }
         opened.push((split, folder, images));
     }
-    let splits = opened;
-    prepare(to)?;
+    Ok((opened, note))
+}
+
+/// Writes the files of all splits; returns the manifest.
+fn pack_splits(
+    splits: &[OpenSplit],
+    to: &Path,
+    settings: &PackSettings,
+    mut progress: impl FnMut(usize, usize),
+    packed: &mut Packed,
+) -> Result<Manifest> {
     let total = splits.iter().map(|(_, _, images)| images.len()).sum();
-    let (mut packed, mut before) =
-        (Packed { notes: note.into_iter().collect(), ..Packed::default() }, 0);
+    let mut before = 0;
     let mut manifest = Manifest::default();
-    for (split, folder, images) in &splits {
+    for (split, folder, images) in splits {
         let seen = |count| progress(before + count, total);
         let files_before = (packed.files.len(), packed.images);
         let left_out = packed.skipped.len();
-        let any = pack_split(images, (to, split), settings, seen, &mut packed);
-        let wrote = any.and_then(|any| match packed.skipped.get(left_out) {
-            Some(Skipped { reason, .. }) if !any => {
-                let count = images.len();
-                let reason = format!("none of its {count} images can be read; the first: {reason}");
-                Err(Error::format(folder, reason))
-            }
-            _ => Ok(()),
-        });
-        if let Err(error) = wrote {
-            // Best effort: the first error is the one to report.
-            packed.files.iter().for_each(|file| drop(std::fs::remove_file(file)));
-            let _ = std::fs::remove_dir(to); // removes it only if it is empty
-            return Err(error);
+        let any = pack_split(images, (to, split), settings, seen, packed)?;
+        if let Some(Skipped { reason, .. }) = packed.skipped.get(left_out).filter(|_| !any) {
+            let count = images.len();
+            let reason = format!("none of its {count} images can be read; the first: {reason}");
+            return Err(Error::format(folder, reason));
         }
         packed.notes.extend(images.notes().iter().cloned());
         before += images.len();
@@ -147,8 +182,7 @@ pub fn pack(
         let images = (packed.images - files_before.1) as u64;
         manifest.splits.insert((*split).to_owned(), SplitInfo { files, images });
     }
-    write_file(&to.join(MANIFEST), &manifest.to_bytes())?;
-    Ok(packed)
+    Ok(manifest)
 }
 
 impl PackSettings {
@@ -167,7 +201,7 @@ impl PackSettings {
 
 /// Creates the folder, or checks that it is empty.
 fn prepare(to: &Path) -> Result<()> {
-    if to.exists() && !to.is_dir() {
+    if find(to)?.is_some_and(|found| !found.is_dir()) {
         return Err(Error::format(to, "is a file: choose another folder to pack into"));
     }
     std::fs::create_dir_all(to).map_err(Error::io(to))?;
