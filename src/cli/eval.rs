@@ -211,7 +211,7 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let labels = args.labels.as_deref();
     let trained = Trained::open(&args.of.run, &[])?;
     if let Some(out) = &args.out {
-        check_new_folder(out)?;
+        train::check_free(out)?;
     }
     let mut left_out = left_out(&args.of, &trained);
     let Trained { recipe, checkpoint } = trained;
@@ -260,22 +260,6 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         results.add("fine-tuned", name, &[], accuracy)?;
     }
     results.finish()
-}
-
-/// Refuses a folder that holds anything: the run's files would replace it, or be mistaken for it.
-fn check_new_folder(path: &Path) -> Result<()> {
-    let entries = match std::fs::read_dir(path) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(error) => return Err(Error::io(path)(error)),
-    };
-    match entries {
-        false => Ok(()),
-        true if path.join("recipe.toml").exists() => {
-            Err(Error::format(path, "already holds a run: choose another --out"))
-        }
-        true => Err(Error::format(path, "is not empty: choose another --out")),
-    }
 }
 
 /// Shows a run's progress and keeps its last accuracy.

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::files::{open_own, remove_partial_files, write_file};
+use crate::files::{find, is_partial, open_own, remove_partial_files, write_file};
 use crate::recipes::Recipe;
 use crate::train::Metrics;
 
@@ -25,40 +25,12 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Fails unless a new run can have the folder: it is missing or empty, so that nothing that was there is ever replaced.
-    pub(super) fn check_free(path: &Path) -> Result<()> {
-        let refused = |reason: &str| Err(Error::format(path, reason));
-        if path.join(RECIPE).exists() {
-            return refused(
-                "already holds a run: choose another --out, or continue it with --resume",
-            );
-        }
-        let entries = match std::fs::read_dir(path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::NotADirectory => {
-                return refused("is a file: choose another --out");
-            }
-            Err(error) => return Err(Error::io(path)(error)),
-        };
-        for entry in entries {
-            let name = entry.map_err(Error::io(path))?.file_name();
-            if name != LOCK {
-                let name = name.to_string_lossy();
-                return refused(&format!(
-                    "holds other files, such as {name}: choose another --out"
-                ));
-            }
-        }
-        Ok(())
-    }
-
     /// Creates the folder of a new run and writes its recipe there.
     pub(super) fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
-        Self::check_free(path)?;
+        check_free(path)?;
         std::fs::create_dir_all(path).map_err(Error::io(path))?;
         let lock = lock(path)?;
-        Self::check_free(path)?; // another process may have been faster
+        check_free(path)?; // another process may have been faster
         write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -77,6 +49,31 @@ impl Folder {
             new: false,
         })
     }
+}
+
+/// Fails unless a new run can have the folder: it is missing or empty, so that nothing that was there is ever replaced.
+pub(crate) fn check_free(path: &Path) -> Result<()> {
+    let refused = |reason: &str| Err(Error::format(path, reason));
+    if find(&path.join(RECIPE))?.is_some() {
+        return refused("already holds a run: choose another --out, or continue it with --resume");
+    }
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {
+            return refused("is a file: choose another --out");
+        }
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(Error::io(path))?.file_name();
+        // A process killed while it wrote the recipe leaves a temporary file.
+        if name != LOCK && !is_partial(&name) {
+            let name = name.to_string_lossy();
+            return refused(&format!("holds other files, such as {name}: choose another --out"));
+        }
+    }
+    Ok(())
 }
 
 fn metrics(path: &Path, length: u64, recipe: &Recipe) -> Result<Metrics> {
@@ -109,7 +106,7 @@ pub(super) fn lock(folder: &Path) -> Result<File> {
             Ok(file)
         }
         Err(TryLockError::WouldBlock) => {
-            let reason = "is in use: another process trains in it; wait for it or stop it first";
+            let reason = "is in use: another process works in it; wait for it or stop it first";
             Err(Error::format(folder, reason))
         }
         Err(TryLockError::Error(error)) => Err(Error::io(&path)(error)),

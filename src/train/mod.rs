@@ -23,6 +23,7 @@ pub use checkpoint::{
     export_backbone, foreign_prefix, init_weights, load_state, load_weights, newest, save,
 };
 pub use finetune::{FINETUNES, finetuning};
+pub(crate) use folder::check_free;
 pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{Device, DeviceKind, Group, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Spread;
-use crate::files::write_file;
+use crate::files::{find, is_file, is_folder, write_file};
 use crate::methods::Reading;
 use crate::recipes::Recipe;
 use crate::train::folder::{self, Folder, RECIPE};
@@ -91,14 +91,20 @@ impl Paused {
     /// Opens and locks a run's folder, with `key.path=value` settings on top of its recipe.
     ///
     /// # Errors
-    /// If the folder holds no run or another process trains in it, if its newest checkpoint is damaged, or if a setting would
+    /// If the folder holds no run or another process works in it, if its newest checkpoint is damaged, or if a setting would
     /// change the results.
     pub fn open(path: &Path, settings: &[String]) -> Result<Self> {
         let file = path.join(RECIPE);
-        if !file.exists() {
+        let newest = if is_folder(path)? { checkpoint::last(path)? } else { None };
+        let has_recipe = is_file(&file)?;
+        if !has_recipe && newest.is_none() {
             return Err(Error::format(path, "holds no run to resume (it has no recipe.toml)"));
         }
         let lock = folder::lock(path)?;
+        if let Some(newest) = newest.filter(|_| !has_recipe) {
+            // Somebody removed it: a checkpoint has it, too.
+            write_file(&file, recipe_in(&newest, &[])?.to_toml().as_bytes())?;
+        }
         let written = Recipe::load(&file.to_string_lossy(), &[])?;
         let checkpoint = checkpoint::last(path)?.map(|path| checkpoint::open(&path)).transpose()?;
         let (mut recipe, mut then, mut progress) =
@@ -212,7 +218,7 @@ fn restore_best(folder: &Path, progress: &mut Progress) -> Result<()> {
     if is_best(&own) {
         return checkpoint::keep_as_best(&own);
     }
-    if !best.exists() {
+    if find(&best)?.is_none() {
         (progress.best_knn, progress.best_step) = (None, None);
     }
     Ok(())
@@ -455,6 +461,10 @@ impl Run {
         self.agree_on_state()?;
         let Some(folder) = &mut self.folder else { return Ok(None) };
         self.progress.metrics = folder.metrics.synced()?;
+        let recipe = folder.path.join(RECIPE);
+        if find(&recipe)?.is_none() {
+            write_file(&recipe, self.recipe.to_toml().as_bytes())?; // somebody removed it
+        }
         let progress = toml::to_string(&self.progress).expect("progress is plain data");
         let precision = self.online.device().precision().to_string();
         let notes = [

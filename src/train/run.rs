@@ -13,6 +13,7 @@ use crate::data::{Batch, Loader};
 use crate::device::{Device, DeviceKind, Group, trace_phase};
 use crate::error::{Error, Result};
 use crate::eval::{self, Spread};
+use crate::files::find;
 use crate::methods::{self, Method, Reading, RunInfo, State};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
@@ -148,7 +149,7 @@ impl Run {
     ) -> Result<Self> {
         let folder = folder.filter(|_| group.leads());
         let prepared = folder
-            .map_or(Ok(()), Folder::check_free)
+            .map_or(Ok(()), folder::check_free)
             .and_then(|()| Self::prepare(recipe, device, true, group));
         let mut run = group.together(prepared)?;
         ranks::compare(&run, group)?;
@@ -338,7 +339,9 @@ impl Run {
         }
         self.add_skipped();
         self.tell_skipped(watch)?;
-        if let (Some(_), Some(step)) = (&self.folder, self.progress.best_step) {
+        if let (Some(folder), Some(step)) = (&self.folder, self.progress.best_step)
+            && find(&checkpoint::best(&folder.path)).is_ok_and(|best| best.is_some())
+        {
             watch.note(&format!(
                 "best.safetensors is the checkpoint of step {step}, chosen by kNN on {}",
                 match self.images.validation {

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::device::Device;
 use crate::error::{Error, Result, printable};
-use crate::files::{read_text, write_file};
+use crate::files::{find, is_folder, is_partial, read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 
@@ -112,7 +112,9 @@ impl Study {
     pub fn load(name: &str) -> Result<Self> {
         let text = match recipes::builtin_study(name) {
             Some(text) => text.to_owned(),
-            None if Path::new(name).exists() => read_text(Path::new(name), "a study (TOML)")?,
+            None if find(Path::new(name))?.is_some() => {
+                read_text(Path::new(name), "a study (TOML)")?
+            }
             None => {
                 let known = recipes::builtin_studies().collect::<Vec<_>>().join(", ");
                 return Err(Error::Config(format!(
@@ -168,14 +170,23 @@ impl Study {
             for seed in 0..plan.seeds {
                 let outcome = self.cell(arm, seed, plan, &outcomes)?;
                 outcomes.push(outcome);
-                for (name, text) in
-                    [(TABLES[0], self.markdown(&outcomes)), (TABLES[1], self.csv(&outcomes))]
-                {
-                    write_file(&plan.out.join(name), text.as_bytes())?;
-                }
+                self.write_tables(plan.out, &outcomes)?;
             }
         }
         Ok(outcomes)
+    }
+
+    fn write_tables(&self, out: &Path, outcomes: &[Outcome]) -> Result<()> {
+        let marker = out.join(MARKER);
+        if find(&marker)?.is_none() {
+            self.mark(out)?; // somebody removed it: without it the tables would be something else's
+        }
+        write_file(&out.join(TABLES[0]), self.markdown(outcomes).as_bytes())?;
+        write_file(&out.join(TABLES[1]), self.csv(outcomes).as_bytes())
+    }
+
+    fn mark(&self, out: &Path) -> Result<()> {
+        write_file(&out.join(MARKER), format!("{}\n", self.question).as_bytes())
     }
 
     /// Locks the study's folder and marks it as the study's own.
@@ -184,7 +195,7 @@ impl Study {
         std::fs::create_dir_all(out).map_err(Error::io(out))?;
         let lock = folder::lock(out)?;
         if !self.is_marked(out)? {
-            write_file(&out.join(MARKER), format!("{}\n", self.question).as_bytes())?;
+            self.mark(out)?;
         }
         Ok(lock)
     }
@@ -236,20 +247,13 @@ impl Study {
             // Outcomes are in the order of arms and seeds.
             let first = before.iter().filter(|o| o.arm == *after).nth(seed as usize);
             let stopped = first.is_some_and(|outcome| outcome.stopped.is_some());
-            match newest(&place(after)) {
-                Ok(checkpoint) if !stopped => {
-                    recipe.train.init = Some(checkpoint.display().to_string());
-                }
-                found => {
-                    outcome.stopped = Some(match found {
-                        Ok(_) => format!("{after} stopped"),
-                        Err(_) => format!("{after} left no checkpoint"),
-                    });
-                    std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
-                    write_outcome(&folder, &outcome)?;
-                    return Ok(outcome);
-                }
+            if stopped {
+                outcome.stopped = Some(format!("{after} stopped"));
+                std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+                write_outcome(&folder, &outcome)?;
+                return Ok(outcome);
             }
+            recipe.train.init = Some(newest(&place(after))?.display().to_string());
         }
         (plan.tell)(&format!("{}, seed {}", arm.name, recipe.seed));
         let device = (plan.device)(&recipe.train)?;
@@ -264,8 +268,8 @@ impl Study {
             }
             Err(error) => return Err(error),
         }
-        if folder.exists() {
-            // A run that stopped before its first step leaves no folder.
+        // A run that stopped before its first step leaves no folder.
+        if outcome.stopped.is_none() || is_folder(&folder)? {
             outcome.read_metrics(&folder.join("metrics.jsonl"))?;
         }
         outcome.values.insert("seconds".into(), start.elapsed().as_secs_f64());
@@ -418,7 +422,6 @@ fn is_a_runs(name: &str) -> bool {
         || name.starts_with("events.out.tfevents.")
         || name.ends_with(".safetensors")
             && (name.starts_with("step-") || name == "best.safetensors")
-        || name.starts_with('.') && name.ends_with(".partial")
 }
 
 /// Removes a run that was interrupted, so that its arm starts again. Other files in its folder are the user's: they stay, and the
@@ -431,7 +434,11 @@ fn remove_interrupted(folder: &Path, recipe: &Recipe) -> Result<()> {
     };
     let mut names = Vec::new();
     for entry in entries {
-        names.push(entry.map_err(Error::io(folder))?.file_name());
+        let name = entry.map_err(Error::io(folder))?.file_name();
+        // What a killed process left half-written goes with the lock.
+        if !is_partial(&name) {
+            names.push(name);
+        }
     }
     if names.is_empty() {
         return Ok(());

@@ -178,7 +178,7 @@ fn a_run_killed_and_stopped_by_signals_equals_an_uninterrupted_one() {
         if signal == "TERM" {
             let (code, said) = Program::start(&stopped, &resume).end();
             let expected = format!(
-                "selfsup: {out}: is in use: another process trains in it; wait for it or stop it first\n"
+                "selfsup: {out}: is in use: another process works in it; wait for it or stop it first\n"
             );
             assert_eq!((code, said), (Some(1), expected));
         }

@@ -175,7 +175,7 @@ fn outputs_are_checked_before_the_work_and_replace_only_their_own_kind() {
         ),
         (
             vec!["eval", "finetune", "run", "--out", "hue", "--device", "cpu"],
-            "is not empty: choose another --out",
+            "holds other files, such as ",
         ),
     ] {
         let output = selfsup(root, &words);
