@@ -158,8 +158,14 @@ impl Device {
 
     fn build(count: usize, threads: Result<Threads, String>) -> Result<Self> {
         Isa::selected()?;
-        let threads = threads
-            .map_err(|e| Error::Device(format!("cannot start {count} compute threads: {e}")))?;
+        let threads = threads.map_err(|e| {
+            let which = match count {
+                0 => "a compute thread for each core".into(),
+                1 => "a compute thread".into(),
+                count => format!("{count} compute threads"),
+            };
+            Error::Device(format!("cannot start {which}: {e}"))
+        })?;
         Ok(Self::on_threads(Arc::new(threads), Precision::F32, false))
     }
 
