@@ -31,6 +31,9 @@ mod driver;
 mod examples;
 #[path = "suite/fault_injection.rs"]
 mod fault_injection;
+#[cfg(target_os = "linux")]
+#[path = "suite/faults.rs"]
+mod faults;
 #[cfg(unix)]
 #[path = "suite/folders.rs"]
 mod folders;
