@@ -86,14 +86,17 @@ KERNEL BOUNDS(THREADS) void scatter_rows_bf16(bf16* dx, const bf16* dy, const in
     scatter(dx, dy, index, n, m, length);
 }
 
-/// queue [m, length]: row (*at + i) mod m = rows_i, i < n <= m, *at in 0..m.
+/// (at + i) mod m in 0..m, also of an `at` that the host did not check.
+__device__ __forceinline__ int64_t wrapped(int at, int i, int m) { return ((int64_t{at} + i) % m + m) % m; }
+
+/// queue [m, length]: row (*at + i) mod m = rows_i, i < n <= m.
 KERNEL BOUNDS(THREADS) void write_rows_f32(float* queue, const float* rows, const int* at, int n, int m,
                                            int64_t length) {
-    for_thread_rows(n, [&](int i) { copy_row(queue + (*at + i) % m * length, rows + i * length, length); });
+    for_thread_rows(n, [&](int i) { copy_row(queue + wrapped(*at, i, m) * length, rows + i * length, length); });
 }
 KERNEL BOUNDS(THREADS) void write_rows_bf16(bf16* queue, const bf16* rows, const int* at, int n, int m,
                                             int64_t length) {
-    for_thread_rows(n, [&](int i) { copy_row(queue + (*at + i) % m * length, rows + i * length, length); });
+    for_thread_rows(n, [&](int i) { copy_row(queue + wrapped(*at, i, m) * length, rows + i * length, length); });
 }
 
 /// Moves the rows of queue [m, length] back by n and puts rows [n, length] in front; n <= m. In place: a

@@ -108,6 +108,13 @@ pub struct Stat {
     shape: Shape,
 }
 
+impl Stat {
+    /// The statistic's shape.
+    pub(crate) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+}
+
 /// The identity of a layout, which its clones share. Handles carry it, so that a handle of another layout is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct LayoutId(u64);

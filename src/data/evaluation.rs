@@ -113,10 +113,15 @@ fn transform_on_gpu(
     let read = |&index: &usize| {
         let mut image = Image::default();
         source.read(index, &mut image)?;
-        let view = View::middle(by, [image.width, image.height], policy, 0);
-        if view.shrinks_by() > MOST_SHRINKING {
-            return Err(Error::format(source.name(index), "has too many pixels for a GPU"));
-        }
+        let view = View::middle(by, [image.width, image.height], policy, 0)
+            .filter(|view| view.shrinks_by() <= MOST_SHRINKING)
+            .ok_or_else(|| {
+                let reason = format!(
+                    "has too many pixels for a GPU ({} x {}): make it smaller",
+                    image.width, image.height
+                );
+                Error::format(source.name(index), reason)
+            })?;
         Ok((image, view))
     };
     let images: Vec<Result<_>> = device.run(|| indices.par_iter().map(read).collect());

@@ -27,6 +27,14 @@ impl Image {
         (self.width, self.height) = (width, height);
         self.pixels.resize(width * height * 3, 0);
     }
+
+    /// Panics unless there are as many pixels as width and height say.
+    #[track_caller]
+    pub(crate) fn expect_whole(&self) {
+        let (width, height, len) = (self.width, self.height, self.pixels.len());
+        let values = width.checked_mul(height).and_then(|pixels| pixels.checked_mul(3));
+        assert!(values == Some(len), "image: {len} values for {width} x {height} pixels");
+    }
 }
 
 /// A split of a data set.

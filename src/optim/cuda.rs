@@ -8,7 +8,7 @@ use half::bf16;
 use super::optimizer::{Lars, ParamPolicy, Rule, Segment, Sgd, TrustNorm};
 use crate::arena::{Arena, Parts};
 use crate::device::Device;
-use crate::device::cuda::{self, In, Launch, Out, Table};
+use crate::device::cuda::{self, In, Launch, Out, Table, int};
 use crate::tensor::{DType, Tensor};
 
 /// Elements that a block updates: the kernels' `OPTIMIZER_CHUNK`.
@@ -39,7 +39,7 @@ impl Tables {
         let (mut slots, mut chunks) = (Vec::new(), Vec::new());
         for (slot, segment) in segments.iter().enumerate() {
             slots.extend([segment.offset, segment.len, chunks.len()].map(|v| v as u64));
-            chunks.resize(chunks.len() + segment.len.div_ceil(CHUNK), slot as i32);
+            chunks.resize(chunks.len() + segment.len.div_ceil(CHUNK), int(slot));
         }
         let (policies, rates) = policies_and_rates(segments);
         Self {
@@ -91,7 +91,7 @@ impl Tables {
                 self.policies.device_in(),
                 self.rates.device_in(),
                 lr,
-                self.count as i32,
+                int(self.count),
                 rule.momentum,
                 rule.weight_decay,
                 i32::from(rule.nesterov),
@@ -112,7 +112,7 @@ impl Tables {
                 self.slots.device_in(),
                 self.chunks.device_in(),
                 self.policies.device_in(),
-                self.count as i32,
+                int(self.count),
                 rule.weight_decay,
             );
             cuda::lars_step(
@@ -127,7 +127,7 @@ impl Tables {
                 self.policies.device_in(),
                 self.rates.device_in(),
                 lr,
-                self.count as i32,
+                int(self.count),
                 rule.momentum,
                 rule.weight_decay,
                 rule.trust,

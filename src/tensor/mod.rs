@@ -299,6 +299,11 @@ impl Tensor {
         );
     }
 
+    /// The address of the elements on their device.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.address() + (self.offset * self.dtype.size()) as u64
+    }
+
     /// The address of the elements, for a kernel to read.
     ///
     /// # Panics
@@ -307,7 +312,7 @@ impl Tensor {
     pub(crate) fn device_in<T: Element>(&self) -> In<'_, T> {
         assert_eq!(self.dtype, T::DTYPE, "a kernel reads a dtype that is not the tensor's");
         let _ = self.device().gpu();
-        In::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
+        In::new(self.address())
     }
 
     /// The address of the elements, for a kernel to write.

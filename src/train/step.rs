@@ -77,6 +77,8 @@ pub struct Steps {
 struct CaptureKey {
     phase: u32,
     views: Vec<Shape>,
+    /// Where weights, momentum and method lie: a replay would write those of the captured step, which may be gone.
+    places: [u64; 3],
 }
 
 /// A captured step and its outputs.
@@ -181,6 +183,11 @@ impl Steps {
         let key = CaptureKey {
             phase: method.phase(),
             views: crops.iter().map(|crops| *crops.shape()).collect(),
+            places: [
+                online.values().address(),
+                optimizer.momentum().address(),
+                std::ptr::from_ref(&*method).addr() as u64,
+            ],
         };
         if self.key.as_ref() != Some(&key) {
             self.captured = None;

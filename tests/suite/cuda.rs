@@ -379,8 +379,30 @@ fn queues_on_a_gpu_take_rows_where_they_belong() {
         let at = Tensor::from_slice(&gpu, [2], &[1, 5]);
         ops::write_rows(&mut queue, &at.slice(1, [1]), &tensor(2, 30));
         assert_eq!(firsts(&queue), [20.0, 21.0, 22.0, 10.0, 11.0, 30.0, 31.0]);
+        // Positions that no host code checks stay inside the queue: -2 is row 5, 2^31 - 1 is row 1.
+        for (position, rows, expected) in [
+            (-2, 40.0, [42.0, 21.0, 22.0, 10.0, 11.0, 40.0, 41.0]),
+            (i32::MAX, 50.0, [42.0, 50.0, 51.0, 52.0, 11.0, 40.0, 41.0]),
+        ] {
+            let at = Tensor::from_slice(&gpu, [1], &[position]);
+            ops::write_rows(&mut queue, &at, &tensor(3, rows as usize));
+            assert_eq!(firsts(&queue), expected, "from {position} on");
+        }
     }
     gpu.check().unwrap();
+}
+
+/// The kernels' integers have 31 bits.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn strides_beyond_the_kernels_integers_give_one_window() {
+    for name in ["max_pool n=2 h=5 w=4 c=3 size=2 pad=0", "avg_pool n=2 h=5 w=4 c=3 size=2"] {
+        let case = case(&format!("{name} stride={}", 1_u64 << 32));
+        let [got, want] = [gpu(Precision::F32), Device::reference()]
+            .map(|device| case.run(&device, Route::Node).gradients);
+        let close = |(got, want): (&f64, &f64)| (got - want).abs() < 1e-6;
+        assert!(got.concat().iter().zip(&want.concat()).all(close), "{got:?}, expected {want:?}");
+    }
 }
 
 #[test]

@@ -117,7 +117,8 @@ fn augmentation(n: usize, dtype: DType) -> Case {
                     let mut out =
                         Tensor::empty(&device, DType::of_activations(&device), [n, SIZE, SIZE, 4]);
                     let mut gaussian = Vec::new();
-                    let view = |p| View::new(&policy, p, image.width, 0, &mut gaussian);
+                    let view =
+                        |p| View::new(&policy, p, [image.width, image.height], 0, &mut gaussian);
                     let views: Vec<View> = params.iter().map(view).collect();
                     let pixels = Table::new(&device, &image.pixels);
                     let mut maker = GpuAugmenter::new(&device, n, SIZE);

@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 
 use super::params::{ColourOp, CropBox, Params};
-use super::policy::{BlurKind, Normalise, Pixels, Policy};
+use super::policy::{BlurKind, MOST_SIGMA, Normalise, Pixels, Policy};
 use super::resize::Resize;
 use super::{blur, colour, float, resize};
 use crate::data::source::Image;
@@ -17,21 +17,37 @@ pub struct Scratch {
     floats: Vec<[f32; 4]>,
 }
 
+impl Params {
+    /// Panics unless these are parameters that a policy could draw for an image of this width and height.
+    #[track_caller]
+    pub(super) fn expect_fit(&self, [width, height]: [usize; 2]) {
+        let crop = self.crop;
+        let within = |first: usize, count: usize, of: usize| {
+            count > 0 && first.checked_add(count).is_some_and(|end| end <= of)
+        };
+        assert!(
+            within(crop.left, crop.width, width) && within(crop.top, crop.height, height),
+            "augment: {crop:?} in an image of {width} x {height}"
+        );
+        let sigma = self.blur.unwrap_or(1.0);
+        // What is drawn may be larger by a rounding.
+        assert!(sigma > 0.0 && sigma < 1.01 * MOST_SIGMA, "augment: a blur of sigma {sigma}");
+        let turn = self.jitter.as_ref().map_or(0.0, |jitter| jitter.hue);
+        assert!((-0.5..=0.5).contains(&turn), "augment: a hue of {turn}");
+    }
+}
+
 impl Policy {
     /// Writes the view of `image` that `params` describe to `out`, `[size, size, 4]`, the fourth channel zero.
     ///
     /// # Panics
-    /// If `out` has another length, or the crop exceeds the image.
+    /// If `out` has another length, the crop exceeds the image, or another parameter is not one that [`Policy::draw`] draws.
     #[track_caller]
     pub fn apply(&self, params: &Params, image: &Image, out: &mut [f32], scratch: &mut Scratch) {
-        let (size, crop) = (self.size, params.crop);
+        let size = self.size;
         assert_eq!(out.len(), size * size * 4, "augment: room for [{size}, {size}, 4]");
-        assert!(
-            crop.left + crop.width <= image.width && crop.top + crop.height <= image.height,
-            "augment: {crop:?} in an image of {} x {}",
-            image.width,
-            image.height
-        );
+        params.expect_fit([image.width, image.height]);
+        image.expect_whole();
         let resize = self.resize(params);
         match self.pixels {
             Pixels::U8 => {
@@ -217,6 +233,7 @@ fn write_float(pixels: &[[f32; 4]], normalise: Option<&Normalise>, out: &mut [f3
 
 #[cfg(test)]
 mod tests {
+    use super::super::params::JitterParams;
     use super::super::policy::{Blur, Filter, Jitter, Solarise};
     use super::*;
     use crate::device::{Philox, Purpose};
@@ -238,6 +255,41 @@ mod tests {
 
     fn plain(crop: CropBox) -> Params {
         Params { crop, flip: false, jitter: None, grey: false, blur: None, solarise: false }
+    }
+
+    #[test]
+    fn parameters_that_no_policy_draws_are_refused() {
+        let image = noise(6, 5);
+        let whole = CropBox { left: 0, top: 0, width: 6, height: 5 };
+        let crop = |crop| plain(crop);
+        let blurred = |sigma| Params { blur: Some(sigma), ..plain(whole) };
+        let turned = |hue| {
+            let order = [ColourOp::Hue; 4];
+            let factors =
+                JitterParams { order, brightness: 1.0, contrast: 1.0, saturation: 1.0, hue };
+            Params { jitter: Some(factors), ..plain(whole) }
+        };
+        let refused = |params: &Params, image: &Image| {
+            let apply = || view(&Policy::crop(4), params, image);
+            let panic = std::panic::catch_unwind(apply).expect_err("must be refused");
+            *panic.downcast::<String>().unwrap()
+        };
+        for params in [
+            crop(CropBox { left: usize::MAX, ..whole }),
+            crop(CropBox { left: 1, ..whole }),
+            crop(CropBox { top: usize::MAX - 4, ..whole }),
+            crop(CropBox { width: 0, ..whole }),
+            blurred(f32::NAN),
+            blurred(1e9),
+            blurred(0.0),
+            turned(f32::INFINITY),
+            turned(f32::NAN),
+        ] {
+            let message = refused(&params, &image);
+            assert!(message.starts_with("augment: "), "{message}");
+        }
+        let cut = Image { pixels: vec![0; 17], ..image };
+        assert_eq!(refused(&plain(whole), &cut), "image: 17 values for 6 x 5 pixels");
     }
 
     #[test]

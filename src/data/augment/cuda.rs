@@ -5,7 +5,7 @@ use super::policy::Policy;
 use super::view::{View, taps};
 use crate::data::source::Image;
 use crate::device::Device;
-use crate::device::cuda::{Launch, Table, augment_bf16, augment_f32};
+use crate::device::cuda::{Launch, Table, augment_bf16, augment_f32, int};
 use crate::tensor::{DType, Tensor};
 
 /// The most times that a crop may be as wide or high as the view.
@@ -65,7 +65,7 @@ impl GpuAugmenter {
         let launch = Launch::new(self.device.gpu(), [blocks, 1, 1], [self.threads, 1, 1]);
         let (scratch, from) = (self.scratch.device_out(), pixels.device_in());
         let (views, gaussian) = (self.views.device_in(), self.gaussian.device_in());
-        let (n, size) = (n as i32, size as i32);
+        let (n, size) = (int(n), int(size));
         // SAFETY: the views lie in `pixels`, there is a row of `out` and of `gaussian` for each, and `scratch` has four words
         // for each pixel of a block.
         unsafe {
@@ -84,8 +84,8 @@ impl GpuAugmenter {
 /// [`Policy::apply`]. `out` is `[n, size, size, 4]`, f32 or bf16.
 ///
 /// # Panics
-/// If a policy's size is not that of `out`, a crop exceeds its image, or a crop is more than 1,000 times as wide or high as
-/// the view.
+/// If a policy's size is not that of `out`, parameters are not ones that a policy draws for the image, or a crop is more than
+/// 1,000 times as wide or high as the view.
 #[track_caller]
 pub fn apply_on_gpu(views: &[(&Policy, &Params, &Image)], out: &mut Tensor) {
     let device = out.device().clone();
@@ -94,7 +94,8 @@ pub fn apply_on_gpu(views: &[(&Policy, &Params, &Image)], out: &mut Tensor) {
     for (policy, params, image) in views {
         assert_eq!(policy.size, size, "augment: a view of another size than the output");
         let at = bytes.len() as i64;
-        words.push(View::new(policy, params, image.width, at, &mut gaussian));
+        image.expect_whole();
+        words.push(View::new(policy, params, [image.width, image.height], at, &mut gaussian));
         bytes.extend_from_slice(&image.pixels);
     }
     if n > 0 {

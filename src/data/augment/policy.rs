@@ -99,6 +99,9 @@ pub struct Jitter {
     pub additive_brightness: bool,
 }
 
+/// The largest standard deviation of a blur.
+pub const MOST_SIGMA: f32 = 100.0;
+
 /// Gaussian blur.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -260,7 +263,7 @@ impl Policy {
         }
         if let Some(blur) = &self.blur {
             chance("blur.p", blur.p)?;
-            range("blur.sigma", blur.sigma, 100.0)?;
+            range("blur.sigma", blur.sigma, MOST_SIGMA)?;
             let holds = blur.kind == BlurKind::Gaussian || self.pixels == Pixels::U8;
             rule(holds, "augmentation: blur.kind = \"pillow_box\" needs pixels = \"u8\"".into())?;
         }

@@ -61,16 +61,22 @@ pub fn taps(size: usize) -> usize {
 }
 
 impl View {
-    /// Returns the view that `params` describe, of an image `width` pixels wide whose pixels begin at byte `pixels`. Appends
+    /// Returns the view that `params` describe, of an image of `[width, height]` pixels that begin at byte `pixels`. Appends
     /// the [`taps`] weights of its blur to `gaussian`, zeros if it has none.
+    ///
+    /// # Panics
+    /// If the parameters are not those of such an image, or it is larger than the kernel's integers.
+    #[track_caller]
     pub fn new(
         policy: &Policy,
         params: &Params,
-        width: usize,
+        size @ [width, _]: [usize; 2],
         pixels: i64,
         gaussian: &mut Vec<f32>,
     ) -> Self {
-        let mut view = Self::resampled(&policy.resize(params), policy, width, pixels);
+        params.expect_fit(size);
+        let view = Self::resampled(&policy.resize(params), policy, width, pixels);
+        let mut view = view.unwrap_or_else(|| panic!("augment: an image of {size:?} on a GPU"));
         let float = policy.pixels == Pixels::Float;
         view.program = policy.program(params);
         if let Some(factors) = &params.jitter {
@@ -103,13 +109,14 @@ impl View {
         view
     }
 
-    /// Returns the view of a transform of an image of `width` x `height` pixels that begin at byte `pixels`.
+    /// Returns the view of a transform of an image of `width` x `height` pixels that begin at byte `pixels`; `None` if the
+    /// image, or what it would be resized to, is larger than the kernel's integers.
     pub fn middle(
         by: Transform,
         [width, height]: [usize; 2],
         policy: &Policy,
         pixels: i64,
-    ) -> Self {
+    ) -> Option<Self> {
         Self::resampled(&middle(by, width, height, policy), policy, width, pixels)
     }
 
@@ -125,18 +132,22 @@ impl View {
         axes.map(|(&from, to)| (from as usize).div_ceil(to as usize)).max().unwrap_or(0)
     }
 
-    fn resampled(resize: &Resize, policy: &Policy, width: usize, pixels: i64) -> Self {
-        let pair = |a: usize, b: usize| [a as i32, b as i32];
+    fn resampled(resize: &Resize, policy: &Policy, width: usize, pixels: i64) -> Option<Self> {
+        let pair = |a: usize, b: usize| {
+            // A sum of two of them must not wrap either.
+            let fits = |v: usize| i32::try_from(v).ok().filter(|v| *v <= i32::MAX / 2);
+            Some([fits(a)?, fits(b)?])
+        };
         let (crop, [x, y], [across, down]) = (resize.crop, resize.first, resize.target);
         let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
         let ([r, g, b, _], [dr, dg, db, _]) = scale(policy.normalise.as_ref());
-        Self {
+        Some(Self {
             pixels,
-            width: width as i32,
-            corner: pair(crop.left, crop.top),
-            crop: pair(crop.width, crop.height),
-            target: pair(across, down),
-            first: pair(x, y),
+            width: pair(width, 0)?[0],
+            corner: pair(crop.left, crop.top)?,
+            crop: pair(crop.width, crop.height)?,
+            target: pair(across, down)?,
+            first: pair(x, y)?,
             flags: flag(resize.flip, FLIP)
                 | flag(resize.filter == Filter::Bicubic, BICUBIC)
                 | flag(resize.antialias, ANTIALIAS)
@@ -144,7 +155,7 @@ impl View {
             mean: [r, g, b],
             deviation: [dr, dg, db],
             ..Self::zeroed()
-        }
+        })
     }
 }
 
@@ -169,5 +180,20 @@ impl Policy {
             operations.push(GREY);
         }
         operations.iter().rev().fold(0, |program, op| program << 4 | op)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The shorter side becomes that of the view: a line of pixels becomes longer than 2^31.
+    #[test]
+    fn an_image_that_would_be_resized_beyond_the_kernels_integers_has_no_view() {
+        let policy = Policy::crop(224);
+        let view = |size| View::middle(Transform::ResizedCenter, size, &policy, 0);
+        assert!(view([500, 375]).is_some_and(|view| view.end() == 500 * 375 * 3));
+        assert!(view([20_000_000, 1]).is_none());
+        assert!(view([1, 20_000_000]).is_none());
     }
 }

@@ -223,7 +223,7 @@ impl BatchPlan {
                 }
                 let params = policy.draw(&mut self.stream(slot, i, view), width, height);
                 let mut gaussian = Vec::new();
-                let made = View::new(policy, &params, width, at, &mut gaussian);
+                let made = View::new(policy, &params, [width, height], at, &mut gaussian);
                 sample.views.push((made, gaussian));
             }
             Ok(())

@@ -269,12 +269,14 @@ impl Gpu {
             || format!("copy of {bytes} bytes from the GPU"),
             |gpu| {
                 gpu.send_numbers()?;
-                // SAFETY: the caller vouches for `from`; `to` stays borrowed until the copies have been waited for.
+                // SAFETY: the caller vouches for `from`; `to` stays borrowed until the copies have been waited for, also
+                // after one that failed.
                 unsafe {
-                    for (i, piece) in to.chunks_mut(PIECE).enumerate() {
-                        result::memcpy_dtoh_async(piece, from + (i * PIECE) as u64, gpu.compute)?;
-                    }
-                    result::stream::synchronize(gpu.compute)
+                    let mut pieces = to.chunks_mut(PIECE).enumerate();
+                    let queued = pieces.try_for_each(|(i, piece)| {
+                        result::memcpy_dtoh_async(piece, from + (i * PIECE) as u64, gpu.compute)
+                    });
+                    queued.and(result::stream::synchronize(gpu.compute))
                 }
             },
         );

@@ -29,3 +29,14 @@ pub(crate) use marks::Marks;
 pub(crate) use ring::Ring;
 pub(crate) use table::Table;
 pub(crate) use timer::Timer;
+
+/// A size in the type of the kernels' arguments.
+///
+/// # Panics
+/// If it does not fit: a wrapped size would be another one.
+#[track_caller]
+pub(crate) fn int(size: usize) -> i32 {
+    i32::try_from(size).unwrap_or_else(|_| {
+        panic!("a size of {size}: the GPU kernels support at most 2^31 - 1, use smaller tensors")
+    })
+}

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{inverse_norms, to_unit};
 use crate::device::Device;
-use crate::device::cuda::{self, Launch};
+use crate::device::cuda::{self, Launch, int};
 use crate::error::Result;
 use crate::eval::Features;
 use crate::ops::gemm::similarity::{SplitRows, THREADS, TILE};
@@ -77,8 +77,8 @@ fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
                 similar.device_out(),
                 queries.device_in(),
                 chunk.device_in(),
-                rows as i32,
-                columns as i32,
+                int(rows),
+                int(columns),
                 chunk.pitch(),
                 chunk.terms(),
             );
@@ -87,10 +87,10 @@ fn nearest(bank: &Tensor, queries: &Tensor, k: usize) -> (Tensor, Tensor) {
                 values.device_out(),
                 indices.device_out(),
                 similar.device_in(),
-                rows as i32,
-                first as i32,
-                columns as i32,
-                k as i32,
+                int(rows),
+                int(first),
+                int(columns),
+                int(k),
                 i32::from(first > 0),
             );
         }

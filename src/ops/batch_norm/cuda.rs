@@ -3,7 +3,7 @@
 //! Chunks depend on the shape alone, so a sum has the same order on every chip.
 
 use super::{BatchNormDims, EPS, Ids, RUNNING_WEIGHT, Running, Saved};
-use crate::device::cuda::{self, In, Launch, Out};
+use crate::device::cuda::{self, In, Launch, Out, int};
 use crate::ops::gemm::{BlockMoments, Moments};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::{DType, Element, Tensor};
@@ -62,8 +62,7 @@ fn partial_moments(x: &Tensor, dims: BatchNormDims) -> BlockMoments {
     let shape = Shape::new(dims, x.dtype());
     let mut partial = Tensor::floats(x.device(), [dims.groups * shape.chunks, 2, dims.c]);
     let launch = Launch::new(x.device().gpu(), shape.grid, shape.block);
-    let (rows, per_chunk, channels) =
-        (dims.rows as i64, shape.rows_per_chunk as i32, dims.c as i32);
+    let (rows, per_chunk, channels) = (dims.rows as i64, int(shape.rows_per_chunk), int(dims.c));
     // SAFETY: `partial` has two rows of `c` per group and chunk.
     unsafe {
         by_dtype!(
@@ -116,11 +115,11 @@ pub(super) fn moments(
             running_mean,
             running_variance,
             partial.device_in(),
-            groups as i32,
-            chunks as i32,
+            int(groups),
+            int(chunks),
             rows as i64,
-            per_chunk as i32,
-            c as i32,
+            int(per_chunk),
+            int(c),
             RUNNING_WEIGHT as f32,
             EPS as f32,
         );
@@ -138,7 +137,7 @@ pub(super) fn inv_std(variance: &Tensor) -> Tensor {
             per_channel(variance, c),
             inv_std.device_out(),
             variance.device_in(),
-            c as i32,
+            int(c),
             EPS as f32,
         );
     }
@@ -164,8 +163,8 @@ pub(super) fn apply(y: &mut Tensor, saved: &Saved, residual: Option<&Tensor>, re
                     saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
                     saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                     dims.rows as i64,
-                    shape.rows_per_chunk as i32,
-                    dims.c as i32,
+                    int(shape.rows_per_chunk),
+                    int(dims.c),
                     i32::from(relu)
                 )
         );
@@ -244,8 +243,8 @@ fn backward_sums(
                     saved.gain.as_ref().map_or(In::null(), Tensor::device_in),
                     saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
                     rows as i64,
-                    shape.rows_per_chunk as i32,
-                    c as i32,
+                    int(shape.rows_per_chunk),
+                    int(c),
                     i32::from(relu)
                 )
         );
@@ -255,9 +254,9 @@ fn backward_sums(
             dshift,
             dgain,
             partial.device_in(),
-            groups as i32,
-            shape.chunks as i32,
-            c as i32,
+            int(groups),
+            int(shape.chunks),
+            int(c),
             accumulate,
         );
     }
@@ -310,8 +309,8 @@ fn backward_apply<T: Element>(
             saved.shift.as_ref().map_or(In::null(), Tensor::device_in),
             sums.device_in(),
             saved.dims.rows as i64,
-            shape.rows_per_chunk as i32,
-            saved.dims.c as i32,
+            int(shape.rows_per_chunk),
+            int(saved.dims.c),
             i32::from(relu),
             to.accumulate,
         );

@@ -178,6 +178,12 @@ fn checked_dims(x: &Var<'_>, with: &BatchNorm<'_, '_>) -> BatchNormDims {
     if let Some(residual) = with.residual {
         assert_eq!(residual.shape(), x.shape(), "batch_norm: residual and input differ");
     }
+    if let Some(Running { mean, variance }) = with.running {
+        for (stat, what) in [(mean, "mean"), (variance, "variance")] {
+            let shape = stat.shape();
+            assert_eq!(**shape, [c], "batch_norm: running {what} {shape:?}, {c} channels");
+        }
+    }
     BatchNormDims { groups, rows: all_rows / groups, c, ranks }
 }
 

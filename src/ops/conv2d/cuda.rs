@@ -2,7 +2,7 @@
 //! A 1x1 convolution of stride 1 is a plain GEMM (`kernels/matmul.cu`).
 
 use super::Conv2dDims;
-use crate::device::cuda::{self, Launch, Out};
+use crate::device::cuda::{self, Launch, Out, int};
 use crate::ops::gemm::{
     BlockMoments, Gemm, GemmKind, GemmSize, TileShape, gemm, gemm_with_moments, is_aligned,
     split_k_reduce,
@@ -14,7 +14,7 @@ macro_rules! call {
     ($kernel:ident, $launch:expr, $d:ident, ($($pointer:expr),*) $(, $rest:expr)*) => {{
         let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *$d;
         let [n, h, w, c, k, r, s, p, q, stride, pad] =
-            [n, h, w, c, k, r, s, p, q, stride, pad].map(|size| size as i32);
+            [n, h, w, c, k, r, s, p, q, stride, pad].map(int);
         cuda::$kernel($launch, $($pointer),*, n, h, w, c, k, r, s, p, q, stride, pad $(, $rest)*)
     }};
 }
@@ -154,7 +154,7 @@ pub(super) fn weight_gradient(
                     launch,
                     d,
                     (out.device_out(), x.device_in(), dy.device_in()),
-                    tile.k_per_split as i32,
+                    int(tile.k_per_split),
                     i32::from(accumulate)
                 )
             };

@@ -1,6 +1,6 @@
 //! Launches `kernels/cross_entropy.cu`: one warp per row.
 
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Launch, int};
 use crate::ops::row_losses;
 use crate::tensor::{DType, Tensor};
 
@@ -22,7 +22,7 @@ pub(super) fn forward(x: &Tensor, labels: &Tensor, [n, k]: [usize; 2]) -> Tensor
                     x.device_in(),
                     labels.device_in(),
                     n as i64,
-                    k as i32
+                    int(k)
                 )
         );
     }
@@ -44,7 +44,7 @@ pub(super) fn backward(x: &Tensor, labels: &Tensor, dy: &Tensor, [n, k]: [usize;
                     labels.device_in(),
                     dy.device_in(),
                     n as i64,
-                    k as i32
+                    int(k)
                 )
         );
     }

@@ -3,7 +3,7 @@
 pub(crate) mod similarity;
 mod tiles;
 
-use crate::device::cuda::{self, In, Launch, Out};
+use crate::device::cuda::{self, In, Launch, Out, int};
 use crate::tensor::{DType, Tensor, TensorMut};
 pub use tiles::{Gemm, GemmKind, Tile, TileShape};
 
@@ -123,7 +123,7 @@ pub(super) fn split_k_reduce(
 ) {
     let len = partial.len() / splits;
     let launch = Launch::over(partial.device().gpu(), len, 1);
-    let (splits, accumulate) = (splits as i32, i32::from(accumulate));
+    let (splits, accumulate) = (int(splits), i32::from(accumulate));
     // SAFETY: `partial` has `splits` times the elements of `y`.
     unsafe {
         by_dtype!(
@@ -166,8 +166,7 @@ impl Matmul<'_, '_> {
         let to = Launch::new(a.device().gpu(), [tile.tiles, 1, tile.splits], [threads, 1, 1]);
         let bias = bias.map_or(In::null(), Tensor::device_in);
         let moments = moments.map_or(Out::null(), Tensor::device_out);
-        let [m, n, k, k_per_split] =
-            [gemm.m, gemm.n, gemm.k, tile.k_per_split].map(|size| size as i32);
+        let [m, n, k, k_per_split] = [gemm.m, gemm.n, gemm.k, tile.k_per_split].map(int);
         let accumulate = i32::from(accumulate);
         // `$input`: extra inputs before the sizes; `$flag`: flags after them.
         macro_rules! of_f32 {

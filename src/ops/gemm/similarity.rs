@@ -4,7 +4,7 @@
 use half::bf16;
 
 use crate::device::Precision;
-use crate::device::cuda::{self, In, Launch};
+use crate::device::cuda::{self, In, Launch, int};
 use crate::tensor::{DType, Tensor};
 
 /// The lowest temperature at which the fixed maximum `1 / T`, an upper bound on the logits of unit rows, is subtracted from
@@ -44,7 +44,7 @@ impl SplitRows {
         let mut data = Tensor::empty(x.device(), DType::Bf16, [terms, rows, pitch]);
         if data.len() > 0 {
             let launch = Launch::over(x.device().gpu(), rows * pitch, 8);
-            let (rows, d, row_pitch) = (rows as i64, d as i32, pitch as i32);
+            let (rows, d, row_pitch) = (rows as i64, int(d), int(pitch));
             // SAFETY: `x` is `[rows, d]` and `data` is `[terms, rows, pitch]`, where `pitch` is `d` rounded up to 8.
             unsafe {
                 cuda::split_rows(
@@ -54,7 +54,7 @@ impl SplitRows {
                     rows,
                     d,
                     row_pitch,
-                    terms as i32,
+                    int(terms),
                 );
             }
         }
@@ -67,12 +67,12 @@ impl SplitRows {
 
     /// Number of terms.
     pub(crate) fn terms(&self) -> i32 {
-        self.terms as i32
+        int(self.terms)
     }
 
     /// Elements from one row of a term to the next.
     pub(crate) fn pitch(&self) -> i32 {
-        self.pitch as i32
+        int(self.pitch)
     }
 }
 

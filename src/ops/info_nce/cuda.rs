@@ -2,7 +2,7 @@
 //! that f32 queries and queue are split into. The queue is cut into splits whose partial results are combined in order.
 
 use super::InfoNceDims;
-use crate::device::cuda::{self, In, Launch};
+use crate::device::cuda::{self, In, Launch, int};
 use crate::ops::gemm::similarity::{
     ColumnSplits, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
 };
@@ -41,8 +41,7 @@ pub(super) struct Terms {
 pub(super) fn forward(lse: &mut Tensor, inputs: Inputs<'_>, dims: &InfoNceDims) -> (Tensor, Terms) {
     let (device, splits) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, TILE));
     let terms = Terms { q: SplitRows::of(inputs.q), queue: SplitRows::of(inputs.queue) };
-    let [n, m, d, columns, count] =
-        [dims.n, dims.m, dims.d, splits.columns, splits.count].map(|size| size as i32);
+    let [n, m, d, columns, count] = [dims.n, dims.m, dims.d, splits.columns, splits.count].map(int);
     let inv_t = 1.0 / dims.temperature;
     let mut maxima = Tensor::floats(device, [splits.count, dims.n]);
     let mut sums = maxima.empty_like();
@@ -92,8 +91,7 @@ pub(super) fn query_gradient(
     dims: &InfoNceDims,
 ) {
     let (device, splits) = (inputs.q.device(), ColumnSplits::new(dims.n, dims.m, WEIGHT_TILE));
-    let [n, m, d, columns, count] =
-        [dims.n, dims.m, dims.d, splits.columns, splits.count].map(|size| size as i32);
+    let [n, m, d, columns, count] = [dims.n, dims.m, dims.d, splits.columns, splits.count].map(int);
     let inv_t = 1.0 / dims.temperature;
     let mut partial = Tensor::floats(device, [splits.count, dims.n, dims.d]);
     let grid = [dims.n.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
@@ -141,7 +139,7 @@ pub(super) fn key_gradient(
     dy: &Tensor,
     dims: &InfoNceDims,
 ) {
-    let [n, d] = [dims.n, dims.d].map(|size| size as i32);
+    let [n, d] = [dims.n, dims.d].map(int);
     // SAFETY: sizes as in the forward pass.
     unsafe {
         cuda::info_nce_key_gradient(

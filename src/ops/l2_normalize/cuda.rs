@@ -1,7 +1,7 @@
 //! Launches `kernels/l2_normalize.cu`: one warp per row, sums in f64.
 
 use crate::device::Device;
-use crate::device::cuda::{self, Launch, Out};
+use crate::device::cuda::{self, Launch, Out, int};
 use crate::tensor::{Shape, Tensor, TensorMut};
 
 pub(super) fn forward(y: &mut Tensor, norms: &mut Tensor, x: &Tensor) {
@@ -60,5 +60,5 @@ fn over<'d>(device: &'d Device, shape: &Shape) -> (i64, i32, Launch<'d>) {
         d < 1 << 31,
         "l2_normalize: rows of {d} elements; the kernel supports at most 2^31 - 1"
     );
-    (n as i64, d as i32, Launch::new(device.gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1]))
+    (n as i64, int(d), Launch::new(device.gpu(), [n.div_ceil(8), 1, 1], [256, 1, 1]))
 }

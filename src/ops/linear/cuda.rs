@@ -1,7 +1,7 @@
 //! Launches the GEMMs of `kernels/matmul.cu`, and `kernels/linear.cu` for the gradient of the bias.
 
 use super::LinearDims;
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Launch, int};
 use crate::ops::gemm::GemmKind;
 use crate::ops::gemm::{GemmSize, gemm};
 use crate::tensor::{Tensor, TensorMut};
@@ -47,7 +47,7 @@ pub(super) fn bias_gradient(
     accumulate: bool,
 ) {
     let launch = Launch::new(dy.device().gpu(), [dims.k.div_ceil(32), 1, 1], [32, 8, 1]);
-    let (n, k, accumulate) = (dims.n as i64, dims.k as i32, i32::from(accumulate));
+    let (n, k, accumulate) = (dims.n as i64, int(dims.k), i32::from(accumulate));
     let dtype = dy.dtype();
     // SAFETY: `dy` has `n` rows of `k`, `db` has `k`.
     unsafe {

@@ -1,6 +1,6 @@
 //! Launches `kernels/neg_cosine.cu`: one warp per row, sums in f64.
 
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Launch, int};
 use crate::ops::row_losses;
 use crate::tensor::{DType, Tensor};
 
@@ -9,7 +9,7 @@ fn launch(x: &Tensor) -> Launch<'_> {
 }
 
 fn sizes(x: &Tensor) -> (i64, i32) {
-    (x.shape()[0] as i64, x.shape()[1] as i32)
+    (x.shape()[0] as i64, int(x.shape()[1]))
 }
 
 /// Returns the mean negative cosine of `p` and `z`, both `[n, d]`.

@@ -2,7 +2,7 @@
 //! that each f32 row is split into.
 
 use super::NtXentDims;
-use crate::device::cuda::{self, In, Launch};
+use crate::device::cuda::{self, In, Launch, int};
 use crate::ops::gemm::similarity::{
     ColumnSplits, FIXED_MAXIMUM_FROM, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
 };
@@ -23,7 +23,7 @@ pub(crate) fn groups(rows: usize) -> [usize; 2] {
 /// Fills `lse [rows]`, and returns the loss and the terms of `z`.
 pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor, SplitRows) {
     let (device, terms) = (z.device(), SplitRows::of(z));
-    let [rows, d] = [dims.rows, dims.d].map(|size| size as i32);
+    let [rows, d] = [dims.rows, dims.d].map(int);
     let inv_t = 1.0 / dims.temperature;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let [tiles_per_group, groups] = groups(dims.rows);
@@ -46,7 +46,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
                 rows,
                 terms.pitch(),
                 terms.terms(),
-                splits.columns as i32,
+                int(splits.columns),
                 inv_t,
             );
         } else {
@@ -58,7 +58,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
                 rows,
                 terms.pitch(),
                 terms.terms(),
-                tiles_per_group as i32,
+                int(tiles_per_group),
                 inv_t,
             );
         }
@@ -71,7 +71,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
             z.device_in(),
             rows,
             d,
-            count as i32,
+            int(count),
             inv_t,
         );
     }
@@ -89,7 +89,7 @@ pub(super) fn backward(
 ) {
     let device = lse.device();
     let splits = ColumnSplits::new(dims.rows, dims.rows, WEIGHT_TILE);
-    let [rows, d, columns] = [dims.rows, dims.d, splits.columns].map(|size| size as i32);
+    let [rows, d, columns] = [dims.rows, dims.d, splits.columns].map(int);
     let mut partial = Tensor::floats(device, [splits.count, dims.rows, dims.d]);
     let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
@@ -110,7 +110,7 @@ pub(super) fn backward(
             1.0 / dims.temperature,
         );
         let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out());
-        let (count, accumulate) = (splits.count as i32, i32::from(accumulate));
+        let (count, accumulate) = (int(splits.count), i32::from(accumulate));
         cuda::split_k_reduce_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
 }

@@ -19,6 +19,9 @@ pub(super) struct AvgPoolDims {
     pub(super) stride: usize,
 }
 
+/// The most pixels across a window: its area fits into the kernels' integers.
+const MOST_SIZE: usize = 1 << 15;
+
 impl AvgPoolDims {
     /// Returns the pixels of window `o` and the divisor of their sum.
     ///
@@ -43,12 +46,13 @@ impl AvgPoolDims {
 #[track_caller]
 pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("avg_pool: the input");
-    let most = h.max(w).checked_add(size).and_then(|most| most.checked_mul(most));
     assert!(
-        size > 0 && stride > 0 && most.is_some(),
-        "avg_pool: size {size}, stride {stride} over {h} x {w} images"
+        (1..=MOST_SIZE).contains(&size) && stride > 0,
+        "avg_pool: size {size}, stride {stride} over {h} x {w} images; the size is at most {MOST_SIZE}"
     );
     let (p, q) = (h.div_ceil(stride), w.div_ceil(stride));
+    // A larger stride has the same single output in each direction; that of 1 is a case of its own.
+    let stride = stride.min(h.max(w).max(2));
     let dims = AvgPoolDims { h, w, c, p, q, size, stride };
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);

@@ -2,7 +2,7 @@
 
 use super::{average, max};
 use crate::device::Device;
-use crate::device::cuda::{Launch, Out};
+use crate::device::cuda::{Launch, Out, int};
 use crate::tensor::{DType, Tensor};
 
 /// A launch over the pixels of the output `to [pixels.., c]`.
@@ -25,7 +25,7 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
 /// The sizes in the types of the kernels' arguments.
 fn sizes(n: usize, dims: max::MaxPoolDims) -> [i32; 9] {
     let max::MaxPoolDims { h, w, c, p, q, size, stride, pad } = dims;
-    [n, h, w, c, p, q, size, stride, pad].map(|size| size as i32)
+    [n, h, w, c, p, q, size, stride, pad].map(int)
 }
 
 /// Fills `y`. If a gradient is `wanted`, returns the position of the largest pixel in the window of each output, one byte per
@@ -101,7 +101,7 @@ pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: m
 /// The mean over all pixels: `x [n, h, w, c]`, `y [n, c]`.
 pub(super) fn mean_forward(y: &mut Tensor, x: &Tensor) {
     let [n, h, w, c] = x.dims("mean_pool: the input");
-    let (to, [n, pixels, c]) = (over(x.device(), y), [n, h * w, c].map(|size| size as i32));
+    let (to, [n, pixels, c]) = (over(x.device(), y), [n, h * w, c].map(int));
     // SAFETY: the tensors have these sizes.
     unsafe {
         by_dtype!(
@@ -113,7 +113,7 @@ pub(super) fn mean_forward(y: &mut Tensor, x: &Tensor) {
 
 pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
     let [n, h, w, c] = dx.dims("mean_pool: the input");
-    let (to, [n, pixels, c]) = (over(dy.device(), dx), [n, h * w, c].map(|size| size as i32));
+    let (to, [n, pixels, c]) = (over(dy.device(), dx), [n, h * w, c].map(int));
     // SAFETY: the tensors have these sizes.
     unsafe {
         by_dtype!(
@@ -165,5 +165,6 @@ pub(super) fn average_backward(dx: &mut Tensor, dy: &Tensor, dims: average::AvgP
 
 fn average_sizes(n: usize, dims: average::AvgPoolDims) -> [i32; 8] {
     let average::AvgPoolDims { h, w, c, p, q, size, stride } = dims;
-    [n, h, w, c, p, q, size, stride].map(|size| size as i32)
+    let _ = int(h.max(w) + size); // where a window may end
+    [n, h, w, c, p, q, size, stride].map(int)
 }

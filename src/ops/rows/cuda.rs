@@ -1,7 +1,7 @@
 //! Launches `kernels/rows.cu`: 16 bytes per thread if the alignment allows it.
 
 use crate::device::Device;
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Launch, int};
 use crate::tensor::{DType, Tensor};
 
 /// A launch over `rows` rows of `length` elements: threads along a row, and as many rows per block as fit.
@@ -26,7 +26,7 @@ fn row_length(x: &Tensor) -> usize {
 pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
     let (device, length) = (x.device().clone(), row_length(x));
     let launch = over(&device, index.len(), length, x.dtype());
-    let (n, m, length) = (index.len() as i32, x.shape()[0] as i32, length as i64);
+    let (n, m, length) = (int(index.len()), int(x.shape()[0]), length as i64);
     // SAFETY: `x` has `m` rows of this length and `y` has `n`; the kernel checks an index before it uses it.
     unsafe {
         by_dtype!(
@@ -48,7 +48,7 @@ pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
 /// `dx_r`, the sum of `dy_i` over `index[i] = r`, in order of `i`.
 pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
     let (device, length) = (dy.device().clone(), row_length(dy));
-    let (n, m) = (index.len() as i32, dx.shape()[0] as i32);
+    let (n, m) = (int(index.len()), int(dx.shape()[0]));
     // One block per row, in full warps, which search the index together.
     let threads = along(length, dy.dtype()).max(32);
     let launch = Launch::new(device.gpu(), [dx.shape()[0], 1, 1], [threads, 1, 1]);
@@ -75,7 +75,7 @@ pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
 pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
-    let (n, m, length) = (rows.shape()[0] as i32, to.shape()[0] as i32, length as i64);
+    let (n, m, length) = (int(rows.shape()[0]), int(to.shape()[0]), length as i64);
     // SAFETY: `to` has `m` rows of this length, `rows` has `n`; the kernel takes row numbers modulo `m`.
     unsafe {
         by_dtype!(
@@ -98,7 +98,7 @@ pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
 pub(super) fn push(queue: &mut Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
-    let (n, m, length) = (rows.shape()[0] as i32, queue.shape()[0] as i32, length as i64);
+    let (n, m, length) = (int(rows.shape()[0]), int(queue.shape()[0]), length as i64);
     // SAFETY: `queue` has `m` rows of this length, `rows` has `n <= m`.
     unsafe {
         by_dtype!(

@@ -1,7 +1,7 @@
 //! Launches `kernels/selective_kernel.cu`: a thread handles 16 bytes of channels of every eighth pixel.
 
 use crate::device::Device;
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Launch, int};
 use crate::tensor::{DType, Tensor};
 
 /// A launch over `n` images with streams of `c` channels.
@@ -13,7 +13,7 @@ fn over(device: &Device, n: usize, c: usize, dtype: DType) -> Launch<'_> {
 
 /// Pixels and channels in the types of the kernels' arguments.
 fn sizes([_, pixels, c]: [usize; 3]) -> (i64, i32) {
-    (pixels as i64, c as i32)
+    (pixels as i64, int(c))
 }
 
 pub(super) fn mean(g: &mut Tensor, x: &Tensor, dims: [usize; 3]) {

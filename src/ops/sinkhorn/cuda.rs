@@ -1,7 +1,7 @@
 //! Launches `kernels/sinkhorn.cu`: exponentials in f32, recomputed in each pass, with column and row sums in f64.
 
 use super::SinkhornDims;
-use crate::device::cuda::{self, In, Launch};
+use crate::device::cuda::{self, In, Launch, int};
 use crate::tensor::{DType, Tensor};
 
 const THREADS: [usize; 3] = [256, 1, 1];
@@ -28,7 +28,7 @@ pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
     let (all_rows, parts, inv_epsilon) = (b as f64, k as f64, (1.0 / epsilon) as f32);
     let (of_chunks, of_rows) = (launch(chunks, THREADS), launch(b.div_ceil(8), THREADS));
     let of_columns = launch(k.div_ceil(32), [32, 8, 1]);
-    let [b, k, rows, chunks] = [b, k, rows, chunks].map(|size| size as i32);
+    let [b, k, rows, chunks] = [b, k, rows, chunks].map(int);
     for iteration in 0..iterations {
         let factors = if iteration == 0 { In::null() } else { u.device_in() };
         // SAFETY: `scores` has `b` rows of `k`, `u` has `k` elements, `partial` has one row of `k` per chunk of rows.
