@@ -87,6 +87,85 @@ fn jpeg_files_of_every_kind_have_pillows_pixels_or_are_refused() {
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), notes.len(), wrong.join("\n"));
 }
 
+/// The segments of a file: code, where it begins and where it ends, data included.
+fn segments(file: &[u8]) -> Vec<(u8, usize, usize)> {
+    let mut found: Vec<(u8, usize, usize)> = Vec::new();
+    let mut at = 2;
+    while file[at + 1] != 0xD9 {
+        let length = usize::from(u16::from_be_bytes([file[at + 2], file[at + 3]]));
+        let mut end = at + 2 + length;
+        if file[at + 1] == 0xDA {
+            let is_data = |pair: &[u8]| pair[0] != 0xFF || matches!(pair[1], 0 | 0xD0..=0xD7);
+            end += file[end..].windows(2).take_while(|pair| is_data(pair)).count();
+        }
+        found.push((file[at + 1], at, end));
+        at = end;
+    }
+    found
+}
+
+/// Files that break the rules in ways in which libjpeg refuses them, or reads another image than a decoder that ignores the
+/// breach: all are refused.
+#[test]
+fn files_with_a_scan_too_many_or_a_header_that_is_wrong_are_refused() {
+    let bytes = fs::read(CASES).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let fixture = |name: &str| fs::read(format!("tests/fixtures/{name}")).unwrap();
+    let with =
+        |of: &[u8], place: usize, inserted: &[u8]| [&of[..place], inserted, &of[place..]].concat();
+    // Two scans of a file in one, and one alone.
+    let (baseline, progressive) = (fixture("colour.jpg"), fixture("progressive.jpg"));
+    let scans = file.tensor("scans-baseline__420-each-34x19").unwrap().data().to_vec();
+    let mut broken: Vec<(&str, Vec<u8>, &str)> = Vec::new();
+    for (what, whole) in [("baseline", &baseline), ("progressive", &progressive), ("scans", &scans)]
+    {
+        let parts = segments(whole);
+        let &(_, begin, end) = parts.iter().rfind(|part| part.0 == 0xDA).unwrap();
+        let again = with(whole, end, &whole[begin..end]);
+        broken.push((what, again, "it has a scan after its image is complete"));
+        for (code, name) in [(0xDA, "scan"), (0xC0, "frame"), (0xC2, "frame")] {
+            let Some(&(_, at, _)) = parts.iter().find(|part| part.0 == code) else { continue };
+            let length = usize::from(u16::from_be_bytes([whole[at + 2], whole[at + 3]]));
+            let mut longer = with(whole, at + 2 + length, &[0]);
+            longer[at + 3] += 1;
+            broken.push((
+                what,
+                longer,
+                if name == "scan" {
+                    "a scan segment has a wrong length"
+                } else {
+                    "a frame segment has a wrong length"
+                },
+            ));
+        }
+        let restart = with(whole, 2, &[0xFF, 0xDD, 0, 5, 0, 0, 0]);
+        broken.push((what, restart, "a restart segment has a wrong length"));
+        broken.push((what, with(whole, 2, &[0xFF, 0xC8, 0, 2]), "a frame segment is too short"));
+    }
+    // The first scan of a component once more, before the others.
+    let &(_, begin, end) = segments(&scans).iter().find(|part| part.0 == 0xDA).unwrap();
+    broken.push((
+        "scans",
+        with(&scans, end, &scans[begin..end]),
+        "two scans have the same colour component",
+    ));
+    // Only sequential files may leave out the standard's tables.
+    let tables = segments(&progressive).into_iter().rev().filter(|part| part.0 == 0xC4);
+    let bare = tables
+        .fold(progressive.clone(), |file, (_, begin, end)| [&file[..begin], &file[end..]].concat());
+    broken.push(("progressive", bare, "it lacks a Huffman table"));
+
+    let folder = tempfile::tempdir().unwrap();
+    for (i, (_, data, _)) in broken.iter().enumerate() {
+        fs::write(folder.path().join(format!("{i:03}.jpg")), data).unwrap();
+    }
+    let set = Folder::open(folder.path()).unwrap();
+    for (i, (what, _, words)) in broken.iter().enumerate() {
+        let error = set.read(i, &mut Image::default()).expect_err(words).to_string();
+        assert!(error.contains(words), "{what}: expected `{words}` in `{error}`");
+    }
+}
+
 /// Whatever bytes are changed or missing, decoding ends with an image or an error, never with a panic, which would be
 /// told as one.
 #[test]

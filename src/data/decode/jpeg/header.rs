@@ -1,7 +1,7 @@
 //! The markers of a JPEG file: frame, tables and scans.
 
 use super::fault::{Fault, Result};
-use super::huffman::{Definition, standard};
+use super::huffman::Definition;
 
 /// From the order of the file, which is a zigzag, to row-major order.
 pub const NATURAL: [u8; 64] = [
@@ -87,7 +87,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// If the file is damaged or of a kind that is not supported.
     pub fn new(bytes: &'a [u8]) -> Result<Self> {
-        let [dc, ac] = standard().map(|[luma, chroma]| [Some(luma), Some(chroma), None, None]);
+        let [dc, ac] = [const { [const { None }; 4] }; 2];
         let frame = Frame {
             progressive: false,
             width: 0,
@@ -185,8 +185,8 @@ impl<'a> Reader<'a> {
             0xC4 => self.read_huffman(segment)?,
             0xDB => self.read_quant(segment)?,
             0xDD => {
-                let interval = segment.first_chunk().ok_or_else(|| too_short("restart"))?;
-                self.restart = usize::from(u16::from_be_bytes(*interval));
+                let interval = segment.try_into().map_err(|_| wrong_length("restart"))?;
+                self.restart = usize::from(u16::from_be_bytes(interval));
             }
             0xE0 => self.jfif |= segment.starts_with(b"JFIF\0") && segment.len() >= 14,
             0xEE if segment.starts_with(b"Adobe") && segment.len() >= 12 => {
@@ -235,7 +235,7 @@ impl<'a> Reader<'a> {
         let short = || too_short("scan");
         let (&count, rest) = segment.split_first().ok_or_else(short)?;
         let (named, rest) = rest.split_at_checked(2 * usize::from(count)).ok_or_else(short)?;
-        let &[first, last, bits] = rest.first_chunk().ok_or_else(short)?;
+        let &[first, last, bits] = rest else { return Err(wrong_length("scan")) };
         let mut parts: Vec<(usize, usize, usize)> = Vec::new();
         for pair in named.chunks_exact(2) {
             let index = self.frame.components.iter().position(|c| c.id == pair[0]);
@@ -273,9 +273,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// True if a marker begins a frame; [`read_frame`] refuses those that are not supported.
+/// True if a marker begins a frame, or is reserved for one; [`read_frame`] refuses those that are not supported.
 fn is_frame(code: u8) -> bool {
-    matches!(code, 0xC0..=0xCF) && !matches!(code, 0xC4 | 0xC8 | 0xCC)
+    matches!(code, 0xC0..=0xCF) && !matches!(code, 0xC4 | 0xCC)
 }
 
 fn read_frame(code: u8, segment: &[u8]) -> Result<Frame> {
@@ -300,7 +300,10 @@ fn read_frame(code: u8, segment: &[u8]) -> Result<Frame> {
     if !matches!(count, 1 | 3 | 4) {
         return Err(Fault::Unsupported(COMPONENTS));
     }
-    let named = rest.get(..3 * usize::from(count)).ok_or_else(short)?;
+    let named = rest;
+    if named.len() != 3 * usize::from(count) {
+        return Err(wrong_length("frame"));
+    }
     let mut components: Vec<Component> = Vec::new();
     let mut largest = [1, 1];
     for part in named.chunks_exact(3) {
@@ -361,6 +364,10 @@ const COMPONENTS: &str =
 
 fn too_short(what: &str) -> Fault {
     Fault::damaged(format!("a {what} segment is too short"))
+}
+
+fn wrong_length(what: &str) -> Fault {
+    Fault::damaged(format!("a {what} segment has a wrong length"))
 }
 
 pub fn no_quant() -> Fault {

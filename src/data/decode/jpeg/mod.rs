@@ -83,8 +83,11 @@ impl<'a> Decoder<'a> {
         } else {
             self.sequential(scratch)?;
         }
-        // Pillow also refuses a file without its end marker: what was cut may have been more than the marker.
-        while self.reader.next_scan()?.is_some() {}
+        // Pillow also refuses a file without its end marker: what was cut may have been more than the marker. A further scan
+        // would change the image, or belongs to another one.
+        if self.reader.next_scan()?.is_some() {
+            return Err(Fault::damaged("it has a scan after its image is complete"));
+        }
         let frame = &self.reader.frame;
         pixels.resize(3 * frame.width * frame.height, 0);
         output::to_rgb(frame, self.reader.colour()?, &scratch.planes, pixels);
@@ -119,6 +122,9 @@ impl<'a> Decoder<'a> {
                 .reader
                 .next_scan()?
                 .ok_or_else(|| Fault::damaged("it lacks the scan of a colour component"))?;
+            if scan.parts.iter().any(|part| !missing[part.0]) {
+                return Err(Fault::damaged("two scans have the same colour component"));
+            }
             self.reader.at = data.read(self.reader.bytes, self.reader.at);
             let tables = self.tables(&scan)?;
             let parts = self.parts(&scan, &tables)?;
@@ -176,8 +182,11 @@ impl<'a> Decoder<'a> {
     /// The Huffman tables that a scan names: DC and AC of each part, where they are defined.
     fn tables(&self, scan: &Scan) -> Result<Vec<[Option<Table>; 2]>> {
         let reader = &self.reader;
-        let build = |definitions: &[Option<huffman::Definition>; 4], index: usize, dc| {
-            let definition = definitions.get(index).and_then(Option::as_ref);
+        // As in libjpeg, a sequential file may leave out the standard's tables, a progressive one may not.
+        let standard = (!reader.frame.progressive).then(huffman::standard);
+        let build = |definitions: &[Option<huffman::Definition>; 4], index: usize, dc: bool| {
+            let left_out = standard.as_ref().and_then(|all| all[usize::from(!dc)].get(index));
+            let definition = definitions.get(index).and_then(Option::as_ref).or(left_out);
             definition.map(|definition| Table::new(definition, dc)).transpose()
         };
         let [first, last] = scan.band;
