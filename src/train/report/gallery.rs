@@ -151,6 +151,13 @@ impl Gallery {
         if !sheets.iter().all(|sheet| sheet.is_picture()) {
             return Err("a sheet is not a JPEG in base64");
         }
+        // The page makes an element for each.
+        let longest = self.strips.rows.iter().map(|row| row.near.len()).max();
+        if self.views.shown >= self.views.sheet.columns
+            || longest >= Some(self.strips.sheet.columns)
+        {
+            return Err("a row has more pictures than its sheet has columns");
+        }
         let confused = self.confusion.iter().flat_map(|&[truth, answer, _]| [truth, answer]);
         let mapped = self.map.points.iter().map(|point| point.2);
         let near = self.strips.rows.iter().flat_map(|row| row.near.iter().map(|near| near.1));

@@ -347,9 +347,13 @@ mod tests {
         let mut galleries = fetching.map(|sheet| gallery("ape", sheet)).to_vec();
         galleries.push(json!({ "epoch": 1 }));
         galleries.push(json!([]));
-        for (place, value) in
-            [("/map/points/0/2", 1), ("/confusion/0/1", 7), ("/map/sheet/columns", 0)]
-        {
+        for (place, value) in [
+            ("/map/points/0/2", 1),
+            ("/confusion/0/1", 7),
+            ("/map/sheet/columns", 0),
+            ("/views/shown", 2),
+            ("/strips/sheet/columns", 1),
+        ] {
             let mut wrong = gallery("ape", jpeg);
             *wrong.pointer_mut(place).unwrap() = json!(value);
             galleries.push(wrong);
