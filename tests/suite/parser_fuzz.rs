@@ -9,21 +9,25 @@ use selfsup::arena::Arena;
 use selfsup::data::{self, Cifar, Folder, Idx, Image, Source, Split, fashion_scattered};
 use selfsup::device::Device;
 use selfsup::recipes::Recipe;
-use selfsup::train::{self, Paused};
+use selfsup::train::{self, Outcome, Paused, Study};
 use tempfile::TempDir;
 
 /// A parser's name, which is also its folder in `tests/corpus/`, and the function to feed.
 type Parser = (&'static str, fn(&[u8]));
 
-const PARSERS: [Parser; 9] = [
+const PARSERS: &[Parser] = &[
     ("checkpoint", checkpoint),
     ("cifar", cifar),
+    #[cfg(unix)]
+    ("folder", folder),
     ("idx", idx),
     ("image", image),
+    ("jpeg", jpeg),
     ("labels", labels),
     ("metrics", metrics),
     ("pack", pack),
     ("recipe", recipe),
+    ("study", study),
     ("weights", weights),
 ];
 
@@ -55,9 +59,16 @@ fn read_all(source: &dyn Source) {
     let mut image = Image::default();
     for index in 0..source.len().min(4) {
         let told = source.size(index);
-        if source.read(index, &mut image).is_ok() {
-            assert_eq!(image.pixels.len(), image.width * image.height * 3);
-            assert_eq!(told.expect("the size of what can be read"), [image.width, image.height]);
+        match source.read(index, &mut image) {
+            Ok(()) => {
+                assert_eq!(image.pixels.len(), image.width * image.height * 3);
+                assert_eq!(
+                    told.expect("the size of what can be read"),
+                    [image.width, image.height]
+                );
+            }
+            // A decoder's panic is caught, and told as an error.
+            Err(error) => assert!(!error.to_string().contains("panicked"), "{error}"),
         }
     }
 }
@@ -66,6 +77,30 @@ fn read_all(source: &dyn Source) {
 pub fn image(bytes: &[u8]) {
     let folder = holding(&[("a.jpg", bytes)]);
     read_all(&Folder::open(folder.path()).expect("a folder with a file"));
+}
+
+/// A JPEG file, whose pixels depend on nothing but its bytes: not on what the buffers held before.
+pub fn jpeg(bytes: &[u8]) {
+    /// One file that is written again and again, in a set that reads it each time.
+    static SET: OnceLock<Mutex<(TempDir, Folder)>> = OnceLock::new();
+    if !bytes.starts_with(&[0xFF, 0xD8]) {
+        return;
+    }
+    let set = SET.get_or_init(|| {
+        let folder = holding(&[("a.jpg", bytes)]);
+        let set = Folder::open(folder.path()).expect("a folder with a file");
+        Mutex::new((folder, set))
+    });
+    let (folder, set) = &*set.lock().expect("no panic before");
+    fs::write(folder.path().join("a.jpg"), bytes).expect("a temporary file");
+    read_all(set);
+    let read = |mut image: Image| set.read(0, &mut image).map(|()| image);
+    let dirty = Image { width: 1, height: 1, pixels: vec![0xA5; 5000] };
+    match [read(Image::default()), read(dirty)] {
+        [Ok(first), Ok(second)] => assert!(first == second, "the pixels differ from time to time"),
+        [Err(first), Err(second)] => assert_eq!(first.to_string(), second.to_string()),
+        [first, second] => panic!("{first:?}, then {second:?}"),
+    }
 }
 
 /// A set of idx files: images followed by labels. The first byte gives the length of the labels.
@@ -152,6 +187,73 @@ pub fn checkpoint(bytes: &[u8]) {
     let _ = Paused::open(folder.path(), &[]).map(|paused| paused.recipe().to_toml());
 }
 
+/// A study, its recipes and its table; an input that is JSON is an outcome of it.
+pub fn study(bytes: &[u8]) {
+    let folder = holding(&[("study.toml", bytes)]);
+    let outcome = serde_json::from_slice::<Outcome>(bytes).ok();
+    let known = Study::load("simclr-head").expect("a built-in study");
+    let read = Study::load(&folder.path().join("study.toml").to_string_lossy());
+    for study in [Ok(known), read].into_iter().flatten() {
+        let _ = study.markdown(outcome.as_slice());
+        for arm in &study.arms {
+            let _ = study.recipe(arm, &[]);
+        }
+    }
+}
+
+/// A folder of images: a line of the input is a file, a first byte that says what lies there and its path.
+#[cfg(unix)]
+pub fn folder(bytes: &[u8]) {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    const PNG: &[u8] = include_bytes!("../fixtures/palette.png");
+    let root = tempfile::tempdir().expect("a temporary folder");
+    for line in bytes.split(|&byte| byte == b'\n').take(24) {
+        let Some((&kind, path)) = line.split_first() else { continue };
+        let parts = path.split(|&byte| byte == b'/');
+        let parts: Vec<&[u8]> = parts.filter(|part| !matches!(*part, b"" | b"." | b"..")).collect();
+        let fits = |part: &&[u8]| part.len() <= 100 && !part.contains(&0);
+        if parts.is_empty() || parts.len() > 5 || !parts.iter().all(fits) {
+            continue;
+        }
+        let place =
+            parts.iter().fold(root.path().to_owned(), |at, part| at.join(OsStr::from_bytes(part)));
+        // A file may already be where a folder should go.
+        let _ = fs::create_dir_all(place.parent().expect("below the root"));
+        let _ = match kind % 5 {
+            0 => fs::write(&place, b""),
+            1 => fs::create_dir(&place),
+            2 => std::os::unix::fs::symlink(OsStr::from_bytes(parts[0]), &place),
+            _ => fs::write(&place, PNG),
+        };
+    }
+    for split in [Split::Train, Split::Test] {
+        let set = match data::open(root.path(), split) {
+            Ok(set) => set,
+            Err(error) => {
+                assert!(
+                    !error.to_string().chars().any(|c| c.is_control() && c != '\n'),
+                    "{error:?}"
+                );
+                continue;
+            }
+        };
+        read_all(&*set);
+        assert!(!set.is_empty());
+        let mut names: Vec<String> = (0..set.len()).map(|index| set.name(index)).collect();
+        let texts = names.iter().chain(set.classes()).chain(set.notes());
+        assert!(texts.flat_map(|text| text.chars()).all(|c| !c.is_control()), "{names:?}");
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), set.len(), "two images have one name");
+        for index in 0..set.len() {
+            let label = set.label(index);
+            assert_eq!(label.is_some(), !set.classes().is_empty());
+            assert!(label.is_none_or(|label| (label as usize) < set.classes().len()));
+        }
+    }
+}
+
 /// The files from which a run's report is built.
 pub fn metrics(bytes: &[u8]) {
     for name in ["metrics.jsonl", "gallery.json"] {
@@ -166,7 +268,7 @@ pub fn metrics(bytes: &[u8]) {
 
 #[test]
 fn inputs_that_once_caused_failures_are_handled() {
-    for (name, parser) in PARSERS {
+    for &(name, parser) in PARSERS {
         let folder = Path::new("tests/corpus").join(name);
         let mut inputs = 0;
         for entry in fs::read_dir(&folder).expect("a folder for each parser") {
