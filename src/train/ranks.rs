@@ -222,6 +222,9 @@ impl Run {
 
     /// Gives all ranks what rank 0 has read from a checkpoint.
     pub(super) fn share_restored(&mut self, group: &Group) {
+        if group.size() == 1 {
+            return; // on any device; ranks train on processors only
+        }
         let restored = "what a checkpoint holds";
         broadcast_arena(&mut self.online, group);
         broadcast(self.optimizer.momentum_mut(), group);

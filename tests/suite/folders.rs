@@ -183,7 +183,7 @@ struct Set {
 
 /// Words of the notes that sets have.
 const NOT_USED: &str = " is the held-out split, and ";
-const BESIDE: &str = "folders of images next to the parts, which are not read: ";
+const BESIDE: &str = "folders of images next to the splits, which are not read: ";
 
 fn write_set(root: &Path, writer: &mut Writer) -> Set {
     let mut classes: Vec<usize> = (0..CLASSES.len()).collect();

@@ -87,7 +87,7 @@ pub(super) fn input_gradient(
 
 pub(super) fn move_running(running: &mut [f64], batch: &[f64], factor: f64) {
     let c = running.len();
-    let groups = (batch.len() / c) as f64;
+    let groups = (batch.len() / c.max(1)) as f64;
     for (j, running) in running.iter_mut().enumerate() {
         let mean = batch.iter().skip(j).step_by(c).sum::<f64>() / groups;
         *running = (1.0 - RUNNING_WEIGHT) * *running + RUNNING_WEIGHT * factor * mean;

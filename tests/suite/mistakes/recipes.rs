@@ -106,7 +106,7 @@ fn settings_of_the_environment_and_of_the_shell_are_understood_or_refused() {
     let deep = format!("{}=1", vec!["a"; 20_000].join("."));
     for (set, sentence) in [
         (&*deep, "the key has 20000 parts"),
-        ("train.epochs=1\nbatch = 2", "expected u32; in `train.epochs`"),
+        ("train.batch=8\nepochs = 2", "in `train.batch`"),
         ("data.path=", "data.path is empty: name the folder of the images"),
         ("train.threads=1000000", "train.threads is 1000000; it must be at most 1024"),
         ("train.loader_threads=99999", "train.loader_threads is 99999; it must be at most 1024"),
