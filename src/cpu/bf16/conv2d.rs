@@ -1,4 +1,4 @@
-//! Convolution in bf16, in the three directions and the layouts of [`crate::cpu::conv2d`].
+//! Convolution in bf16, in the three directions and the layouts of `crate::cpu::conv2d`.
 
 use half::bf16;
 

@@ -7,7 +7,7 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libloading::{Library, Symbol};
 
@@ -408,6 +408,8 @@ impl Mpi {
 
     /// Ends all ranks.
     pub(super) fn abort(&self, code: c_int) -> ! {
+        // A launcher forwards what a rank prints, and drops what has not arrived when it ends the job: here, why it ends.
+        std::thread::sleep(Duration::from_millis(500));
         // SAFETY: MPI is initialised. The call is the last one, and a library that could not end the others returns.
         unsafe { (self.calls.abort)(self.constants.world, code) };
         std::process::exit(code)
