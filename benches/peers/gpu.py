@@ -197,6 +197,12 @@ def soft_cross_entropy(side, name):
     return forward_and_backward([x], lambda: -(q * F.log_softmax(x.float() / 0.1, 1)).sum(1).mean(), None)
 
 
+def softmax(side, name):
+    b, k = numbers(name)
+    x = side.randn(b, k)
+    return lambda: F.softmax(x.float(), 1)
+
+
 def knn(side, name):
     n, m, d = numbers(name)
     queries, bank = (F.normalize(side.randn(rows, d, dtype=torch.float32)) for rows in (n, m))
@@ -266,7 +272,7 @@ def augment(side, name):
 
 
 MAKERS = (convolution, batch_norm, max_pool, mean_pool, add, linear, nt_xent, info_nce, l2_normalize, neg_cosine, sinkhorn,
-          soft_cross_entropy, knn, sgd, lars, ema, augment)  # fmt: skip
+          soft_cross_entropy, softmax, knn, sgd, lars, ema, augment)  # fmt: skip
 MAKERS = {("conv2d" if maker is convolution else maker.__name__): maker for maker in MAKERS}
 COMPILED = ("nt_xent", "info_nce", "sinkhorn", "soft_cross_entropy")
 

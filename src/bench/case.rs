@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Unit, Work};
+use super::problem::on_tape;
+use super::{Problem, Unit, Work};
 use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
 use crate::ops::kernels::Gemm;
@@ -81,6 +82,8 @@ pub struct Case {
     pub unit: Unit,
     /// The kernels that a GPU launches, in order.
     pub launched: Vec<Launched>,
+    /// The operation as data, if reference libraries may have it.
+    pub problem: Option<Problem>,
     pub(super) prepare: Box<dyn Fn(&Device) -> Run>,
 }
 
@@ -128,16 +131,7 @@ pub(super) fn both(
     dy: Tensor,
     op: impl for<'t> Fn(&Var<'t>) -> Var<'t> + 'static,
 ) -> Run {
-    let ((mut arena, param), zero) = (tiny_arena(device), Tensor::zeros(device, []));
-    Box::new(move || {
-        let result = step(&mut arena, |tape| {
-            let leaf = tape.record("leaf", x.clone(), &[&tape.param(param)], |_, _| {});
-            let y = op(&leaf);
-            let (id, dy) = (y.id(), dy.clone());
-            tape.record("seed", zero.clone(), &[&y], move |_, gradients| gradients.add(id, dy))
-        });
-        result.expect("the device");
-    })
+    on_tape(device, x, Some(dy), op).run
 }
 
 /// An arena that holds one number: tapes need an arena, and the cases have no weights.

@@ -110,7 +110,7 @@ mod tests {
     use crate::tensor::DType;
 
     /// Prefixes of the names of kernels that no case launches, each with the reason.
-    const WITHOUT_CASE: [(&str, &str); 24] = [
+    const WITHOUT_CASE: [(&str, &str); 23] = [
         ("avg_pool", "shortcuts of ResNet-D"),
         ("batch_norm_inv_std", "evaluation"),
         ("cast", "once a step, a few activations"),
@@ -128,7 +128,6 @@ mod tests {
         ("relu", "batch norm has its own"),
         ("scale", "scalars"),
         ("scatter_rows", "the gradient of a shuffled batch"),
-        ("softmax", "a teacher's logits"),
         ("square", "as fast as addition, which has a case"),
         ("stream_", "selective kernels"),
         ("sum_", "matrices of a loss, small next to its GEMM"),

@@ -114,6 +114,8 @@ and `labels`, and names and classes as JSON lists in its header.")]
   selfsup bench                                   # everything; minutes
   selfsup bench conv2d forward --device cpu --threads 1
   selfsup bench sinkhorn --json
+  selfsup bench conv2d 3x3 --against onednn       # beside a reference library; scripts/fetch-peers gets two
+  selfsup bench --json > before.json; selfsup bench --against before.json --fail-below 0.95
   selfsup bench --paper --chip A100               # no GPU is needed")]
     Bench(BenchArgs),
     /// List the devices of this machine

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args as Arguments;
 use serde_json::json;
 
+use super::against::Against;
 use super::{device, say, talk};
 use crate::bench::{Bench, Case, Chip, Extent, LaunchPlan, cases, plan};
 use crate::device::{DeviceKind, Precision};
@@ -39,12 +40,19 @@ pub(super) struct BenchArgs {
     /// Tiny sizes, to see that everything runs; they say nothing about speed
     #[arg(long)]
     tiny: bool,
+    /// Compare with a reference library on the CPU, in turns on the same operands: onednn or blas, or NAME=PATH; or with an
+    /// earlier result (a .json file that --json has printed); may be repeated
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "paper")]
+    against: Vec<String>,
+    /// Fail if a case is slower than this share of the other side's speed, by more than the noise
+    #[arg(long, value_name = "RATIO", requires = "against")]
+    fail_below: Option<f64>,
     /// One JSON object per case
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     /// A Markdown table
     #[arg(long, conflicts_with = "json")]
-    markdown: bool,
+    pub(super) markdown: bool,
 }
 
 pub(super) fn bench(args: &BenchArgs) -> Result<()> {
@@ -79,9 +87,14 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         _ => Extent::CPU,
     };
     let cases = some(cases(&extent, DType::of_activations(&device), &filter))?;
-    let mut bench = Bench::new(&device, Duration::from_secs_f64(args.seconds))?;
+    let seconds = Duration::from_secs_f64(args.seconds);
+    let against = Against::open(&args.against, args.fail_below, &device)?;
+    let mut bench = Bench::new(&device, seconds)?;
     let chip = bench.chip().clone();
     talk(&about(&chip));
+    if let Some(against) = against {
+        return against.run(args, &mut bench, &device, &cases, seconds);
+    }
     let mut table = Table::new(
         args.markdown,
         &[
@@ -107,7 +120,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         if args.json {
             say(&json!({
                 "case": case.name, "count": case.count, "device": chip.name,
-                "dtype": if DType::of_activations(&device) == DType::Bf16 { "bf16" } else { "f32" },
+                "dtype": name_of(DType::of_activations(&device)),
                 "hot": [hot.low, hot.median, hot.high], "cold": [cold.low, cold.median, cold.high],
                 "runs": timing.runs, "operations": case.work.operations, "bytes": case.work.bytes,
                 "roofline": roofline, "share": share, "copy": chip.copy, "gemm": chip.gemm,
@@ -131,6 +144,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     table.end()
 }
 
+pub(super) fn name_of(dtype: DType) -> &'static str {
+    if dtype == DType::Bf16 { "bf16" } else { "f32" }
+}
+
 fn about(chip: &Chip) -> String {
     format!(
         "{}: copy {:.1} GB/s, GEMM {:.1} GFLOP/s ({})",
@@ -145,7 +162,7 @@ fn times(case: &Case) -> String {
     if case.count == 0 { String::new() } else { case.count.to_string() }
 }
 
-fn microseconds(seconds: f64) -> String {
+pub(super) fn microseconds(seconds: f64) -> String {
     let us = seconds * 1e6;
     if us < 100.0 { format!("{us:.1}") } else { format!("{us:.0}") }
 }
@@ -272,22 +289,22 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
 }
 
 /// A table of text cells, printed at the end: aligned for a terminal, or as Markdown.
-struct Table {
+pub(super) struct Table {
     markdown: bool,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(markdown: bool, head: &[&str]) -> Self {
+    pub(super) fn new(markdown: bool, head: &[&str]) -> Self {
         Self { markdown, rows: vec![head.iter().map(|&cell| cell.to_owned()).collect()] }
     }
 
-    fn row<const N: usize>(&mut self, cells: [String; N]) -> Result<()> {
+    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) -> Result<()> {
         self.rows.push(cells.into());
         Ok(())
     }
 
-    fn end(self) -> Result<()> {
+    pub(super) fn end(self) -> Result<()> {
         if self.rows.len() == 1 {
             return Ok(());
         }

@@ -1,5 +1,6 @@
 //! The command line: results go to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage.
 
+mod against;
 mod args;
 mod bench;
 mod commands;

@@ -9,6 +9,7 @@ pub(crate) mod cuda;
 mod group;
 mod isa;
 mod memory;
+pub(crate) mod peer;
 mod philox;
 mod precision;
 mod threads;

@@ -38,8 +38,8 @@ mod soft_cross_entropy;
 mod sum;
 mod transpose;
 
-pub(crate) use batch_norm::batch_norm_by;
 pub use batch_norm::{BatchNorm, Running, batch_norm};
+pub(crate) use batch_norm::{EPS as BATCH_NORM_EPS, batch_norm_by};
 pub(crate) use cast::cast;
 use cast::in_f32_on_a_cpu;
 pub(crate) use conv2d::conv2d_with_moments;

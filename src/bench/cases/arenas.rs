@@ -76,6 +76,7 @@ fn arena(
         work: Work { operations: 6.0 * weights, bytes: least * weights },
         unit: Unit::Vector,
         launched: kernels.iter().map(over).collect(),
+        problem: None,
         prepare: Box::new(prepare),
     }
 }
@@ -104,6 +105,7 @@ fn augmentation(n: usize, dtype: DType) -> Case {
         work: Work { operations, bytes },
         unit: Unit::Vector,
         launched: vec![Launched { blocks: n, ..Launched::over(kernel, bytes, operations) }],
+        problem: None,
         prepare: Box::new(move |device| {
             let policy = policy();
             let mut image = Image::default();

@@ -1,12 +1,11 @@
 //! The distinct convolutions of ResNet-50 at 224 pixels, each in its three directions.
 
-use crate::bench::case::{Case, Extent, Launched, Run, filled, suffix};
-use crate::bench::{Unit, Work};
-use crate::device::Device;
+use crate::bench::case::{Case, Extent, Launched, suffix};
+use crate::bench::{Problem, Unit, Work};
 use crate::ops::Conv2dDims;
-use crate::ops::conv2d::{data_gradient, forward, weight_gradient};
+use crate::ops::kernels::conv2d::Direction;
 use crate::ops::kernels::{Gemm, GemmKind, Tile, TileShape};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::DType;
 
 /// A convolution of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,13 +50,6 @@ fn layers() -> Vec<Layer> {
     distinct
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
-    Forward,
-    DataGradient,
-    WeightGradient,
-}
-
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
     let mut cases = Vec::new();
     for layer in layers() {
@@ -81,20 +73,21 @@ fn case(d: &Conv2dDims, count: usize, direction: Direction, dtype: DType) -> Cas
     let real = if c == 4 { 3 } else { c };
     let operations = 2.0 * (n * p * q * k * r * s * real) as f64;
     let [x, y, filters] = [n * h * w * c, n * p * q * k, k * r * s * c].map(|len| len as f64);
-    let (e, way) = (dtype.size() as f64, direction.name());
+    let (e, way) = (dtype.size() as f64, name(direction));
     // Weight gradients are f32 in every dtype.
     let bytes = match direction {
         Direction::WeightGradient => e * (x + y) + 4.0 * filters,
         _ => e * (x + y + filters),
     };
-    let dims = *d;
+    let problem = Problem::Convolution { dims: *d, direction };
     Case {
         name: format!("conv2d {way} {n}x{h}x{w} {c}->{k} {r}x{s}/{stride}"),
         count,
         work: Work { operations, bytes },
         unit: unit_of(dtype),
         launched: launched(d, direction, dtype, bytes, operations),
-        prepare: Box::new(move |device| prepare(device, dims, direction)),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
@@ -103,37 +96,11 @@ pub(super) fn unit_of(dtype: DType) -> Unit {
     if dtype == DType::Bf16 { Unit::Matrix } else { Unit::Vector }
 }
 
-impl Direction {
-    fn name(self) -> &'static str {
-        match self {
-            Direction::Forward => "forward",
-            Direction::DataGradient => "data gradient",
-            Direction::WeightGradient => "weight gradient",
-        }
-    }
-}
-
-fn prepare(device: &Device, d: Conv2dDims, direction: Direction) -> Run {
-    let x = [d.n, d.h, d.w, d.c];
-    let y = [d.n, d.p, d.q, d.k];
-    let w = [d.k, d.r, d.s, d.c];
-    let filled = |shape: &[usize]| filled(device, shape);
+fn name(direction: Direction) -> &'static str {
     match direction {
-        Direction::Forward => {
-            let (x, w) = (filled(&x), filled(&w));
-            let mut y = Tensor::empty(device, x.dtype(), y);
-            Box::new(move || drop(forward(&mut y, &x, &w, &d, None)))
-        }
-        Direction::DataGradient => {
-            let (dy, w) = (filled(&y), filled(&w));
-            let mut dx = Tensor::empty(device, dy.dtype(), x);
-            Box::new(move || data_gradient(&mut dx.view_mut(), &dy, &w, &d, false))
-        }
-        Direction::WeightGradient => {
-            let (x, dy) = (filled(&x), filled(&y));
-            let mut dw = Tensor::floats(device, w);
-            Box::new(move || weight_gradient(&mut dw.view_mut(), &x, &dy, &d, false))
-        }
+        Direction::Forward => "forward",
+        Direction::DataGradient => "data gradient",
+        Direction::WeightGradient => "weight gradient",
     }
 }
 

@@ -1,10 +1,9 @@
 //! The layers of ResNet-50 and its head that are not convolutions: batch norm, pooling, additions, linear layers.
 
 use super::convolutions::{gemm_launches, unit_of};
-use crate::bench::case::{Case, Extent, Launched, both, filled, forward, suffix};
-use crate::bench::{Unit, Work};
+use crate::bench::case::{Case, Extent, Launched, suffix};
+use crate::bench::{Problem, Unit, Work};
 use crate::ops::kernels::{Gemm, GemmKind};
-use crate::ops::{BatchNorm, add, batch_norm, linear, max_pool, mean_pool};
 use crate::tensor::DType;
 
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
@@ -84,30 +83,15 @@ fn batch_norm_case(
     let operations = launched.iter().map(|l| l.operations).sum();
     let way = if backward { "forward+backward" } else { "forward" };
     let with = if residual { "+add+relu" } else { "+relu" };
+    let problem = Problem::BatchNorm { shape, residual, backward };
     Case {
         name: format!("batch_norm{with} {way} {}", dims(shape)),
         count: if backward { count } else { 0 },
         work: Work { operations, bytes },
         unit: Unit::Vector,
         launched,
-        prepare: Box::new(move |device| {
-            let (x, other) = (filled(device, &shape), filled(device, &shape));
-            if !backward {
-                return forward(device, move |tape| {
-                    let other = residual.then(|| tape.input(&other));
-                    let with =
-                        BatchNorm { relu: true, residual: other.as_ref(), ..BatchNorm::default() };
-                    batch_norm(&tape.input(&x), with);
-                });
-            }
-            both(device, x, other.clone(), move |x| {
-                let leaf = || x.tape().record("leaf", other.clone(), &[x], |_, _| {});
-                let other = residual.then(leaf);
-                let with =
-                    BatchNorm { relu: true, residual: other.as_ref(), ..BatchNorm::default() };
-                batch_norm(x, with)
-            })
-        }),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
@@ -124,25 +108,21 @@ fn max_pool_case(shape: [usize; 4], backward: bool, dtype: DType) -> Case {
     }
     let (way, count) = if backward { ("forward+backward", 1) } else { ("forward", 0) };
     let passes = if backward { 2.0 } else { 1.0 };
+    let problem = Problem::MaxPool { shape, backward };
     Case {
         name: format!("max_pool {way} {} 3x3/2", dims(shape)),
         count,
         work: Work { operations: 9.0 * y, bytes: passes * e * (x + y) },
         unit: Unit::Vector,
         launched,
-        prepare: Box::new(move |device| {
-            let (x, dy) = (filled(device, &shape), filled(device, &out));
-            if backward {
-                both(device, x, dy, |x| max_pool(x, 3, 2, 1))
-            } else {
-                forward(device, move |tape| drop(max_pool(&tape.input(&x), 3, 2, 1)))
-            }
-        }),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
 fn mean_pool_case(shape: [usize; 4], dtype: DType) -> Case {
     let (bytes, name) = (dtype.size() as f64 * len(&shape), suffix(dtype));
+    let problem = Problem::MeanPool { shape };
     Case {
         name: format!("mean_pool forward+backward {}", dims(shape)),
         count: 1,
@@ -152,25 +132,22 @@ fn mean_pool_case(shape: [usize; 4], dtype: DType) -> Case {
             Launched::over(format!("mean_pool_{name}"), bytes, len(&shape)),
             Launched::over(format!("mean_pool_backward_{name}"), bytes, len(&shape)),
         ],
-        prepare: Box::new(move |device| {
-            let dy = filled(device, &[shape[0], shape[3]]);
-            both(device, filled(device, &shape), dy, mean_pool)
-        }),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
 fn add_case(shape: [usize; 4], dtype: DType) -> Case {
     let bytes = 3.0 * dtype.size() as f64 * len(&shape);
+    let problem = Problem::Add { shape };
     Case {
         name: format!("add forward {}", dims(shape)),
         count: 0,
         work: Work { operations: len(&shape), bytes },
         unit: Unit::Vector,
         launched: vec![Launched::over(format!("add_{}", suffix(dtype)), bytes, len(&shape))],
-        prepare: Box::new(move |device| {
-            let (a, b) = (filled(device, &shape), filled(device, &shape));
-            forward(device, move |tape| drop(add(&tape.input(&a), &tape.input(&b))))
-        }),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
@@ -180,15 +157,14 @@ fn linear_case([m, k, n]: [usize; 3], dtype: DType) -> Case {
     let (operations, bytes) = (2.0 * (m * n * k) as f64, e * (m * k + n * k + m * n) as f64);
     let run = if dtype == DType::Bf16 && k.is_multiple_of(8) { 8 } else { 1 };
     let gemm = Gemm { kind: GemmKind::Nt, m, n, k, count: 1, run, splittable: false };
+    let problem = Problem::Linear { m, k, n };
     Case {
         name: format!("linear forward {m}x{k}->{n}"),
         count: 0,
         work: Work { operations, bytes },
         unit: unit_of(dtype),
         launched: gemm_launches(gemm, dtype, bytes, operations),
-        prepare: Box::new(move |device| {
-            let (x, w) = (filled(device, &[m, k]), filled(device, &[n, k]));
-            forward(device, move |tape| drop(linear(&tape.input(&x), &tape.input(&w), None)))
-        }),
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }

@@ -2,7 +2,7 @@
 //! that the definition asks for (`ops/gemm/similarity.rs`).
 
 use crate::bench::case::{Case, Extent, Launched, Run, both, filled, forward, suffix};
-use crate::bench::{Unit, Work};
+use crate::bench::{Problem, Unit, Work};
 use crate::device::{Device, Group};
 use crate::eval::{Features, Knn, knn_accuracy};
 use crate::ops::gemm::similarity::{ColumnSplits, TILE, WEIGHT_TILE};
@@ -29,6 +29,7 @@ pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
     all.push(neg_cosine_case(extent.rows, dtype));
     all.push(sinkhorn_case(extent.assigned, dtype));
     all.push(soft_cross_entropy_case(extent.assigned, dtype));
+    all.push(softmax_case(extent.assigned, dtype));
     all.push(knn_case(extent.queue));
     all
 }
@@ -88,6 +89,7 @@ fn nt_xent_case(n: usize, backward: bool, dtype: DType) -> Case {
         // A GEMM of this size belongs on tensor cores: they set its roofline.
         unit: Unit::Matrix,
         launched,
+        problem: None,
         prepare: Box::new(move |device| {
             let z = unit_rows(device, n, D);
             if backward {
@@ -150,6 +152,7 @@ fn info_nce_case(m: usize, backward: bool, dtype: DType) -> Case {
         },
         unit: Unit::Matrix,
         launched,
+        problem: None,
         prepare: Box::new(move |device| {
             let (q, k, queue) =
                 (unit_rows(device, n, D), unit_rows(device, n, D), unit_rows(device, m, D));
@@ -197,6 +200,7 @@ fn l2_normalize_case(n: usize, dtype: DType) -> Case {
                 6.0 * len,
             ),
         ],
+        problem: None,
         prepare: Box::new(move |device| {
             let (x, dy) = (filled(device, &[n, D]), filled(device, &[n, D]));
             both(device, x, dy.cast(DType::of(device)), l2_normalize)
@@ -217,6 +221,7 @@ fn neg_cosine_case(n: usize, dtype: DType) -> Case {
             tiled("row_losses_mean", 1, 4.0 * n as f64, n as f64),
             tiled(&format!("neg_cosine_backward_{name}"), n.div_ceil(8), 3.0 * e * len, 8.0 * len),
         ],
+        problem: None,
         prepare: Box::new(move |device| {
             let (p, z) = (filled(device, &[n, D]), filled(device, &[n, D]));
             let dy = Tensor::from_f64(device, [], &[1.0]);
@@ -251,6 +256,7 @@ fn sinkhorn_case(b: usize, dtype: DType) -> Case {
         work: Work { operations: (5.0 + 4.0 * ITERATIONS as f64) * len, bytes: (e + 4.0) * len },
         unit: Unit::Vector,
         launched,
+        problem: None,
         prepare: Box::new(move |device| {
             let scores = filled(device, &[b, PROTOTYPES]);
             let run: Run =
@@ -277,6 +283,7 @@ fn soft_cross_entropy_case(b: usize, dtype: DType) -> Case {
                 5.0 * len,
             ),
         ],
+        problem: None,
         prepare: Box::new(move |device| {
             let x = filled(device, &[b, PROTOTYPES]);
             let q = Tensor::from_slice(
@@ -288,6 +295,21 @@ fn soft_cross_entropy_case(b: usize, dtype: DType) -> Case {
             let dy = Tensor::from_f64(device, [], &[1.0]);
             both(device, x, dy, move |x| soft_cross_entropy(x, &q, 0.1))
         }),
+    }
+}
+
+/// Of a teacher's logits, in f32 whatever their type.
+fn softmax_case(b: usize, dtype: DType) -> Case {
+    let (len, e, name) = ((b * PROTOTYPES) as f64, dtype.size() as f64, suffix(dtype));
+    let (bytes, problem) = ((e + 4.0) * len, Problem::Softmax { rows: b, columns: PROTOTYPES });
+    Case {
+        name: format!("softmax {b}x{PROTOTYPES}"),
+        count: 0,
+        work: Work { operations: 5.0 * len, bytes },
+        unit: Unit::Vector,
+        launched: vec![tiled(&format!("softmax_{name}"), b.div_ceil(8), bytes, 5.0 * len)],
+        problem: Some(problem),
+        prepare: Box::new(move |device| problem.prepare(device)),
     }
 }
 
@@ -315,6 +337,7 @@ fn knn_case(bank: usize) -> Case {
             },
             tiled("knn_top_k", queries, 4.0 * pairs, pairs),
         ],
+        problem: None,
         prepare: Box::new(move |device| {
             let set = |n: usize| Features {
                 values: (0..n * FEATURES).map(|i| ((i * 37) % 251) as f32 - 125.0).collect(),
