@@ -48,6 +48,11 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(no_kernels)");
     println!("cargo::rerun-if-changed=recipes");
     println!("cargo::rustc-check-cfg=cfg(no_mpi)");
+    println!("cargo::rustc-check-cfg=cfg(no_peers)");
+    if !std::path::Path::new(".peers/libdnnl.so.3").is_file() {
+        // The same for comparisons with reference libraries.
+        println!("cargo::rustc-cfg=no_peers");
+    }
     if !std::path::Path::new(".mpi/bin/mpiexec").is_file() {
         // Tests of several processes carry `cfg_attr(no_mpi, ignore = ...)`, so that they are counted as ignored.
         println!("cargo::rustc-cfg=no_mpi");

@@ -75,6 +75,64 @@ fn paper_runs_without_a_device_and_a_filter_that_matches_nothing_is_an_error() {
     assert!(said.contains("no case has all of the words `conv2d sideways`"), "{said}");
 }
 
+/// Both libraries compute what the cases compute, so their tables of functions and our layouts are right; no speed is asserted.
+#[test]
+#[cfg_attr(no_peers, ignore = "needs reference libraries: run scripts/fetch-peers")]
+fn reference_libraries_compute_the_same() {
+    let words = ["bench", "--tiny", "--json", "--device", "cpu", "--threads", "2"];
+    let against = ["--seconds", "0.001", "--against", "onednn", "--against", "blas"];
+    let rows = rows(&[&words[..], &against[..]].concat());
+    let (mut beside, mut lacking) = (0, 0);
+    for row in &rows {
+        if row["lacks"].is_string() {
+            lacking += 1;
+            continue;
+        }
+        beside += 1;
+        assert!(row["ratio"].as_f64().unwrap() > 0.0, "{row}");
+        for side in ["error", "peer_error"] {
+            let [max, l2] = ["max", "l2"].map(|key| row[side][key].as_f64().unwrap());
+            assert!(max < 1e-5 && l2 < 1e-5, "{row}");
+        }
+    }
+    // All convolutions, and what else each has; a BLAS has the 1x1 layers of stride 1 and the linear ones.
+    assert!(beside > 110 && lacking > 20, "{beside} cases beside a library, {lacking} without");
+}
+
+#[test]
+fn an_earlier_result_is_a_gate() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| {
+        let fixed = ["bench", "softmax", "--tiny", "--device", "cpu", "--seconds", "0.001"];
+        selfsup(folder.path(), &[&fixed[..], words].concat())
+    };
+    let earlier = run(&["--json"]).stdout;
+    std::fs::write(folder.path().join("earlier.json"), &earlier).unwrap();
+    let beside = run(&["--against", "earlier.json", "--json", "--fail-below", "0.000001"]);
+    assert!(beside.status.success(), "{}", text(&beside.stderr));
+    let row: Value = serde_json::from_str(text(&beside.stdout).trim()).unwrap();
+    assert!(row["ratio"].as_f64().unwrap() > 0.0 && row["noise"].as_f64().unwrap() >= 0.0, "{row}");
+
+    let said = |words: &[&str], code: i32| {
+        let output = run(words);
+        assert_eq!(output.status.code(), Some(code), "{words:?}");
+        text(&output.stderr).to_owned()
+    };
+    let slow = said(&["--against", "earlier.json", "--fail-below", "1000000"], 1);
+    assert!(slow.contains("1 of 1 cases are below 1000000: softmax"), "{slow}");
+    std::fs::write(folder.path().join("other.json"), "{}\n").unwrap();
+    let other = said(&["--against", "other.json"], 1);
+    assert!(other.contains("other.json: line 1 is no result of `selfsup bench --json`"), "{other}");
+    let bf16 = text(&earlier).replace("\"f32\"", "\"bf16\"");
+    std::fs::write(folder.path().join("bf16.json"), bf16).unwrap();
+    let bf16 = said(&["--against", "bf16.json"], 1);
+    assert!(bf16.contains("has none of these cases in f32"), "{bf16}");
+    let both = said(&["--against", "earlier.json", "--against", "onednn"], 2);
+    assert!(both.contains("not with both at once"), "{both}");
+    let nowhere = said(&["--against", "onednn=nowhere.so"], 1);
+    assert!(nowhere.contains("oneDNN: there is no file nowhere.so"), "{nowhere}");
+}
+
 #[test]
 fn a_custom_kernel_is_compared_with_the_same_roofline() {
     let device = Device::cpu(1).unwrap();

@@ -83,7 +83,9 @@ impl Blas {
             unsafe {
                 type Config = unsafe extern "C" fn() -> *const c_char;
                 if let Ok(config) = library.get::<Config>(named("openblas_get_config")) {
-                    name = CStr::from_ptr(config()).to_string_lossy().trim().to_owned();
+                    // "OpenBLAS 0.3.34 DYNAMIC_ARCH …"
+                    let config = CStr::from_ptr(config()).to_string_lossy();
+                    name = config.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
                 }
                 type Threads = unsafe extern "C" fn(c_int);
                 if let Ok(set) = library.get::<Threads>(named("openblas_set_num_threads")) {

@@ -688,7 +688,10 @@ impl OneDnn {
         };
         let layout = all.last(shape)?;
         let channels = all.layout([shape[3]], Some([1]))?;
-        let what = "batch norm with this epilogue";
+        let what = match residual {
+            Some(_) => "batch norm with an addition",
+            None => "batch norm with a ReLU",
+        };
         let at = layout.at();
         let forward = all.describe(
             what,
