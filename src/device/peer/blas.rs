@@ -77,6 +77,7 @@ impl Blas {
         };
         let prefixes = ["", "scipy_"].into_iter().flat_map(|p| ["", "64_"].map(|s| (p, s)));
         let mut name = "BLAS".to_owned();
+        type Threads = unsafe extern "C" fn(c_int);
         for (prefix, suffix) in prefixes {
             let named = |function: &str| format!("{prefix}{function}{suffix}");
             // SAFETY: OpenBLAS declares `char* openblas_get_config(void)` and `void openblas_set_num_threads(int)`.
@@ -87,16 +88,14 @@ impl Blas {
                     let config = CStr::from_ptr(config()).to_string_lossy();
                     name = config.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
                 }
-                type Threads = unsafe extern "C" fn(c_int);
                 if let Ok(set) = library.get::<Threads>(named("openblas_set_num_threads")) {
                     set(threads as c_int);
                 }
             }
         }
         // SAFETY: MKL declares `void MKL_Set_Num_Threads(int)`.
-        if let Ok(set) =
-            unsafe { library.get::<unsafe extern "C" fn(c_int)>("MKL_Set_Num_Threads") }
-        {
+        let set = unsafe { library.get::<Threads>("MKL_Set_Num_Threads") };
+        if let Ok(set) = set {
             name = "MKL".into();
             // SAFETY: as above.
             unsafe { set(threads as c_int) };

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 /// A library.
 #[derive(Debug)]
 pub(crate) enum Peer {
-    OneDnn(onednn::OneDnn),
+    OneDnn(Box<onednn::OneDnn>),
     Blas(blas::Blas),
 }
 
@@ -84,7 +84,7 @@ impl Peer {
             None => (named, None),
         };
         match name {
-            "onednn" => Ok(Self::OneDnn(onednn::OneDnn::open(path, threads)?)),
+            "onednn" => Ok(Self::OneDnn(Box::new(onednn::OneDnn::open(path, threads)?))),
             "blas" => Ok(Self::Blas(blas::Blas::open(path, threads)?)),
             _ => Err(Error::Config(format!(
                 "--against {named}: the reference libraries are `onednn` and `blas`, each with `=PATH` or without; an \

@@ -208,9 +208,8 @@ impl OneDnn {
         let common = Common::of(&library).map_err(|function| lacks(&but, function))?;
         // SAFETY: OpenMP declares `void omp_set_num_threads(int)`, and it counts for the calling thread. Builds with other
         // threads have no such function among their dependencies, and use all processors.
-        if let Ok(set) =
-            unsafe { library.get::<unsafe extern "C" fn(c_int)>("omp_set_num_threads") }
-        {
+        let set = unsafe { library.get::<unsafe extern "C" fn(c_int)>("omp_set_num_threads") };
+        if let Ok(set) = set {
             // SAFETY: as above.
             unsafe { set(threads as c_int) };
         }
