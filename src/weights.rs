@@ -429,6 +429,18 @@ impl<'a> Entry<'a> {
     }
 }
 
+/// The slots of a network that `name` maps to a name, each with shape and values as files have them.
+pub(super) fn stored_values<'a>(
+    arena: &'a Arena,
+    name: impl Fn(&str) -> Option<String> + 'a,
+) -> impl Iterator<Item = (String, (Vec<usize>, Vec<f64>))> + 'a {
+    let slots = arena.layout().params().iter().chain(arena.layout().stats());
+    slots.filter_map(move |slot| {
+        let values = to_disk(slot, &arena.slot_values(slot));
+        Some((name(&slot.name)?, (disk_shape(slot), values)))
+    })
+}
+
 impl View for &Entry<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype

@@ -44,9 +44,10 @@ second Ctrl-C ends it at once.")]
         #[command(subcommand)]
         what: Eval,
     },
-    /// Write a run's backbone for PyTorch: safetensors with torchvision's names and layout
+    /// Write a run's backbone for PyTorch: safetensors with torchvision's names and layout; or as an ONNX model
     #[command(after_help = "Examples:
   selfsup export runs/first
+  selfsup export runs/first --onnx
   selfsup export runs/first/best.safetensors --out resnet18.safetensors
 
 In PyTorch:
@@ -187,7 +188,11 @@ pub(super) struct Inspect {
 pub(super) struct Export {
     /// A run's folder (its newest checkpoint), or one of its checkpoints
     pub(super) run: PathBuf,
-    /// The file to write [default: backbone.safetensors in the run's folder]
+    /// Write an ONNX model in evaluation mode, batch norm folded: `input [batch, 3, height, width]`, normalised as in training, to
+    /// `output [batch, features]`, operator set 17
+    #[arg(long)]
+    pub(super) onnx: bool,
+    /// The file to write [default: backbone.safetensors, or backbone.onnx, in the run's folder]
     #[arg(long, value_name = "FILE")]
     pub(super) out: Option<PathBuf>,
 }

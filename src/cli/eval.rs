@@ -7,7 +7,6 @@ use serde_json::{Map, Value, json};
 use super::args::{EvalFinetune, EvalKnn, EvalLinear, Evaluated};
 use super::progress::Progress;
 use super::skipped::LeftOut;
-use super::trained::Trained;
 use super::{device, say, talk};
 use crate::arena::Arena;
 use crate::data::{Skipped, Source, labels_of};
@@ -16,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::eval::{self, Features, Frozen, Knn, Protocol};
 use crate::methods::Method;
 use crate::recipes::Recipe;
-use crate::train::{self, Images, Run};
+use crate::train::{self, Images, Run, Trained};
 
 /// A run's trained network and its images.
 struct Networks {

@@ -6,12 +6,11 @@ use serde_json::json;
 
 use super::args::Inspect;
 use super::say;
-use super::trained::Trained;
 use crate::arena::{Layout, Slot};
 use crate::error::Result;
 use crate::recipes::{self, Recipe};
 use crate::tape::NodeInfo;
-use crate::train::{self, Measured, Need};
+use crate::train::{self, Measured, Need, Trained};
 
 pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let (recipe, checkpoint) = if recipes::builtin(&args.what).is_none() && is_run(&args.what) {

@@ -9,7 +9,6 @@ use super::args::{Embed, Export};
 use super::commands::told_prefix;
 use super::output::{self, Kind};
 use super::skipped::LeftOut;
-use super::trained::Trained;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
 use crate::data::augment::{Normalise, Policy};
@@ -18,17 +17,27 @@ use crate::device::{Device, Precision};
 use crate::error::{Error, Result, printable};
 use crate::eval::{self, Embedded};
 use crate::nn::{ResNet, ResNetConfig, Stem};
-use crate::train;
+use crate::train::{self, Trained};
 
 pub(super) fn export(args: &Export) -> Result<()> {
     let trained = Trained::open(&args.run, &[])?;
-    let in_run = || trained.checkpoint.with_file_name("backbone.safetensors");
-    let out = args.out.clone().unwrap_or_else(in_run);
-    output::check(&out, Kind::Weights)?;
+    let (name, kind) = if args.onnx {
+        ("backbone.onnx", Kind::Onnx)
+    } else {
+        ("backbone.safetensors", Kind::Weights)
+    };
+    let out = args.out.clone().unwrap_or_else(|| trained.checkpoint.with_file_name(name));
+    output::check(&out, kind)?;
     let (_, arena) = trained.load(&Device::cpu(0)?)?;
-    train::export_backbone(&out, &arena)?;
+    if args.onnx {
+        train::export_onnx(&out, &arena)?;
+    } else {
+        train::export_backbone(&out, &arena)?;
+    }
     talk(&format!("{}: the backbone of {}", out.display(), trained.checkpoint.display()));
-    talk(&in_torchvision(&trained.recipe.network));
+    if !args.onnx {
+        talk(&in_torchvision(&trained.recipe.network));
+    }
     say(&out.display().to_string())
 }
 

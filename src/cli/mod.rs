@@ -15,9 +15,9 @@ mod ranks;
 mod signals;
 mod skipped;
 mod study;
-mod trained;
 
 use std::borrow::Cow;
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,26 +31,30 @@ use args::{Args, Command, Eval};
 
 /// Runs the program: parses the command line and runs the command.
 pub fn main() -> ExitCode {
-    let args = Args::parse(); // exits with 2 by itself
+    main_with(std::env::args_os()).into()
+}
+
+/// Runs the program with these words, the program's name first, and returns its exit code: for programs that carry this one, as
+/// the Python package does. Help texts and wrong usage end the process, and signals are handled as in the program.
+pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
+    let args = Args::parse_from(words); // exits with 2 by itself
     let launch = Launch::detect();
     SILENT.store(launch.as_ref().is_some_and(|launch| launch.rank > 0), Ordering::Relaxed);
     if let Err(error) = in_one_process(&args.command, launch.as_ref()) {
         talk(&format!("selfsup: {error}"));
-        return ExitCode::from(2);
+        return 2;
     }
     match check_instruction_set().and_then(|()| run(args.command)) {
         Ok(()) => ranks::leave(),
         // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => 0,
         Err(error) => {
             let code = if matches!(error, Error::Config(_)) { 2 } else { 1 };
             match launch {
                 Some(launch) => ranks::fail(&error, &launch, code),
                 None => talk(&format!("selfsup: {error}")),
             }
-            ExitCode::from(code)
+            code
         }
     }
 }

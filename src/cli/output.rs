@@ -13,6 +13,8 @@ use crate::weights::WeightFile;
 pub(super) enum Kind {
     /// Weights without a run's state.
     Weights,
+    /// An ONNX model.
+    Onnx,
     /// A NumPy array.
     Npy,
     /// The table of an array's rows.
@@ -27,6 +29,7 @@ impl Kind {
     /// The kind of a file by its name's ending.
     pub(super) fn of(path: &Path) -> Self {
         match path.extension().and_then(|extension| extension.to_str()) {
+            Some("onnx") => Self::Onnx,
             Some("npy") => Self::Npy,
             Some("tsv") => Self::Table,
             Some("html") => Self::Page,
@@ -80,6 +83,8 @@ fn replaceable(path: &Path, kind: Kind) -> Result<bool> {
     let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
     Ok(match kind {
         Kind::Weights => WeightFile::open(path).is_ok() && !is_checkpoint(path),
+        // The format's version, and who wrote it.
+        Kind::Onnx => start.starts_with(b"\x08\x08\x12\x07selfsup"),
         Kind::Npy => start.starts_with(b"\x93NUMPY"),
         Kind::Table => start.starts_with(b"file\tlabel\tclass"),
         Kind::Page => holds(b"<title>selfsup"),
@@ -114,6 +119,7 @@ mod tests {
         assert!(said("folder.npy").ends_with("is a folder: name a file to write"));
         for (name, good, bad) in [
             ("a.npy", &b"\x93NUMPY\x01\x00"[..], &b"precious"[..]),
+            ("a.onnx", b"\x08\x08\x12\x07selfsup\x1a", b"\x08\x08\x12\x07pytorch"),
             ("a.tsv", b"file\tlabel\tclass\n", b"name\tage\n"),
             ("a.html", b"<!DOCTYPE html>\n<title>selfsup</title>", b"<!DOCTYPE html>\n<title>mine"),
             ("a.json", b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[]}", b"{\"traceEvents\":1}"),
@@ -128,6 +134,6 @@ mod tests {
         let checkpoint = [&(header.len() as u64).to_le_bytes()[..], header].concat();
         std::fs::write(at("a.safetensors"), checkpoint).unwrap();
         assert!(said("a.safetensors").ends_with("is a run's checkpoint: choose another --out"));
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 6, "a check leaves nothing");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 7, "a check leaves nothing");
     }
 }

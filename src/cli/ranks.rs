@@ -1,6 +1,5 @@
 //! How several processes of the program end: together, and with one sentence.
 
-use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,12 +11,12 @@ use crate::error::Error;
 const GRACE: Duration = Duration::from_millis(500);
 
 /// Ends a command that succeeded.
-pub(super) fn leave() -> ExitCode {
+pub(super) fn leave() -> u8 {
     // Initialised by the command, or never: `devices` needs no other rank.
     if let Some(group) = Group::opened() {
         group.leave();
     }
-    ExitCode::SUCCESS
+    0
 }
 
 /// Reports a failure, unless another rank does, and ends all ranks.

@@ -32,6 +32,13 @@ impl Folder {
         Ok(Self { root: path.to_path_buf(), files, classes, notes, cache })
     }
 
+    /// Makes a set without labels of these files, in this order.
+    pub fn of_files(files: Vec<PathBuf>) -> Self {
+        let files: Vec<_> = files.into_iter().map(|file| (file, 0)).collect();
+        let (root, cache) = (PathBuf::new(), Cache::new(files.len()));
+        Self { root, files, classes: Vec::new(), notes: Vec::new(), cache }
+    }
+
     /// Numbers the classes as `first` does, the training split's classes; classes that it lacks come after them.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 //! network, prefixed with its name. The run's progress, its recipe and the format's version are notes in the header. A folder
 //! keeps the last few checkpoints, named by step, and the best by kNN as `best.safetensors`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::arena::{Arena, Layout};
@@ -14,7 +14,8 @@ use crate::files::replace_by_link;
 use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
-use crate::weights::{Entry, WeightFile, write_weights};
+use crate::train::onnx::Values;
+use crate::weights::{Entry, WeightFile, stored_values, write_weights};
 
 const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";
@@ -186,6 +187,12 @@ pub fn export_backbone(path: &Path, arena: &Arena) -> Result<()> {
     let entries: Vec<Entry<'_>> = Entry::network(arena, plain).collect();
     let notes = HashMap::from([("format".into(), "pt".into())]);
     write_weights(path, &entries, notes, || arena.device().check())
+}
+
+/// Shape and values of the backbone's slots under torchvision's names, as a file has them.
+pub(super) fn backbone_values(arena: &Arena) -> BTreeMap<String, Values> {
+    let plain = |slot: &str| slot.strip_prefix(BACKBONE).map(str::to_owned);
+    stored_values(arena, plain).collect()
 }
 
 /// Fills a method's `state` from a checkpoint, in place.

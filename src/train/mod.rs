@@ -8,6 +8,7 @@ mod health;
 mod images;
 mod inspect;
 mod metrics;
+mod onnx;
 mod parity_dump;
 mod ranks;
 mod report;
@@ -18,6 +19,7 @@ mod step;
 mod study;
 mod tensorboard;
 mod trace;
+mod trained;
 
 pub use checkpoint::{
     export_backbone, foreign_prefix, init_weights, load_state, load_weights, newest, save,
@@ -27,8 +29,10 @@ pub(crate) use folder::check_free;
 pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
+pub use onnx::export_onnx;
 pub use report::{REPORT, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};
 pub use study::{Arm, Outcome, Study, StudyPlan};
+pub use trained::Trained;

@@ -11,14 +11,19 @@ use crate::recipes::Recipe;
 use crate::train;
 
 /// A run's recipe and one of its checkpoints.
-pub(super) struct Trained {
-    pub(super) recipe: Recipe,
-    pub(super) checkpoint: PathBuf,
+pub struct Trained {
+    /// The recipe, with what the caller changed.
+    pub recipe: Recipe,
+    /// The checkpoint's file.
+    pub checkpoint: PathBuf,
 }
 
 impl Trained {
     /// Opens a folder's newest checkpoint, or the given checkpoint, with `key.path=value` settings on top of its recipe.
-    pub(super) fn open(path: &Path, settings: &[String]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If there is neither, or a setting is unknown or out of range.
+    pub fn open(path: &Path, settings: &[String]) -> Result<Self> {
         if is_file(path)? {
             let recipe = train::recipe_in(path, settings)?;
             return Ok(Self { recipe, checkpoint: path.to_path_buf() });
@@ -35,8 +40,11 @@ impl Trained {
         Ok(Self { recipe, checkpoint })
     }
 
-    /// Builds the method and loads its weights.
-    pub(super) fn load(&self, device: &Device) -> Result<(Box<dyn Method>, Arena)> {
+    /// Builds the method and loads its weights onto a device.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be read or does not fit the recipe.
+    pub fn load(&self, device: &Device) -> Result<(Box<dyn Method>, Arena)> {
         let method = self.recipe.build_method()?;
         let mut arena = Arena::new(method.layout(), device, self.recipe.seed);
         train::load_weights(&self.checkpoint, &mut arena)?;
