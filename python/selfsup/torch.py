@@ -1,0 +1,401 @@
+"""Losses, LARS and momentum encoders for PyTorch.
+
+The contrastive losses compute similarities in tiles and never store the N x N matrix: memory is linear in the number of rows. Each is a
+custom operation of ``torch.library`` with a fake implementation, so ``torch.compile`` keeps it in its graph as one call. The gradient is
+computed together with the loss, where one is wanted; second derivatives are refused.
+
+Tensors are float32 or float64 on the CPU; float16 and bfloat16 are computed in float32. float64 runs on the engine's reference device, which
+is exact and slow: for checks. Rows are copied once, and tensors that are not contiguous are made so. A tensor on a GPU is refused: the
+engine's CUDA kernels do not work in PyTorch's memory yet.
+
+The losses are over the rows that they are given. Under ``torch.distributed`` they take no process group: gather the embeddings of all
+processes first if the loss is meant to be over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from selfsup import _native
+
+__all__ = [
+    "LARS",
+    "info_nce",
+    "l2_normalize",
+    "neg_cosine",
+    "nt_xent",
+    "sinkhorn",
+    "swapped_prediction",
+    "update_momentum",
+]
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5, *, normalize: bool = True) -> Tensor:
+    """NT-Xent, the loss of SimCLR (Chen et al. 2020, equation 1, arXiv:2002.05709): the mean over all 2n embeddings.
+
+    Args:
+        a, b: ``[n, d]``, the embeddings of two views, n at least 2; row i of one is the positive of row i of the other.
+        temperature: above 0. SimCLR's CIFAR-10 runs have 0.5, its ImageNet runs 0.1.
+        normalize: whether rows are scaled to unit length first; if not, they must have it.
+
+    Returns a scalar, which lightly's ``NTXentLoss(temperature)(a, b)`` returns too.
+
+    Raises:
+        ValueError: shapes differ, there is one pair only, the temperature is not above 0, or a tensor is on a GPU.
+    """
+    _matrices("nt_xent", a=a, b=b)
+    _same("nt_xent", a, b)
+    if len(a) < 2:
+        raise ValueError("nt_xent: one pair has no negatives; at least two are needed")
+    rows = torch.cat([a, b])
+    if normalize:
+        rows = l2_normalize(rows)
+    return _loss("nt_xent", rows, None, None, temperature)
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07, *, normalize: bool = True) -> Tensor:
+    """InfoNCE with a queue of negatives, the loss of MoCo (He et al. 2020, equation 1, arXiv:1911.05722).
+
+    Args:
+        q: ``[n, d]``, the queries.
+        k: ``[n, d]``, their keys; MoCo detaches them.
+        queue: ``[m, d]``, the negatives, one per row (lightly's and MoCo's are ``[d, m]``: pass ``queue.T``). It has no gradient.
+        temperature: above 0.
+        normalize: whether the rows of ``q`` and ``k`` are scaled to unit length first; if not, they must have it. Those of ``queue`` must.
+
+    Returns a scalar.
+
+    Raises:
+        ValueError: shapes do not fit, the temperature is not above 0, or a tensor is on a GPU.
+    """
+    _matrices("info_nce", q=q, k=k, queue=queue)
+    _same("info_nce", q, k)
+    if queue.shape[1] != q.shape[1]:
+        raise ValueError(f"info_nce: queries {list(q.shape)}, queue {list(queue.shape)}: rows differ in length")
+    if normalize:
+        q, k = l2_normalize(q), l2_normalize(k)
+    return _loss("info_nce", q, k, queue.detach().to(q.dtype), temperature)
+
+
+def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """The mean negative cosine of the rows of ``p`` and ``z``, both ``[n, d]``: SimSiam's loss (Chen and He 2021, equation 1,
+    arXiv:2011.10566), and half of BYOL's minus a constant. Pass ``z.detach()`` to stop the gradient, as both do.
+
+    Returns a scalar in -1 to 1.
+
+    Raises:
+        ValueError: shapes differ, or a tensor is on a GPU.
+    """
+    _matrices("neg_cosine", p=p, z=z)
+    _same("neg_cosine", p, z)
+    return _loss("neg_cosine", p, z, None, 1.0)
+
+
+def swapped_prediction(scores: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:
+    """The cross-entropy of one view's scores with the assignments of another, a term of SwAV's loss (Caron et al. 2020, equation 2,
+    arXiv:2006.09882).
+
+    Args:
+        scores: ``[n, k]``, products of embeddings and prototypes.
+        assignments: ``[n, k]``, from :func:`sinkhorn`. They have no gradient.
+        temperature: above 0.
+
+    Returns a scalar.
+
+    Raises:
+        ValueError: shapes differ, the temperature is not above 0, or a tensor is on a GPU.
+    """
+    _matrices("swapped_prediction", scores=scores, assignments=assignments)
+    _same("swapped_prediction", scores, assignments)
+    return _loss("soft_cross_entropy", scores, None, assignments.detach().to(scores.dtype), temperature)
+
+
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Soft assignments of rows to prototypes that use all prototypes equally (Caron et al. 2020, section 3.1, arXiv:2006.09882).
+
+    Args:
+        scores: ``[n, k]``.
+        epsilon: above 0.
+        iterations: at least 1.
+
+    Returns ``[n, k]``, rows that sum to 1, without a gradient.
+
+    Raises:
+        ValueError: the shape is another one, a setting is out of range, or the tensor is on a GPU.
+    """
+    _matrices("sinkhorn", scores=scores)
+    if not epsilon > 0 or iterations < 1:
+        raise ValueError(f"sinkhorn: epsilon is {epsilon} and iterations {iterations}; they must be above 0")
+    return torch.ops.selfsup.sinkhorn(_wide(scores.detach()), epsilon, iterations).to(scores.dtype)  # type: ignore[no-any-return]
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """The rows of ``x`` ``[n, d]`` scaled to unit length; norms are at least 1e-12, as in ``torch.nn.functional.normalize``.
+
+    Raises:
+        ValueError: the shape is another one, or the tensor is on a GPU.
+    """
+    _matrices("l2_normalize", x=x)
+    return torch.ops.selfsup.l2_normalize(_wide(x)).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _loss(name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], temperature: float) -> Tensor:
+    if not temperature > 0:
+        raise ValueError(f"{name}: the temperature is {temperature}; it must be above 0")
+    dtype = a.dtype
+    a, b, constant = _wide(a), None if b is None else _wide(b), None if constant is None else _wide(constant)
+    gradients = torch.is_grad_enabled()
+    wanted = [gradients and a.requires_grad, gradients and b is not None and b.requires_grad]
+    loss, _, _ = torch.ops.selfsup.loss(name, a, b, constant, wanted, temperature)
+    return loss.to(dtype)  # type: ignore[no-any-return]
+
+
+def _matrices(name: str, **tensors: Tensor) -> None:
+    for which, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {which} is a {type(tensor).__name__}, not a tensor")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise ValueError(f"{name}: {which} is {list(tensor.shape)}; it must be [rows, columns], neither of them 0")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {which} is {tensor.dtype}; it must hold floats")
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name}: {which} is on {tensor.device}; selfsup's losses compute on the CPU only: its CUDA kernels do not work in "
+                "PyTorch's memory yet"
+            )
+
+
+def _same(name: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{name}: shapes {list(a.shape)} and {list(b.shape)} differ")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().contiguous().numpy()
+
+
+def _loss_now(
+    name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], wanted: list[bool], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = [_array(x.to(a.dtype)) for x in (a, b, constant) if x is not None]
+    of_inputs = [wanted[0], *([wanted[1]] if b is not None else []), *([False] if constant is not None else [])]
+    value, gradients = _native.loss_and_gradients(name, inputs, of_inputs, temperature, torch.get_num_threads())
+    made = [a.new_empty(0) if g is None else torch.from_numpy(g) for g in [*gradients, None][:2]]
+    return torch.tensor(value, dtype=a.dtype), made[0], made[1]
+
+
+def _loss_fake(
+    name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], wanted: list[bool], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = [x.new_empty(x.shape) if x is not None and w else a.new_empty(0) for x, w in ((a, wanted[0]), (b, wanted[1]))]
+    return a.new_empty(()), made[0], made[1]
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.wanted = inputs[4]
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx: Any, d: Optional[Tensor], da: Optional[Tensor], db: Optional[Tensor]) -> tuple[Any, ...]:
+    if da is not None or db is not None:
+        raise NotImplementedError("selfsup's losses have no second derivative")
+    gradients = [d * saved if d is not None and w else None for saved, w in zip(ctx.saved_tensors, ctx.wanted)]
+    return None, gradients[0], gradients[1], None, None, None
+
+
+def _normalize_now(x: Tensor) -> Tensor:
+    return torch.from_numpy(_native.l2_normalize(_array(x), None, torch.get_num_threads()))
+
+
+def _normalize_backward_now(x: Tensor, dy: Tensor) -> Tensor:
+    return torch.from_numpy(_native.l2_normalize(_array(x), _array(dy.to(x.dtype)), torch.get_num_threads()))
+
+
+def _normalize_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _normalize_backward(ctx: Any, dy: Tensor) -> Tensor:
+    return torch.ops.selfsup.l2_normalize_backward(ctx.saved_tensors[0], dy)  # type: ignore[no-any-return]
+
+
+def _sinkhorn_now(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    return torch.from_numpy(_native.sinkhorn(_array(scores), epsilon, iterations, torch.get_num_threads()))
+
+
+def _define(name: str, schema: str, now: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    op = torch.library.custom_op(f"selfsup::{name}", now, mutates_args=(), device_types="cpu", schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+_define(
+    "loss",
+    "(str name, Tensor a, Tensor? b, Tensor? constant, bool[] wanted, float temperature) -> (Tensor, Tensor, Tensor)",
+    _loss_now,
+    _loss_fake,
+).register_autograd(_loss_backward, setup_context=_loss_setup)
+_define("l2_normalize", "(Tensor x) -> Tensor", _normalize_now, lambda x: x.new_empty(x.shape)).register_autograd(
+    _normalize_backward, setup_context=_normalize_setup
+)
+_define(
+    "l2_normalize_backward",
+    "(Tensor x, Tensor dy) -> Tensor",
+    _normalize_backward_now,
+    lambda x, dy: x.new_empty(x.shape),
+)
+_define(
+    "sinkhorn",
+    "(Tensor scores, float epsilon, int iterations) -> Tensor",
+    _sinkhorn_now,
+    lambda scores, epsilon, iterations: scores.new_empty(scores.shape),
+)
+
+Variant = Literal["simclr", "byol", "larc", "lightly", "solo-learn"]
+
+# What the published implementations differ in: the trust coefficient, the denominator of the ratio, whether the ratio is clipped, whether
+# the rate is applied inside the momentum, and whether biases and norms are exempt.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    # google-research/simclr, lars_optimizer.py
+    "simclr": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": True, "exempt": True},
+    # deepmind-research, byol/utils/optimizers.py
+    "byol": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": False, "exempt": True},
+    # NVIDIA/apex, apex/parallel/LARC.py, around SGD, as used by SwAV and SimSiam's linear evaluation
+    "larc": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": False},
+    # lightly, utils/lars.py, with biases and batch norm in its group without weight decay
+    "lightly": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": True},
+    # solo-learn, utils/lars.py, with the settings of its CIFAR recipes
+    "solo-learn": {"trust": 0.02, "of_decayed": False, "clip": True, "lr_in_momentum": False, "exempt": True},
+}
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888), in the five published implementations that differ.
+
+    Each parameter's gradient is scaled by ``trust |w| / |g|``. The variants differ in the denominator, in clipping, in where the rate
+    enters the momentum, and in what is exempt. Works on any device, on tensors of any dtype.
+
+    Args:
+        params: parameters or groups of them. A group may set ``exempt`` to ``True`` (no weight decay, no trust ratio) or ``False``.
+        lr: the learning rate, at least 0.
+        momentum: in 0 to 1.
+        weight_decay: at least 0.
+        variant: ``"simclr"`` and ``"byol"`` (ratio by ``|g + wd w|``, biases and norms exempt; SimCLR applies the rate inside the
+            momentum), ``"larc"`` (apex: ratio by ``|g| + wd |w|``, nothing exempt), ``"lightly"`` (as LARC, biases and norms exempt), or
+            ``"solo-learn"`` (as lightly's, clipped to the rate of SGD, trust 0.02).
+        trust: the trust coefficient; the variant's without it.
+
+    Biases and norms are the parameters of fewer than two dimensions.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        variant: Variant = "simclr",
+        trust: Optional[float] = None,
+    ) -> None:
+        if variant not in _VARIANTS:
+            raise ValueError(f"variant is {variant!r}; it is one of {', '.join(map(repr, _VARIANTS))}")
+        if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0:
+            raise ValueError(f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: one is out of range")
+        self._variant = _VARIANTS[variant]
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust": self._variant["trust"] if trust is None else trust,
+            "exempt": None,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
+        """Updates the parameters along their gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():  # type: ignore[no-untyped-call]
+                loss = closure()
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            for exempt in (False, True):
+                params = [p for p in given if self._is_exempt(group, p) == exempt]
+                if params:
+                    self._update(group, params, exempt)
+        return loss
+
+    def _is_exempt(self, group: dict[str, Any], p: Tensor) -> bool:
+        if group["exempt"] is not None:
+            return bool(group["exempt"])
+        return bool(self._variant["exempt"]) and p.ndim < 2
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], exempt: bool) -> None:
+        lr, gradients = group["lr"], [p.grad for p in params if p.grad is not None]
+        for p, gradient in zip(params, gradients):
+            if gradient.is_sparse:
+                raise ValueError("LARS takes no sparse gradients")
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        if not exempt:
+            gradients = self._scaled(group, params, gradients)
+        in_lr, out_lr = (lr, 1.0) if self._variant["lr_in_momentum"] else (1.0, lr)
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients, alpha=in_lr)
+        torch._foreach_add_(params, momenta, alpha=-out_lr)
+
+    def _scaled(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients with weight decay, times the trust ratio."""
+        lr, trust, decay = group["lr"], group["trust"], group["weight_decay"]
+        decayed = list(torch._foreach_add(gradients, params, alpha=decay))
+        w, g = _norms(params), _norms(gradients)
+        if self._variant["of_decayed"]:
+            d = _norms(decayed)
+            known = [(w > 0) & (d > 0) for w, d in zip(w, d)]
+            ratios = [trust * w / d for w, d in zip(w, d)]
+        else:
+            known = [(w > 0) & (g > 0) for w, g in zip(w, g)]
+            ratios = [trust * w / (g + decay * w + 1e-8) for w, g in zip(w, g)]
+            # Without a ratio these take the gradient as it is, without decay.
+            decayed = [torch.where(k, d, g) for k, d, g in zip(known, decayed, gradients)]
+        if self._variant["clip"]:
+            ratios = [torch.clamp(ratio / lr, max=1.0) if lr > 0 else torch.ones_like(ratio) for ratio in ratios]
+        scales = [torch.where(k, ratio, torch.ones_like(ratio)) for k, ratio in zip(known, ratios)]
+        return [(scale * d).to(d.dtype) for scale, d in zip(scales, decayed)]
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Norms, in float32 at least: the square of a large half overflows."""
+    wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
+    return list(torch._foreach_norm(wide))
+
+
+@torch.no_grad()
+def update_momentum(online: torch.nn.Module, target: torch.nn.Module, tau: float) -> None:
+    """Moves the parameters of a momentum encoder: ``target = tau target + (1 - tau) online``, for all of them in one call of PyTorch's
+    foreach kernels.
+
+    Buffers such as running statistics are not averaged, as in MoCo's and BYOL's code. The modules may be on any device.
+
+    Raises:
+        ValueError: the modules' parameters differ in name or shape, or ``tau`` is not in 0 to 1.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"update_momentum: tau is {tau}; it must lie in 0 to 1")
+    of_online, of_target = dict(online.named_parameters()), dict(target.named_parameters())
+    shapes = [{name: p.shape for name, p in of.items()} for of in (of_online, of_target)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("update_momentum: the two modules have different parameters")
+    if of_online:
+        torch._foreach_lerp_(list(of_target.values()), list(of_online.values()), 1 - tau)

@@ -1,0 +1,45 @@
+//! Devices by name.
+
+use selfsup::device::{Device, Precision};
+use selfsup::{Error, Result};
+
+/// What a device is asked to be.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// `cpu`, `cuda` or `cuda:N`; without a name a GPU if there is one, else the CPU.
+    pub name: Option<String>,
+    /// Without one, what is usual on the device: bf16 on a GPU, f32 on a CPU.
+    pub precision: Option<Precision>,
+    /// Compute threads; 0 for one per core.
+    pub threads: usize,
+    /// Whether the calling thread does nothing but drive the device.
+    pub own_thread: bool,
+}
+
+impl Wanted {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// If the name is unknown or the device cannot be used.
+    pub fn open(&self) -> Result<Device> {
+        let cpu = || {
+            let device = match self.own_thread {
+                true => Device::cpu_with_this_thread(self.threads)?,
+                false => Device::cpu(self.threads)?,
+            };
+            device.with_precision(self.precision.unwrap_or(Precision::F32))
+        };
+        let gpu = |ordinal| Device::cuda(ordinal, self.precision.unwrap_or(Precision::Bf16));
+        match self.name.as_deref() {
+            Some("cpu") => cpu(),
+            Some("cuda") => gpu(0),
+            Some(name) => match name.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
+                Some(ordinal) => gpu(ordinal),
+                None => Err(Error::config(format!(
+                    "unknown device `{name}`: expected cpu, cuda or cuda:N with N from 0"
+                ))),
+            },
+            None => gpu(0).or_else(|_| cpu()),
+        }
+    }
+}

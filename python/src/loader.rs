@@ -1,0 +1,317 @@
+//! Batches of views, and the views of one image.
+
+use std::cell::RefCell;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use rayon::prelude::*;
+use selfsup::Error;
+use selfsup::data::augment::Scratch;
+use selfsup::data::{self, Batch, Image, Policy};
+use selfsup::device::{Device, Philox, Purpose};
+use selfsup::tensor::Tensor;
+
+use crate::arrays::Shared;
+use crate::error::{Error as Raised, released};
+use crate::recipe::policies;
+use crate::source::Source;
+
+/// Values per pixel of the engine's views; the fourth is zero.
+const CHANNELS: usize = 4;
+
+/// How the views of a batch lie in memory.
+#[derive(Clone, Copy)]
+struct Format {
+    /// `[n, 3, s, s]` instead of `[n, s, s, 3]`.
+    channels_first: bool,
+    /// Bytes instead of f32.
+    bytes: bool,
+    /// Without gaps, which takes a copy of f32.
+    contiguous: bool,
+}
+
+/// The engine's loader.
+#[pyclass(frozen, module = "selfsup._native")]
+pub struct Loader {
+    loader: Mutex<Option<data::Loader>>,
+    device: Device,
+    /// For each size the views that have it, as the engine groups them.
+    groups: Vec<(usize, Vec<usize>)>,
+    views: usize,
+    batch: usize,
+    format: Format,
+    /// The process that made it: its threads exist nowhere else.
+    process: u32,
+}
+
+#[pymethods]
+impl Loader {
+    #[new]
+    #[pyo3(signature = (source, policies, *, batch, seed, threads, channels_first, bytes, contiguous))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
+    fn new(
+        py: Python<'_>,
+        source: &Source,
+        policies: &Bound<'_, PyAny>,
+        batch: usize,
+        seed: u64,
+        threads: usize,
+        channels_first: bool,
+        bytes: bool,
+        contiguous: bool,
+    ) -> PyResult<Self> {
+        let policies = self::policies(policies)?;
+        if bytes && policies.iter().any(|policy| policy.normalise.is_some()) {
+            return Err(PyValueError::new_err(
+                "normalised views are no bytes: use dtype=\"float32\", or normalise=False",
+            ));
+        }
+        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (view, policy) in policies.iter().enumerate() {
+            match groups.iter_mut().find(|(size, _)| *size == policy.size) {
+                Some((_, views)) => views.push(view),
+                None => groups.push((policy.size, vec![view])),
+            }
+        }
+        let (views, source) = (policies.len(), source.0.clone());
+        let (loader, device) = released(py, || {
+            let device = Device::cpu(threads)?;
+            let mut loader = data::Loader::new(source, policies, batch, seed, threads, &device)?;
+            // Each wait ends soon, so that signals are seen.
+            loader.stop_when(Arc::new(AtomicBool::new(true)));
+            Ok((loader, device))
+        })?;
+        Ok(Self {
+            loader: Mutex::new(Some(loader)),
+            device,
+            groups,
+            views,
+            batch,
+            format: Format { channels_first, bytes, contiguous },
+            process: std::process::id(),
+        })
+    }
+
+    /// Batches per epoch.
+    fn batches_per_epoch(&self, py: Python<'_>) -> PyResult<usize> {
+        self.with(py, |loader| Ok(loader.batches_per_epoch()))
+    }
+
+    /// Makes a batch of an epoch the next one.
+    fn seek(&self, py: Python<'_>, epoch: u32, position: usize) -> PyResult<()> {
+        let length = self.batches_per_epoch(py)?;
+        if position >= length {
+            return Err(PyValueError::new_err(format!(
+                "batch {position} of an epoch of {length} batches"
+            )));
+        }
+        self.with(py, |loader| {
+            loader.seek(epoch, position);
+            Ok(())
+        })
+    }
+
+    /// The views in their order, classes, indices, epoch and position of the next batch.
+    #[expect(clippy::type_complexity, reason = "a tuple for Python")]
+    fn next<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Vec<Bound<'py, PyAny>>, Vec<i64>, Vec<i64>, u32, usize)> {
+        let batch = loop {
+            // A `Stopped` says that nothing is ready yet.
+            let next = self.with(py, |loader| match loader.next_batch() {
+                Err(Error::Stopped(_)) => Ok(None),
+                batch => batch.map(Some),
+            })?;
+            py.check_signals()?;
+            if let Some(batch) = next {
+                break batch;
+            }
+        };
+        let Batch { epoch, position, indices, labels, crops } = batch;
+        let mut views: Vec<Option<Bound<'py, PyAny>>> = vec![None; self.views];
+        for (crops, (size, of_size)) in crops.into_iter().zip(&self.groups) {
+            for (array, view) in
+                self.arrays(py, crops, *size, of_size.len())?.into_iter().zip(of_size)
+            {
+                views[*view] = Some(array);
+            }
+        }
+        let views = views.into_iter().flatten().collect();
+        let labels = labels.into_iter().map(i64::from).collect();
+        Ok((views, labels, indices.into_iter().map(i64::from).collect(), epoch, position))
+    }
+
+    /// Index and reason of each image that could not be read so far.
+    fn skipped(&self, py: Python<'_>) -> PyResult<Vec<(u32, String)>> {
+        self.with(py, |loader| {
+            Ok(loader
+                .skipped()
+                .into_iter()
+                .map(|skipped| (skipped.index, skipped.reason))
+                .collect())
+        })
+    }
+}
+
+impl Loader {
+    /// Works with the engine's loader.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut data::Loader) -> selfsup::Result<T> + Send,
+    ) -> PyResult<T> {
+        if self.process != std::process::id() {
+            return Err(Raised::new_err(
+                "this Loader was made before the process was forked, and its threads are in the other process: make a Loader in \
+                 each process, or start processes with the method \"spawn\"",
+            ));
+        }
+        released(py, || {
+            let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+            work(loader.as_mut().expect("it is taken by `drop` alone"))
+        })
+    }
+
+    /// The arrays of the `views` of one size, each `[batch, …]`, whose crops are `[views * batch, size, size, 4]`.
+    fn arrays<'py>(
+        &self,
+        py: Python<'py>,
+        crops: Tensor,
+        size: usize,
+        views: usize,
+    ) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let Format { channels_first, bytes, contiguous } = self.format;
+        let (n, area) = (self.batch, size * size);
+        let shape = if channels_first { [n, 3, size, size] } else { [n, size, size, 3] };
+        if !bytes && !contiguous {
+            let row = size * CHANNELS;
+            let strides = match channels_first {
+                true => [size * row, 1, row, CHANNELS],
+                false => [size * row, row, CHANNELS, 1],
+            };
+            let shared = Shared::tensor(py, crops)?;
+            let view = |i| shared.array(i * n * area * CHANNELS, &shape, &strides).into_any();
+            return Ok((0..views).map(view).collect());
+        }
+        let strides = match channels_first {
+            true => [3 * area, area, size, 1],
+            false => [3 * area, size * 3, 3, 1],
+        };
+        let at = |i| i * n * area * 3;
+        if bytes {
+            let packed = released(py, || {
+                // 8-bit pixels were divided by 255: this gives them back exactly.
+                Ok(self.packed(&crops, area, |value| (value * 255.0).round() as u8))
+            })?;
+            let shared = Shared::bytes(py, packed)?;
+            return Ok((0..views)
+                .map(|i| shared.array(at(i), &shape, &strides).into_any())
+                .collect());
+        }
+        let packed = released(py, || Ok(self.packed(&crops, area, |value| value)))?;
+        let shared = Shared::floats(py, packed)?;
+        Ok((0..views).map(|i| shared.array(at(i), &shape, &strides).into_any()).collect())
+    }
+
+    /// Crops of `area` pixels each without their fourth channel.
+    fn packed<T: Copy + Default + Send>(
+        &self,
+        crops: &Tensor,
+        area: usize,
+        convert: impl Fn(f32) -> T + Sync,
+    ) -> Box<[T]> {
+        let crops = crops.data::<f32>();
+        let mut packed = vec![T::default(); crops.len() / CHANNELS * 3].into_boxed_slice();
+        let first = self.format.channels_first;
+        self.device.run(|| {
+            let images = packed.par_chunks_mut(area * 3).zip(crops.par_chunks(area * CHANNELS));
+            images.for_each(|(to, from)| {
+                let pixels = from.as_chunks::<CHANNELS>().0;
+                if first {
+                    for (channel, to) in to.chunks_exact_mut(area).enumerate() {
+                        to.iter_mut()
+                            .zip(pixels)
+                            .for_each(|(to, pixel)| *to = convert(pixel[channel]));
+                    }
+                } else {
+                    for (to, &[r, g, b, _]) in to.as_chunks_mut::<3>().0.iter_mut().zip(pixels) {
+                        *to = [r, g, b].map(&convert);
+                    }
+                }
+            });
+        });
+        packed
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        if self.process != std::process::id() {
+            // Its threads are in another process: to wait for them here would be in vain.
+            let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+            std::mem::forget(loader);
+            std::mem::forget(self.device.clone());
+        }
+    }
+}
+
+/// The views of one image, for programs that load images themselves. It has no threads.
+#[pyclass(frozen, module = "selfsup._native")]
+pub struct Augmentation(Vec<Policy>);
+
+thread_local! {
+    static SCRATCH: RefCell<(Image, Scratch)> = RefCell::default();
+}
+
+#[pymethods]
+impl Augmentation {
+    #[new]
+    fn new(policies: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self(self::policies(policies)?))
+    }
+
+    /// The views of an image `[h, w, 3]` of u8, contiguous, drawn from the random stream of a seed.
+    fn apply<'py>(
+        &self,
+        py: Python<'py>,
+        image: PyReadonlyArray3<'py, u8>,
+        seed: u64,
+        channels_first: bool,
+    ) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let &[height, width, channels] = image.shape() else { unreachable!("a PyArray3") };
+        if channels != 3 || height == 0 || width == 0 {
+            return Err(PyValueError::new_err(format!(
+                "an image is {:?}, not [height, width, 3]",
+                image.shape()
+            )));
+        }
+        let pixels = image.as_slice()?;
+        let views = released(py, || {
+            SCRATCH.with_borrow_mut(|(image, scratch)| {
+                image.resize(width, height);
+                image.pixels.copy_from_slice(pixels);
+                let view = |(index, policy): (usize, &Policy)| {
+                    let mut rng = Philox::new(seed, Purpose::Augmentation, 0, index as u32);
+                    let params = policy.draw(&mut rng, width, height);
+                    let mut out = vec![0.0; policy.size * policy.size * CHANNELS];
+                    policy.apply(&params, image, &mut out, scratch);
+                    out.into_boxed_slice()
+                };
+                Ok(self.0.iter().enumerate().map(view).collect::<Vec<_>>())
+            })
+        })?;
+        let array = |(policy, values): (&Policy, Box<[f32]>)| {
+            let s = policy.size;
+            let (shape, strides) = match channels_first {
+                true => ([3, s, s], [1, s * CHANNELS, CHANNELS]),
+                false => ([s, s, 3], [s * CHANNELS, CHANNELS, 1]),
+            };
+            Ok(Shared::floats(py, values)?.array(0, &shape, &strides).into_any())
+        };
+        self.0.iter().zip(views).map(array).collect()
+    }
+}

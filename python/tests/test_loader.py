@@ -1,0 +1,181 @@
+import pickle
+import random
+import tempfile
+import threading
+import unittest
+
+import numpy as np
+
+import pictures
+import selfsup
+
+POLICY = {
+    "size": 16,
+    "repeat": 2,
+    "flip": 0.5,
+    "grey": 0.2,
+    "jitter": {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+}
+
+
+def digest(batches):
+    """All that a loader hands out, without the arrays' memory."""
+    return [(b.epoch, b.position, b.indices.tolist(), b[1].tolist(), [np.asarray(v).tobytes() for v in b[0]]) for b in batches]
+
+
+class Loading(unittest.TestCase):
+    def loader(self, count=23, **words):
+        words = {"batch": 5, "seed": 7, "threads": 2, "labels": [i % 3 for i in range(count)], **words}
+        return selfsup.Loader(pictures.pixels(count), words.pop("recipe", POLICY), **words)
+
+    def test_an_epoch_is_a_loop_over_views_and_labels(self):
+        loader = self.loader()
+        seen = []
+        for views, labels in loader:
+            self.assertEqual([v.shape for v in views], [(5, 3, 16, 16)] * 2)
+            self.assertEqual((views[0].dtype, labels.dtype, labels.shape), (np.float32, np.int64, (5,)))
+            self.assertTrue(0 <= views[0].min() and views[0].max() <= 1)
+            self.assertFalse(np.array_equal(views[0], views[1]))
+            seen.append(labels)
+        self.assertEqual((len(seen), len(loader)), (4, 4))
+        indices = [i for batch in loader for i in batch.indices]
+        self.assertEqual(len(set(indices)), 20)
+        self.assertEqual((loader.images, loader.classes), (23, ["0", "1", "2"]))
+
+    def test_labels_are_those_of_the_indices(self):
+        for batch in self.loader():
+            self.assertEqual([i % 3 for i in batch.indices], batch.labels.tolist())
+
+    def test_views_do_not_depend_on_threads(self):
+        runs = [digest([b for _ in range(2) for b in self.loader(threads=threads)]) for threads in (1, 3)]
+        self.assertEqual(*runs)
+        self.assertNotEqual(digest(self.loader()), digest(self.loader(seed=8)))
+
+    def test_two_epochs_differ(self):
+        loader = self.loader()
+        first, second = digest(loader), digest(loader)
+        self.assertNotEqual([b[2] for b in first], [b[2] for b in second])
+        self.assertEqual([b[0] for b in second], [1] * 4)
+
+    def test_a_loader_goes_on_in_the_middle_of_an_epoch(self):
+        whole = self.loader()
+        batches = [b for _ in range(2) for b in whole]
+        stopped = self.loader()
+        for _ in range(4):
+            next(iter(stopped))
+        for taken, batch in zip(range(2), stopped):
+            self.assertEqual((batch.epoch, batch.position), (1, taken))
+        resumed = self.loader(threads=1)
+        resumed.load_state_dict(stopped.state_dict())
+        self.assertEqual(digest(resumed), digest(batches[6:]))
+        # What was left with `break` goes on, too.
+        self.assertEqual(digest(stopped), digest(batches[6:]))
+        with self.assertRaisesRegex(ValueError, "seed 7, and this one has 8"):
+            self.loader(seed=8).load_state_dict(stopped.state_dict())
+        with self.assertRaisesRegex(ValueError, "batch 4 of an epoch of 4 batches"):
+            self.loader().seek(0, 4)
+
+    def test_layouts_and_types_hold_the_same_values(self):
+        plain = next(iter(self.loader()))[0]
+        for words in ({"contiguous": True}, {"channels": "last"}, {"channels": "last", "contiguous": True}):
+            for own, other in zip(plain, next(iter(self.loader(**words)))[0]):
+                if words.get("channels") == "last":
+                    other = np.moveaxis(other, 3, 1)
+                self.assertTrue(np.array_equal(own, other), words)
+        packed = next(iter(self.loader(contiguous=True)))[0][0]
+        self.assertTrue(packed.flags.c_contiguous and packed.flags.writeable)
+        for channels in ("first", "last"):
+            for own, other in zip(plain, next(iter(self.loader(dtype="uint8", channels=channels)))[0]):
+                other = np.moveaxis(other, 3, 1) if channels == "last" else other
+                self.assertEqual(other.dtype, np.uint8)
+                self.assertTrue(np.array_equal(own, other.astype(np.float32) / np.float32(255)))
+
+    def test_views_outlive_the_loader_and_are_not_reused(self):
+        loader = self.loader()
+        kept = next(iter(loader))[0][0]
+        copy = kept.copy()
+        for _ in range(3):
+            for views, _ in loader:
+                self.assertFalse(np.shares_memory(views[0], kept))
+        del loader
+        self.assertTrue(np.array_equal(kept, copy))
+        kept[:] = 2.0  # the caller's own
+
+    def test_no_copy_lies_between_views_and_engine(self):
+        view = next(iter(self.loader()))[0][0]
+        self.assertEqual(view.strides, (16 * 16 * 16, 4, 16 * 16, 16))
+        self.assertTrue(np.shares_memory(np.from_dlpack(view), view))
+
+    def test_crops_of_several_sizes_come_in_the_order_of_the_policies(self):
+        policies = [{"size": 8}, {"size": 16}, {"size": 8, "repeat": 2}]
+        views, _ = next(iter(self.loader(recipe=policies)))
+        self.assertEqual([v.shape[-1] for v in views], [8, 16, 8, 8])
+
+    def test_recipes_give_the_views_of_their_method(self):
+        for name, count in (("simclr-cifar10-small", 2), ("swav-cifar10-small", None)):
+            views, _ = next(iter(self.loader(recipe=name)))
+            self.assertEqual(len(views), count or len(views))
+            table = selfsup.recipe(name)
+            again, _ = next(iter(self.loader(recipe=table)))
+            self.assertTrue(all(np.array_equal(a, b) for a, b in zip(views, again)))
+
+    def test_images_come_as_folders_files_and_arrays(self):
+        with tempfile.TemporaryDirectory() as root:
+            path = pictures.folder(root)
+            loader = selfsup.Loader(path, POLICY, 8, threads=1)
+            self.assertEqual((loader.images, loader.classes, len(loader)), (48, ["across", "down"], 6))
+            self.assertEqual(selfsup.Loader(path, POLICY, 8, split="test").images, 16)
+            train = [p for p in sorted(__import__("pathlib").Path(path, "train").rglob("*.png"))]
+            arrays = selfsup.Loader([pictures.pixels(48)[int(p.stem)] for p in train], POLICY, 8, threads=1)
+            files = selfsup.Loader(train, POLICY, 8, threads=1)
+            for one, two, three in zip(loader, arrays, files):
+                for a, b, c in zip(one[0], two[0], three[0]):
+                    self.assertTrue(np.array_equal(a, b) and np.array_equal(a, c))
+                self.assertEqual(two[1].tolist(), [-1] * 8)
+
+    def test_arrays_are_read_where_they_lie(self):
+        images = pictures.pixels(8)
+        images.flags.writeable = False
+        loader = selfsup.Loader(images, {"size": 24, "area": [1.0, 1.0], "aspect": [1.0, 1.0]}, 8, channels="last", dtype="uint8")
+        batch = next(iter(loader))
+        self.assertTrue(np.array_equal(batch.views[0], images[batch.indices]))
+
+    def test_the_interpreter_is_free_while_a_batch_is_waited_for(self):
+        count = 0
+        done = threading.Event()
+
+        def counting():
+            nonlocal count
+            while not done.is_set():
+                count += 1
+
+        images = pictures.pixels(64, size=256)
+        thread = threading.Thread(target=counting)
+        thread.start()
+        before = count
+        for _ in selfsup.Loader(images, {**POLICY, "size": 224}, 32, threads=1):
+            pass
+        done.set()
+        thread.join()
+        self.assertGreater(count - before, 1000)
+
+
+class OneImage(unittest.TestCase):
+    def test_views_of_one_image(self):
+        image = pictures.pixels(1)[0]
+        views = selfsup.Views(POLICY)
+        random.seed(3)
+        first, second = views(image), views(image)
+        random.seed(3)
+        again = views(image)
+        self.assertEqual([v.shape for v in first], [(3, 16, 16)] * 2)
+        self.assertTrue(all(np.array_equal(a, b) for a, b in zip(first, again)))
+        self.assertFalse(np.array_equal(first[0], second[0]))
+        sent = pickle.loads(pickle.dumps(views))
+        self.assertTrue(np.array_equal(sent(image, seed=5)[1], views(image, seed=5)[1]))
+        last = selfsup.Views(POLICY, channels="last")(image, seed=5)
+        self.assertTrue(np.array_equal(np.moveaxis(last[0], 2, 0), views(image, seed=5)[0]))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,150 @@
+"""What a caller may get wrong: each case names the call, the exception's class and a part of its sentence."""
+
+import os
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+
+import pictures
+import selfsup
+
+POLICY = {"size": 8, "repeat": 2}
+IMAGES = pictures.pixels(8)
+
+
+def loader(images=IMAGES, recipe=POLICY, batch=4, **words):
+    return lambda: selfsup.Loader(images, recipe, batch, **words)
+
+
+FEATURES = np.eye(4, dtype=np.float32)
+
+CASES = [
+    # Images.
+    (loader(IMAGES.astype(np.float32)), TypeError, "uint8, 0 to 255, not float32"),
+    (loader(IMAGES[..., :2]), ValueError, r"\[n, height, width, 3\], not \[8, 24, 24, 2\]"),
+    (loader(IMAGES[0]), ValueError, r"\[n, height, width, 3\], not \[24, 24, 3\]"),
+    (loader(np.moveaxis(IMAGES, 3, 1)), ValueError, r"not \[8, 3, 24, 24\]"),
+    (loader([IMAGES[0], IMAGES[1, :, :, 0]]), ValueError, r"an image is \[height, width, 3\]"),
+    (loader([]), ValueError, "there are no images"),
+    (loader(IMAGES[:0]), ValueError, "there are no images"),
+    (loader(labels=[0, 1]), ValueError, "as many labels as images"),
+    (loader(labels=[-1] * 8), ValueError, "integers from 0"),
+    (loader(labels=np.zeros(8)), ValueError, "integers from 0"),
+    (loader("nowhere"), selfsup.Error, "nowhere: no such file or folder"),
+    (loader("nowhere", labels=[0]), TypeError, "labels are those of arrays"),
+    (loader(".", split="held-out"), selfsup.Error, "unknown split `held-out`"),
+    (loader(["nowhere.png"] * 4, batch=4, threads=1), None, ""),
+    # What the views are like.
+    (loader(recipe="simclr-cifar"), selfsup.Error, "no recipe file or built-in recipe simclr-cifar"),
+    (loader(recipe={"size": 0}), selfsup.Error, "size"),
+    (loader(recipe={"size": 8, "flip": 2.0}), selfsup.Error, "flip"),
+    (loader(recipe={"size": 8, "flipp": 0.5}), ValueError, "unknown field `flipp`"),
+    (loader(recipe={"size": "8"}), ValueError, "a policy of augmentation"),
+    (loader(recipe=[]), selfsup.Error, "at least one view"),
+    (loader(recipe={**POLICY, "normalise": {"mean": [0, 0, 0], "std": [1, 1, 1]}}, dtype="uint8"), ValueError, "normalise=False"),
+    (loader(batch=9), selfsup.Error, "a batch of 9 is larger than the set of 8 images"),
+    (loader(batch=0), selfsup.Error, "at least one view and one sample"),
+    (loader(batch=-1), OverflowError, "negative"),
+    (loader(seed=-1), OverflowError, "negative"),
+    (loader(channels="middle"), ValueError, "channels is 'middle'"),
+    (loader(dtype="float16"), ValueError, "dtype is 'float16'"),
+    (loader(framework="jax"), ValueError, "framework is 'jax'"),
+    (lambda: selfsup.Views(POLICY)(IMAGES), ValueError, r"an image is \[height, width, 3\]"),
+    (lambda: selfsup.Views(POLICY)(IMAGES[0].astype(int)), TypeError, "uint8"),
+    # Runs.
+    (lambda: selfsup.train("demo", set={"train.epoch": 1}), selfsup.Error, "did you mean `epochs`"),
+    (lambda: selfsup.train("demo", set={"train.epochs": object()}), TypeError, "a setting is a number"),
+    (lambda: selfsup.train({"seed": 1}), selfsup.Error, "missing field"),
+    (lambda: selfsup.train("demo", data="nowhere", out=tempfile.mkdtemp(), progress=False), selfsup.Error, "nowhere"),
+    (lambda: selfsup.train("demo", out=os.path.dirname(__file__), progress=False, device="cpu"), selfsup.Error, "holds other files"),
+    (lambda: selfsup.train("demo", out=tempfile.mkdtemp(), device="gpu", progress=False), selfsup.Error, "unknown device `gpu`"),
+    (lambda: selfsup.resume("nowhere"), selfsup.Error, "nowhere"),
+    (lambda: selfsup.Run("nowhere"), selfsup.Error, "is not the folder of a run"),
+    (lambda: selfsup.embed("nowhere", IMAGES), selfsup.Error, "neither a run's folder"),
+    (lambda: selfsup.embed(__file__, IMAGES, arch="resnet18"), selfsup.Error, "test_mistakes.py"),
+    (lambda: selfsup.embed(__file__, IMAGES, arch="resnet19"), selfsup.Error, "resnet19"),
+    (lambda: selfsup.knn("nowhere"), selfsup.Error, "neither a run's folder"),
+    (lambda: selfsup.knn("nowhere", k=0), ValueError, "both must be above 0"),
+    # Features.
+    (lambda: selfsup.knn_accuracy(FEATURES, [0, 1], FEATURES, [0, 1, 2, 3]), ValueError, r"features \[4, 4\] with 2 labels"),
+    (lambda: selfsup.knn_accuracy(FEATURES, [0] * 4, FEATURES[:, :2], [0] * 4), ValueError, "cannot be compared"),
+    (lambda: selfsup.knn_accuracy(FEATURES[0], [0], FEATURES, [0] * 4), ValueError, r"features are \[n, d\], not \[4\]"),
+    (lambda: selfsup.knn_accuracy(FEATURES * np.nan, [0] * 4, FEATURES, [0] * 4), selfsup.Error, "NaN"),
+    (lambda: selfsup.probe_accuracy(FEATURES, [0] * 4, FEATURES, [0] * 4, per_class=0), ValueError, "above 0"),
+]
+
+
+class Mistakes(unittest.TestCase):
+    def test_each_is_named_in_a_sentence(self):
+        for i, (call, expected, sentence) in enumerate(CASES):
+            with self.subTest(case=i, expected=sentence):
+                if expected is None:
+                    call()
+                    continue
+                with self.assertRaises(expected) as raised:
+                    call()
+                self.assertNotIsInstance(raised.exception, selfsup.Bug)
+                self.assertRegex(str(raised.exception), sentence)
+
+    def test_files_that_are_gone(self):
+        with tempfile.TemporaryDirectory() as root:
+            files = []
+            for i, image in enumerate(IMAGES):
+                files.append(Path(root, f"{i}.png"))
+                files[-1].write_bytes(pictures.png(image))
+            loading = selfsup.Loader(files, POLICY, 4)
+            files[3].unlink()
+            with self.assertRaisesRegex(selfsup.Error, "3.png: No such file"):
+                for _ in range(3):
+                    for _ in loading:
+                        pass
+            with self.assertRaisesRegex(selfsup.Error, "the loader has ended"):
+                next(iter(loading))
+            # A damaged file is replaced, and listed.
+            files[3].write_bytes(b"\x89PNG no more")
+            loading = selfsup.Loader(files, POLICY, 4)
+            for batch in loading:
+                self.assertNotIn(3, batch.indices.tolist())
+            self.assertEqual([index for index, _ in loading.skipped], [3])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_forked_process_gets_a_sentence_not_a_deadlock(self):
+        loading = selfsup.Loader(IMAGES, POLICY, 4)
+        next(iter(loading))
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                next(iter(loading))
+                said = "no error"
+            except selfsup.Error as error:
+                said = str(error)
+            # What the child makes itself works there.
+            own = next(iter(selfsup.Loader(IMAGES, POLICY, 4)))
+            del loading
+            os.write(write, f"{len(own.views)} views, {said}".encode())
+            os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read) as pipe:
+            self.assertRegex(pipe.read(), "2 views, this Loader was made before the process was forked")
+
+    def test_ctrl_c_ends_a_wait_for_images(self):
+        import signal
+        import threading
+
+        with tempfile.TemporaryDirectory() as root:
+            # A pipe that nobody writes to: a read of it never returns.
+            files = [Path(root, f"{i}.png") for i in range(4)]
+            for file in files:
+                os.mkfifo(file)
+            loading = selfsup.Loader(files, POLICY, 4, threads=1)
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            with self.assertRaises(KeyboardInterrupt):
+                next(iter(loading))
+
+
+if __name__ == "__main__":
+    unittest.main()
