@@ -178,6 +178,7 @@ fn unread(trained: &Trained, sets: [&Features; 2]) -> Result<()> {
 /// The accuracy of a linear classifier on features of a run, by a protocol: of the untrained network, and of the trained one.
 #[pyfunction]
 #[pyo3(signature = (run, settings, protocol, epochs, sweep, labels, device))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
 pub fn run_linear(
     py: Python<'_>,
     run: PathBuf,

@@ -134,14 +134,8 @@ fn leaf<'t>(tape: &'t Tape<'t>, root: Param, value: &Tensor, slot: &Slot) -> Var
     tape.record("input", value.clone(), &[&root], move |dy, _| *slot.borrow_mut() = Some(dy))
 }
 
-/// The loss of `name` with the gradients of those inputs that `wanted` names.
-fn loss<'t>(
-    name: &str,
-    tape: &'t Tape<'t>,
-    inputs: &[Var<'t>],
-    temperature: f64,
-) -> Result<Var<'t>> {
-    let _ = tape;
+/// The loss of `name` over values on a tape.
+fn loss<'t>(name: &str, inputs: &[Var<'t>], temperature: f64) -> Result<Var<'t>> {
     Ok(match (name, inputs) {
         ("nt_xent", [z]) => ops::nt_xent(z, temperature),
         ("info_nce", [q, k, queue]) => {
@@ -181,7 +175,7 @@ pub fn loss_and_gradients<'py>(
                     false => tape.input(tensor),
                 };
                 let inputs: Vec<Var<'_>> = tensors.iter().enumerate().map(input).collect();
-                loss(name, tape, &inputs, temperature).unwrap_or_else(|error| {
+                loss(name, &inputs, temperature).unwrap_or_else(|error| {
                     failed = Err(error);
                     tape.constant(0.0)
                 })
