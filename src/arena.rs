@@ -211,7 +211,9 @@ impl Layout {
     pub fn weights(&self) -> usize {
         self.params
             .iter()
-            .map(|s| s.shape.elements() / s.shape.last().unwrap_or(&1) * s.channels)
+            .map(|s| {
+                s.shape.elements() / s.shape.last().map_or(1, |&last| last.max(1)) * s.channels
+            })
             .sum()
     }
 
@@ -584,6 +586,13 @@ mod tests {
         }
         refused(&|arena| drop(arena.stat(other_stat)));
         refused(&|arena| arena.update_stat(other_stat, |_| ()));
+    }
+
+    #[test]
+    fn an_empty_parameter_has_no_weights() {
+        let mut layout = Layout::new();
+        layout.param("empty", [3, 0], SlotKind::Matrix, Init::Constant(1.0));
+        assert_eq!(layout.weights(), 0);
     }
 
     #[test]

@@ -125,6 +125,22 @@ pub(crate) fn remove_partial_files(folder: &Path) {
     }
 }
 
+/// Creates a folder and those above it, unless it is there.
+///
+/// # Errors
+/// If it cannot be created.
+pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(|error| {
+        if std::fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
+            return Error::format(
+                path,
+                "is a link to a folder that is missing: create that folder, or remove the link",
+            );
+        }
+        write_error(path, error)
+    })
+}
+
 /// Fails if no file can be created next to `path`.
 pub(crate) fn check_writable(path: &Path) -> Result<()> {
     let partial = temporary(path, |partial| File::create_new(partial).map(drop))?;

@@ -15,12 +15,12 @@ use crate::files::{find, is_folder};
 pub(super) fn folders(split: Split) -> &'static [&'static str] {
     match split {
         Split::Train => &["train"],
-        Split::Test => &["test", "val", "valid"],
+        Split::Test => &["test", "val", "valid", "validation"],
     }
 }
 
 /// Names of all folders that may hold a split.
-const SPLITS: [&str; 4] = ["train", "test", "val", "valid"];
+const SPLITS: [&str; 5] = ["train", "test", "val", "valid", "validation"];
 
 /// Names that others give to the splits of a set, in lower case.
 const LIKE_SPLITS: [[&str; 6]; 2] = [
@@ -118,7 +118,7 @@ fn like_splits(path: &Path, folders: &[PathBuf]) -> Option<Error> {
         return None;
     }
     let reason = format!(
-        "has folders with names like those of a set's splits ({}): rename them to train/ and test/ (or val/, valid/) if they are the splits; \
+        "has folders with names like those of a set's splits ({}): rename them to train/ and test/ (or val/, validation/) if they are the splits; \
          if they are classes, put them into a folder train/",
         names.join(", ")
     );
@@ -126,8 +126,8 @@ fn like_splits(path: &Path, folders: &[PathBuf]) -> Option<Error> {
 }
 
 /// Opens the images of a split at `path`: what [`super::pack`] wrote, CIFAR-10 or CIFAR-100 binary files, idx files, a folder
-/// that holds `train/` and `test/` (or `val/`, `valid/`), or a folder of class folders or of images without labels, which is a
-/// training split.
+/// that holds `train/` and `test/` (or `val/`, `valid/`, `validation/`), or a folder of class folders or of images without
+/// labels, which is a training split.
 ///
 /// Classes are numbered by name, alike for all splits of a set: the training split's classes come first, classes that only
 /// the held-out split has follow, and [`Source::notes`] names them.
@@ -184,14 +184,14 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         )),
         (Split::Test, false) => Err(Error::format(
             path,
-            "has class folders but no test/, val/ or valid/: put the class folders into train/ and test/ to hold some out",
+            "has class folders but no test/, val/, valid/ or validation/: put the class folders into train/ and test/ to hold some out",
         )),
     }
 }
 
 fn not_recognised(path: &Path, what: &str) -> Error {
     let reason = format!(
-        "{what}; recognised are: a folder with train/ and test/ (or val/, valid/), each with a folder of JPEG or PNG files per class; \
+        "{what}; recognised are: a folder with train/ and test/ (or val/, valid/, validation/), each with a folder of JPEG or PNG files per class; \
          what `selfsup pack` wrote; the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
          a folder of class folders, or of images without labels (train split only)"
     );
@@ -274,13 +274,13 @@ mod tests {
             (
                 "text",
                 Split::Train,
-                "recognised are: a folder with train/ and test/ (or val/, valid/)",
+                "recognised are: a folder with train/ and test/ (or val/, valid/, validation/)",
             ),
             ("flat/a.png", Split::Train, "is a file; name the folder it lies in"),
             (
                 "only-train",
                 Split::Test,
-                "has no test/ or val/ or valid/: the test split is missing",
+                "has no test/ or val/ or valid/ or validation/: the test split is missing",
             ),
             ("flat", Split::Test, "has a train split only"),
             ("classes", Split::Test, "put the class folders into train/ and test/"),

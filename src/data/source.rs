@@ -61,9 +61,9 @@ impl FromStr for Split {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "train" => Ok(Split::Train),
-            "test" | "val" | "valid" => Ok(Split::Test),
+            "test" | "val" | "valid" | "validation" => Ok(Split::Test),
             _ => Err(Error::config(format!(
-                "unknown split `{text}`: `train`, `test`, `val` or `valid`"
+                "unknown split `{text}`: `train`, `test`, `val`, `valid` or `validation`"
             ))),
         }
     }

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::files::{find, is_partial, open_own, remove_partial_files, write_file};
+use crate::files::{create_folder, find, is_partial, open_own, remove_partial_files, write_file};
 use crate::recipes::Recipe;
 use crate::train::Metrics;
 
@@ -28,7 +28,7 @@ impl Folder {
     /// Creates the folder of a new run and writes its recipe there.
     pub(super) fn create(path: &Path, recipe: &Recipe) -> Result<Self> {
         check_free(path)?;
-        std::fs::create_dir_all(path).map_err(Error::io(path))?;
+        create_folder(path)?;
         let lock = lock(path)?;
         check_free(path)?; // another process may have been faster
         write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;

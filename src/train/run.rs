@@ -13,7 +13,7 @@ use crate::data::{Batch, Loader};
 use crate::device::{Device, DeviceKind, Group, trace_phase};
 use crate::error::{Error, Result};
 use crate::eval::{self, Spread};
-use crate::files::find;
+use crate::files::{create_folder, find};
 use crate::methods::{self, Method, Reading, RunInfo, State};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
@@ -648,7 +648,7 @@ impl Run {
     /// Dumps the first weights if the views of the first step are to be dumped.
     fn dump_start(&mut self) -> Result<()> {
         let Some(folder) = self.dump_folder().filter(|_| self.begun == 0) else { return Ok(()) };
-        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        create_folder(&folder)?;
         let state = self.method.state();
         let (online, optimizer) = (&self.online, &self.optimizer);
         checkpoint::save(&folder, 0, online, optimizer, state, HashMap::new(), 1)?;

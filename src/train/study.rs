@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::device::Device;
 use crate::error::{Error, Result, printable};
-use crate::files::{find, is_folder, is_partial, read_text, write_file};
+use crate::files::{create_folder, find, is_folder, is_partial, read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 
@@ -192,7 +192,7 @@ impl Study {
     /// Locks the study's folder and marks it as the study's own.
     fn claim(&self, out: &Path) -> Result<File> {
         self.is_marked(out)?; // before a lock file is left in a folder of something else
-        std::fs::create_dir_all(out).map_err(Error::io(out))?;
+        create_folder(out)?;
         let lock = folder::lock(out)?;
         if !self.is_marked(out)? {
             self.mark(out)?;
@@ -249,7 +249,7 @@ impl Study {
             let stopped = first.is_some_and(|outcome| outcome.stopped.is_some());
             if stopped {
                 outcome.stopped = Some(format!("{after} stopped"));
-                std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+                create_folder(&folder)?;
                 write_outcome(&folder, &outcome)?;
                 return Ok(outcome);
             }
@@ -275,7 +275,7 @@ impl Study {
         outcome.values.insert("seconds".into(), start.elapsed().as_secs_f64());
         let mib = device.memory_use().peak as f64 / (1 << 20) as f64;
         outcome.values.insert("memory_mib".into(), mib);
-        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        create_folder(&folder)?;
         write_outcome(&folder, &outcome)?;
         Ok(outcome)
     }

@@ -277,7 +277,7 @@ fn write_set(root: &Path, writer: &mut Writer) -> Set {
             refused = Some(&["rename", "is a class folder without images"][..]);
         }
         _ => {
-            let name = writer.draw.of(&["test", "val", "valid"]);
+            let name = writer.draw.of(&["test", "val", "valid", "validation"]);
             held_out = Some(name);
             for name in ["train", name] {
                 parts.insert(name, with_classes(name, writer, &mut some));
@@ -316,8 +316,12 @@ fn check(what: &str, root: &Path, set: &Set, draw: &mut Draw, tally: &mut Tally,
             (Some(""), Ok(model)) if model.classes.is_empty() => {
                 missing("which has a train split only")
             }
-            (Some(""), Ok(_)) => missing("has class folders but no test/, val/ or valid/"),
-            _ => missing("has no test/ or val/ or valid/: the test split is missing"),
+            (Some(""), Ok(_)) => {
+                missing("has class folders but no test/, val/, valid/ or validation/")
+            }
+            _ => {
+                missing("has no test/ or val/ or valid/ or validation/: the test split is missing")
+            }
         },
     };
     let train_set = compare(&format!("{what}, train"), opened(Split::Train), &train_model, tally);

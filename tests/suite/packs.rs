@@ -353,6 +353,29 @@ fn a_part_without_a_class_keeps_the_numbers_of_the_training_part() {
     }
 }
 
+/// Two processes that pack into one folder would mix their files.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_folder_in_use_by_another_pack_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepare(root);
+    let to = root.join("packed");
+    let mut refused = None;
+    pack(root, &to, &settings(FILES, 200), |_, _| {
+        if refused.is_none() {
+            refused = Some(pack(root, &to, &settings(FILES, 200), |_, _| ()).unwrap_err());
+        }
+    })
+    .unwrap();
+    let said = refused.unwrap().to_string();
+    assert!(said.contains("another process packs into it"), "{said}");
+    data::open(&to, Split::Train).unwrap();
+    // The lock went with the pack.
+    let said = pack(root, &to, &settings(FILES, 200), |_, _| ()).unwrap_err().to_string();
+    assert!(said.contains("is not empty"), "{said}");
+}
+
 #[test]
 fn an_io_error_while_packing_is_an_error_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! Packs the images of a folder into few large files.
 
 use std::cell::RefCell;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::iter::Peekable;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::data::folder::Folder;
 use crate::data::open::{SplitFolders, folders};
 use crate::data::source::{Image, Source, Split};
 use crate::error::{Error, Result};
-use crate::files::{find, is_folder, replace_file, write_error, write_file};
+use crate::files::{create_folder, find, is_folder, replace_file, write_error, write_file};
 
 /// Images per thread that are prepared before they are written in order; bounds the memory.
 const AHEAD: usize = 4;
@@ -71,7 +71,7 @@ struct Record {
 }
 
 /// Packs the images of `from` into the folder `to`, which is created: each of the splits `train/`, `test/`, `val/` and
-/// `valid/`, or `from` itself as the training split. The same images and settings give the same bytes. `progress` is called
+/// `valid/` or `validation/`, or `from` itself as the training split. The same images and settings give the same bytes. `progress` is called
 /// with the number of images done and their total.
 ///
 /// A manifest is written last, so a pack that was stopped is never taken for a complete one.
@@ -100,7 +100,7 @@ pub fn pack_if(
     accept: impl FnOnce(&Packed) -> Result<()>,
 ) -> Result<Packed> {
     let (splits, note) = open_splits(from, settings)?;
-    prepare(to)?;
+    let _lock = prepare(to)?;
     let mut packed = Packed { notes: note.into_iter().collect(), ..Packed::default() };
     let packing = pack_splits(&splits, to, settings, progress, &mut packed).and_then(|manifest| {
         accept(&packed)?;
@@ -199,14 +199,22 @@ impl PackSettings {
     }
 }
 
-/// Creates the folder, or checks that it is empty.
-fn prepare(to: &Path) -> Result<()> {
+/// Creates the folder, or checks that it is empty. Returns the lock on it, which the kernel releases when the file is closed.
+fn prepare(to: &Path) -> Result<Option<File>> {
     if find(to)?.is_some_and(|found| !found.is_dir()) {
         return Err(Error::format(to, "is a file: choose another folder to pack into"));
     }
-    std::fs::create_dir_all(to).map_err(Error::io(to))?;
+    create_folder(to)?;
+    // The folder itself is locked, so that no file remains. Not every system and file system can.
+    let lock = File::open(to).ok();
+    if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
+        return Err(Error::format(
+            to,
+            "is in use: another process packs into it; wait for it, or choose another folder to pack into",
+        ));
+    }
     match std::fs::read_dir(to).map_err(Error::io(to))?.next() {
-        None => Ok(()),
+        None => Ok(lock),
         Some(_) => {
             let left = left_by_a_pack(to)?;
             let reason = match left.first() {

@@ -48,8 +48,8 @@ fn no_cuda() -> ! {
 /// the loss of all their rows.
 ///
 /// # Panics
-/// If the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, or the device is a
-/// GPU.
+/// If the number of rows is odd or less than 4 (one pair has no negatives), the temperature is not positive, the margin is negative or NaN,
+/// or the device is a GPU.
 #[track_caller]
 pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
     let z = &super::rows::gather_ranks(z, 2);
@@ -59,6 +59,9 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
         "pair_loss: {rows} rows, expected two views of 2 or more"
     );
     assert!(temperature > 0.0, "pair_loss: temperature {temperature}");
+    if let PairLoss::Margin { margin, .. } = loss {
+        assert!(margin >= 0.0, "pair_loss: margin {margin}");
+    }
     let device = z.tape().device().clone();
     let z = &super::in_f32_on_a_cpu(z);
     let z_value = z.value().clone();
@@ -111,4 +114,23 @@ pub fn pair_loss<'t>(z: &Var<'t>, loss: PairLoss, temperature: f64) -> Var<'t> {
         }
         gradients.add(z_id, dz);
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::arena::{Arena, Layout};
+    use crate::device::Device;
+
+    #[test]
+    #[should_panic(expected = "pair_loss: margin NaN")]
+    fn a_margin_is_a_number_from_0_up() {
+        let mut arena = Arena::new(&Arc::new(Layout::new()), &Device::reference(), 1);
+        let z = Tensor::from_f64(arena.device(), [4, 2], &[0.0; 8]);
+        let _ = crate::tape::step(&mut arena, |tape| {
+            pair_loss(&tape.input(&z), PairLoss::Margin { margin: f64::NAN, semi_hard: false }, 1.0)
+        });
+    }
 }

@@ -55,6 +55,8 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
     let root = folder.path();
     prepare(root);
     write(root, "bad.toml", b"seed = ");
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("nowhere/at/all", root.join("dangling")).unwrap();
     let cut = prepare_packs(root);
     let cases: &[Refused] = &[
         (
@@ -111,6 +113,16 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
             &["pack", "nine", "--out", "bad.toml"],
             1,
             "bad.toml: is a file: choose another folder to pack into",
+        ),
+        (
+            &["pack", "nine", "--out", "dangling"],
+            1,
+            "dangling: is a link to a folder that is missing: create that folder, or remove the link",
+        ),
+        (
+            &["train", "demo", "--set", "data.path=nine", "--out", "dangling"],
+            1,
+            "dangling: is a link to a folder that is missing: create that folder, or remove the link",
         ),
         (
             &["pack", "nowhere", "--out", "new"],
