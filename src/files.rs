@@ -130,15 +130,23 @@ pub(crate) fn remove_partial_files(folder: &Path) {
 /// # Errors
 /// If it cannot be created.
 pub(crate) fn create_folder(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(|error| {
-        if std::fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
-            return Error::format(
-                path,
-                "is a link to a folder that is missing: create that folder, or remove the link",
-            );
-        }
-        write_error(path, error)
-    })
+    check_link(path)?;
+    std::fs::create_dir_all(path).map_err(|error| write_error(path, error))
+}
+
+/// Fails if `path` is a link to something that is missing: no folder can be created there.
+///
+/// # Errors
+/// If so, or if what is there cannot be found out.
+pub(crate) fn check_link(path: &Path) -> Result<()> {
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+    if is_link && find(path)?.is_none() {
+        return Err(Error::format(
+            path,
+            "is a link to a folder that is missing: create that folder, or remove the link",
+        ));
+    }
+    Ok(())
 }
 
 /// Fails if no file can be created next to `path`.

@@ -6,7 +6,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::files::{create_folder, find, is_partial, open_own, remove_partial_files, write_file};
+use crate::files::{
+    check_link, create_folder, find, is_partial, open_own, remove_partial_files, write_file,
+};
 use crate::recipes::Recipe;
 use crate::train::Metrics;
 
@@ -59,7 +61,7 @@ pub(crate) fn check_free(path: &Path) -> Result<()> {
     }
     let entries = match std::fs::read_dir(path) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return check_link(path),
         Err(error) if error.kind() == ErrorKind::NotADirectory => {
             return refused("is a file: choose another --out");
         }

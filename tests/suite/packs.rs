@@ -261,7 +261,7 @@ fn files_that_are_missing_or_of_another_set_are_noticed() {
     let other = root.join("other");
     pack(&root.join("train"), &other, &settings(FILES, 1 << 20), |_, _| ()).unwrap();
     let said = data::open(&other, Split::Test).err().unwrap().to_string();
-    let expected = "has packed images, but no test-00000.pack or val-00000.pack or valid-00000.pack: the test split is missing";
+    let expected = "has packed images, but no test-00000.pack or val-00000.pack or valid-00000.pack or validation-00000.pack: the test split is missing";
     assert_eq!(said, format!("{}: {expected}", other.display()));
 }
 

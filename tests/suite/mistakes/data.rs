@@ -120,7 +120,16 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
             "dangling: is a link to a folder that is missing: create that folder, or remove the link",
         ),
         (
-            &["train", "demo", "--set", "data.path=nine", "--out", "dangling"],
+            &[
+                "train",
+                "demo",
+                "--set",
+                "data.path=nine",
+                "--set",
+                "train.batch=8",
+                "--out",
+                "dangling",
+            ],
             1,
             "dangling: is a link to a folder that is missing: create that folder, or remove the link",
         ),
