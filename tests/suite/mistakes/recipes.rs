@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use selfsup::methods::ALL;
 use selfsup::recipes::builtin_names;
 
 use super::{Refused, check_refusals, hues, with_tiny, write};
@@ -15,6 +16,8 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
     write(root, "bad.toml", b"seed = ");
     let known = builtin_names().collect::<Vec<_>>().join(", ");
     let no_recipe = format!("no recipe file or built-in recipe no-such; built-in recipes: {known}");
+    let methods = ALL.iter().map(|method| method.name).collect::<Vec<_>>().join(", ");
+    let unknown_method = format!("unknown method simcrl; known methods: {methods}");
     let no_builtin = format!("unknown recipe nothing; built-in recipes: {known}");
     let cases: &[Refused] = &[
         (&["train", "no-such"], 2, &no_recipe),
@@ -39,11 +42,7 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
             2,
             "a batch of 20000 is larger than the set of 10000 images: lower the batch size",
         ),
-        (
-            &["train", "demo", "--set", "method.name=simcrl"],
-            2,
-            "unknown method simcrl; known methods: byol, distill, moco, simclr, simclr-v2, simsiam, supervised, swav",
-        ),
+        (&["train", "demo", "--set", "method.name=simcrl"], 2, &unknown_method),
     ];
     check_refusals(root, cases, &["runs", "new"]);
     for (words, sentence) in [
