@@ -1,6 +1,7 @@
-//! Compiles the engine, and compiles every kernel file for the host twice: plain, and instrumented for the shadow memory.
-//! Each result is a separate shared object, so that its thread-local segment is the static shared memory of its kernels.
-//! The driver embeds all of them.
+//! Compiles the engine, and compiles every kernel file of the repository for the host twice: plain, and instrumented for the
+//! shadow memory. Each result is a separate shared object, so that its thread-local segment is the static shared memory of its
+//! kernels. The driver embeds all of them. In a package, without the repository around it, there are none: programs then name
+//! their kernels in `SELFSUP_STAND_IN_SOURCES`.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
@@ -11,84 +12,66 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, thread};
 
-const BOTH: &[&str] = &[
-    "-std=c++20",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-march=native",
-    "-DSELFSUP_ON_HOST",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    "-Wno-unused-parameter",
-    "-Wno-psabi",
-];
-
-const PLAIN: &[&str] = &["-O3"];
-
-/// Callbacks before every access, and no optimisation that merges or splits accesses, or that hides a static's address
-/// from them.
-const CHECKED: &[&str] = &[
-    "-O1",
-    "-g1", // for line numbers in reports
-    "-fsanitize=thread",
-    "--param=tsan-instrument-func-entry-exit=0",
-    "-fno-tree-vectorize",
-    "-fno-tree-slp-vectorize",
-    "-fno-store-merging",
-    "-fno-tree-sra",
-    "-fno-ipa-reference-addressable",
-    "-fno-ipa-reference",
-];
+use cuda_on_host::host::{CHECKED_FLAGS, KERNEL_FLAGS, LINK_FLAGS, PLAIN_FLAGS, SOURCES, table};
+use cuda_on_host::source::{self, Signature};
 
 /// A kernel file.
 struct Source {
     path: PathBuf,
     /// Part of the product, not of the driver's own tests.
     shipped: bool,
-    /// Name and launch bounds (threads per block) of each kernel.
-    kernels: Vec<(String, String)>,
+    kernels: Vec<Signature>,
+}
+
+/// Where the build finds and leaves files.
+struct Folders {
+    here: PathBuf,
+    out: PathBuf,
+    /// The C++ side of `cuda-on-host`.
+    host: PathBuf,
 }
 
 fn main() {
     let here = PathBuf::from(env::var("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
-    let kernels = here.join("../kernels").canonicalize().expect("the repository has kernels/");
-    let watched = [
-        kernels.clone(),
-        here.join("broken"),
-        here.join("include"),
-        here.join("engine"),
-        here.join("build.rs"),
-    ];
-    for path in &watched {
-        println!("cargo:rerun-if-changed={}", path.display());
+    let folders = Folders { host: out.join("host"), here, out };
+    for path in ["../kernels", "broken", "build.rs"] {
+        println!("cargo:rerun-if-changed={path}");
     }
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libcuda.so");
-
+    let mut headers = DefaultHasher::new();
+    for (name, text) in SOURCES {
+        let path = folders.host.join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("OUT_DIR is writable");
+        fs::write(path, text).expect("OUT_DIR is writable");
+        if name.starts_with("include/") {
+            text.hash(&mut headers);
+        }
+    }
     cc::Build::new()
         .cpp(true)
         .std("c++20")
         .opt_level(2)
         .debug(false)
-        .include(here.join("include"))
+        .include(folders.host.join("include"))
         .files(
             ["fiber", "schedule", "shadow", "library"]
-                .map(|f| here.join(format!("engine/{f}.cpp"))),
+                .map(|f| folders.host.join(format!("engine/{f}.cpp"))),
         )
         .compile("standin_engine");
 
+    let kernels = folders.here.join("../kernels");
     let mut sources = Vec::new();
-    for (folder, shipped) in [(&kernels, true), (&here.join("broken"), false)] {
-        for path in files(folder, "cu") {
+    for (folder, shipped) in [(&kernels, true), (&folders.here.join("broken"), false)] {
+        // Those for this driver's tests include headers of the repository's kernels.
+        for path in files(folder, "cu").into_iter().filter(|_| kernels.is_dir()) {
             let text = fs::read_to_string(&path).expect("a readable kernel file");
-            sources.push(Source { kernels: entry_points(&text), path, shipped });
+            let kernels = source::kernels(&text);
+            let kernels =
+                kernels.unwrap_or_else(|e| panic!("{}:{}: {}", path.display(), e.line, e.what));
+            sources.push(Source { kernels, path, shipped });
         }
-    }
-    let mut headers = DefaultHasher::new();
-    for folder in [&kernels, &here.join("include"), &here.join("broken")] {
-        for path in files(folder, "h").into_iter().chain(files(folder, "cuh")) {
+        for path in files(folder, "cuh") {
             fs::read(path).expect("a readable header").hash(&mut headers);
         }
     }
@@ -108,7 +91,7 @@ fn main() {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     let Some((source, checked)) = jobs.get(i) else { break };
-                    let object = compile(compiler.path(), source, *checked, headers, &here, &out);
+                    let object = compile(compiler.path(), source, *checked, headers, &folders);
                     objects.lock().expect("no compiler panicked")[i] = object;
                 }
             });
@@ -119,10 +102,10 @@ fn main() {
     let mut table =
         format!("/// All kernel files.\npub(crate) static FILES: [File; {}] = [\n", jobs.len() / 2);
     for (pair, job) in objects.chunks(2).zip(jobs.iter().step_by(2)) {
-        let names: Vec<&str> = job.0.kernels.iter().map(|k| k.0.as_str()).collect();
+        let names: Vec<&str> = job.0.kernels.iter().map(|k| k.name.as_str()).collect();
         writeln!(
             table,
-            "    File {{ name: c{:?}, shipped: {}, kernels: &{names:?}, plain: include_bytes!({:?}), checked: include_bytes!({:?}), loaded: [OnceLock::new(), OnceLock::new()] }},",
+            "    File {{ name: c{:?}, shipped: {}, kernels: &{names:?}, code: Code::Embedded([include_bytes!({:?}), include_bytes!({:?})]), loaded: [OnceLock::new(), OnceLock::new()] }},",
             stem(&job.0.path),
             job.0.shipped,
             pair[0],
@@ -131,7 +114,7 @@ fn main() {
         .expect("writing to a string succeeds");
     }
     table.push_str("];\n");
-    fs::write(out.join("files.rs"), table).expect("OUT_DIR is writable");
+    fs::write(folders.out.join("files.rs"), table).expect("OUT_DIR is writable");
 }
 
 fn stem(path: &Path) -> String {
@@ -149,47 +132,26 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     all
 }
 
-/// Name and launch bounds of each `KERNEL [BOUNDS(threads)] void name(` line.
-fn entry_points(text: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    for line in text.lines().filter_map(|line| line.strip_prefix("KERNEL ")) {
-        let (bounds, rest) = match line.strip_prefix("BOUNDS(") {
-            Some(rest) => rest.split_once(") ").expect("KERNEL BOUNDS(threads) void name("),
-            None => ("1024", line),
-        };
-        let name =
-            rest.strip_prefix("void ").and_then(|r| r.split_once('(')).expect("KERNEL void name(");
-        let threads = bounds.split(',').next().expect("at least one bound");
-        found.push((name.0.trim().to_owned(), threads.trim().to_owned()));
-    }
-    found
-}
-
 /// Compiles one kernel file to a shared object, or reuses the one built from the same text and flags.
 fn compile(
     compiler: &Path,
     source: &Source,
     checked: bool,
     headers: u64,
-    here: &Path,
-    out: &Path,
+    folders: &Folders,
 ) -> PathBuf {
-    let mut wrapper =
-        format!("#include \"{}\"\n#include \"standin_library.h\"\n", source.path.display());
-    wrapper.push_str("static constexpr standin::Entry ENTRIES[] = {\n");
-    for (name, bounds) in &source.kernels {
-        writeln!(wrapper, "    standin::entry<{name}>(\"{name}\", {bounds}),")
-            .expect("writing to a string succeeds");
-    }
-    wrapper.push_str("};\nSTANDIN_LIBRARY(ENTRIES)\n");
+    let path = source.path.canonicalize().expect("it was read");
+    let wrapper = format!("#include \"{}\"\n{}", path.display(), table(&source.kernels));
+    let own = if checked { CHECKED_FLAGS } else { PLAIN_FLAGS };
     let flags: Vec<&str> =
-        BOTH.iter().chain(if checked { CHECKED } else { PLAIN }).copied().collect();
+        KERNEL_FLAGS.iter().chain(own).chain(&["-DSELFSUP_ON_HOST"]).copied().collect();
 
     let mut key = DefaultHasher::new();
     (headers, &wrapper, &flags, fs::read(&source.path).expect("a readable kernel file"))
         .hash(&mut key);
     let mode = if checked { "checked" } else { "plain" };
-    let object = out.join(format!("{}-{mode}-{:016x}.so", stem(&source.path), key.finish()));
+    let object =
+        folders.out.join(format!("{}-{mode}-{:016x}.so", stem(&source.path), key.finish()));
     if object.exists() {
         return object;
     }
@@ -199,13 +161,12 @@ fn compile(
     let status = Command::new(compiler)
         .args(flags)
         .arg(format!("-I{}", source.path.parent().expect("a folder").display()))
-        .arg(format!("-I{}", here.join("../kernels").display()))
-        .arg(format!("-I{}", here.join("include").display()))
+        .arg(format!("-I{}", folders.here.join("../kernels").display()))
+        .arg(format!("-I{}", folders.host.join("include").display()))
         .arg("-o")
         .arg(&unfinished)
         .arg(&cpp)
-        // The library defines the callbacks itself, so the sanitizer's runtime is not linked.
-        .args(["-nostdlib", "-lstdc++", "-lm", "-lc"])
+        .args(LINK_FLAGS)
         .status()
         .expect("the C++ compiler starts");
     assert!(status.success(), "{} does not compile for the host", source.path.display());

@@ -1,5 +1,5 @@
 // PTX instructions without a CUDA intrinsic, each behind a function. On the host,
-// emulator/include/ptx_on_host.h implements them from the same sections of the PTX ISA.
+// cuda-on-host/include/ptx_on_host.h implements them from the same sections of the PTX ISA.
 #pragma once
 
 #include "selfsup.cuh"

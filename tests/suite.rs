@@ -45,6 +45,8 @@ mod graph_replay;
 mod interchange;
 #[path = "suite/jpeg.rs"]
 mod jpeg;
+#[path = "suite/judge.rs"]
+mod judge;
 #[path = "suite/kernel_fuzz.rs"]
 mod kernel_fuzz;
 #[path = "suite/layers.rs"]

@@ -1,8 +1,13 @@
 //! Bindings to the engine, and the table of kernels.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::{env, fs};
+
+use cuda_on_host::host::{Build as Flavour, Host};
+use cuda_on_host::source;
 
 /// A kernel file, compiled twice.
 pub(crate) struct File {
@@ -10,10 +15,95 @@ pub(crate) struct File {
     /// Part of the product, not of this driver's own tests.
     pub shipped: bool,
     pub kernels: &'static [&'static str],
-    pub plain: &'static [u8],
-    pub checked: &'static [u8],
+    code: Code,
     /// Both builds, once loaded.
     loaded: [OnceLock<Library>; 2],
+}
+
+/// Where the two builds of a file come from.
+enum Code {
+    /// Plain and instrumented.
+    Embedded([&'static [u8]; 2]),
+    /// A source that the environment names: compiled when the first of its kernels is needed.
+    Source(PathBuf),
+}
+
+impl Code {
+    fn bytes(&self, checked: bool) -> Vec<u8> {
+        match self {
+            Code::Embedded(builds) => builds[usize::from(checked)].to_vec(),
+            Code::Source(path) => compile(path, checked).unwrap_or_else(|why| {
+                // There is no code for it among the driver's, and a test must not go on without its kernels.
+                eprintln!("stand-in driver: {why}");
+                std::process::abort()
+            }),
+        }
+    }
+}
+
+/// The variable that names sources: their kernels take the place of embedded ones of the same name.
+const SOURCES: &str = "SELFSUP_STAND_IN_SOURCES";
+
+fn compile(path: &Path, checked: bool) -> Result<Vec<u8>, String> {
+    let host = Host::new(&Host::default_cache())?;
+    let folder = host.new_folder()?;
+    let library = folder.join("kernels.so");
+    let text = read(path)?;
+    // The repository's own style, whose macros choose the host's functions.
+    let foreign = !text.contains("KERNEL ");
+    let code = if foreign {
+        source::for_the_host(&text)
+    } else {
+        source::Rewritten { text: text.clone(), unknown: Vec::new() }
+    };
+    if let Some(unknown) = code.unknown.first() {
+        return Err(format!(
+            "{}:{}: the host does not know {}",
+            path.display(),
+            unknown.line,
+            unknown.what
+        ));
+    }
+    let build = Flavour { checked, foreign };
+    let compiled = host.compile(path, &code.text, &signatures(path, &text)?, build, &library);
+    let bytes = compiled.and_then(|()| fs::read(&library).map_err(|e| e.to_string()));
+    let _ = fs::remove_dir_all(&folder); // a few files of a cache
+    bytes.map_err(|why| format!("{} does not compile for the host: {why}", path.display()))
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|e| format!("{SOURCES}: {}: {e}", path.display()))
+}
+
+fn signatures(path: &Path, text: &str) -> Result<Vec<source::Signature>, String> {
+    source::kernels(text).map_err(|e| format!("{}:{}: {}", path.display(), e.line, e.what))
+}
+
+/// The files that the environment names.
+fn named_files() -> Vec<&'static File> {
+    let list = env::var_os(SOURCES).unwrap_or_default();
+    let file = |path: PathBuf| -> Result<&'static File, String> {
+        let text = read(&path)?;
+        let names = signatures(&path, &text)?.into_iter().map(|kernel| &*kernel.name.leak());
+        let kernels: Vec<&'static str> = names.collect();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = CString::new(name).map_err(|e| e.to_string())?;
+        let loaded = [OnceLock::new(), OnceLock::new()];
+        let code = Code::Source(path);
+        // As long as the process: kernels are never unloaded.
+        Ok(Box::leak(Box::new(File {
+            name: Box::leak(name.into_boxed_c_str()),
+            shipped: false,
+            kernels: kernels.leak(),
+            code,
+            loaded,
+        })))
+    };
+    let paths = env::split_paths(&list).filter(|path| !path.as_os_str().is_empty());
+    paths.map(file).collect::<Result<_, _>>().unwrap_or_else(|why| {
+        eprintln!("stand-in driver: {why}");
+        std::process::abort()
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -131,10 +221,10 @@ impl Kernel {
     fn build(&self, checked: bool) -> &Build {
         let which = usize::from(checked);
         self.builds[which].get_or_init(|| {
-            let bytes = if checked { self.file.checked } else { self.file.plain };
-            let name = std::ffi::CString::new(self.name).expect("a C++ name contains no NUL");
+            let name = CString::new(self.name).expect("a C++ name contains no NUL");
             unsafe {
                 let loaded = *self.file.loaded[which].get_or_init(|| {
+                    let bytes = self.file.code.bytes(checked);
                     Library(&*engine_load(self.file.name.as_ptr(), bytes.as_ptr(), bytes.len()))
                 });
                 Build { loaded: loaded.0, entry: &*engine_entry(loaded.0, name.as_ptr()) }
@@ -195,12 +285,15 @@ pub(crate) fn kernels() -> &'static HashMap<&'static str, Kernel> {
     static ALL: OnceLock<HashMap<&'static str, Kernel>> = OnceLock::new();
     ALL.get_or_init(|| {
         let mut all = HashMap::new();
+        let kernel = |name, file| Kernel { name, file, builds: [OnceLock::new(), OnceLock::new()] };
         for file in &FILES {
             for name in file.kernels {
-                let kernel = Kernel { name, file, builds: [OnceLock::new(), OnceLock::new()] };
-                let twice = all.insert(*name, kernel).is_some();
+                let twice = all.insert(*name, kernel(name, file)).is_some();
                 assert!(!twice, "stand-in driver: two kernels are named {name}");
             }
+        }
+        for file in named_files() {
+            all.extend(file.kernels.iter().map(|name| (*name, kernel(name, file))));
         }
         all
     })

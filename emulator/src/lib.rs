@@ -1,5 +1,4 @@
-//! A stand-in for the CUDA driver: a `libcuda.so` that runs the project's kernels on the CPU, for tests on machines
-//! without a GPU. The README next to this crate explains how it works.
+//! A stand-in for the CUDA driver: a `libcuda.so` that runs kernels on the CPU, for tests on machines without a GPU. The README next to this crate explains how it works.
 //!
 //! | file | contents |
 //! |---|---|
@@ -8,7 +7,7 @@
 //! | `driver.rs` | the driver's state, and the behaviour common to all calls |
 //! | `work.rs` | streams, events and graphs: queued work, and when it runs |
 //! | `memory.rs` | device and pinned memory, with guards and poison |
-//! | `engine.rs` | bindings to the C++ engine (`engine/`), which runs one launch on fibers |
+//! | `engine.rs` | the kernels, and bindings to the C++ engine of `cuda-on-host`, which runs one launch on fibers |
 //!
 //! Every call is unsafe, as its counterpart in the driver is. Handles may have any value, because they are looked up;
 //! pointers must satisfy the driver's manual.

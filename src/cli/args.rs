@@ -6,6 +6,7 @@ use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::bench::BenchArgs;
 use super::device::Name;
+use super::judge::JudgeArgs;
 use super::pack::PackArgs;
 use super::skipped::share;
 use super::study::StudyArgs;
@@ -119,6 +120,15 @@ and `labels`, and names and classes as JSON lists in its header.")]
   selfsup bench --json > before.json; selfsup bench --against before.json --fail-below 0.95
   selfsup bench --paper --chip A100               # no GPU is needed")]
     Bench(BenchArgs),
+    /// Judge a CUDA kernel without a GPU: is it right, is it safe, what could its speed be
+    ///
+    /// Compiles the kernel with g++ and runs it on the CPU at many sizes and in many orders, with every access checked. A TOML file
+    /// describes its launch, its arguments and what it should compute. Exit code 0 if it is right and safe.
+    #[command(after_help = "Examples:
+  selfsup judge --example                         # a kernel and its case, to start from
+  selfsup judge kernel.cu --case case.toml
+  selfsup judge kernel.cu --mutate                # would the case notice mistakes?")]
+    Judge(JudgeArgs),
     /// List the devices of this machine
     Devices {
         /// Print one JSON object

@@ -8,8 +8,11 @@ mod device;
 mod eval;
 mod inspect;
 mod interchange;
+mod judge;
+mod nvcc;
 mod output;
 mod pack;
+mod primitives;
 mod progress;
 mod ranks;
 mod signals;
@@ -87,6 +90,7 @@ fn run(command: Command) -> Result<()> {
         Command::Report { runs, out } => commands::report(&runs, out),
         Command::Study(study) => study::study(&study),
         Command::Bench(args) => bench::bench(&args),
+        Command::Judge(args) => judge::judge(&args),
         Command::Devices { json } => commands::devices(json),
     }
 }

@@ -65,12 +65,14 @@ STANDIN_INTERNAL inline void grid_barrier(int line) {
 #define __shared__ static thread_local
 #define __constant__ static const
 #define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
 
 #define threadIdx (standin::thread_index())
 #define blockIdx (standin::block_index())
 #define blockDim (standin::block_size())
 #define gridDim (standin::grid_size())
 constexpr int warpSize = 32;
+using dim3 = standin::Dim3;
 
 // Vector types.
 

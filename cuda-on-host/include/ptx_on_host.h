@@ -1,6 +1,6 @@
-// Host implementations of the functions of kernels/ptx.cuh, from the fragment layouts of the PTX ISA (9.7.14:
-// matrix multiply-accumulate, ldmatrix; 9.7.9.25: asynchronous copy). `group` is lane / 4 and `in_group` is
-// lane % 4, as in that text.
+// Host implementations of PTX instructions, from the fragment layouts of the PTX ISA (9.7.14: matrix
+// multiply-accumulate, ldmatrix; 9.7.9.25: asynchronous copy), and of the functions of the engine's
+// kernels/ptx.cuh by them. `group` is lane / 4 and `in_group` is lane % 4, as in that text.
 #pragma once
 
 #include "cuda_on_host.h"
@@ -108,6 +108,7 @@ STANDIN_INTERNAL inline void mma(Complete complete, float* d, const unsigned* a,
 
 }  // namespace standin
 
+#ifndef STANDIN_FOREIGN
 inline float exp2_fast(float x) {
     float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
@@ -147,3 +148,4 @@ STANDIN_INTERNAL inline void cp_async_wait() {
     standin::runtime->copy_wait(GROUPS_LEFT);
     standin::memory_clobber();
 }
+#endif

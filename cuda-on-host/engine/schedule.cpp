@@ -267,8 +267,29 @@ static void copy_wait(unsigned groups_left) {
 
 static void fail_with(const char* what) { fail(what); }
 
-static const Runtime RUNTIME = {barrier,     grid_barrier, collective, copy_issue,
-                                copy_commit, copy_wait,    fail_with,  shadow_access};
+// Addresses in the shared state space: dynamic shared memory from the one, static from the other.
+static constexpr unsigned DYNAMIC = 1u << 24, STATIC = 2u << 24;
+
+static unsigned shared_address(const void* at) {
+    auto p = static_cast<const char*>(at);
+    auto dynamic = static_cast<const char*>(engine.current->shared);
+    if (engine.segment && p >= engine.segment && p < engine.segment + engine.launch->loaded->tls_size)
+        return STATIC + static_cast<unsigned>(p - engine.segment);
+    // A thread may compute the address of the end.
+    if (p >= dynamic && p <= dynamic + engine.launch->shared)
+        return DYNAMIC + static_cast<unsigned>(p - dynamic);
+    fail("converts a pointer to a shared address that does not point to shared memory");
+}
+
+static void* shared_pointer(unsigned address) {
+    if (address >= STATIC && engine.segment) return engine.segment + (address - STATIC);
+    if (address >= DYNAMIC && address < STATIC)
+        return static_cast<char*>(engine.current->shared) + (address - DYNAMIC);
+    fail("uses an address of shared memory that no pointer was converted to");
+}
+
+static const Runtime RUNTIME = {barrier,   grid_barrier, collective,    copy_issue,     copy_commit,
+                                copy_wait, fail_with,    shadow_access, shared_address, shared_pointer};
 
 static bool same(const Dim3& a, const Dim3& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 

@@ -43,6 +43,9 @@ struct Runtime {
     /// Checks a memory access, in the instrumented build; `alignment` 0 requires none. `code` is the address
     /// of the access.
     void (*access)(const void* at, size_t size, unsigned access, size_t alignment, const void* code);
+    /// Converts between a pointer to the block's shared memory and its address in the shared state space.
+    unsigned (*shared_address)(const void* at);
+    void* (*shared_pointer)(unsigned address);
 };
 
 /// One kernel.
