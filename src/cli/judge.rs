@@ -107,12 +107,12 @@ fn on_files(
     let compiled = nvcc::compile(kernel, judge.kernel());
     let unknown = judge.unknown();
     if !unknown.is_empty() {
-        let list = unknown.iter().map(|u| format!("{}:{}: {}", kernel.display(), u.line, u.what));
+        let list = unknown.iter().map(|u| format!("line {}: {}", u.line, u.what));
         let list = list.collect::<Vec<_>>().join("; ");
         let footprint = judge.footprint().map_err(Error::Config)?;
         say(&format!("kernel `{}`: right and safe cannot be judged on a CPU", judge.kernel()))?;
         paper(&footprint, &compiled, chip)?;
-        return Err(Error::Device(format!("the host does not know {list}")));
+        return Err(Error::format(kernel, format!("the host does not know {list}")));
     }
     let options = Options {
         schedules: args.schedules,
@@ -137,7 +137,7 @@ fn on_files(
             survived.map(|(m, _)| json!({ "line": m.line, "what": m.what })).collect::<Vec<_>>()
         });
         say(&json!({
-            "kernel": judge.kernel(), "right": right, "safe": safe, "error": verdict.error, "tolerance": verdict.tolerance,
+            "kernel": judge.kernel(), "right": (verdict.compared > 0).then_some(right), "safe": safe, "error": verdict.error, "tolerance": verdict.tolerance,
             "launches": verdict.launches, "sizes": verdict.sizes,
             "findings": verdict.findings.iter().map(found).collect::<Vec<_>>(),
             "blocks": verdict.footprint.blocks, "threads": verdict.footprint.threads, "bytes": verdict.footprint.bytes,
@@ -153,14 +153,13 @@ fn on_files(
             None => {}
         }
     }
-    match (right, safe) {
-        (true, true) => Ok(()),
-        (false, true) => Err(Error::Device(format!("`{}` is not right", judge.kernel()))),
-        (true, false) => Err(Error::Device(format!("`{}` is not safe", judge.kernel()))),
-        (false, false) => {
-            Err(Error::Device(format!("`{}` is neither right nor safe", judge.kernel())))
-        }
-    }
+    let not = match (right, safe) {
+        (true, true) => return Ok(()),
+        (false, true) => "not right",
+        (true, false) => "not safe",
+        (false, false) => "neither right nor safe",
+    };
+    Err(Error::format(kernel, format!("`{}` is {not}", judge.kernel())))
 }
 
 /// `rows=1,columns=7`
@@ -203,14 +202,7 @@ fn aspect(
     kernel: &Path,
     case: &Path,
 ) -> Result<()> {
-    // Launches that broke a rule have no results to compare.
-    let compared = verdict
-        .findings
-        .iter()
-        .filter(|f| f.aspect == Aspect::Safe)
-        .map(|f| f.times)
-        .sum::<usize>();
-    if aspect == Aspect::Right && verdict.is(aspect) && compared >= verdict.launches {
+    if aspect == Aspect::Right && verdict.compared == 0 {
         return say(&format!("{word}: not known: no launch came to its end"));
     }
     if verdict.is(aspect) {
