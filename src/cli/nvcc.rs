@@ -1,12 +1,11 @@
 //! What nvcc says about a kernel, where there is one: the estimate on paper of `selfsup judge`.
 
-#[path = "../../build/sass.rs"]
-#[allow(dead_code, unreachable_pub, missing_docs)]
-mod sass;
-
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use crate::device::Counts;
+use crate::device::cuda::parse_sass;
 
 /// The kernel's code for sm_90a.
 #[derive(Debug)]
@@ -17,7 +16,7 @@ pub(super) struct Compiled {
     /// Bytes of spill stores and loads.
     pub spilled: usize,
     /// Instructions of the hot loop, if there is a disassembler.
-    pub mix: Option<sass::Counts>,
+    pub mix: Option<Counts>,
 }
 
 /// Compiles a source for sm_90a and reads what ptxas prints about the kernel.
@@ -85,7 +84,7 @@ fn parse(printed: &str, kernel: &str) -> Option<Compiled> {
     None
 }
 
-fn mix(nvcc: &Path, cubin: &Path, kernel: &str) -> Option<sass::Counts> {
+fn mix(nvcc: &Path, cubin: &Path, kernel: &str) -> Option<Counts> {
     let folder = nvcc.canonicalize().ok()?.parent()?.to_owned();
     let tool = folder.join("cuobjdump");
     // cuobjdump searches for nvdisasm there.
@@ -97,7 +96,7 @@ fn mix(nvcc: &Path, cubin: &Path, kernel: &str) -> Option<sass::Counts> {
         .env("PATH", path)
         .output()
         .ok()?;
-    let all = sass::parse(&String::from_utf8_lossy(&output.stdout));
+    let all = parse_sass(&String::from_utf8_lossy(&output.stdout));
     all.into_iter().find(|code| is_named(&code.kernel, kernel)).map(|code| code.hot)
 }
 

@@ -13,6 +13,7 @@ use super::Gpu;
 use super::driver::words;
 use crate::error::{Error, Result};
 pub use sass::Counts;
+pub(crate) use sass::parse as parse_sass;
 
 /// Instruction counts, made by the build (`build/sass.rs`).
 #[path = "../../../build/sass.rs"]
