@@ -59,7 +59,11 @@ fn a_wrong_kernel_fails_with_what_to_run_again() {
     let again = judge(&[&kernel, "--at", "n=1", "--seed", "1"]);
     let said = text(&again.stdout);
     assert!(said.contains("safe: NO") && said.contains("--at n=1 --seed 1"), "{said}");
-    assert!(text(&again.stderr).contains("`twice` is not safe"), "{}", text(&again.stderr));
+    assert!(
+        text(&again.stderr).contains("`twice` is neither right nor safe"),
+        "{}",
+        text(&again.stderr)
+    );
     // An even size alone shows nothing.
     assert!(judge(&[&kernel, "--at", "n=8"]).status.success());
 
