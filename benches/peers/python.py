@@ -21,7 +21,6 @@ faster.
 import argparse
 import copy
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -225,12 +224,6 @@ def losses(args):
         [rows(512, 3000)],
     )
     cases["sinkhorn [512, 3000]"] = (own.sinkhorn, eager_sinkhorn, [F.normalize(torch.randn(512, 3000))])
-    weights = torch.randn(4096, 128)
-    cases["l2_normalize [4096, 128]"] = (
-        lambda x: (own.l2_normalize(x) * weights).sum(),
-        lambda x: (F.normalize(x) * weights).sum(),
-        [rows(4096, 128)],
-    )
     for name, (ours, eager, inputs) in cases.items():
         pairs = [(seconds(ours, inputs), seconds(eager, inputs)) for _ in range(args.rounds)]
         ratio = statistics.median(b / a for a, b in pairs)
@@ -244,7 +237,7 @@ def losses(args):
 
 
 def accuracy():
-    """Error of values and gradients in f32 of an f64 reference, relative to the largest entry if that is above 1."""
+    """Error of values and gradients in f32 of an f64 reference, relative to the largest entry."""
     a, b = torch.randn(256, 128, dtype=torch.float64), torch.randn(256, 128, dtype=torch.float64)
     queue = F.normalize(torch.randn(4096, 128, dtype=torch.float64))
     for name, ours, eager in (
@@ -257,7 +250,7 @@ def accuracy():
             x, y = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
             value = loss(x, y)
             found[side] = [value.detach().double(), *(g.double() for g in torch.autograd.grad(value, (x, y)))]
-        error = lambda side: [((g - w).abs().max() / w.abs().max().clamp(min=1)).item() for g, w in zip(found[side], found["want"])]
+        error = lambda side: [((g - w).abs().max() / w.abs().max()).item() for g, w in zip(found[side], found["want"])]
         print(f"{name:<14} error of the value and both gradients: ours {[f'{e:.0e}' for e in error('ours')]}, eager f32 {[f'{e:.0e}' for e in error('eager')]}")
 
 
@@ -267,9 +260,15 @@ def peak(args):
     small = [torch.randn(8, 128).requires_grad_() for _ in range(2)]
     loss(*small).backward()
     inputs = [torch.randn(rows // 2, 128).requires_grad_() for _ in range(2)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     loss(*inputs).backward()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(high_water() - before)
+
+
+def high_water():
+    """The most memory that this process has had, in MB. (`ru_maxrss` counts that of the process that started it, too.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def swap(args):

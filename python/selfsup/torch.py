@@ -134,13 +134,14 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """The rows of ``x`` ``[n, d]`` scaled to unit length; norms are at least 1e-12, as in ``torch.nn.functional.normalize``.
+    """The rows of ``x`` ``[n, d]`` scaled to unit length; norms are at least 1e-12. This is ``torch.nn.functional.normalize``, which is as
+    fast as a pass over the rows can be; it works on any device.
 
     Raises:
-        ValueError: the shape is another one, or the tensor is on a GPU.
+        ValueError: the shape is another one.
     """
-    _matrices("l2_normalize", x=x)
-    return torch.ops.selfsup.l2_normalize(_wide(x)).to(x.dtype)  # type: ignore[no-any-return]
+    _matrices("l2_normalize", anywhere=True, x=x)
+    return torch.nn.functional.normalize(x, dim=1, eps=1e-12)
 
 
 def _loss(name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], temperature: float) -> Tensor:
@@ -154,7 +155,7 @@ def _loss(name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor],
     return loss.to(dtype)  # type: ignore[no-any-return]
 
 
-def _matrices(name: str, **tensors: Tensor) -> None:
+def _matrices(name: str, anywhere: bool = False, **tensors: Tensor) -> None:
     for which, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {which} is a {type(tensor).__name__}, not a tensor")
@@ -162,7 +163,7 @@ def _matrices(name: str, **tensors: Tensor) -> None:
             raise ValueError(f"{name}: {which} is {list(tensor.shape)}; it must be [rows, columns], neither of them 0")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: {which} is {tensor.dtype}; it must hold floats")
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" and not anywhere:
             raise ValueError(
                 f"{name}: {which} is on {tensor.device}; selfsup's losses compute on the CPU only: its CUDA kernels do not work in "
                 "PyTorch's memory yet"
@@ -212,22 +213,6 @@ def _loss_backward(ctx: Any, d: Optional[Tensor], da: Optional[Tensor], db: Opti
     return None, gradients[0], gradients[1], None, None, None
 
 
-def _normalize_now(x: Tensor) -> Tensor:
-    return torch.from_numpy(_native.l2_normalize(_array(x), None, torch.get_num_threads()))
-
-
-def _normalize_backward_now(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.from_numpy(_native.l2_normalize(_array(x), _array(dy.to(x.dtype)), torch.get_num_threads()))
-
-
-def _normalize_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-
-
-def _normalize_backward(ctx: Any, dy: Tensor) -> Tensor:
-    return torch.ops.selfsup.l2_normalize_backward(ctx.saved_tensors[0], dy)  # type: ignore[no-any-return]
-
-
 def _sinkhorn_now(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     return torch.from_numpy(_native.sinkhorn(_array(scores), epsilon, iterations, torch.get_num_threads()))
 
@@ -244,15 +229,6 @@ _define(
     _loss_now,
     _loss_fake,
 ).register_autograd(_loss_backward, setup_context=_loss_setup)
-_define("l2_normalize", "(Tensor x) -> Tensor", _normalize_now, lambda x: x.new_empty(x.shape)).register_autograd(
-    _normalize_backward, setup_context=_normalize_setup
-)
-_define(
-    "l2_normalize_backward",
-    "(Tensor x, Tensor dy) -> Tensor",
-    _normalize_backward_now,
-    lambda x, dy: x.new_empty(x.shape),
-)
 _define(
     "sinkhorn",
     "(Tensor scores, float epsilon, int iterations) -> Tensor",

@@ -30,7 +30,7 @@ mod _native {
     #[pymodule_export]
     use super::loader::{Augmentation, Loader};
     #[pymodule_export]
-    use super::losses::{l2_normalize, loss_and_gradients, sinkhorn};
+    use super::losses::{loss_and_gradients, sinkhorn};
     #[pymodule_export]
     use super::main;
     #[pymodule_export]

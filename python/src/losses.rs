@@ -203,43 +203,6 @@ fn array(py: Python<'_>, tensor: Tensor) -> PyResult<Bound<'_, PyAny>> {
     })
 }
 
-/// Rows of unit length; with `gradient`, the gradient of the rows `x` instead, from that of the result.
-#[pyfunction]
-#[pyo3(signature = (x, gradient, threads))]
-pub fn l2_normalize<'py>(
-    py: Python<'py>,
-    x: Bound<'py, PyAny>,
-    gradient: Option<Bound<'py, PyAny>>,
-    threads: usize,
-) -> PyResult<Bound<'py, PyAny>> {
-    let inputs: Vec<_> = [x].into_iter().chain(gradient).collect();
-    let arrays = arrays(&inputs)?;
-    let views = arrays.iter().map(Array::view).collect::<PyResult<Vec<_>>>()?;
-    let result = released(py, || {
-        with_engine(threads, |engine| {
-            let root = engine.root;
-            let arena = engine.arena(views[0].dtype());
-            let device = arena.device().clone();
-            let x = views[0].tensor(&device);
-            let Some(gradient) = views.get(1) else {
-                return tape::evaluate(arena, |tape| ops::l2_normalize(&tape.input(&x)));
-            };
-            let (slot, gradient) = (Slot::default(), gradient.tensor(&device));
-            tape::step(arena, |tape| {
-                let y = ops::l2_normalize(&leaf(tape, root, &x, &slot));
-                let id = y.id();
-                // A scalar whose gradient by `y` is the one that is given.
-                tape.record("seed", Tensor::zeros(&device, []), &[&y], move |_, gradients| {
-                    gradients.add(id, gradient);
-                })
-            })?;
-            Ok(taken(&slot).expect("a gradient flows from y to x"))
-        })
-    })?;
-    let result = if result.is_unique() { result } else { result.copy() };
-    array(py, result)
-}
-
 /// Soft assignments of rows of scores to prototypes.
 #[pyfunction]
 pub fn sinkhorn<'py>(

@@ -66,20 +66,6 @@ impl Source {
     fn classes(&self) -> Vec<String> {
         self.0.classes().to_vec()
     }
-
-    /// The class of every image, -1 without labels.
-    #[getter]
-    fn labels(&self) -> Vec<i64> {
-        (0..self.0.len()).map(|i| self.0.label(i).map_or(-1, i64::from)).collect()
-    }
-
-    /// The name of an image.
-    fn name(&self, index: usize) -> PyResult<String> {
-        if index >= self.0.len() {
-            return Err(PyValueError::new_err(format!("image {index} of {}", self.0.len())));
-        }
-        Ok(self.0.name(index))
-    }
 }
 
 /// The pixels of an array.

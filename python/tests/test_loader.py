@@ -3,6 +3,7 @@ import random
 import tempfile
 import threading
 import unittest
+from pathlib import Path
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Loading(unittest.TestCase):
             loader = selfsup.Loader(path, POLICY, 8, threads=1)
             self.assertEqual((loader.images, loader.classes, len(loader)), (48, ["across", "down"], 6))
             self.assertEqual(selfsup.Loader(path, POLICY, 8, split="test").images, 16)
-            train = [p for p in sorted(__import__("pathlib").Path(path, "train").rglob("*.png"))]
+            train = sorted(Path(path, "train").rglob("*.png"))
             arrays = selfsup.Loader([pictures.pixels(48)[int(p.stem)] for p in train], POLICY, 8, threads=1)
             files = selfsup.Loader(train, POLICY, 8, threads=1)
             for one, two, three in zip(loader, arrays, files):

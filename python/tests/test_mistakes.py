@@ -88,6 +88,15 @@ class Mistakes(unittest.TestCase):
                 self.assertNotIsInstance(raised.exception, selfsup.Bug)
                 self.assertRegex(str(raised.exception), sentence)
 
+    def test_a_panic_is_an_exception_that_asks_for_a_report(self):
+        odd, even = np.ones((3, 2), np.float32), np.ones((4, 2), np.float32) / np.sqrt(np.float32(2))
+        # `selfsup.torch` checks shapes before: this is the engine's own last check.
+        with self.assertRaisesRegex(selfsup.Bug, "please report it.*nt_xent: 3 rows"):
+            selfsup._native.loss_and_gradients("nt_xent", [odd], [True], 0.5, 1)
+        loss, (gradient,) = selfsup._native.loss_and_gradients("nt_xent", [even], [True], 0.5, 1)
+        self.assertAlmostEqual(loss, np.log(3), places=6)
+        self.assertEqual(gradient.shape, (4, 2))
+
     def test_files_that_are_gone(self):
         with tempfile.TemporaryDirectory() as root:
             files = []

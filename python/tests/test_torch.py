@@ -136,7 +136,6 @@ class Losses(unittest.TestCase):
         kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(ops.loss.default, ("nt_xent", rows, None, None, [True, False], 0.5), test_utils=kinds)
         torch.library.opcheck(ops.loss.default, ("neg_cosine", a, b, None, [True, True], 1.0), test_utils=kinds)
-        torch.library.opcheck(ops.l2_normalize.default, (a,))
         torch.library.opcheck(ops.sinkhorn.default, (a.detach(), 0.05, 3))
 
     def test_sinkhorn(self):
@@ -160,9 +159,9 @@ class Losses(unittest.TestCase):
         p, z = self.rows(4, 3), self.rows(4, 3)
         own.neg_cosine(p, z.detach()).backward()
         self.assertIsNone(z.grad)
-        for loss, refusal in ((own.neg_cosine(p, z), NotImplementedError), (own.nt_xent(p, z), RuntimeError)):
+        for loss in (own.neg_cosine(p, z), own.nt_xent(p, z)):
             (first,) = torch.autograd.grad(loss, p, create_graph=True)
-            with self.assertRaises(refusal):
+            with self.assertRaises(NotImplementedError):
                 torch.autograd.grad(first.sum(), p)
 
     def test_compiled(self):
