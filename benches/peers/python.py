@@ -2,7 +2,7 @@
 """Compares selfsup's Python package with PyTorch, torchvision and lightly in one run; no test depends on it.
 
     pip install torch==2.9.1 torchvision==0.24.1 pillow lightly target/wheels/selfsup-*.whl     # scripts/wheel
-    python benches/peers/python.py loader CIFAR10 IMAGENETTE128 [--rounds 5] [--seconds 4] [--workers 2]
+    python benches/peers/python.py loader CIFAR10 IMAGENETTE128 [--rounds 5] [--seconds 4] [--workers 2] [--batch 256] [--sizes 32 112]
     python benches/peers/python.py losses [--rounds 7]
     python benches/peers/python.py swap CIFAR10 [--steps 50]
 
@@ -115,8 +115,11 @@ def measure_lightly(loader, seconds, skip):
 def loader(args):
     import loader as peers
 
+    peers.BATCH = args.batch
     print(f"{args.workers} workers, batches of {peers.BATCH}, {args.rounds} rounds of {args.seconds} s")
-    for size, path in ((32, args.folders[0]), (112, args.folders[1])):
+    for size, path in zip((32, 112), args.folders):
+        if size not in args.sizes:
+            continue
         folder, files = peers.files_in(Path(path))
         # Small images are held decoded on both sides, large ones are read and decoded each time.
         source = selfsup._native.Source.of_files([str(file) for file in files], size == 32)
@@ -353,6 +356,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 112])
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     if args.part != "peak":
