@@ -1,15 +1,18 @@
 //! The command line's arguments and help texts.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::bench::BenchArgs;
 use super::device::Name;
 use super::judge::JudgeArgs;
+use super::own::budget;
 use super::pack::PackArgs;
 use super::skipped::share;
 use super::study::StudyArgs;
+use super::tune::TuneLr;
 use crate::data::Split;
 use crate::recipes::MAX_SKIPPED;
 use crate::{eval, train};
@@ -28,8 +31,14 @@ pub(super) enum Command {
     ///
     /// Takes minutes on two cores; needs no files, no network and no GPU.
     Demo(Demo),
-    /// Train with a recipe
+    /// Train on a folder of images, or with a recipe
+    ///
+    /// Of a folder it looks at the images, measures a few steps, chooses the settings, prints them with their reasons, and trains.
+    /// The run's folder then holds the resolved recipe, to keep and to change.
     #[command(after_help = "Examples:
+  selfsup train photos                            # JPEG and PNG files, with or without class folders
+  selfsup train photos --plan                     # only the plan: settings, time, memory, disk
+  selfsup train photos --budget 2h --method byol
   selfsup train simclr-cifar10-small --set data.path=data/cifar10 --out runs/first
   selfsup train my-recipe.toml --set train.epochs=20 --set optim.lr=0.1
   selfsup train --resume runs/first
@@ -108,6 +117,17 @@ and `labels`, and names and classes as JSON lists in its header.")]
   selfsup study                                   # the questions
   selfsup study simclr-head --set data.path=data/cifar10 --seeds 3")]
     Study(StudyArgs),
+    /// Find a learning rate: short runs at seven rates, judged by their features
+    ///
+    /// Rates are compared by kNN accuracy where there are held-out labels, else by LiDAR, among those whose embeddings stay spread;
+    /// never by the loss, which also falls while embeddings collapse.
+    #[command(
+        after_help = "Examples:
+  selfsup tune-lr simclr-cifar10-small --set data.path=data/cifar10
+  selfsup tune-lr runs/photos/recipe.toml --steps 400",
+        name = "tune-lr"
+    )]
+    TuneLr(TuneLr),
     /// Measure the primitives against their roofline, or print rooflines and plans
     ///
     /// Each case is a layer of ResNet-50 or another primitive at one size; times are medians. The roofline's bandwidth and
@@ -142,7 +162,7 @@ pub(super) struct Demo {
     /// Override a setting of the demo's recipe (see `selfsup recipes demo`); may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// Also write recipe, metrics and checkpoints into this folder
+    /// The run's folder [default: runs/demo, or the first of runs/demo-2, runs/demo-3 that is free]
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
@@ -152,16 +172,25 @@ pub(super) struct Demo {
 
 #[derive(Debug, Arguments)]
 pub(super) struct Train {
-    /// A recipe file, or the name of a built-in recipe
-    #[arg(required_unless_present = "resume")]
+    /// A folder of images, a recipe file, or the name of a built-in recipe
+    #[arg(required_unless_present = "resume", value_name = "FOLDER|RECIPE")]
     pub(super) recipe: Option<String>,
+    /// Of a folder: print the plan without training
+    #[arg(long, conflicts_with = "resume")]
+    pub(super) plan: bool,
+    /// Of a folder: how long the run may take, such as 90s, 30m or 2h; network and epochs are chosen to fit
+    #[arg(long, value_name = "TIME", conflicts_with = "resume", value_parser = budget)]
+    pub(super) budget: Option<Duration>,
+    /// Of a folder: the method: simclr, simclr-v2, moco, swav, byol or simsiam
+    #[arg(long, value_name = "NAME", conflicts_with = "resume")]
+    pub(super) method: Option<String>,
     /// Continue the run in this folder from its last checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "out"])]
     pub(super) resume: Option<PathBuf>,
     /// Override a setting, such as train.epochs=20; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// The run's folder [default: runs/RECIPE]
+    /// The run's folder [default: runs/ and the name of the folder or recipe]
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::args::{Demo, Train};
 use super::eval::Compared;
 use super::output::{self, Kind};
+use super::own::{self, Planned};
 use super::progress::Progress;
 use super::{device, say, signals, talk};
 use crate::arena::Layout;
@@ -27,7 +28,11 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
     let device = device::open(demo.device, &recipe.train)?;
-    let mut run = Run::new(&recipe, &device, demo.out.as_deref())?;
+    let out = match &demo.out {
+        Some(out) => out.clone(),
+        None => free_folder()?,
+    };
+    let mut run = Run::new(&recipe, &device, Some(&out))?;
     run_to_end(&mut run, &recipe)?;
     let (train, test) = (&run.images().train, run.images().held_out()?);
     let pixels = Compared::pixels(&recipe, &device, &**train, &**test)?;
@@ -45,7 +50,29 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
         recipe.seed,
         start.elapsed().as_secs_f64()
     ));
+    look_at(&out, &recipe);
     Ok(())
+}
+
+/// The first folder for a demo that is not taken.
+fn free_folder() -> Result<PathBuf> {
+    let name = |i: u32| if i == 1 { "demo".to_owned() } else { format!("demo-{i}") };
+    let mut folders = (1..).map(|i| PathBuf::from("runs").join(name(i)));
+    loop {
+        let folder = folders.next().expect("numbers do not end");
+        match train::check_free(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(Error::Format { .. }) => {} // taken
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Names the page of a run that has ended.
+fn look_at(out: &Path, recipe: &Recipe) {
+    if recipe.watch.report {
+        talk(&format!("open in a browser: {}", out.join(train::REPORT).display()));
+    }
 }
 
 pub(super) fn train(train: &Train) -> Result<()> {
@@ -53,6 +80,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
     if let Some(file) = &train.trace {
         group.together(output::check(file, Kind::Trace))?;
     }
+    let mut planned_seconds = None;
     let (mut run, recipe, out) = match (&train.resume, &train.recipe) {
         (Some(folder), _) => {
             let paused = Paused::open_in(folder, &train.set, &group)?;
@@ -64,8 +92,15 @@ pub(super) fn train(train: &Train) -> Result<()> {
             talk(&format!("{}: {what} after step {}", folder.display(), run.step()));
             (run, recipe, folder.clone())
         }
+        (None, Some(folder)) if group.together(train::is_own_folder(folder))? => {
+            let planned = own::planned(folder, train, &group);
+            let Some(Planned { recipe, device, out, seconds }) = planned? else { return Ok(()) };
+            planned_seconds = Some(seconds);
+            (Run::new(&recipe, &device, Some(&out))?, recipe, out)
+        }
         (None, name) => {
             let name = name.as_deref().unwrap_or_default(); // one of the two is required
+            for_a_folder(train, name)?;
             let recipe = group.together(Recipe::load(name, &train.set))?;
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
@@ -80,12 +115,38 @@ pub(super) fn train(train: &Train) -> Result<()> {
     if let Some(file) = train.trace.as_ref().filter(|_| group.leads()) {
         run.trace(file, train.trace_steps);
     }
+    let start = Instant::now();
     run_to_end(&mut run, &recipe)?;
     if !group.leads() {
         return Ok(());
     }
+    if let Some(planned) = planned_seconds {
+        let took = own::time(start.elapsed().as_secs_f64());
+        talk(&format!("the run took {took}; the plan was {}", own::time(planned)));
+    }
+    look_at(&out, &recipe);
     talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
     say(&train::newest(&out)?.display().to_string())
+}
+
+/// Refuses options that only a folder of images has.
+fn for_a_folder(train: &Train, name: &str) -> Result<()> {
+    let options = [
+        ("--plan", train.plan),
+        ("--budget", train.budget.is_some()),
+        ("--method", train.method.is_some()),
+    ];
+    match options.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((option, _))
+            if Path::new(name).extension().is_some() || recipes::builtin(name).is_some() =>
+        {
+            Err(Error::Config(format!(
+                "{option} is for a folder of images, and {name} is a recipe, which says everything itself: change it with --set"
+            )))
+        }
+        Some(_) => Err(Error::format(name, "no such folder: check the path of the images")),
+    }
 }
 
 /// Names the prefix that was stripped from the names of a weight file, if there was one.

@@ -11,6 +11,7 @@ mod interchange;
 mod judge;
 mod nvcc;
 mod output;
+mod own;
 mod pack;
 mod primitives;
 mod progress;
@@ -18,6 +19,7 @@ mod ranks;
 mod signals;
 mod skipped;
 mod study;
+mod tune;
 
 use std::borrow::Cow;
 use std::ffi::OsString;
@@ -89,6 +91,7 @@ fn run(command: Command) -> Result<()> {
         Command::Recipes { name } => commands::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),
         Command::Study(study) => study::study(&study),
+        Command::TuneLr(args) => tune::tune_lr(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Judge(args) => judge::judge(&args),
         Command::Devices { json } => commands::devices(json),

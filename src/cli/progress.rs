@@ -59,6 +59,9 @@ impl Watch for Progress {
                 spread.std, spread.effective_rank
             );
         }
+        if let Some(quality) = &report.quality {
+            line += &format!(", RankMe {:.1}, LiDAR {:.1}", quality.rank_me, quality.lidar);
+        }
         if let Some(knn) = report.knn {
             line += &format!(", kNN {:.1}%", 100.0 * knn);
         }

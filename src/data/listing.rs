@@ -115,6 +115,13 @@ pub fn class_names(root: &Path) -> Result<Vec<String>> {
     Ok(classes)
 }
 
+/// Whether a file is called like an image, of the formats that are read or of others.
+pub(crate) fn is_image_name(path: &Path) -> bool {
+    extension(path).is_some_and(|extension| {
+        EXTENSIONS.contains(&&*extension) || OTHER_FORMATS.contains(&&*extension)
+    })
+}
+
 /// The last part of a path, printable.
 pub fn name_of(path: &Path) -> String {
     printable(path.file_name().unwrap_or(path.as_os_str()))

@@ -21,6 +21,7 @@ mod open;
 mod pack;
 mod rows;
 mod source;
+mod survey;
 
 pub use augment::{Policy, Transform, center};
 pub use batch::{Batch, Skipped};
@@ -29,7 +30,9 @@ pub use evaluation::{center_batch, transformed_batch};
 pub use folder::Folder;
 pub use idx::{Idx, fashion_scattered};
 pub use labels::{labelled, labels_of, of_each_class};
+pub(crate) use listing::is_image_name;
 pub use loader::Loader;
 pub use open::open;
 pub use pack::{Pack, PackSettings, Packed, Stored, pack, pack_if};
 pub use source::{Image, Source, Split, Subset};
+pub use survey::{Survey, survey};

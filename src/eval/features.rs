@@ -122,6 +122,30 @@ pub fn backbone_features(
     })
 }
 
+/// Computes the features `[n, d]` of the readable images of a source as [`backbone_features`], with or without labels.
+pub(super) fn features_of(
+    arena: &Arena,
+    backbone: &ResNet,
+    source: &dyn Source,
+    policy: &Policy,
+) -> Result<Vec<f32>> {
+    let mut all = Vec::with_capacity(source.len() * backbone.features());
+    for from in (0..source.len()).step_by(BATCH) {
+        let range = from..(from + BATCH).min(source.len());
+        let (batch, _) = center_batch(source, range, policy, arena.device())?;
+        if batch.indices.is_empty() {
+            continue;
+        }
+        let found = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
+        let rows: Vec<f32> = found.to_f64().iter().map(|&v| v as f32).collect();
+        arena.device().check()?;
+        let name = |row: usize| source.name(batch.indices[row] as usize);
+        check_finite(&rows, backbone.features(), "features", name)?;
+        all.extend(rows);
+    }
+    Ok(all)
+}
+
 /// Returns the share, in `0..=1`, of images whose largest logit is that of their class.
 ///
 /// Batch norm uses its running statistics. Each image is the centre crop, resampled and normalised by `policy`. Images that

@@ -1,5 +1,5 @@
 //! Evaluation of frozen features: weighted kNN, linear probes by published protocols and on few labels, the collapse
-//! monitor, and a two-dimensional map (t-SNE).
+//! monitor, what features are worth without labels, and a two-dimensional map (t-SNE).
 
 mod embed;
 mod features;
@@ -10,6 +10,9 @@ mod map;
 mod monitor;
 mod probe;
 mod protocol;
+mod rank;
+mod spectrum;
+mod views;
 
 pub use embed::{Embedded, embed};
 pub(crate) use features::count_correct;
@@ -22,3 +25,6 @@ pub use map::map;
 pub use monitor::{Spread, spread};
 pub use probe::{Frozen, Probed, RATES, linear_accuracy};
 pub use protocol::{PROTOCOLS, Protocol};
+pub use rank::{lidar, rank_me};
+pub(crate) use views::RANKED;
+pub use views::{IMAGES, Quality, VIEWS, quality};

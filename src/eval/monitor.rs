@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::spectrum::{products, symmetric_eigenvalues};
 use crate::tensor::Tensor;
 
 /// How widely embeddings are spread.
@@ -41,10 +42,9 @@ pub fn spread(z: &Tensor) -> Spread {
     let stds = (0..d).map(|j| (rows.iter().map(|r| r[j] * r[j]).sum::<f64>() / n as f64).sqrt());
     let std = stds.sum::<f64>() / (d as f64).sqrt();
 
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let gram = rows.iter().map(|a| rows.iter().map(|b| dot(a, b)).collect()).collect();
+    let products = products(&rows.concat(), d);
     let singular: Vec<f64> =
-        symmetric_eigenvalues(gram).into_iter().map(|v| v.max(0.0).sqrt()).collect();
+        symmetric_eigenvalues(products, n).into_iter().map(|v| v.max(0.0).sqrt()).collect();
     let total: f64 = singular.iter().sum();
     let entropy: f64 = singular
         .iter()
@@ -61,38 +61,6 @@ fn uniformity(rows: &[Vec<f64>]) -> f64 {
     let sum: f64 = pairs.map(|(i, j)| (-2.0 * apart(&rows[i], &rows[j])).exp()).sum();
     let count = rows.len() * rows.len().saturating_sub(1) / 2;
     (sum / count.max(1) as f64).ln()
-}
-
-/// Eigenvalues of a symmetric matrix by Jacobi rotations.
-fn symmetric_eigenvalues(mut a: Vec<Vec<f64>>) -> Vec<f64> {
-    let n = a.len();
-    for _sweep in 0..12 {
-        let off: f64 =
-            (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| a[i][j].powi(2)).sum();
-        let diagonal: f64 = (0..n).map(|i| a[i][i].powi(2)).sum();
-        if off <= 1e-18 * diagonal {
-            break;
-        }
-        for p in 0..n {
-            for q in p + 1..n {
-                if a[p][q] == 0.0 {
-                    continue;
-                }
-                let theta = (a[q][q] - a[p][p]) / (2.0 * a[p][q]);
-                let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
-                let c = 1.0 / (t * t + 1.0).sqrt();
-                let s = t * c;
-                for row in &mut a {
-                    (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
-                }
-                let (head, tail) = a.split_at_mut(q);
-                for (x, y) in head[p].iter_mut().zip(&mut tail[0]) {
-                    (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
-                }
-            }
-        }
-    }
-    (0..n).map(|i| a[i][i]).collect()
 }
 
 #[cfg(test)]

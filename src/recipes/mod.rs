@@ -2,6 +2,7 @@
 
 mod builtin;
 mod load;
+mod own;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,8 @@ use crate::optim::{Decay, LrRule, Rule, Schedule};
 use crate::settings::{self, parsed, set};
 pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
 use load::table_of;
+pub use own::{Choice, FEWEST_IMAGES, OWN_METHODS, OwnImages};
+pub(crate) use own::{check_method, own_recipe, widths, wished_epochs};
 
 /// A run's settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -160,6 +163,9 @@ pub struct WatchSettings {
     pub carry_on: bool,
     /// Write `report.html` after every epoch and at the end, with new pictures each time kNN is measured.
     pub report: bool,
+    /// Measure with each evaluation what the features are worth without labels (`eval::quality`); without it, a run
+    /// without labels has no best checkpoint.
+    pub quality: bool,
     /// Also write the numbers of `metrics.jsonl` as TensorBoard event files.
     pub tensorboard: bool,
 }
@@ -173,6 +179,7 @@ impl Default for WatchSettings {
             diverged: 10.0,
             carry_on: false,
             report: true,
+            quality: true,
             tensorboard: false,
         }
     }

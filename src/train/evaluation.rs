@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::data::{Source, Subset};
 use crate::error::{Error, Result};
-use crate::eval::{self, Features, Knn};
+use crate::eval::{self, Features, Knn, Quality};
 use crate::methods::Reading;
+use crate::optim::Rule;
 use crate::tensor::Tensor;
 use crate::train::folder::Folder;
 use crate::train::report::{self, Found};
@@ -24,6 +25,10 @@ pub(super) struct Accuracies {
     /// kNN accuracy on the validation images.
     pub(super) validation: Option<f64>,
     pub(super) classifier: Option<f64>,
+    /// The share of the largest class among the held-out images: kNN of features that know nothing.
+    pub(super) chance: Option<f64>,
+    /// What needs no labels.
+    pub(super) quality: Option<Quality>,
     /// Images of each split that could not be read and do not count.
     pub(super) skipped: BTreeMap<RunSplit, usize>,
 }
@@ -38,17 +43,29 @@ impl Run {
         let mut readings = self.method.monitors(&self.online, embeddings, loss);
         let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
         readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
+        readings.push(("update_ratio", Reading::Number(self.update_ratio())));
         readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
     }
 
-    /// Measures kNN accuracy on the validation and held-out images and the accuracy of the method's own classifier on the
+    /// The size of the last step's update relative to that of the weights. Its learning rate is that of the schedule; parameters
+    /// with a policy of their own count as if they had none.
+    fn update_ratio(&self) -> f64 {
+        let norm = |values: &Tensor| values.to_f64().iter().map(|v| v * v).sum::<f64>().sqrt();
+        let lr = match self.recipe.optim.rule {
+            Rule::Lars(lars) if lars.lr_in_momentum => 1.0,
+            _ => self.schedule.lr(self.begun.saturating_sub(1)),
+        };
+        lr * norm(self.optimizer.momentum()) / norm(self.online.values()).max(f64::MIN_POSITIVE)
+    }
+
+    /// Measures what needs no labels, kNN accuracy on the validation and held-out images and the accuracy of the method's own classifier on the
     /// held-out ones, and draws the report's pictures.
     ///
     /// # Errors
     /// If images cannot be read, or too many of a split are skipped; if the run was asked to stop.
     pub(super) fn evaluate(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
         let Images { train, validation, test, .. } = self.images.clone();
-        let mut accuracies = Accuracies::default();
+        let mut accuracies = Accuracies { quality: self.quality()?, ..Accuracies::default() };
         if validation.is_none() && test.is_none() {
             return Ok(accuracies);
         }
@@ -64,11 +81,23 @@ impl Run {
         if let Some(test) = test {
             let queries = self.features(RunSplit::HeldOut, &test)?;
             skipped.insert(RunSplit::HeldOut, queries.skipped.len());
+            accuracies.chance = Some(largest_class(&queries.labels));
             accuracies.knn = Some(self.knn(epoch, (&*train, &bank), (&*test, &queries), watch)?);
             accuracies.classifier = self.classifier_accuracy(&test)?;
         }
         accuracies.skipped = skipped;
         Ok(accuracies)
+    }
+
+    /// What the features of training images are worth, measured without labels.
+    pub(super) fn quality(&mut self) -> Result<Option<Quality>> {
+        if !self.recipe.watch.quality {
+            return Ok(None);
+        }
+        self.stop_if_asked()?;
+        let policies = self.recipe.policies(self.method.views())?;
+        let (backbone, train) = (self.method.backbone(), &self.images.train);
+        eval::quality(&self.online, backbone, train, &policies, self.recipe.seed)
     }
 
     /// kNN accuracy on the held-out images; draws the report's pictures.
@@ -163,6 +192,13 @@ impl Run {
             })
         })
     }
+}
+
+/// The share of the most frequent label.
+fn largest_class(labels: &[u32]) -> f64 {
+    let mut times: BTreeMap<u32, usize> = BTreeMap::new();
+    labels.iter().for_each(|label| *times.entry(*label).or_default() += 1);
+    times.values().max().copied().unwrap_or(0) as f64 / labels.len().max(1) as f64
 }
 
 /// Splits a set into pieces of [`PIECE`] images.

@@ -1,6 +1,7 @@
 //! Training runs: the loop, its files, how a run resumes after a stop, and how it reacts when numbers go wrong.
 
 mod checkpoint;
+mod diagnosis;
 mod evaluation;
 mod finetune;
 mod folder;
@@ -10,6 +11,7 @@ mod inspect;
 mod metrics;
 mod onnx;
 mod parity_dump;
+mod plan;
 mod ranks;
 mod report;
 mod resume;
@@ -20,19 +22,23 @@ mod study;
 mod tensorboard;
 mod trace;
 mod trained;
+mod tune;
 
 pub use checkpoint::{
     export_backbone, foreign_prefix, init_weights, load_state, load_weights, newest, save,
 };
+pub use diagnosis::{Finding, History, Kind, diagnose};
 pub use finetune::{FINETUNES, finetuning};
 pub(crate) use folder::check_free;
 pub use images::Images;
 pub use inspect::{Measured, Need, fewest, measure, memory};
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
+pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
 pub use report::{REPORT, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};
 pub use study::{Arm, Outcome, Study, StudyPlan};
 pub use trained::Trained;
+pub use tune::{Advice, FACTORS, Tried, advise, tune};

@@ -9,6 +9,7 @@ use crate::arena::Arena;
 use crate::data::Skipped;
 use crate::device::{Device, DeviceKind, Group};
 use crate::error::{Error, Result};
+use crate::eval::Quality;
 use crate::methods::{Method, State};
 use crate::recipes::Recipe;
 use crate::tensor::{DType, Tensor, gather_views};
@@ -197,8 +198,10 @@ impl Run {
         if group.leads() {
             let measured = self.evaluate(epoch, watch);
             let told = match &measured {
-                Ok(Accuracies { knn, validation, classifier, .. }) => {
-                    Told::Measured([knn, validation, classifier].map(|a| a.map(f64::to_bits)))
+                Ok(Accuracies { knn, validation, classifier, quality, .. }) => {
+                    let rank = quality.as_ref().map(|quality| quality.rank_me);
+                    let all = [*knn, *validation, *classifier, rank];
+                    Told::Measured(all.map(|a| a.map(f64::to_bits)))
                 }
                 Err(Error::Stopped(_)) => Told::Stopped,
                 Err(Error::Diverged(reason)) => Told::Diverged(reason.clone()),
@@ -211,8 +214,10 @@ impl Run {
         group.check()?;
         match from_bytes(&told) {
             Told::Measured(bits) => {
-                let [knn, validation, classifier] = bits.map(|a| a.map(f64::from_bits));
-                Ok(Accuracies { knn, validation, classifier, ..Accuracies::default() })
+                let [knn, validation, classifier, rank] = bits.map(|a| a.map(f64::from_bits));
+                // Rank 0 logs the rest; this decides on all ranks which checkpoint is the best.
+                let quality = rank.map(Quality::of_rank);
+                Ok(Accuracies { knn, validation, classifier, quality, ..Accuracies::default() })
             }
             Told::Stopped => Err(Error::Stopped(self.stopped())),
             Told::Diverged(reason) => Err(Error::Diverged(reason)),
@@ -245,8 +250,8 @@ impl Run {
 /// What rank 0 tells the others of an evaluation.
 #[derive(Serialize, serde::Deserialize)]
 enum Told {
-    /// The bits of the accuracies: JSON rounds.
-    Measured([Option<u64>; 3]),
+    /// The bits of the accuracies and of RankMe: JSON rounds.
+    Measured([Option<u64>; 4]),
     Stopped,
     Diverged(String),
     Failed,

@@ -44,7 +44,10 @@ pub(super) struct Progress {
     pub(super) first_loss: Option<f64>,
     /// The best kNN accuracy so far, in `0..=1`: on the validation images if there are any, on the held-out ones otherwise.
     pub(super) best_knn: Option<f64>,
-    /// The step of the checkpoint with that accuracy, which is kept as `best.safetensors`.
+    /// The highest RankMe so far, for runs without labels to measure accuracy with.
+    #[serde(default)]
+    pub(super) best_rank: Option<f64>,
+    /// The step of the checkpoint with that accuracy or rank, which is kept as `best.safetensors`.
     #[serde(default)]
     pub(super) best_step: Option<u64>,
     /// The number of training images, which must not change.
@@ -219,7 +222,7 @@ fn restore_best(folder: &Path, progress: &mut Progress) -> Result<()> {
         return checkpoint::keep_as_best(&own);
     }
     if find(&best)?.is_none() {
-        (progress.best_knn, progress.best_step) = (None, None);
+        (progress.best_knn, progress.best_rank, progress.best_step) = (None, None, None);
     }
     Ok(())
 }

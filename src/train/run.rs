@@ -6,13 +6,14 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use serde_json::json;
 
 use crate::arena::Arena;
 use crate::data::{Batch, Loader};
 use crate::device::{Device, DeviceKind, Group, trace_phase};
 use crate::error::{Error, Result};
-use crate::eval::{self, Spread};
+use crate::eval::{self, Quality, Spread};
 use crate::files::{create_folder, find};
 use crate::methods::{self, Method, Reading, RunInfo, State};
 use crate::optim::{Optimizer, Schedule};
@@ -21,7 +22,7 @@ use crate::train::evaluation::Accuracies;
 use crate::train::folder::{self, Folder};
 use crate::train::health::{collapse, divergence};
 use crate::train::resume::Progress;
-use crate::train::skipped::{RunSplit, SkippedImages};
+use crate::train::skipped::SkippedImages;
 use crate::train::trace::Trace;
 use crate::train::{Images, StepResult, Steps, Training, checkpoint, parity_dump, ranks, report};
 
@@ -57,6 +58,8 @@ pub struct EpochReport {
     pub validation: Option<f64>,
     /// Accuracy of the method's own classifier on the held-out images, in `0..=1`, if it has one and it was measured.
     pub accuracy: Option<f64>,
+    /// What the features are worth without labels, if measured.
+    pub quality: Option<Quality>,
     /// The method's monitors after the last step.
     pub monitors: BTreeMap<String, Reading>,
     /// Views per second, without evaluation.
@@ -122,6 +125,15 @@ struct EpochProgress {
 struct EpochTimes {
     training: Duration,
     evaluation: Duration,
+}
+
+/// What the best checkpoint is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Chooser {
+    Validation,
+    HeldOut,
+    RankMe,
 }
 
 /// Makes an error of a sentence that says what went wrong with the numbers.
@@ -302,8 +314,16 @@ impl Run {
             // An error here would hide the first one. A resumed run drops the line.
             let _ = metrics.write(&json!({ "stopped": error.to_string() }));
         }
+        self.diagnose(watch);
         self.write_report(watch);
         trained
+    }
+
+    /// Says how the run went. A log that cannot be read back does not stop a run.
+    fn diagnose(&self, watch: &mut dyn Watch) {
+        let Some(Folder { path, .. }) = &self.folder else { return };
+        let found = report::diagnosis(path).unwrap_or_default();
+        found.iter().for_each(|finding| watch.note(&finding.sentence));
     }
 
     /// Writes the run's report. A report that cannot be written does not stop a run.
@@ -343,11 +363,12 @@ impl Run {
             && find(&checkpoint::best(&folder.path)).is_ok_and(|best| best.is_some())
         {
             watch.note(&format!(
-                "best.safetensors is the checkpoint of step {step}, chosen by kNN on {}",
-                match self.images.validation {
-                    Some(_) => "the validation images, a share of the training split",
-                    None => "the held-out images, so its accuracy on them is optimistic; data.validation=0.1 chooses on a \
-                         tenth of the training images instead",
+                "best.safetensors is the checkpoint of step {step}, chosen by {}",
+                match self.chooser() {
+                    Chooser::Validation => "kNN on the validation images, a share of the training split",
+                    Chooser::HeldOut => "kNN on the held-out images, so its accuracy on them is optimistic; data.validation=0.1 \
+                         chooses on a tenth of the training images instead",
+                    Chooser::RankMe => "the rank of its features (RankMe), as there are no labels to measure accuracy with",
                 }
             ));
         }
@@ -417,12 +438,13 @@ impl Run {
             knn: accuracies.knn,
             validation: accuracies.validation,
             accuracy: accuracies.classifier,
+            quality: accuracies.quality.clone(),
             monitors: self.progress.monitors.clone(),
             views_per_second: views as f64 / training.as_secs_f64(),
             waiting: waiting.as_secs_f64() / training.as_secs_f64().max(1e-9),
         };
         let best = self.is_best(&accuracies);
-        self.log_epoch(&report, &times, &accuracies.skipped, best)?;
+        self.log_epoch(&report, &times, &accuracies, best)?;
         if let Some((alarm, sentence)) = unhealthy {
             self.raise(alarm, sentence, watch)?;
         }
@@ -453,15 +475,30 @@ impl Run {
         }
     }
 
-    /// Whether an epoch has the best accuracy so far, which is then remembered: on the validation images if there are any, on
-    /// the held-out ones otherwise.
+    /// What chooses the best checkpoint: accuracy on the validation images if there are any, else on the held-out ones, else RankMe.
+    fn chooser(&self) -> Chooser {
+        match (&self.images.validation, &self.images.test) {
+            (Some(_), _) => Chooser::Validation,
+            (None, Some(_)) => Chooser::HeldOut,
+            (None, None) => Chooser::RankMe,
+        }
+    }
+
+    /// Whether an epoch is the best so far, which is then remembered.
     fn is_best(&mut self, accuracies: &Accuracies) -> bool {
-        let chooses_on_validation = self.images.validation.is_some();
-        let accuracy = if chooses_on_validation { accuracies.validation } else { accuracies.knn };
+        let chooser = self.chooser();
         let progress = &mut self.progress;
-        let best = accuracy > progress.best_knn; // `None` is less than any number
+        let (measured, so_far) = match chooser {
+            Chooser::Validation => (accuracies.validation, &mut progress.best_knn),
+            Chooser::HeldOut => (accuracies.knn, &mut progress.best_knn),
+            Chooser::RankMe => {
+                let rank = accuracies.quality.as_ref().map(|quality| quality.rank_me);
+                (rank.filter(|rank| rank.is_finite()), &mut progress.best_rank)
+            }
+        };
+        let best = measured > *so_far; // `None` is less than any number
         if best {
-            (progress.best_knn, progress.best_step) = (accuracy, Some(progress.step));
+            (*so_far, progress.best_step) = (measured, Some(progress.step));
         }
         best
     }
@@ -514,11 +551,11 @@ impl Run {
         &mut self,
         report: &EpochReport,
         times: &EpochTimes,
-        skipped: &BTreeMap<RunSplit, usize>,
+        accuracies: &Accuracies,
         best: bool,
     ) -> Result<()> {
-        let chooser =
-            if self.images.validation.is_some() { RunSplit::Validation } else { RunSplit::HeldOut };
+        let Accuracies { skipped, chance, .. } = accuracies;
+        let chooser = self.chooser();
         let Some(Folder { metrics, .. }) = &mut self.folder else { return Ok(()) };
         let training = times.training.as_secs_f64();
         metrics.write(&json!({
@@ -528,8 +565,10 @@ impl Run {
             "embedding_std": report.spread.map(|s| s.std),
             "effective_rank": report.spread.map(|s| s.effective_rank),
             "uniformity": report.spread.map(|s| s.uniformity),
+            "quality": report.quality,
             "prototypes_used": self.progress.prototypes_used,
             "knn": report.knn,
+            "chance": chance,
             "validation": report.validation,
             "best_by": best.then_some(chooser),
             "skipped": (!skipped.is_empty()).then_some(skipped),

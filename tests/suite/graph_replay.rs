@@ -315,6 +315,7 @@ fn demo(settings: &[&str]) -> Recipe {
         "train.batch=4",
         "train.knn_every=0",
         "train.checkpoint_every=1",
+        "watch.quality=false",
     ];
     let settings: Vec<String> = tiny.iter().chain(settings).map(|s| s.to_string()).collect();
     Recipe::load("demo", &settings).unwrap()

@@ -66,7 +66,7 @@ fn one_seed_gives_the_same_bits_for_any_number_of_threads() {
 }
 
 #[test]
-fn the_demo_prints_its_six_lines_and_nothing_else_on_stdout() {
+fn the_demo_prints_its_six_lines_and_keeps_its_run() {
     let folder = tempfile::tempdir().unwrap();
     let output = selfsup(folder.path(), &with_settings(&["demo"], SMALL));
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -83,7 +83,123 @@ fn the_demo_prints_its_six_lines_and_nothing_else_on_stdout() {
         let number: f64 = number.unwrap_or_else(|| panic!("{line}")).parse().unwrap();
         assert!((0.0..=100.0).contains(&number), "{line}");
     }
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the demo leaves no files");
+    // It keeps its run, and a second one does not touch it.
+    let page = |name: &str| folder.path().join("runs").join(name).join("report.html");
+    assert!(page("demo").is_file() && text(&output.stderr).trim_end().ends_with("report.html"));
+    let kept = std::fs::read(page("demo")).unwrap();
+    let again = selfsup(folder.path(), &with_settings(&["demo"], SMALL));
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    assert!(page("demo-2").is_file() && std::fs::read(page("demo")).unwrap() == kept);
+}
+
+/// A flat folder of small pictures without labels.
+fn photos(root: &Path, count: u32) {
+    std::fs::create_dir_all(root.join("photos")).unwrap();
+    for i in 0..count {
+        let pixel = |x: u32, y: u32| image::Rgb([(x * i) as u8, (y * 7) as u8, (x * y + i) as u8]);
+        let image = image::RgbImage::from_fn(24, 20, pixel);
+        image.save(root.join(format!("photos/{i:03}.png"))).unwrap();
+    }
+}
+
+#[test]
+fn a_folder_is_planned_and_trained_by_one_command() {
+    let root = tempfile::tempdir().unwrap();
+    photos(root.path(), 40);
+    std::fs::copy(root.path().join("photos/000.png"), root.path().join("photos/copy.png")).unwrap();
+    std::fs::write(root.path().join("photos/broken.png"), "broken").unwrap();
+    let small = ["network.width=2", "method.hidden=8", "method.embedding=8", "train.epochs=2"];
+    let words = with_settings(&["train", "photos", "--device", "cpu"], &small);
+    let plan = selfsup(root.path(), &[&words[..], &["--plan"]].concat());
+    assert!(plan.status.success(), "{}", text(&plan.stderr));
+    let said = text(&plan.stdout);
+    for line in [
+        "photos: 42 images, in colour, shorter side 20 pixels, no labels",
+        "1 of 42 images cannot be read and are left out; the first: ",
+        "1 images have exactly the pixels of another one",
+        "method simclr: ",
+        "stem small: ",
+        "crops 32 pixels: ",
+        "batch 16: ",
+        "network ResNet-18 of width 2: ",
+        "epochs 2: as set",
+        "best checkpoint by RankMe: ",
+        "plan: 4 steps in 2 epochs, about ",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    assert!(!root.path().join("runs").exists(), "a plan leaves nothing");
+    let output = selfsup(root.path(), &words);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("chosen by the rank of its features (RankMe)"), "{said}");
+    assert!(said.contains("; the plan was ") && said.contains("runs/photos/report.html"), "{said}");
+    for file in ["recipe.toml", "report.html", "best.safetensors", "step-00000004.safetensors"] {
+        assert!(root.path().join("runs/photos").join(file).is_file(), "{file}");
+    }
+    // Its recipe is an ordinary one.
+    let again = ["train", "runs/photos/recipe.toml", "--device", "cpu", "--out", "again"];
+    assert!(selfsup(root.path(), &again).status.success());
+    let weights = |name: &str| outcome(&root.path().join(name))[0].clone();
+    assert_eq!(weights("runs/photos"), weights("again"));
+}
+
+#[test]
+fn what_is_no_folder_to_train_on_is_said_before_anything_is_done() {
+    let root = tempfile::tempdir().unwrap();
+    photos(root.path(), 40);
+    let at = |name: &str| root.path().join(name);
+    for folder in ["empty", "three", "broken", "part/cat", "run"] {
+        std::fs::create_dir_all(at(folder)).unwrap();
+    }
+    for i in 0..40 {
+        std::fs::write(at("broken").join(format!("{i}.jpg")), "x").unwrap();
+    }
+    for (i, to) in ["three/0.png", "three/1.png", "three/2.png", "part/cat/0.png", "part/1.png"]
+        .iter()
+        .enumerate()
+    {
+        std::fs::copy(at(&format!("photos/{i:03}.png")), at(to)).unwrap();
+    }
+    std::fs::write(at("run/recipe.toml"), "").unwrap();
+    let cases: &[(&[&str], &str)] = &[
+        (&["empty"], "has neither class folders nor images"),
+        (&["three"], "three: 3 images are too few to learn from; at least 32 are needed"),
+        (&["broken"], "broken: 0 images can be read, 40 cannot: too few to learn from"),
+        (&["part"], "has both class folders and images of its own"),
+        (&["run"], "run: is the folder of a run: continue it with --resume"),
+        (&["three/0.png"], "three/0.png: is an image; name the folder it lies in"),
+        (&["nowhere", "--plan"], "nowhere: no such folder: check the path of the images"),
+        (&["demo", "--budget", "2h"], "--budget is for a folder of images, and demo is a recipe"),
+        (&["photos", "--budget", "2"], "expected a time above 0 such as 90s"),
+        (&["photos", "--budget", "10ms"], "expected a time above 0 such as 90s"),
+        (&["photos", "--method", "dino"], "unknown method dino; a folder can be trained by simclr"),
+        (&["photos", "--out", "photos/run"], "photos/run: lies in the folder of the images"),
+        (&["photos", "--set", "train.epoch=1"], "(did you mean `epochs`?)"),
+        (&["photos", "--out", "run"], "run: already holds a run"),
+        (&["."], "lies in the folder of the images"),
+    ];
+    for (words, sentence) in cases {
+        let words = [&["train"], *words, &["--device", "cpu"]].concat();
+        let output = selfsup(root.path(), &words);
+        let said = text(&output.stderr);
+        assert!(!output.status.success() && !said.contains("panicked"), "{words:?}: {said}");
+        assert!(said.contains(sentence), "{words:?}: {said}");
+    }
+    assert!(!at("runs").exists() && std::fs::read_dir(at("photos")).unwrap().count() == 40);
+}
+
+#[test]
+fn a_learning_rate_is_recommended_with_its_reason() {
+    let root = tempfile::tempdir().unwrap();
+    let words = ["tune-lr", "demo", "--device", "cpu", "--steps", "10"];
+    let output = selfsup(root.path(), &with_settings(&words, SMALL));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    assert_eq!(lines.len(), 8, "{lines:#?}");
+    assert!(lines[..7].iter().all(|line| line.contains("loss") && line.contains("LiDAR")));
+    assert!(lines[7].starts_with("optim.lr=") || lines[7].starts_with("at none"), "{lines:#?}");
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0, "a probe leaves nothing");
 }
 
 #[test]
@@ -152,6 +268,7 @@ const TINY: &[&str] = &[
     "data.test_limit=8",
     "train.epochs=1",
     "train.batch=8",
+    "watch.quality=false",
 ];
 
 /// Runs the program with a GPU available.

@@ -32,6 +32,7 @@ pub fn reduce(recipe: &mut Recipe, device: &Device) {
     (recipe.train.batch, recipe.train.epochs) = (8, 1);
     (recipe.train.threads, recipe.train.loader_threads) = (1, 1);
     (recipe.train.knn_every, recipe.train.checkpoint_every) = (0, 0);
+    recipe.watch.quality = false; // eight views of each image are many for a reference or a stand-in device
     for policy in &mut recipe.augment {
         policy.size = (policy.size / 7).max(side(device));
     }

@@ -38,6 +38,10 @@ fn a_run_writes_a_report_with_pictures_and_event_files_for_tensorboard() {
     let run = &data(&page)["runs"][0];
     assert_eq!((run["epochs"].as_array().unwrap().len(), &run["stopped"]), (2, &Value::Null));
     assert!(run["epochs"][1]["uniformity"].as_f64().unwrap() <= 0.0);
+    let quality = &run["epochs"][1]["quality"];
+    assert!(quality["rank_me"].as_f64() > Some(1.0) && quality["lidar"].is_f64(), "{quality}");
+    assert!((0.0..=1.0).contains(&quality["matched"].as_f64().unwrap()), "{quality}");
+    assert!(!run["diagnosis"].as_array().unwrap().is_empty(), "{run}");
     for phase in ["training", "evaluation"] {
         assert!(run["epochs"][1]["seconds"][phase].as_f64().unwrap() > 0.0, "{phase}");
     }
@@ -148,7 +152,10 @@ fn a_trace_has_a_gpus_kernels_by_its_own_clock() {
         "--trace-steps",
         "2",
     ];
-    let set = TINY.iter().chain(&["train.epochs=2"]).flat_map(|setting| ["--set", setting]);
+    let set = TINY
+        .iter()
+        .chain(&["train.epochs=2", "watch.quality=false"])
+        .flat_map(|setting| ["--set", setting]);
     let mut command = program();
     with_driver(command.current_dir(root.path()).args(words).args(set));
     let output = command.output().expect("the program starts");

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::diagnosis::{Finding, History, diagnose};
 use super::folder::RECIPE;
 use crate::error::{Error, Result};
 use crate::files::write_file;
@@ -59,6 +60,14 @@ pub fn report(folders: &[impl AsRef<Path>]) -> Result<String> {
     Ok(PAGE.replacen(DATA, &data, 1))
 }
 
+/// How a run goes or went, by its log so far.
+///
+/// # Errors
+/// As [`report`].
+pub(in crate::train) fn diagnosis(folder: &Path) -> Result<Vec<Finding>> {
+    Ok(RunData::read(folder, false)?.diagnosis())
+}
+
 /// A folder's path from the root, so that `.` has a name, too.
 fn full(folder: &Path) -> PathBuf {
     folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf())
@@ -101,7 +110,13 @@ impl RunData {
         })
     }
 
+    fn diagnosis(&self) -> Vec<Finding> {
+        let Metrics { steps, epochs, stopped, .. } = &self.metrics;
+        diagnose(&History { steps, epochs, stopped: stopped.as_deref() })
+    }
+
     fn value(self, name: String) -> Value {
+        let diagnosis = self.diagnosis();
         let Metrics { steps, epochs, stopped, not_finite } = self.metrics;
         let count = steps.len();
         json!({
@@ -112,6 +127,7 @@ impl RunData {
                 "first": first, "losses": losses, "steps": count,
             })),
             "epochs": epochs,
+            "diagnosis": diagnosis,
             "stopped": stopped.map(|sentence| names::without_folders(&sentence)),
             "gallery": self.gallery,
         })
