@@ -227,25 +227,27 @@ impl Views {
             return None;
         }
         let (mut unexplained, mut all) = (0.0, 0.0);
-        for t in 0..targets[0].len() {
-            let mean = split(false).map(|row| targets[row][t]).sum::<f64>() / rows as f64;
+        let count = targets.first().map_or(0, Vec::len);
+        for target in 0..count {
+            let column: Vec<f64> = targets.iter().map(|row| row[target]).collect();
+            let mean = split(false).map(|row| column[row]).sum::<f64>() / rows as f64;
             let variance =
-                split(false).map(|row| (targets[row][t] - mean).powi(2)).sum::<f64>() / rows as f64;
+                split(false).map(|row| (column[row] - mean).powi(2)).sum::<f64>() / rows as f64;
             if variance < 1e-9 {
                 continue; // this policy does not change it
             }
             let mut weights = vec![0.0; d];
             for row in split(false) {
-                let target = targets[row][t] - mean;
-                weights.iter_mut().zip(&unit[row * d..]).for_each(|(w, x)| *w += x * target);
+                let above = column[row] - mean;
+                weights.iter_mut().zip(&unit[row * d..]).for_each(|(w, x)| *w += x * above);
             }
             solve_lower(&factor, d, &mut weights);
             solve_upper(&factor, d, &mut weights);
             for row in split(true) {
                 let said: f64 = weights.iter().zip(&unit[row * d..]).map(|(w, x)| w * x).sum();
                 // Each target counts alike.
-                unexplained += (targets[row][t] - mean - said).powi(2) / variance;
-                all += (targets[row][t] - mean).powi(2) / variance;
+                unexplained += (column[row] - mean - said).powi(2) / variance;
+                all += (column[row] - mean).powi(2) / variance;
             }
         }
         (all > 0.0).then(|| (1.0 - unexplained / all).max(0.0))

@@ -327,8 +327,9 @@ impl Planner<'_> {
         let validation = (self.set.images as f64 * recipe.data.validation) as usize;
         let labelled = self.set.held_out || validation > 0;
         let held_out = labelled.then_some(self.held_out + validation);
-        pace.quality
-            + pace.feature * held_out.map_or(0, |held_out| self.set.images + held_out) as f64
+        let ranked = self.set.images.clamp(eval::IMAGES, eval::RANKED) - eval::IMAGES;
+        let compared = held_out.map_or(0, |held_out| self.set.images + held_out);
+        pace.quality + pace.feature * (ranked + compared) as f64
     }
 
     /// Epochs that fit into the time.
