@@ -1,5 +1,5 @@
-// SGD and LARS over an entire arena; see src/optim/optimizer.rs. One launch for SGD, two for LARS
-// (lars_norms, lars_step).
+// SGD, LARS and Adam over an entire arena; see src/optim/optimizer.rs and src/optim/adam.rs. One launch for
+// SGD and Adam, two for LARS (lars_norms, lars_step).
 //
 // w, m, g are the arena's values, momentum and gradients, f32, with the same layout; `copy` is the bf16
 // working copy of w, which is updated with it, or null. Arithmetic is f64, which gives the same numbers as on
@@ -147,5 +147,40 @@ KERNEL BOUNDS(THREADS) void lars_step(float* w, float* m, bf16* copy, const floa
         }
         double in_lr = lr_in_momentum ? rate : 1.0, out_lr = lr_in_momentum ? 1.0 : rate;
         update(w, m, copy, g, at, {scale, decay, momentum, in_lr, out_lr, false});
+    }
+}
+
+/// m and v are Adam's means of gradients and of squares; rate [3]: the learning rate, 1 - beta1^t and
+/// 1 - beta2^t. `decoupled`: AdamW's decay, of the weights; otherwise it is part of the gradient.
+KERNEL BOUNDS(THREADS) void adam_step(float* w, float* m, float* v, bf16* copy, const float* g,
+                                      const uint64_t* slots, const int* chunks, const int* policies,
+                                      const double* rates, const double* rate, int n_chunks, double beta1,
+                                      double beta2, double eps, double weight_decay, int decoupled) {
+    double inverse_root = 1.0 / sqrt(rate[2]);
+    for (int chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
+        Chunk at(chunk, slots, chunks, policies);
+        if (at.policy == FROZEN) continue;
+        double lr = rates[at.slot] < 0.0 ? -rates[at.slot] * rate[0] : rates[at.slot];
+        double decay = at.policy == NO_DECAY ? 0.0 : weight_decay;
+        double coupled = decoupled ? 0.0 : decay, kept = decoupled ? 1.0 - lr * decay : 1.0;
+        double along = lr / rate[1];
+        at.for_vectors([&](int64_t i, int count) {
+            Vector8 weight = load_vector8(w + i, count), mean = load_vector8(m + i, count),
+                    square = load_vector8(v + i, count), gradient = load_vector8(g + i, count);
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                double value = weight.v[k], d = gradient.v[k] + coupled * value;
+                double first = beta1 * mean.v[k] + (1.0 - beta1) * d;
+                double second = beta2 * square.v[k] + (1.0 - beta2) * d * d;
+                mean.v[k] = static_cast<float>(first);
+                square.v[k] = static_cast<float>(second);
+                double change = along * first / (sqrt(second) * inverse_root + eps);
+                weight.v[k] = static_cast<float>(kept * value - change);
+            }
+            store_vector8(m + i, mean, count);
+            store_vector8(v + i, square, count);
+            store_vector8(w + i, weight, count);
+            if (copy) store_vector8(copy + i, weight, count);
+        });
     }
 }

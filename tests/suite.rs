@@ -83,6 +83,8 @@ mod ranks;
 mod recipes;
 #[path = "suite/reference.rs"]
 mod reference;
+#[path = "suite/results.rs"]
+mod results;
 #[path = "suite/resume.rs"]
 mod resume;
 #[path = "suite/run_outputs.rs"]

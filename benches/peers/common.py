@@ -14,6 +14,7 @@ from small_cifar import ROOT, THREADS
 def recipe(name, settings):
     """A recipe of the program with `{"key.path": value}` applied as `--set` does."""
     found = tomllib.loads((ROOT / f"recipes/{name}.toml").read_text())
+    found.pop("source", None)  # describes the settings and is none
     for path, value in settings.items():
         *parents, last = path.split(".")
         for table in tables(found, parents):

@@ -230,6 +230,13 @@ def sgd(side, name):
     return optimizer.step
 
 
+def adam(side, name):
+    params = weights(side, name)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return torch.optim.Adam(params, 1e-3, weight_decay=1e-6, fused=True).step
+
+
 def lars(side, name):
     params = weights(side, name)
     grads, momenta = ([torch.randn_like(p) for p in params] for _ in range(2))
@@ -272,7 +279,7 @@ def augment(side, name):
 
 
 MAKERS = (convolution, batch_norm, max_pool, mean_pool, add, linear, nt_xent, info_nce, l2_normalize, neg_cosine, sinkhorn,
-          soft_cross_entropy, softmax, knn, sgd, lars, ema, augment)  # fmt: skip
+          soft_cross_entropy, softmax, knn, sgd, adam, lars, ema, augment)  # fmt: skip
 MAKERS = {("conv2d" if maker is convolution else maker.__name__): maker for maker in MAKERS}
 COMPILED = ("nt_xent", "info_nce", "sinkhorn", "soft_cross_entropy")
 

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CELLS = ROOT / "benches/results/small-cifar-pytorch.json"
 NAME = "simclr-cifar10-small"
 RECIPE = tomllib.loads((ROOT / f"recipes/{NAME}.toml").read_text())
+RECIPE.pop("source", None)  # describes the settings and is none
 K, TEMPERATURE, WORKERS, THREADS = 200, 0.1, 2, 2
 
 

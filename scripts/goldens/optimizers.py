@@ -1,4 +1,4 @@
-"""SGD and the five published forms of LARS on seeded gradients; tests/suite/optimizers.rs has the slots too."""
+"""SGD, Adam, AdamW and the five published forms of LARS on seeded gradients; tests/suite/optimizers.rs has the slots too."""
 
 import math
 
@@ -108,11 +108,31 @@ def nesterov(w, g, state, lr):
     return sgd(w, g, state, lr, nesterov=True)
 
 
+def adam(w, g, state, lr, decay=DECAY, rule=torch.optim.Adam):
+    """torch.optim.Adam and AdamW with their defaults."""
+    if not state:
+        state["w"] = torch.nn.Parameter(w.clone())
+        state["inner"] = rule([state["w"]], lr=lr, weight_decay=decay)
+    state["inner"].param_groups[0]["lr"] = lr
+    state["w"].data.copy_(w)
+    state["w"].grad = g.clone()
+    state["inner"].step()
+    return state["w"].detach().clone()
+
+
+def adamw(w, g, state, lr):
+    return adam(w, g, state, lr, rule=torch.optim.AdamW)
+
+
+def spare_adam(w, g, state, lr):
+    return adam(w, g, state, lr, 0.0 if spared(w) else DECAY)
+
+
 def spare(w, g, state, lr):
     return sgd(w, g, state, lr, 0.0 if spared(w) else DECAY)
 
 
-RULES = (sgd, nesterov, spare, simclr, byol, larc, lightly, solo_learn)
+RULES = (sgd, nesterov, spare, adam, adamw, spare_adam, simclr, byol, larc, lightly, solo_learn)
 
 
 def make(path, root):

@@ -91,7 +91,7 @@ and `labels`, and names and classes as JSON lists in its header.")]
   selfsup inspect moco-v2-imagenet --memory
   selfsup inspect runs/first --graph --json")]
     Inspect(Inspect),
-    /// List the built-in recipes, or print one
+    /// List the built-in recipes, or print one with its source, its deviations and what it takes
     Recipes {
         /// The recipe to print
         name: Option<String>,

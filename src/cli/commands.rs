@@ -1,4 +1,4 @@
-//! The commands `demo`, `train`, `recipes`, `report` and `devices`.
+//! The commands `demo`, `train`, `report` and `devices`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use super::progress::Progress;
 use super::{device, say, signals, talk};
 use crate::arena::Layout;
 use crate::device::{Device, Group};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::eval::{self, Knn};
 use crate::files::write_file;
-use crate::recipes::{self, Recipe};
+use crate::recipes::Recipe;
 use crate::train::{self, Paused, Run};
 
 /// Labelled images per class for the demo's linear probe.
@@ -179,17 +179,6 @@ fn run_to_end(run: &mut Run, recipe: &Recipe) -> Result<()> {
     ended.store(true, Ordering::Relaxed);
     stop.store(true, Ordering::Relaxed); // from here on a signal ends the program at once
     trained
-}
-
-pub(super) fn recipes(name: Option<&str>) -> Result<()> {
-    let Some(name) = name else {
-        return recipes::builtin_names().try_for_each(say);
-    };
-    let text = recipes::builtin(name).ok_or_else(|| {
-        let known = recipes::builtin_names().collect::<Vec<_>>().join(", ");
-        Error::Config(format!("unknown recipe {name}; built-in recipes: {known}"))
-    })?;
-    say(text.trim_end())
 }
 
 pub(super) fn report(runs: &[PathBuf], out: Option<PathBuf>) -> Result<()> {

@@ -111,7 +111,7 @@ fn node_record(node: &NodeInfo) -> serde_json::Value {
     json!({ "name": node.name, "shape": &*node.shape, "bytes": node.bytes })
 }
 
-fn size(bytes: usize) -> String {
+pub(super) fn size(bytes: usize) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),

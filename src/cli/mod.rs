@@ -16,6 +16,7 @@ mod pack;
 mod primitives;
 mod progress;
 mod ranks;
+mod recipes;
 mod signals;
 mod skipped;
 mod study;
@@ -88,7 +89,7 @@ fn run(command: Command) -> Result<()> {
         Command::Embed(embed) => interchange::embed(&embed),
         Command::Pack(args) => pack::pack(&args),
         Command::Inspect(inspect) => inspect::inspect(&inspect),
-        Command::Recipes { name } => commands::recipes(name.as_deref()),
+        Command::Recipes { name } => recipes::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),
         Command::Study(study) => study::study(&study),
         Command::TuneLr(args) => tune::tune_lr(&args),

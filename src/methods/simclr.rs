@@ -16,7 +16,7 @@
 //! ```
 //!
 //! **Settings**: [`Settings`]. Both views pass through the network in one forward pass of `2N` rows, so batch norm sees both. The
-//! paper's ablations are settings: `head_layers` 0, 1 or 2 (figure 8), `normalise` and `temperature` (table 5), `loss` (table 4).
+//! paper's ablations are settings: `head_layers` 0, 1 or 2 (figure 8; 3 is the default of the reference code since June 2020), `normalise` and `temperature` (table 5), `loss` (table 4).
 //! `loss = "attract"` has no negatives; with a `predictor` it is SimSiam with one batch norm over both views (arXiv:2011.10566,
 //! section 6.2). `selfsup study simclr-head` and the other `simclr-` studies run the comparisons.
 //!
@@ -64,11 +64,12 @@ pub enum Loss {
 pub struct Settings {
     /// Temperature T, > 0: 0.1 for ImageNet, 0.5 for CIFAR-10.
     pub temperature: f64,
-    /// Width of the head's hidden layer. In the paper it is the width of the backbone's features.
+    /// Width of the head's hidden layers. In the paper it is the width of the backbone's features.
     pub hidden: usize,
     /// Width of the embedding: 128.
     pub embedding: usize,
-    /// 2 for the paper's MLP, 1 for a linear layer, 0 for a loss on the backbone's features.
+    /// 2 for the paper's MLP, 3 for that of the reference code since June 2020, 1 for a linear layer, 0 for a loss on the
+    /// backbone's features.
     #[serde(default = "two")]
     pub head_layers: usize,
     /// Whether embeddings are normalised to unit length.
@@ -110,6 +111,9 @@ impl Default for Settings {
     }
 }
 
+/// The most layers of a head.
+const MOST_LAYERS: usize = 3;
+
 fn two() -> usize {
     2
 }
@@ -141,8 +145,8 @@ pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<d
     let settings: Settings = crate::settings::read(table, "method")?;
     above_zero(settings.temperature, "temperature")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
-    if settings.head_layers > 2 {
-        return Err(Error::config("method.head_layers is 0, 1 or 2"));
+    if settings.head_layers > MOST_LAYERS {
+        return Err(Error::config(format!("method.head_layers must be at most {MOST_LAYERS}")));
     }
     if !settings.margin.is_finite() || settings.margin < 0.0 {
         return Err(Error::config("method.margin must be 0 or more"));
@@ -166,10 +170,11 @@ impl SimClr {
             |width, norm, relu| MlpLayer { width, bias: false, norm, relu, std: Some(0.01) };
         let layers = [
             layer(settings.hidden, NormKind::Affine, true),
+            layer(settings.hidden, NormKind::Affine, true),
             layer(settings.embedding, NormKind::ScaleOnly, false),
         ];
         let groups = network.norm_groups;
-        let layers = &layers[2 - settings.head_layers..];
+        let layers = &layers[MOST_LAYERS - settings.head_layers..];
         let head = Mlp::new(&mut layout, "head", backbone.features(), layers, groups);
         let d = if layers.is_empty() { backbone.features() } else { settings.embedding };
         let layers = [

@@ -1,10 +1,11 @@
-//! Optimiser updates on a GPU (`kernels/optimizer.cu`, `kernels/ema.cu`): one launch over the arena for SGD and momentum
-//! encoders, two for LARS.
+//! Optimiser updates on a GPU (`kernels/optimizer.cu`, `kernels/ema.cu`): one launch over the arena for SGD, Adam and
+//! momentum encoders, two for LARS.
 //!
 //! The kernels also write the bf16 working copy of the values, so that no cast has to follow.
 
 use half::bf16;
 
+use super::adam::Adam;
 use super::optimizer::{Lars, ParamPolicy, Rule, Segment, Sgd, TrustNorm};
 use crate::arena::{Arena, Parts};
 use crate::device::Device;
@@ -63,12 +64,53 @@ impl Tables {
         &self,
         rule: Rule,
         arena: &mut Arena,
-        momentum: &mut Tensor,
+        state: [Option<&mut Tensor>; 2],
         lr: In<'_, f64>,
     ) {
-        match rule {
-            Rule::Sgd(sgd) => self.sgd(sgd, arena.parts(), momentum, lr),
-            Rule::Lars(lars) => self.lars(lars, arena.parts(), momentum, lr),
+        let parts = arena.parts();
+        match (rule, state) {
+            (Rule::Sgd(sgd), [Some(momentum), _]) => self.sgd(sgd, parts, momentum, lr),
+            (Rule::Lars(lars), [Some(momentum), _]) => self.lars(lars, parts, momentum, lr),
+            (Rule::Adam(adam), [Some(mean), Some(squares)]) => {
+                self.adam((adam, false), parts, [mean, squares], lr);
+            }
+            (Rule::AdamW(adam), [Some(mean), Some(squares)]) => {
+                self.adam((adam, true), parts, [mean, squares], lr);
+            }
+            _ => unreachable!("the optimizer makes the state that its rule needs"),
+        }
+    }
+
+    /// `rule`: the settings, and whether the decay is AdamW's. `lr`: the learning rate and the two corrections.
+    fn adam(
+        &self,
+        (rule, decoupled): (Adam, bool),
+        arena: Parts<'_>,
+        [mean, squares]: [&mut Tensor; 2],
+        lr: In<'_, f64>,
+    ) {
+        let Parts { values, working, gradients } = arena;
+        // SAFETY: the tables, values, working copy, both means and gradients all have the arena's layout; `lr` has three numbers.
+        unsafe {
+            cuda::adam_step(
+                self.launch(gradients),
+                values.device_out(),
+                mean.device_out(),
+                squares.device_out(),
+                copy(working),
+                gradients.device_in(),
+                self.slots.device_in(),
+                self.chunks.device_in(),
+                self.policies.device_in(),
+                self.rates.device_in(),
+                lr,
+                int(self.count),
+                rule.beta1,
+                rule.beta2,
+                rule.eps,
+                rule.weight_decay,
+                i32::from(decoupled),
+            );
         }
     }
 

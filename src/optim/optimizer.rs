@@ -1,4 +1,4 @@
-//! SGD and LARS over an arena.
+//! SGD, LARS and Adam over an arena.
 //!
 //! SGD as in PyTorch: `g += wd w; m = mu m + g; w -= lr m` (Nesterov: `w -= lr (g + mu m)`).
 //! LARS (You et al. 2017, arXiv:1708.03888) first scales each slot's gradient by `eta |w| / |g|`. Five published
@@ -9,6 +9,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::adam::{self, Adam, AdamStep};
 use super::cuda::Tables;
 use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
@@ -141,6 +142,27 @@ pub enum Rule {
     Sgd(Sgd),
     /// Layer-wise adaptive rate scaling.
     Lars(Lars),
+    /// Adam; weight decay is part of the gradient.
+    Adam(Adam),
+    /// AdamW; weight decay shrinks the weights.
+    AdamW(Adam),
+}
+
+impl Rule {
+    fn exclude(&self) -> Exclude {
+        match self {
+            Rule::Sgd(sgd) => sgd.exclude,
+            Rule::Lars(lars) => lars.exclude,
+            Rule::Adam(adam) | Rule::AdamW(adam) => adam.exclude,
+        }
+    }
+
+    fn adam(&self) -> Option<&Adam> {
+        match self {
+            Rule::Adam(adam) | Rule::AdamW(adam) => Some(adam),
+            Rule::Sgd(_) | Rule::Lars(_) => None,
+        }
+    }
 }
 
 /// A method's policy for a parameter, beyond what follows from the slot's kind.
@@ -153,7 +175,8 @@ pub enum ParamPolicy {
     FixedLr(f64),
     /// A positive multiplier of the learning rate (the new classifier when SwAV fine-tunes).
     LrMultiplier(f64),
-    /// Neither value nor momentum is updated (SwAV's prototypes during the first steps).
+    /// Neither value nor momentum is updated (SwAV's prototypes during the first steps). Adam's corrections count these
+    /// updates, too, where PyTorch counts a slot's own.
     Frozen,
     /// No weight decay and no trust ratio, whatever its kind (SimCLR's supervised head).
     Exempt,
@@ -169,7 +192,7 @@ pub(super) struct Segment {
     pub(super) policy: ParamPolicy,
 }
 
-/// The coefficients of an element's update: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
+/// The coefficients of an element's update by SGD or LARS: `m = mu m + in_lr scale (g + decay w)`, `w -= out_lr (…)`.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     scale: f64,
@@ -180,14 +203,18 @@ struct Step {
     out_lr: f64,
 }
 
-/// An update rule with its state: one momentum value per weight.
+/// An update rule with its state: one momentum value per weight, and with Adam a second one.
 #[derive(Debug)]
 pub struct Optimizer {
     rule: Rule,
     momentum: Tensor,
+    /// Adam's mean of squares.
+    squares: Option<Tensor>,
     segments: Vec<Segment>,
-    /// The learning rate of the next update.
+    /// The learning rate of the next update, and Adam's two corrections.
     rate: Numbers<f64>,
+    /// Updates whose rate was set.
+    updates: u64,
     /// For a GPU.
     tables: Option<Tables>,
 }
@@ -195,10 +222,7 @@ pub struct Optimizer {
 impl Optimizer {
     /// Makes an optimiser for an arena, with zero momentum.
     pub fn new(rule: Rule, arena: &Arena) -> Self {
-        let exclude = match rule {
-            Rule::Sgd(sgd) => sgd.exclude,
-            Rule::Lars(lars) => lars.exclude,
-        };
+        let exclude = rule.exclude();
         let segment = |slot: &Slot| Segment {
             offset: slot.offset,
             len: slot.shape.elements(),
@@ -210,13 +234,15 @@ impl Optimizer {
         Self {
             rule,
             momentum: Tensor::zeros(device, [arena.values().len()]),
-            rate: Numbers::new(device, &[0.0]),
+            squares: rule.adam().map(|_| Tensor::zeros(device, [arena.values().len()])),
+            rate: Numbers::new(device, &[0.0, 1.0, 1.0]),
+            updates: 0,
             tables: (device.kind() == DeviceKind::Cuda).then(|| Tables::new(device, &segments)),
             segments,
         }
     }
 
-    /// The momentum, in the layout of the arena's values.
+    /// The momentum, Adam's mean of gradients included, in the layout of the arena's values.
     pub fn momentum(&self) -> &Tensor {
         &self.momentum
     }
@@ -224,6 +250,21 @@ impl Optimizer {
     /// The momentum, for restoring a checkpoint.
     pub fn momentum_mut(&mut self) -> &mut Tensor {
         &mut self.momentum
+    }
+
+    /// Adam's mean of squares, in the same layout.
+    pub fn squares(&self) -> Option<&Tensor> {
+        self.squares.as_ref()
+    }
+
+    /// Adam's mean of squares, for restoring a checkpoint.
+    pub fn squares_mut(&mut self) -> Option<&mut Tensor> {
+        self.squares.as_mut()
+    }
+
+    /// Sets the number of updates that the state has seen, for restoring a checkpoint.
+    pub fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
     }
 
     /// Sets the policy of every slot, until the next call.
@@ -249,9 +290,12 @@ impl Optimizer {
         self.update(arena);
     }
 
-    /// Sets the learning rate of later updates, `lr >= 0`.
+    /// Sets the learning rate of the next update, `lr >= 0`, and counts that update.
     pub fn set_rate(&mut self, lr: f64) {
-        self.rate.set(&[lr]);
+        self.updates += 1;
+        let [first, second] =
+            self.rule.adam().map_or([1.0; 2], |adam| adam.corrections(self.updates));
+        self.rate.set(&[lr, first, second]);
     }
 
     /// Updates the arena's values along its gradients with the rate from [`Optimizer::set_rate`].
@@ -276,37 +320,44 @@ impl Optimizer {
                 "optimizer: a tensor of another length replaced the {what}"
             );
         }
-        let lr = self.rate.values()[0];
         match arena.device().kind() {
-            DeviceKind::Cpu => self.step_as::<f32>(arena, lr),
+            DeviceKind::Cpu => self.step_as::<f32>(arena),
             DeviceKind::Cuda => {
                 let tables = self.tables.as_ref().expect("made with the optimizer on a GPU");
                 let lr = self.rate.tensor().device_in();
-                tables.step(self.rule, arena, &mut self.momentum, lr);
+                let state = [Some(&mut self.momentum), self.squares.as_mut()];
+                tables.step(self.rule, arena, state, lr);
             }
-            DeviceKind::Reference => self.step_as::<f64>(arena, lr),
+            DeviceKind::Reference => self.step_as::<f64>(arena),
         }
         arena.refresh();
     }
 
-    fn step_as<T: Float>(&mut self, arena: &mut Arena, lr: f64) {
+    fn step_as<T: Float>(&mut self, arena: &mut Arena) {
         let device = arena.device().clone();
         let (values, gradients) = arena.values_and_gradients();
-        let (w, g) = (values.data_mut::<T>(), gradients.data::<T>());
-        let m = self.momentum.data_mut::<T>();
-        let rule = self.rule;
+        let (mut w, g) = (values.data_mut::<T>(), gradients.data::<T>());
+        let mut m = self.momentum.data_mut::<T>();
+        let mut v = self.squares.as_mut().map_or(&mut [][..], |squares| squares.data_mut::<T>());
         // Slots are in order of their offsets, so each splits its part off the front.
-        let (mut rest_w, mut rest_m, mut at) = (w, m, 0);
+        let mut at = 0;
         let mut slots = Vec::with_capacity(self.segments.len());
         for segment in &self.segments {
-            let skip = segment.offset - at;
-            let (w, later_w) = rest_w[skip..].split_at_mut(segment.len);
-            let (m, later_m) = rest_m[skip..].split_at_mut(segment.len);
-            slots.push((w, m, &g[segment.offset..][..segment.len], *segment));
-            (rest_w, rest_m, at) = (later_w, later_m, segment.offset + segment.len);
+            let (skip, len) = (segment.offset - at, segment.len);
+            let seconds = if v.is_empty() { [0; 2] } else { [skip, len] };
+            let parts = (
+                part(&mut w, [skip, len]),
+                part(&mut m, [skip, len]),
+                part(&mut v, seconds),
+                &g[segment.offset..][..len],
+            );
+            slots.push((parts, *segment));
+            at = segment.offset + len;
         }
+        let (rule, rate) = (self.rule, self.rate.values());
+        let (lr, corrections) = (rate[0], [rate[1], rate[2]]);
         device.run(|| {
-            slots.into_par_iter().for_each(|(w, m, g, segment)| {
+            slots.into_par_iter().for_each(|((w, m, v, g), segment)| {
                 let (exempt, lr) = match segment.policy {
                     ParamPolicy::Default => (segment.exempt, lr),
                     ParamPolicy::FixedLr(lr) => (segment.exempt, lr),
@@ -314,18 +365,38 @@ impl Optimizer {
                     ParamPolicy::Exempt => (true, lr),
                     ParamPolicy::Frozen => return,
                 };
-                let step = slot_step(rule, w, g, exempt, lr);
-                w.par_chunks_mut(CHUNK)
-                    .zip(m.par_chunks_mut(CHUNK))
-                    .zip(g.par_chunks(CHUNK))
-                    .for_each(|((w, m), g)| update(w, m, g, step));
+                let step = slot_step(rule, w, g, exempt, [lr, corrections[0], corrections[1]]);
+                let chunks = w.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK));
+                match step {
+                    Update::Momentum(step) => chunks
+                        .zip(g.par_chunks(CHUNK))
+                        .for_each(|((w, m), g)| update(w, m, g, step)),
+                    Update::Adam(step) => chunks
+                        .zip(v.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)))
+                        .for_each(|((w, m), (v, g))| adam::update(w, m, v, g, step)),
+                }
             });
         });
     }
 }
 
-fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], exempt: bool, lr: f64) -> Step {
-    match rule {
+/// Splits `skip` elements and then the next `len` off the front, and returns the latter.
+fn part<'a, T>(rest: &mut &'a mut [T], [skip, len]: [usize; 2]) -> &'a mut [T] {
+    let (part, later) = std::mem::take(rest)[skip..].split_at_mut(len);
+    *rest = later;
+    part
+}
+
+/// The coefficients of a slot's update, by SGD and LARS or by Adam.
+enum Update {
+    Momentum(Step),
+    Adam(AdamStep),
+}
+
+/// `rate`: the learning rate and Adam's corrections.
+fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], exempt: bool, rate: [f64; 3]) -> Update {
+    let [lr, corrections @ ..] = rate;
+    Update::Momentum(match rule {
         Rule::Sgd(sgd) => Step {
             scale: 1.0,
             decay: if exempt { 0.0 } else { sgd.weight_decay },
@@ -344,7 +415,12 @@ fn slot_step<T: Float>(rule: Rule, w: &[T], g: &[T], exempt: bool, lr: f64) -> S
             let (in_lr, out_lr) = if lars.lr_in_momentum { (lr, 1.0) } else { (1.0, lr) };
             Step { scale, decay, momentum: lars.momentum, nesterov: false, in_lr, out_lr }
         }
-    }
+        Rule::Adam(adam) | Rule::AdamW(adam) => {
+            let decay = if exempt { 0.0 } else { adam.weight_decay };
+            let decoupled = matches!(rule, Rule::AdamW(_));
+            return Update::Adam(AdamStep { rule: adam, decay, decoupled, lr, corrections });
+        }
+    })
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]

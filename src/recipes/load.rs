@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::builtin::{builtin, builtin_names};
+use super::source::inherit;
 use crate::error::{Error, Result};
 use crate::files::{find, read_text};
 use crate::settings::{merge, parsed};
@@ -47,6 +48,7 @@ fn table_at(name: &str, folder: &Path, depth: usize) -> Result<toml::Table> {
     };
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut merged = table_at(base, folder, depth + 1)?;
+    inherit(&mut merged, table.remove("source"));
     merge(&mut merged, table);
     Ok(merged)
 }

@@ -2,7 +2,9 @@
 
 mod builtin;
 mod load;
+mod measured;
 mod own;
+mod source;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,8 +17,10 @@ use crate::optim::{Decay, LrRule, Rule, Schedule};
 use crate::settings::{self, parsed, set};
 pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
 use load::table_of;
+pub use measured::{MeasuredRun, measured_runs};
 pub use own::{Choice, FEWEST_IMAGES, OWN_METHODS, OwnImages};
 pub(crate) use own::{check_method, own_recipe, widths, wished_epochs};
+pub use source::Source;
 
 /// A run's settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +28,9 @@ pub(crate) use own::{check_method, own_recipe, widths, wished_epochs};
 pub struct Recipe {
     /// The seed of every random number.
     pub seed: u64,
+    /// Where the settings come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
     /// The method and its own settings.
     pub method: MethodSettings,
     /// The images.
@@ -223,8 +230,9 @@ impl Recipe {
     /// Loads a recipe from a file or by a name of [`builtin_names`], with `key.path=value` settings on top.
     ///
     /// A recipe may start with `base = "…"`, the name or file of another recipe, and then holds only what differs from it; the file
-    /// is looked for next to the recipe first. An `[augment]` table then applies to every view of the base. `~/` at the start of a
-    /// string is the home folder.
+    /// is looked for next to the recipe first. An `[augment]` table then applies to every view of the base. The base's published
+    /// figure is not inherited, and a setting that changes the weights removes the recipe's own. `~/` at the start of a string is
+    /// the home folder.
     ///
     /// # Errors
     /// If no such file or recipe exists, or a setting is unknown or out of range; the message names the key.
@@ -254,7 +262,10 @@ impl Recipe {
         }
         settings::expand_home(&mut table, std::env::var("HOME").ok().as_deref());
         settings::check_sizes(&table)?;
-        let recipe: Self = settings::read_with(&mut table, settings)?;
+        let mut recipe: Self = settings::read_with(&mut table, settings)?;
+        if let Some(source) = &mut recipe.source {
+            source.forget_figure(settings);
+        }
         recipe.check()?;
         Ok(recipe)
     }
@@ -303,6 +314,7 @@ impl Recipe {
     }
 
     fn check(&self) -> Result<()> {
+        self.source.as_ref().map_or(Ok(()), Source::check)?;
         self.network.check()?;
         let positive = |value: f64, key: &str| {
             if value.is_finite() && value >= 0.0 {

@@ -21,6 +21,8 @@ const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";
 const BEST: &str = "best.safetensors";
 const MOMENTUM: &str = "momentum.";
+/// The prefix of Adam's means of squares.
+const SQUARES: &str = "squares.";
 const METHOD: &str = "method.";
 /// The prefix of the backbone's slots in a run's own checkpoints.
 const BACKBONE: &str = "backbone.";
@@ -30,7 +32,7 @@ const FORMAT_NOTE: &str = "selfsup.format";
 /// The version; it rises when files of the previous version can no longer be resumed from.
 const FORMAT: u32 = 1;
 
-/// Writes weights, running statistics, momentum and a method's `state` to `folder/step-NNNNNNNN.safetensors` with `notes` in the
+/// Writes weights, running statistics, the optimizer's state and a method's `state` to `folder/step-NNNNNNNN.safetensors` with `notes` in the
 /// header, and removes all but the newest `keep` checkpoints of the folder. Returns the file.
 ///
 /// # Errors
@@ -50,6 +52,12 @@ pub fn save(
         let momentum = || optimizer.momentum().slice(slot.offset, slot.shape).to_f64();
         Entry::slot(format!("{MOMENTUM}{}", slot.name), slot, momentum)
     }));
+    if let Some(squares) = optimizer.squares() {
+        entries.extend(arena.layout().params().iter().map(|slot| {
+            let squares = || squares.slice(slot.offset, slot.shape).to_f64();
+            Entry::slot(format!("{SQUARES}{}", slot.name), slot, squares)
+        }));
+    }
     for (name, part) in state {
         let name = format!("{METHOD}{name}");
         match part {
@@ -240,14 +248,23 @@ pub(super) fn restore(
 ) -> Result<()> {
     let layout = arena.layout().clone();
     file.fill(arena, |slot| Some(slot.to_owned()))?;
-    let mut momentum = optimizer.momentum().to_f64();
-    file.read_slots(layout.params(), &mut momentum, |slot| Some(format!("{MOMENTUM}{slot}")))?;
     let device = arena.device().clone();
-    *optimizer.momentum_mut() = Tensor::from_f64(&device, [momentum.len()], &momentum);
+    let mut read = |prefix: &str, of: &Tensor| -> Result<Tensor> {
+        let mut values = of.to_f64();
+        file.read_slots(layout.params(), &mut values, |slot| Some(format!("{prefix}{slot}")))?;
+        Ok(Tensor::from_f64(&device, [values.len()], &values))
+    };
+    *optimizer.momentum_mut() = read(MOMENTUM, optimizer.momentum())?;
+    if let Some(squares) = optimizer.squares_mut() {
+        *squares = read(SQUARES, squares)?;
+    }
     let mut known: BTreeSet<String> = fill_state(file, state)?.into_iter().collect();
     for slot in layout.params().iter().chain(layout.stats()) {
         known.insert(slot.name.clone());
         known.insert(format!("{MOMENTUM}{}", slot.name));
+        if optimizer.squares().is_some() {
+            known.insert(format!("{SQUARES}{}", slot.name));
+        }
     }
     match file.names().into_iter().find(|name| !known.contains(name)) {
         None => Ok(()),

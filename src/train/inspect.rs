@@ -1,5 +1,7 @@
 //! Measures one step of a recipe before it is trained: its autograd graph and its memory.
 
+use std::time::Instant;
+
 use serde::Serialize;
 
 use crate::arena::Arena;
@@ -24,6 +26,8 @@ pub struct Measured {
     pub saved: usize,
     /// Peak bytes in use.
     pub peak: usize,
+    /// Seconds of the forward and backward pass and the update.
+    pub seconds: f64,
 }
 
 /// The memory that a step needs in f32.
@@ -62,6 +66,7 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     method.before_step(&mut online);
     let (mut nodes, mut saved) = (Vec::new(), 0);
     let before = device.memory_use().live;
+    let start = Instant::now();
     step(&mut online, |tape| {
         let loss = method.loss(tape, &crops);
         nodes = tape.nodes();
@@ -70,7 +75,8 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     })?;
     optimizer.step(&mut online, 0.0);
     method.after_update(&mut online, 1.0);
-    Ok(Measured { images, nodes, fixed, saved, peak: device.memory_use().peak })
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Measured { images, nodes, fixed, saved, peak: device.memory_use().peak, seconds })
 }
 
 /// Black views, grouped by size like the loader's.
@@ -111,3 +117,21 @@ pub fn memory(recipe: &Recipe) -> Result<Need> {
         in_all: small.peak + per_image * more,
     })
 }
+
+/// Measures how many seconds of computing an image of the recipe costs on this processor, all its views together, by a step of
+/// about a second. Loading and augmentation run beside it and are not counted.
+///
+/// # Errors
+/// As for [`measure`].
+pub fn seconds_per_image(recipe: &Recipe) -> Result<f64> {
+    let least = fewest(recipe);
+    let first = measure(recipe, least)?;
+    let most = recipe.train.batch / recipe.train.micro_batches.max(1);
+    let fit = (first.images as f64 / first.seconds.max(1e-6)) as usize;
+    let images = fit.min(most).min(MOST_IMAGES) / least * least;
+    let timed = if images > least { measure(recipe, images)? } else { first };
+    Ok(timed.seconds / timed.images as f64)
+}
+
+/// More images in a step do not make it more accurate, and need memory.
+const MOST_IMAGES: usize = 64;

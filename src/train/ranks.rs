@@ -233,6 +233,9 @@ impl Run {
         let restored = "what a checkpoint holds";
         broadcast_arena(&mut self.online, group);
         broadcast(self.optimizer.momentum_mut(), group);
+        if let Some(squares) = self.optimizer.squares_mut() {
+            broadcast(squares, group);
+        }
         for (_, part) in self.method.state() {
             match part {
                 State::Network(network) => broadcast_arena(network, group),

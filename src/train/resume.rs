@@ -255,6 +255,7 @@ const CHANGEABLE: &str = "data.path, data.max_skipped, watch.* and, of train, th
 /// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
 fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     let mut same = now.clone();
+    same.source.clone_from(&then.source); // describes settings and is none
     same.data.path.clone_from(&then.data.path);
     same.data.max_skipped = then.data.max_skipped;
     same.watch = then.watch;
@@ -376,6 +377,7 @@ impl Run {
                 run.progress.classes.join(", ")
             )));
         }
+        run.optimizer.set_updates(step);
         run.saved_step = Some(step);
         run.progress = Progress { classes: std::mem::take(&mut run.progress.classes), ..progress };
         if run.group().leads() {

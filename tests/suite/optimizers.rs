@@ -1,4 +1,4 @@
-//! SGD, the five published forms of LARS, the momentum update and the schedule, each against an independent implementation.
+//! SGD, Adam, AdamW, the five published forms of LARS, the momentum update and the schedule, each against an independent implementation.
 //!
 //! A loss that is linear in the weights sets the gradients.
 
@@ -7,7 +7,9 @@ use std::sync::Arc;
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
 use selfsup::device::{Device, Precision};
 use selfsup::ops;
-use selfsup::optim::{Exclude, Lars, Optimizer, ParamPolicy, Rule, Schedule, Sgd, TrustNorm, ema};
+use selfsup::optim::{
+    Adam, Exclude, Lars, Optimizer, ParamPolicy, Rule, Schedule, Sgd, TrustNorm, ema,
+};
 use selfsup::tape;
 use selfsup::tensor::Numbers;
 
@@ -37,7 +39,7 @@ fn sgd(nesterov: bool, exclude: Exclude) -> Rule {
     Rule::Sgd(Sgd { momentum: MOMENTUM, nesterov, weight_decay: DECAY, exclude })
 }
 
-fn rules() -> [(&'static str, Rule); 8] {
+fn rules() -> [(&'static str, Rule); 11] {
     [
         ("sgd", sgd(false, Exclude::Nothing)),
         ("nesterov", sgd(true, Exclude::Nothing)),
@@ -46,6 +48,9 @@ fn rules() -> [(&'static str, Rule); 8] {
         ("byol", Rule::Lars(Lars::byol(MOMENTUM, DECAY))),
         ("larc", Rule::Lars(Lars::larc(MOMENTUM, DECAY))),
         ("lightly", Rule::Lars(Lars::lightly(MOMENTUM, DECAY))),
+        ("adam", Rule::Adam(Adam::new(DECAY))),
+        ("adamw", Rule::AdamW(Adam::new(DECAY))),
+        ("spare_adam", Rule::Adam(Adam { exclude: Exclude::BiasAndNorm, ..Adam::new(DECAY) })),
         ("solo_learn", Rule::Lars(Lars::solo_learn(MOMENTUM, DECAY))),
     ]
 }
@@ -146,7 +151,7 @@ fn every_rule_on_a_gpu_moves_weights_as_its_published_code_does() {
     }
 }
 
-/// One launch for SGD, two for LARS; the same launch writes the bf16 working copy.
+/// One launch for SGD and Adam, two for LARS; the same launch writes the bf16 working copy.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_step_on_a_gpu_is_one_launch_or_two() {
@@ -163,7 +168,7 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
             ema(&mut other, &arena, &momentum);
             let launches = || {
                 gpu.wait(); // the stand-in driver counts kernels that have run
-                ["sgd_step", "lars_norms", "lars_step", "ema", "cast_f32_to_bf16"]
+                ["sgd_step", "adam_step", "lars_norms", "lars_step", "ema", "cast_f32_to_bf16"]
                     .map(|kernel| driver.count(&format!("kernel:{kernel}")))
             };
             momentum.set(&[0.5]);
@@ -172,9 +177,12 @@ fn a_step_on_a_gpu_is_one_launch_or_two() {
             ema(&mut other, &arena, &momentum);
             let after = launches();
             let count = |i: usize| after[i] - before[i];
-            let expected =
-                if matches!(rule, Rule::Sgd(_)) { [1, 0, 0, 1, 0] } else { [0, 1, 1, 1, 0] };
-            assert_eq!([0, 1, 2, 3, 4].map(count), expected, "{name}");
+            let expected = match rule {
+                Rule::Sgd(_) => [1, 0, 0, 0, 1, 0],
+                Rule::Adam(_) | Rule::AdamW(_) => [0, 1, 0, 0, 1, 0],
+                Rule::Lars(_) => [0, 0, 1, 1, 1, 0],
+            };
+            assert_eq!([0, 1, 2, 3, 4, 5].map(count), expected, "{name}");
             for (arena, params) in [(&arena, &params), (&other, &other_params)] {
                 for &param in params {
                     let copy = tape::evaluate(arena, |tape| tape.param(param)).unwrap();
@@ -237,7 +245,7 @@ fn a_trust_ratio_without_the_case_for_zero_weights_is_caught() {
         let first = format!("{name}|0");
         let about = |e: &String| e.contains("|zero") && !e.starts_with(&first);
         let caught = check(name, &steps, 1e-4).iter().any(|r| r.as_ref().is_err_and(about));
-        // SGD has no trust ratio.
+        // SGD and Adam have no trust ratio.
         assert_eq!(caught, matches!(rule, Rule::Lars(_)), "{name}");
     }
 }

@@ -369,9 +369,20 @@ fn a_gpu_in_f32_trains_to_the_weights_of_the_cpu() {
 fn recipes_studies_and_devices_are_listed() {
     let folder = tempfile::tempdir().unwrap();
     let names = selfsup(folder.path(), &["recipes"]);
-    assert!(text(&names.stdout).lines().any(|line| line == "simclr-imagenet"));
+    assert!(
+        text(&names.stdout)
+            .lines()
+            .any(|line| line.starts_with("simclr-imagenet ") && line.contains("69.1% linear"))
+    );
     let recipe = selfsup(folder.path(), &["recipes", "demo"]);
-    assert!(text(&recipe.stdout).contains("[method]\nname = \"simclr\""));
+    let recipe = text(&recipe.stdout);
+    for part in
+        ["[method]\nname = \"simclr\"", "\n# deviation: ", "\n# steps: 780 of 64", "\n# measured: "]
+    {
+        assert!(recipe.contains(part), "{recipe}");
+    }
+    // What is printed is a recipe.
+    selfsup::recipes::Recipe::parse(recipe, "stdout", &[]).unwrap();
     let studies = selfsup(folder.path(), &["study"]);
     assert!(text(&studies.stdout).contains("\nbyol-target: What may BYOL's target be?\n"));
     let devices = selfsup(folder.path(), &["devices"]);

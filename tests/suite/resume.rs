@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use selfsup::Error;
 use selfsup::device::{Device, Precision};
 use selfsup::methods::ALL;
+use selfsup::optim::{Adam, Rule};
 use selfsup::recipes::Recipe;
 use selfsup::train::{self, EpochReport, Paused, Run, StepReport, Watch};
 
@@ -51,7 +52,10 @@ fn recipes(folder: &Path, device: &Device) -> Vec<Recipe> {
         match &*recipe.method.name {
             "distill" => teacher(recipe, folder, device),
             "simclr-v2" => drop(recipe.method.settings.insert("memory".into(), 32.into())),
-            "swav" => drop(recipe.method.settings.insert("queue".into(), 16.into())),
+            "swav" => {
+                recipe.method.settings.insert("queue".into(), 16.into());
+                recipe.optim.rule = Rule::Adam(Adam::new(1e-4));
+            }
             _ => {}
         }
     }

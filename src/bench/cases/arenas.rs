@@ -10,7 +10,7 @@ use crate::data::{Image, Policy};
 use crate::device::cuda::Table;
 use crate::device::{Device, DeviceKind, Philox, Purpose};
 use crate::nn::{ResNet, ResNetConfig, Stem};
-use crate::optim::{Exclude, Lars, Optimizer, Rule, Sgd, ema};
+use crate::optim::{Adam, Exclude, Lars, Optimizer, Rule, Sgd, ema};
 use crate::tensor::{DType, Numbers, Tensor};
 
 pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
@@ -36,6 +36,9 @@ pub(super) fn cases(extent: &Extent, dtype: DType) -> Vec<Case> {
             20.0 + copy,
             move |device| optimiser(device, width, Rule::Lars(Lars::simclr(0.9, 1e-6))),
         ),
+        arena("adam", weights, &[("adam_step", 28.0 + copy)], 28.0 + copy, move |device| {
+            optimiser(device, width, Rule::Adam(Adam::new(1e-6)))
+        }),
         arena("ema", weights, &[("ema", 12.0 + copy)], 12.0 + copy, move |device| {
             let online = Arena::new(&Arc::new(layout(width)), device, 1);
             let mut target = online.twin();

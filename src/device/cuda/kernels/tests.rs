@@ -57,7 +57,8 @@ fn uses_mma(kernel: &str) -> bool {
 }
 
 /// Loops over contiguous elements, in bf16 if the kernel has both types: the width of their loads and stores sets their time.
-const STREAMS: [&str; 29] = [
+const STREAMS: [&str; 30] = [
+    "adam_step",
     "add_bf16",
     "avg_pool_bf16",
     "batch_norm_apply_bf16",
