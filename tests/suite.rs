@@ -89,6 +89,8 @@ mod results;
 mod resume;
 #[path = "suite/run_outputs.rs"]
 mod run_outputs;
+#[path = "suite/samplers.rs"]
+mod samplers;
 #[path = "suite/seeded.rs"]
 mod seeded;
 #[path = "suite/shape_fuzz.rs"]

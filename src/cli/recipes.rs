@@ -184,7 +184,7 @@ mod tests {
     fn the_page_of_a_recipe_has_its_source_deviations_and_steps() {
         let recipe = Recipe::load("simclr-cifar10", &[]).unwrap();
         let about = about(&recipe).join("\n");
-        for part in ["paper: arXiv:2002.05709", "published: ", "deviation: crops"] {
+        for part in ["paper: arXiv:2002.05709", "published: ", "deviation: running variances"] {
             assert!(about.contains(part), "{about}");
         }
         let cost = cost(&Recipe::load("demo", &["network.width=2".into()]).unwrap()).unwrap();

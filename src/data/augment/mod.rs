@@ -22,7 +22,7 @@ pub(crate) use cuda::GpuAugmenter;
 pub(super) use cuda::MOST_SHRINKING;
 pub use cuda::apply_on_gpu;
 pub use params::{ColourOp, CropBox, JitterParams, Params};
-pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Solarise};
+pub use policy::{Blur, BlurKind, Filter, Jitter, Normalise, Pixels, Policy, Sampler, Solarise};
 pub(super) use resize::{Buffers, Resize};
 pub(crate) use view::View;
 pub(super) use view::taps;

@@ -3,11 +3,15 @@
 //! Every number is drawn whether it is used or not, in one order, and the crop, which alone needs a varying number of
 //! draws, comes last: a change of one probability or range leaves all other numbers as they were.
 
-use super::policy::Policy;
+use super::policy::{Policy, Sampler};
 use crate::device::Philox;
 
 /// Attempts to draw a crop before the centre is used instead (torchvision's `RandomResizedCrop`).
 const CROP_TRIES: usize = 10;
+
+/// Attempts of TensorFlow's sampler, and the share of the image that a crop must cover (google-research/simclr, `data_util.py`).
+const BOX_TRIES: usize = 100;
+const COVERED: f32 = 0.1;
 
 /// The parameters of one view.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,7 +81,11 @@ impl Policy {
         });
         let solarise = rng.uniform();
         let solarise = self.solarise.as_ref().is_some_and(|s| solarise < s.p);
-        let crop = self.draw_crop(rng, width, height);
+        let crop = match self.sampler {
+            Sampler::Torchvision => self.draw_crop(rng, width, height),
+            Sampler::Tensorflow => self.draw_distorted_box(rng, width, height),
+            Sampler::Clamped => self.draw_clamped_box(rng, width, height),
+        };
         Params { crop, flip, jitter, grey, blur, solarise }
     }
 
@@ -128,6 +136,63 @@ impl Policy {
             }
         }
         self.fallback_crop(width, height)
+    }
+
+    /// Draws as `tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc` does for a bounding box of the whole image.
+    fn draw_distorted_box(&self, rng: &mut Philox, width: usize, height: usize) -> CropBox {
+        let pixels = (width * height) as f32;
+        let [narrow, wide] = self.aspect;
+        for _ in 0..BOX_TRIES {
+            let aspect = narrow + (wide - narrow) * rng.uniform();
+            let Some([w, h]) = self.distorted_sides(rng, aspect, [width, height]) else { continue };
+            // The last place is never drawn: the reference takes a number below the difference.
+            let mut place = |room: usize| (rng.uniform() * room as f32) as usize;
+            let (top, left) = (place(height - h), place(width - w));
+            if (w * h) as f32 / pixels >= COVERED {
+                return CropBox { left, top, width: w, height: h };
+            }
+        }
+        CropBox { left: 0, top: 0, width, height }
+    }
+
+    /// Returns width and height of a box of an aspect, the height uniform; `None` if it would leave the image or the range of areas.
+    fn distorted_sides(
+        &self,
+        rng: &mut Philox,
+        aspect: f32,
+        image: [usize; 2],
+    ) -> Option<[usize; 2]> {
+        let [width, height] = image;
+        let [least, most] = self.area.map(|share| share * (width * height) as f32);
+        let width_of = |h: usize| (h as f32 * aspect).round_ties_even() as usize;
+        let height_of = |area: f32| (area / aspect).sqrt().round_ties_even() as usize;
+        let mut tallest = height_of(most);
+        if width_of(tallest) > width {
+            tallest = ((width as f32 + 0.5) / aspect) as usize;
+            tallest -= usize::from(width_of(tallest) > width);
+        }
+        let tallest = tallest.min(height);
+        let lowest = height_of(least).min(tallest);
+        let mut h = lowest + (rng.uniform() * (tallest - lowest + 1) as f32) as usize;
+        // Rounding may have put the area just outside its range.
+        let area = |h: usize| (width_of(h) * h) as f32;
+        h += usize::from(area(h) < least);
+        h -= usize::from(area(h) > most);
+        let w = width_of(h);
+        let fits = (1..=width).contains(&w) && (1..=height).contains(&h);
+        (fits && (least..=most).contains(&area(h))).then_some([w, h])
+    }
+
+    /// Draws as deepmind-research, `byol/utils/dataset.py`.
+    fn draw_clamped_box(&self, rng: &mut Philox, width: usize, height: usize) -> CropBox {
+        let within = |[low, high]: [f32; 2], unit: f32| low + (high - low) * unit;
+        let pixels = (width * height) as f32 * within(self.area, rng.uniform());
+        let aspect = within(self.aspect.map(f32::ln), rng.uniform()).exp();
+        let side =
+            |square: f32, most: usize| (square.sqrt().round_ties_even() as usize).clamp(1, most);
+        let (w, h) = (side(pixels * aspect, width), side(pixels / aspect, height));
+        let mut place = |room: usize| (rng.uniform() * (room + 1) as f32) as usize;
+        CropBox { left: place(width - w), top: place(height - h), width: w, height: h }
     }
 
     /// Returns the largest central crop with an aspect in range.
