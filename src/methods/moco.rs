@@ -27,7 +27,7 @@
 //! its image in every step that sees it, and from which negatives are drawn (Wu et al. 2018, arXiv:1805.01978).
 //!
 //! **Deviations**: contiguous groups of rows on one device replace the reference's GPUs in batch norm. In `end-to-end` one encoder
-//! produces both queries and keys.
+//! produces both queries and keys. `[source]` of each recipe lists its own (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss starts near `ln(K + 1)`, 11.09 for the published queue, or below it while the queue holds random rows,
 //! which are easy to tell apart. It *rises* while keys replace them (`queue_filled` goes to 1) and then falls slowly. The rise

@@ -22,7 +22,7 @@
 //! `target_every = k` is the alternation, whose targets come from the network as it was up to k steps ago; 1 is SimSiam itself.
 //! `selfsup study simsiam-parts` and `simsiam-alternation` run the comparisons.
 //!
-//! **Deviations**: none known.
+//! **Deviations**: none known; `[source]` of each recipe lists its own (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss starts near 0 and falls towards -0.9. A loss of -1 with a standard deviation near 0 is collapse;
 //! healthy projections have a standard deviation near 1, in units of `1/sqrt(d)`. `positive_similarity`, between predictions and

@@ -24,6 +24,7 @@
 //! `selfsup study swav-codes` and `swav-crops` run the comparisons.
 //!
 //! **Deviations**: batch norm on one device sees the complete batch, where the reference synchronises groups of 8 GPUs.
+//! `[source]` of each recipe lists its own (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss first stays near `ln(prototypes)`, 8.006 for 3000, and falls late: after the freeze, sometimes only
 //! after tens of epochs. If it never falls, lower `epsilon` to 0.03, freeze longer, or start the queue later (README of the
