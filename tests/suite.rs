@@ -73,6 +73,8 @@ mod packs;
 mod parser_fuzz;
 #[path = "suite/program.rs"]
 mod program;
+#[path = "suite/published.rs"]
+mod published;
 #[path = "suite/random_shapes.rs"]
 mod random_shapes;
 #[path = "suite/rank_failures.rs"]
