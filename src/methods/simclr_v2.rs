@@ -24,7 +24,7 @@
 //! **Deviations**: no public code has the memory; its size (64K) and momentum (0.999) are from secondary accounts of the paper.
 //! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one. Filters start as PyTorch's do unless
 //! `truncated_init` is set. The blur draws one sigma for each image, where the reference draws one for the batch; running variances
-//! are unbiased, and incomplete batches are dropped. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
+//! are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
 //!
 //! **Monitors**: as for [SimCLR](super::simclr). With memory the loss starts at about `2 ln(memory)`, and `target_distance` is
 //! the lag of the momentum encoder. Memory is worth about one point. The distillation loss falls to the entropy of the teacher's

@@ -114,6 +114,11 @@ pub struct TrainSettings {
     pub epochs: u32,
     /// Images per step, each in several views.
     pub batch: usize,
+    /// The schedule counts all images, as if an epoch's incomplete batch went on into the next epoch: `epochs * images / batch`
+    /// steps in place of `epochs * (images / batch)`. The steps that dropped batches leave out follow as further epochs, the last
+    /// of them cut short. SimCLR and BYOL.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub all_images: bool,
     /// Parts that a step is computed in, for batches that do not fit into memory. Gradients are those of the full batch; batch
     /// norm sees one part.
     #[serde(default = "one", skip_serializing_if = "is_one")]
@@ -190,6 +195,10 @@ impl Default for WatchSettings {
             tensorboard: false,
         }
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 fn is_zero_share(value: &f64) -> bool {
@@ -299,13 +308,23 @@ impl Recipe {
         }
     }
 
-    /// Returns the learning rate schedule of a run over `images` images: `total = images / batch * epochs` steps.
+    /// Returns the learning rate schedule of a run over `images` images: `total = images / batch * epochs` steps, or with
+    /// [`all_images`](TrainSettings::all_images) `images * epochs / batch`.
     pub fn schedule(&self, images: usize) -> Schedule {
-        let per_epoch = (images / self.train.batch) as u64;
+        let (batch, epochs) = (self.train.batch, u64::from(self.train.epochs));
+        let per_epoch = (images / batch) as u64;
+        let warmup = self.optim.warmup_epochs;
+        let (warmup, total) = if self.train.all_images && per_epoch > 0 {
+            // Rounded down, as in google-research/simclr, `model_util.py`.
+            let warmup = (warmup * images as f64 / batch as f64).floor();
+            (warmup, epochs * images as u64 / batch as u64)
+        } else {
+            ((warmup * per_epoch as f64).round(), per_epoch * epochs)
+        };
         Schedule {
             peak: self.optim.lr_rule.apply(self.optim.lr, self.train.batch),
-            warmup: (self.optim.warmup_epochs * per_epoch as f64).round() as u64,
-            total: per_epoch * u64::from(self.train.epochs),
+            warmup: warmup as u64,
+            total,
             warmup_from: self.optim.warmup_from,
             end: self.optim.end_lr,
             decay: self.optim.decay.clone(),

@@ -349,7 +349,7 @@ impl Run {
         progress: Progress,
     ) -> Result<()> {
         let run = self;
-        let (images, epochs) = (run.progress.images, run.recipe.train.epochs);
+        let (images, epochs) = (run.progress.images, run.epochs());
         let Progress { epoch, position, step, .. } = progress;
         let batches = run.loader.batches_per_epoch();
         let data = &run.recipe.data.path;
@@ -360,6 +360,8 @@ impl Run {
             )));
         }
         let steps = u64::from(epoch) * batches as u64 + position as u64;
+        // The last epoch may be cut short.
+        let steps = steps.min(run.schedule.total);
         if epoch > epochs || position > batches || step != steps {
             let file = checkpoint.as_ref().map_or(path, |file| file.path());
             let reason = format!("{PROGRESS_NOTE} is damaged: epoch {epoch}, batch {position}");
@@ -408,7 +410,7 @@ impl Run {
 
     /// Whether all epochs are done, the last one's evaluation included.
     pub fn has_ended(&self) -> bool {
-        self.progress.epoch >= self.recipe.train.epochs
+        self.progress.epoch >= self.epochs()
     }
 
     pub(super) fn checkpoint_is_due(&self, step: u64) -> bool {

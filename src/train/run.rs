@@ -336,7 +336,7 @@ impl Run {
     }
 
     fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
-        let epochs = self.recipe.train.epochs;
+        let epochs = self.epochs();
         self.images.notes().for_each(|note| watch.note(note));
         if let Some(sentence) = self.loader.place_images()? {
             watch.note(&sentence);
@@ -399,9 +399,22 @@ impl Run {
         Ok(())
     }
 
+    /// The number of epochs that the schedule's steps take.
+    pub(super) fn epochs(&self) -> u32 {
+        let batches = self.loader.batches_per_epoch().max(1) as u64;
+        self.schedule.total.div_ceil(batches) as u32
+    }
+
+    /// The steps of an epoch: fewer than its batches if the schedule ends in it.
+    fn steps_of(&self, epoch: u32) -> usize {
+        let batches = self.loader.batches_per_epoch();
+        let before = u64::from(epoch) * batches as u64;
+        batches.min(self.schedule.total.saturating_sub(before) as usize)
+    }
+
     /// Trains an epoch, or the rest of one, then evaluates and logs it. Returns also whether it is the best so far.
     fn epoch(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<(EpochReport, bool)> {
-        let (first, steps) = (self.progress.position, self.loader.batches_per_epoch());
+        let (first, steps) = (self.progress.position, self.steps_of(epoch));
         let views = (steps - first) * self.recipe.train.batch * self.method.views();
         let waited = self.loader.waited();
         let so_far = EpochProgress { start: Instant::now(), first, steps, views };
@@ -412,7 +425,7 @@ impl Run {
             self.observe_last_step(loss)?;
         }
         let unhealthy = self.check_health(epoch, loss);
-        let last = epoch + 1 == self.recipe.train.epochs || unhealthy.is_some();
+        let last = epoch + 1 == self.epochs() || unhealthy.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
         self.add_skipped();
         if unhealthy.is_none() && (measure || self.skipped_too_many().is_err()) {
@@ -432,7 +445,7 @@ impl Run {
         let times = EpochTimes { training, evaluation };
         let report = EpochReport {
             epoch: epoch + 1,
-            epochs: self.recipe.train.epochs,
+            epochs: self.epochs(),
             loss,
             spread: self.progress.spread,
             knn: accuracies.knn,

@@ -67,27 +67,41 @@ fn a_run_of_any_method_stopped_after_each_step_equals_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu(1).unwrap().poisoned();
     for recipe in recipes(folder.path(), &device) {
-        stopped_after_each_step(&recipe, folder.path(), &device);
+        stopped_after_each_step(&recipe, folder.path(), &device, 4);
     }
     let in_bf16 = device.with_precision(Precision::Bf16).unwrap();
     let recipe = reduced(small_recipe("byol"), &in_bf16);
     let recipe = recipe.with(&["train.epochs=2".into(), "train.knn_every=1".into()]).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    stopped_after_each_step(&recipe, folder.path(), &in_bf16);
+    stopped_after_each_step(&recipe, folder.path(), &in_bf16, 4);
     let paused = || Paused::open(&folder.path().join("byol-stopped"), &[]).unwrap();
     assert_eq!(paused().precision(), Some(Precision::Bf16));
     let error = Run::resume(paused(), &device).err().unwrap().to_string();
     assert!(error.contains("trained in bf16, and the device computes in f32"), "{error}");
 }
 
-fn stopped_after_each_step(recipe: &Recipe, folder: &Path, device: &Device) {
+/// 20 images are two batches of eight and a half; 60 images are seven, so three epochs become three and a half.
+#[test]
+fn a_schedule_of_all_images_ends_within_an_epoch_and_resumes_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu(1).unwrap().poisoned();
+    let mut recipe = reduced(small_recipe("simclr"), &device);
+    (recipe.data.limit, recipe.train.all_images) = (20, true);
+    (recipe.train.epochs, recipe.train.knn_every) = (3, 1);
+    stopped_after_each_step(&recipe, folder.path(), &device, 7);
+    let lines =
+        std::fs::read_to_string(folder.path().join("simclr-straight/metrics.jsonl")).unwrap();
+    assert_eq!(lines.lines().filter(|line| line.contains("\"knn\":")).count(), 4, "{lines}");
+}
+
+fn stopped_after_each_step(recipe: &Recipe, folder: &Path, device: &Device, steps: u64) {
     let name = &recipe.method.name;
     let [straight, stopped] =
         ["straight", "stopped"].map(|how| folder.join(format!("{name}-{how}")));
     let mut run = Run::new(recipe, device, Some(&straight)).unwrap();
     run.train(&mut StopAt(u64::MAX, Arc::default())).unwrap();
     let total = run.schedule().total;
-    assert_eq!(total, 4, "{name}: two epochs of two steps");
+    assert_eq!(total, steps, "{name}");
     let mut run = Run::new(recipe, device, Some(&stopped)).unwrap();
     for step in 1..=total {
         let flag = Arc::new(AtomicBool::new(false));
@@ -96,7 +110,8 @@ fn stopped_after_each_step(recipe: &Recipe, folder: &Path, device: &Device) {
             Err(Error::Stopped(sentence)) => sentence,
             other => panic!("{name}: {other:?} at step {step}"),
         };
-        let start = format!("stopped at step {step} of 4; continue with: selfsup train --resume ");
+        let start =
+            format!("stopped at step {step} of {steps}; continue with: selfsup train --resume ");
         assert!(sentence.starts_with(&start), "{sentence}");
         drop(run); // or its folder stays locked
         if let Some(file) = recipe.method.settings.get("teacher").map(|t| &t["file"]) {
