@@ -113,6 +113,7 @@ fn network(depth: usize, width: usize, stem: Stem) -> ResNetConfig {
         norm_groups: 1,
         sk_ratio: 0.0,
         bottleneck: 1,
+        project: false,
     }
 }
 

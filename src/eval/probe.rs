@@ -252,6 +252,7 @@ mod tests {
             norm_groups: 1,
             sk_ratio: 0.0,
             bottleneck: 1,
+            project: false,
         };
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);

@@ -27,8 +27,7 @@
 //!
 //! **Deviations**: no online classifier is trained next to the loss (the reference stops its gradient). Weights start from a
 //! normal distribution and filters as PyTorch's do, unless `truncated_init` is set. Convolutions of stride 2 and max pooling pad
-//! evenly, running variances are unbiased, and ResNet-18 has no projection in its first block.
-//! `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
+//! evenly, and running variances are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss starts near 4, falls fast below 1 and says little after that: a falling loss does not prove progress,
 //! and a rising loss does not prove failure, because the target gets harder to predict. `positive_similarity`, between

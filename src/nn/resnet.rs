@@ -45,6 +45,14 @@ pub struct ResNetConfig {
     /// (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
     #[serde(default = "one")]
     pub bottleneck: usize,
+    /// Whether the first block of every stage projects its shortcut, as in google-research/simclr (`resnet.py`) and BYOL's Haiku
+    /// networks. torchvision projects only where shapes change, which leaves out the first stage of ResNet-18 and 34.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub project: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 fn one() -> usize {
@@ -76,13 +84,24 @@ impl ResNetConfig {
             ))
         })?;
         let (width, stem, zero_init_residual) = (64, Stem::Image, false);
-        let (norm_groups, sk_ratio) = (1, 0.0);
-        Ok(Self { depth, width, stem, zero_init_residual, norm_groups, sk_ratio, bottleneck })
+        let (norm_groups, sk_ratio, project) = (1, 0.0, false);
+        Ok(Self {
+            depth,
+            width,
+            stem,
+            zero_init_residual,
+            norm_groups,
+            sk_ratio,
+            bottleneck,
+            project,
+        })
     }
 
     /// Its name in torchvision, if torchvision has this network.
     pub fn name(&self) -> Option<&'static str> {
-        let in_torchvision = self.width == 64 && self.stem == Stem::Image && !self.selective();
+        let adds = self.project && !self.blocks().1; // a bottleneck's first block projects anyway
+        let in_torchvision =
+            self.width == 64 && self.stem == Stem::Image && !self.selective() && !adds;
         let same = |&&(_, depth, bottleneck): &&(&str, usize, usize)| {
             [depth, bottleneck] == [self.depth, self.bottleneck]
         };
@@ -235,12 +254,13 @@ impl Builder<'_> {
         }
     }
 
-    /// A block called `name` from `c` channels to `k`, with `inner` channels inside the branch.
+    /// A block called `name` from `c` channels to `k`, with `inner` channels inside the branch; `is_first` of its stage or not.
     fn block(
         &mut self,
         name: &str,
         config: &ResNetConfig,
         [c, inner, k, stride]: [usize; 4],
+        is_first: bool,
     ) -> Block {
         let (_, bottleneck) = config.blocks();
         // (filter size, channels out, stride) of the branch
@@ -274,7 +294,8 @@ impl Builder<'_> {
         let last_gain = if config.zero_init_residual { 0.0 } else { 1.0 };
         let last = self.unit(names(rest.len()), [input, k, last[0], last[2]], last_gain);
         let pool = config.selective().then_some(stride);
-        let projection = (c != k || stride != 1).then(|| {
+        let projects = c != k || stride != 1 || (config.project && is_first);
+        let projection = projects.then(|| {
             let names = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
             self.unit(names, [c, k, 1, if pool.is_some() { 1 } else { stride }], 1.0)
         });
@@ -300,7 +321,7 @@ impl ResNet {
             for i in 0..count {
                 let stride = if stage > 0 && i == 0 { 2 } else { 1 };
                 let name = format!("layer{}.{i}", stage + 1);
-                blocks.push(builder.block(&name, config, [c, inner, k, stride]));
+                blocks.push(builder.block(&name, config, [c, inner, k, stride], i == 0));
                 c = k;
             }
         }
@@ -336,6 +357,19 @@ mod tests {
         let mut layout = Layout::new();
         ResNet::new(&mut layout, "", config);
         layout.weights()
+    }
+
+    /// The trunks of google-research/simclr's ResNet-18 for CIFAR-10 and of BYOL's for Imagenette, as those codes count them.
+    #[test]
+    fn the_number_of_weights_with_a_projection_in_every_stage_is_simclrs_and_byols() {
+        let resnet18 = ResNetConfig { project: true, ..ResNetConfig::named("resnet18").unwrap() };
+        assert_eq!(count(&resnet18), 11_180_736);
+        assert_eq!(count(&ResNetConfig { stem: Stem::Small, ..resnet18 }), 11_173_056);
+        assert_eq!(resnet18.name(), None);
+        // A bottleneck's first block projects anyway: shapes change.
+        let resnet50 = ResNetConfig::named("resnet50").unwrap();
+        let projecting = ResNetConfig { project: true, ..resnet50 };
+        assert_eq!((count(&projecting), projecting.name()), (count(&resnet50), Some("resnet50")));
     }
 
     /// torchvision's parameter counts less those of the classifier, `features * 1000 + 1000`.

@@ -332,6 +332,7 @@ mod tests {
             norm_groups: 1,
             sk_ratio: 0.0,
             bottleneck: 1,
+            project: false,
         };
         ResNet::new(&mut layout, "backbone.", &config);
         Arena::new(&Arc::new(layout), &Device::cpu(1).unwrap(), seed)

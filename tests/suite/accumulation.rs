@@ -30,6 +30,7 @@ fn method(norm_groups: usize) -> SimClr {
         norm_groups,
         sk_ratio: 0.0,
         bottleneck: 1,
+        project: false,
     };
     SimClr::new(
         &network,

@@ -100,6 +100,7 @@ fn the_audited_units_make_up_a_resnet() {
         norm_groups: 1,
         sk_ratio: 0.0,
         bottleneck: 1,
+        project: false,
     };
     let backbone = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();

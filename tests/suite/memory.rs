@@ -29,6 +29,7 @@ impl Training {
             norm_groups: 1,
             sk_ratio: 0.0,
             bottleneck: 1,
+            project: false,
         };
         let settings = Settings { hidden: 16, embedding: 8, ..Settings::default() };
         let method = SimClr::new(&config, &settings);

@@ -59,6 +59,7 @@ pub fn small(norm_groups: usize) -> ResNetConfig {
         norm_groups,
         sk_ratio: 0.0,
         bottleneck: 1,
+        project: false,
     }
 }
 

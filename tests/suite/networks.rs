@@ -48,6 +48,7 @@ impl Network {
             norm_groups,
             sk_ratio,
             bottleneck: 1,
+            project: false,
         };
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);

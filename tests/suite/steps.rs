@@ -59,6 +59,7 @@ impl Run {
             norm_groups: 1,
             sk_ratio: 0.0,
             bottleneck: 1,
+            project: false,
         };
         let settings = Settings {
             temperature: self.temperature,

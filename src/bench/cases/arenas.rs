@@ -59,6 +59,7 @@ fn layout(width: usize) -> Layout {
         norm_groups: 1,
         sk_ratio: 0.0,
         bottleneck: 1,
+        project: false,
     };
     ResNet::new(&mut layout, "backbone.", &config);
     layout
