@@ -65,8 +65,8 @@ impl Protocol {
                 init: small,
                 ..cosine
             },
-            // simclr:README.md
-            "simclr" => Self { rule: sgd(true, 1e-6, Exclude::BiasAndNorm), batch: 4096, ..cosine },
+            // simclr:README.md; simclr:model_util.py, add_weight_decay: the bias decays, too, unless the optimiser is LARS
+            "simclr" => Self { rule: sgd(true, 1e-6, Exclude::Nothing), batch: 4096, ..cosine },
             // swav:eval_linear.py
             "swav" => Self {
                 rule: sgd(false, 1e-6, Exclude::Nothing),
