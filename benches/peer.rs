@@ -114,6 +114,7 @@ fn network(depth: usize, width: usize, stem: Stem) -> ResNetConfig {
         sk_ratio: 0.0,
         bottleneck: 1,
         project: false,
+        same_pool: false,
     }
 }
 

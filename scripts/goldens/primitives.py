@@ -133,7 +133,9 @@ def max_pool(row):
     values = seeded.tied if row.words.get("values") == "tied" else seeded.distinct
     row.input("x", row.sizes("n", "h", "w", "c"), values)
     # Contiguous first: PyTorch breaks ties in the order of memory.
-    return lambda x: nhwc(F.max_pool2d(nchw(x).contiguous(), size, stride, pad))
+    after = int(row.words.get("after", pad))
+    sides = (pad, after, pad, after)
+    return lambda x: nhwc(F.max_pool2d(F.pad(nchw(x).contiguous(), sides, value=-math.inf), size, stride))
 
 
 def mean_pool(row):

@@ -253,6 +253,7 @@ mod tests {
             sk_ratio: 0.0,
             bottleneck: 1,
             project: false,
+            same_pool: false,
         };
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);

@@ -26,7 +26,7 @@
 //! `byol-norm` run the comparisons.
 //!
 //! **Deviations**: no online classifier is trained next to the loss (the reference stops its gradient). Weights start from a
-//! normal distribution and filters as PyTorch's do, unless `truncated_init` is set. Convolutions of stride 2 and max pooling pad
+//! normal distribution and filters as PyTorch's do, unless `truncated_init` is set. Convolutions of stride 2 pad
 //! evenly, and running variances are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss starts near 4, falls fast below 1 and says little after that: a falling loss does not prove progress,

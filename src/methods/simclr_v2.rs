@@ -22,7 +22,7 @@
 //! network from 0, 1 and 2 layers of its head with fractions of the labels.
 //!
 //! **Deviations**: no public code has the memory; its size (64K) and momentum (0.999) are from secondary accounts of the paper.
-//! Pooling after the stem pads both sides, where TensorFlow's `SAME` pads one. Filters start as PyTorch's do unless
+//! Filters start as PyTorch's do unless
 //! `truncated_init` is set. The blur draws one sigma for each image, where the reference draws one for the batch; running variances
 //! are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
 //!

@@ -49,6 +49,10 @@ pub struct ResNetConfig {
     /// networks. torchvision projects only where shapes change, which leaves out the first stage of ResNet-18 and 34.
     #[serde(default, skip_serializing_if = "is_false")]
     pub project: bool,
+    /// Whether the stem's max pooling pads as TensorFlow's `SAME`, an even side below and to the right alone: google-research/simclr
+    /// and BYOL. Convolutions pad evenly in any case, as in SimCLR; Haiku's, and so BYOL's, do not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub same_pool: bool,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -84,7 +88,7 @@ impl ResNetConfig {
             ))
         })?;
         let (width, stem, zero_init_residual) = (64, Stem::Image, false);
-        let (norm_groups, sk_ratio, project) = (1, 0.0, false);
+        let (norm_groups, sk_ratio, project, same_pool) = (1, 0.0, false, false);
         Ok(Self {
             depth,
             width,
@@ -94,14 +98,16 @@ impl ResNetConfig {
             sk_ratio,
             bottleneck,
             project,
+            same_pool,
         })
     }
 
     /// Its name in torchvision, if torchvision has this network.
     pub fn name(&self) -> Option<&'static str> {
         let adds = self.project && !self.blocks().1; // a bottleneck's first block projects anyway
-        let in_torchvision =
-            self.width == 64 && self.stem == Stem::Image && !self.selective() && !adds;
+        let in_torchvision = self.width == 64
+            && self.stem == Stem::Image
+            && !(self.selective() || adds || self.same_pool);
         let same = |&&(_, depth, bottleneck): &&(&str, usize, usize)| {
             [depth, bottleneck] == [self.depth, self.bottleneck]
         };
@@ -215,6 +221,7 @@ impl Block {
 pub struct ResNet {
     stem: Vec<ConvBn>,
     pool: bool,
+    same_pool: bool,
     blocks: Vec<Block>,
     features: usize,
 }
@@ -325,7 +332,8 @@ impl ResNet {
                 c = k;
             }
         }
-        Self { stem, pool: config.stem == Stem::Image, blocks, features: c }
+        let (pool, same_pool) = (config.stem == Stem::Image, config.same_pool);
+        Self { stem, pool, same_pool, blocks, features: c }
     }
 
     /// The number of output features.
@@ -338,10 +346,22 @@ impl ResNet {
     pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
         let mut x = self.stem.iter().fold(x.clone(), |x, conv| conv.forward(&x, None, true));
         if self.pool {
-            x = ops::max_pool(&x, 3, 2, 1);
+            let [_, h, w, _] = x.value().dims("resnet: the input of the pooling");
+            let pads =
+                if self.same_pool { [h, w].map(|side| same_pads(side, 3, 2)) } else { [[1; 2]; 2] };
+            assert_eq!(pads[0], pads[1], "resnet: SAME padding of {h} x {w} pixels is uneven");
+            x = ops::max_pool(&x, 3, 2, pads[0]);
         }
         ops::mean_pool(&self.blocks.iter().fold(x, |x, block| block.forward(&x)))
     }
+}
+
+/// TensorFlow's `SAME` padding of a side: the output has `length / stride` pixels, rounded up, and the padding that this takes lies
+/// half on each end, the larger half below and to the right.
+fn same_pads(length: usize, size: usize, stride: usize) -> [usize; 2] {
+    let outputs = length.div_ceil(stride);
+    let padded = (outputs.saturating_sub(1) * stride + size).saturating_sub(length);
+    [padded / 2, padded.div_ceil(2)]
 }
 
 #[cfg(test)]
@@ -370,6 +390,14 @@ mod tests {
         let resnet50 = ResNetConfig::named("resnet50").unwrap();
         let projecting = ResNetConfig { project: true, ..resnet50 };
         assert_eq!((count(&projecting), projecting.name()), (count(&resnet50), Some("resnet50")));
+    }
+
+    #[test]
+    fn same_padding_is_tensorflows() {
+        let pads: Vec<_> = [112, 48, 7, 2, 1].map(|side| same_pads(side, 3, 2)).into();
+        assert_eq!(pads, [[0, 1], [0, 1], [1, 1], [0, 1], [1, 1]]);
+        let resnet50 = ResNetConfig::named("resnet50").unwrap();
+        assert_eq!(ResNetConfig { same_pool: true, ..resnet50 }.name(), None);
     }
 
     /// torchvision's parameter counts less those of the classifier, `features * 1000 + 1000`.

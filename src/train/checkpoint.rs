@@ -333,6 +333,7 @@ mod tests {
             sk_ratio: 0.0,
             bottleneck: 1,
             project: false,
+            same_pool: false,
         };
         ResNet::new(&mut layout, "backbone.", &config);
         Arena::new(&Arc::new(layout), &Device::cpu(1).unwrap(), seed)

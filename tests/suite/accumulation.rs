@@ -31,6 +31,7 @@ fn method(norm_groups: usize) -> SimClr {
         sk_ratio: 0.0,
         bottleneck: 1,
         project: false,
+        same_pool: false,
     };
     SimClr::new(
         &network,

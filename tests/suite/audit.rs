@@ -101,6 +101,7 @@ fn the_audited_units_make_up_a_resnet() {
         sk_ratio: 0.0,
         bottleneck: 1,
         project: false,
+        same_pool: false,
     };
     let backbone = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();

@@ -247,7 +247,9 @@ fn max_pool(row: Row) -> Case {
     if row.text("values") == Some("tied") {
         input.step = 0.0;
     }
-    row.case(vec![input], Box::new(move |_, v| ops::max_pool(&v[0], size, stride, pad)))
+    // The padding below and to the right, if it is not that above and to the left.
+    let after = row.text("after").map_or(pad, |after| after.parse().unwrap());
+    row.case(vec![input], Box::new(move |_, v| ops::max_pool(&v[0], size, stride, [pad, after])))
 }
 
 fn mean_pool(row: Row) -> Case {

@@ -30,6 +30,7 @@ impl Training {
             sk_ratio: 0.0,
             bottleneck: 1,
             project: false,
+            same_pool: false,
         };
         let settings = Settings { hidden: 16, embedding: 8, ..Settings::default() };
         let method = SimClr::new(&config, &settings);

@@ -60,6 +60,7 @@ pub fn small(norm_groups: usize) -> ResNetConfig {
         sk_ratio: 0.0,
         bottleneck: 1,
         project: false,
+        same_pool: false,
     }
 }
 

@@ -49,6 +49,7 @@ impl Network {
             sk_ratio,
             bottleneck: 1,
             project: false,
+            same_pool: false,
         };
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);

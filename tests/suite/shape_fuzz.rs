@@ -297,8 +297,9 @@ impl Bench {
             }
             "max_pool" => {
                 let x = input(c.shape(&[n, h, w, d]));
-                let (size, stride, pad) = (c.setting(4), c.setting(3), c.setting(2));
-                ops::max_pool(&x, size, stride, pad)
+                let (size, stride, pads) =
+                    (c.setting(4), c.setting(3), [c.setting(2), c.setting(2)]);
+                ops::max_pool(&x, size, stride, pads)
             }
             "avg_pool" => {
                 let x = input(c.shape(&[n, h, w, d]));

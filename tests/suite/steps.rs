@@ -60,6 +60,7 @@ impl Run {
             sk_ratio: 0.0,
             bottleneck: 1,
             project: false,
+            same_pool: false,
         };
         let settings = Settings {
             temperature: self.temperature,

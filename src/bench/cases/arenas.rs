@@ -60,6 +60,7 @@ fn layout(width: usize) -> Layout {
         sk_ratio: 0.0,
         bottleneck: 1,
         project: false,
+        same_pool: false,
     };
     ResNet::new(&mut layout, "backbone.", &config);
     layout

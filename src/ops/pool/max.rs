@@ -19,6 +19,7 @@ pub(super) struct MaxPoolDims {
     pub(super) q: usize,
     pub(super) size: usize,
     pub(super) stride: usize,
+    /// Padding above and to the left; that below and to the right follows from `p` and `q`.
     pub(super) pad: usize,
 }
 
@@ -37,26 +38,30 @@ impl MaxPoolDims {
     }
 }
 
-/// Returns the maximum of each `size x size` window of `x [n, h, w, c]` padded by `pad`, windows `stride` apart. NaN propagates.
+/// Returns the maximum of each `size x size` window of `x [n, h, w, c]`, windows `stride` apart. `pads` are the padding above and
+/// to the left, and below and to the right: `[1, 1]` in torchvision's ResNets, `[0, 1]` in TensorFlow's on even sides. NaN
+/// propagates.
 ///
 /// # Panics
-/// If a window does not fit the padded image, `stride` is 0, `pad` is more than half of `size`, or, on a GPU, `size` is above
+/// If a window does not fit the padded image, `stride` is 0, a padding is more than half of `size`, or, on a GPU, `size` is above
 /// 16.
 #[track_caller]
-pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pad: usize) -> Var<'t> {
+pub fn max_pool<'t>(x: &Var<'t>, size: usize, stride: usize, pads: [usize; 2]) -> Var<'t> {
     let [n, h, w, c] = x.value().dims("max_pool: the input");
+    let [pad, after] = pads;
     assert!(
-        stride > 0 && pad <= size / 2 && size <= usize::MAX / 4,
-        "max_pool: size {size}, stride {stride}, pad {pad}"
+        stride > 0 && pad.max(after) <= size / 2 && size <= usize::MAX / 4,
+        "max_pool: size {size}, stride {stride}, pads {pad} and {after}"
     );
+    let padded = pad + after;
     assert!(
-        size > 0 && h.min(w) > 0 && h.min(w) + 2 * pad >= size,
-        "max_pool: {size} x {size} windows do not fit {h} x {w} images padded by {pad}"
+        size > 0 && h.min(w) > 0 && h.min(w) + padded >= size,
+        "max_pool: {size} x {size} windows do not fit {h} x {w} images padded by {pad} and {after}"
     );
-    let p = (h + 2 * pad - size) / stride + 1;
-    let q = (w + 2 * pad - size) / stride + 1;
+    let p = (h + padded - size) / stride + 1;
+    let q = (w + padded - size) / stride + 1;
     // A larger stride has the same single output in each direction.
-    let stride = stride.min(h.max(w) + 2 * pad);
+    let stride = stride.min(h.max(w) + padded);
     let dims = MaxPoolDims { h, w, c, p, q, size, stride, pad };
     let device = x.tape().device();
     let mut y = Tensor::empty(device, x.value().dtype(), [n, p, q, c]);
