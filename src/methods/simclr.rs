@@ -22,7 +22,8 @@
 //!
 //! **Deviations**: the blur draws one sigma for each image, where the reference draws one for the batch; filters start as
 //! PyTorch's do unless `truncated_init` is set. An epoch drops its incomplete batch; with `train.all_images` the schedule has the
-//! reference's steps but its last one. Running variances are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
+//! reference's steps but its last one. Running variances are unbiased. `[source]` of each recipe lists what applies to it
+//! (`selfsup recipes NAME`).
 //!
 //! **Monitors**: the loss starts near `2 ln(2N - 1)`, 18 at batch 4096, falls fast in the first epochs and slowly from then on.
 //! `positive_similarity` rises to 0.8 or more while `negative_similarity` stays near 0; both near 1 is collapse.

@@ -22,9 +22,8 @@
 //! network from 0, 1 and 2 layers of its head with fractions of the labels.
 //!
 //! **Deviations**: no public code has the memory; its size (64K) and momentum (0.999) are from secondary accounts of the paper.
-//! Filters start as PyTorch's do unless
-//! `truncated_init` is set. The blur draws one sigma for each image, where the reference draws one for the batch; running variances
-//! are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
+//! Filters start as PyTorch's do unless `truncated_init` is set. The blur draws one sigma for each image, where the reference draws
+//! one for the batch; running variances are unbiased. `[source]` of each recipe lists what applies to it (`selfsup recipes NAME`).
 //!
 //! **Monitors**: as for [SimCLR](super::simclr). With memory the loss starts at about `2 ln(memory)`, and `target_distance` is
 //! the lag of the momentum encoder. Memory is worth about one point. The distillation loss falls to the entropy of the teacher's
