@@ -133,7 +133,7 @@ impl Problem {
             Problem::MaxPool { backward, .. } => {
                 let [size, stride, pad] = MAX_POOL;
                 let dy = backward.then(|| at(1));
-                on_tape(device, at(0), dy, move |x| max_pool(x, size, stride, pad))
+                on_tape(device, at(0), dy, move |x| max_pool(x, size, stride, [pad; 2]))
             }
             Problem::MeanPool { .. } => on_tape(device, at(0), Some(at(1)), mean_pool),
             Problem::Add { .. } => {
