@@ -97,7 +97,9 @@ fn apply<'t>(name: &str, tape: &'t Tape<'t>, of: &[Tensor], with: &Numbers) -> V
         "linear" => ops::linear(&at(0), &at(1), None),
         "conv2d" => ops::conv2d(&at(0), &at(1), stride, pad),
         "batch_norm" => ops::batch_norm(&at(0), BatchNorm::default()),
-        "max_pool" => ops::max_pool(&at(0), whole(with, "size", 2), whole(with, "stride", 2), pad),
+        "max_pool" => {
+            ops::max_pool(&at(0), whole(with, "size", 2), whole(with, "stride", 2), [pad; 2])
+        }
         "mean_pool" => ops::mean_pool(&at(0)),
         _ => at(0), // copy
     }
