@@ -15,10 +15,10 @@ use super::progress::Progress;
 use super::{device, say, signals, talk};
 use crate::arena::Layout;
 use crate::device::{Device, Group};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
 use crate::files::write_file;
-use crate::recipes::Recipe;
+use crate::recipes::{self, Recipe};
 use crate::train::{self, Paused, Run};
 
 /// Labelled images per class for the demo's linear probe.
