@@ -145,9 +145,9 @@ mod tests {
         assert!(all.broken[0].reason.contains("e.png"), "{:?}", all.broken);
         // 32 white pixels and 256 red ones of 352.
         let share = [288.0 / 352.0, 32.0 / 352.0, 32.0 / 352.0];
-        for c in 0..3 {
-            assert!((all.mean[c] - share[c]).abs() < 1e-12, "{all:?}");
-            assert!((all.std[c] - (share[c] * (1.0 - share[c])).sqrt()).abs() < 1e-12, "{all:?}");
+        for ((mean, std), share) in all.mean.into_iter().zip(all.std).zip(share) {
+            assert!((mean - share).abs() < 1e-12, "{all:?}");
+            assert!((std - (share * (1.0 - share)).sqrt()).abs() < 1e-12, "{all:?}");
         }
         assert_eq!(survey(&set, 2, &Device::cpu(1).unwrap()).unwrap().looked_at, 2);
     }
