@@ -164,9 +164,10 @@ mod tests {
     #[test]
     fn a_figure_without_deviations_is_refused_and_another_setting_removes_it() {
         let with = |source: &str| {
-            let text =
-                builtin("demo").unwrap().replace("seed = 1\n", &format!("seed = 1\n{source}\n"));
-            Recipe::parse(&text, "a recipe", &[])
+            let mut recipe: toml::Table = builtin("demo").unwrap().parse().unwrap();
+            let own: toml::Table = source.parse().unwrap();
+            recipe.insert("source".into(), own["source"].clone());
+            Recipe::parse(&toml::to_string(&recipe).unwrap(), "a recipe", &[])
         };
         for (source, expected) in [
             ("[source]\npaper = \"p\"\nfigure = \"f\"", "without source.as_published"),
