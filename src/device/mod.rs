@@ -7,7 +7,6 @@
 mod bf16;
 pub(crate) mod cuda;
 mod group;
-mod isa;
 mod memory;
 pub(crate) mod peer;
 mod philox;
@@ -22,11 +21,11 @@ pub use bf16::Bf16Path;
 use cuda::Gpu;
 pub use cuda::{Counts, Mix, Resources};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
-pub(crate) use isa::Isa;
 pub use memory::MemoryUse;
 pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
 pub use precision::Precision;
+pub(crate) use selfsup_cpu_kernels::Isa;
 pub(crate) use trace::{
     Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
     phase as trace_phase, span as trace_span,
@@ -158,7 +157,7 @@ impl Device {
     }
 
     fn build(count: usize, threads: Result<Threads, String>) -> Result<Self> {
-        Isa::selected()?;
+        Isa::selected().map_err(|reason| Error::Config(reason.into()))?;
         let threads = threads.map_err(|e| {
             let which = match count {
                 0 => "a compute thread for each core".into(),

@@ -12,12 +12,12 @@ use rayon::prelude::*;
 use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::kernel;
 use super::problem::{Phase, Problem};
 use super::slab::Slab;
 use super::slots::{self, Slots};
-use super::tile::{Ahead, Correlate, MAX_ROWS};
-use super::vector::Coming;
+use selfsup_cpu_kernels::Coming;
+use selfsup_cpu_kernels::kernel;
+use selfsup_cpu_kernels::tile::{Ahead, Correlate, MAX_ROWS};
 
 /// The most floats of a slab: together with the filters of one block it should stay in the
 /// second-level cache.

@@ -16,23 +16,21 @@
 mod correlation;
 mod dims;
 mod filter;
-mod kernel;
 mod problem;
 mod slab;
 mod slots;
 #[cfg(test)]
 mod tests;
-mod tile;
-mod transform;
-mod vector;
 mod weight;
 mod winograd;
 mod winograd_weight;
 
 pub use dims::Conv2dDims;
 
-use super::Isa;
 use problem::Problem;
+use selfsup_cpu_kernels::LINE;
+
+use super::Isa;
 
 /// A direction of the convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,10 +112,6 @@ pub fn weight_gradient(
 ) {
     weight_gradient_on(Isa::current(), dw, x, dy, workspace, d, accumulate);
 }
-
-/// Floats per cache line. The parts of a workspace start on a line, or every vector load would access
-/// two lines.
-const LINE: usize = 16;
 
 fn workspace_len_on(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
     // the caller's slice may start at any float of a line

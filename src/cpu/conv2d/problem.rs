@@ -7,7 +7,7 @@
 
 use super::Conv2dDims;
 use super::filter::FilterView;
-use super::kernel;
+use selfsup_cpu_kernels::kernel;
 
 /// A set of correlations, one per phase, that together fill one output.
 #[derive(Clone, Copy, Debug)]

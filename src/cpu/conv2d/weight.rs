@@ -15,10 +15,10 @@ use super::Conv2dDims;
 use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::kernel;
 use super::slab::Slab;
 use super::slots::{self, Slots};
-use super::tile::Outer;
+use selfsup_cpu_kernels::kernel;
+use selfsup_cpu_kernels::tile::Outer;
 
 /// Pixels in a band: enough that adding a tile to the partial sum is cheap, few enough that both
 /// operands of a tile stay near the first-level cache.

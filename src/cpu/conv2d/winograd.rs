@@ -15,11 +15,11 @@ use super::Conv2dDims;
 use super::Isa;
 use super::LINE;
 use super::filter::{Blocks, FilterView};
-use super::kernel;
 use super::slots::{self, Slots};
-use super::tile::{Ahead, Correlate, MAX_ROWS};
-use super::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
-use super::vector::Coming;
+use selfsup_cpu_kernels::Coming;
+use selfsup_cpu_kernels::kernel;
+use selfsup_cpu_kernels::tile::{Ahead, Correlate, MAX_ROWS};
+use selfsup_cpu_kernels::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
 
 /// Tiles in a group: the transformed tiles stay in the second-level cache together with the filters
 /// of a component. Twice as many from `WIDE` channels on, whose filters have to be fetched from

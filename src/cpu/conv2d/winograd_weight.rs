@@ -14,11 +14,11 @@ use super::Conv2dDims;
 use super::Isa;
 use super::LINE;
 use super::filter::Blocks;
-use super::kernel;
 use super::slots::{self, Slots};
-use super::tile::Outer;
-use super::transform::{BLOCK, COMPONENTS, Gradient};
 use super::winograd::{self, Tiles};
+use selfsup_cpu_kernels::kernel;
+use selfsup_cpu_kernels::tile::Outer;
+use selfsup_cpu_kernels::transform::{BLOCK, COMPONENTS, Gradient};
 
 /// Tiles in a group: both transformed operands of this many tiles stay in the second-level cache.
 const TILES: usize = 64;

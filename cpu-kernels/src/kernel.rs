@@ -4,9 +4,9 @@
 //! The heights are compile-time constants so that the accumulators stay in registers. The selection
 //! checks the instruction set's tile limits; the caller is responsible for the addresses.
 
-use super::Isa;
-use super::tile::{Correlate, Outer};
-use super::transform::{Filters, Gradient, Input, Output};
+use crate::Isa;
+use crate::tile::{Correlate, Outer};
+use crate::transform::{Filters, Gradient, Input, Output};
 
 /// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
 const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
@@ -15,17 +15,21 @@ const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
 /// would all map to one set of the first-level cache.
 pub const DIRECT: [usize; 4] = [64, 128, 256, 512];
 
-type CorrelateKernel = unsafe fn(&Correlate<'_>);
-type OuterKernel = unsafe fn(&Outer);
+/// A tile of a correlation. Its safety is that of `tile::correlate` with the height, vectors and pitch it was selected by, on a
+/// machine that has the instruction set.
+pub type CorrelateKernel = unsafe fn(&Correlate<'_>);
+/// A tile of a weight gradient. Its safety is that of `tile::outer` with the height and vectors it was selected by, on a machine
+/// that has the instruction set.
+pub type OuterKernel = unsafe fn(&Outer);
 
 /// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for
 /// tiles one vector wide, up to `$two` for tiles of two.
 macro_rules! kernels {
     ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
         mod $set {
-            use super::super::tile::{self, Correlate, Outer};
-            use super::super::transform::{self, Filters, Gradient, Input, Output};
-            use super::super::vector::*;
+            use crate::tile::{self, Correlate, Outer};
+            use crate::transform::{self, Filters, Gradient, Input, Output};
+            use crate::vector::*;
             use super::{CorrelateKernel, OuterKernel};
 
             /// # Safety

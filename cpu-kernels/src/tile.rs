@@ -10,8 +10,8 @@
 //! Generic over the vector; `kernel.rs` instantiates them inside functions that enable an
 //! instruction set.
 
-use super::LINE;
-use super::vector::{Vector, prefetch};
+use crate::LINE;
+use crate::vector::{Vector, prefetch};
 
 /// The most rows of a tile, on any instruction set.
 pub const MAX_ROWS: usize = 28;
@@ -42,40 +42,51 @@ pub struct Correlate<'a> {
     pub x: *const f32,
     /// Packed filters of this block of outputs: `[c/block][r][s][block][NV * LANES]`.
     pub w: *const f32,
+    /// First output of the tile's block of filters.
     pub y: *mut f32,
     /// Offset of pixel `m` of the tile from `y`, in floats.
     pub y_offsets: &'a [usize; MAX_ROWS],
     /// How many of the `NV * LANES` outputs exist; the others are packed as zeros and not stored.
     pub live: usize,
+    /// Whether the sums are added to what `y` holds.
     pub accumulate: bool,
-    /// Input channels, and channels per block of the slab.
+    /// Input channels.
     pub c: usize,
+    /// Channels per block of the slab.
     pub block: usize,
-    /// Taps of the filter, and the half-open ranges of those inside the image.
+    /// Tap rows and tap columns of the filter.
     pub taps: (usize, usize),
+    /// The half-open range of the tap rows inside the image.
     pub tap_rows: (usize, usize),
+    /// The half-open range of the tap columns inside the image.
     pub tap_columns: (usize, usize),
-    /// Floats from one block of channels of the slab to the next, and from one tap row to the next.
+    /// Floats from one block of channels of the slab to the next.
     pub x_block: usize,
+    /// Floats from one tap row to the next.
     pub x_row: usize,
-    /// Floats from one column phase to the next, and from a column to the next of the same phase.
+    /// Floats from one column phase to the next.
     pub x_phase: usize,
+    /// Floats from a column to the next of the same phase.
     pub x_column: usize,
     /// Column phases of the slab.
     pub stride: usize,
+    /// What to prefetch meanwhile.
     pub ahead: Ahead,
 }
 
-/// What a tile prefetches while it computes: `pairs` pairs of cache lines per block of channels,
-/// `step` floats apart. The address may be invalid.
+/// What a tile prefetches while it computes.
 #[derive(Clone, Copy)]
 pub struct Ahead {
+    /// The first pair of cache lines. The address may be invalid.
     pub from: *const f32,
+    /// Floats from a pair to the next.
     pub step: usize,
+    /// Pairs per block of channels.
     pub pairs: usize,
 }
 
 impl Ahead {
+    /// No prefetch.
     pub const NOTHING: Ahead = Ahead { from: std::ptr::null(), step: 0, pairs: 0 };
 }
 
@@ -84,7 +95,7 @@ impl Ahead {
 /// `PITCH` floats apart and `t.c` channels; `t.live <= NV * LANES` floats at each of the first `M`
 /// `t.y_offsets` are writable (readable too when accumulating).
 #[inline(always)]
-pub unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH: usize>(
+pub(crate) unsafe fn correlate<V: Vector, const M: usize, const NV: usize, const PITCH: usize>(
     t: &Correlate<'_>,
 ) {
     // SAFETY: every address below is one that the caller vouches for.
@@ -187,14 +198,17 @@ pub struct Outer {
     pub dy: *const f32,
     /// `[M][NV * LANES]`.
     pub dw: *mut f32,
-    /// Runs of adjacent pixels, and pixels in each.
+    /// Runs of adjacent pixels.
     pub runs: usize,
+    /// Pixels of a run.
     pub length: usize,
-    /// Floats between runs.
+    /// Floats from a run of `x` to the next.
     pub x_run: usize,
+    /// Floats from a run of `dy` to the next.
     pub dy_run: usize,
-    /// Floats between pixels of a run.
+    /// Floats from a pixel of a run of `x` to the next.
     pub x_pixel: usize,
+    /// Floats from a pixel of a run of `dy` to the next.
     pub dy_pixel: usize,
 }
 
@@ -203,7 +217,7 @@ pub struct Outer {
 /// with `M` channels and `NV * LANES` filters at each; `t.dw` is `M * NV * LANES` readable and
 /// writable floats.
 #[inline(always)]
-pub unsafe fn outer<V: Vector, const M: usize, const NV: usize>(t: &Outer) {
+pub(crate) unsafe fn outer<V: Vector, const M: usize, const NV: usize>(t: &Outer) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {
         let width = NV * V::LANES;

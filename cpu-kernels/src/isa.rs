@@ -6,8 +6,6 @@
 use std::env::VarError;
 use std::sync::OnceLock;
 
-use crate::error::{Error, Result};
-
 /// An instruction set with its own tile kernels, from slowest to fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
@@ -24,15 +22,15 @@ impl Isa {
     /// otherwise the best set of the machine. The variable is read once.
     ///
     /// # Errors
-    /// If `SELFSUP_ISA` names an unknown set, or a set that the machine lacks.
-    pub fn selected() -> Result<Isa> {
+    /// If `SELFSUP_ISA` names an unknown set, or a set that the machine lacks: a sentence that says so.
+    pub fn selected() -> Result<Isa, &'static str> {
         static SELECTED: OnceLock<Result<Isa, String>> = OnceLock::new();
         let selected = SELECTED.get_or_init(|| match std::env::var("SELFSUP_ISA") {
             Ok(name) => Isa::named(&name),
             Err(VarError::NotPresent) => Ok(Isa::best()),
             Err(VarError::NotUnicode(name)) => Isa::named(&name.to_string_lossy()),
         });
-        selected.clone().map_err(Error::Config)
+        selected.as_ref().copied().map_err(String::as_str)
     }
 
     /// [`Isa::selected`] for kernels, which return no errors. Making a CPU device has reported the error before.

@@ -3,7 +3,7 @@
 //! Every method is `#[inline(always)]` and is meant to end up inside a function that enables the
 //! instruction set (`kernel.rs`): only there do the intrinsics become single instructions.
 
-use super::LINE;
+use crate::LINE;
 
 /// A register of `LANES` floats.
 pub trait Vector: Copy {

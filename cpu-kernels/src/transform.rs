@@ -18,11 +18,12 @@
 //!
 //! Generic over the vector type, like `tile.rs`; `kernel.rs` instantiates the functions.
 
-use super::vector::Vector;
+use crate::vector::Vector;
 
 /// Contiguous channels of the transformed input. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
 
+/// Elements of a transformed tile.
 pub const COMPONENTS: usize = 16;
 
 /// Zeros to read instead of pixels outside the image: as wide as the widest vector.
@@ -32,13 +33,15 @@ static OUTSIDE: [f32; BLOCK] = [0.0; BLOCK];
 pub struct Input {
     /// The first pixel of the four image rows that the tiles read; null for a row outside the image.
     pub rows: [*const f32; 4],
-    /// Columns of the image, and channels: a multiple of `BLOCK`.
+    /// Columns of the image.
     pub w: usize,
+    /// Channels: a multiple of [`BLOCK`].
     pub c: usize,
     /// Component 0, channel 0 of the row's first tile.
     pub v: *mut f32,
-    /// Floats from a component to the next, and from a block of channels to the next.
+    /// Floats from a component to the next.
     pub component: usize,
+    /// Floats from a block of channels to the next.
     pub block: usize,
 }
 
@@ -46,14 +49,17 @@ pub struct Input {
 pub struct Output {
     /// Component 0 of the row's first tile.
     pub m: *const f32,
-    /// Floats from a component to the next, and from a tile to the next: a multiple of `LANES`.
+    /// Floats from a component to the next.
     pub component: usize,
+    /// Floats from a tile to the next: a multiple of the lanes.
     pub width: usize,
     /// The first pixel of the two image rows; null for a row outside the image.
     pub rows: [*mut f32; 2],
-    /// Columns of the image, and floats between them.
+    /// Columns of the image.
     pub w: usize,
+    /// Floats from a column to the next.
     pub k: usize,
+    /// Whether the outputs are added to what the rows hold.
     pub accumulate: bool,
 }
 
@@ -61,21 +67,25 @@ pub struct Output {
 pub struct Gradient {
     /// The first pixel of the two image rows; null for a row outside the image.
     pub rows: [*const f32; 2],
-    /// Columns of the image, and floats between them.
+    /// Columns of the image.
     pub w: usize,
+    /// Floats from a column to the next.
     pub k: usize,
     /// Component 0 of the row's first tile.
     pub m: *mut f32,
-    /// Floats from a component to the next, and from a tile to the next: a multiple of `LANES`.
+    /// Floats from a component to the next.
     pub component: usize,
+    /// Floats from a tile to the next: a multiple of the lanes.
     pub width: usize,
 }
 
 /// Filters to transform: `[3][3][vectors][LANES]` into `[16 components][vectors][LANES]`.
 pub struct Filters {
+    /// The first vector of tap (0, 0).
     pub g: *const f32,
     /// Floats from a tap to the next.
     pub tap: usize,
+    /// The first vector of component 0.
     pub u: *mut f32,
     /// Floats from a component to the next.
     pub component: usize,
@@ -131,7 +141,7 @@ unsafe fn expand<V: Vector>(x: [V; 3]) -> [V; 4] {
 /// `V`'s instruction set is enabled. Each row that is not null holds `t.w` pixels of `t.c` floats;
 /// `t.v` holds 16 components of `t.w.div_ceil(2)` tiles in `t.c / BLOCK` blocks.
 #[inline(always)]
-pub unsafe fn input<V: Vector>(t: &Input) {
+pub(crate) unsafe fn input<V: Vector>(t: &Input) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {
         let steps = t.rows.map(|row| if row.is_null() { 0 } else { t.c });
@@ -170,7 +180,7 @@ pub unsafe fn input<V: Vector>(t: &Input) {
 /// that is not null holds `t.w` pixels, `t.k` floats apart, of `t.width` writable floats (readable
 /// too when accumulating).
 #[inline(always)]
-pub unsafe fn output<V: Vector>(t: &Output) {
+pub(crate) unsafe fn output<V: Vector>(t: &Output) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {
         for tile in 0..t.w.div_ceil(2) {
@@ -208,7 +218,7 @@ pub unsafe fn output<V: Vector>(t: &Output) {
 /// `V`'s instruction set is enabled. Each row that is not null holds `t.w` pixels, `t.k` floats apart, of `t.width` floats;
 /// `t.m` holds 16 components of `t.w.div_ceil(2)` tiles.
 #[inline(always)]
-pub unsafe fn gradient<V: Vector>(t: &Gradient) {
+pub(crate) unsafe fn gradient<V: Vector>(t: &Gradient) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {
         for tile in 0..t.w.div_ceil(2) {
@@ -242,7 +252,7 @@ pub unsafe fn gradient<V: Vector>(t: &Gradient) {
 /// `V`'s instruction set is enabled. `t.g` holds nine taps and `t.u` sixteen components of `t.len`
 /// floats.
 #[inline(always)]
-pub unsafe fn filters<V: Vector>(t: &Filters) {
+pub(crate) unsafe fn filters<V: Vector>(t: &Filters) {
     // SAFETY: every address below is one that the caller vouches for.
     unsafe {
         for lane in (0..t.len).step_by(V::LANES) {
