@@ -298,13 +298,18 @@ impl Compared {
         let features = |arena: &Arena, source: &dyn Source| {
             eval::backbone_features(arena, method.backbone(), source, policy)
         };
-        Ok(Self {
-            rows: [
-                ("raw pixels", bank, queries),
-                ("random init", features(&random, train)?, features(&random, test)?),
-                ("trained", features(trained, train)?, features(trained, test)?),
-            ],
-        })
+        let rows = [
+            ("raw pixels", bank, queries),
+            ("random init", features(&random, train)?, features(&random, test)?),
+            ("trained", features(trained, train)?, features(trained, test)?),
+        ];
+        for (of, bank, _) in rows.iter().filter(|(_, bank, _)| bank.are_constant()) {
+            talk(&format!(
+                "{of}: all {} training images have the same features (collapsed or dead), so its figures are those of chance",
+                bank.labels.len()
+            ));
+        }
+        Ok(Self { rows })
     }
 
     /// The raw pixels of both splits: the first of the baselines.

@@ -43,6 +43,15 @@ impl Features {
         all.filter(|index| !skipped.contains(index)).collect()
     }
 
+    /// Whether all rows are the same vector, to rounding: a collapsed or dead backbone, of which every figure is chance.
+    pub fn are_constant(&self) -> bool {
+        let first = &self.values[..self.d.min(self.values.len())];
+        let largest = first.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        let equal =
+            |row: &[f32]| row.iter().zip(first).all(|(a, b)| (a - b).abs() <= 1e-6 * largest);
+        self.labels.len() > 1 && self.values.par_chunks_exact(self.d.max(1)).all(equal)
+    }
+
     /// Appends the rows of the images that follow in the source.
     ///
     /// # Panics

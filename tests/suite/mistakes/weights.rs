@@ -117,14 +117,16 @@ fn mistakes_with_weight_files_end_in_a_sentence() {
     check_refusals(root, cases, &["new", "x.npy", "x.tsv"]);
 }
 
-/// Rewrites a safetensors file, the values of a tensor changed.
-fn change(from: &Path, to: &Path, name: &str, value: f32) {
+/// Rewrites a safetensors file, the first values of a tensor changed.
+fn change(from: &Path, to: &Path, name: &str, values: &[f32]) {
     let data = std::fs::read(from).unwrap();
     let file = safetensors::SafeTensors::deserialize(&data).unwrap();
     let tensor = file.tensor(name).unwrap().data().as_ptr();
     let at = tensor as usize - data.as_ptr() as usize;
     let mut changed = data.clone();
-    changed[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    for (place, value) in changed[at..].chunks_exact_mut(4).zip(values) {
+        place.copy_from_slice(&value.to_le_bytes());
+    }
     std::fs::write(to, changed).unwrap();
 }
 
@@ -155,7 +157,7 @@ fn weights_that_are_not_finite_give_no_figure() {
             "running_var is a running variance and negative (-0.5",
         ),
     ] {
-        change(&whole, &root.join(file), name, value);
+        change(&whole, &root.join(file), name, &[value]);
         let init = format!("train.init={file}");
         let train =
             with_tiny(&["train", "demo", "--out", "new", "--device", "cpu", "--set", &init]);
@@ -180,5 +182,27 @@ fn weights_that_are_not_finite_give_no_figure() {
     }
     for left in ["x.npy", "x.safetensors", "new"] {
         assert!(!root.join(left).exists(), "{left}");
+    }
+}
+
+#[test]
+fn a_figure_of_dead_features_is_called_chance() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    run_on_hues(root);
+    let whole = root.join("run/step-00000006.safetensors");
+    change(&whole, &root.join("still.safetensors"), "backbone.bn1.weight", &[0.0; 2]);
+    change(
+        &root.join("still.safetensors"),
+        &root.join("dead.safetensors"),
+        "backbone.bn1.bias",
+        &[-1.0; 2],
+    );
+    let told = "trained: all 12 training images have the same features (collapsed or dead)";
+    for (file, dead) in [(whole.to_str().unwrap(), false), ("dead.safetensors", true)] {
+        let output = selfsup(root, &["eval", "knn", file, "--device", "cpu"]);
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert_eq!(said.contains(told), dead, "{file}: {said}");
     }
 }
