@@ -25,6 +25,8 @@ mod conv_batch_norm;
 mod crops;
 #[path = "suite/cuda.rs"]
 mod cuda;
+#[path = "suite/docs.rs"]
+mod docs;
 #[path = "suite/driver.rs"]
 mod driver;
 #[path = "suite/examples.rs"]

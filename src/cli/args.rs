@@ -361,3 +361,57 @@ pub(super) struct EvalFinetune {
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// The commands in the `sh` blocks of a page, without comments: `selfsup WORDS` or `cargo run --release -- WORDS`.
+    fn commands(page: &str) -> Vec<Vec<String>> {
+        let mut found = Vec::new();
+        for block in page.split("```sh\n").skip(1) {
+            for line in block.split("```").next().unwrap_or_default().lines() {
+                let line = line
+                    .split(" #")
+                    .next()
+                    .unwrap_or_default()
+                    .replace("cargo run --release --", "selfsup");
+                let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+                let start = words.iter().position(|word| {
+                    word == "selfsup" && !line.contains("--example ") && !line.contains('…')
+                });
+                let end = |words: &[String]| {
+                    words.iter().position(|word| word == ">").unwrap_or(words.len())
+                };
+                found.extend(start.map(|at| words[at..end(&words)].to_vec()));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_command_of_the_pages_is_accepted() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let Ok(pages) = std::fs::read_dir(root.join("docs")) else {
+            return; // a package has no pages
+        };
+        let mut pages: Vec<_> = pages.map(|page| page.unwrap().path()).collect();
+        pages.push(root.join("README.md"));
+        let mut count = 0;
+        for page in pages.iter().filter(|page| page.extension().is_some_and(|e| e == "md")) {
+            for words in commands(&std::fs::read_to_string(page).unwrap()) {
+                let parsed = Args::try_parse_from(&words);
+                assert!(
+                    parsed.is_ok(),
+                    "{}: {}: {}",
+                    page.display(),
+                    words.join(" "),
+                    parsed.unwrap_err()
+                );
+                count += 1;
+            }
+        }
+        assert!(count > 30, "only {count} commands were found");
+    }
+}
