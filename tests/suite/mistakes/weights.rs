@@ -198,7 +198,7 @@ fn a_figure_of_dead_features_is_called_chance() {
         "backbone.bn1.bias",
         &[-1.0; 2],
     );
-    let told = "trained: all 12 training images have the same features (collapsed or dead)";
+    let told = "trained: all 24 training images have the same features (collapsed or dead)";
     for (file, dead) in [(whole.to_str().unwrap(), false), ("dead.safetensors", true)] {
         let output = selfsup(root, &["eval", "knn", file, "--device", "cpu"]);
         let said = text(&output.stderr);
