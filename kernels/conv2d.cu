@@ -14,7 +14,8 @@
 // in addition to pointers that are multiples of 16:
 //
 //     bf16_128x128, 128x64, 64x128   r and s at most 8, an image of at most 2^24 elements, c a multiple of 8;
-//                                    the weight gradient: k a multiple of 8; the data gradient: of 32
+//                                    the weight gradient: k a multiple of 8, an x of less than 2^31 pieces of
+//                                    8 channels (bf16_stem: of 4); the data gradient: k a multiple of 32
 //     bf16_stem (128x64, 64x128)     the same, but c a multiple of 4: images of four channels
 //     bf16_64x64, f32 (64x64)        nothing, not even aligned pointers
 //
@@ -65,7 +66,7 @@ __device__ __forceinline__ void conv2d(bf16* y, float* moments, const bf16* x, c
     KMajorOperand<Tile::N, Tile::THREADS, ALIGNMENT> b(filters, g.columns(), coord.column, d.k, 0,
                                                        g.columns());
     Tile::template gemm<true>(a, b, k_tiles_of(g.columns()), coord, g.rows(), d.k,
-                              {.out_bf16 = y, .moments = moments}, [&](int i) { return int64_t{i} * d.k; });
+                              {.out_bf16 = y, .moments = moments}, DenseRows{d.k});
 }
 
 __device__ __forceinline__ void conv2d_small(bf16* y, float* moments, const bf16* x, const bf16* filters,
@@ -76,7 +77,7 @@ __device__ __forceinline__ void conv2d_small(bf16* y, float* moments, const bf16
     Small::gemm<true>(GatheredOperand<PatchSource<bf16>, Small::M, Small::THREADS, true>(a, coord.row, 0),
                       GatheredOperand<MatrixSource<bf16>, Small::N, Small::THREADS, true>(b, coord.column, 0),
                       k_tiles_of(a.columns), coord, a.rows, d.k, {.out_bf16 = y, .moments = moments},
-                      [&](int i) { return int64_t{i} * d.k; });
+                      DenseRows{d.k});
 }
 
 /// The pixels (phase_i + a stride, phase_j + b stride) of dx. Pixel i is reached from p = (i + pad - r) /
@@ -86,8 +87,8 @@ struct Phase {
     int phase_i, phase_j, rows, columns, r0, s0;
     PatchGeometry g;
 
-    __device__ __forceinline__ explicit Phase(const Dims& d) {
-        phase_i = blockIdx.z / d.stride, phase_j = blockIdx.z % d.stride;
+    __device__ __forceinline__ Phase(const Dims& d, int z) {
+        phase_i = z / d.stride, phase_j = z % d.stride;
         rows = (d.h - phase_i + d.stride - 1) / d.stride, columns = (d.w - phase_j + d.stride - 1) / d.stride;
         r0 = (phase_i + d.pad) % d.stride, s0 = (phase_j + d.pad) % d.stride;
         int taps_i = r0 < d.r ? (d.r - r0 + d.stride - 1) / d.stride : 0;
@@ -107,45 +108,74 @@ struct Phase {
     }
 };
 
-/// The offset in dx of row i of a phase. Divides, and keeps nothing in registers, which the main loop needs
-/// for its accumulators.
-struct PhaseRowOffset {
+/// The rows of dx that are a phase's pixels.
+struct LocatedPhaseRows {
     const Dims& d;
-    const Phase& phase;
+    int phase_i, phase_j;
+    FastDivisor per_image, per_row;
 
-    __device__ __forceinline__ int64_t operator()(int at) const {
-        int per_image = phase.rows * phase.columns, image = at / per_image, pixel = at - image * per_image;
-        int row = pixel / phase.columns, i = phase.phase_i + row * d.stride,
-            j = phase.phase_j + (pixel - row * phase.columns) * d.stride;
+    __device__ __forceinline__ LocatedPhaseRows(const Dims& d, const Phase& phase)
+        : d(d),
+          phase_i(phase.phase_i),
+          phase_j(phase.phase_j),
+          per_image(phase.rows * phase.columns),
+          per_row(phase.columns) {}
+    /// With one phase, the rows are all the pixels.
+    __device__ __forceinline__ bool is_dense() const { return d.stride == 1; }
+    __device__ __forceinline__ int64_t distance(int count) const { return int64_t{count} * d.c; }
+    __device__ __forceinline__ int64_t offset(int at) const {
+        if (is_dense()) return int64_t{at} * d.c;
+        int image = per_image.quotient(at), pixel = at - image * per_image.divisor,
+            row = per_row.quotient(pixel);
+        int i = phase_i + row * d.stride, j = phase_j + (pixel - row * per_row.divisor) * d.stride;
         return ((int64_t{image} * d.h + i) * d.w + j) * d.c;
     }
 };
+
+/// The same, located when the main loop, which needs the registers, is over.
+struct PhaseRows {
+    const Dims& d;
+    __device__ __forceinline__ LocatedPhaseRows after_main_loop() const {
+        return {d, Phase(d, block_z_again())};
+    }
+};
+
+/// Whether any tap reaches the pixels of the phase; if not, their gradient is zero and is stored here. Three
+/// of the four phases of a 1x1 convolution of stride 2 have no taps.
+template <typename Tile>
+__device__ __forceinline__ bool has_taps(const Phase& phase, typename Tile::TileCoord coord, const Dims& d,
+                                         bf16* dx, bool accumulate) {
+    if (phase.g.columns() > 0) return true;
+    if (!accumulate) Tile::clear(coord, phase.g.rows(), d.c, dx, LocatedPhaseRows(d, phase));
+    return false;
+}
 
 /// dx [n, h, w, c], the pixels of phase blockIdx.z.
 template <typename Tile>
 __device__ __forceinline__ void conv2d_data_gradient(bf16* dx, const bf16* dy, const bf16* filters,
                                                      const Dims& d, bool accumulate) {
-    Phase phase(d);
+    Phase phase(d, blockIdx.z);
     typename Tile::TileCoord coord(d.c);
     if (coord.row >= phase.g.rows()) return;  // a phase may have fewer pixels than the first
+    if (!has_taps<Tile>(phase, coord, d, dx, accumulate)) return;
     KMajorPatches<Tile::M, Tile::THREADS> a(dy, phase.g, coord.row);
     MnMajorFilters<Tile::N, Tile::THREADS> b(filters, d, phase.r0, phase.s0, phase.g.taps_j, coord.column);
     Tile::template gemm<false>(a, b, k_tiles_of(phase.g.columns()), coord, phase.g.rows(), d.c,
-                               {.out_bf16 = dx, .accumulate = accumulate}, PhaseRowOffset{d, phase});
+                               {.out_bf16 = dx, .accumulate = accumulate}, PhaseRows{d});
 }
 
 __device__ __forceinline__ void conv2d_data_gradient_small(bf16* dx, const bf16* dy, const bf16* filters,
                                                            const Dims& d, bool accumulate) {
-    Phase phase(d);
+    Phase phase(d, blockIdx.z);
     Small::TileCoord coord(d.c);
     if (coord.row >= phase.g.rows()) return;
+    if (!has_taps<Small>(phase, coord, d, dx, accumulate)) return;
     PatchSource<bf16> a(dy, phase.g);
     FilterSource<bf16> b(filters, d, phase.r0, phase.s0, phase.g.taps_i, phase.g.taps_j);
     Small::gemm<false>(
         GatheredOperand<PatchSource<bf16>, Small::M, Small::THREADS, true>(a, coord.row, 0),
         GatheredOperand<FilterSource<bf16>, Small::N, Small::THREADS, false>(b, coord.column, 0),
-        k_tiles_of(a.columns), coord, a.rows, d.c, {.out_bf16 = dx, .accumulate = accumulate},
-        PhaseRowOffset{d, phase});
+        k_tiles_of(a.columns), coord, a.rows, d.c, {.out_bf16 = dx, .accumulate = accumulate}, PhaseRows{d});
 }
 
 /// out [splits, k, r, s, c], the sums over the pixels of split blockIdx.z.
@@ -160,8 +190,7 @@ __device__ __forceinline__ void conv2d_weight_gradient(float* out, const bf16* x
     MnMajorPatches<Tile::N, Tile::THREADS, ALIGNMENT> b(x, g, coord.column, split.begin, split.end);
     out += int64_t{blockIdx.z} * d.k * columns;
     Tile::template gemm<false>(a, b, k_tiles_of(split.end - split.begin), coord, d.k, columns,
-                               {.out_f32 = out, .accumulate = accumulate},
-                               [&](int i) { return int64_t{i} * columns; });
+                               {.out_f32 = out, .accumulate = accumulate}, DenseRows{columns});
 }
 
 __device__ __forceinline__ void conv2d_weight_gradient_small(float* out, const bf16* x, const bf16* dy,
@@ -176,7 +205,7 @@ __device__ __forceinline__ void conv2d_weight_gradient_small(float* out, const b
         GatheredOperand<MatrixSource<bf16>, Small::M, Small::THREADS, false>(a, coord.row, split.begin),
         GatheredOperand<PatchSource<bf16>, Small::N, Small::THREADS, false>(b, coord.column, split.begin),
         k_tiles_of(split.end - split.begin), coord, d.k, b.columns,
-        {.out_f32 = out, .accumulate = accumulate}, [&](int i) { return int64_t{i} * b.columns; });
+        {.out_f32 = out, .accumulate = accumulate}, DenseRows{b.columns});
 }
 
 KERNEL BOUNDS(128, 2) void conv2d_bf16_128x128(bf16* y, float* moments, const bf16* x, const bf16* filters,
@@ -262,13 +291,13 @@ KERNEL BOUNDS(256, 3) void conv2d_data_gradient_f32(float* dx, const float* dy, 
                                                     int h, int w, int c, int k, int r, int s, int p, int q,
                                                     int stride, int pad, int accumulate) {
     Dims d{n, h, w, c, k, r, s, p, q, stride, pad};
-    Phase phase(d);
+    Phase phase(d, blockIdx.z);
     if (phase.g.rows() == 0) return;
     PatchSource<float> a(dy, phase.g);
     FilterSource<float> b(filters, d, phase.r0, phase.s0, phase.g.taps_i, phase.g.taps_j);
-    PhaseRowOffset row_offset{d, phase};
+    LocatedPhaseRows rows(d, phase);
     TileF32::gemm<true, false>(a, b, a.rows, d.c, 0, a.columns, /*bias=*/nullptr, accumulate,
-                               [&](int i) { return dx + row_offset(i); });
+                               [&](int i) { return dx + rows.offset(i); });
 }
 KERNEL BOUNDS(256) void conv2d_weight_gradient_f32(float* out, const float* x, const float* dy, int n, int h,
                                                    int w, int c, int k, int r, int s, int p, int q,

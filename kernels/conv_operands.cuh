@@ -118,44 +118,44 @@ struct PatchSource {
 /// each row of taps and one for each column.
 template <int EXTENT, int THREADS, int ALIGNMENT = 8>
 struct KMajorPatches {
+    /// Bit t for each of the taps at + t step, a step of 1 or -1, that lies in [0, extent).
+    __device__ __forceinline__ static unsigned taps_inside(int at, int step, int taps, int extent) {
+        int from = step > 0 ? -at : at - extent + 1, to = from + extent;
+        return (1u << min(max(to, 0), taps)) - (1u << min(max(from, 0), taps));
+    }
+
     static constexpr bool K_MAJOR = true;
     using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, true>;
 
-    const bf16* image;             // of the tile's first row
-    int rows[Map::COPIES];         // offset from there to the pixel under tap (0, 0)
-    unsigned inside[Map::COPIES];  // bit a: row a of taps is inside; bit 16 + b: column b
-    int channels, taps_j, next_tap, next_tap_row;
-    int channel, a, b, offset;  // of this thread's chunk in the next step
+    const int first_chunk = kept(Map::first_chunk());
+    const bf16* at;         // in the image of the tile's first row: this thread's chunk of the step
+    int rows[Map::COPIES];  // offset from there to the pixel under tap (0, 0)
+    // Bit a: row a of taps is outside of the image; bit 16 + b: column b.
+    unsigned outside[Map::COPIES];
+    unsigned tap_i, tap_j, end_j;  // those bits for the tap of the step; the bit after the last column's
+    int channels, channel, next_tap, next_tap_row;
 
     __device__ __forceinline__ KMajorPatches(const bf16* data, const PatchGeometry& g, int first)
-        : channels(g.channels), taps_j(g.taps_j) {
+        : tap_i(1), tap_j(1 << 16), end_j(1 << (16 + g.taps_j)), channels(g.channels) {
         FastDivisor per_image(g.out_i * g.out_j), per_row(g.out_j);
         const int first_image = per_image.quotient(first);
-        image = data + int64_t{first_image} * g.height * g.width * g.channels;
+        at = data + int64_t{first_image} * g.height * g.width * g.channels + Map::column();
 #pragma unroll
         for (int l = 0; l < Map::COPIES; l++) {
-            int at = first + Map::row(l), of_image = per_image.quotient(at),
-                pixel = at - of_image * per_image.divisor;
+            int row = first + Map::row(l), of_image = per_image.quotient(row),
+                pixel = row - of_image * per_image.divisor;
             int out_i = per_row.quotient(pixel), i = out_i * g.stride + g.origin_i,
                 j = (pixel - out_i * per_row.divisor) * g.stride + g.origin_j;
             rows[l] = (((of_image - first_image) * g.height + i) * g.width + j) * g.channels;
-            unsigned predicates = 0;
-            for (int t = 0; t < g.taps_i; t++)
-                predicates |= static_cast<unsigned>(static_cast<unsigned>(i + t * g.tap_step) <
-                                                    static_cast<unsigned>(g.height))
-                              << t;
-            for (int t = 0; t < g.taps_j; t++)
-                predicates |= static_cast<unsigned>(static_cast<unsigned>(j + t * g.tap_step) <
-                                                    static_cast<unsigned>(g.width))
-                              << (16 + t);
-            inside[l] = at < g.rows() ? predicates : 0;
+            unsigned inside = taps_inside(i, g.tap_step, g.taps_i, g.height) |
+                              taps_inside(j, g.tap_step, g.taps_j, g.width) << 16;
+            outside[l] = row < g.rows() ? ~inside : ~0u;
         }
         // Offsets from the end of one tap's channels to the start of the next tap's, and from the end of a
         // row of taps to the next row.
         next_tap = (g.tap_step - 1) * g.channels;
         next_tap_row = (g.width - g.taps_j) * g.tap_step * g.channels;
-        a = b = 0;
-        channel = offset = Map::column();
+        channel = Map::column();
         advance_tap();
     }
 
@@ -163,38 +163,45 @@ struct KMajorPatches {
     __device__ __forceinline__ void advance_tap() {
         while (channel >= channels) {
             channel -= channels;
-            offset += next_tap;
-            if (++b == taps_j) b = 0, a++, offset += next_tap_row;
+            at += next_tap;
+            tap_j <<= 1;
+            if (tap_j == end_j) tap_j = 1 << 16, tap_i <<= 1, at += next_tap_row;
         }
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
 #pragma unroll
         for (int l = 0; l < Map::COPIES; l++)
-            Map::copy_async(smem, l, image + (rows[l] + offset),
-                            (inside[l] >> a) & (inside[l] >> (16 + b)) & 1);
+            Map::copy_async(smem, first_chunk, l, add_offset(at, rows[l]), !(outside[l] & (tap_i | tap_j)),
+                            active);
         channel += TILE_K;
-        offset += TILE_K;
+        at += TILE_K;
         advance_tap();
     }
 };
 
 /// The patch matrix as an MN-major operand: the tile has EXTENT of its columns, taps and channels; k runs
 /// over its rows, the output pixels [k_begin, k_end). A thread's columns belong to one tap, and each step
-/// moves its pixels by the same number of images, rows and columns.
+/// moves its pixels by the same number of images, rows and columns. Offsets count chunks of ALIGNMENT
+/// elements: images of up to 2^31 of them.
 template <int EXTENT, int THREADS, int ALIGNMENT = 8>
 struct MnMajorPatches {
     static constexpr bool K_MAJOR = false;
     using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, false>;
 
-    const bf16* rows[Map::COPIES];
-    int is[Map::COPIES], js[Map::COPIES];
+    struct Chunk {
+        bf16 elements[ALIGNMENT];
+    };
+    const int first_chunk = kept(Map::first_chunk());
+    const Chunk* chunks;
+    int rows[Map::COPIES], is[Map::COPIES], js[Map::COPIES];
     int height, width, stride, end_i, end_j, wrap_i, wrap_j, step_i, step_j, k_left;
-    int64_t step_offset, wrap_i_offset, wrap_j_offset;
+    int step_offset, wrap_i_offset, wrap_j_offset;
 
     __device__ __forceinline__ MnMajorPatches(const bf16* data, const PatchGeometry& g, int first,
                                               int k_begin, int k_end)
-        : height(g.height), width(g.width), stride(g.stride) {
+        : chunks(reinterpret_cast<const Chunk*>(data)), height(g.height), width(g.width), stride(g.stride) {
+        const int per_pixel = g.channels / ALIGNMENT;
         int column = first + Map::column(), tap = column / g.channels, a = tap / g.taps_j,
             b = tap - a * g.taps_j;
         int origin_i = g.origin_i + a * g.tap_step, origin_j = g.origin_j + b * g.tap_step;
@@ -206,26 +213,27 @@ struct MnMajorPatches {
                 out_i = pixel / g.out_j;
             is[l] = out_i * g.stride + origin_i;
             js[l] = (pixel - out_i * g.out_j) * g.stride + origin_j;
-            rows[l] = data + ((int64_t{image} * g.height + is[l]) * g.width + js[l]) * g.channels + column -
-                      tap * g.channels;
+            rows[l] = ((image * g.height + is[l]) * g.width + js[l]) * per_pixel +
+                      (column - tap * g.channels) / ALIGNMENT;
         }
         int images = TILE_K / per_image, pixels = TILE_K - images * per_image, out_rows = pixels / g.out_j;
         step_i = out_rows * g.stride;
         step_j = (pixels - out_rows * g.out_j) * g.stride;
-        step_offset = (int64_t{images} * g.height + step_i) * g.width * g.channels + step_j * g.channels;
+        step_offset = ((images * g.height + step_i) * g.width + step_j) * per_pixel;
         // Past the last column, wrap to the next row; past the last row, to the next image.
         wrap_i = g.out_i * g.stride, wrap_j = g.out_j * g.stride;
         end_i = origin_i + wrap_i, end_j = origin_j + wrap_j;
-        wrap_j_offset = (int64_t{g.stride} * g.width - wrap_j) * g.channels;
-        wrap_i_offset = int64_t{g.height - wrap_i} * g.width * g.channels;
+        wrap_j_offset = (g.stride * g.width - wrap_j) * per_pixel;
+        wrap_i_offset = (g.height - wrap_i) * g.width * per_pixel;
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
 #pragma unroll
         for (int l = 0; l < Map::COPIES; l++) {
             bool inside = static_cast<unsigned>(is[l]) < static_cast<unsigned>(height) &&
                           static_cast<unsigned>(js[l]) < static_cast<unsigned>(width);
-            Map::copy_async(smem, l, rows[l], inside && l * Map::ROW_STEP < k_left);
+            Map::copy_async(smem, first_chunk, l, add_offset(chunks, rows[l])->elements,
+                            inside && l * Map::ROW_STEP < k_left, active);
             rows[l] += step_offset;
             is[l] += step_i;
             js[l] += step_j;
@@ -244,7 +252,9 @@ struct MnMajorFilters {
     static constexpr bool K_MAJOR = false;
     using Map = CopyMap<EXTENT, THREADS, 8, false>;
 
-    const bf16* from;
+    const int first_chunk = kept(Map::first_chunk());
+    const bf16* data;
+    int offset;  // of this thread's chunk of the step; filters have less than 2^31 elements
     int channels, taps_j, channel = 0, b = 0;
     int pitch;  // elements from one output channel's filter to the next
     int next_tap,
@@ -253,24 +263,26 @@ struct MnMajorFilters {
 
     __device__ __forceinline__ MnMajorFilters(const bf16* data, const Dims& d, int r0, int s0, int taps_j,
                                               int first)
-        : channels(d.k), taps_j(taps_j) {
+        : data(data), channels(d.k), taps_j(taps_j) {
         pitch = d.r * d.s * d.c;
-        from = data + Map::row(0) * pitch + (r0 * d.s + s0) * d.c + first + Map::column();
+        offset = Map::row(0) * pitch + (r0 * d.s + s0) * d.c + first + Map::column();
         next_tap = d.stride * d.c - d.k * pitch;
         next_tap_row = d.stride * (d.s - taps_j) * d.c;
         exists = first + Map::column() < d.c;
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
+        const bf16* from = add_offset(data, offset);
 #pragma unroll
         for (int i = 0; i < Map::COPIES; i++)
-            Map::copy_async(smem, i, from + i * Map::ROW_STEP * pitch, exists);
-        from += TILE_K * pitch;
+            Map::copy_async(smem, first_chunk, i, add_offset(from, i * Map::ROW_STEP * pitch), exists,
+                            active);
+        offset += TILE_K * pitch;
         channel += TILE_K;
         if (channel == channels) {
             channel = 0;
-            from += next_tap;
-            if (++b == taps_j) b = 0, from += next_tap_row;
+            offset += next_tap;
+            if (++b == taps_j) b = 0, offset += next_tap_row;
         }
     }
 };

@@ -118,14 +118,19 @@ struct GatheredOperand {
     __device__ __forceinline__ GatheredOperand(const Source& source, int first, int k_begin)
         : source(source), map(source, first), k(k_begin) {}
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
+        if (active) copy_step(smem);
+        k += TILE_K;
+    }
+
+  private:
+    __device__ __forceinline__ void copy_step(bf16* smem) const {
         map.for_each(source, k, [&](int, int r, const auto& row, const auto& column, int index) {
             bf16* to = smem + To::swizzle(r, map.column);
             const bf16* at = source.at(row, column);
             if (source.alignment == 8) cp_async_16(to, at ? at : source.data, at);
             else *reinterpret_cast<uint4*>(to) = gather_16(source, row, index);
         });
-        k += TILE_K;
     }
 };
 

@@ -11,27 +11,25 @@ struct KMajorOperand {
     static constexpr bool K_MAJOR = true;
     using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, true>;
 
-    const bf16* from;         // this thread's chunk of its first row
-    int64_t row_step;         // elements from one of its rows to the next
-    int k_left;               // from its chunk to k_end
-    unsigned row_predicates;  // bit i: its row i exists
+    const int first_chunk = kept(Map::first_chunk());
+    const bf16* from;  // this thread's chunk of its first row
+    int64_t row_step;  // elements from one of its rows to the next
+    int k_left;        // from its chunk to k_end
+    int rows_left;     // from its first row to the last that exists
 
     __device__ __forceinline__ KMajorOperand(const bf16* data, int pitch, int first, int extent, int k_begin,
                                              int k_end) {
         from = data + (int64_t{first} + Map::row(0)) * pitch + k_begin + Map::column();
         row_step = int64_t{Map::ROW_STEP} * pitch;
         k_left = k_end - k_begin - Map::column();
-        row_predicates = 0;
-#pragma unroll
-        for (int i = 0; i < Map::COPIES; i++)
-            row_predicates |= static_cast<unsigned>(first + Map::row(i) < extent) << i;
+        rows_left = extent - first - Map::row(0);
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
-        unsigned predicates = k_left > 0 ? row_predicates : 0;
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
+        int rows = k_left > 0 ? rows_left : 0;
 #pragma unroll
         for (int i = 0; i < Map::COPIES; i++)
-            Map::copy_async(smem, i, from + i * row_step, predicates >> i & 1);
+            Map::copy_async(smem, first_chunk, i, from + i * row_step, i * Map::ROW_STEP < rows, active);
         from += TILE_K;
         k_left -= TILE_K;
     }
@@ -44,6 +42,7 @@ struct MnMajorOperand {
     static constexpr bool K_MAJOR = false;
     using Map = CopyMap<EXTENT, THREADS, ALIGNMENT, false>;
 
+    const int first_chunk = kept(Map::first_chunk());
     const bf16* from;
     int64_t row_step;
     int pitch, k_left;  // from this thread's first row to k_end; 0 if its columns do not exist
@@ -56,10 +55,10 @@ struct MnMajorOperand {
         k_left = first + Map::column() < extent ? k_end - k_begin - Map::row(0) : 0;
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
 #pragma unroll
         for (int i = 0; i < Map::COPIES; i++)
-            Map::copy_async(smem, i, from + i * row_step, i * Map::ROW_STEP < k_left);
+            Map::copy_async(smem, first_chunk, i, from + i * row_step, i * Map::ROW_STEP < k_left, active);
         from += int64_t{TILE_K} * pitch;
         k_left -= TILE_K;
     }

@@ -17,7 +17,7 @@ KERNEL BOUNDS(TILE_THREADS, 2) void knn_similarities(float* s, const bf16* queri
     Tile::TileCoord coord(columns);
     Tile::gemm<false>(SplitOperand<TILE, TILE_THREADS, true>(a, coord.row, n),
                       SplitOperand<TILE, TILE_THREADS, false>(b, coord.column, columns), k_tiles_of(a), coord,
-                      n, columns, {.out_f32 = s}, [&](int i) { return int64_t{i} * columns; });
+                      n, columns, {.out_f32 = s}, DenseRows{columns});
 }
 
 /// A sort key of a similarity and its bank row: the larger key is the better neighbour. Floats are mapped to

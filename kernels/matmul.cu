@@ -4,9 +4,9 @@
 // are these, too.
 //
 // In bf16 the result goes to `out_bf16`, or to `out_f32` if out_bf16 is null. `moments` of `nt`, unless null,
-// gets mean and sum of squared deviations of each column for every M rows of C, [ceil(m / M), 2, n]. The tile
-// M x N is in the name: 128x128, 128x64 and 64x128 require operands whose start and pitch are multiples of 16
-// bytes; 64x64 and f32 (64 x 64) require nothing.
+// gets mean and sum of squared deviations of each column for every M rows of C in bf16, [ceil(m / M), 2, n].
+// The tile M x N is in the name: 128x128, 128x64 and 64x128 require operands whose start and pitch are
+// multiples of 16 bytes; 64x64 and f32 (64 x 64) require nothing.
 //
 // Grid (ceil(m / M) ceil(n / N), 1, splits), blocks of 128 threads for bf16 and of 256 for f32. Split-K:
 // blockIdx.z takes `k_per_split` of k, a multiple of 32. With more than one split, the output is f32 [splits,
@@ -34,7 +34,7 @@ __device__ __forceinline__ void matmul_aligned(const Output& to, const bf16* a, 
     Tile::template gemm<A_K_MAJOR && B_K_MAJOR>(
         A(a, A_K_MAJOR ? k : m, coord.row, m, split.begin, split.end),
         B(b, B_K_MAJOR ? k : n, coord.column, n, split.begin, split.end), k_tiles_of(split.end - split.begin),
-        coord, m, n, to, [&](int i) { return int64_t{i} * n; });
+        coord, m, n, to, DenseRows{n});
 }
 
 /// Any size and alignment; gathers only if it must.
@@ -52,7 +52,7 @@ __device__ __forceinline__ void matmul_any(const Output& to, const bf16* a, cons
     Tile::gemm<A_K_MAJOR && B_K_MAJOR>(
         GatheredOperand<Source, Tile::M, Tile::THREADS, A_K_MAJOR>(source_a, coord.row, split.begin),
         GatheredOperand<Source, Tile::N, Tile::THREADS, B_K_MAJOR>(source_b, coord.column, split.begin),
-        k_tiles_of(split.end - split.begin), coord, m, n, to, [&](int i) { return int64_t{i} * n; });
+        k_tiles_of(split.end - split.begin), coord, m, n, to, DenseRows{n});
 }
 
 template <typename Tile>
@@ -146,6 +146,8 @@ __device__ __forceinline__ void split_k_reduce(T* y, const float* partial, int s
                                                bool accumulate) {
     for (int64_t i = grid_rank(); i < n; i += grid_threads()) {
         float sum = accumulate ? to_float(y[i]) : 0.0f;
+        // Loads of eight splits in flight: a small matrix has few threads and up to 128 splits.
+#pragma unroll 8
         for (int s = 0; s < splits; s++) sum += partial[s * n + i];
         y[i] = from_float<T>(sum);
     }

@@ -71,20 +71,39 @@ __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* 
 
 /// Starts a copy of 16 bytes to shared memory, which writes zeros unless `predicate`; both addresses are
 /// 16-byte aligned. The data is visible to this thread after cp_async_wait, and to others after a barrier
-/// that follows it.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool predicate) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+/// that follows it. Nothing happens unless `active`, a predicate of the instruction and not a branch.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool predicate,
+                                            bool active = true) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(predicate ? 16 : 0)
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)),
+                   "r"(predicate ? 16 : 0), "r"(static_cast<int>(active))
                  : "memory");
 }
 
 /// The same for 8 bytes, 8-byte aligned.
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool predicate) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool predicate,
+                                           bool active = true) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.ca.shared.global [%0], [%1], 8, %2; }"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(predicate ? 8 : 0)
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(predicate ? 8 : 0),
+                   "r"(static_cast<int>(active))
                  : "memory");
+}
+
+/// base + offset elements, by one instruction: a compiler that sees the addition keeps the offset in 64 bits.
+template <typename T>
+__device__ __forceinline__ const T* add_offset(const T* base, int offset) {
+    const T* sum;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(offset), "n"(sizeof(T)), "l"(base));
+    return sum;
+}
+
+/// blockIdx.z, read again where this is called: what follows from it takes no registers before.
+__device__ __forceinline__ int block_z_again() {
+    int z;
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+    return z;
 }
 
 /// Commits the copies since the last call as a group.

@@ -32,6 +32,7 @@ struct SplitOperand {
     static constexpr bool K_MAJOR = true;
     using Map = CopyMap<EXTENT, THREADS, 8, true>;
 
+    const int first_chunk = kept(Map::first_chunk());
     SplitRows source;
     int first, k = 0, own = 0, other;  // the term of this operand, and of the other
     unsigned row_predicates;           // bit i: this thread's row i exists
@@ -44,12 +45,13 @@ struct SplitOperand {
             row_predicates |= static_cast<unsigned>(first + Map::row(i) < end) << i;
     }
 
-    __device__ __forceinline__ void copy_async(bf16* smem) {
+    __device__ __forceinline__ void copy_async(bf16* smem, bool active) {
         const bf16* from = source.row(own, first + Map::row(0)) + k + Map::column();
         unsigned predicates = k + Map::column() < source.pitch ? row_predicates : 0;
 #pragma unroll
         for (int i = 0; i < Map::COPIES; i++)
-            Map::copy_async(smem, i, from + int64_t{i} * Map::ROW_STEP * source.pitch, predicates >> i & 1);
+            Map::copy_async(smem, first_chunk, i, from + int64_t{i} * Map::ROW_STEP * source.pitch,
+                            predicates >> i & 1, active);
         k += TILE_K;
         if (k < source.pitch) return;
         k = 0;
@@ -255,7 +257,8 @@ struct WeightedSum {
             const bf16* from = term;
 #pragma unroll
             for (int i = 0; i < Map::COPIES; i++) {
-                Map::copy_async(to + t * Tile::SIZE, i, from, row + i * Map::ROW_STEP < end_row);
+                Map::copy_async(to + t * Tile::SIZE, Map::first_chunk(), i, from,
+                                row + i * Map::ROW_STEP < end_row);
                 from += Map::ROW_STEP * rows.pitch;
             }
             term += int64_t{rows.rows} * rows.pitch;

@@ -26,8 +26,19 @@ __device__ __forceinline__ void unpack(float& low, float& high, unsigned pair) {
 
 __device__ __forceinline__ unsigned bits_of(bf16 x) { return *reinterpret_cast<const uint16_t*>(&x); }
 
+/// Both rounded to nearest even, by one instruction.
 __device__ __forceinline__ unsigned pack(float low, float high) {
-    return bits_of(__float2bfloat16_rn(low)) | bits_of(__float2bfloat16_rn(high)) << 16;
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+__device__ __forceinline__ Vector<bf16> unpack_vector(uint4 q) {
+    Vector<bf16> r;
+    unpack(r.v[0], r.v[1], q.x);
+    unpack(r.v[2], r.v[3], q.y);
+    unpack(r.v[4], r.v[5], q.z);
+    unpack(r.v[6], r.v[7], q.w);
+    return r;
 }
 
 /// Loads four f32 or eight bf16 from an address that is a multiple of 16.
@@ -36,13 +47,7 @@ __device__ __forceinline__ Vector<float> load_vector(const float* at) {
     return {{q.x, q.y, q.z, q.w}};
 }
 __device__ __forceinline__ Vector<bf16> load_vector(const bf16* at) {
-    uint4 q = *reinterpret_cast<const uint4*>(at);
-    Vector<bf16> r;
-    unpack(r.v[0], r.v[1], q.x);
-    unpack(r.v[2], r.v[3], q.y);
-    unpack(r.v[4], r.v[5], q.z);
-    unpack(r.v[6], r.v[7], q.w);
-    return r;
+    return unpack_vector(*reinterpret_cast<const uint4*>(at));
 }
 
 __device__ __forceinline__ void store_vector(float* at, const Vector<float>& r) {

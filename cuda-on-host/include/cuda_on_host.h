@@ -98,6 +98,12 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
     return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __float2bfloat16(x); }
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16(x), __float2bfloat16(y)};
+}
 inline float __bfloat162float(__nv_bfloat16 x) {
     return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }

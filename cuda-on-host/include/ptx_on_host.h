@@ -133,14 +133,21 @@ inline void ldmatrix_x2(unsigned (&r)[2], const void* row, int line = __builtin_
 inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) {
     standin::ldmatrix<2, true>(r, row, line);
 }
-STANDIN_INTERNAL inline void cp_async_16(void* shared, const void* global, bool valid) {
+STANDIN_INTERNAL inline void cp_async_16(void* shared, const void* global, bool valid, bool active = true) {
+    if (!active) return;
     standin::runtime->copy_issue(shared, valid ? global : nullptr, 16);
     standin::memory_clobber();
 }
-STANDIN_INTERNAL inline void cp_async_8(void* shared, const void* global, bool valid) {
+STANDIN_INTERNAL inline void cp_async_8(void* shared, const void* global, bool valid, bool active = true) {
+    if (!active) return;
     standin::runtime->copy_issue(shared, valid ? global : nullptr, 8);
     standin::memory_clobber();
 }
+template <typename T>
+STANDIN_INTERNAL inline const T* add_offset(const T* base, int offset) {
+    return base + offset;
+}
+STANDIN_INTERNAL inline int block_z_again() { return static_cast<int>(blockIdx.z); }
 STANDIN_INTERNAL inline void cp_async_commit() { standin::runtime->copy_commit(); }
 template <int GROUPS_LEFT>
 STANDIN_INTERNAL inline void cp_async_wait() {

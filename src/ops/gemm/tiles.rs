@@ -113,6 +113,8 @@ impl Gemm {
     pub fn weight_gradient(d: &Conv2dDims) -> Self {
         let (m, n, k) = (d.k, d.r * d.s * d.c, d.n * d.p * d.q);
         let run = run(&[d.c, if d.k.is_multiple_of(8) { 8 } else { 1 }], d, 0);
+        // The large tiles count pieces of that many elements of `x` in 31 bits.
+        let run = if d.n * d.h * d.w * d.c / run < 1 << 31 { run } else { 1 };
         Self { kind: GemmKind::WeightGradient, m, n, k, count: 1, run, splittable: true }
     }
 
@@ -246,6 +248,9 @@ mod tests {
             "k is not a multiple of 32"
         );
         assert_ne!(Gemm::convolution(&odd).tile().shape, TileShape::Small);
+        let batch = |n: usize| Conv2dDims::new([n, 128, 128, 512], [64, 3, 3, 512], 1, 1);
+        assert_ne!(Gemm::weight_gradient(&batch(2047)).tile().shape, TileShape::Small);
+        assert_eq!(Gemm::weight_gradient(&batch(2048)).tile().shape, TileShape::Small);
     }
 
     /// Sums are split if they are long and tiles are few; never below the shortest split, and only if splitting is allowed.
