@@ -90,7 +90,7 @@ struct ExpSum {
 
     __device__ __forceinline__ ExpSum merge(ExpSum other) const {
         float larger = max > other.max ? max : other.max;
-        if (larger == -INFINITY) return {larger, 0.0f};
+        if (larger == -INFINITY) return {larger, sum + other.sum};  // zeros, or NaN if all logits are
         return {larger, sum * expf(max - larger) + other.sum * expf(other.max - larger)};
     }
 };
@@ -165,7 +165,8 @@ __device__ __forceinline__ double log_sum_exp(const float* maxima, double fixed_
         if (max(s) > largest) largest = max(s);
     if (logit > -INFINITY) sum = exp(logit - largest);
     for (int s = 0; s < splits; s++)
-        if (sums[s * n + row] > 0.0f) sum += sums[s * n + row] * exp(max(s) - largest);
+        // A sum of NaN must count: it is not above zero, but neither is it at most zero.
+        if (!(sums[s * n + row] <= 0.0f)) sum += sums[s * n + row] * exp(max(s) - largest);
     return log(sum) + largest;
 }
 

@@ -417,6 +417,34 @@ fn a_missing_row_gives_nan_on_a_gpu() {
     assert!(y[..2] == [3.0, 4.0] && y[2..].iter().all(|v| v.is_nan()), "{y:?}");
 }
 
+/// A loss that stays finite would hide that the queue is spoilt, while every gradient is NaN.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_nan_in_the_queue_reaches_the_loss() {
+    const D: usize = 16;
+    let gpu = gpu(Precision::F32);
+    let loss = |queue: &[f32]| {
+        let mut layout = Layout::new();
+        let z = layout.param("z", [3, D], SlotKind::Matrix, Init::Uniform(0.25));
+        let mut arena = Arena::new(&Arc::new(layout), &gpu, 1);
+        let queue = Tensor::from_slice(&gpu, [queue.len() / D, D], queue);
+        let negatives = ops::Negatives { queue: &queue, own: None };
+        let loss = tape::step(&mut arena, |tape| {
+            let z = tape.param(z);
+            ops::info_nce(&z, &z, &negatives, 0.2)
+        });
+        loss.unwrap().scalar()
+    };
+    // The bad row beside others of its tile, and alone in its own.
+    for (rows, bad) in [(300, 7), (257, 256)] {
+        let mut queue = vec![0.25; rows * D];
+        assert!(loss(&queue).is_finite());
+        queue[bad * D..(bad + 1) * D].fill(f32::NAN);
+        let loss = loss(&queue);
+        assert!(loss.is_nan(), "{loss} with row {bad} of {rows} NaN");
+    }
+}
+
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn without_negatives_a_query_finds_its_key_on_a_gpu() {
