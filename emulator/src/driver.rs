@@ -68,6 +68,16 @@ struct Fault {
     code: Code,
 }
 
+/// A kernel that a program has asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Function {
+    pub kernel: &'static Kernel,
+    /// Its limit of dynamic shared memory.
+    pub allowed: u32,
+    /// Its preferred carve-out of shared memory in percent; -1 leaves that to the driver.
+    pub carve_out: i32,
+}
+
 pub(crate) struct Driver {
     memory: Option<Memory>,
     pub streams: BTreeMap<usize, Stream>,
@@ -75,8 +85,8 @@ pub(crate) struct Driver {
     pub captures: HashMap<usize, Capture>,
     /// Graphs and executable graphs.
     pub graphs: HashMap<usize, Arc<Vec<Work>>>,
-    /// Functions by handle, each with its limit of dynamic shared memory.
-    pub functions: HashMap<usize, (&'static Kernel, u32)>,
+    /// Functions by handle.
+    pub functions: HashMap<usize, Function>,
     pub handles: HashMap<&'static str, usize>,
     next_handle: usize,
     /// Whether instrumented kernels run instead of plain ones.

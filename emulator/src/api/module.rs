@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::calls;
 use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, in_context, shared_opt_in};
-use crate::driver::{CallResult, Code, Driver};
+use crate::driver::{CallResult, Code, Driver, Function};
 use crate::engine::{self, Dim3, Kernel};
 use crate::work::{Launch, Work};
 
@@ -40,7 +40,9 @@ fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char)
         None => {
             let handle = driver.handle();
             driver.handles.insert(kernel.name, handle);
-            driver.functions.insert(handle, (kernel, SHARED_PER_BLOCK));
+            driver
+                .functions
+                .insert(handle, Function { kernel, allowed: SHARED_PER_BLOCK, carve_out: -1 });
             handle
         }
     };
@@ -48,7 +50,7 @@ fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char)
     Ok(())
 }
 
-fn function(driver: &Driver, handle: usize) -> CallResult<(&'static Kernel, u32)> {
+fn function(driver: &Driver, handle: usize) -> CallResult<Function> {
     driver.functions.get(&handle).copied().ok_or(Code::INVALID_HANDLE)
 }
 
@@ -60,7 +62,7 @@ fn parameter(
     size: *mut usize,
 ) -> CallResult {
     let parameter =
-        function(driver, handle)?.0.parameters().get(i).copied().ok_or(Code::INVALID_VALUE)?;
+        function(driver, handle)?.kernel.parameters().get(i).copied().ok_or(Code::INVALID_VALUE)?;
     unsafe {
         *offset = parameter.offset;
         if !size.is_null() {
@@ -88,7 +90,7 @@ fn launch(
     cooperative: bool,
 ) -> CallResult {
     in_context()?;
-    let (kernel, allowed) = function(driver, handle)?;
+    let Function { kernel, allowed, .. } = function(driver, handle)?;
     let empty = grid.count() == 0 || block.count() == 0;
     let too_large =
         block.x > 1024 || block.y > 1024 || block.z > 64 || grid.y > 65535 || grid.z > 65535;
@@ -177,24 +179,32 @@ calls! {
     }
 
     fn cuFuncGetAttribute(driver, value: *mut c_int, which: c_uint, handle: usize) {
-        let (kernel, allowed) = function(driver, handle)?;
+        let Function { kernel, allowed, carve_out } = function(driver, handle)?;
         *value = match which {
             0 => kernel.bounds() as c_int,
             1 => kernel.static_shared() as c_int,
             4 => 32, // registers: arbitrary
             5 | 6 => 80, // as if compiled for sm_80
             8 => allowed as c_int,
+            9 => carve_out,
             _ => 0,
         };
     }
 
     fn cuFuncSetAttribute(driver, handle: usize, which: c_uint, value: c_int) {
-        let (kernel, _) = function(driver, handle)?;
-        if which == 8 {
-            if value < 0 || value as usize + kernel.static_shared() > shared_opt_in() as usize {
-                return Err(Code::INVALID_VALUE);
-            }
-            driver.functions.get_mut(&handle).expect("looked up above").1 = (value as u32).max(SHARED_PER_BLOCK);
+        let static_shared = function(driver, handle)?.kernel.static_shared();
+        let function = driver.functions.get_mut(&handle).expect("looked up above");
+        let valid = match which {
+            8 => value >= 0 && value as usize + static_shared <= shared_opt_in() as usize,
+            // The preferred carve-out: percent of the shared memory, or -1 for the driver's own choice.
+            9 => (-1..=100).contains(&value),
+            _ => true,
+        };
+        match which {
+            _ if !valid => return Err(Code::INVALID_VALUE),
+            8 => function.allowed = (value as u32).max(SHARED_PER_BLOCK),
+            9 => function.carve_out = value,
+            _ => {}
         }
     }
 
@@ -241,14 +251,14 @@ calls! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize,
     ) {
-        let (kernel, _) = function(driver, handle)?;
+        let kernel = function(driver, handle)?.kernel;
         *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
     }
 
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize, _flags: c_uint,
     ) {
-        let (kernel, _) = function(driver, handle)?;
+        let kernel = function(driver, handle)?.kernel;
         *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
     }
 }

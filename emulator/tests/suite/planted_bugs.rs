@@ -256,6 +256,22 @@ fn argument_of_the_wrong_type_shows() -> bool {
     taken != given
 }
 
+/// A preferred carve-out is a percentage, or -1 for the driver's own choice, and has no effect on results.
+#[test]
+fn a_preferred_carve_out_is_kept_and_checked() {
+    let stage = Stage::take(false);
+    let function = stage.function("broken_argument");
+    let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    let mut kept = 0;
+    for (value, accepted) in [(100, true), (0, true), (101, false), (-2, false), (-1, true)] {
+        let answer = unsafe { sys::cuFuncSetAttribute(function, which, value) };
+        assert_eq!(answer == CUresult::CUDA_SUCCESS, accepted, "{value}: {answer:?}");
+        let asked = unsafe { sys::cuFuncGetAttribute(&mut kept, which, function) };
+        assert_eq!(asked, CUresult::CUDA_SUCCESS);
+        assert_eq!(kept == value, accepted, "{value} and {kept}");
+    }
+}
+
 /// The plain build shows poison in results, and reports overwritten guards.
 #[test]
 fn plain_kernels_show_poison_broken_guards_and_faults() {

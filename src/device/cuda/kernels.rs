@@ -3,7 +3,7 @@
 //! `build.rs` reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments have the
 //! kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
 
-use std::ffi::{CString, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::marker::PhantomData;
 
 use cudarc::driver::result::{self, DriverError};
@@ -273,11 +273,31 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
                 let found =
                     unsafe { result::module::get_function(module, name) }.map_err(refused)?;
                 check_arguments(kernel, found)?;
+                prefer_shared_memory(found).map_err(refused)?;
                 *function = Some(found);
             }
         }
     }
     Ok(loaded)
+}
+
+/// Asks for all of a multiprocessor's shared memory rather than cache for kernels whose blocks hold much of it, those of the
+/// products: left to itself, a driver may choose a carve-out in which fewer blocks fit side by side.
+fn prefer_shared_memory(function: CUfunction) -> std::result::Result<(), DriverError> {
+    use sys::CUfunction_attribute as Attribute;
+    /// Bytes from which the number of resident blocks depends on the carve-out.
+    const MUCH: c_int = 16 << 10;
+    let mut held = 0;
+    // SAFETY: writes one number about a loaded function.
+    unsafe {
+        let which = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        sys::cuFuncGetAttribute(&mut held, which, function).result()?;
+        if held >= MUCH {
+            let which = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            sys::cuFuncSetAttribute(function, which, 100).result()?;
+        }
+    }
+    Ok(())
 }
 
 /// Compares number, offsets and sizes of a loaded kernel's arguments with those that its launch function passes.
