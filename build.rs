@@ -221,7 +221,8 @@ fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String>
     if !tool.is_file() {
         return BTreeMap::new();
     }
-    let cached = fatbin.with_extension(format!("{:x}.mix", hash(include_bytes!("build/sass.rs"))));
+    let model = [&include_bytes!("build/sass.rs")[..], include_bytes!("build/scoreboard.rs")];
+    let cached = fatbin.with_extension(format!("{:x}.mix", hash(&model.concat())));
     let text = fs::read_to_string(&cached).unwrap_or_else(|_| {
         // cuobjdump searches for nvdisasm there.
         let path = env::var_os("PATH").unwrap_or_default();
@@ -229,8 +230,17 @@ fn disassemble(nvcc: &Path, fatbin: &Path) -> BTreeMap<(String, String), String>
         let path = env::join_paths(folders).expect("folders of PATH");
         let listing = run(Command::new(&tool).arg("-sass").arg(fatbin).env("PATH", path)).0;
         let line = |code: &sass::Code| {
-            let (whole, hot) = (code.whole, code.hot);
-            format!("{} {} Mix {{ whole: {whole:?}, hot: {hot:?} }}\n", code.kernel, code.chip)
+            let (whole, hot, epilogues) = (code.whole, code.hot, code.epilogues);
+            format!(
+                "{} {} Mix {{ whole: {whole:?}, hot: {:?}, hot_cycles: {:?}, epilogues: {:?}, epilogue_cycles: {:?}, prologue: {} }}\n",
+                code.kernel,
+                code.chip,
+                hot.counts,
+                hot.cycles,
+                epilogues.map(|epilogue| epilogue.counts),
+                epilogues.map(|epilogue| epilogue.cycles),
+                code.prologue
+            )
         };
         let text: String = sass::parse(&listing).iter().map(line).collect();
         fs::write(&cached, &text).expect("the target folder is writable");

@@ -2,7 +2,12 @@
 //!
 //! Counts are of the entire kernel and of its hot loop. A loop is a branch back to an earlier address. Candidates are the
 //! innermost loops with mma instructions or, if the kernel has no mma, with accesses to global memory; the hot loop is the one
-//! with the most of them.
+//! with the most of them. A kernel with mma also has epilogues, loops that copy from shared to global memory in stores of 16 bytes
+//! alone: those with the fewest and with the most instructions to a store count. `scoreboard.rs` says how long all of these take.
+
+mod scoreboard;
+
+use scoreboard::{Control, Step};
 
 /// Instructions of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +20,8 @@ pub struct Counts {
     pub ldmatrix: usize,
     /// Accesses to global memory of 16 bytes: LDG, STG, LDGSTS (`cp.async`), and generic LD, ST.
     pub global_16: usize,
+    /// Those of them that are stores.
+    pub stores_16: usize,
     /// Smaller accesses to global memory.
     pub global: usize,
     /// Accesses to shared memory: LDS, STS.
@@ -33,6 +40,9 @@ impl Counts {
         let name = parts.next().unwrap_or_default();
         let is_16_bytes = opcode.split('.').any(|part| part == "128");
         self.all += 1;
+        if is_16_bytes && matches!(name, "STG" | "ST") {
+            self.stores_16 += 1;
+        }
         let counter = match name {
             "HMMA" | "IMMA" | "HGMMA" | "BMMA" => &mut self.mma,
             "LDSM" => &mut self.ldmatrix,
@@ -59,6 +69,19 @@ impl Counts {
     }
 }
 
+/// The most resident blocks that the model is run for.
+pub const MOST_BLOCKS: usize = 4;
+
+/// Instructions of a loop, and the cycles that a multiprocessor needs for an iteration of every warp of 1 to [`MOST_BLOCKS`] resident
+/// blocks of 128 threads; zeros in a kernel without mma.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loop {
+    /// Its instructions.
+    pub counts: Counts,
+    /// Cycles, by resident blocks less one.
+    pub cycles: [u32; MOST_BLOCKS],
+}
+
 /// The counts of a kernel on a chip.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Code {
@@ -68,13 +91,25 @@ pub struct Code {
     /// Of the entire kernel.
     pub whole: Counts,
     /// Of the hot loop; equal to `whole` if the kernel has no loop.
-    pub hot: Counts,
+    pub hot: Loop,
+    /// Of the shortest and of the longest epilogue, if it has any.
+    pub epilogues: [Loop; 2],
+    /// Instructions from the last unconditional exit before the hot loop to the loop.
+    pub prologue: usize,
+}
+
+/// An instruction: its address, its opcode, the target if it is a branch, and its step in the model.
+struct Instruction<'a> {
+    at: u64,
+    opcode: &'a str,
+    to: Option<u64>,
+    step: Step<'a>,
 }
 
 /// Parses all kernels of a disassembly.
 pub fn parse(text: &str) -> Vec<Code> {
     let (mut found, mut chip, mut kernel) = (Vec::new(), String::new(), None);
-    let mut lines: Vec<(u64, &str, Option<u64>)> = Vec::new();
+    let mut lines: Vec<Instruction<'_>> = Vec::new();
     let mut finish = |kernel: Option<String>, chip: &str, lines: &mut Vec<_>| {
         if let Some(kernel) = kernel {
             found.push(code(kernel, chip, lines));
@@ -88,6 +123,8 @@ pub fn parse(text: &str) -> Vec<Code> {
         } else if let Some(name) = line.strip_prefix("arch = ") {
             finish(kernel.take(), &chip, &mut lines);
             name.clone_into(&mut chip);
+        } else if let (Some(upper), Some(last)) = (upper_half(line), lines.last_mut()) {
+            last.step.control = Control::of(upper);
         } else {
             lines.extend(instruction(line));
         }
@@ -96,31 +133,50 @@ pub fn parse(text: &str) -> Vec<Code> {
     found
 }
 
+/// The second line of an instruction: `/* 0x000fe20000000800 */`.
+fn upper_half(line: &str) -> Option<u64> {
+    let digits = line.strip_prefix("/* 0x")?.strip_suffix("*/")?;
+    u64::from_str_radix(digits.trim_end(), 16).ok()
+}
+
 /// Parses the address, the opcode and, for a branch, the target: `/*0a10*/  @!P0 BRA 0x9f0 ;  /* … */`.
-fn instruction(line: &str) -> Option<(u64, &str, Option<u64>)> {
+fn instruction(line: &str) -> Option<Instruction<'_>> {
     let (address, rest) = line.strip_prefix("/*")?.split_once("*/")?;
-    let address = u64::from_str_radix(address, 16).ok()?;
+    let at = u64::from_str_radix(address, 16).ok()?;
     let mut words = rest.split_whitespace().filter(|word| !word.starts_with('@'));
     let opcode = words.next().filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))?;
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
     let to = if opcode.starts_with("BRA") { words.find_map(hex) } else { None };
-    Some((address, opcode.trim_end_matches(';'), to))
+    let opcode = opcode.trim_end_matches(';');
+    // `DEPBAR.LE SB0, 0x1 ;` waits for all groups of copies but the newest.
+    let in_flight = match opcode {
+        "DEPBAR.LE" => words.find_map(hex).unwrap_or(0) as usize,
+        _ => 0,
+    };
+    let predicate = rest.split_whitespace().next().filter(|word| word.starts_with('@'));
+    let step = Step {
+        opcode,
+        executed: predicate != Some("@!PT"), // never
+        executed_always: predicate.is_none(),
+        in_flight,
+        control: Control::default(),
+    };
+    Some(Instruction { at, opcode, to, step })
 }
 
-fn code(kernel: String, chip: &str, lines: &[(u64, &str, Option<u64>)]) -> Code {
-    let count = |from: u64, to: u64| {
+fn code(kernel: String, chip: &str, lines: &[Instruction<'_>]) -> Code {
+    let within =
+        |(from, to): (u64, u64)| lines.iter().filter(move |line| (from..=to).contains(&line.at));
+    let count = |range: (u64, u64)| {
         let mut counts = Counts::default();
-        let those = lines.iter().filter(|(at, ..)| (from..=to).contains(at));
-        those.for_each(|(_, opcode, _)| counts.add(opcode));
+        within(range).for_each(|line| counts.add(line.opcode));
         counts
     };
     // The endless loop that pads the end of a kernel, a branch to itself, does not count.
-    let back =
-        |&(at, _, to): &(u64, &str, Option<u64>)| to.filter(|&to| to < at).map(|to| (to, at));
-    let loops: Vec<(u64, u64)> = lines.iter().filter_map(back).collect();
-    let inside = |a: &(u64, u64), b: &(u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
+    let back = |line: &Instruction<'_>| line.to.filter(|&to| to < line.at).map(|to| (to, line.at));
     let loops: Vec<((u64, u64), Counts)> =
-        loops.into_iter().map(|(from, to)| ((from, to), count(from, to))).collect();
+        lines.iter().filter_map(back).map(|range| (range, count(range))).collect();
+    let inside = |a: &(u64, u64), b: &(u64, u64)| a != b && b.0 <= a.0 && a.1 <= b.1;
     let rank = loops.iter().map(|(_, counts)| counts.rank()).max().unwrap_or(0);
     // Innermost among the loops of the same rank: a main loop stays one although it contains the loop that advances the tap.
     let candidates: Vec<_> = loops.iter().filter(|(_, counts)| counts.rank() == rank).collect();
@@ -128,11 +184,34 @@ fn code(kernel: String, chip: &str, lines: &[(u64, &str, Option<u64>)]) -> Code 
         .iter()
         .filter(|(outer, _)| !candidates.iter().any(|(inner, _)| inside(inner, outer)));
     // Of two main loops with as many mma, the shorter is the one for aligned shapes: the other has the narrow copies of ragged ones.
-    let hot = innermost.map(|(_, counts)| *counts).max_by_key(|counts| {
+    let hot = innermost.max_by_key(|(_, counts)| {
         let shortest = if counts.mma > 0 { usize::MAX - counts.all } else { 0 };
         let memory = 4 * counts.global_16 + counts.global;
         (counts.mma, shortest, memory, counts.shared, counts.all)
     });
-    let whole = count(0, u64::MAX);
-    Code { kernel, chip: chip.to_owned(), whole, hot: hot.unwrap_or(whole) }
+    let whole = count((0, u64::MAX));
+    let timed = |&(range, counts): &((u64, u64), Counts)| {
+        let body: Vec<Step<'_>> = within(range).map(|line| line.step).collect();
+        let cycles =
+            std::array::from_fn(|warps| scoreboard::cycles(&body, warps + 1, chip).round() as u32);
+        Loop { counts, cycles }
+    };
+    let Some(&hot) = hot.filter(|(_, counts)| counts.mma > 0) else {
+        let counts = hot.map_or(whole, |(_, counts)| *counts);
+        let hot = Loop { counts, ..Loop::default() };
+        return Code { kernel, chip: chip.to_owned(), whole, hot, ..Code::default() };
+    };
+    let stores_16_alone = |(range, counts): &&((u64, u64), Counts)| {
+        let stores = within(*range).filter(|line| line.opcode.starts_with("STG")).count();
+        counts.mma == 0 && counts.shared > 0 && counts.stores_16 > 0 && counts.stores_16 == stores
+    };
+    let to_a_store = |(_, counts): &&((u64, u64), Counts)| counts.all * 1000 / counts.stores_16;
+    let stores = || loops.iter().filter(stores_16_alone);
+    let epilogues = [stores().min_by_key(to_a_store), stores().max_by_key(to_a_store)];
+    let epilogues = epilogues.map(|found| found.map_or(Loop::default(), timed));
+    let before: Vec<_> = lines.iter().take_while(|line| line.at < hot.0.0).collect();
+    // A path of its own, such as that of ragged sizes, ends in an exit.
+    let exit = before.iter().rposition(|line| line.opcode == "EXIT" && line.step.executed_always);
+    let prologue = before.len() - exit.map_or(0, |exit| exit + 1);
+    Code { kernel, chip: chip.to_owned(), whole, hot: timed(hot), epilogues, prologue }
 }

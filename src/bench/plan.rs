@@ -1,15 +1,15 @@
 //! Predicts what a GPU will do with a case, without a GPU.
 //!
-//! The prediction is a model, not a fit. A GEMM costs what its tile table estimates (`ops/gemm/tiles.rs`: the shared memory
-//! traffic of its tiles, complete waves, the 0.63 of the peak that `mma.sync` reaches on Hopper). Tensor-core work outside that
-//! table runs at 0.45 of the GEMM rate (what an L2 cache of 5.5 TB/s feeds its panels). Every other kernel costs its own traffic
-//! at 0.85 of the copy rate or its operations at 0.6 of the f32 lanes, whichever is longer; a grid smaller than the chip gets
-//! its share of both. Each launch costs 2 microseconds. The difference between a measurement and the prediction shows where a
-//! kernel is not understood yet.
+//! The prediction is a model, not a fit. A GEMM in bf16 costs what its machine code does on the schedulers of the busiest
+//! multiprocessor ([`tiles`]), or its traffic at 0.85 of the copy rate, whichever is longer; without machine code, what its tile
+//! table estimates (`ops/gemm/tiles.rs`). Tensor-core work outside that table runs at 0.45 of the GEMM rate (what an L2 cache of
+//! 5.5 TB/s feeds its panels). Every other kernel costs its own traffic at 0.85 of the copy rate or its operations at 0.6 of the
+//! f32 lanes, whichever is longer; a grid smaller than the chip gets its share of both. Each launch costs 2 microseconds. The
+//! difference between a measurement and the prediction shows where a kernel is not understood yet.
 
 use super::{Case, Chip, Launched};
-use crate::device::cuda::{RESOURCES, Resources};
-use crate::ops::kernels::Gemm;
+use crate::device::cuda::{Mix, RESOURCES, Resources};
+use crate::ops::kernels::{Gemm, GemmKind};
 
 /// Shares of the ceilings that plain loops and mma loops are expected to reach, and seconds per launch.
 const OF_COPY: f64 = 0.85;
@@ -30,6 +30,8 @@ pub struct Planned {
     pub waves: f64,
     /// Registers per thread and bytes of shared memory per block; `None` in a build without nvcc.
     pub resources: Option<&'static Resources>,
+    /// Blocks that a multiprocessor holds at once; 2 in a build without nvcc.
+    pub held: usize,
     /// Warps on a multiprocessor, as a share of the 64 that it can hold.
     pub occupancy: f64,
     /// Predicted seconds.
@@ -72,9 +74,11 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
     let memory = launched.bytes / (OF_COPY * chip.copy * filled);
     let compute = match &launched.gemm {
         // In f32 nothing runs on tensor cores.
-        Some(gemm) if !launched.kernel.contains("f32") => {
-            cycles(gemm) / chip.clock * 132.0 / chip.processors as f64
-        }
+        Some(gemm) if !launched.kernel.contains("f32") => match resources.and_then(|r| r.mix) {
+            Some(mix) => tiles(gemm, &mix, held, chip) / chip.clock,
+            // The tile table's estimate is for a chip of 132 multiprocessors.
+            None => gemm.cycles(&gemm.tile()) / chip.clock * 132.0 / chip.processors as f64,
+        },
         // The mma and the exponentials of different blocks overlap.
         _ => (launched.operations / (OF_LANES * chip.vector * filled))
             .max(launched.mma / (OF_GEMM * chip.gemm * filled)),
@@ -89,6 +93,7 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
         kernel: launched.kernel.clone(),
         tile,
         blocks,
+        held,
         waves: blocks as f64 / (held * chip.processors) as f64,
         resources,
         occupancy: (held.min(blocks.div_ceil(chip.processors)) * launched.threads.div_ceil(32))
@@ -98,9 +103,37 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
     }
 }
 
-/// The tile table's estimate, for a chip of 132 multiprocessors.
-fn cycles(gemm: &Gemm) -> f64 {
-    gemm.cycles(&gemm.tile())
+/// Cycles of the first instructions of a tile until its first copies have arrived.
+const FIRST_COPIES: f64 = 800.0;
+
+/// Cycles that a multiprocessor needs for its share of a GEMM's tiles, `held` at a time, by the model of the machine code
+/// (`build/scoreboard.rs`): prologue, main loop and epilogue one after another, each as long as for that many resident blocks in the
+/// same phase. In truth blocks drift apart, and one's epilogue runs beside another's main loop; how much that gains is what the rate
+/// of a large GEMM at small and at large k will say.
+fn tiles(gemm: &Gemm, mix: &Mix, held: usize, chip: &Chip) -> f64 {
+    let tile = gemm.tile();
+    let held = held.min(mix.hot_cycles.len());
+    // Forward with the moments that a batch norm wants; gradients that add to nothing.
+    let which = usize::from(matches!(gemm.kind, GemmKind::Nt | GemmKind::Convolution));
+    // Blocks of the busiest multiprocessor.
+    let blocks = (tile.tiles * tile.splits).div_ceil(chip.processors);
+    let side_by_side = |blocks: usize| {
+        let Some(i) = blocks.checked_sub(1) else { return 0.0 };
+        let main_loop = gemm.steps(&tile) * f64::from(mix.hot_cycles[i]);
+        // Splits are f32: twice the stores and the shared memory of bf16.
+        let bytes_of_result = if tile.splits > 1 { 4.0 } else { 2.0 };
+        // For each store of a thread, its 16 bytes or 32 of shared memory are written before.
+        let stores = (tile.m * tile.n) as f64 / 128.0 * bytes_of_result / 16.0;
+        let staging = blocks as f64 * 16.0;
+        let store = match mix.epilogues[which].stores_16 {
+            // The small tile's rows have no loop; its code is as long as that of the others.
+            0 => staging,
+            of_loop => f64::from(mix.epilogue_cycles[which][i]) / of_loop as f64,
+        };
+        let prologue = (blocks * mix.prologue) as f64 + FIRST_COPIES;
+        prologue + main_loop + stores * (staging + store)
+    };
+    (blocks / held) as f64 * side_by_side(held) + side_by_side(blocks % held)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::against::Against;
 use super::{device, say, talk};
 use crate::bench::{Bench, Case, Chip, Extent, LaunchPlan, cases, plan};
-use crate::device::{DeviceKind, Precision};
+use crate::device::{DeviceKind, Mix, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -171,14 +171,29 @@ fn bound(memory: bool) -> String {
     if memory { "memory" } else { "compute" }.into()
 }
 
+/// Cycles of the main loop's step and of a store of 16 bytes in the shortest and the longest epilogue, with `held` resident blocks; empty without mma.
+fn cycles(mix: &Mix, held: usize) -> String {
+    let i = held.clamp(1, mix.hot_cycles.len()) - 1;
+    if mix.hot_cycles[i] == 0 {
+        return String::new();
+    }
+    let of_store = |which: usize| match mix.epilogues[which].stores_16 {
+        0 => String::new(),
+        stores => format!(" {:.0}", f64::from(mix.epilogue_cycles[which][i]) / stores as f64),
+    };
+    format!("{}{}{}", mix.hot_cycles[i], of_store(0), of_store(1))
+}
+
 /// How to read the table of `--paper`.
 const PAPER: &str = "\
 The roofline of a case is the longer of two times: the bytes that it must move at the chip's copy rate, and its operations at the GEMM
-rate (`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): a GEMM costs what the tile table estimates,
-with complete waves and the share of the peak that `mma.sync` reaches; loops run at 0.85 of the copy rate and 0.6 of the f32 lanes; a
-launch costs 2 us. Waves are blocks over the number that the chip holds at once; occupancy is of 64 warps. The hot loop, from the
-disassembly, counts all instructions, mma, ldmatrix, 16-byte accesses to global memory, and narrower ones. The sums of a step count
-each layer as often as it occurs in ResNet-50.
+rate (`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): a GEMM costs what its machine code does on the
+schedulers of the busiest multiprocessor, prologue, main loop and epilogue, or its traffic at 0.85 of the copy rate, whichever is
+longer; other loops run at 0.85 of the copy rate and 0.6 of the f32 lanes; a launch costs 2 us. The model's assumptions, and what will
+settle each on a GPU, are at the head of `build/scoreboard.rs`. Waves are blocks over the number that the chip holds at once;
+occupancy is of 64 warps. The hot loop, from the disassembly, counts all instructions, mma, ldmatrix, 16-byte accesses to global
+memory, and narrower ones; the cycles are the model's for a multiprocessor that is full of such blocks: of one step of all of them,
+and of one store of 16 bytes by every thread of all of them in the shortest and in the longest epilogue. The sums of a step count each layer as often as it occurs in ResNet-50.
 ";
 
 fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Result<()> {
@@ -212,6 +227,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
             "shared",
             "occupancy",
             "hot loop",
+            "cycles",
         ],
     );
     let plans: Vec<LaunchPlan> = cases.iter().map(|case| plan(case, chip, sm)).collect();
@@ -252,6 +268,10 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
                     let kinds = [hot.all, hot.mma, hot.ldmatrix, hot.global_16, hot.global];
                     kinds.map(|count| count.to_string()).join(" ")
                 }),
+                kernel
+                    .resources
+                    .and_then(|r| r.mix)
+                    .map_or("?".into(), |mix| cycles(&mix, kernel.held)),
             ])?;
         }
     }

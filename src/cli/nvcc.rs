@@ -97,7 +97,7 @@ fn mix(nvcc: &Path, cubin: &Path, kernel: &str) -> Option<Counts> {
         .output()
         .ok()?;
     let all = parse_sass(&String::from_utf8_lossy(&output.stdout));
-    all.into_iter().find(|code| is_named(&code.kernel, kernel)).map(|code| code.hot)
+    all.into_iter().find(|code| is_named(&code.kernel, kernel)).map(|code| code.hot.counts)
 }
 
 #[cfg(test)]

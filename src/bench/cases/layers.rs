@@ -156,7 +156,7 @@ fn linear_case([m, k, n]: [usize; 3], dtype: DType) -> Case {
     let e = dtype.size() as f64;
     let (operations, bytes) = (2.0 * (m * n * k) as f64, e * (m * k + n * k + m * n) as f64);
     let run = if dtype == DType::Bf16 && k.is_multiple_of(8) { 8 } else { 1 };
-    let gemm = Gemm { kind: GemmKind::Nt, m, n, k, count: 1, run, splittable: false };
+    let gemm = Gemm { kind: GemmKind::Nt, m, n, k, count: 1, k_of_all: k, run, splittable: false };
     let problem = Problem::Linear { m, k, n };
     Case {
         name: format!("linear forward {m}x{k}->{n}"),

@@ -67,6 +67,16 @@ pub struct Mix {
     /// The hot loop: the innermost loop with the most mma instructions or, without mma, with the most accesses to global
     /// memory; the entire kernel if it has no loop.
     pub hot: Counts,
+    /// Cycles that a multiprocessor needs, by a model of its schedulers (`build/scoreboard.rs`), for an iteration of the hot loop by
+    /// every warp of one to four resident blocks of 128 threads; zeros without mma.
+    pub hot_cycles: [u32; 4],
+    /// Of the loops of a kernel with mma that copy results from shared to global memory 16 bytes at a time, those with the fewest and
+    /// with the most instructions to a store; zeros if it has none.
+    pub epilogues: [Counts; 2],
+    /// The same cycles for these loops.
+    pub epilogue_cycles: [[u32; 4]; 2],
+    /// Instructions before the hot loop.
+    pub prologue: usize,
 }
 
 /// A device pointer that a kernel reads `T` from; may be null where the kernel allows it.

@@ -66,7 +66,7 @@ fn table(
     };
     let aligned =
         rows.iter().all(|length| length.is_multiple_of(8)) && operands.into_iter().all(is_aligned);
-    Gemm { kind, m, n, k, count: 1, run: if aligned { 8 } else { 1 }, splittable }
+    Gemm { kind, m, n, k, count: 1, k_of_all: k, run: if aligned { 8 } else { 1 }, splittable }
 }
 
 /// Runs a GEMM in one pass or, if `k` is long and the tiles are few (weight gradients, whose `k` is the number of rows), as

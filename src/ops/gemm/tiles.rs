@@ -20,6 +20,8 @@ pub struct Gemm {
     pub k: usize,
     /// Number of GEMMs of this size in one launch: the phases of a strided data gradient, otherwise 1.
     pub count: usize,
+    /// Lengths of the sums of all `count` GEMMs, of which `k` is the largest.
+    pub k_of_all: usize,
     /// Length of the aligned contiguous runs of both operands, in elements: 8 (16 bytes of bf16) is required by the large
     /// tiles, 4 by the stem's; 1 means that nothing is known.
     pub run: usize,
@@ -97,7 +99,7 @@ impl Gemm {
     pub fn convolution(d: &Conv2dDims) -> Self {
         let (m, n, k) = (d.n * d.p * d.q, d.k, d.r * d.s * d.c);
         let run = run(&[d.c], d, d.h * d.w * d.c);
-        Self { kind: GemmKind::Convolution, m, n, k, count: 1, run, splittable: false }
+        Self { kind: GemmKind::Convolution, m, n, k, count: 1, k_of_all: k, run, splittable: false }
     }
 
     /// The implicit GEMMs of a convolution's data gradient: one for each phase of the stride, sized for the largest phase.
@@ -106,7 +108,9 @@ impl Gemm {
         let k = d.r.div_ceil(d.stride) * d.s.div_ceil(d.stride) * d.k;
         let run = run(&[d.c, if d.k.is_multiple_of(DEPTH) { 8 } else { 1 }], d, d.p * d.q * d.k);
         let (kind, count) = (GemmKind::DataGradient, d.stride * d.stride);
-        Self { kind, m, n: d.c, k, count, run, splittable: false }
+        // Each tap reaches one phase.
+        let k_of_all = d.r * d.s * d.k;
+        Self { kind, m, n: d.c, k, count, k_of_all, run, splittable: false }
     }
 
     /// The implicit GEMM of a convolution's weight gradient, whose sum runs over pixels.
@@ -115,7 +119,16 @@ impl Gemm {
         let run = run(&[d.c, if d.k.is_multiple_of(8) { 8 } else { 1 }], d, 0);
         // The large tiles count pieces of that many elements of `x` in 31 bits.
         let run = if d.n * d.h * d.w * d.c / run < 1 << 31 { run } else { 1 };
-        Self { kind: GemmKind::WeightGradient, m, n, k, count: 1, run, splittable: true }
+        Self {
+            kind: GemmKind::WeightGradient,
+            m,
+            n,
+            k,
+            count: 1,
+            k_of_all: k,
+            run,
+            splittable: true,
+        }
     }
 
     /// Selects the tile and the number of splits.
@@ -158,6 +171,14 @@ impl Gemm {
         }
     }
 
+    /// Iterations of the main loop in a block, on the average.
+    pub fn steps(&self, tile: &Tile) -> f64 {
+        if self.count > 1 {
+            return self.k_of_all as f64 / (self.count * DEPTH) as f64;
+        }
+        tile.k_per_split.min(self.k.max(1)).div_ceil(DEPTH) as f64
+    }
+
     /// The estimated cycles with a tile on a chip of 132 multiprocessors, by which the table chooses.
     pub fn cycles(&self, tile: &Tile) -> f64 {
         let blocks = tile.tiles * tile.splits;
@@ -169,7 +190,7 @@ impl Gemm {
                 1..=PROCESSORS => 1.3,
                 _ => BLOCKS as f64,
             };
-        let steps = tile.k_per_split.min(self.k.max(1)).div_ceil(DEPTH) as f64;
+        let steps = self.steps(tile);
         let mmas = (tile.m * tile.n * DEPTH) as f64 / (16.0 * 8.0 * 16.0);
         // One more launch, and writing and reading the splits at 1900 bytes a cycle.
         let bytes = (tile.splits * self.m * self.n * 8) as f64;

@@ -109,7 +109,7 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
     );
     let mut wrong = Vec::new();
     for r in RESOURCES {
-        let Mix { whole, hot } = r.mix.expect(
+        let Mix { whole, hot, .. } = r.mix.expect(
             "the build found no cuobjdump next to nvcc: run scripts/fetch-nvcc and build again",
         );
         println!(
@@ -173,7 +173,72 @@ fn the_hot_loop_is_the_innermost_with_the_most_mma() {
     let (twice, none) = (&found[0], &found[1]);
     assert_eq!((&*twice.kernel, &*twice.chip), ("twice", "sm_90a"));
     let hot = Counts { all: 4, mma: 1, ldmatrix: 1, global_16: 1, ..Counts::default() };
-    assert_eq!(twice.hot, hot);
+    assert_eq!(twice.hot.counts, hot);
     assert_eq!((twice.whole.all, twice.whole.global_16, twice.whole.local), (10, 2, 1));
-    assert_eq!((none.whole.global, none.whole.global_16, none.hot), (1, 0, none.whole));
+    assert_eq!((none.whole.global, none.whole.global_16, none.hot.counts), (1, 0, none.whole));
+}
+
+/// Instructions of the main loop of a tile for 64 mma, and of its epilogue for eight results: more than these, and a step of ResNet-50
+/// takes longer than `benches/results/rooflines.md` foretells.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn tiles_stay_within_their_budgets_of_instructions() {
+    // Patches cost more than matrices: their addresses follow taps, and for the weight gradient pixels.
+    let budget = |kernel: &str| match kernel {
+        "conv2d_bf16_128x128" => 185,
+        "conv2d_data_gradient_bf16_128x128" => 195,
+        "conv2d_weight_gradient_bf16_128x128" => 215,
+        _ => 170,
+    };
+    /// Rounding, and storing to shared memory, before the loop: four instructions each for eight results.
+    const STAGING: usize = 8;
+    let mut checked = 0;
+    for r in RESOURCES.iter().filter(|r| {
+        let tile = ["matmul_", "conv2d_"].iter().any(|start| r.kernel.starts_with(start));
+        tile && r.kernel.ends_with("bf16_128x128")
+    }) {
+        let mix = r.mix.expect("checked above");
+        assert_eq!(mix.hot.mma, 64, "{}", r.kernel);
+        assert!(mix.hot.all <= budget(r.kernel), "{} on {}: {mix:?}", r.kernel, r.chip);
+        // Eight results are 16 bytes, or two stores of f32.
+        let stores = if r.kernel.contains("weight_gradient") { 2 } else { 1 };
+        let of_eight = mix.epilogues.map(|of_loop| {
+            assert!(of_loop.stores_16 > 0, "{} on {} has no epilogue", r.kernel, r.chip);
+            (stores * of_loop.all).div_ceil(of_loop.stores_16) + STAGING
+        });
+        println!(
+            "{:34} {:7} {:4} instructions, {:?} cycles; epilogue {of_eight:?} for eight results",
+            r.kernel, r.chip, mix.hot.all, mix.hot_cycles
+        );
+        assert!(of_eight[1] <= 64, "{} on {}: {of_eight:?}", r.kernel, r.chip);
+        // Neither faster than the tensor cores allow, nor slower than half of that with two resident blocks.
+        let of_mma = if r.chip == "sm_80" { 8.0 } else { 6.4 };
+        let least = 64.0 * of_mma;
+        let of_block = f64::from(mix.hot_cycles[1]) / 2.0;
+        assert!(of_block >= 0.99 * least && of_block < 2.0 * least, "{}: {mix:?}", r.kernel);
+        checked += 1;
+    }
+    assert_eq!(checked, 12, "six kernels on two chips");
+}
+
+/// A warp alone waits for its loads; two of them fill each other's gaps until the tensor core is the limit.
+#[test]
+fn the_model_hides_latency_with_more_warps() {
+    const BODY: &str = "
+arch = sm_90a
+\t\tFunction : loop
+        /*0000*/                   LDSM.16.M88.4 R8, [R7] ;                    /* 0x1 */
+                                                                               /* 0x000e220000000200 */
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
+                                                                               /* 0x001fe2000004180c */
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
+                                                                               /* 0x000fe2000004180c */
+        /*0030*/              @!P1 BRA 0x0 ;                                   /* 0x1 */
+                                                                               /* 0x000fe2000383ffff */
+";
+    let cycles = sass::parse(BODY)[0].hot.cycles;
+    // Alone: the request's 16 cycles, 33 until its answer, and two mma of 6.4.
+    assert!((50..70).contains(&cycles[0]), "{cycles:?}");
+    // Four: the shared memory, 16 cycles for each, is the limit.
+    assert!((64..75).contains(&cycles[3]), "{cycles:?}");
 }
