@@ -19,7 +19,7 @@ use std::cell::{RefCell, RefMut};
 use crate::arena::{Arena, Layout, Param, Stat};
 use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
 use crate::error::Result;
-use crate::tensor::{DType, Shape, Tensor, TensorMut, sum_over_ranks};
+use crate::tensor::{DType, Shape, Tensor, TensorMut, mean_over_ranks};
 
 /// The mode of a tape's operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -496,13 +496,7 @@ fn one(loss: &Var<'_>) -> Tensor {
 fn reduce_gradients(arena: &mut Arena) -> Result<()> {
     let group = arena.group().clone();
     if group.size() > 1 {
-        let mut gradients = arena.gradients_cell().borrow_mut();
-        sum_over_ranks(&mut gradients, &group, "gradients");
-        let share = 1.0 / group.size() as f64;
-        match gradients.dtype() {
-            DType::F64 => gradients.data_mut::<f64>().iter_mut().for_each(|g| *g *= share),
-            _ => gradients.data_mut::<f32>().iter_mut().for_each(|g| *g *= share as f32),
-        }
+        mean_over_ranks(&mut arena.gradients_cell().borrow_mut(), &group, "gradients");
     }
     group.check()
 }

@@ -96,6 +96,8 @@ pub(crate) struct Driver {
     sticky: Option<Code>,
     pub report: std::ffi::CString,
     counts: HashMap<String, u64>,
+    /// Calls of any name.
+    calls: u64,
     faults: Vec<Fault>,
 }
 
@@ -111,6 +113,7 @@ pub(crate) fn call(
     let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
     let base = base_name(name);
     driver.count(base);
+    driver.calls += 1;
     let result = match driver.sticky {
         Some(code) if !survives => Err(code),
         _ => match driver.fault(base) {
@@ -169,6 +172,7 @@ impl Driver {
             sticky: None,
             report: std::ffi::CString::default(),
             counts: HashMap::new(),
+            calls: 0,
             faults: Vec::new(),
         };
         // NAME:NTH:CODE, separated by commas.
@@ -214,6 +218,15 @@ impl Driver {
     /// Counts a call that makes the host wait.
     pub fn count_wait(&mut self) {
         self.count("waits");
+    }
+
+    /// Runs all queued work if there was no call since `before` of them; returns their number.
+    pub fn work_if_idle(&mut self, before: u64) -> u64 {
+        if self.calls == before && self.sticky.is_none() {
+            // An error is kept for the next call.
+            let _ = self.drain_all();
+        }
+        self.calls
     }
 
     pub fn count_of(&self, what: &str) -> u64 {

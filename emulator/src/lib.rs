@@ -1,4 +1,5 @@
-//! A stand-in for the CUDA driver: a `libcuda.so` that runs kernels on the CPU, for tests on machines without a GPU. The README next to this crate explains how it works.
+//! A stand-in for the CUDA driver: a `libcuda.so` that runs kernels on the CPU, for tests on machines without a GPU. The same file
+//! stands in for NCCL, `libnccl.so.2`. The README next to this crate explains how it works.
 //!
 //! | file | contents |
 //! |---|---|
@@ -6,6 +7,7 @@
 //! | `control.rs` | calls that only this driver has: counters, fault injection, reports |
 //! | `driver.rs` | the driver's state, and the behaviour common to all calls |
 //! | `work.rs` | streams, events and graphs: queued work, and when it runs |
+//! | `nccl.rs` | NCCL's calls: collectives between processes, as host functions on a stream |
 //! | `memory.rs` | device and pinned memory, with guards and poison |
 //! | `engine.rs` | the kernels, and bindings to the C++ engine of `cuda-on-host`, which runs one launch on fibers |
 //!
@@ -22,4 +24,5 @@ mod control;
 mod driver;
 mod engine;
 mod memory;
+mod nccl;
 mod work;

@@ -11,7 +11,9 @@ use crate::recipes::{MOST_THREADS, TrainSettings};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Name {
     Cpu,
-    Cuda(usize),
+    /// The first GPU, or that of a rank.
+    Cuda,
+    CudaNumber(usize),
 }
 
 impl FromStr for Name {
@@ -20,11 +22,13 @@ impl FromStr for Name {
     fn from_str(text: &str) -> Result<Self, String> {
         let number = match text.split_once(':') {
             None if text == "cpu" => return Ok(Self::Cpu),
-            None if text == "cuda" => return Ok(Self::Cuda(0)),
+            None if text == "cuda" => return Ok(Self::Cuda),
             Some(("cuda", number)) => number.parse().ok(),
             _ => None,
         };
-        number.map(Self::Cuda).ok_or_else(|| "expected cpu, cuda or cuda:N with N from 0".into())
+        number
+            .map(Self::CudaNumber)
+            .ok_or_else(|| "expected cpu, cuda or cuda:N with N from 0".into())
     }
 }
 
@@ -56,17 +60,22 @@ pub(super) fn choose(
         Device::cpu_with_this_thread(threads)?.with_precision(on(DeviceKind::Cpu))
     };
     let gpu = |ordinal| Device::cuda(ordinal, on(DeviceKind::Cuda));
+    let first = || match &launch {
+        Some(launch) => Device::cuda_of_rank(launch, on(DeviceKind::Cuda)),
+        None => gpu(0),
+    };
     let (device, why) = match name {
-        Some(Name::Cuda(_)) if launch.is_some() => {
-            return Err(Error::config(
-                "several ranks train on processors only, so far: use --device cpu, or one process for a GPU",
-            ));
+        Some(Name::CudaNumber(number)) if launch.is_some() => {
+            return Err(Error::Config(format!(
+                "cuda:{number} is one GPU, and there are several ranks: --device cuda gives each the GPU of its number on its machine"
+            )));
         }
-        None if launch.is_some() => (cpu()?, " for each rank".into()),
         Some(Name::Cpu) => (cpu()?, String::new()),
-        Some(Name::Cuda(ordinal)) => (gpu(ordinal)?, String::new()),
-        None => match gpu(0) {
+        Some(Name::Cuda) => (first()?, String::new()),
+        Some(Name::CudaNumber(number)) => (gpu(number)?, String::new()),
+        None => match first() {
             Ok(gpu) => (gpu, "; choose the processor with --device cpu".into()),
+            Err(_) if launch.is_some() => (cpu()?, " for each rank".into()),
             Err(reason) => (cpu()?, format!("; {reason}")),
         },
     };
@@ -92,8 +101,8 @@ mod tests {
     #[test]
     fn devices_have_names() {
         assert_eq!("cpu".parse(), Ok(Name::Cpu));
-        assert_eq!("cuda".parse(), Ok(Name::Cuda(0)));
-        assert_eq!("cuda:3".parse(), Ok(Name::Cuda(3)));
+        assert_eq!("cuda".parse(), Ok(Name::Cuda));
+        assert_eq!("cuda:3".parse(), Ok(Name::CudaNumber(3)));
         for wrong in ["gpu", "cuda:", "cuda:-1", "cpu:0", ""] {
             assert!(wrong.parse::<Name>().is_err(), "{wrong}");
         }

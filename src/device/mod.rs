@@ -20,6 +20,7 @@ use std::sync::Arc;
 pub use bf16::Bf16Path;
 use cuda::Gpu;
 pub use cuda::{Counts, Mix, Resources};
+pub(crate) use group::{Communicator, Reduction};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub use memory::MemoryUse;
 pub(crate) use memory::{Memory, elements};
@@ -120,7 +121,16 @@ impl Device {
     /// # Errors
     /// If there is no driver, no such GPU, or this build has no kernels; the message says what to do.
     pub fn cuda(ordinal: usize, precision: Precision) -> Result<Self> {
-        Ok(Self::gpu_with_host(Gpu::new(ordinal, precision)?, Self::cpu(0)?, false))
+        let threads = Launch::detect().map_or(0, |launch| launch.threads());
+        Ok(Self::gpu_with_host(Gpu::new(ordinal, precision)?, Self::cpu(threads)?, false))
+    }
+
+    /// Opens the GPU of a rank: that of its number among the ranks of its machine.
+    ///
+    /// # Errors
+    /// As [`Device::cuda`]; if the machine has more ranks than GPUs.
+    pub fn cuda_of_rank(launch: &Launch, precision: Precision) -> Result<Self> {
+        Self::cuda(launch.gpu(cuda::count()?).map_err(Error::Device)?, precision)
     }
 
     /// A new device of the same kind whose memory is filled with NaN before each use. For tests: an operation that leaves

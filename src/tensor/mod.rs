@@ -23,7 +23,10 @@ pub(crate) use arithmetic::{CHUNK, add_into, fill};
 pub(crate) use dtype::{Activation, Float, by_activation};
 pub use dtype::{DType, Element, Shape};
 pub use numbers::Numbers;
-pub(crate) use views::{gather_views, interleave_views, pick_views, row_shape, sum_over_ranks};
+pub(crate) use views::{
+    gather_views, interleave_views, mean_over_ranks, pick_views, reduce_over_ranks, row_shape,
+    sum_over_ranks,
+};
 
 /// A contiguous array on a device.
 #[derive(Clone)]

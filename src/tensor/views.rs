@@ -1,7 +1,7 @@
 //! Row orders of several views: micro-batches and the full batch.
 
 use super::{DType, Element, Shape, Tensor};
-use crate::device::Group;
+use crate::device::{DeviceKind, Group, Reduce, Reduction};
 
 pub(crate) fn row_shape(shape: &Shape, rows: usize) -> Shape {
     let mut sizes = shape.to_vec();
@@ -60,30 +60,83 @@ pub(crate) fn gather_views(
     group: &Group,
     what: &'static str,
 ) -> Tensor {
-    fn parts<T: Element>(own: &Tensor, group: &Group, what: &'static str) -> Vec<Tensor> {
-        let all = group.all_gather(what, own.data::<T>()).unwrap_or_default();
-        let part = |part: &[T]| Tensor::from_slice(own.device(), *own.shape(), part);
-        all.chunks(own.len().max(1)).map(part).collect()
+    /// The rows of one rank after those of another.
+    fn gathered<T: Element + Reduce>(own: &Tensor, group: &Group, what: &'static str) -> Tensor {
+        let device = own.device();
+        let shape = row_shape(own.shape(), own.shape()[0] * group.size());
+        if device.kind() != DeviceKind::Cuda {
+            let all = group.all_gather(what, own.data::<T>()).unwrap_or_default();
+            return Tensor::from_slice(device, shape, &all);
+        }
+        let mut all = Tensor::empty(device, T::DTYPE, shape);
+        let (from, to) = (own.device_in::<T>(), all.device_out());
+        group.all_gather_on_gpu(what, device, from, to, own.len());
+        all
     }
     if group.size() == 1 {
         return own.clone();
     }
-    let parts = match own.dtype() {
-        DType::Bf16 => parts::<half::bf16>(own, group, what),
-        DType::F32 => parts::<f32>(own, group, what),
-        DType::F64 => parts::<f64>(own, group, what),
-        DType::I32 => parts::<i32>(own, group, what),
+    let all = match own.dtype() {
+        DType::Bf16 => gathered::<half::bf16>(own, group, what),
+        DType::F32 => gathered::<f32>(own, group, what),
+        DType::F64 => gathered::<f64>(own, group, what),
+        DType::I32 => gathered::<i32>(own, group, what),
     };
+    if views == 1 {
+        return all;
+    }
+    let rows = own.shape()[0];
+    let parts: Vec<Tensor> = (0..group.size()).map(|rank| all.rows(rank * rows, rows)).collect();
     interleave_views(&parts, views)
 }
 
 /// Replaces a tensor by its sum over the ranks.
 pub(crate) fn sum_over_ranks(tensor: &mut Tensor, group: &Group, what: &'static str) {
+    reduce_over_ranks(tensor, group, what, Reduction::Sum);
+}
+
+/// Replaces a tensor of floats by its mean over the ranks.
+pub(crate) fn mean_over_ranks(tensor: &mut Tensor, group: &Group, what: &'static str) {
+    reduce_over_ranks(tensor, group, what, Reduction::Mean);
+    if tensor.device().kind() == DeviceKind::Cuda {
+        return;
+    }
+    let share = 1.0 / group.size() as f64;
     match tensor.dtype() {
-        DType::Bf16 => group.all_reduce_sum(what, tensor.data_mut::<half::bf16>()),
-        DType::F32 => group.all_reduce_sum(what, tensor.data_mut::<f32>()),
-        DType::F64 => group.all_reduce_sum(what, tensor.data_mut::<f64>()),
-        DType::I32 => group.all_reduce_sum(what, tensor.data_mut::<i32>()),
+        DType::F64 => tensor.data_mut::<f64>().iter_mut().for_each(|v| *v *= share),
+        DType::F32 => tensor.data_mut::<f32>().iter_mut().for_each(|v| *v *= share as f32),
+        other => panic!("the mean of {other:?} over the ranks"),
+    }
+}
+
+/// On the host a mean is a sum, as MPI has none.
+pub(crate) fn reduce_over_ranks(
+    tensor: &mut Tensor,
+    group: &Group,
+    what: &'static str,
+    reduction: Reduction,
+) {
+    fn reduce<T: Element + Reduce>(
+        tensor: &mut Tensor,
+        group: &Group,
+        what: &'static str,
+        reduction: Reduction,
+    ) {
+        let (device, count) = (tensor.device().clone(), tensor.len());
+        match reduction {
+            _ if device.kind() == DeviceKind::Cuda => {
+                let values = tensor.device_out::<T>();
+                group.all_reduce_on_gpu(what, &device, values, count, reduction);
+            }
+            Reduction::Max => group.all_reduce_max(what, tensor.data_mut::<T>()),
+            Reduction::Sum | Reduction::Mean => group.all_reduce_sum(what, tensor.data_mut::<T>()),
+        }
+    }
+    match tensor.dtype() {
+        DType::Bf16 => reduce::<half::bf16>(tensor, group, what, reduction),
+        DType::F32 => reduce::<f32>(tensor, group, what, reduction),
+        DType::F64 => reduce::<f64>(tensor, group, what, reduction),
+        DType::I32 => reduce::<i32>(tensor, group, what, reduction),
     }
 }
 

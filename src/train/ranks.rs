@@ -7,12 +7,12 @@ use serde::de::DeserializeOwned;
 
 use crate::arena::Arena;
 use crate::data::Skipped;
-use crate::device::{Device, DeviceKind, Group};
+use crate::device::Group;
 use crate::error::{Error, Result};
 use crate::eval::Quality;
 use crate::methods::{Method, State};
 use crate::recipes::Recipe;
-use crate::tensor::{DType, Tensor, gather_views};
+use crate::tensor::{DType, Element, Tensor, gather_views};
 use crate::train::Run;
 use crate::train::evaluation::Accuracies;
 use crate::train::resume::difference;
@@ -20,20 +20,10 @@ use crate::train::run::Watch;
 use crate::train::skipped::RunSplit;
 
 /// Refuses a recipe that this group cannot train as one process would.
-pub(super) fn check(
-    recipe: &Recipe,
-    method: &dyn Method,
-    device: &Device,
-    group: &Group,
-) -> Result<()> {
+pub(super) fn check(recipe: &Recipe, method: &dyn Method, group: &Group) -> Result<()> {
     let ranks = group.size();
     if ranks == 1 {
         return Ok(());
-    }
-    if device.kind() == DeviceKind::Cuda {
-        return Err(Error::Config(format!(
-            "{ranks} ranks train on processors only, so far: use --device cpu, or one process for a GPU"
-        )));
     }
     let name = &recipe.method.name;
     if let Some(what) = method.without_ranks() {
@@ -140,7 +130,7 @@ impl Run {
         if group.size() == 1 || self.agreed_step == Some(self.begun) {
             return Ok(());
         }
-        let weights = crc32c::crc32c(bytes_of(self.online.values()));
+        let weights = crc32c::crc32c(&bytes_of(self.online.values()));
         let all = group.all_gather("checksums of the weights", &[weights]).unwrap_or_default();
         group.check()?;
         if let Some(rank) = all.iter().position(|other| *other != all[0]) {
@@ -228,7 +218,7 @@ impl Run {
     /// Gives all ranks what rank 0 has read from a checkpoint.
     pub(super) fn share_restored(&mut self, group: &Group) {
         if group.size() == 1 {
-            return; // on any device; ranks train on processors only
+            return;
         }
         let restored = "what a checkpoint holds";
         broadcast_arena(&mut self.online, group);
@@ -283,19 +273,24 @@ fn broadcast_arena(arena: &mut Arena, group: &Group) {
 }
 
 fn broadcast(tensor: &mut Tensor, group: &Group) {
-    let what = "what a checkpoint holds";
+    fn of<T: Element>(tensor: &mut Tensor, group: &Group) {
+        let mut values = tensor.to_vec::<T>();
+        group.broadcast("what a checkpoint holds", &mut values);
+        tensor.view_mut().write(&values);
+    }
     match tensor.dtype() {
-        DType::F64 => group.broadcast(what, tensor.data_mut::<f64>()),
-        DType::F32 => group.broadcast(what, tensor.data_mut::<f32>()),
-        DType::I32 => group.broadcast(what, tensor.data_mut::<i32>()),
-        DType::Bf16 => group.broadcast(what, tensor.data_mut::<half::bf16>()),
+        DType::F64 => of::<f64>(tensor, group),
+        DType::F32 => of::<f32>(tensor, group),
+        DType::I32 => of::<i32>(tensor, group),
+        DType::Bf16 => of::<half::bf16>(tensor, group),
     }
 }
 
-fn bytes_of(tensor: &Tensor) -> &[u8] {
+/// The bytes of weights.
+fn bytes_of(tensor: &Tensor) -> Vec<u8> {
     match tensor.dtype() {
-        DType::F64 => bytemuck::cast_slice(tensor.data::<f64>()),
-        _ => bytemuck::cast_slice(tensor.data::<f32>()),
+        DType::F64 => bytemuck::cast_slice(&tensor.to_vec::<f64>()).to_vec(),
+        _ => bytemuck::cast_slice(&tensor.to_vec::<f32>()).to_vec(),
     }
 }
 

@@ -321,6 +321,7 @@ impl Run {
         let mut resumes = [u64::from(paused.checkpoint.is_some())];
         group.broadcast("whether a checkpoint exists", &mut resumes);
         let resumes = resumes == [1];
+        group.join(device)?;
         let prepared = Self::prepare(&paused.recipe, device, !resumes, &group);
         let mut run = group.together(prepared)?;
         ranks::compare(&run, &group)?;

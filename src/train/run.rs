@@ -160,6 +160,7 @@ impl Run {
         group: &Group,
     ) -> Result<Self> {
         let folder = folder.filter(|_| group.leads());
+        group.join(device)?;
         let prepared = folder
             .map_or(Ok(()), folder::check_free)
             .and_then(|()| Self::prepare(recipe, device, true, group));
@@ -178,7 +179,7 @@ impl Run {
         group: &Group,
     ) -> Result<Self> {
         let mut method = recipe.build_method()?;
-        ranks::check(recipe, &*method, device, group)?;
+        ranks::check(recipe, &*method, group)?;
         if let Some(what) = method.without_cuda().filter(|_| device.kind() == DeviceKind::Cuda) {
             let name = &recipe.method.name;
             return Err(Error::Config(format!(

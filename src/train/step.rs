@@ -10,16 +10,17 @@
 //! next, and then polls whether the previous one has ended.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::arena::Arena;
 use crate::data::Batch;
 use crate::device::cuda::{Graph, Ring};
-use crate::device::{Device, DeviceKind, trace_phase};
+use crate::device::{Communicator, Device, DeviceKind, Group, trace_phase};
 use crate::error::{Error, Result};
 use crate::methods::{self, Method};
 use crate::optim::{Optimizer, Schedule};
-use crate::tensor::{DType, Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor, mean_over_ranks};
 
 /// Steps of a phase that are launched before one is captured: the second takes all of its memory from the free list.
 const LAUNCHED: u32 = 2;
@@ -56,6 +57,8 @@ pub struct StepResult {
 /// The steps of a run on one device.
 pub struct Steps {
     device: Device,
+    /// The ranks of the last step.
+    group: Group,
     /// Micro-batches of a step.
     micro_batches: usize,
     captures: bool,
@@ -86,6 +89,8 @@ struct Captured {
     graph: Graph,
     loss: Tensor,
     embeddings: Option<Tensor>,
+    /// Dropped after the graph, whose collectives use it.
+    _communicator: Option<Arc<Communicator>>,
 }
 
 impl Steps {
@@ -94,6 +99,7 @@ impl Steps {
         let on_gpu = device.kind() == DeviceKind::Cuda;
         Self {
             device: device.clone(),
+            group: Group::alone(),
             micro_batches: 1,
             captures: on_gpu && !device.gpu().is_synchronous(),
             key: None,
@@ -149,6 +155,7 @@ impl Steps {
             self.embeddings = method.take_embeddings();
             return Ok(vec![StepResult { step: iteration + 1, lr, loss }]);
         }
+        self.group = online.group().clone();
         let queued = self.queue(method, online, optimizer, batch, progress);
         queued.and_then(|()| self.device.check()).map_err(|e| in_step(iteration + 1, e))?;
         self.pending.push_back((iteration + 1, lr));
@@ -211,7 +218,8 @@ impl Steps {
                 Ok((loss, method.take_embeddings()))
             };
             let (graph, (loss, embeddings)) = Graph::capture(&self.device, body)?;
-            self.captured = Some(Captured { graph, loss, embeddings });
+            let _communicator = self.group.communicator();
+            self.captured = Some(Captured { graph, loss, embeddings, _communicator });
         }
         let captured = self.captured.as_ref().expect("captured by now");
         captured.graph.replay();
@@ -227,7 +235,7 @@ impl Steps {
 
     /// Waits until at most `ahead` losses are outstanding; returns the steps whose losses arrived.
     fn known(&mut self, ahead: usize) -> Result<Vec<StepResult>> {
-        let mut known = Vec::new();
+        let (mut known, begin) = (Vec::new(), Instant::now());
         while self.pending.len() > ahead {
             let (step, lr) = self.pending[0];
             let losses = self.losses.as_mut().expect("only a GPU's steps are pending");
@@ -238,7 +246,13 @@ impl Steps {
                 }
                 None => {
                     self.device.check()?;
-                    std::thread::sleep(PAUSE);
+                    match self.group.size() {
+                        1 => std::thread::sleep(PAUSE),
+                        _ => self
+                            .group
+                            .pause_for_gpu(begin.elapsed())
+                            .map_err(|e| in_step(step, e))?,
+                    }
                 }
             }
         }
@@ -267,5 +281,10 @@ fn step(
     let loss = methods::step(method, online, views, images, micro_batches)?;
     trace_phase("optimizer", || optimizer.update(online));
     trace_phase("after the update", || method.after_update(online, progress));
-    Ok(loss.cast(DType::of(online.device())))
+    let mut loss = loss.cast(DType::of(online.device()));
+    if online.device().kind() == DeviceKind::Cuda && online.group().size() > 1 {
+        loss = if loss.is_unique() { loss } else { loss.copy() };
+        mean_over_ranks(&mut loss, online.group(), "losses");
+    }
+    Ok(loss)
 }

@@ -63,7 +63,8 @@ pub fn with_driver(program: &mut Command) -> &mut Command {
 pub struct StandIn(libloading::Library);
 
 impl StandIn {
-    fn path() -> PathBuf {
+    /// The file, which also stands in for NCCL.
+    pub fn path() -> PathBuf {
         std::env::current_exe().unwrap().with_file_name("libcuda.so")
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use selfsup::train;
 
+use crate::driver::{self, StandIn};
 use crate::program::{selfsup, text};
 
 /// A run of 24 steps.
@@ -64,7 +65,12 @@ fn sentences(output: &Output) -> Vec<&str> {
 /// Asserts that the ranks failed with one sentence.
 #[track_caller]
 fn refused(folder: &Path, ranks: &[Vec<String>], sentence: &str) {
-    let output = end(mpiexec(folder, ranks).spawn().unwrap());
+    fails(mpiexec(folder, ranks), sentence);
+}
+
+#[track_caller]
+fn fails(mut command: Command, sentence: &str) {
+    let output = end(command.spawn().unwrap());
     let said = sentences(&output);
     assert!(!output.status.success(), "{output:?}");
     assert!(
@@ -193,5 +199,65 @@ fn a_rank_that_hangs_is_noticed_by_the_others() {
         said.len() == 1 && said[0].starts_with(start) && said[0].contains(" in step "),
         "{output:?}"
     );
+    resumes(folder.path());
+}
+
+/// Two ranks of the program, on stand-ins for GPUs.
+fn on_gpus(folder: &Path) -> Command {
+    let own: Vec<String> = words(&[])
+        .into_iter()
+        .map(|word| if word == "cpu" { "cuda".into() } else { word })
+        .collect();
+    let mut command = mpiexec(folder, &[own.clone(), own]);
+    driver::with_driver(&mut command).env("SELFSUP_NCCL", StandIn::path());
+    command
+}
+
+#[test]
+#[cfg_attr(
+    any(no_mpi, no_kernels),
+    ignore = "needs MPI and CUDA kernels: run scripts/fetch-mpi and scripts/fetch-nvcc"
+)]
+fn ranks_on_gpus_that_cannot_train_together_say_so_once() {
+    if driver::open().is_none() {
+        return println!("skipped on a real driver: it may have one GPU");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut shared = on_gpus(folder.path());
+    shared.env("SELFSUP_STAND_IN_SHARED", "1");
+    fails(shared, "ranks 0 and 1 have the same GPU: there are more ranks than GPUs");
+    let mut missing = on_gpus(folder.path());
+    missing.env("SELFSUP_NCCL", "/nowhere/libnccl.so.2");
+    fails(missing, "rank 0 of 2: no NCCL can be opened, which several GPUs need: ");
+    let mut other = on_gpus(folder.path());
+    other.env("SELFSUP_NCCL", "libc.so.6");
+    fails(other, "(lacks ncclGetVersion: it is no NCCL, or one older than 2.14)");
+}
+
+#[test]
+#[cfg_attr(
+    any(no_mpi, no_kernels),
+    ignore = "needs MPI and CUDA kernels: run scripts/fetch-mpi and scripts/fetch-nvcc"
+)]
+fn a_rank_that_hangs_in_the_middle_of_a_step_on_gpus_is_named() {
+    if driver::open().is_none() {
+        return println!("skipped on a real driver: it may have one GPU");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = on_gpus(folder.path());
+    command.env("SELFSUP_RANK_TIMEOUT", "2").env("SELFSUP_STAND_IN_NCCL_SECONDS", "1");
+    let launcher = command.spawn().unwrap();
+    wait_for(folder.path(), 7);
+    signal(&processes(&launcher)[1], "STOP");
+    let output = end(launcher);
+    let said = sentences(&output);
+    // It depends on the moment whether the other rank waits in a collective of the step or between two steps.
+    let in_step = |said: &str| {
+        said.contains("rank 0 of 2: ")
+            && said.contains(" failed in step ")
+            && said.contains("rank 1 has not come within 1 s")
+    };
+    let between = |said: &str| said.contains("rank 0 has waited ") && said.contains(" in step ");
+    assert!(said.len() == 1 && (in_step(said[0]) || between(said[0])), "{output:?}");
     resumes(folder.path());
 }

@@ -14,6 +14,7 @@ use selfsup::recipes::Recipe;
 use selfsup::train::{EpochReport, Run, StepReport, Watch};
 
 use crate::compare::{close, norm, report};
+use crate::driver::{self, StandIn};
 use crate::recipes::{reduced, small_recipe, teacher};
 
 /// Marks a process as a rank of a test, and names the folder of the test.
@@ -373,8 +374,64 @@ fn two_ranks_are_as_close_to_f64_as_one_in_f32() {
     assert!(worst <= 4.0 * own_worst, "{worst:.1e}, one rank {own_worst:.1e}");
 }
 
+/// The losses of six steps of the program on GPUs, by the stand-ins for the driver and for NCCL: two are launched, the others
+/// captured and replayed.
+fn losses_on_gpus(ranks: usize, recipe: &str, settings: &[&str]) -> Vec<f64> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let program = env!("CARGO_BIN_EXE_selfsup");
+    let mut command = Command::new(std::fs::canonicalize(".mpi/bin/mpiexec").unwrap());
+    command
+        .args(["-n", &ranks.to_string(), program, "train", recipe, "--device", "cuda", "--out"])
+        .arg(&out);
+    let common = [
+        "data.path=fashion-scattered",
+        "data.limit=24",
+        "data.test_limit=8",
+        "network.width=2",
+        "optim.lr=0.02", // of a much higher rate rounding errors grow twentyfold with each step
+        "train.epochs=2",
+        "train.batch=8",
+        "train.precision=f32",
+        "train.knn_every=0",
+        "train.threads=1",
+        "train.loader_threads=1",
+        "watch.report=false",
+        "watch.quality=false",
+        "watch.carry_on=true",
+    ];
+    command.args(common.iter().chain(settings).flat_map(|setting| ["--set", setting]));
+    driver::with_driver(&mut command).env("SELFSUP_NCCL", StandIn::path());
+    succeed(command);
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.filter_map(|line| line["loss"].as_f64()).collect()
+}
+
+#[test]
+#[cfg_attr(
+    any(no_mpi, no_kernels),
+    ignore = "needs MPI and CUDA kernels: run scripts/fetch-mpi and scripts/fetch-nvcc"
+)]
+fn two_gpus_train_as_one() {
+    if driver::open().is_none() {
+        return println!("skipped on a real driver: it may have one GPU");
+    }
+    let cases: [(&str, &[&str]); 1] =
+        [("demo", &["augment.size=8", "method.hidden=8", "method.embedding=8"])];
+    for (recipe, settings) in cases {
+        let [one, two] = [1, 2].map(|ranks| losses_on_gpus(ranks, recipe, settings));
+        assert!(one.len() >= 6, "{one:?}");
+        // Half the learning rate changes them by a tenth.
+        report(&format!("{recipe} on two GPUs"), vec![close("losses", &two, &one, 1e-4)]);
+    }
+}
+
 /// Collectives on which the course of a run depends, not its numbers.
-const AGREEMENTS: [&str; 7] = [
+const AGREEMENTS: [&str; 10] = [
+    "kinds of devices",
+    "identities of GPUs",
+    "the meeting point of GPUs",
     "whether a rank failed",
     "whether to stop or save",
     "the recipe",

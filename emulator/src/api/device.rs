@@ -67,6 +67,15 @@ fn attribute(which: u32) -> c_int {
     }
 }
 
+/// Each process has a GPU of its own, unless SELFSUP_STAND_IN_SHARED=1.
+fn identity() -> [u8; 16] {
+    let shared = env::var_os("SELFSUP_STAND_IN_SHARED").is_some_and(|v| v == "1");
+    let process = if shared { 0 } else { std::process::id() };
+    let mut identity = *b"stand-in GPU....";
+    identity[12..].copy_from_slice(&process.to_le_bytes());
+    identity
+}
+
 fn set_current(context: usize) -> CallResult {
     if context != 0 && context != CONTEXT {
         return Err(Code::INVALID_CONTEXT);
@@ -117,12 +126,12 @@ calls! {
 
     fn cuDeviceGetUuid_v2(driver, uuid: *mut [u8; 16], device: c_int) {
         only_device(device)?;
-        *uuid = *b"stand-in driver.";
+        *uuid = identity();
     }
 
     fn cuDeviceGetUuid(driver, uuid: *mut [u8; 16], device: c_int) {
         only_device(device)?;
-        *uuid = *b"stand-in driver.";
+        *uuid = identity();
     }
 
     fn cuDeviceGetAttribute(driver, value: *mut c_int, which: c_uint, device: c_int) {

@@ -36,7 +36,7 @@ fn images() -> Vec<Vec<u8>> {
 }
 
 /// A function that only the stand-in driver has.
-fn own<F: Copy>(name: &str) -> F {
+pub fn own<F: Copy>(name: &str) -> F {
     let library =
         library().unwrap_or_else(|| panic!("{name}: only the stand-in driver has this function"));
     *unsafe { library.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))

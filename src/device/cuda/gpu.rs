@@ -183,6 +183,29 @@ impl Gpu {
         }
     }
 
+    /// Runs `f`, which may queue work of another library on the compute stream, with the context current. Does nothing after a
+    /// failure.
+    pub(crate) fn on_stream(&self, f: impl FnOnce(*mut std::ffi::c_void)) {
+        self.attempt(
+            || "using the compute stream".into(),
+            |gpu| {
+                f(gpu.compute.cast());
+                Ok(())
+            },
+        );
+    }
+
+    /// What tells this GPU from every other.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16]> {
+        let uuid = result::device::get_uuid(self.device).map_err(|e| {
+            Error::Device(format!("GPU {}: asking for its identity: {}", self.ordinal, words(e)))
+        })?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     /// Whether it waits after each launch, in which case nothing can be captured.
     pub(crate) fn is_synchronous(&self) -> bool {
         self.synchronous

@@ -106,7 +106,7 @@ impl<T> In<'_, T> {
         Self::new(0)
     }
 
-    pub(super) fn address(self) -> u64 {
+    pub(crate) fn address(self) -> u64 {
         self.0
     }
 
@@ -138,6 +138,10 @@ impl<'a, T> Out<'a, T> {
     /// A null pointer, for an optional argument.
     pub(crate) fn null() -> Self {
         Self::new(0)
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.0
     }
 
     /// The same address to read, for kernels that work in place.

@@ -30,6 +30,17 @@ pub(crate) use ring::Ring;
 pub(crate) use table::Table;
 pub(crate) use timer::Timer;
 
+/// The number of GPUs that the driver reports.
+///
+/// # Errors
+/// If there is no driver or no GPU; the message says what to do.
+pub(crate) fn count() -> crate::error::Result<usize> {
+    driver::start()?;
+    let count = cudarc::driver::result::device::get_count()
+        .map_err(|e| crate::error::Error::Device(format!("counting GPUs: {}", driver::words(e))))?;
+    Ok(count.max(0) as usize)
+}
+
 /// A size in the type of the kernels' arguments.
 ///
 /// # Panics

@@ -64,6 +64,8 @@ pub struct Launch {
     pub size: usize,
     /// The rank of this process, in `0..size`.
     pub rank: usize,
+    /// The rank among the processes of this machine, if the launcher says so.
+    pub local_rank: Option<usize>,
     /// The number of processes on this machine, if the launcher says so.
     pub on_machine: Option<usize>,
     pub(super) abi: Option<Abi>,
@@ -82,6 +84,21 @@ impl Launch {
         if allowed < cores() { allowed } else { (allowed / self.on_machine.unwrap_or(1)).max(1) }
     }
 
+    /// The number of this rank's GPU on a machine with `count`: that of its rank among those of the machine, or the only one, as a
+    /// launcher may show each rank no other. Fails if there are too few; that several ranks share the only one is for
+    /// [`Group::join`](super::Group::join) to find.
+    pub(crate) fn gpu(&self, count: usize) -> Result<usize, String> {
+        match self.local_rank.unwrap_or(self.rank) {
+            _ if count == 1 => Ok(0),
+            local if local < count => Ok(local),
+            local => Err(format!(
+                "there are more ranks than GPUs: this is rank {} of {}, number {local} on its machine, which has {count} GPUs; start one \
+                 rank for each",
+                self.rank, self.size
+            )),
+        }
+    }
+
     /// Whether there are more ranks on this machine than cores.
     pub(super) fn shares_cores(&self) -> bool {
         self.on_machine.is_some_and(|ranks| ranks > cores())
@@ -98,6 +115,7 @@ impl Launch {
             by: launcher.name,
             size,
             rank,
+            local_rank: number(launcher.local[0]),
             on_machine: number(launcher.local[1]).filter(|&count| count > 0),
             abi: launcher.abi,
         })
@@ -140,6 +158,21 @@ mod tests {
         assert_eq!(seen(&torch), None);
         let marked = [torch.as_slice(), &[("TORCHELASTIC_RUN_ID", "none")]].concat();
         assert_eq!(seen(&marked), Some(("torchrun", 0, 2, None)));
+    }
+
+    #[test]
+    fn a_rank_takes_the_gpu_of_its_number_on_the_machine() {
+        let launch = |local: &str| {
+            let variables = [("RANK", "9"), ("LOCAL_RANK", local), ("TORCHELASTIC_RUN_ID", "none")];
+            detect(&[variables.as_slice(), &[("WORLD_SIZE", "16")]].concat()).unwrap()
+        };
+        assert_eq!(launch("1").gpu(8), Ok(1));
+        assert_eq!(launch("1").gpu(1), Ok(0));
+        let few = launch("5").gpu(4).unwrap_err();
+        assert!(
+            few.starts_with("there are more ranks than GPUs: this is rank 9 of 16, number 5"),
+            "{few}"
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A launcher (`mpirun`, `srun`) starts the same program several times. Each process has a rank and its share of every batch;
 //! everything that sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) goes through a
 //! [`Group`], so that N processes compute what one would, up to rounding. The collectives are MPI's, opened at run time when a
-//! launcher's variables name more than one process.
+//! launcher's variables name more than one process; between GPUs, which [join](Group::join) the group, they are NCCL's.
 //!
 //! Losses and gradients are *means* over the ranks: an operation that is a mean over its own rows needs no change, and only
 //! those that couple rows gather.
@@ -11,8 +11,10 @@
 //! Like a GPU's operations, collectives return no error. The first failure is kept, later calls do nothing, and
 //! [`Group::check`], which every step calls, reports it.
 
+mod gpu;
 mod launch;
 mod mpi;
+mod nccl;
 mod patience;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -23,15 +25,19 @@ use half::bf16;
 use crate::error::{Error, Result};
 pub use launch::Launch;
 use mpi::{Kind, Mpi, Op};
+pub(crate) use nccl::{Communicator, Reduction};
 use patience::Patience;
 
 /// Types whose sums and maxima a [`Group`] computes.
 pub trait Reduce: bytemuck::Pod + sealed::Reduce {}
 
 mod sealed {
-    use super::{Mpi, Op, Patience};
+    use super::{Mpi, Op, Patience, nccl};
 
     pub trait Reduce: Sized {
+        /// The type's number in NCCL.
+        const KIND: nccl::Kind;
+
         fn reduce(
             mpi: &Mpi,
             values: &mut [Self],
@@ -46,6 +52,8 @@ macro_rules! reduce {
         $(
             impl Reduce for $type {}
             impl sealed::Reduce for $type {
+                const KIND: nccl::Kind = nccl::Kind::$kind;
+
                 fn reduce(mpi: &Mpi, values: &mut [Self], op: Op, patience: &Patience) -> Result<(), String> {
                     // SAFETY: the kind is that of the type.
                     unsafe { mpi.reduce(values, Kind::$kind, op, patience) }
@@ -58,6 +66,8 @@ reduce!(f32: F32, f64: F64, i32: I32, u64: U64);
 
 impl Reduce for bf16 {}
 impl sealed::Reduce for bf16 {
+    const KIND: nccl::Kind = nccl::Kind::Bf16;
+
     /// MPI has no bf16: reduced in f32 and rounded once.
     fn reduce(mpi: &Mpi, values: &mut [Self], op: Op, patience: &Patience) -> Result<(), String> {
         let mut wide: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
@@ -77,6 +87,8 @@ struct World {
     rank: usize,
     size: usize,
     launch: Launch,
+    /// The connection of this rank's GPU, once it has joined.
+    gpu: Mutex<Option<Arc<Communicator>>>,
     /// Held during a call: MPI takes one at a time.
     calls: Mutex<Calls>,
     patience: Patience,
@@ -159,7 +171,8 @@ impl Group {
         }
         mpi.agree_on_cores(launch.shares_cores(), &patience)?;
         let (patience, calls) = (patience.of_rank(rank), Mutex::default());
-        Ok(Self(Some(Arc::new(World { mpi, rank, size, launch, calls, patience }))))
+        let gpu = Mutex::default();
+        Ok(Self(Some(Arc::new(World { mpi, rank, size, launch, gpu, calls, patience }))))
     }
 
     /// The rank of this process, in `0..size`.
@@ -310,9 +323,11 @@ impl Group {
         world.patience.endlessly(wait)
     }
 
-    /// Leaves in order, once every rank does. No collective may follow.
+    /// Leaves in order, once every rank does. No collective may follow. Runs on a GPU must have been dropped: their captured steps
+    /// exchange numbers.
     pub fn leave(&self) {
         if let Some(world) = &self.0 {
+            drop(lock(&world.gpu).take());
             world.mpi.finalize();
         }
     }
@@ -320,6 +335,9 @@ impl Group {
     /// Ends all ranks at once, after a failure of this one.
     pub fn abort(&self, code: u8) {
         if let Some(world) = &self.0 {
+            if let Some(communicator) = self.communicator() {
+                communicator.abort();
+            }
             world.mpi.abort(code.into());
         }
     }
@@ -338,26 +356,15 @@ impl Group {
         let begin = Instant::now();
         world.patience.exchange(what);
         if let Err(reason) = collective(&world.mpi, &world.patience) {
-            calls.failure = Some(format!(
-                "rank {} of {}: exchanging {what} failed ({reason}); resume from the newest checkpoint",
-                world.rank, world.size
-            ));
+            calls.failure = Some(world.failed(what, &reason));
         }
-        let (bytes, time) = (bytes as u64, begin.elapsed());
-        match calls.traffic.iter_mut().find(|traffic| traffic.what == what) {
-            Some(known) => {
-                known.calls += 1;
-                known.bytes += bytes;
-                known.time += time;
-            }
-            None => calls.traffic.push(Traffic { what, calls: 1, bytes, time }),
-        }
+        calls.count(what, bytes, begin.elapsed());
     }
 }
 
-/// Describes the machine's MPI library, or says what is missing.
+/// Describes the machine's MPI and NCCL libraries, or says what is missing.
 pub fn mpi() -> Vec<String> {
-    mpi::describe()
+    mpi::describe().into_iter().chain([nccl::describe()]).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -4,8 +4,10 @@
 //! not: the others would wait in a collective for ever. A rank therefore looks how long it has waited; past the limit it says in
 //! which phase, and ends, upon which the launcher ends the rest.
 
+use std::io::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use super::lock;
@@ -81,14 +83,42 @@ impl Patience {
         if waited <= self.limit || self.endless.load(Ordering::Relaxed) {
             return None;
         }
-        let (phase, what) = (lock(&self.phase), lock(&self.what));
+        let what = lock(&self.what);
+        Some(self.sentence(waited, &what))
+    }
+
+    fn sentence(&self, waited: Duration, what: &str) -> String {
+        let phase = lock(&self.phase);
         let phase = if phase.is_empty() { "at the start" } else { &**phase };
-        Some(format!(
+        format!(
             "rank {} has waited {:.0} s for the other ranks {phase} (to exchange {what}): a rank hangs; resume from the newest \
              checkpoint ({VARIABLE} sets the limit in seconds)",
             self.rank,
             waited.as_secs_f64()
-        ))
+        )
+    }
+
+    /// What the rank is doing, with a space before it.
+    pub(super) fn phase(&self) -> String {
+        let phase = lock(&self.phase);
+        if phase.is_empty() { String::new() } else { format!(" {phase}") }
+    }
+}
+
+/// Ends the process unless it is dropped within the limit: around a call of a library that waits for the other ranks by itself.
+pub(super) struct Guard(#[allow(dead_code)] Sender<()>);
+
+impl Guard {
+    pub(super) fn new(patience: &Patience, what: &str) -> Self {
+        let (limit, sentence) = (patience.limit, patience.sentence(patience.limit, what));
+        let (end, ended) = channel();
+        std::thread::spawn(move || {
+            if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                let _ = writeln!(std::io::stderr(), "selfsup: {sentence}");
+                std::process::exit(1); // the launcher ends the others
+            }
+        });
+        Self(end)
     }
 }
 

@@ -4,9 +4,10 @@
 
 use super::{BatchNormDims, EPS, Ids, RUNNING_WEIGHT, Running, Saved};
 use crate::device::cuda::{self, In, Launch, Out, int};
+use crate::device::{Group, Reduction};
 use crate::ops::gemm::{BlockMoments, Moments};
 use crate::tape::{Gradients, Tape};
-use crate::tensor::{DType, Element, Tensor};
+use crate::tensor::{DType, Element, Tensor, gather_views, reduce_over_ranks};
 
 /// Threads in a block; the kernels' shared memory is sized for this.
 const THREADS: usize = 256;
@@ -81,6 +82,40 @@ fn partial_moments(x: &Tensor, dims: BatchNormDims) -> BlockMoments {
     BlockMoments { partial, rows: shape.rows_per_chunk }
 }
 
+/// Returns the moments of each rank's rows, in rank order, from those of this rank's chunks. A rank is a chunk of equal size, so
+/// that the finish kernel merges ranks as it merges chunks, by mean and squared deviations.
+fn of_ranks(own: &BlockMoments, dims: BatchNormDims, group: &Group) -> BlockMoments {
+    let BatchNormDims { rows, c, .. } = dims;
+    let (device, chunks) = (own.partial.device(), rows.div_ceil(own.rows));
+    let mut pair = Tensor::zeros(device, [2, c]);
+    let [mut unused, mut scaled] = [(); 2].map(|()| Tensor::zeros(device, [c]));
+    {
+        let pair = pair.device_out::<f32>();
+        let (mean, deviations) = (pair.address(), pair.address() + (c * size_of::<f32>()) as u64);
+        // The kernel moves a running variance of 0 by `weight` towards M2 / (rows - 1): with rows - 1 as weight, to M2.
+        // SAFETY: as in `moments`; `pair` has two rows of `c`, the other tensors one.
+        unsafe {
+            cuda::batch_norm_finish(
+                over_chunks(&own.partial, c, chunks),
+                Out::new(mean),
+                unused.device_out(),
+                scaled.device_out(),
+                Out::new(deviations),
+                own.partial.device_in(),
+                1,
+                int(chunks),
+                rows as i64,
+                int(own.rows),
+                int(c),
+                (rows - 1) as f32,
+                EPS as f32,
+            );
+        }
+    }
+    let partial = gather_views(&pair.reshape([1, 2, c]), 1, group, "batch norm's statistics");
+    BlockMoments { partial, rows }
+}
+
 /// Returns mean and `1 / sqrt(var + eps)` of each group, `[groups, c]`, and updates the running statistics. Reads `x` only if
 /// its moments are not `given`.
 pub(super) fn moments(
@@ -90,12 +125,15 @@ pub(super) fn moments(
     dims: BatchNormDims,
     given: Option<Moments>,
 ) -> (Tensor, Tensor) {
-    let BatchNormDims { groups, rows, c, .. } = dims;
+    let BatchNormDims { groups, c, .. } = dims;
     let device = x.device();
-    let BlockMoments { partial, rows: per_chunk } = match given {
+    let own = match given {
         Some(Moments::Blocks(given)) => given,
         _ => partial_moments(x, dims),
     };
+    let BlockMoments { partial, rows: per_chunk } =
+        if dims.ranks > 1 { of_ranks(&own, dims, tape.group()) } else { own };
+    let rows = dims.all_rows();
     let chunks = rows.div_ceil(per_chunk);
     let (mut mean, mut inv_std) =
         (Tensor::floats(device, [groups, c]), Tensor::floats(device, [groups, c]));
@@ -180,8 +218,13 @@ pub(super) fn backward(
     mask: Option<&Tensor>,
     relu: bool,
     ids: Ids,
+    group: &Group,
 ) {
-    let sums = backward_sums(gradients, &dy, saved, mask, relu, ids);
+    let mut sums = backward_sums(gradients, &dy, saved, mask, relu, ids);
+    if saved.dims.ranks > 1 {
+        // The last kernel divides by this rank's rows: the mean of the sums is the sum of all rows divided by all.
+        reduce_over_ranks(&mut sums, group, "batch norm's gradients", Reduction::Mean);
+    }
     let mut own = [None, None];
     match saved.x.dtype() {
         DType::Bf16 => {

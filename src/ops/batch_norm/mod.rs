@@ -142,7 +142,7 @@ pub(crate) fn batch_norm_by<'t>(
     let group = x.tape().group().clone();
     x.tape().record("batch_norm", y, &inputs, move |dy, gradients| {
         if device.kind() == DeviceKind::Cuda {
-            cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids);
+            cuda::backward(gradients, dy, &saved, mask.as_ref(), rectified, ids, &group);
         } else {
             backward_on_host(gradients, dy, &saved, mask.as_ref(), rectified, ids, &group);
         }

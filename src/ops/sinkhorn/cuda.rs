@@ -2,7 +2,8 @@
 
 use super::SinkhornDims;
 use crate::device::cuda::{self, In, Launch, int};
-use crate::tensor::{DType, Tensor};
+use crate::device::{Group, Reduction};
+use crate::tensor::{DType, Tensor, reduce_over_ranks, sum_over_ranks};
 
 const THREADS: [usize; 3] = [256, 1, 1];
 
@@ -16,16 +17,20 @@ pub(crate) fn rows_per_chunk(b: usize) -> usize {
 }
 
 /// Fills `q [b, k]`, f32.
-pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
+pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims, group: &Group) {
     let SinkhornDims { b, k, epsilon, iterations } = dims;
     let device = scores.device();
     let launch = |grid: usize, block| Launch::new(device.gpu(), [grid, 1, 1], block);
-    let max = largest(scores);
+    let mut max = largest(scores);
+    if group.size() > 1 {
+        reduce_over_ranks(&mut max, group, "Sinkhorn's maximum", Reduction::Max);
+    }
     let rows = rows_per_chunk(b);
     let chunks = b.div_ceil(rows);
     let wide = |n: usize| Tensor::empty(device, DType::F64, [n]);
     let (mut partial, mut u) = (wide(chunks * k), wide(k));
-    let (all_rows, parts, inv_epsilon) = (b as f64, k as f64, (1.0 / epsilon) as f32);
+    let all_rows = (b * group.size()) as f64;
+    let (parts, inv_epsilon) = (k as f64, (1.0 / epsilon) as f32);
     let (of_chunks, of_rows) = (launch(chunks, THREADS), launch(b.div_ceil(8), THREADS));
     let of_columns = launch(k.div_ceil(32), [32, 8, 1]);
     let [b, k, rows, chunks] = [b, k, rows, chunks].map(int);
@@ -49,14 +54,24 @@ pub(super) fn assign(q: &mut Tensor, scores: &Tensor, dims: SinkhornDims) {
                         inv_epsilon,
                     )
             );
-            cuda::sinkhorn_column_factors(
-                of_columns,
-                u.device_out(),
-                partial.device_in(),
-                chunks,
-                k,
-                parts,
-            );
+            let (u, partial) = (u.device_out(), partial.device_in());
+            let own = if group.size() > 1 { 0.0 } else { parts }; // 0 asks for the sums themselves
+            cuda::sinkhorn_column_factors(of_columns, u, partial, chunks, k, own);
+        }
+        if group.size() > 1 {
+            sum_over_ranks(&mut u, group, "Sinkhorn's sums");
+            let sums = u.copy();
+            // SAFETY: as above, with the sums of all ranks as the only chunk.
+            unsafe {
+                cuda::sinkhorn_column_factors(
+                    of_columns,
+                    u.device_out(),
+                    sums.device_in(),
+                    1,
+                    k,
+                    parts,
+                );
+            }
         }
     }
     // SAFETY: as above, and `q` has the size of the scores.

@@ -49,10 +49,7 @@ pub fn sinkhorn(scores: &Tensor, epsilon: f64, iterations: usize, group: &Group)
             let (q, scores) = (q.data_mut(), scores.cast(DType::F32));
             scores.device().run(|| cpu::assign(q, scores.data(), dims, group));
         }
-        DeviceKind::Cuda => {
-            assert_eq!(group.size(), 1, "sinkhorn: does not sum over several processes on a GPU");
-            cuda::assign(&mut q, scores, dims);
-        }
+        DeviceKind::Cuda => cuda::assign(&mut q, scores, dims, group),
         DeviceKind::Reference => reference::assign(q.data_mut(), scores.data(), dims, group),
     }
     q
