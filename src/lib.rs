@@ -10,6 +10,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`cli`] | the `selfsup` program |
+//! | [`check`] | the self-test of a device: `selfsup check` |
 //! | [`mod@bench`] | the speed of the primitives, compared with their rooflines |
 //! | [`train`] | the training loop, checkpoints, resuming, metrics, reports, studies |
 //! | [`eval`] | kNN, linear probes, fine-tuning protocols, the collapse monitor |
@@ -78,6 +79,7 @@
 
 pub mod arena;
 pub mod bench;
+pub mod check;
 pub mod cli;
 mod cpu;
 pub mod data;

@@ -1,6 +1,9 @@
 //! The tests of the library in one binary: each module tests one subject, and test names are sentences.
 //! Paths are relative to the working directory: the repository, or a bundle (`scripts/gpu-bundle`).
 
+// The cases are the library's: `selfsup check` runs them too.
+use selfsup::check::{case, cases, seeded};
+
 #[path = "suite/accumulation.rs"]
 mod accumulation;
 #[path = "suite/audit.rs"]
@@ -9,10 +12,6 @@ mod audit;
 mod augmentation;
 #[path = "suite/benches.rs"]
 mod benches;
-#[path = "suite/case.rs"]
-mod case;
-#[path = "suite/cases.rs"]
-mod cases;
 #[path = "suite/collapse.rs"]
 mod collapse;
 #[path = "suite/compare.rs"]
@@ -95,8 +94,6 @@ mod resume;
 mod run_outputs;
 #[path = "suite/samplers.rs"]
 mod samplers;
-#[path = "suite/seeded.rs"]
-mod seeded;
 #[path = "suite/shape_fuzz.rs"]
 mod shape_fuzz;
 #[path = "suite/shipped_bugs.rs"]

@@ -1,4 +1,4 @@
-"""The rows of tests/suite/cases.txt in PyTorch; tests/suite/cases.rs is the other half."""
+"""The rows of src/check/cases.txt in PyTorch; src/check/cases.rs is the other half."""
 
 import math
 
@@ -311,7 +311,7 @@ def run(row, build, dtype):
 
 def make(path, root):
     tensors = {}
-    for line in (root / "tests/suite/cases.txt").read_text().splitlines():
+    for line in (root / "src/check/cases.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             row = Row(line)
             build = PRIMITIVES[row.primitive](row)

@@ -1,4 +1,4 @@
-"""Numbers from a seed: the formula of tests/suite/seeded.rs."""
+"""Numbers from a seed: the formula of src/check/seeded.rs."""
 
 import numpy as np
 

@@ -191,7 +191,52 @@ fn unknown(device: &Device) -> Chip {
     Chip { name, source, copy, gemm, vector, processors, clock, shared: 0, cache: CACHE }
 }
 
-fn name_of(device: &Device) -> String {
+/// The highest rates that a device reaches in this program, by a short measurement.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Copy rate in bytes per second, reads and writes added.
+    pub copy: f64,
+    /// Bytes that were copied to measure it.
+    pub copied: usize,
+    /// Operations per second of a square GEMM in the type of activations.
+    pub gemm: f64,
+    /// Rows of its matrices.
+    pub side: usize,
+}
+
+/// Measures copy and GEMM rate. Sizes grow until one run takes a millisecond, or until they are those of large layers: so slow
+/// devices are measured quickly.
+///
+/// # Errors
+/// If the device fails.
+pub fn ceilings(device: &Device) -> Result<Ceilings> {
+    const ENOUGH: f64 = 1e-3;
+    let chip = Chip { cache: 0, ..unknown(device) };
+    let mut bench = Bench::against(device, chip, Duration::from_millis(50));
+    let (mut copied, mut copy) = (1 << 20, 0.0);
+    loop {
+        let from = Tensor::zeros(device, [copied / DType::of(device).size()]);
+        let seconds = bench.measure(|| drop(from.copy()))?.hot.median;
+        copy = f64::max(copy, 2.0 * copied as f64 / seconds);
+        if seconds >= ENOUGH || copied >= 1 << 30 {
+            break;
+        }
+        copied *= 4;
+    }
+    let (mut side, mut gemm) = (256, 0.0);
+    loop {
+        let rate = bench.own_gemm(side)?;
+        gemm = f64::max(gemm, rate);
+        if 2.0 * (side as f64).powi(3) / rate >= ENOUGH || side >= 8192 {
+            break;
+        }
+        side *= 2;
+    }
+    Ok(Ceilings { copy, copied, gemm, side })
+}
+
+/// A device's model and what it computes with, for reports.
+pub(crate) fn name_of(device: &Device) -> String {
     if device.kind() == DeviceKind::Cuda {
         return device.gpu().name().to_owned();
     }

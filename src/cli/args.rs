@@ -149,6 +149,17 @@ and `labels`, and names and classes as JSON lists in its header.")]
   selfsup judge kernel.cu --case case.toml
   selfsup judge kernel.cu --mutate                # would the case notice mistakes?")]
     Judge(JudgeArgs),
+    /// Prove a device: does it compute what it should, and how fast does it copy and multiply
+    ///
+    /// Runs every instruction that kernels rely on, every primitive at ordinary and odd sizes in both precisions against f64,
+    /// captured steps against launched ones, and ten steps of training against the processor's. Run it first on a GPU that nobody
+    /// tried, and paste what it prints into a bug report. Exit code 0 if everything is right. Training runs the short form by
+    /// itself on the first use of a GPU model (SELFSUP_CHECK=skip leaves it out).
+    #[command(after_help = "Examples:
+  selfsup check
+  selfsup check --device cuda:1 --json
+  selfsup check --quick                           # the short form: seconds")]
+    Check(Check),
     /// List the devices of this machine
     Devices {
         /// Print one JSON object
@@ -202,6 +213,19 @@ pub(super) struct Train {
     /// Number of steps in the trace
     #[arg(long, value_name = "N", default_value_t = 5, requires = "trace")]
     pub(super) trace_steps: u64,
+}
+
+#[derive(Debug, Arguments)]
+pub(super) struct Check {
+    /// The device: cpu, cuda or cuda:N [default: a GPU if there is one, else the CPU]
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<Name>,
+    /// The short form that training runs by itself
+    #[arg(long)]
+    pub(super) quick: bool,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Arguments)]

@@ -12,7 +12,7 @@ use super::eval::Compared;
 use super::output::{self, Kind};
 use super::own::{self, Planned};
 use super::progress::Progress;
-use super::{device, say, signals, talk};
+use super::{check, device, say, signals, talk};
 use crate::arena::Layout;
 use crate::device::{Device, Group};
 use crate::error::{Error, Result};
@@ -28,6 +28,7 @@ pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
     let device = device::open(demo.device, &recipe.train)?;
+    check::before_training(&device)?;
     let out = match &demo.out {
         Some(out) => out.clone(),
         None => free_folder()?,
@@ -87,6 +88,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let recipe = paused.recipe().clone();
             let (precision, threads) = (paused.precision(), recipe.train.threads);
             let device = group.together(device::choose(train.device, precision, threads))?;
+            group.together(check::before_training(&device))?;
             let run = Run::resume(paused, &device)?;
             let what = if run.has_ended() { "the run has ended," } else { "going on" };
             talk(&format!("{}: {what} after step {}", folder.display(), run.step()));
@@ -96,6 +98,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let planned = own::planned(folder, train, &group);
             let Some(Planned { recipe, device, out, seconds }) = planned? else { return Ok(()) };
             planned_seconds = Some(seconds);
+            check::before_training(&device)?;
             (Run::new(&recipe, &device, Some(&out))?, recipe, out)
         }
         (None, name) => {
@@ -105,6 +108,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
             let device = group.together(device::open(train.device, &recipe.train))?;
+            group.together(check::before_training(&device))?;
             let run = Run::in_group(&recipe, &device, Some(&out), &group)?;
             if let Some(file) = &recipe.train.init {
                 told_prefix(Path::new(file), run.online().layout())?;

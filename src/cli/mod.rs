@@ -3,6 +3,7 @@
 mod against;
 mod args;
 mod bench;
+mod check;
 mod commands;
 mod device;
 mod eval;
@@ -95,6 +96,7 @@ fn run(command: Command) -> Result<()> {
         Command::TuneLr(args) => tune::tune_lr(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Judge(args) => judge::judge(&args),
+        Command::Check(args) => check::check(&args),
         Command::Devices { json } => commands::devices(json),
     }
 }

@@ -233,7 +233,14 @@ impl Device {
     /// # Errors
     /// If the device fails or a check disagrees; the message names the first.
     pub fn conformance(&self) -> Result<usize> {
-        if self.kind() == DeviceKind::Cuda { cuda::conformance(self) } else { Ok(0) }
+        let results = self.conformance_results();
+        let count = results.len();
+        results.into_iter().find_map(|(_, wrong)| wrong).map_or(Ok(count), Err)
+    }
+
+    /// The checks of [`Device::conformance`] by name, each with what is wrong.
+    pub(crate) fn conformance_results(&self) -> Vec<(&'static str, Option<Error>)> {
+        if self.kind() == DeviceKind::Cuda { cuda::conformance(self) } else { Vec::new() }
     }
 
     /// Waits for all queued work, for timing and before [`Device::check`]. Returns at once on a CPU, which queues nothing.
@@ -279,6 +286,15 @@ impl fmt::Display for Device {
 /// Describes GPUs, driver and kernels, one line each; or says what is missing and what to do about it.
 pub fn gpus() -> Vec<String> {
     cuda::describe()
+}
+
+/// The model of a GPU and the CUDA version of its driver: what decides whether its kernels have been proved.
+///
+/// # Panics
+/// If the device is not a GPU.
+#[track_caller]
+pub(crate) fn gpu_model(device: &Device) -> String {
+    format!("{}, driver for CUDA {}", device.gpu().name(), cuda::driver_version())
 }
 
 /// A number of bytes in a readable unit.

@@ -3,7 +3,7 @@
 //! Each primitive is a folder. `mod.rs` states the maths with shapes and source, checks the arguments and records the
 //! operation on the tape; `cpu.rs` is the path over slices, which computes in f32; `cuda.rs` launches its kernels, which are in
 //! `kernels/`; `reference.rs` is the naive f64 path that tests compare with, written for clarity and not for speed. A new
-//! primitive needs its folder, the re-export below and a row in the case table of the tests (`tests/suite/cases.txt`).
+//! primitive needs its folder, the re-export below and a row in the case table of the tests (`src/check/cases.txt`).
 
 /// Launches the kernel for a dtype: `by_dtype!(x.dtype(), relu_f32 | relu_bf16(launch, …))`. Needs an unsafe block.
 macro_rules! by_dtype {

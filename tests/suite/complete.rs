@@ -7,8 +7,7 @@ use std::path::Path;
 use selfsup::bench::{Extent, cases as bench_cases};
 use selfsup::tensor::DType;
 
-use crate::cases::{PRIMITIVES, Row, rows};
-use crate::cuda::HOST_ONLY;
+use crate::cases::{HOST_ONLY, PRIMITIVES, Row, rows};
 use crate::golden::Goldens;
 use crate::layers::sources;
 
@@ -59,12 +58,12 @@ fn missing(name: &str, names: &BTreeSet<String>, kernels: &BTreeSet<String>) -> 
     };
     need(
         PRIMITIVES.iter().any(|(known, _)| *known == name),
-        "tests/suite/cases.rs: an entry in PRIMITIVES that builds the inputs and calls it",
+        "src/check/cases.rs: an entry in PRIMITIVES that builds the inputs and calls it",
     );
     let own = |row: &Row| row.primitive() == name;
     need(
         rows().iter().filter(|row| own(row)).count() > 1,
-        "tests/suite/cases.txt: rows with sizes of one, primes, and no multiples of the tiles",
+        "src/check/cases.txt: rows with sizes of one, primes, and no multiples of the tiles",
     );
     need(
         read("scripts/goldens/primitives.py").contains(&format!("def {name}(row)")),

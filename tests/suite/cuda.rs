@@ -9,7 +9,7 @@ use selfsup::tape;
 use selfsup::tensor::{DType, Tensor};
 
 use crate::case::{Build, Case, ROUTES, Route};
-use crate::cases::{case, table};
+use crate::cases::{HOST_ONLY, LARGE, case, table};
 use crate::compare::{close, report};
 use crate::driver::{alone, gpu, open};
 use crate::golden::Goldens;
@@ -28,15 +28,8 @@ fn conformance_of_the_device() {
     assert_eq!(Device::reference().conformance().unwrap(), 0);
 }
 
-/// Primitives without CUDA kernels: losses for ablations on the CPU.
-pub const HOST_ONLY: [&str; 1] = ["pair_loss"];
-
-fn primitive(case: &Case) -> &str {
-    case.name.split(' ').next().unwrap()
-}
-
 fn on_gpu() -> impl Iterator<Item = Case> {
-    table().into_iter().filter(|case| !HOST_ONLY.contains(&primitive(case)))
+    table().into_iter().filter(|case| !HOST_ONLY.contains(&case.primitive()))
 }
 
 /// Compares a device with the reference, all routes.
@@ -86,12 +79,7 @@ fn a_gpu_agrees_with_the_f64_reference_in_bf16() {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn long_sums_agree_with_the_f64_reference() {
-    let lines = [
-        "linear n=1100 d=17 k=9 bias=1",
-        "linear n=9 d=1100 k=5 bias=0",
-        "linear n=5 d=9 k=1601 bias=1",
-    ];
-    let cases = || lines.map(case).into_iter();
+    let cases = || LARGE[3..].iter().map(|line| case(line));
     agree("long sums in f32", &gpu(Precision::F32), cases(), |_, _| 1e-5);
     let rounded = cases().map(Case::rounded);
     agree("long sums in bf16", &gpu(Precision::Bf16), rounded, |_, _| 1e-2);
@@ -104,17 +92,12 @@ fn large_tiles_agree_with_the_f64_reference() {
     alone("cuda::large_tiles_agree_with_the_f64_reference", |driver| {
         driver.check(false);
         let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
-        for (line, kernels) in [
-            (
-                "linear n=16896 d=8 k=128 bias=1",
-                &["matmul_nt_bf16_128x128", "matmul_nn_bf16_128x64"][..],
-            ),
-            (
-                "conv2d n=4 h=64 w=66 c=128 k=32 r=1 s=1 stride=2 pad=0",
-                &["conv2d_data_gradient_bf16_128x128"],
-            ),
-            ("conv2d n=16 h=33 w=32 c=4 k=64 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_stem"]),
-        ] {
+        let kernels = [
+            &["matmul_nt_bf16_128x128", "matmul_nn_bf16_128x64"][..],
+            &["conv2d_data_gradient_bf16_128x128"],
+            &["conv2d_bf16_stem"],
+        ];
+        for (line, kernels) in LARGE.iter().zip(kernels) {
             let case = case(line).rounded();
             let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
             let parts = got.parts(&case).zip(want.parts(&case));

@@ -50,8 +50,9 @@ fn there_is_a_gpu() -> bool {
     }
 }
 
-/// Makes `program` use the driver of this run.
+/// Makes `program` use the driver of this run, without the self-test at the first use of a GPU, which has a test of its own.
 pub fn with_driver(program: &mut Command) -> &mut Command {
+    program.env("SELFSUP_CHECK", "skip");
     match open() {
         Some(_) => program.env("LD_PRELOAD", StandIn::path()),
         None => program,

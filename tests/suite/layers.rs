@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// The modules of `src/`, lowest first: a total order. A module imports only modules before it.
 const ORDER: &[&str] = &[
     "error", "files", "settings", "device", "cpu", "tensor", "arena", "tape", "ops", "nn", "optim",
-    "data", "methods", "recipes", "weights", "eval", "train", "bench", "cli",
+    "data", "methods", "recipes", "weights", "eval", "train", "bench", "check", "cli",
 ];
 
 fn layer(module: &str) -> Option<usize> {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use selfsup::arena::{Arena, Layout, Slot, SlotKind};
 use selfsup::device::Device;
-use selfsup::tensor::Tensor;
 
 use crate::case::write;
-use crate::seeded;
+pub use crate::seeded::images;
+use crate::seeded::{self, pad_channels};
 
 /// An arena whose values and statistics are seeded; `scripts/goldens/backbones.py` has the same.
 pub fn seeded_arena(layout: &Arc<Layout>, device: &Device, line: &str) -> Arena {
@@ -39,19 +39,6 @@ fn start(slot: &Slot, line: &str) -> Vec<f64> {
 /// The values of a slot padded with zero channels.
 fn padded(slot: &Slot, values: &[f64]) -> Vec<f64> {
     pad_channels(values, slot.channels, *slot.shape.last().unwrap())
-}
-
-fn pad_channels(values: &[f64], from: usize, to: usize) -> Vec<f64> {
-    let pad = |pixel: &[f64]| -> Vec<f64> {
-        pixel.iter().copied().chain(std::iter::repeat_n(0.0, to - from)).collect()
-    };
-    values.chunks_exact(from).flat_map(pad).collect()
-}
-
-/// Seeded images `[n, h, w, 4]`, the fourth channel zero.
-pub fn images(device: &Device, what: &str, [n, h, w]: [usize; 3]) -> Tensor {
-    let values = seeded::unit(seeded::seed(what), n * h * w * 3);
-    Tensor::from_f64(device, [n, h, w, 4], &pad_channels(&values, 3, 4))
 }
 
 /// Gradients by name, without padding.

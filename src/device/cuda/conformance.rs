@@ -12,11 +12,9 @@ use super::{
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 
-/// Runs all checks, each on several random inputs, and returns the number of checks.
-///
-/// # Errors
-/// If the device fails or a check disagrees; the message names the first.
-pub(crate) fn check(gpu: &Device) -> Result<usize> {
+/// Runs all checks, each on several random inputs. Returns each one's name with `None`, or with what is wrong. After a failure of
+/// the device the rest fails with the same reason.
+pub(crate) fn check(gpu: &Device) -> Vec<(&'static str, Option<Error>)> {
     type Case = fn(&Device, Bits) -> bool;
     let cases: [(&str, Case); 7] = [
         ("mma.m16n8k16 of bf16", mma_of_bf16),
@@ -27,18 +25,16 @@ pub(crate) fn check(gpu: &Device) -> Result<usize> {
         ("shuffles of half a warp", half_warp),
         ("atomics and counting barriers", block),
     ];
-    for (name, case) in cases {
-        for seed in 0..3 {
+    let run = |(name, case): (&'static str, Case)| {
+        let right = |seed| -> Result<()> {
             let agrees = case(gpu, Bits(Philox::new(seed, Purpose::Test, 0, 0)));
             gpu.check()?;
-            if !agrees {
-                return Err(Error::Device(format!(
-                    "{gpu}: {name} disagrees with its documentation"
-                )));
-            }
-        }
-    }
-    Ok(cases.len())
+            let wrong = || Error::Device(format!("{gpu}: {name} disagrees with its documentation"));
+            agrees.then_some(()).ok_or_else(wrong)
+        };
+        (name, (0..3).try_for_each(right).err())
+    };
+    cases.map(run).into()
 }
 
 struct Bits(Philox);

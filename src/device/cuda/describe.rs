@@ -13,9 +13,9 @@ pub(crate) fn describe() -> Vec<String> {
     match driver::start() {
         Err(reason) => lines.push(format!("cuda: not available; {reason}")),
         Ok(version) => {
-            let (major, minor) = (version / 1000, version % 1000 / 10);
+            let version = dotted(version);
             let count = result::device::get_count().unwrap_or(0);
-            lines.push(format!("cuda: driver for CUDA {major}.{minor}, {count} GPU(s)"));
+            lines.push(format!("cuda: driver for CUDA {version}, {count} GPU(s)"));
             lines.extend((0..count).map(|ordinal| {
                 gpu(ordinal).unwrap_or_else(|| format!("cuda:{ordinal}: does not answer"))
             }));
@@ -30,6 +30,15 @@ pub(crate) fn describe() -> Vec<String> {
         None => "kernels: none, because nvcc was missing at build time; run scripts/fetch-nvcc and build again".into(),
     });
     lines
+}
+
+/// The CUDA version that the driver supports, such as 13.0; a question mark without a driver.
+pub(crate) fn driver_version() -> String {
+    driver::start().map_or_else(|_| "?".into(), dotted)
+}
+
+fn dotted(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 fn gpu(ordinal: i32) -> Option<String> {

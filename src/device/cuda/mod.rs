@@ -19,7 +19,7 @@ mod table;
 mod timer;
 
 pub(crate) use conformance::check as conformance;
-pub(crate) use describe::describe;
+pub(crate) use describe::{describe, driver_version};
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;
 pub(crate) use kernels::*;

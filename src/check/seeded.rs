@@ -3,6 +3,9 @@
 //! A seed is the FNV-1a hash of a text that names the purpose of the numbers. Number `i` is the top 24 bits of splitmix64
 //! (Steele et al. 2014) at `seed + (i + 1) γ`, a multiple of 2^-23 in `[-1, 1)`: exact in f32 and in f64.
 
+use crate::device::Device;
+use crate::tensor::Tensor;
+
 /// The seed of a text: FNV-1a, 64 bits.
 pub fn seed(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
@@ -71,10 +74,29 @@ pub fn indices(seed: u64, count: usize, below: usize) -> Vec<usize> {
     (0..count as u64).map(|i| (bits(seed, i) % below as u64) as usize).collect()
 }
 
-#[test]
-fn the_formula_gives_the_published_outputs_of_splitmix64_and_fnv() {
-    // The first outputs of splitmix64 seeded with 0 and of FNV-1a, as their authors publish them.
-    assert_eq!(bits(0, 0), 0xe220_a839_7b1d_cdaf);
-    assert_eq!(bits(0, 1), 0x6e78_9e6a_a1b9_65f4);
-    assert_eq!(seed("a"), 0xaf63_dc4c_8601_ec8c);
+/// Seeded images `[n, h, w, 4]`, the fourth channel zero.
+pub fn images(device: &Device, what: &str, [n, h, w]: [usize; 3]) -> Tensor {
+    let values = unit(seed(what), n * h * w * 3);
+    Tensor::from_f64(device, [n, h, w, 4], &pad_channels(&values, 3, 4))
+}
+
+/// Pixels of `from` channels with zeros up to `to` channels.
+pub fn pad_channels(values: &[f64], from: usize, to: usize) -> Vec<f64> {
+    let pad = |pixel: &[f64]| -> Vec<f64> {
+        pixel.iter().copied().chain(std::iter::repeat_n(0.0, to - from)).collect()
+    };
+    values.chunks_exact(from).flat_map(pad).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_formula_gives_the_published_outputs_of_splitmix64_and_fnv() {
+        // The first outputs of splitmix64 seeded with 0 and of FNV-1a, as their authors publish them.
+        assert_eq!(bits(0, 0), 0xe220_a839_7b1d_cdaf);
+        assert_eq!(bits(0, 1), 0x6e78_9e6a_a1b9_65f4);
+        assert_eq!(seed("a"), 0xaf63_dc4c_8601_ec8c);
+    }
 }

@@ -3,13 +3,14 @@
 use std::fmt;
 use std::sync::Arc;
 
-use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
-use selfsup::device::Device;
-use selfsup::ops;
-use selfsup::tape::{self, Tape, Var};
-use selfsup::tensor::Tensor;
+use crate::arena::{Arena, Init, Layout, Param, SlotKind};
+use crate::device::Device;
+use crate::error::Result;
+use crate::ops;
+use crate::tape::{self, Tape, Var};
+use crate::tensor::Tensor;
 
-use crate::seeded;
+use super::seeded;
 
 /// What builds a primitive's output from its differentiated inputs.
 pub type Build = Box<dyn for<'t> Fn(&'t Tape<'t>, &[Var<'t>]) -> Var<'t> + Sync>;
@@ -17,7 +18,9 @@ pub type Build = Box<dyn for<'t> Fn(&'t Tape<'t>, &[Var<'t>]) -> Var<'t> + Sync>
 /// A differentiated input.
 #[derive(Debug)]
 pub struct Input {
+    /// Its name in the primitive's documentation.
     pub name: &'static str,
+    /// Its shape.
     pub shape: Vec<usize>,
     /// Decides its type on a device that multiplies in bf16.
     pub kind: SlotKind,
@@ -31,11 +34,13 @@ pub struct Input {
 pub struct Case {
     /// The row as it stands in `cases.txt`; goldens have this name.
     pub name: String,
+    /// Its differentiated inputs.
     pub inputs: Vec<Input>,
     /// Multiplies the tolerance in f32; `cases.txt` says why.
     pub loose: f64,
     /// Inputs and the weights of the loss are bf16 numbers where a GPU holds them as such.
     pub rounded: bool,
+    /// The primitive.
     pub build: Build,
 }
 
@@ -56,12 +61,15 @@ pub enum Route {
     Twice,
 }
 
+/// All routes.
 pub const ROUTES: [Route; 3] = [Route::Param, Route::Node, Route::Twice];
 
 /// What a run gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
+    /// The loss.
     pub loss: f64,
+    /// The primitive's value.
     pub output: Vec<f64>,
     /// One for each input.
     pub gradients: Vec<Vec<f64>>,
@@ -82,6 +90,11 @@ fn round(value: &mut f64) {
 }
 
 impl Case {
+    /// The primitive's name.
+    pub fn primitive(&self) -> &str {
+        self.name.split(' ').next().unwrap_or_default()
+    }
+
     /// The case on inputs that bf16 holds exactly, so that what is compared is the primitive and not its inputs.
     pub fn rounded(mut self) -> Self {
         self.rounded = true;
@@ -107,6 +120,9 @@ impl Case {
     }
 
     /// Forward and backward of `dot(y, w)`, `w` seeded.
+    ///
+    /// # Panics
+    /// If the device fails.
     pub fn run(&self, device: &Device, route: Route) -> Outcome {
         self.run_with(device, route, &|y| y)
     }
@@ -118,6 +134,23 @@ impl Case {
         route: Route,
         change: &dyn for<'t> Fn(Var<'t>) -> Var<'t>,
     ) -> Outcome {
+        self.try_run_with(device, route, change).unwrap_or_else(|e| panic!("{self:?}: {e}"))
+    }
+
+    /// [`Case::run`] that returns the failure of a device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn try_run(&self, device: &Device, route: Route) -> Result<Outcome> {
+        self.try_run_with(device, route, &|y| y)
+    }
+
+    fn try_run_with(
+        &self,
+        device: &Device,
+        route: Route,
+        change: &dyn for<'t> Fn(Var<'t>) -> Var<'t>,
+    ) -> Result<Outcome> {
         let (mut arena, params) = self.arena(device);
         let mut output = Vec::new();
         let loss = tape::step(&mut arena, |tape| {
@@ -134,17 +167,22 @@ impl Case {
                 _ => first,
             }
         });
+        let loss = loss?.scalar();
         let gradients = params.iter().map(|&p| arena.gradient(p).to_f64()).collect();
-        Outcome { loss: loss.unwrap().scalar(), output, gradients }
+        device.check()?;
+        Ok(Outcome { loss, output, gradients })
     }
 
     /// The loss alone.
+    ///
+    /// # Panics
+    /// If the device fails.
     pub fn loss(&self, arena: &mut Arena, params: &[Param]) -> f64 {
         let loss = tape::forward(arena, |tape| {
             let vars: Vec<Var<'_>> = params.iter().map(|&p| tape.param(p)).collect();
             self.dot(&(self.build)(tape, &vars))
         });
-        loss.unwrap().scalar()
+        loss.unwrap_or_else(|e| panic!("{self:?}: {e}")).scalar()
     }
 
     fn dot<'t>(&self, y: &Var<'t>) -> Var<'t> {
@@ -158,6 +196,9 @@ impl Case {
 }
 
 /// Writes the values of a slot, in the arena's own type.
+///
+/// # Panics
+/// If the slot has another number of elements.
 pub fn write_slot(arena: &mut Arena, slot: usize, values: &[f64]) {
     let slot = arena.layout().params()[slot].clone();
     assert_eq!(slot.shape.elements(), values.len(), "slot {}", slot.name);

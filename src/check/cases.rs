@@ -1,15 +1,16 @@
 //! The case table: `cases.txt` has a row for each size of each primitive; this file says how a row is run.
 //!
 //! `scripts/make-goldens` reads the same rows, and `scripts/goldens/primitives.py` says how PyTorch runs them. A new primitive
-//! adds rows to `cases.txt`, an entry to [`PRIMITIVES`] and a function to `primitives.py`; `complete.rs` says what is missing.
+//! adds rows to `cases.txt`, an entry to [`PRIMITIVES`] and a function to `primitives.py`; `tests/suite/complete.rs` says what is
+//! missing.
 
-use selfsup::arena::SlotKind;
-use selfsup::ops::{self, BatchNorm, Negatives, PairLoss};
-use selfsup::tape::Tape;
-use selfsup::tensor::Tensor;
+use crate::arena::SlotKind;
+use crate::ops::{self, BatchNorm, Negatives, PairLoss};
+use crate::tape::Tape;
+use crate::tensor::Tensor;
 
-use crate::case::{Build, Case, Input};
-use crate::seeded;
+use super::case::{Build, Case, Input};
+use super::seeded;
 
 /// A row: a primitive and its settings.
 #[derive(Clone, Debug)]
@@ -23,14 +24,17 @@ impl Row {
         Self { line: line.split_whitespace().collect::<Vec<_>>().join(" ") }
     }
 
+    /// Its text.
     pub fn line(&self) -> &str {
         &self.line
     }
 
+    /// The primitive's name.
     pub fn primitive(&self) -> &str {
-        self.line.split(' ').next().unwrap()
+        self.line.split(' ').next().unwrap_or_default()
     }
 
+    /// The value of a key.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.line.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
     }
@@ -46,6 +50,10 @@ impl Row {
         text.parse().unwrap_or_else(|_| panic!("{}: {key} is not a number", self.line))
     }
 
+    /// The numbers of these keys.
+    ///
+    /// # Panics
+    /// If one is missing or not a number.
     pub fn sizes<const N: usize>(&self, keys: [&str; N]) -> [usize; N] {
         keys.map(|key| self.get(key))
     }
@@ -53,7 +61,7 @@ impl Row {
     /// The sizes in `shape=7x13`.
     fn shape(&self) -> Vec<usize> {
         let sizes = self.text("shape").unwrap_or_else(|| panic!("{}: no shape", self.line));
-        sizes.split('x').map(|size| size.parse().unwrap()).collect()
+        sizes.split('x').map(|size| size.parse().expect("a size")).collect()
     }
 
     /// An input of values in `[-1, 1)`.
@@ -98,6 +106,19 @@ pub fn table() -> Vec<Case> {
 /// A primitive by name, and how a row of the table becomes a case.
 type Primitive = (&'static str, fn(Row) -> Case);
 
+/// Primitives without CUDA kernels: losses for ablations on the CPU.
+pub const HOST_ONLY: [&str; 1] = ["pair_loss"];
+
+/// Rows whose size fills a GPU, so that its large tiles run, or whose sums are long enough for split-K. PyTorch's results for them are not stored.
+pub const LARGE: [&str; 6] = [
+    "linear n=16896 d=8 k=128 bias=1",
+    "conv2d n=4 h=64 w=66 c=128 k=32 r=1 s=1 stride=2 pad=0",
+    "conv2d n=16 h=33 w=32 c=4 k=64 r=3 s=3 stride=1 pad=1",
+    "linear n=1100 d=17 k=9 bias=1",
+    "linear n=9 d=1100 k=5 bias=0",
+    "linear n=5 d=9 k=1601 bias=1",
+];
+
 /// Every primitive by name, and how its rows are run.
 pub const PRIMITIVES: &[Primitive] = &[
     ("conv2d", conv2d),
@@ -131,6 +152,9 @@ pub const PRIMITIVES: &[Primitive] = &[
 ];
 
 /// The case of one row.
+///
+/// # Panics
+/// If the primitive is unknown or the row lacks one of its keys.
 pub fn case(line: &str) -> Case {
     let row = Row::new(line);
     let entry = PRIMITIVES.iter().find(|(name, _)| *name == row.primitive());
@@ -248,7 +272,7 @@ fn max_pool(row: Row) -> Case {
         input.step = 0.0;
     }
     // The padding below and to the right, if it is not that above and to the left.
-    let after = row.text("after").map_or(pad, |after| after.parse().unwrap());
+    let after = row.text("after").map_or(pad, |after| after.parse().expect("a size"));
     row.case(vec![input], Box::new(move |_, v| ops::max_pool(&v[0], size, stride, [pad, after])))
 }
 
@@ -316,7 +340,7 @@ fn info_nce(row: Row) -> Case {
     let [n, m, d] = row.sizes(["n", "m", "d"]);
     let own = row.text("own").map(|text| {
         let (from, to) = text.split_once("..").expect("own is a range");
-        [from, to].map(|end| end.parse::<i32>().unwrap())
+        [from, to].map(|end| end.parse::<i32>().expect("an end"))
     });
     let input = |name| {
         let values = |seed, _| seeded::unit_rows(seed, n, d);
