@@ -289,6 +289,7 @@ pub struct Arena {
     gradients: RefCell<Tensor>,
     statistics: RefCell<Tensor>,
     group: Group,
+    recompute: bool,
 }
 
 impl Arena {
@@ -326,6 +327,7 @@ impl Arena {
             gradients: RefCell::new(Tensor::zeros(device, [values.len()])),
             statistics: RefCell::new(Tensor::from_f64(device, [statistics.len()], &statistics)),
             group: Group::alone(),
+            recompute: false,
         }
     }
 
@@ -339,6 +341,7 @@ impl Arena {
             gradients: RefCell::new(Tensor::zeros(self.device(), [self.values.len()])),
             statistics: RefCell::new(self.statistics.borrow().copy()),
             group: self.group.clone(),
+            recompute: self.recompute,
         }
     }
 
@@ -346,6 +349,17 @@ impl Arena {
     pub fn in_group(mut self, group: &Group) -> Self {
         self.group = group.clone();
         self
+    }
+
+    /// Saves memory in a step over this arena: residual blocks save only their inputs, and the backward pass computes them again
+    /// ([`Tape::recompute`](crate::tape::Tape::recompute)). Does not change results.
+    pub fn with_recompute(mut self, recompute: bool) -> Self {
+        self.recompute = recompute;
+        self
+    }
+
+    pub(crate) fn recomputes(&self) -> bool {
+        self.recompute
     }
 
     /// The slots.

@@ -14,7 +14,7 @@
 //! ```
 
 use std::borrow::Cow;
-use std::cell::{RefCell, RefMut};
+use std::cell::RefCell;
 
 use crate::arena::{Arena, Layout, Param, Stat};
 use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
@@ -46,11 +46,24 @@ pub struct Tape<'a> {
 /// borrow the tape.
 type Backward = Box<dyn FnOnce(Tensor, &mut Gradients<'_>)>;
 
+/// An operation of several primitives that saves only its input and runs again in the backward pass.
+struct Recomputed {
+    f: Box<dyn for<'t> Fn(&Var<'t>) -> Var<'t>>,
+    x: Tensor,
+    x_id: VarId,
+}
+
+/// How a node's gradient reaches its inputs.
+enum Pass {
+    Saved(Backward),
+    Recomputed(Recomputed),
+}
+
 struct Node {
     name: &'static str,
     shape: Shape,
     dtype: DType,
-    backward: Option<Backward>,
+    backward: Option<Pass>,
 }
 
 impl std::fmt::Debug for Node {
@@ -206,10 +219,39 @@ impl<'a> Tape<'a> {
         self.expect_inputs(name, inputs);
         value.expect_on(self.device(), name);
         if inputs.iter().any(|input| input.wants_gradient()) {
-            self.push(name, value, Some(Box::new(backward)))
+            self.push(name, value, Some(Pass::Saved(Box::new(backward))))
         } else {
             Var { tape: self, value, id: VarId::Constant }
         }
+    }
+
+    /// Computes `f(x)`. If the arena asks for it ([`Arena::with_recompute`]), the forward pass saves `x` alone, and the backward
+    /// pass runs `f` again for what its operations save (activation checkpointing: Chen et al. 2016, arXiv:1604.06174): less
+    /// memory, one more forward pass.
+    ///
+    /// Gradients have the same bits either way, as long as `f` alone uses `x`: with other uses, their gradients add up in another
+    /// order. Running statistics are updated once. `f` must compute the same each time; it may use parameters and, of other
+    /// values, only `x`.
+    ///
+    /// # Panics
+    /// If `x` is on another tape.
+    #[track_caller]
+    pub fn recompute<'t>(
+        &'t self,
+        name: &'static str,
+        x: &Var<'t>,
+        f: impl for<'v> Fn(&Var<'v>) -> Var<'v> + 'static,
+    ) -> Var<'t> {
+        if !self.mode.gradients || !self.arena.recomputes() {
+            return f(x);
+        }
+        self.expect_inputs(name, &[x]);
+        let (x_id, x) = (x.id, x.value.clone());
+        let value = {
+            let first = Tape::new(self.arena, Mode { gradients: false, ..self.mode });
+            f(&first.input(&x)).value
+        };
+        self.push(name, value, Some(Pass::Recomputed(Recomputed { f: Box::new(f), x, x_id })))
     }
 
     /// Panics unless all inputs of the operation `name` are on this tape. Operations of several inputs call it before they
@@ -229,12 +271,7 @@ impl<'a> Tape<'a> {
         self.nodes.borrow().iter().map(info).collect()
     }
 
-    fn push<'t>(
-        &'t self,
-        name: &'static str,
-        value: Tensor,
-        backward: Option<Backward>,
-    ) -> Var<'t> {
+    fn push<'t>(&'t self, name: &'static str, value: Tensor, backward: Option<Pass>) -> Var<'t> {
         let mut nodes = self.nodes.borrow_mut();
         let (shape, dtype) = (*value.shape(), value.dtype());
         nodes.push(Node { name, shape, dtype, backward });
@@ -244,25 +281,57 @@ impl<'a> Tape<'a> {
     /// Runs the backward pass from `root`, whose gradient is `seed`, and returns the gradients of nodes without a backward
     /// closure.
     fn backward(&self, root: VarId, seed: Tensor) -> Vec<Option<Tensor>> {
+        self.backward_into(&mut self.arena.gradients_cell().borrow_mut(), root, seed)
+    }
+
+    /// [`Tape::backward`] into the arena's gradients, which the caller has borrowed.
+    fn backward_into(
+        &self,
+        of_arena: &mut Tensor,
+        root: VarId,
+        seed: Tensor,
+    ) -> Vec<Option<Tensor>> {
         let mut nodes = std::mem::take(&mut *self.nodes.borrow_mut());
         let mut gradients = Gradients {
             device: self.device(),
             layout: self.arena.layout(),
             nodes: nodes.iter().map(|_| None).collect(),
             values: nodes.iter().map(|node| (node.shape, node.dtype)).collect(),
-            arena: self.arena.gradients_cell().borrow_mut(),
+            arena: of_arena,
         };
         gradients.add(root, seed);
         while let Some(node) = nodes.pop() {
             let index = nodes.len();
-            if let Some(backward) = node.backward
+            if let Some(pass) = node.backward
                 && let Some(dy) = gradients.nodes[index].take()
             {
                 let name = || Cow::Owned(format!("{} backward", node.name));
-                trace_span(Row::Operations, name, || backward(dy, &mut gradients));
+                trace_span(Row::Operations, name, || match pass {
+                    Pass::Saved(backward) => backward(dy, &mut gradients),
+                    Pass::Recomputed(again) => self.backward_again(again, dy, &mut gradients),
+                });
             }
         }
         gradients.nodes
+    }
+
+    /// Runs the forward pass of a recomputed operation again, without touching running statistics, and its backward pass.
+    fn backward_again(&self, again: Recomputed, dy: Tensor, gradients: &mut Gradients<'_>) {
+        let Recomputed { f, x, x_id } = again;
+        let tape = Tape::new(self.arena, Mode { update_running: false, ..self.mode });
+        let input = match x_id {
+            VarId::Constant => tape.input(&x),
+            _ => tape.push("input", x, None),
+        };
+        let id = input.id;
+        let root = f(&input).id;
+        drop(input);
+        let mut found = tape.backward_into(gradients.arena, root, dy);
+        if let VarId::Node(index) = id
+            && let Some(dx) = found[index].take()
+        {
+            gradients.add(x_id, dx);
+        }
     }
 }
 
@@ -274,7 +343,7 @@ pub struct Gradients<'g> {
     nodes: Vec<Option<Tensor>>,
     /// Shape and dtype of the nodes' values.
     values: Vec<(Shape, DType)>,
-    arena: RefMut<'g, Tensor>,
+    arena: &'g mut Tensor,
 }
 
 impl Gradients<'_> {

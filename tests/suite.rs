@@ -12,6 +12,8 @@ mod audit;
 mod augmentation;
 #[path = "suite/benches.rs"]
 mod benches;
+#[path = "suite/check.rs"]
+mod check;
 #[path = "suite/collapse.rs"]
 mod collapse;
 #[path = "suite/compare.rs"]
@@ -84,6 +86,8 @@ mod rank_failures;
 mod ranks;
 #[path = "suite/recipes.rs"]
 mod recipes;
+#[path = "suite/recompute.rs"]
+mod recompute;
 #[path = "suite/reference.rs"]
 mod reference;
 #[path = "suite/results.rs"]

@@ -219,11 +219,17 @@ impl Block {
 /// A ResNet backbone: images `[n, h, w, 4]` to features `[n, features]`.
 #[derive(Clone, Debug)]
 pub struct ResNet {
-    stem: Vec<ConvBn>,
-    pool: bool,
-    same_pool: bool,
+    stem: StemLayers,
     blocks: Vec<Block>,
     features: usize,
+}
+
+/// What comes before the first block.
+#[derive(Clone, Debug)]
+struct StemLayers {
+    convs: Vec<ConvBn>,
+    pool: bool,
+    same_pool: bool,
 }
 
 /// Adds a backbone's slots.
@@ -319,7 +325,7 @@ impl ResNet {
         let (stages, bottleneck) = config.blocks();
         let expansion = if bottleneck { 4 } else { 1 };
         let mut builder = Builder { layout, prefix, groups: config.norm_groups };
-        let stem = builder.stem(config);
+        let convs = builder.stem(config);
         let mut c = config.width;
         let mut blocks = Vec::new();
         for (stage, &count) in stages.iter().enumerate() {
@@ -333,7 +339,7 @@ impl ResNet {
             }
         }
         let (pool, same_pool) = (config.stem == Stem::Image, config.same_pool);
-        Self { stem, pool, same_pool, blocks, features: c }
+        Self { stem: StemLayers { convs, pool, same_pool }, blocks, features: c }
     }
 
     /// The number of output features.
@@ -341,18 +347,32 @@ impl ResNet {
         self.features
     }
 
-    /// Images `x [n, h, w, 4]`, the fourth channel zero, to features `[n, features]`.
+    /// Images `x [n, h, w, 4]`, the fourth channel zero, to features `[n, features]`. Stem and blocks are recomputed in the backward
+    /// pass if the arena asks for it ([`Arena::with_recompute`](crate::arena::Arena::with_recompute)).
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
-        let mut x = self.stem.iter().fold(x.clone(), |x, conv| conv.forward(&x, None, true));
-        if self.pool {
-            let [_, h, w, _] = x.value().dims("resnet: the input of the pooling");
-            let pads =
-                if self.same_pool { [h, w].map(|side| same_pads(side, 3, 2)) } else { [[1; 2]; 2] };
-            assert_eq!(pads[0], pads[1], "resnet: SAME padding of {h} x {w} pixels is uneven");
-            x = ops::max_pool(&x, 3, 2, pads[0]);
+        let (tape, stem) = (x.tape(), self.stem.clone());
+        let x = tape.recompute("stem", x, move |x| stem.forward(x));
+        let block = |x: Var<'t>, block: &Block| {
+            let block = block.clone();
+            tape.recompute("block", &x, move |x| block.forward(x))
+        };
+        ops::mean_pool(&self.blocks.iter().fold(x, block))
+    }
+}
+
+impl StemLayers {
+    #[track_caller]
+    fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
+        let x = self.convs.iter().fold(x.clone(), |x, conv| conv.forward(&x, None, true));
+        if !self.pool {
+            return x;
         }
-        ops::mean_pool(&self.blocks.iter().fold(x, |x, block| block.forward(&x)))
+        let [_, h, w, _] = x.value().dims("resnet: the input of the pooling");
+        let pads =
+            if self.same_pool { [h, w].map(|side| same_pads(side, 3, 2)) } else { [[1; 2]; 2] };
+        assert_eq!(pads[0], pads[1], "resnet: SAME padding of {h} x {w} pixels is uneven");
+        ops::max_pool(&x, 3, 2, pads[0])
     }
 }
 

@@ -123,6 +123,10 @@ pub struct TrainSettings {
     /// norm sees one part.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub micro_batches: usize,
+    /// Residual blocks save only their inputs for the backward pass, which computes them again (activation checkpointing): about a
+    /// third more computation for a fraction of the memory. Does not change results. `inspect --memory` shows both.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub recompute: bool,
     /// kNN accuracy is measured every this many epochs and at the end; 0 for the end only.
     #[serde(default)]
     pub knn_every: u32,

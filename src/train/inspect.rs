@@ -55,7 +55,8 @@ pub fn fewest(recipe: &Recipe) -> usize {
 pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     let device = Device::cpu(recipe.train.threads)?;
     let mut method = recipe.build_method()?;
-    let mut online = Arena::new(method.layout(), &device, recipe.seed);
+    let mut online = Arena::new(method.layout(), &device, recipe.seed)
+        .with_recompute(recipe.train.recompute);
     let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
     let info = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
     method.start(&online, &info)?;

@@ -249,8 +249,8 @@ pub fn recipe_of(recipe: &Path, checkpoint: &Path, settings: &[String]) -> Resul
 }
 
 /// The settings that a resumed run may change, because none of them changes its weights.
-const CHANGEABLE: &str = "data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, keep, dump_views, \
-     knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes";
+const CHANGEABLE: &str = "data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, recompute, keep, \
+     dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes";
 
 /// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
 fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
@@ -261,6 +261,7 @@ fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     same.watch = then.watch;
     let (own, old) = (&mut same.train, &then.train);
     (own.threads, own.loader_threads) = (old.threads, old.loader_threads);
+    own.recompute = old.recompute;
     (own.keep, own.dump_views, own.knn_every) = (old.keep, old.dump_views, old.knn_every);
     own.checkpoint_every = old.checkpoint_every;
     own.checkpoint_every_steps = old.checkpoint_every_steps;

@@ -202,7 +202,9 @@ impl Run {
             device,
         )?
         .shared(group, recipe.train.micro_batches)?;
-        let mut online = Arena::new(method.layout(), device, recipe.seed).in_group(group);
+        let mut online = Arena::new(method.layout(), device, recipe.seed)
+            .in_group(group)
+            .with_recompute(recipe.train.recompute);
         if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
             checkpoint::init_weights(Path::new(file), &mut online)?;
         }

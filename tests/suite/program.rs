@@ -29,7 +29,7 @@ pub fn selfsup(folder: &Path, words: &[&str]) -> Output {
     program().current_dir(folder).args(words).output().expect("the program starts")
 }
 
-fn with_settings<'a>(words: &[&'a str], settings: &[&'a str]) -> Vec<&'a str> {
+pub fn with_settings<'a>(words: &[&'a str], settings: &[&'a str]) -> Vec<&'a str> {
     let settings = settings.iter().flat_map(|setting| ["--set", setting]);
     words.iter().copied().chain(settings).collect()
 }
