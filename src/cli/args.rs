@@ -7,6 +7,7 @@ use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::bench::BenchArgs;
 use super::device::Name;
+use super::inspect::bytes;
 use super::judge::JudgeArgs;
 use super::own::budget;
 use super::pack::PackArgs;
@@ -89,6 +90,7 @@ and `labels`, and names and classes as JSON lists in its header.")]
     #[command(after_help = "Examples:
   selfsup inspect simclr-cifar10 --set train.batch=1024
   selfsup inspect moco-v2-imagenet --memory
+  selfsup inspect simclr-imagenet --memory --gpu-memory 141GB
   selfsup inspect runs/first --graph --json")]
     Inspect(Inspect),
     /// List the built-in recipes, or print one with its source, its deviations and what it takes
@@ -239,9 +241,13 @@ pub(super) struct Inspect {
     /// Run a step on a few images and list its graph: operation, shape, bytes
     #[arg(long)]
     pub(super) graph: bool,
-    /// Run two steps on a few images and estimate the memory that the recipe's batch needs
+    /// Run two steps on a few images and estimate the memory that the recipe's batch needs, with train.recompute and without
     #[arg(long)]
     pub(super) memory: bool,
+    /// With --memory: the memory of a GPU, such as 141GB or 24GiB; names the largest batch that fits, in bf16 unless
+    /// train.precision is set
+    #[arg(long, value_name = "SIZE", requires = "memory", value_parser = bytes)]
+    pub(super) gpu_memory: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use serde::Serialize;
 use serde_json::json;
 
 use super::args::Inspect;
 use super::say;
 use crate::arena::{Layout, Slot};
+use crate::device::Precision;
 use crate::error::Result;
 use crate::recipes::{self, Recipe};
 use crate::tape::NodeInfo;
@@ -22,7 +24,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let method = recipe.build_method()?;
     let layout = method.layout();
     let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
-    let memory = args.memory.then(|| train::memory(&recipe)).transpose()?;
+    let memory = args.memory.then(|| needs(&recipe, args.gpu_memory)).transpose()?;
     if args.json {
         let slots = layout.params().iter().chain(layout.stats()).map(slot_record);
         let nodes = graph.as_ref().map(|graph| {
@@ -58,7 +60,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     ))?;
     print_slots(layout)?;
     graph.iter().try_for_each(print_graph)?;
-    memory.iter().try_for_each(|need| print_memory(need, &recipe))
+    memory.iter().try_for_each(|needs| print_memory(needs, &recipe))
 }
 
 /// Whether a name means a run's folder or a checkpoint rather than a recipe.
@@ -92,15 +94,90 @@ fn print_graph(graph: &Measured) -> Result<()> {
     graph.nodes.iter().try_for_each(|node| say(&line(node)))
 }
 
-fn print_memory(need: &Need, recipe: &Recipe) -> Result<()> {
+/// What the recipe's batch needs, and what it would need with recompute switched the other way.
+#[derive(Debug, Serialize)]
+struct Needs {
+    precision: Precision,
+    /// What the recipe says of recompute.
+    recompute: bool,
+    plain: Need,
+    recomputed: Need,
+    /// The largest batches that fit the GPU that was asked about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    largest: Option<Largest>,
+}
+
+#[derive(Debug, Serialize)]
+struct Largest {
+    gpu: usize,
+    plain: usize,
+    recomputed: usize,
+}
+
+fn needs(recipe: &Recipe, gpu: Option<usize>) -> Result<Needs> {
+    let mut recipe = recipe.clone();
+    let recompute = recipe.train.recompute;
+    let usual = if gpu.is_some() { Precision::Bf16 } else { Precision::F32 };
+    let precision = recipe.train.precision.unwrap_or(usual);
+    let mut need = |recompute| {
+        recipe.train.recompute = recompute;
+        train::memory(&recipe, precision)
+    };
+    let (plain, recomputed) = (need(false)?, need(true)?);
+    let groups = recipe.network.norm_groups;
+    let largest = gpu.map(|gpu| Largest {
+        gpu,
+        plain: plain.largest_batch(gpu, groups),
+        recomputed: recomputed.largest_batch(gpu, groups),
+    });
+    Ok(Needs { precision, recompute, plain, recomputed, largest })
+}
+
+fn print_memory(needs: &Needs, recipe: &Recipe) -> Result<()> {
+    let Needs { precision, .. } = needs;
+    let half = if *precision == Precision::F32 { ", half as much in bf16" } else { "" };
+    let of = |need: &Need| {
+        format!(
+            "{} for weights, gradients, momentum and state, {} per image ({} of it saved for the backward pass{half}), {} at batch {}",
+            size(need.fixed),
+            size(need.per_image),
+            size(need.saved_per_image),
+            size(need.in_all),
+            recipe.train.batch,
+        )
+    };
+    let mark = |is: bool| if needs.recompute == is { " (as the recipe says)" } else { "" };
+    say(&format!("memory in {precision}{}: {}", mark(false), of(&needs.plain)))?;
     say(&format!(
-        "memory in f32: {} for weights, gradients, momentum and state, {} per image ({} of it saved for the backward pass, half as much in bf16), {} at batch {}",
-        size(need.fixed),
-        size(need.per_image),
-        size(need.saved_per_image),
-        size(need.in_all),
-        recipe.train.batch,
+        "memory in {precision} with train.recompute=true{}: {}",
+        mark(true),
+        of(&needs.recomputed)
+    ))?;
+    let Some(Largest { gpu, plain, recomputed }) = needs.largest else { return Ok(()) };
+    say(&format!(
+        "largest batch of a GPU with {}, {} of it for context, kernels and buffers and an eighth of the rest for the free list: {plain}, with train.recompute=true {recomputed}; images that lie on the GPU come on top",
+        size(gpu),
+        size(train::BESIDE_TENSORS),
     ))
+}
+
+/// Parses a size such as 141GB, 24GiB or 80g; a number alone is of bytes.
+pub(super) fn bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("expected a size such as 141GB, 24GiB or 16000MB, not `{text}`");
+    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "mib" => f64::from(1 << 20),
+        "gib" => f64::from(1 << 30),
+        "tib" => f64::from(1 << 20) * f64::from(1 << 20),
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * unit;
+    if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
 }
 
 fn slot_record(slot: &Slot) -> serde_json::Value {
@@ -115,6 +192,23 @@ pub(super) fn size(bytes: usize) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        10_737_418_240.. => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
         _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_gpus_are_read_as_people_write_them() {
+        assert_eq!(bytes("141GB"), Ok(141_000_000_000));
+        assert_eq!(bytes("24 GiB"), Ok(24 << 30));
+        assert_eq!(bytes("1.5tb"), Ok(1_500_000_000_000));
+        assert_eq!(bytes("1000"), Ok(1000));
+        for wrong in ["", "GB", "0GB", "-1GB", "1.2.3GB", "141 giga", "1e400"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::inspect::size;
 use super::say;
 use crate::data::Source as _;
 use crate::data::{Split, fashion_scattered};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::recipes::{self, MeasuredRun, Recipe, Source};
 use crate::train;
@@ -97,7 +97,7 @@ fn cost(recipe: &Recipe) -> Result<Vec<String>> {
         ));
         return Ok(cost);
     }
-    let measured = train::memory(recipe).and_then(|need| {
+    let measured = train::memory(recipe, Precision::F32).and_then(|need| {
         let seconds = train::seconds_per_image(recipe)?;
         Ok((need, seconds))
     });

@@ -5,13 +5,13 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::arena::Arena;
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::methods::{Method, RunInfo};
 use crate::optim::Optimizer;
 use crate::recipes::Recipe;
 use crate::tape::{NodeInfo, step};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// One measured step, on black images.
 #[derive(Clone, Debug)]
@@ -26,21 +26,42 @@ pub struct Measured {
     pub saved: usize,
     /// Peak bytes in use.
     pub peak: usize,
+    /// Bytes obtained from the system: the peak, and what the free list cannot use again because its sizes differ.
+    pub reserved: usize,
     /// Seconds of the forward and backward pass and the update.
     pub seconds: f64,
 }
 
-/// The memory that a step needs in f32.
+/// The memory that a step needs in one precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Need {
     /// Bytes of weights, gradients, momentum and the method's state.
     pub fixed: usize,
     /// Bytes per image of a batch, all its views together.
     pub per_image: usize,
-    /// The part of `per_image` that the forward pass saves for the backward pass; half of it in bf16.
+    /// The part of `per_image` that the forward pass saves for the backward pass.
     pub saved_per_image: usize,
     /// Bytes at the recipe's batch.
     pub in_all: usize,
+    /// The recipe's batch.
+    batch: usize,
+}
+
+/// What a GPU holds beside tensors: its context and kernels, the staging buffers, and what rounding of allocations costs.
+pub const BESIDE_TENSORS: usize = 1 << 30;
+
+/// What the free list takes from a GPU, in hundredths of the peak: its blocks have exact sizes.
+const FREE_LIST: usize = 112;
+
+impl Need {
+    /// The largest batch whose step fits into a GPU of this many bytes, a multiple of `multiple`; 0 if none fits. The images of a
+    /// data set that lies on the GPU come on top.
+    pub fn largest_batch(&self, gpu: usize, multiple: usize) -> usize {
+        let without_images = self.in_all.saturating_sub(self.per_image * self.batch);
+        let tensors = gpu.saturating_sub(BESIDE_TENSORS) / FREE_LIST * 100;
+        let images = tensors.saturating_sub(without_images) / self.per_image.max(1);
+        images / multiple.max(1) * multiple.max(1)
+    }
 }
 
 /// Returns the smallest batch that a step of the recipe accepts: two images, or one for each of batch norm's groups.
@@ -48,20 +69,27 @@ pub fn fewest(recipe: &Recipe) -> usize {
     recipe.network.norm_groups.max(2)
 }
 
-/// Runs one step of `images` images, a multiple of batch norm's groups, on the CPU.
+/// Runs one step of `images` images, a multiple of batch norm's groups, on the CPU in f32.
 ///
 /// # Errors
 /// If the recipe's settings contradict each other, or its method needs more images.
 pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
-    let device = Device::cpu(recipe.train.threads)?;
+    measure_on(recipe, images, &Device::cpu(recipe.train.threads)?)
+}
+
+/// [`measure`] on a device that has not been used yet: its memory is counted from its first use on.
+///
+/// # Errors
+/// As for [`measure`], or if the device fails.
+pub fn measure_on(recipe: &Recipe, images: usize, device: &Device) -> Result<Measured> {
     let mut method = recipe.build_method()?;
-    let mut online = Arena::new(method.layout(), &device, recipe.seed)
-        .with_recompute(recipe.train.recompute);
+    let mut online =
+        Arena::new(method.layout(), device, recipe.seed).with_recompute(recipe.train.recompute);
     let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
     let info = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
     method.start(&online, &info)?;
     let fixed = device.memory_use().live;
-    let crops = crops(recipe, &*method, images, &device)?;
+    let crops = crops(recipe, &*method, images, device)?;
     method.labels(&vec![0; images])?;
     method.prepare(0);
     method.before_step(&mut online);
@@ -77,7 +105,8 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
     optimizer.step(&mut online, 0.0);
     method.after_update(&mut online, 1.0);
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Measured { images, nodes, fixed, saved, peak: device.memory_use().peak, seconds })
+    let used = device.memory_use();
+    Ok(Measured { images, nodes, fixed, saved, peak: used.peak, reserved: used.reserved, seconds })
 }
 
 /// Black views, grouped by size like the loader's.
@@ -94,18 +123,22 @@ fn crops(
             None => sizes.push((policy.size, 1)),
         }
     }
-    let black =
-        |(size, views): (usize, usize)| Tensor::zeros(device, [views * images, size, size, 4]);
+    let black = |(size, views): (usize, usize)| {
+        Tensor::zeros(device, [views * images, size, size, 4]).cast(DType::of_activations(device))
+    };
     Ok(sizes.into_iter().map(black).collect())
 }
 
-/// Estimates the memory of a step at the recipe's batch, by a line through two small batches.
+/// Estimates the memory of a step at the recipe's batch with activations of this precision, by a line through two small batches.
 ///
 /// # Errors
 /// As for [`measure`].
-pub fn memory(recipe: &Recipe) -> Result<Need> {
-    let small = measure(recipe, fewest(recipe))?;
-    let large = measure(recipe, 2 * fewest(recipe))?;
+pub fn memory(recipe: &Recipe, precision: Precision) -> Result<Need> {
+    let measured = |images| {
+        let device = Device::cpu(recipe.train.threads)?.with_precision(precision)?;
+        measure_on(recipe, images, &device)
+    };
+    let (small, large) = (measured(fewest(recipe))?, measured(2 * fewest(recipe))?);
     let images = large.images - small.images;
     let slope = |small: usize, large: usize| large.saturating_sub(small) / images;
     let per_image = slope(small.peak, large.peak);
@@ -116,6 +149,7 @@ pub fn memory(recipe: &Recipe) -> Result<Need> {
         per_image,
         saved_per_image,
         in_all: small.peak + per_image * more,
+        batch: recipe.train.batch.max(small.images),
     })
 }
 

@@ -31,7 +31,9 @@ pub use diagnosis::{Finding, History, Kind, diagnose};
 pub use finetune::{FINETUNES, finetuning};
 pub(crate) use folder::check_free;
 pub use images::Images;
-pub use inspect::{Measured, Need, fewest, measure, memory, seconds_per_image};
+pub use inspect::{
+    BESIDE_TENSORS, Measured, Need, fewest, measure, measure_on, memory, seconds_per_image,
+};
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};

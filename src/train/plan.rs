@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::data::{self, Split, Survey};
-use crate::device::{Device, DeviceKind};
+use crate::device::{Device, DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::eval;
 use crate::files::{find, is_file, is_folder};
@@ -276,7 +276,7 @@ impl Planner<'_> {
             recipe.data.max_skipped =
                 recipe.data.max_skipped.max((self.share * 100.0).ceil() / 100.0);
             let recipe = self.with_epochs(recipe, recipes::wished_epochs(self.set.images))?;
-            let need = train::memory(&recipe)?;
+            let need = train::memory(&recipe, Precision::F32)?;
             let free = free_memory(self.device).unwrap_or(usize::MAX);
             if need.in_all <= free / 10 * 9 {
                 return Ok((recipe, choices, need));

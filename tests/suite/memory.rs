@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use selfsup::arena::{Arena, Init, Layout, SlotKind};
-use selfsup::device::Device;
+use selfsup::device::{Device, Precision};
 use selfsup::methods::Method;
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::nn::{ResNetConfig, Stem};
 use selfsup::ops::{Negatives, info_nce, nt_xent};
 use selfsup::optim::{Lars, Optimizer, Rule};
+use selfsup::recipes::Recipe;
 use selfsup::tape::{evaluate, step};
 use selfsup::tensor::Tensor;
+use selfsup::train::{BESIDE_TENSORS, measure_on, memory};
+
+use crate::driver::{gpu, unchecked};
 
 struct Training {
     method: SimClr,
@@ -120,4 +124,60 @@ fn memory_of_contrastive_losses_grows_with_their_rows() {
     println!("info_nce of 1024 and of 2048 queries: {one} and {two} bytes");
     assert!(two <= one * 2 + 4096, "{one}, then {two}");
     assert_eq!(peak_bytes(256, 1024), peak_bytes(256, 4096), "a queue is read, not copied");
+}
+
+/// A small recipe, with recompute and without.
+fn small(recompute: bool) -> Recipe {
+    let settings = ["network.width=8", "augment.size=16", "train.batch=48"].map(String::from);
+    let recipe = Recipe::load("simclr-cifar10-small", &settings).unwrap();
+    recipe.with(&[format!("train.recompute={recompute}")]).unwrap()
+}
+
+fn off(said: usize, took: usize) -> f64 {
+    (said as f64 / took as f64 - 1.0).abs()
+}
+
+/// What `inspect --memory` says of a batch is what its step takes, with recompute and without.
+#[test]
+fn the_estimate_of_a_batch_is_what_its_step_takes() {
+    let mut needs = Vec::new();
+    for recompute in [false, true] {
+        let recipe = small(recompute);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let need = memory(&recipe, precision).unwrap();
+            let device = Device::cpu(0).unwrap().with_precision(precision).unwrap();
+            let took = measure_on(&recipe, recipe.train.batch, &device).unwrap().peak;
+            println!("{precision}, recompute {recompute}: {need:?}; took {took}");
+            assert!(off(need.in_all, took) < 0.05, "{precision}: {need:?}, took {took}");
+            needs.push(need);
+        }
+    }
+    assert!(needs[2].in_all < needs[0].in_all && needs[3].in_all < needs[1].in_all, "{needs:?}");
+    // The largest batch needs no more than the GPU has, and one image more needs more.
+    let (need, gpu) = (needs[0], 2 * BESIDE_TENSORS);
+    let largest = need.largest_batch(gpu, 1);
+    let bytes = |batch: usize| {
+        let tensors = need.in_all - need.per_image * 48 + need.per_image * batch;
+        (tensors as f64 * 1.12) as usize + BESIDE_TENSORS
+    };
+    assert!(bytes(largest) <= gpu && bytes(largest + 1) > gpu - (1 << 10), "{largest}");
+    assert_eq!(need.largest_batch(gpu, 64), largest / 64 * 64);
+    assert_eq!(need.largest_batch(BESIDE_TENSORS, 1), 0);
+}
+
+/// The estimate is measured on the processor; a GPU's step takes as much.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn the_estimate_of_a_batch_holds_on_a_gpu() {
+    unchecked("memory::the_estimate_of_a_batch_holds_on_a_gpu", || {
+        for recompute in [false, true] {
+            let recipe = small(recompute);
+            let recipe = recipe.with(&["train.batch=16".into()]).unwrap();
+            let said = memory(&recipe, Precision::Bf16).unwrap().in_all;
+            let took = measure_on(&recipe, 16, &gpu(Precision::Bf16)).unwrap();
+            let (peak, reserved) = (took.peak, took.reserved);
+            println!("recompute {recompute}: said {said}, peak {peak}, reserved {reserved}");
+            assert!(off(said, peak) < 0.15, "said {said}, took {peak}");
+        }
+    });
 }
