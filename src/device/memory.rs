@@ -2,10 +2,12 @@
 //!
 //! A training step requests the same sizes in the same order every time. A free list keyed by exact size therefore serves
 //! every request after the first step, without system calls, without splitting blocks and without a search.
-//! On a GPU a freed block may still be in use by queued work; the next owner's work is queued behind it.
+//! On a GPU a freed block may still be in use by queued work; the next owner's work is queued behind it. Once a GPU has run out
+//! of memory, a request may also take a free block that is a little larger, and only then is the free list returned to the driver.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::panic::Location;
 use std::sync::{Arc, Mutex};
 
@@ -20,6 +22,13 @@ const ALIGNMENT: usize = 64;
 /// Bytes of a huge page. Host blocks of this size and larger request huge pages: activations take megabytes, and with small
 /// pages every other cache line that a convolution reads costs a TLB miss.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// A request on a GPU without free memory takes a free block of up to its own size and this share of it more.
+const SPARE: usize = 4;
+
+/// What unwinds out of a capture for which the GPU has too little memory: the launches of the captured step have not run and can
+/// be made again without a capture. The text says what was wanted.
+pub(crate) struct CaptureOutOfMemory(pub(crate) String);
 
 /// Statistics of a device's memory pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +64,10 @@ struct State {
     /// The capture in progress.
     capture: Option<u64>,
     captures: u64,
+    /// The GPU has run out of memory before: larger blocks serve requests before the driver is asked.
+    tight: bool,
+    /// The sizes of live blocks that are larger than what was asked for, by address.
+    larger: HashMap<usize, usize>,
     usage: MemoryUse,
     /// Mappings of the large host blocks; unmapped when the pool is dropped.
     maps: Vec<MmapMut>,
@@ -104,11 +117,16 @@ impl Pool {
         if let Some(block) = state.reuse(bytes) {
             return block;
         }
+        if state.tight
+            && let Some(block) = state.reuse_larger(bytes)
+        {
+            return block;
+        }
         state.usage.reserved += bytes;
         state.usage.allocations += 1;
         drop(state);
         if let Some(gpu) = &self.gpu {
-            let block = self.take_from_gpu(gpu, bytes);
+            let block = self.take_from_gpu(gpu, bytes, place);
             self.lock().claim(&block);
             return block;
         }
@@ -142,21 +160,50 @@ impl Pool {
         Ok(pointer)
     }
 
-    fn take_from_gpu(&self, gpu: &Gpu, bytes: usize) -> Block {
+    fn take_from_gpu(&self, gpu: &Gpu, bytes: usize, place: &'static Location<'static>) -> Block {
         let block = |address: u64| Block(std::ptr::without_provenance_mut(address as usize));
         if let Some(address) = gpu.allocate(bytes) {
             return block(address);
         }
-        // The free list may hold blocks of other sizes: return them to the driver and try again. Not during a capture,
-        // whose launches may refer to them.
-        if self.lock().capture.is_none() {
+        let mut state = self.lock();
+        state.tight = true;
+        let larger = state.reuse_larger(bytes);
+        if larger.is_some() {
+            state.usage.reserved -= bytes;
+            state.usage.allocations -= 1;
+        }
+        let capturing = state.capture.is_some();
+        drop(state);
+        if let Some(block) = larger {
+            return block;
+        }
+        // The free list may hold blocks of other sizes: return them to the driver and try again. Not during a capture, whose
+        // launches may refer to them.
+        if !capturing {
             self.trim(gpu);
             if let Some(address) = gpu.allocate(bytes) {
                 return block(address);
             }
         }
-        gpu.fail(self.out_of_memory(gpu, bytes));
+        let reason = self.out_of_memory(gpu, bytes);
+        if capturing && gpu.check().is_ok() {
+            self.forget(bytes, place);
+            // Not a panic: nobody is to read about it, and whoever captures goes on without.
+            std::panic::resume_unwind(Box::new(CaptureOutOfMemory(reason)));
+        }
+        gpu.fail(reason);
         block(0)
+    }
+
+    /// Takes back the accounts of a request that was not served.
+    fn forget(&self, bytes: usize, place: &'static Location<'static>) {
+        let mut state = self.lock();
+        state.usage.live -= bytes;
+        state.usage.reserved -= bytes;
+        state.usage.allocations -= 1;
+        if let Some(holder) = state.holders.get_mut(place) {
+            *holder = (holder.0 - bytes, holder.1 - 1);
+        }
     }
 
     /// Returns the free list to the GPU.
@@ -205,6 +252,7 @@ impl Pool {
         if !block.0.is_null() {
             // Captured work may have touched the blocks that it frees.
             state.claim(&block);
+            let bytes = state.larger.remove(&block.0.addr()).unwrap_or(bytes);
             state.list_of(&block).entry(bytes).or_default().push(block);
         }
     }
@@ -243,6 +291,18 @@ impl State {
         Some(block)
     }
 
+    /// The smallest freed block that is larger than `bytes`, but not by much.
+    fn reuse_larger(&mut self, bytes: usize) -> Option<Block> {
+        let fits = bytes + 1..=bytes + bytes / SPARE;
+        let own = self.capture.and_then(|id| self.captured.get_mut(&id));
+        let (size, block) = own
+            .and_then(|list| smallest(list, &fits))
+            .or_else(|| smallest(&mut self.free, &fits))?;
+        self.larger.insert(block.0.addr(), size);
+        self.claim(&block);
+        Some(block)
+    }
+
     /// Marks a block as owned by the capture in progress.
     fn claim(&mut self, block: &Block) {
         if let Some(id) = self.capture {
@@ -273,6 +333,13 @@ impl Drop for Pool {
             }
         }
     }
+}
+
+/// Takes the smallest block whose size is in the range, with its size.
+fn smallest(list: &mut FreeList, fits: &RangeInclusive<usize>) -> Option<(usize, Block)> {
+    let free = list.iter().filter(|(size, blocks)| fits.contains(size) && !blocks.is_empty());
+    let size = *free.map(|(size, _)| size).min()?;
+    Some((size, list.get_mut(&size)?.pop()?))
 }
 
 fn layout(bytes: usize) -> Layout {

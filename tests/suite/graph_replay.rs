@@ -200,10 +200,11 @@ fn some_steps(
     views: &[(usize, usize)],
     count: usize,
     device: &Device,
-    captures: bool,
+    (captures, recompute): (bool, bool),
 ) -> Outcome {
     let run = methods::run_of(name);
     let mut state = methods::Training::new(run, device);
+    state.online = state.online.with_recompute(recompute);
     let steps = Steps::new(device);
     let mut steps = if captures { steps } else { steps.without_capture() };
     let (schedule, mut losses) = (run.schedule(), Vec::new());
@@ -253,11 +254,12 @@ fn captured_steps_of_methods_with_numbers_equal_launched_steps() {
             ("swav", &[(2, 8), (2, 4)], 9),
             ("supervised", &[(1, 8)], 3),
         ] {
-            let [launched, captured] =
-                [false, true].map(|captures| some_steps(name, views, count, &device, captures));
+            let [launched, captured, recomputed] = [(false, false), (true, false), (true, true)]
+                .map(|how| some_steps(name, views, count, &device, how));
             let finite = launched.tensors.iter().flatten().all(|v| v.is_finite());
             assert!(finite && launched.losses.len() == count, "{name}: {launched:?}");
             assert!(captured == launched, "{name}: {captured:?}, launched {launched:?}");
+            assert!(recomputed == launched, "{name}: {recomputed:?}, launched {launched:?}");
         }
     });
 }
@@ -288,6 +290,75 @@ fn a_step_after_the_first_two_allocates_nothing_and_never_waits() {
             assert!(counts()[1] > before[1], "the driver counts waits");
         }
     });
+}
+
+/// A capture owns the blocks that it touches and may not return others to the driver. If it runs out of memory, steps go on with the
+/// same bits, launched, and a sentence says so.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn steps_that_cannot_be_captured_for_lack_of_memory_are_launched() {
+    alone(
+        "graph_replay::steps_that_cannot_be_captured_for_lack_of_memory_are_launched",
+        |driver| {
+            driver.check(false);
+            let steps = |scarce: bool| {
+                let device = gpu(Precision::Bf16);
+                let mut manual = ManualRun::new(&device, 0, true);
+                let mut taken = Vec::new();
+                for iteration in 0..4 {
+                    if scarce && iteration == 2 {
+                        // The free blocks that an activation of the first stage fits into, and the driver's refusal of one more.
+                        let activation = 2 * BATCH * SIDE * SIDE * 4 * 2;
+                        for bytes in (activation..=activation + activation / 4).step_by(64) {
+                            let before = device.memory_use().allocations;
+                            while device.memory_use().allocations == before {
+                                taken.push(Tensor::empty(&device, DType::F32, [bytes / 4]));
+                            }
+                        }
+                        driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
+                    }
+                    manual.step(iteration).unwrap();
+                }
+                let notice = manual.steps.take_notice();
+                (manual.left(Vec::new()), notice)
+            };
+            let ((want, none), (got, notice)) = (steps(false), steps(true));
+            assert_eq!(none, None);
+            let notice = notice.expect("a sentence about the capture");
+            println!("{notice}");
+            assert!(
+                notice.contains("not replayed as a graph") && notice.contains("wanted"),
+                "{notice}"
+            );
+            assert!(got == want, "launched instead of captured");
+        },
+    );
+}
+
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_gpu_without_memory_uses_slightly_larger_blocks_and_returns_others() {
+    alone(
+        "graph_replay::a_gpu_without_memory_uses_slightly_larger_blocks_and_returns_others",
+        |driver| {
+            let device = gpu(Precision::F32);
+            let take = |bytes: usize| Tensor::empty(&device, DType::F32, [bytes / 4]);
+            drop(take(5120));
+            let before = device.memory_use();
+            driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
+            drop(take(4096)); // a quarter smaller
+            assert_eq!(device.memory_use().allocations, before.allocations);
+            drop(take(5120)); // the block has kept its size
+            let after = device.memory_use();
+            assert_eq!((after.allocations, after.reserved), (before.allocations, before.reserved));
+            driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
+            let small = take(1024); // the block is too large for it and goes back to the driver
+            let after = device.memory_use();
+            assert_eq!((after.live, after.reserved), (1024, before.reserved - 5120 + 1024));
+            device.check().unwrap();
+            drop(small);
+        },
+    );
 }
 
 /// The losses of a run, as the program would print them.
