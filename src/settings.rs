@@ -211,3 +211,39 @@ fn distance(a: &str, b: &str) -> usize {
     }
     row[b.len()]
 }
+
+/// Parses a size such as 141GB, 24GiB or 80g; a number alone counts bytes.
+pub(crate) fn bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("expected a size such as 141GB, 24GiB or 16000MB, not `{text}`");
+    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "mib" => f64::from(1 << 20),
+        "gib" => f64::from(1 << 30),
+        "tib" => f64::from(1 << 20) * f64::from(1 << 20),
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * unit;
+    if bytes.is_finite() { Ok(bytes as usize) } else { Err(wrong()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_gpus_are_read_as_people_write_them() {
+        assert_eq!(bytes("141GB"), Ok(141_000_000_000));
+        assert_eq!(bytes("24 GiB"), Ok(24 << 30));
+        assert_eq!(bytes("1.5tb"), Ok(1_500_000_000_000));
+        assert_eq!(bytes("1000"), Ok(1000));
+        assert_eq!(bytes("0GB"), Ok(0));
+        for wrong in ["", "GB", "-1GB", "1.2.3GB", "141 giga", "1e400"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

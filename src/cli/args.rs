@@ -7,7 +7,6 @@ use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::bench::BenchArgs;
 use super::device::Name;
-use super::inspect::bytes;
 use super::judge::JudgeArgs;
 use super::own::budget;
 use super::pack::PackArgs;
@@ -16,6 +15,7 @@ use super::study::StudyArgs;
 use super::tune::TuneLr;
 use crate::data::Split;
 use crate::recipes::MAX_SKIPPED;
+use crate::settings::bytes;
 use crate::{eval, train};
 
 /// Self-supervised vision: train, inspect, evaluate.

@@ -161,25 +161,6 @@ fn print_memory(needs: &Needs, recipe: &Recipe) -> Result<()> {
     ))
 }
 
-/// Parses a size such as 141GB, 24GiB or 80g; a number alone is of bytes.
-pub(super) fn bytes(text: &str) -> Result<usize, String> {
-    let wrong = || format!("expected a size such as 141GB, 24GiB or 16000MB, not `{text}`");
-    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let unit = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "t" | "tb" => 1e12,
-        "mib" => f64::from(1 << 20),
-        "gib" => f64::from(1 << 30),
-        "tib" => f64::from(1 << 20) * f64::from(1 << 20),
-        _ => return Err(wrong()),
-    };
-    let bytes = number.parse::<f64>().map_err(|_| wrong())? * unit;
-    if bytes.is_finite() && bytes >= 1.0 { Ok(bytes as usize) } else { Err(wrong()) }
-}
-
 fn slot_record(slot: &Slot) -> serde_json::Value {
     json!({ "name": slot.name, "kind": format!("{:?}", slot.kind), "shape": &*slot.shape })
 }
@@ -194,21 +175,5 @@ pub(super) fn size(bytes: usize) -> String {
         1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
         10_737_418_240.. => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
         _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_of_gpus_are_read_as_people_write_them() {
-        assert_eq!(bytes("141GB"), Ok(141_000_000_000));
-        assert_eq!(bytes("24 GiB"), Ok(24 << 30));
-        assert_eq!(bytes("1.5tb"), Ok(1_500_000_000_000));
-        assert_eq!(bytes("1000"), Ok(1000));
-        for wrong in ["", "GB", "0GB", "-1GB", "1.2.3GB", "141 giga", "1e400"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -81,6 +81,21 @@ pub struct DataSettings {
     /// held-out images choose it.
     #[serde(default, skip_serializing_if = "is_zero_share")]
     pub validation: f64,
+    /// The most memory of a GPU that the decoded training images may take, such as `20GB`; `0` for none. A larger set is uploaded
+    /// batch by batch. If absent, half of what is free at the start. Does not change results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<String>,
+}
+
+impl DataSettings {
+    /// The bytes of [`gpu_memory`](DataSettings::gpu_memory), if it is set.
+    ///
+    /// # Errors
+    /// If it is not a size.
+    pub(crate) fn gpu_bytes(&self) -> Result<Option<usize>> {
+        let wrong = |reason| Error::Config(format!("data.gpu_memory: {reason}"));
+        self.gpu_memory.as_deref().map(settings::bytes).transpose().map_err(wrong)
+    }
 }
 
 /// The optimizer and its learning rate schedule.
@@ -346,6 +361,7 @@ impl Recipe {
                 Err(Error::config(format!("{key} is {value}; it must be 0 or more")))
             }
         };
+        self.data.gpu_bytes()?;
         positive(self.optim.lr, "optim.lr")?;
         positive(self.optim.warmup_epochs, "optim.warmup_epochs")?;
         positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;

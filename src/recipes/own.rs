@@ -151,6 +151,7 @@ pub(crate) fn own_recipe(
         labels: None,
         max_skipped: super::MAX_SKIPPED,
         validation: 0.0,
+        gpu_memory: None,
     };
     let side = set.side;
     recipe.network.stem = stem;

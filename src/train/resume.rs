@@ -249,7 +249,7 @@ pub fn recipe_of(recipe: &Path, checkpoint: &Path, settings: &[String]) -> Resul
 }
 
 /// The settings that a resumed run may change, because none of them changes its weights.
-const CHANGEABLE: &str = "data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, recompute, keep, \
+const CHANGEABLE: &str = "data.path, data.max_skipped, data.gpu_memory, watch.* and, of train, threads, loader_threads, recompute, keep, \
      dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes";
 
 /// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
@@ -258,6 +258,7 @@ fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     same.source.clone_from(&then.source); // describes settings and is none
     same.data.path.clone_from(&then.data.path);
     same.data.max_skipped = then.data.max_skipped;
+    same.data.gpu_memory.clone_from(&then.data.gpu_memory);
     same.watch = then.watch;
     let (own, old) = (&mut same.train, &then.train);
     (own.threads, own.loader_threads) = (old.threads, old.loader_threads);

@@ -193,7 +193,7 @@ impl Run {
             (0, Some(launch)) => launch.threads(),
             (threads, _) => threads,
         };
-        let loader = Loader::new(
+        let mut loader = Loader::new(
             images.train.clone(),
             recipe.policies(method.views())?,
             recipe.train.batch,
@@ -202,6 +202,9 @@ impl Run {
             device,
         )?
         .shared(group, recipe.train.micro_batches)?;
+        if let Some(bytes) = recipe.data.gpu_bytes()? {
+            loader = loader.keep_at_most(bytes);
+        }
         let mut online = Arena::new(method.layout(), device, recipe.seed)
             .in_group(group)
             .with_recompute(recipe.train.recompute);

@@ -55,7 +55,7 @@ impl GpuCrops {
             }
             None => {
                 let sentence = format!(
-                    "images: uploaded batch by batch, because all {images} need more than their {} of the GPU",
+                    "images: uploaded batch by batch, because all {images} need more than their {} of the GPU (data.gpu_memory)",
                     gib(budget)
                 );
                 (Table::room(device, 0), CropBackend::GpuFromBatch, sentence)

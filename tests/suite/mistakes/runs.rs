@@ -49,12 +49,12 @@ fn mistakes_with_runs_end_in_a_sentence() {
         (
             &["train", "--resume", "run", "--set", "optim.lr=0.5"],
             2,
-            "optim.lr was 0.4 and is now 0.5, which makes another run: start it with --out; a resumed run may change only data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, recompute, keep, dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes",
+            "optim.lr was 0.4 and is now 0.5, which makes another run: start it with --out; a resumed run may change only data.path, data.max_skipped, data.gpu_memory, watch.* and, of train, threads, loader_threads, recompute, keep, dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes",
         ),
         (
             &["train", "--resume", "run", "--set", "network.depth=34"],
             2,
-            "network.depth was 18 and is now 34, which makes another run: start it with --out; a resumed run may change only data.path, data.max_skipped, watch.* and, of train, threads, loader_threads, recompute, keep, dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes",
+            "network.depth was 18 and is now 34, which makes another run: start it with --out; a resumed run may change only data.path, data.max_skipped, data.gpu_memory, watch.* and, of train, threads, loader_threads, recompute, keep, dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes",
         ),
         (
             &["train", "--resume", "run", "--set", "data.path=nine"],
