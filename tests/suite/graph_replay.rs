@@ -292,49 +292,6 @@ fn a_step_after_the_first_two_allocates_nothing_and_never_waits() {
     });
 }
 
-/// A capture owns the blocks that it touches and may not return others to the driver. If it runs out of memory, steps go on with the
-/// same bits, launched, and a sentence says so.
-#[test]
-#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn steps_that_cannot_be_captured_for_lack_of_memory_are_launched() {
-    alone(
-        "graph_replay::steps_that_cannot_be_captured_for_lack_of_memory_are_launched",
-        |driver| {
-            driver.check(false);
-            let steps = |scarce: bool| {
-                let device = gpu(Precision::Bf16);
-                let mut manual = ManualRun::new(&device, 0, true);
-                let mut taken = Vec::new();
-                for iteration in 0..4 {
-                    if scarce && iteration == 2 {
-                        // The free blocks that an activation of the first stage fits into, and the driver's refusal of one more.
-                        let activation = 2 * BATCH * SIDE * SIDE * 4 * 2;
-                        for bytes in (activation..=activation + activation / 4).step_by(64) {
-                            let before = device.memory_use().allocations;
-                            while device.memory_use().allocations == before {
-                                taken.push(Tensor::empty(&device, DType::F32, [bytes / 4]));
-                            }
-                        }
-                        driver.fail("cuMemAlloc", 1, OUT_OF_MEMORY);
-                    }
-                    manual.step(iteration).unwrap();
-                }
-                let notice = manual.steps.take_notice();
-                (manual.left(Vec::new()), notice)
-            };
-            let ((want, none), (got, notice)) = (steps(false), steps(true));
-            assert_eq!(none, None);
-            let notice = notice.expect("a sentence about the capture");
-            println!("{notice}");
-            assert!(
-                notice.contains("not replayed as a graph") && notice.contains("wanted"),
-                "{notice}"
-            );
-            assert!(got == want, "launched instead of captured");
-        },
-    );
-}
-
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn a_gpu_without_memory_uses_slightly_larger_blocks_and_returns_others() {
