@@ -31,6 +31,7 @@ fn jitter(strength: f32) -> Option<Jitter> {
         saturation: strong,
         hue,
         additive_brightness: false,
+        per_channel: false,
     })
 }
 
@@ -44,7 +45,7 @@ fn policy(size: usize) -> Policy {
         jitter: jitter(if small { 0.5 } else { 1.0 }),
         grey: 0.2,
         blur: (!small).then_some(blur),
-        normalise: Some(Normalise { mean, std }),
+        normalise: Some(Normalise { mean: mean.into(), std: std.into() }),
         ..Policy::crop(size)
     }
 }

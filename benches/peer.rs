@@ -115,6 +115,7 @@ fn network(depth: usize, width: usize, stem: Stem) -> ResNetConfig {
         bottleneck: 1,
         project: false,
         same_pool: false,
+        channels: 3,
     }
 }
 

@@ -24,6 +24,21 @@ struct View {
 };
 static_assert(sizeof(View) == 112, "as src/data/augment/view.rs has it");
 
+/// Three channels of a view of an image of any channels: `ChannelView` of src/data/augment/view.rs, field by
+/// field.
+struct ChannelView {
+    View view;     // its mean, deviation and colour operations are those of the three channels
+    int channels;  // of the image
+    int first;     // channel of these
+    int bits;      // of a sample: 8, or 16, little-endian
+    int padded;    // channels of the output
+    float brightness[3], contrast[3];
+    int dropped;  // which of the three becomes zero; negative for none
+    float noise;  // standard deviation; 0 adds none
+    unsigned key[2];
+};
+static_assert(sizeof(ChannelView) == 168, "as src/data/augment/view.rs has it");
+
 // Flags.
 constexpr unsigned FLIP = 1, BICUBIC = 2, ANTIALIAS = 4, FLOAT = 8, SOLARISE = 16, GAUSSIAN = 32, BOX = 64;
 // Operations of a program.

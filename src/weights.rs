@@ -145,6 +145,46 @@ impl WeightFile {
         Ok(u64::from_le_bytes(bytes.try_into().expect("8 were asked for")))
     }
 
+    /// Whether a filter of the file has other inputs than the slot and is otherwise alike.
+    fn has_other_inputs(&self, name: &str, slot: &Slot) -> bool {
+        let wanted = disk_shape(slot);
+        self.shape(name).is_some_and(|shape| {
+            shape.len() == 4
+                && wanted.len() == 4
+                && shape[1] != wanted[1]
+                && [shape[0], shape[2], shape[3]] == [wanted[0], wanted[2], wanted[3]]
+        })
+    }
+
+    /// Like [`WeightFile::fill_finite`]; the filters over images of three channels that the slot called `over_images` gets are
+    /// fitted to its channels: for one channel they are added up, for more they are repeated in turn and scaled by `3 / channels`,
+    /// so that a grey image gives what it gave. Returns whether they were.
+    pub(super) fn fill_fitted(
+        &mut self,
+        arena: &mut Arena,
+        over_images: &str,
+        name: impl Fn(&str) -> Option<String>,
+    ) -> Result<bool> {
+        let layout = arena.layout().clone();
+        let slot = layout.params().iter().find(|slot| slot.name == over_images);
+        let other = slot.and_then(|slot| Some((slot, name(&slot.name)?)));
+        let other = other.filter(|(slot, name)| {
+            self.has_other_inputs(name, slot) && self.shape(name).is_some_and(|s| s[1] == 3)
+        });
+        let Some((slot, file_name)) = other else {
+            return self.fill_finite(arena, name).map(|()| false);
+        };
+        let shape = disk_shape(slot);
+        let numbers = self.numbers(&file_name, &[shape[0], 3, shape[2], shape[3]])?;
+        check_numbers(&self.path, &file_name, &numbers)?;
+        let fitted = fitted(&numbers, shape[0], shape[1], shape[2] * shape[3]);
+        self.fill_finite(arena, |slot| name(slot).filter(|_| slot != over_images))?;
+        let mut values = arena.values().to_f64();
+        values[slot.offset..][..slot.shape.elements()].copy_from_slice(&from_disk(slot, &fitted));
+        *arena.values_mut() = Tensor::from_f64(arena.device(), [values.len()], &values);
+        Ok(true)
+    }
+
     /// Fills the slots that `name` maps to a tensor of the file. The arena is unchanged unless all of them fit.
     pub(super) fn fill(
         &mut self,
@@ -213,6 +253,19 @@ impl WeightFile {
         }
         Ok(())
     }
+}
+
+/// `filters` over three channels, each of `taps` taps, for `channels`.
+fn fitted(numbers: &[f64], filters: usize, channels: usize, taps: usize) -> Vec<f64> {
+    let at =
+        |filter: usize, channel: usize, tap: usize| numbers[(filter * 3 + channel) * taps + tap];
+    let all = (0..filters).flat_map(|f| (0..channels).map(move |c| (f, c)));
+    all.flat_map(|(f, c)| (0..taps).map(move |t| (f, c, t)))
+        .map(|(f, c, t)| match channels {
+            1 => (0..3).map(|c| at(f, c, t)).sum(),
+            _ => at(f, c % 3, t) * 3.0 / channels as f64,
+        })
+        .collect()
 }
 
 /// Refuses NaN, numbers beyond f32, and negative running variances.

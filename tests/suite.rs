@@ -12,6 +12,10 @@ mod audit;
 mod augmentation;
 #[path = "suite/benches.rs"]
 mod benches;
+#[path = "suite/channel_views.rs"]
+mod channel_views;
+#[path = "suite/channels.rs"]
+mod channels;
 #[path = "suite/check.rs"]
 mod check;
 #[path = "suite/collapse.rs"]

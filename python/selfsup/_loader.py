@@ -47,7 +47,7 @@ class Loader:
     :attr:`skipped`.
 
     Args:
-        images: the path of a data set (folders of JPEG or PNG files, with classes or without; CIFAR's binary files; idx files; what
+        images: the path of a data set (folders of images, with classes or without; CIFAR's binary files; idx files; what
             ``selfsup pack`` wrote), an array ``[n, h, w, 3]`` of uint8, or a sequence of paths, arrays or Pillow images. Arrays are not
             copied: do not write to them meanwhile.
         recipe: what the views are like: a recipe's name, file or dictionary, which gives the views of its method; or one policy or a list

@@ -37,7 +37,7 @@ pub(super) enum Command {
     /// Of a folder it looks at the images, measures a few steps, chooses the settings, prints them with their reasons, and trains.
     /// The run's folder then holds the resolved recipe, to keep and to change.
     #[command(after_help = "Examples:
-  selfsup train photos                            # JPEG and PNG files, with or without class folders
+  selfsup train photos                            # images, with or without class folders
   selfsup train photos --plan                     # only the plan: settings, time, memory, disk
   selfsup train photos --budget 2h --method byol
   selfsup train simclr-cifar10-small --set data.path=data/cifar10 --out runs/first

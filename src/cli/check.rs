@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 pub(super) fn check(args: &Check) -> Result<()> {
     let device = device::choose(args.device, None, 0)?;
     let ordinal = match args.device {
-        Some(Name::Cuda(ordinal)) => ordinal,
+        Some(Name::CudaNumber(ordinal)) => ordinal,
         _ => 0,
     };
     if !args.json {

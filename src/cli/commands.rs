@@ -111,7 +111,10 @@ pub(super) fn train(train: &Train) -> Result<()> {
             group.together(check::before_training(&device))?;
             let run = Run::in_group(&recipe, &device, Some(&out), &group)?;
             if let Some(file) = &recipe.train.init {
-                told_prefix(Path::new(file), run.online().layout())?;
+                let file = Path::new(file);
+                told_prefix(file, run.online().layout())?;
+                let fitted = train::fitted_channels(file, run.online().layout())?;
+                fitted.iter().for_each(|how| talk(&format!("{}: {how}", file.display())));
             }
             (run, recipe, out)
         }

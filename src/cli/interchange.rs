@@ -12,7 +12,7 @@ use super::skipped::LeftOut;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
 use crate::data::augment::{Normalise, Policy};
-use crate::data::{self, Source, Split, Subset, Transform};
+use crate::data::{self, Reading, Source, Split, Subset, Transform};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result, printable};
 use crate::eval::{self, Embedded};
@@ -43,15 +43,24 @@ pub(super) fn export(args: &Export) -> Result<()> {
 
 /// Describes how to load a backbone in PyTorch.
 fn in_torchvision(network: &ResNetConfig) -> String {
+    let channels = network.channels;
+    let network = &ResNetConfig { channels: 3, ..*network };
     let large = ResNetConfig { stem: Stem::Image, ..*network };
+    let first =
+        |taps: &str| format!("model.conv1 = torch.nn.Conv2d({channels}, 64, {taps}, bias=False)");
     match (network.name(), large.name()) {
+        (Some(name), _) if channels != 3 => format!(
+            "in PyTorch: torchvision's {name} with {}, model.fc = torch.nn.Identity()",
+            first("7, 2, 3")
+        ),
         (Some(name), _) => format!(
             "in PyTorch: model = torchvision.models.{name}(); model.fc = torch.nn.Identity(); \
              model.load_state_dict(safetensors.torch.load_file(FILE))"
         ),
         (None, Some(name)) => format!(
-            "in PyTorch: torchvision's {name} with model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), \
-             model.maxpool = model.fc = torch.nn.Identity()"
+            "in PyTorch: torchvision's {name} with {}, \
+             model.maxpool = model.fc = torch.nn.Identity()",
+            first("3, 1, 1")
         ),
         (None, None) => {
             "torchvision has no network of this width; names and layout are torchvision's".into()
@@ -71,8 +80,8 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
             ));
         }
     };
-    let source = images(folder, args.split, args.limit)?;
-    let Network { arena, backbone, mut policy, transform } = network;
+    let Network { arena, backbone, mut policy, transform, reading } = network;
+    let source = images(folder, args.split, args.limit, &reading)?;
     policy.size = args.size.map_or(policy.size, |size| size as usize);
     let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
@@ -93,8 +102,8 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
     written.iter().try_for_each(|path| say(&path.display().to_string()))
 }
 
-fn images(folder: &Path, split: Split, limit: usize) -> Result<Arc<dyn Source>> {
-    let all: Arc<dyn Source> = data::open(folder, split)?.into();
+fn images(folder: &Path, split: Split, limit: usize, reading: &Reading) -> Result<Arc<dyn Source>> {
+    let all: Arc<dyn Source> = data::open_as(folder, split, reading)?.into();
     Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
 }
 
@@ -104,6 +113,8 @@ struct Network {
     backbone: ResNet,
     policy: Policy,
     transform: Transform,
+    /// How images are read for it.
+    reading: Reading,
 }
 
 impl Network {
@@ -114,7 +125,8 @@ impl Network {
         let (method, arena) = trained.load(&device)?;
         talk(&format!("weights: {}", trained.checkpoint.display()));
         let (backbone, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
-        Ok(Self { arena, backbone, policy, transform: Transform::Center })
+        let reading = trained.recipe.data.reading();
+        Ok(Self { arena, backbone, policy, transform: Transform::Center, reading })
     }
 
     /// A backbone from a file with torchvision's names, with the transform of torchvision's presets.
@@ -128,6 +140,7 @@ impl Network {
         train::init_weights(file, &mut arena)?;
         told_prefix(file, arena.layout())?;
         let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
-        Ok(Self { arena, backbone, policy, transform: Transform::ResizedCenter })
+        let (transform, reading) = (Transform::ResizedCenter, Reading::default());
+        Ok(Self { arena, backbone, policy, transform, reading })
     }
 }

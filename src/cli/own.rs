@@ -125,7 +125,9 @@ fn found(plan: &Plan) -> String {
     let survey = &plan.survey;
     let [least, median, most] = survey.sides;
     let readable = survey.looked_at - survey.broken.len();
+    let reading = plan.recipe.data.reading();
     let colour = match survey.grey {
+        _ if !reading.is_rgb() => reading.format.to_string(),
         0 => "in colour".to_owned(),
         grey if grey == readable => "without colour".into(),
         grey => format!("{:.0}% of them without colour", 100.0 * grey as f64 / readable as f64),

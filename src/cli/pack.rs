@@ -10,10 +10,11 @@ use super::{on_terminal, say, talk};
 use crate::data::{self, PackSettings, Packed, Stored};
 use crate::error::{Error, Result};
 use crate::recipes::MAX_SKIPPED;
+use crate::train;
 
 #[derive(Debug, Arguments)]
 pub(super) struct PackArgs {
-    /// A folder of JPEG and PNG files, as for data.path
+    /// A folder of images, as for data.path
     folder: PathBuf,
     /// The folder to write; it must be empty or absent
     #[arg(long, value_name = "DIR")]
@@ -34,11 +35,19 @@ pub(super) struct PackArgs {
     /// Leave out at most this share of broken images; remove the pack if there are more
     #[arg(long, value_name = "SHARE", default_value_t = MAX_SKIPPED, value_parser = share)]
     max_skipped: f64,
+    /// How the files are read: data.channels, data.bits, data.range, data.pages, data.axes
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
 }
 
 pub(super) fn pack(args: &PackArgs) -> Result<()> {
     let stored = if args.raw { Stored::Raw } else { Stored::Files { quality: args.quality } };
+    let reading = train::pack_reading(&args.folder, &args.set)?;
+    if !reading.is_rgb() {
+        talk(&format!("images of {}, stored as samples", reading.format));
+    }
     let settings = PackSettings {
+        reading,
         size: args.size.map(|size| size as usize),
         stored,
         file_bytes: u64::from(args.shard_mib) << 20,

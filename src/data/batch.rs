@@ -14,7 +14,7 @@ pub struct Batch {
     pub indices: Vec<u32>,
     /// The class of each sample; -1 if it has none.
     pub labels: Vec<i32>,
-    /// One tensor `[views * batch, s, s, 4]` per distinct crop size, in the order in which the sizes first occur
+    /// One tensor `[views * batch, s, s, channels]` per distinct crop size, in the order in which the sizes first occur
     /// among the views; all samples of a size's first view, then all of its second. The fourth channel is zero.
     pub crops: Vec<Tensor>,
 }

@@ -5,17 +5,17 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::augment::{
-    GpuAugmenter, MOST_SHRINKING, Policy, Scratch, Transform, View, taps, transform,
+    GpuAugmenter, MOST_SHRINKING, Made, Policy, Scratch, Transform, View, taps, transform,
 };
 use super::batch::{Batch, Skipped};
 use super::rows::rows_of;
-use super::source::{Image, Source};
+use super::source::{Format, Image, Source};
 use crate::device::cuda::Table;
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
-/// Returns the images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, 4]` of a batch
+/// Returns the images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, channels]` of a batch
 /// of epoch 0, with the policy's size, resampling, pixels and normalisation; and the broken images, which are left out. Images
 /// are read on the device's threads; a GPU makes the same views itself.
 ///
@@ -80,9 +80,9 @@ fn transform_on_host(
     policy: &Policy,
     device: &Device,
 ) -> (Tensor, Vec<Result<()>>) {
-    let size = policy.size;
-    let mut images = Tensor::floats(device, [indices.len(), size, size, 4]);
-    let rows = rows_of(&mut images, size * size * 4);
+    let (size, channels) = (policy.size, source.format().device_channels());
+    let mut images = Tensor::floats(device, [indices.len(), size, size, channels]);
+    let rows = rows_of(&mut images, size * size * channels);
     let read = device.run(|| {
         rows.into_par_iter()
             .zip(indices)
@@ -107,9 +107,9 @@ fn transform_on_gpu(
     policy: &Policy,
     device: &Device,
 ) -> (Tensor, Vec<Result<()>>) {
-    let size = policy.size;
-    let mut out =
-        Tensor::empty(device, DType::of_activations(device), [indices.len(), size, size, 4]);
+    let (size, format) = (policy.size, source.format());
+    let shape = [indices.len(), size, size, format.device_channels()];
+    let mut out = Tensor::empty(device, DType::of_activations(device), shape);
     let read = |&index: &usize| {
         let mut image = Image::default();
         source.read(index, &mut image)?;
@@ -140,7 +140,9 @@ fn transform_on_gpu(
     }
     pixels.write_at(0, &all);
     let gaussian = vec![0.0; views.len() * taps(size)];
-    GpuAugmenter::new(device, views.len(), size).make(&views, &gaussian, &pixels, &mut out);
+    let needed = format != Format::RGB;
+    let made = Made::of(views.iter().map(|view| (view, policy, None)), format, needed);
+    GpuAugmenter::new(device, views.len(), size).make_any(&made, &gaussian, &pixels, &mut out);
     (out, images.into_iter().map(|_| Ok(())).collect())
 }
 

@@ -6,37 +6,59 @@ use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
 use super::classes;
-use super::decode::{decode, size};
+use super::decode::{Reading, decode, decode_page, images, page_size, size};
 use super::listing::Listing;
-use super::source::{Image, Source};
+use super::source::{Format, Image, Source};
 use crate::error::{Error, Result, printable};
 
 /// Images in files.
 pub struct Folder {
     root: PathBuf,
-    files: Vec<(PathBuf, u32)>,
+    files: Vec<ImageFile>,
     classes: Vec<String>,
+    reading: Reading,
     notes: Vec<String>,
     cache: Cache,
 }
 
+/// The place of an image.
+struct ImageFile {
+    path: PathBuf,
+    class: u32,
+    /// Which of the images of a file that holds several.
+    page: Option<usize>,
+}
+
 impl Folder {
+    /// Lists a folder of images that are read as RGB of 8 bits; see [`Folder::open_as`].
+    ///
+    /// # Errors
+    /// As [`Folder::open_as`].
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_as(path, &Reading::default())
+    }
+
     /// Lists a folder: class folders if it has sub-folders, a set without labels otherwise. The images of a class are
     /// those of its folder and of all folders below it, as torchvision's `ImageFolder` reads them.
     ///
     /// # Errors
     /// If the folder is missing or holds no images, a class folder holds none, or images lie next to class folders.
-    pub fn open(path: &Path) -> Result<Self> {
-        let Listing { files, classes, notes } = Listing::of(path)?;
-        let cache = Cache::new(files.len());
-        Ok(Self { root: path.to_path_buf(), files, classes, notes, cache })
+    pub fn open_as(path: &Path, reading: &Reading) -> Result<Self> {
+        let Listing { files: listed, classes, notes } = Listing::of(path, reading.axes.is_some())?;
+        let files = match reading.pages.is_some() || reading.axes.is_some() {
+            true => each_image(listed, reading)?,
+            false => listed.into_iter().map(ImageFile::of).collect(),
+        };
+        let (cache, reading) = (Cache::new(files.len()), *reading);
+        Ok(Self { root: path.to_path_buf(), files, classes, reading, notes, cache })
     }
 
     /// Makes a set without labels of these files, in this order.
     pub fn of_files(files: Vec<PathBuf>) -> Self {
-        let files: Vec<_> = files.into_iter().map(|file| (file, 0)).collect();
+        let files: Vec<_> = files.into_iter().map(|file| ImageFile::of((file, 0))).collect();
         let (root, cache) = (PathBuf::new(), Cache::new(files.len()));
-        Self { root, files, classes: Vec::new(), notes: Vec::new(), cache }
+        let (classes, notes, reading) = (Vec::new(), Vec::new(), Reading::default());
+        Self { root, files, classes, reading, notes, cache }
     }
 
     /// Numbers the classes as `first` does, the training split's classes; classes that it lacks come after them.
@@ -48,8 +70,8 @@ impl Folder {
             return Ok(self);
         }
         let merged = classes::merge(path, first, &self.classes)?;
-        self.files.iter_mut().for_each(|(_, class)| *class = merged.numbers[*class as usize]);
-        let labels = self.files.iter().map(|&(_, class)| class);
+        self.files.iter_mut().for_each(|file| file.class = merged.numbers[file.class as usize]);
+        let labels = self.files.iter().map(|file| file.class);
         self.notes.extend(merged.note(path, labels));
         self.classes = merged.classes;
         Ok(self)
@@ -69,18 +91,60 @@ impl Folder {
 
     /// Returns the file of image `index`.
     pub(super) fn file(&self, index: usize) -> &Path {
-        &self.files[index].0
+        &self.files[index].path
+    }
+
+    /// Returns the image's number in its file, if the file holds several.
+    pub(super) fn page(&self, index: usize) -> Option<usize> {
+        self.files[index].page
+    }
+
+    /// Returns how its files are read.
+    pub(super) fn reading(&self) -> &Reading {
+        &self.reading
     }
 
     /// Returns the path of image `index` below the folder, printable, with `/` between its parts.
     pub(super) fn name_in_folder(&self, index: usize) -> String {
         let path = self.file(index);
         let below = path.strip_prefix(&self.root).unwrap_or(path);
-        below.iter().map(printable).collect::<Vec<_>>().join("/")
+        let name = below.iter().map(printable).collect::<Vec<_>>().join("/");
+        name + &self.files[index].number()
     }
 }
 
+impl ImageFile {
+    fn of((path, class): (PathBuf, u32)) -> Self {
+        Self { path, class, page: None }
+    }
+
+    /// What stands behind the file's name in that of the image.
+    fn number(&self) -> String {
+        self.page.map_or_else(String::new, |page| format!("[{page}]"))
+    }
+}
+
+/// An entry for each image of files that may hold several. A file that cannot be opened counts as one image, and its reading fails.
+fn each_image(listed: Vec<(PathBuf, u32)>, reading: &Reading) -> Result<Vec<ImageFile>> {
+    let mut all = Vec::with_capacity(listed.len());
+    for (path, class) in listed {
+        match images(&path, reading) {
+            Ok(1) | Err(Error::Format { .. }) => all.push(ImageFile { path, class, page: None }),
+            Ok(count) => {
+                let page = |page| ImageFile { path: path.clone(), class, page: Some(page) };
+                all.extend((0..count).map(page));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(all)
+}
+
 impl Source for Folder {
+    fn format(&self) -> Format {
+        self.reading.format
+    }
+
     fn len(&self) -> usize {
         self.files.len()
     }
@@ -90,9 +154,14 @@ impl Source for Folder {
             into.clone_from(kept);
             return Ok(());
         }
-        let path = &self.files[index].0;
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        decode(path, &bytes, into)?;
+        let ImageFile { path, page, .. } = &self.files[index];
+        match page {
+            Some(page) => decode_page(path, *page, &self.reading, into)?,
+            None => {
+                let bytes = std::fs::read(path).map_err(Error::io(path))?;
+                decode(path, &bytes, &self.reading, into)?;
+            }
+        }
         self.cache.keep(index, into);
         Ok(())
     }
@@ -101,13 +170,15 @@ impl Source for Folder {
         if let Some(kept) = self.cache.get(index) {
             return Ok([kept.width, kept.height]);
         }
-        let path = &self.files[index].0;
-        size(path, &std::fs::read(path).map_err(Error::io(path))?)
+        let ImageFile { path, page, .. } = &self.files[index];
+        match page {
+            Some(page) => page_size(path, *page, &self.reading),
+            None => size(path, &std::fs::read(path).map_err(Error::io(path))?, &self.reading),
+        }
     }
 
     fn label(&self, index: usize) -> Option<u32> {
-        let (_, class) = self.files[index];
-        (!self.classes.is_empty()).then_some(class)
+        (!self.classes.is_empty()).then_some(self.files[index].class)
     }
 
     fn classes(&self) -> &[String] {
@@ -115,7 +186,7 @@ impl Source for Folder {
     }
 
     fn name(&self, index: usize) -> String {
-        printable(self.files[index].0.as_os_str())
+        printable(self.files[index].path.as_os_str()) + &self.files[index].number()
     }
 
     fn notes(&self) -> &[String] {
@@ -192,10 +263,13 @@ mod tests {
         write(at("mixed/b.png"), 1);
         for (name, expected) in [
             ("nowhere", "nowhere: "),
-            ("bare", "has neither class folders nor images (jpg, jpeg, jpe, jfif, png)"),
+            (
+                "bare",
+                "has neither class folders nor images (jpg, jpeg, jpe, jfif, png, tif, tiff, webp, bmp)",
+            ),
             (
                 "empty-class",
-                "dog: is a class folder without images (jpg, jpeg, jpe, jfif, png) in it: fill it or remove it",
+                "dog: is a class folder without images (jpg, jpeg, jpe, jfif, png, tif, tiff, webp, bmp) in it: fill it or remove it",
             ),
             ("mixed", "has both class folders and images of its own"),
         ] {

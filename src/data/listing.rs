@@ -16,13 +16,17 @@ use crate::error::{Error, Result, printable};
 use crate::files::is_file;
 
 /// File extensions that are read, in lower case.
-pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "jpe", "jfif", "png"];
+pub const EXTENSIONS: [&str; 9] =
+    ["jpg", "jpeg", "jpe", "jfif", "png", "tif", "tiff", "webp", "bmp"];
+
+/// Of NumPy arrays, which are images only if it is said what their axes are: embeddings and labels are arrays, too.
+const ARRAYS: &str = "npy";
 
 /// Extensions of other picture formats, in lower case: counted, not read.
-const OTHER_FORMATS: [&str; 36] = [
-    "webp", "bmp", "dib", "tif", "tiff", "gif", "apng", "ppm", "pgm", "pbm", "pnm", "pam", "heic",
-    "heif", "hif", "avif", "jxl", "jp2", "j2k", "jpx", "jxr", "ico", "tga", "dds", "exr", "hdr",
-    "qoi", "psd", "svg", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf",
+const OTHER_FORMATS: [&str; 33] = [
+    "dib", "gif", "apng", "ppm", "pgm", "pbm", "pnm", "pam", "heic", "heif", "hif", "avif", "jxl",
+    "jp2", "j2k", "jpx", "jxr", "ico", "tga", "dds", "exr", "hdr", "qoi", "psd", "svg", "dng",
+    "cr2", "cr3", "nef", "arw", "raf", "orf", ARRAYS,
 ];
 
 /// Folders that tools leave next to images: archives of macOS, and Synology's thumbnails.
@@ -43,13 +47,13 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// Lists a folder: class folders if it has sub-folders, images without labels otherwise.
+    /// Lists a folder: class folders if it has sub-folders, images without labels otherwise. NumPy arrays are images if `arrays`.
     ///
     /// # Errors
     /// If the folder is missing or cannot be read, holds no images, a class folder holds none, or images lie next to class
     /// folders.
-    pub fn of(root: &Path) -> Result<Self> {
-        let mut passed_over = PassedOver::default();
+    pub fn of(root: &Path, arrays: bool) -> Result<Self> {
+        let mut passed_over = PassedOver { arrays, ..PassedOver::default() };
         let Entries { folders, images: loose } = passed_over.list(root)?;
         let mut listing = Self::default();
         for folder in folders {
@@ -102,11 +106,11 @@ impl Listing {
 ///
 /// # Errors
 /// If the folder cannot be read.
-pub fn class_names(root: &Path) -> Result<Vec<String>> {
+pub fn class_names(root: &Path, arrays: bool) -> Result<Vec<String>> {
     let mut classes = Vec::new();
     for folder in PassedOver::default().list(root)?.folders {
         let runs = (is_called_runs(&folder) && has_a_run(&folder)?)
-            || (!has_an_image(&folder, usize::MAX)?
+            || (!has_an_image(&folder, usize::MAX, arrays)?
                 && (is_called_runs(&folder) || has_a_run(&folder)?));
         if !runs {
             classes.push(name_of(&folder));
@@ -145,6 +149,8 @@ struct Entries {
 /// What was found and is not read.
 #[derive(Default)]
 struct PassedOver {
+    /// Whether NumPy arrays are images.
+    arrays: bool,
     /// Files by extension.
     formats: BTreeMap<&'static str, usize>,
     /// Image names that are neither files nor links to files: pipes, sockets, devices.
@@ -189,9 +195,11 @@ impl PassedOver {
                 continue;
             }
             let Some(extension) = extension(&path) else { continue };
-            if let Some(format) = OTHER_FORMATS.iter().find(|&&format| format == extension) {
+            let is_array = self.arrays && extension == ARRAYS;
+            let other = OTHER_FORMATS.iter().find(|&&format| format == extension);
+            if let Some(format) = other.filter(|_| !is_array) {
                 *self.formats.entry(format).or_default() += 1;
-            } else if EXTENSIONS.contains(&extension.as_str()) {
+            } else if is_array || EXTENSIONS.contains(&extension.as_str()) {
                 if kind.is_file() { entries.images.push(path) } else { self.special.push(path) }
             }
         }
@@ -204,8 +212,12 @@ impl PassedOver {
         let count: usize = self.formats.values().sum();
         let names: Vec<_> = self.formats.keys().copied().collect();
         let (files, are) = if count == 1 { ("file", "is") } else { ("files", "are") };
+        let hint = match self.formats.contains_key(ARRAYS) {
+            true => "; arrays are read if data.axes says what their axes are",
+            false => "",
+        };
         (count > 0).then(|| {
-            format!("{count} {files} of other formats ({}) {are} not read", names.join(", "))
+            format!("{count} {files} of other formats ({}) {are} not read{hint}", names.join(", "))
         })
     }
 
@@ -298,11 +310,16 @@ fn has_a_run(folder: &Path) -> Result<bool> {
 }
 
 /// Whether there is an image in a folder or below it; looks no further than the first, and into at most `folders` folders.
-fn has_an_image(folder: &Path, mut folders: usize) -> Result<bool> {
-    fn below(folder: &Path, above: &mut Vec<Identity>, folders: &mut usize) -> Result<bool> {
+fn has_an_image(folder: &Path, mut folders: usize, arrays: bool) -> Result<bool> {
+    fn below(
+        folder: &Path,
+        above: &mut Vec<Identity>,
+        folders: &mut usize,
+        arrays: bool,
+    ) -> Result<bool> {
         let Some(left) = folders.checked_sub(1) else { return Ok(false) };
         *folders = left;
-        let entries = PassedOver::default().list(folder)?;
+        let entries = PassedOver { arrays, ..PassedOver::default() }.list(folder)?;
         if !entries.images.is_empty() {
             return Ok(true);
         }
@@ -312,14 +329,14 @@ fn has_an_image(folder: &Path, mut folders: usize) -> Result<bool> {
                 continue;
             }
             above.push(identity);
-            if below(&folder, above, folders)? {
+            if below(&folder, above, folders, arrays)? {
                 return Ok(true);
             }
             above.pop();
         }
         Ok(false)
     }
-    below(folder, &mut vec![identity(folder)?], &mut folders)
+    below(folder, &mut vec![identity(folder)?], &mut folders, arrays)
 }
 
 /// The sub-folders of a folder that may be classes or splits: hidden ones, runs, packs and what tools leave are none.
@@ -337,7 +354,7 @@ const GLANCE: usize = 100;
 
 /// Whether a glance shows images in a folder or below it; not if it cannot be read, as the `lost+found` of a disk.
 pub fn seems_to_hold_images(folder: &Path) -> bool {
-    has_an_image(folder, GLANCE).unwrap_or(false)
+    has_an_image(folder, GLANCE, false).unwrap_or(false)
 }
 
 /// Whether images lie in a folder itself, not only in folders below it.

@@ -1,6 +1,6 @@
 //! Images in, batches of augmented crops out.
 //!
-//! A [`Source`] gives `index -> (u8 image, label)`; a [`Policy`] draws the parameters of one augmentation and applies
+//! A [`Source`] gives `index -> (image, label)`, images of one [`Format`]; a [`Policy`] draws the parameters of one augmentation and applies
 //! them; a [`Loader`] runs both on threads and hands out [`Batch`]es that are a pure function of seed, epoch and position.
 //! Evaluation has one transform, [`center`], and one way to read a set in order, [`center_batch`]. On a GPU the threads only
 //! draw parameters, and a kernel makes the crops of images that lie there. Nothing here depends on networks or methods.
@@ -17,6 +17,7 @@ mod idx;
 mod labels;
 mod listing;
 mod loader;
+mod native;
 mod open;
 mod pack;
 mod rows;
@@ -26,13 +27,15 @@ mod survey;
 pub use augment::{Policy, Transform, center};
 pub use batch::{Batch, Skipped};
 pub use cifar::Cifar;
+pub use decode::{Axes, Pages, Reading};
 pub use evaluation::{center_batch, transformed_batch};
 pub use folder::Folder;
 pub use idx::{Idx, fashion_scattered};
 pub use labels::{labelled, labels_of, of_each_class};
 pub(crate) use listing::is_image_name;
 pub use loader::Loader;
-pub use open::open;
+pub(crate) use native::{extent, native_format};
+pub use open::{open, open_as};
 pub use pack::{Pack, PackSettings, Packed, Stored, pack, pack_if};
-pub use source::{Image, Source, Split, Subset};
+pub use source::{Format, Image, Source, Split, Subset};
 pub use survey::{Survey, survey};

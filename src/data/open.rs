@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use super::cifar::Cifar;
+use super::decode::Reading;
 use super::folder::Folder;
 use super::idx::Idx;
 use super::listing::{class_names, has_loose_images, name_of, seems_to_hold_images, sub_folders};
 use super::pack::Pack;
-use super::source::{Source, Split};
+use super::source::{Format, Source, Split};
 use crate::error::{Error, Result, printable};
 use crate::files::{find, is_folder};
 
@@ -63,7 +64,8 @@ impl SplitFolders {
         }
         beside.retain(|folder| seems_to_hold_images(folder));
         if held_out.len() > 1 {
-            let has_classes = |folder: &PathBuf| class_names(folder).is_ok_and(|c| !c.is_empty());
+            let has_classes =
+                |folder: &PathBuf| class_names(folder, false).is_ok_and(|c| !c.is_empty());
             held_out.sort_by_key(|folder| !has_classes(folder));
         }
         if let (Some(train), [], [other, ..]) = (&train, &*held_out, &*beside)
@@ -136,6 +138,30 @@ fn like_splits(path: &Path, folders: &[PathBuf]) -> Option<Error> {
 /// If nothing is there, nothing is recognised, the split is missing, what is recognised is damaged, or the splits' classes
 /// differ by case only or altogether.
 pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
+    open_as(path, split, &Reading::default())
+}
+
+/// As [`open`], with images of the channels and bits that a reading asks for.
+///
+/// # Errors
+/// As [`open`], and if the set has other channels or bits.
+pub fn open_as(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn Source>> {
+    reading.check()?;
+    let source = recognised(path, split, reading)?;
+    let (has, wanted) = (source.format(), reading.format);
+    if has != wanted {
+        let Format { channels, bits } = has;
+        return Err(Error::format(
+            path,
+            format!(
+                "has images of {has}, and {wanted} are asked for: set data.channels={channels} and data.bits={bits}"
+            ),
+        ));
+    }
+    Ok(source)
+}
+
+fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn Source>> {
     if path.as_os_str().is_empty() {
         return Err(Error::config("data.path is empty: name the folder of the images"));
     }
@@ -146,7 +172,7 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
     }
     if Pack::is_at(path)? {
-        return Ok(Box::new(Pack::open(path, split)?));
+        return Ok(Box::new(Pack::open(path, split)?.in_range(reading.range)));
     }
     if Cifar::is_at(path)? {
         return Ok(Box::new(Cifar::open(path, split)?));
@@ -162,17 +188,18 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
                 format!("has no {}: the {split} split is missing", names.join(" or ")),
             ));
         };
-        let mut images = Folder::open(folder)?;
+        let mut images = Folder::open_as(folder, reading)?;
         if split == Split::Train {
             return Ok(Box::new(images.with_note(splits.note())));
         }
         if let Some(train) = &splits.train {
-            images = images.with_classes_of(folder, &class_names(train)?)?;
+            images =
+                images.with_classes_of(folder, &class_names(train, reading.axes.is_some())?)?;
         }
         let held_out = splits.held_out.iter().map(|folder| printable(folder.as_os_str()));
         return Ok(Box::new(images.with_note(not_used(held_out))));
     }
-    let folder = Folder::open(path).map_err(|e| match e {
+    let folder = Folder::open_as(path, reading).map_err(|e| match e {
         Error::Io { .. } => e, // the disk or the network, not the set
         _ => not_recognised(path, &format!("is not a data set ({e})")),
     })?;
@@ -191,7 +218,7 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
 
 fn not_recognised(path: &Path, what: &str) -> Error {
     let reason = format!(
-        "{what}; recognised are: a folder with train/ and test/ (or val/, valid/, validation/), each with a folder of JPEG or PNG files per class; \
+        "{what}; recognised are: a folder with train/ and test/ (or val/, valid/, validation/), each with a folder of images (JPEG, PNG, TIFF, WebP, BMP) per class; \
          what `selfsup pack` wrote; the CIFAR-10 or CIFAR-100 binary files; idx files (train-images-idx3-ubyte[.gz] and so on); \
          a folder of class folders, or of images without labels (train split only)"
     );

@@ -2,7 +2,7 @@
 
 use crate::tensor::{DType, Tensor};
 
-/// The row of one view of one sample: `s * s * 4` values.
+/// The row of one view of one sample: `s * s * channels` values.
 pub enum Row<'a> {
     /// On an f32 device.
     F32(&'a mut [f32]),

@@ -1,38 +1,84 @@
 //! The interface of a set of images.
 //!
-//! A source maps an index to an RGB image of 8-bit values and, if the set is labelled, a class. Images are read into a
-//! buffer of the caller, so that a loader's threads allocate nothing per image. Order, batches and augmentation are
-//! decided elsewhere.
+//! A source maps an index to an image and, if the set is labelled, a class. All images of a source have one [`Format`], mostly
+//! RGB of 8 bits. Images are read into a buffer of the caller, so that a loader's threads allocate nothing per image. Order,
+//! batches and augmentation are decided elsewhere.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::tensor::device_channels;
 
-/// An RGB image: a buffer that is read into again and again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Channels and bits of an image's samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Format {
+    /// Samples of a pixel, at least 1.
+    pub channels: usize,
+    /// Bits of a sample, 8 or 16.
+    pub bits: usize,
+}
+
+impl Format {
+    /// Three channels of 8 bits.
+    pub const RGB: Self = Self { channels: 3, bits: 8 };
+
+    /// Bytes of a pixel.
+    pub fn bytes(self) -> usize {
+        self.channels * self.bits / 8
+    }
+
+    /// Channels of a view on a device, the last of them zero: 4, or a multiple of 8.
+    pub fn device_channels(self) -> usize {
+        device_channels(self.channels)
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { channels, bits } = self;
+        write!(f, "{channels} channel{} of {bits} bits", if *channels == 1 { "" } else { "s" })
+    }
+}
+
+/// An image: a buffer that is read into again and again.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
     /// Width in pixels.
     pub width: usize,
     /// Height in pixels.
     pub height: usize,
-    /// `[height, width, 3]`, row-major.
+    /// What the samples are.
+    pub format: Format,
+    /// `[height, width, channels]`, row-major; samples of 16 bits are two bytes, little-endian.
     pub pixels: Vec<u8>,
 }
 
+impl Default for Image {
+    fn default() -> Self {
+        Self { width: 0, height: 0, format: Format::RGB, pixels: Vec::new() }
+    }
+}
+
 impl Image {
-    /// Sets the size; the contents of the pixels become unspecified.
+    /// Sets the size of an RGB image of 8 bits; the contents of the pixels become unspecified.
     pub fn resize(&mut self, width: usize, height: usize) {
-        (self.width, self.height) = (width, height);
-        self.pixels.resize(width * height * 3, 0);
+        self.reshape(width, height, Format::RGB);
+    }
+
+    /// Sets size and format; the contents of the pixels become unspecified.
+    pub fn reshape(&mut self, width: usize, height: usize, format: Format) {
+        (self.width, self.height, self.format) = (width, height, format);
+        self.pixels.resize(width * height * format.bytes(), 0);
     }
 
     /// Panics unless there are as many pixels as width and height say.
     #[track_caller]
     pub(crate) fn expect_whole(&self) {
         let (width, height, len) = (self.width, self.height, self.pixels.len());
-        let values = width.checked_mul(height).and_then(|pixels| pixels.checked_mul(3));
+        let bytes = self.format.bytes();
+        let values = width.checked_mul(height).and_then(|pixels| pixels.checked_mul(bytes));
         assert!(values == Some(len), "image: {len} values for {width} x {height} pixels");
     }
 }
@@ -71,6 +117,11 @@ impl FromStr for Split {
 
 /// A set of images, safe to read from many threads.
 pub trait Source: Send + Sync {
+    /// What the samples of all its images are.
+    fn format(&self) -> Format {
+        Format::RGB
+    }
+
     /// Number of images.
     fn len(&self) -> usize;
 
@@ -156,6 +207,10 @@ impl Subset {
 }
 
 impl Source for Subset {
+    fn format(&self) -> Format {
+        self.source.format()
+    }
+
     fn len(&self) -> usize {
         self.indices.len()
     }

@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use rayon::prelude::*;
 
 use super::batch::Skipped;
-use super::source::{Image, Source};
+use super::source::{Format, Image, Source};
 use crate::device::Device;
 use crate::error::Result;
 
@@ -21,16 +21,16 @@ pub struct Survey {
     pub broken: Vec<Skipped>,
     /// Shorter sides in pixels: least, median, largest.
     pub sides: [usize; 3],
-    /// Images without colour: their three channels are equal.
+    /// Images without colour: their three channels of 8 bits are equal.
     pub grey: usize,
     /// Images whose pixels are those of an earlier one.
     pub copies: usize,
     /// Mean number of pixels of an image.
     pub pixels: f64,
     /// Mean of each channel, in `0..=1`.
-    pub mean: [f64; 3],
+    pub mean: Vec<f64>,
     /// Standard deviation of each channel over all pixels, in `0..=1`.
-    pub std: [f64; 3],
+    pub std: Vec<f64>,
 }
 
 /// One image, as far as the survey needs it.
@@ -40,19 +40,23 @@ struct Seen {
     grey: bool,
     /// Of size and pixels: two of 64 bits differ by chance in all sets that fit on a disk.
     hash: u64,
-    sums: [u64; 3],
-    squares: [u64; 3],
+    /// Of each channel, in units of the samples.
+    sums: Vec<u64>,
+    squares: Vec<u64>,
 }
 
 impl Seen {
     fn of(image: &Image) -> Self {
         let mut hasher = DefaultHasher::new();
         ([image.width, image.height], &image.pixels).hash(&mut hasher);
-        let (mut sums, mut squares, mut grey) = ([0; 3], [0; 3], true);
-        for pixel in image.pixels.chunks_exact(3) {
-            grey &= pixel[0] == pixel[1] && pixel[1] == pixel[2];
-            for (c, &value) in pixel.iter().enumerate() {
-                let value = u64::from(value);
+        let Format { channels, bits } = image.format;
+        let (mut sums, mut squares) = (vec![0; channels], vec![0; channels]);
+        let mut grey = image.format == Format::RGB;
+        for pixel in image.pixels.chunks_exact(image.format.bytes()) {
+            grey = grey && pixel[0] == pixel[1] && pixel[1] == pixel[2];
+            for (c, sample) in pixel.chunks_exact(bits / 8).enumerate() {
+                let high = sample.get(1).map_or(0, |&byte| u64::from(byte));
+                let value = u64::from(sample[0]) | high << 8;
                 sums[c] += value;
                 squares[c] += value * value;
             }
@@ -102,11 +106,17 @@ pub fn survey(source: &dyn Source, limit: usize, device: &Device) -> Result<Surv
     let side = |at: usize| sides.get(at).copied().unwrap_or(0);
     let pixels: usize = seen.iter().map(|one| one.pixels).sum();
     let count = pixels.max(1) as f64;
-    let total = |of: fn(&Seen) -> [u64; 3], c: usize| -> f64 {
-        seen.iter().map(|one| of(one)[c]).sum::<u64>() as f64
-    };
-    let mean = [0, 1, 2].map(|c| total(|one| one.sums, c) / count / 255.0);
-    let square = [0, 1, 2].map(|c| total(|one| one.squares, c) / count / (255.0 * 255.0));
+    let Format { channels, bits } = source.format();
+    let most = ((1 << bits) - 1) as f64;
+    let mut mean = vec![0.0; channels];
+    let mut square = vec![0.0; channels];
+    for one in &seen {
+        for c in 0..channels {
+            mean[c] += one.sums[c] as f64 / count / most;
+            square[c] += one.squares[c] as f64 / count / (most * most);
+        }
+    }
+    let std = (0..channels).map(|c| (square[c] - mean[c] * mean[c]).max(0.0).sqrt()).collect();
     Ok(Survey {
         images,
         looked_at,
@@ -116,7 +126,7 @@ pub fn survey(source: &dyn Source, limit: usize, device: &Device) -> Result<Surv
         copies: times.values().map(|times| times - 1).sum(),
         pixels: pixels as f64 / seen.len().max(1) as f64,
         mean,
-        std: [0, 1, 2].map(|c| (square[c] - mean[c] * mean[c]).max(0.0).sqrt()),
+        std,
     })
 }
 
@@ -145,7 +155,7 @@ mod tests {
         assert!(all.broken[0].reason.contains("e.png"), "{:?}", all.broken);
         // 32 white pixels and 256 red ones of 352.
         let share = [288.0 / 352.0, 32.0 / 352.0, 32.0 / 352.0];
-        for ((mean, std), share) in all.mean.into_iter().zip(all.std).zip(share) {
+        for ((mean, std), share) in all.mean.iter().zip(&all.std).zip(share) {
             assert!((mean - share).abs() < 1e-12, "{all:?}");
             assert!((std - (share * (1.0 - share)).sqrt()).abs() < 1e-12, "{all:?}");
         }

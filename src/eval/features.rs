@@ -202,16 +202,20 @@ pub(super) fn correct_rows(logits: &[f32], labels: &[u32]) -> usize {
     rows.filter(|(row, label)| argmax(row) == **label as usize).count()
 }
 
-/// Returns the pixels as features, three values per position: the baseline that needs no training.
+/// Returns the pixels as features, a value per position and channel: the baseline that needs no training.
 ///
 /// # Errors
 /// If an image has no label.
 pub fn pixel_features(source: &dyn Source, size: usize, device: &Device) -> Result<Features> {
     let device = device.host(); // there is nothing for a GPU to compute here
-    collect(source, &Policy::crop(size), device, ("pixels", size * size * 3), |images| {
-        let rgb: Vec<f64> =
-            images.to_f64().chunks_exact(4).flat_map(|pixel| pixel[..3].to_vec()).collect();
-        Ok(Tensor::from_f64(device, [images.shape()[0], size * size * 3], &rgb))
+    let format = source.format();
+    let (channels, padded) = (format.channels, format.device_channels());
+    let d = size * size * channels;
+    collect(source, &Policy::crop(size), device, ("pixels", d), |images| {
+        let values = images.to_f64();
+        let pixels = values.chunks_exact(padded);
+        let samples: Vec<f64> = pixels.flat_map(|pixel| pixel[..channels].to_vec()).collect();
+        Ok(Tensor::from_f64(device, [images.shape()[0], d], &samples))
     })
 }
 

@@ -102,11 +102,12 @@ pub fn quality(
         return Ok(None);
     }
     let mut features: Vec<f32> = Vec::with_capacity(n * VIEWS * d);
-    let row = policies[0].size * policies[0].size * 4;
+    let channels = source.format().device_channels();
+    let row = policies[0].size * policies[0].size * channels;
     for rows in views.pixels.chunks(256 * row) {
         let pixels: Vec<f64> = rows.iter().map(|&v| f64::from(v)).collect();
         let size = policies[0].size;
-        let images = Tensor::from_f64(device, [rows.len() / row, size, size, 4], &pixels);
+        let images = Tensor::from_f64(device, [rows.len() / row, size, size, channels], &pixels);
         // Crops are f32 on a processor, and activations on a GPU.
         let on_gpu = device.kind() == DeviceKind::Cuda;
         let dtype = if on_gpu { DType::of_activations(device) } else { images.dtype() };
@@ -124,14 +125,18 @@ struct Views {
     params: Vec<Params>,
     /// Width and height of the image of each view.
     sizes: Vec<[usize; 2]>,
-    /// `[n * VIEWS, size, size, 4]`.
+    /// `[n * VIEWS, size, size, channels]`.
     pixels: Vec<f32>,
+    /// Channels of the images, and with the padding.
+    channels: [usize; 2],
 }
 
 impl Views {
     fn make(source: &Arc<dyn Source>, policies: &[&Policy], seed: u64) -> Result<Self> {
         let count = source.len().min(IMAGES);
-        let row = policies[0].size * policies[0].size * 4;
+        let format = source.format();
+        let channels = [format.channels, format.device_channels()];
+        let row = policies[0].size * policies[0].size * channels[1];
         let make = |(image, scratch): &mut (Image, Scratch), i: usize| -> Result<Option<_>> {
             let index = i * source.len() / count;
             if let Err(error) = source.read(index, image) {
@@ -153,7 +158,7 @@ impl Views {
             .into_par_iter()
             .map_init(<(Image, Scratch)>::default, make)
             .collect::<Result<_>>()?;
-        let mut all = Self { params: Vec::new(), sizes: Vec::new(), pixels: Vec::new() };
+        let mut all = Self { params: Vec::new(), sizes: Vec::new(), pixels: Vec::new(), channels };
         for (params, size, pixels) in made.into_iter().flatten() {
             all.params.extend(params);
             all.sizes.extend([size; VIEWS]);
@@ -172,14 +177,16 @@ impl Views {
         let pairs = (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));
         let near: f64 = pairs.map(|(i, j)| (-2.0 * apart(view(i, 0), view(j, 0))).exp()).sum();
         let row = self.pixels.len() / self.params.len();
+        let colours = |view| colours(view, self.channels);
         let colours: Vec<f32> = self.pixels.chunks_exact(row).flat_map(colours).collect();
+        let count = 2 * self.channels[0];
         Quality {
             rank_me,
             lidar: lidar(features, d, VIEWS),
             alignment,
             uniformity: (near / (n * (n - 1) / 2) as f64).ln(),
             matched: matched(&unit, d),
-            matched_by_colour: matched(&standardised(&colours, 6), 6),
+            matched_by_colour: matched(&standardised(&colours, count), count),
             matched_by_pixels: matched(&centred_unit_rows(&self.pixels, row), row),
             knows_crop: self.known(&unit, d, &self.crops()),
             knows_colour: self.known(&unit, d, &self.jitters()),
@@ -254,19 +261,19 @@ impl Views {
     }
 }
 
-/// Mean and deviation of each channel of a view.
-fn colours(view: &[f32]) -> [f32; 6] {
-    let n = (view.len() / 4) as f32;
-    let (mut sums, mut squares) = ([0.0; 3], [0.0; 3]);
-    for pixel in view.chunks_exact(4) {
-        for (c, &value) in pixel[..3].iter().enumerate() {
+/// Means and then deviations of the channels of a view.
+fn colours(view: &[f32], [channels, padded]: [usize; 2]) -> Vec<f32> {
+    let n = (view.len() / padded) as f32;
+    let (mut sums, mut squares) = (vec![0.0; channels], vec![0.0; channels]);
+    for pixel in view.chunks_exact(padded) {
+        for (c, &value) in pixel[..channels].iter().enumerate() {
             sums[c] += value;
             squares[c] += value * value;
         }
     }
     let mean = |c: usize| sums[c] / n;
     let deviation = |c: usize| (squares[c] / n - mean(c).powi(2)).max(0.0).sqrt();
-    [mean(0), mean(1), mean(2), deviation(0), deviation(1), deviation(2)]
+    (0..channels).map(mean).chain((0..channels).map(deviation)).collect()
 }
 
 /// Rows of length 1 after the mean row was subtracted; a row of zeros stays one.

@@ -83,7 +83,9 @@ impl Distill {
         let (mut layout, mut teacher_layout) = (Layout::new(), Layout::new());
         let student = Classifier::new(&mut layout, network, &settings.student);
         let teacher = settings.teacher_settings();
-        let teacher = Classifier::new(&mut teacher_layout, &settings.teacher.network, &teacher);
+        // Both see the same images.
+        let of_teacher = ResNetConfig { channels: network.channels, ..settings.teacher.network };
+        let teacher = Classifier::new(&mut teacher_layout, &of_teacher, &teacher);
         let (layout, teacher_layout) = (Arc::new(layout), Arc::new(teacher_layout));
         Self { layout, student, teacher_layout, teacher, settings: settings.clone(), weights: None }
     }

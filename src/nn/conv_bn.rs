@@ -3,6 +3,7 @@
 use crate::arena::{Init, Layout, Param, SlotKind};
 use crate::ops::{self, BatchNorm, Moments, Running};
 use crate::tape::Var;
+use crate::tensor::device_channels;
 
 /// A batch norm's slots, named as torchvision names them.
 #[derive(Clone, Copy, Debug)]
@@ -98,10 +99,33 @@ impl ConvBn {
         gain: f64,
         groups: usize,
     ) -> Self {
+        // A layer over RGB images, which a device pads.
+        let device_c = if c == 3 { device_channels(c) } else { c };
+        Self::padded(layout, names, [c, device_c], [k, size, stride], gain, groups)
+    }
+
+    /// As [`ConvBn::new`] with a gain of 1, over images of `c` channels, which a device pads with zeros
+    /// ([`device_channels`]): in files the filters have `c`. `[k, size, stride]` are number and side of the filters, and their step.
+    pub fn over_images(
+        layout: &mut Layout,
+        names: (&str, &str),
+        c: usize,
+        filters: [usize; 3],
+        groups: usize,
+    ) -> Self {
+        Self::padded(layout, names, [c, device_channels(c)], filters, 1.0, groups)
+    }
+
+    fn padded(
+        layout: &mut Layout,
+        names: (&str, &str),
+        [c, device_c]: [usize; 2],
+        [k, size, stride]: [usize; 3],
+        gain: f64,
+        groups: usize,
+    ) -> Self {
         let init = Init::Normal((2.0 / (k * size * size) as f64).sqrt());
         let name = format!("{}.weight", names.0);
-        // Images have three channels in files and four on a device.
-        let device_c = if c == 3 { 4 } else { c };
         let shape = [k, size, size, device_c];
         let filters = layout.padded_param(name, shape, SlotKind::Filter, init, c);
         let norm = Norm::new(layout, names.1, k, Some(gain), true, groups);

@@ -53,6 +53,13 @@ pub struct ResNetConfig {
     /// and BYOL. Convolutions pad evenly in any case, as in SimCLR; Haiku's, and so BYOL's, do not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub same_pool: bool,
+    /// Channels of the images, at least 1. A recipe has them as `data.channels`.
+    #[serde(skip, default = "three")]
+    pub channels: usize,
+}
+
+fn three() -> usize {
+    3
 }
 
 fn is_false(value: &bool) -> bool {
@@ -99,6 +106,7 @@ impl ResNetConfig {
             bottleneck,
             project,
             same_pool,
+            channels: three(),
         })
     }
 
@@ -106,6 +114,7 @@ impl ResNetConfig {
     pub fn name(&self) -> Option<&'static str> {
         let adds = self.project && !self.blocks().1; // a bottleneck's first block projects anyway
         let in_torchvision = self.width == 64
+            && self.channels == 3
             && self.stem == Stem::Image
             && !(self.selective() || adds || self.same_pool);
         let same = |&&(_, depth, bottleneck): &&(&str, usize, usize)| {
@@ -160,6 +169,9 @@ impl ResNetConfig {
             return Err(crate::Error::config(
                 "network.width, network.norm_groups and network.bottleneck start at 1",
             ));
+        }
+        if self.channels == 0 {
+            return Err(crate::Error::config("a network's images have at least one channel"));
         }
         // The widest published network has width 192; sizes beyond these limits would overflow.
         if self.width > 4096 || self.bottleneck > 64 {
@@ -216,7 +228,7 @@ impl Block {
     }
 }
 
-/// A ResNet backbone: images `[n, h, w, 4]` to features `[n, features]`.
+/// A ResNet backbone: images `[n, h, w, channels]`, padded as on a device, to features `[n, features]`.
 #[derive(Clone, Debug)]
 pub struct ResNet {
     stem: StemLayers,
@@ -253,18 +265,29 @@ impl Builder<'_> {
     }
 
     fn stem(&mut self, config: &ResNetConfig) -> Vec<ConvBn> {
-        let width = config.width;
-        let one = || ("conv1".to_owned(), "bn1".to_owned());
+        let (width, half) = (config.width, config.width / 2);
         match (config.stem, config.selective()) {
-            (Stem::Small, _) => vec![self.unit(one(), [3, width, 3, 1], 1.0)],
-            (Stem::Image, false) => vec![self.unit(one(), [3, width, 7, 2], 1.0)],
+            (Stem::Small, _) => vec![self.first(("conv1", "bn1"), config, [width, 3, 1])],
+            (Stem::Image, false) => vec![self.first(("conv1", "bn1"), config, [width, 7, 2])],
             (Stem::Image, true) => {
-                let sizes =
-                    [[3, width / 2, 3, 2], [width / 2, width / 2, 3, 1], [width / 2, width, 3, 1]];
                 let name = |i| (format!("conv1.{i}"), format!("bn1.{i}"));
-                (0..3).map(|i| self.unit(name(i), sizes[i], 1.0)).collect()
+                let first = self.first(("conv1.0", "bn1.0"), config, [half, 3, 2]);
+                let second = self.unit(name(1), [half, half, 3, 1], 1.0);
+                vec![first, second, self.unit(name(2), [half, width, 3, 1], 1.0)]
             }
         }
+    }
+
+    /// The convolution over the images: `k` filters of `size x size`.
+    fn first(
+        &mut self,
+        names: (&str, &str),
+        config: &ResNetConfig,
+        [k, size, stride]: [usize; 3],
+    ) -> ConvBn {
+        let names = [names.0, names.1].map(|name| format!("{}{name}", self.prefix));
+        let names = (&*names[0], &*names[1]);
+        ConvBn::over_images(self.layout, names, config.channels, [k, size, stride], self.groups)
     }
 
     /// A block called `name` from `c` channels to `k`, with `inner` channels inside the branch; `is_first` of its stage or not.
@@ -347,8 +370,9 @@ impl ResNet {
         self.features
     }
 
-    /// Images `x [n, h, w, 4]`, the fourth channel zero, to features `[n, features]`. Stem and blocks are recomputed in the backward
-    /// pass if the arena asks for it ([`Arena::with_recompute`](crate::arena::Arena::with_recompute)).
+    /// Images `x [n, h, w, 4]`, the fourth channel zero, or with as many channels as [`device_channels`](crate::tensor::device_channels)
+    /// says, to features `[n, features]`. Stem and blocks are recomputed in the backward pass if the arena asks for it
+    /// ([`Arena::with_recompute`](crate::arena::Arena::with_recompute)).
     #[track_caller]
     pub fn forward<'t>(&self, x: &Var<'t>) -> Var<'t> {
         let (tape, stem) = (x.tape(), self.stem.clone());

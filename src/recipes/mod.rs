@@ -8,7 +8,7 @@ mod source;
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::Policy;
+use crate::data::{Axes, Format, Pages, Policy, Reading};
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::methods::{self, Method};
@@ -64,6 +64,21 @@ pub struct MethodSettings {
 pub struct DataSettings {
     /// A folder, or `fashion-scattered` for the built-in images.
     pub path: String,
+    /// Channels of the images; see [`Reading`]. The network has as many inputs.
+    #[serde(default = "three", skip_serializing_if = "is_three")]
+    pub channels: usize,
+    /// Bits of a sample, 8 or 16.
+    #[serde(default = "eight", skip_serializing_if = "is_eight")]
+    pub bits: usize,
+    /// The values that become 0 and the largest sample of 16 bits; files of floats need it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<[f64; 2]>,
+    /// What the pages of a TIFF file are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages: Option<Pages>,
+    /// The axes of NumPy arrays, which are read only with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub axes: Option<Axes>,
     /// Use this many training images, spread over the set; 0 for all.
     #[serde(default)]
     pub limit: usize,
@@ -95,6 +110,35 @@ impl DataSettings {
     pub(crate) fn gpu_bytes(&self) -> Result<Option<usize>> {
         let wrong = |reason| Error::Config(format!("data.gpu_memory: {reason}"));
         self.gpu_memory.as_deref().map(settings::bytes).transpose().map_err(wrong)
+    }
+}
+
+impl DataSettings {
+    /// All images of a folder, read in some way.
+    pub(crate) fn all_of(path: &str, reading: &Reading) -> Self {
+        let Reading { format: Format { channels, bits }, range, pages, axes } = *reading;
+        let (limit, test_limit, labels) = (0, 0, None);
+        let (max_skipped, validation, path) = (MAX_SKIPPED, 0.0, path.to_owned());
+        Self {
+            path,
+            channels,
+            bits,
+            range,
+            pages,
+            axes,
+            limit,
+            test_limit,
+            labels,
+            max_skipped,
+            validation,
+            gpu_memory: None,
+        }
+    }
+
+    /// How its files are read.
+    pub fn reading(&self) -> Reading {
+        let &Self { channels, bits, range, pages, axes, .. } = self;
+        Reading { format: Format { channels, bits }, range, pages, axes }
     }
 }
 
@@ -243,6 +287,18 @@ fn is_one_percent(value: &f64) -> bool {
     *value == MAX_SKIPPED
 }
 
+fn is_three(value: &usize) -> bool {
+    *value == 3
+}
+
+fn eight() -> usize {
+    8
+}
+
+fn is_eight(value: &usize) -> bool {
+    *value == 8
+}
+
 fn is_zero(value: &u64) -> bool {
     *value == 0
 }
@@ -294,6 +350,7 @@ impl Recipe {
         if let Some(source) = &mut recipe.source {
             source.forget_figure(settings);
         }
+        recipe.network.channels = recipe.data.channels;
         recipe.check()?;
         Ok(recipe)
     }
@@ -412,7 +469,10 @@ impl Recipe {
                 self.train.batch / parts
             )));
         }
-        self.augment.iter().try_for_each(Policy::check)
+        let reading = self.data.reading();
+        reading.check()?;
+        self.augment.iter().try_for_each(Policy::check)?;
+        self.augment.iter().try_for_each(|policy| policy.check_for(reading.format))
     }
 }
 

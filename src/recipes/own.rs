@@ -5,7 +5,8 @@
 use std::fmt::Display;
 
 use super::Recipe;
-use crate::data::augment::{Normalise, Policy};
+use crate::data::Reading;
+use crate::data::augment::{BlurKind, Noise, Normalise, Pixels, Policy};
 use crate::error::{Error, Result};
 use crate::nn::Stem;
 use crate::optim::LrRule;
@@ -25,10 +26,12 @@ pub struct OwnImages {
     pub classes: usize,
     /// Whether there is a labelled held-out split.
     pub held_out: bool,
+    /// How their files are read.
+    pub reading: Reading,
     /// Mean of each channel, in `0..=1`.
-    pub mean: [f64; 3],
+    pub mean: Vec<f64>,
     /// Standard deviation of each channel, in `0..=1`.
-    pub std: [f64; 3],
+    pub std: Vec<f64>,
 }
 
 /// One setting that was chosen, and why.
@@ -144,15 +147,8 @@ pub(crate) fn own_recipe(
             "of the seven it learnt most from a small budget here (kNN 35.7% on CIFAR-10 after 4 epochs, the next one 29.4%); --method chooses another",
         ),
     }];
-    recipe.data = super::DataSettings {
-        path: set.path.clone(),
-        limit: 0,
-        test_limit: 0,
-        labels: None,
-        max_skipped: super::MAX_SKIPPED,
-        validation: 0.0,
-        gpu_memory: None,
-    };
+    recipe.data = super::DataSettings::all_of(&set.path, &set.reading);
+    recipe.network.channels = recipe.data.channels;
     let side = set.side;
     recipe.network.stem = stem;
     choices.push(match stem {
@@ -210,9 +206,12 @@ fn views(policies: &mut [Policy], size: usize, set: &OwnImages, choices: &mut Ve
         // SwAV's small crops keep their ratio to the large ones.
         policy.size = (policy.size * size / first).max(8);
         policy.normalise = Some(Normalise {
-            mean: set.mean.map(|v| v as f32),
-            std: set.std.map(|v| v.max(1e-3) as f32),
+            mean: set.mean.iter().map(|&v| v as f32).collect(),
+            std: set.std.iter().map(|v| v.max(1e-3) as f32).collect(),
         });
+        if !set.reading.is_rgb() {
+            for_channels(policy, set.reading.format.channels);
+        }
         if set.grey {
             policy.grey = 0.0;
             if let Some(jitter) = &mut policy.jitter {
@@ -220,18 +219,60 @@ fn views(policies: &mut [Policy], size: usize, set: &OwnImages, choices: &mut Ve
             }
         }
     }
-    let three = |values: [f64; 3]| values.map(|v| format!("{v:.3}")).join(", ");
+    let list =
+        |values: &[f64]| values.iter().map(|v| format!("{v:.3}")).collect::<Vec<_>>().join(", ");
     choices.push(Choice::new(
         "normalise",
-        format!("mean {}; deviation {}", three(set.mean), three(set.std)),
+        format!("mean {}; deviation {}", list(&set.mean), list(&set.std)),
         "measured on these images",
     ));
+    if !set.reading.is_rgb() {
+        let format = set.reading.format;
+        choices.push(Choice::new("images", format, "as their files have them"));
+        if let Some([low, high]) = set.reading.range {
+            choices.push(Choice::new(
+                "range",
+                format!("{low} to {high}"),
+                "the least and the largest sample of some images become black and white (data.range)",
+            ));
+        }
+        let what = match format.channels {
+            1 => "float pixels; noise in place of saturation, hue and greyscale",
+            3 => "float pixels",
+            _ => {
+                "float pixels; a dropped channel, and brightness and contrast of each, in place of saturation, hue and greyscale"
+            }
+        };
+        let why = "8-bit arithmetic, hue and grey are those of 8-bit RGB";
+        choices.push(Choice::new("augmentation", what, why));
+    }
     if set.grey {
         choices.push(Choice::new(
             "augmentation",
             "no saturation, hue or greyscale",
             "no image has colour, so they would change nothing",
         ));
+    }
+}
+
+/// Replaces what is defined for RGB of 8 bits alone.
+fn for_channels(policy: &mut Policy, channels: usize) {
+    policy.pixels = Pixels::Float;
+    if let Some(blur) = &mut policy.blur {
+        blur.kind = BlurKind::Gaussian;
+    }
+    if channels == 3 {
+        return;
+    }
+    let lost = policy.grey;
+    policy.grey = 0.0;
+    if let Some(jitter) = &mut policy.jitter {
+        (jitter.saturation, jitter.hue) = (0.0, 0.0);
+        jitter.per_channel = channels > 1;
+    }
+    match channels {
+        1 => policy.noise = Some(Noise { p: 0.5, std: [0.01, 0.1] }),
+        _ => policy.channel_drop = lost,
     }
 }
 
@@ -297,8 +338,9 @@ mod tests {
             grey: false,
             classes: 0,
             held_out: false,
-            mean: [0.5; 3],
-            std: [0.25; 3],
+            reading: Reading::default(),
+            mean: vec![0.5; 3],
+            std: vec![0.25; 3],
         }
     }
 

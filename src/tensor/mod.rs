@@ -500,6 +500,11 @@ impl<'a> TensorMut<'a> {
     }
 }
 
+/// Channels that images of so many channels have on a device, which pads them with zeros: 4, or a multiple of 8.
+pub fn device_channels(channels: usize) -> usize {
+    if channels <= 4 { 4 } else { channels.next_multiple_of(8) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

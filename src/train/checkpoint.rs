@@ -143,14 +143,51 @@ pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
 /// # Errors
 /// If the file is damaged, a slot of the backbone is missing, the file's backbone has others, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
+    init_fitted(path, arena, false).map(drop)
+}
+
+/// As [`init_weights`]; if `fit`, a backbone over three channels is fitted to images of other channels: the filters of its first
+/// convolution are added up for one channel, and repeated and scaled by 3 / channels for more. Returns whether they were.
+pub(super) fn init_fitted(path: &Path, arena: &mut Arena, fit: bool) -> Result<bool> {
     let mut file = WeightFile::open(path)?;
     let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
     check_architecture(&file, &prefix, arena.layout())?;
-    file.fill_finite(arena, |slot| match slot.strip_prefix(BACKBONE) {
+    let name = |slot: &str| match slot.strip_prefix(BACKBONE) {
         Some(inner) => Some(format!("{prefix}{inner}")),
         None => names.contains(slot).then(|| slot.to_owned()),
-    })
+    };
+    let first = ["conv1.weight", "conv1.0.weight"].map(|inner| format!("{BACKBONE}{inner}"));
+    let first =
+        first.iter().find(|first| arena.layout().params().iter().any(|s| s.name == **first));
+    match first.filter(|_| fit) {
+        Some(first) => file.fill_fitted(arena, first, name),
+        None => file.fill_finite(arena, name).map(|()| false),
+    }
+}
+
+/// Says how a weight file over three channels is fitted to images of others, if it is.
+///
+/// # Errors
+/// If the file is damaged.
+pub fn fitted_channels(path: &Path, layout: &Layout) -> Result<Option<String>> {
+    let file = WeightFile::open(path)?;
+    let prefix = file.common_prefix(&backbone_slots(layout))?;
+    let first = layout.params().iter().find_map(|slot| {
+        let inner = slot.name.strip_prefix(BACKBONE)?;
+        ["conv1.weight", "conv1.0.weight"].contains(&inner).then_some((inner, slot.channels))
+    });
+    let Some((inner, channels)) = first else { return Ok(None) };
+    let from = file.shape(&format!("{prefix}{inner}")).and_then(|shape| shape.get(1).copied());
+    Ok((from == Some(3) && channels != 3).then(|| {
+        let how = match channels {
+            1 => "added up".to_owned(),
+            _ => format!("repeated in turn and scaled by 3/{channels}"),
+        };
+        format!(
+            "{inner} has filters over 3 channels, and the images have {channels}: they are {how}"
+        )
+    }))
 }
 
 /// Refuses weights of a larger backbone: those of a ResNet-34 hold all slots of a ResNet-18, in the same shapes.
@@ -334,6 +371,7 @@ mod tests {
             bottleneck: 1,
             project: false,
             same_pool: false,
+            channels: 3,
         };
         ResNet::new(&mut layout, "backbone.", &config);
         Arena::new(&Arc::new(layout), &Device::cpu(1).unwrap(), seed)

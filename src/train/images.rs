@@ -36,9 +36,14 @@ impl Images {
     pub fn open(settings: &DataSettings) -> Result<Self> {
         let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
             let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
+                if !settings.reading().is_rgb() {
+                    return Err(Error::config(
+                        "fashion-scattered has 3 channels of 8 bits: leave data.channels and data.bits out",
+                    ));
+                }
                 Arc::new(data::fashion_scattered(split))
             } else {
-                data::open(Path::new(&settings.path), split)?.into()
+                data::open_as(Path::new(&settings.path), split, &settings.reading())?.into()
             };
             Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
         };

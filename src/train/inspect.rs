@@ -11,7 +11,7 @@ use crate::methods::{Method, RunInfo};
 use crate::optim::Optimizer;
 use crate::recipes::Recipe;
 use crate::tape::{NodeInfo, step};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Tensor, device_channels};
 
 /// One measured step, on black images.
 #[derive(Clone, Debug)]
@@ -123,8 +123,10 @@ fn crops(
             None => sizes.push((policy.size, 1)),
         }
     }
+    let channels = device_channels(recipe.data.channels);
     let black = |(size, views): (usize, usize)| {
-        Tensor::zeros(device, [views * images, size, size, 4]).cast(DType::of_activations(device))
+        Tensor::zeros(device, [views * images, size, size, channels])
+            .cast(DType::of_activations(device))
     };
     Ok(sizes.into_iter().map(black).collect())
 }

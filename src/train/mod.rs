@@ -13,6 +13,7 @@ mod onnx;
 mod parity_dump;
 mod plan;
 mod ranks;
+mod reading;
 mod report;
 mod resume;
 mod run;
@@ -25,7 +26,8 @@ mod trained;
 mod tune;
 
 pub use checkpoint::{
-    export_backbone, foreign_prefix, init_weights, load_state, load_weights, newest, save,
+    export_backbone, fitted_channels, foreign_prefix, init_weights, load_state, load_weights,
+    newest, save,
 };
 pub use diagnosis::{Finding, History, Kind, diagnose};
 pub use finetune::{FINETUNES, finetuning};
@@ -37,6 +39,7 @@ pub use inspect::{
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
+pub(crate) use reading::pack_reading;
 pub use report::{REPORT, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};

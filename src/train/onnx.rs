@@ -20,7 +20,7 @@ const IR_VERSION: u64 = 8;
 /// `TensorProto.DataType.FLOAT`.
 const FLOAT: u64 = 1;
 
-/// Writes the arena's backbone as an ONNX model of operator set 17: `input [batch, 3, height, width]`, normalised as in training, to
+/// Writes the arena's backbone as an ONNX model of operator set 17: `input [batch, channels, height, width]`, normalised as in training, to
 /// `output [batch, features]`, for any batch size and image size. Batch norm uses its running statistics, folded into the weights
 /// of the convolutions, which keep torchvision's names.
 ///
@@ -215,7 +215,7 @@ fn model(weights: BTreeMap<String, Values>) -> Result<Vec<u8>> {
     }
     let x = graph.node("GlobalAveragePool", "avgpool", &[&x], &[]);
     graph.node("Flatten", "output", &[&x], &[]);
-    let input = value("input", &[Err("batch"), Ok(3), Err("height"), Err("width")]);
+    let input = value("input", &[Err("batch"), Ok(stem[1]), Err("height"), Err("width")]);
     let output = value("output", &[Err("batch"), Ok(graph.channels)]);
     let graph = graph.message.text(2, "backbone").message(11, &input).message(12, &output);
     let model = Message::default().number(1, IR_VERSION).text(2, "selfsup");

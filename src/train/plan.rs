@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::reading::reading_of;
 use crate::data::{self, Split, Survey};
 use crate::device::{Device, DeviceKind, Precision};
 use crate::error::{Error, Result};
@@ -140,7 +141,8 @@ pub fn plan(
         Error::format(folder, "a recipe cannot hold a path that is not UTF-8: rename the folder")
     })?;
     wishes.method.map_or(Ok(()), recipes::check_method)?;
-    let source = data::open(folder, Split::Train)?;
+    let reading = reading_of(folder, wishes.settings)?;
+    let source = data::open_as(folder, Split::Train, &reading)?;
     if source.len() < FEWEST_IMAGES {
         let (path, images) = (path.to_owned(), source.len());
         return Err(too_few(&path, images, 0));
@@ -159,8 +161,9 @@ pub fn plan(
         grey: survey.grey == readable,
         classes: source.classes().len(),
         held_out: false,
-        mean: survey.mean,
-        std: survey.std,
+        reading,
+        mean: survey.mean.clone(),
+        std: survey.std.clone(),
     };
     drop(source);
     let (recipe, _) = recipes::own_recipe(&set, wishes.method, on_gpu(device), 16, usize::MAX)?;
@@ -172,7 +175,8 @@ pub fn plan(
     let planner = Planner { set, held_out, share, wishes, device, tell };
     let Fitted { recipe, choices, pace, need } = planner.fit()?;
     let schedule = recipe.schedule(trained_on(&planner.set, &recipe));
-    let cache = CACHE.min(survey.pixels * 3.0 * (planner.set.images + held_out) as f64);
+    let bytes = survey.pixels * reading.format.bytes() as f64;
+    let cache = CACHE.min(bytes * (planner.set.images + held_out) as f64);
     Ok(Plan {
         classes: planner.set.classes,
         held_out,

@@ -209,7 +209,7 @@ impl Run {
             .in_group(group)
             .with_recompute(recipe.train.recompute);
         if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
-            checkpoint::init_weights(Path::new(file), &mut online)?;
+            checkpoint::init_fitted(Path::new(file), &mut online, true)?;
         }
         let optimizer = Optimizer::new(recipe.optim.rule, &online);
         let schedule = recipe.schedule(images.train.len());

@@ -32,6 +32,7 @@ fn method(norm_groups: usize) -> SimClr {
         bottleneck: 1,
         project: false,
         same_pool: false,
+        channels: 3,
     };
     SimClr::new(
         &network,

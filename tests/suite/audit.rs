@@ -102,6 +102,7 @@ fn the_audited_units_make_up_a_resnet() {
         bottleneck: 1,
         project: false,
         same_pool: false,
+        channels: 3,
     };
     let backbone = ResNet::new(&mut layout, "", &config);
     let reference = Device::reference();

@@ -42,7 +42,7 @@ fn image(kind: &str, width: usize, height: usize) -> Image {
             pixels.extend((0..3).map(|c| value(x, y, c)));
         }
     }
-    Image { width, height, pixels }
+    Image { width, height, pixels, ..Image::default() }
 }
 
 fn size(value: &Value) -> usize {
@@ -78,6 +78,7 @@ pub fn params(case: &Value) -> Params {
         grey: is("grey"),
         blur: case.get("sigma").map(number),
         solarise: is("solarise"),
+        channels: None,
     }
 }
 

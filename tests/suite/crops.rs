@@ -5,11 +5,11 @@ use std::sync::Arc;
 use half::bf16;
 use safetensors::SafeTensors;
 use selfsup::data::augment::{
-    Blur, BlurKind, Filter, Jitter, Normalise, Params, Pixels, Policy, Scratch, Solarise,
+    Blur, BlurKind, Filter, Jitter, Noise, Normalise, Params, Pixels, Policy, Scratch, Solarise,
     apply_on_gpu,
 };
 use selfsup::data::{
-    Batch, Folder, Image, Loader, Source, Split, Subset, center_batch, fashion_scattered,
+    Batch, Folder, Format, Image, Loader, Source, Split, Subset, center_batch, fashion_scattered,
 };
 use selfsup::device::{Device, Philox, Precision, Purpose};
 use selfsup::tensor::{DType, Tensor};
@@ -21,7 +21,8 @@ use crate::driver::{gpu, open};
 type View = (Policy, Params, Image);
 
 fn on_host((policy, params, image): &View) -> Vec<f32> {
-    let mut out = vec![f32::NAN; policy.size * policy.size * 4];
+    let channels = image.format.device_channels();
+    let mut out = vec![f32::NAN; policy.size * policy.size * channels];
     policy.apply(params, image, &mut out, &mut Scratch::default());
     out
 }
@@ -29,10 +30,11 @@ fn on_host((policy, params, image): &View) -> Vec<f32> {
 /// Makes the views, all of one size, on a GPU in f32 and bf16 and compares them with the host's. Returns the largest difference
 /// between floats.
 fn compare(gpu: &Device, views: &[View]) -> f64 {
-    let size = views[0].0.size;
+    let (size, format) = (views[0].0.size, views[0].2.format);
+    let (channels, padded) = (format.channels, format.device_channels());
     let borrowed: Vec<_> = views.iter().map(|(a, b, c)| (a, b, c)).collect();
     let make = |dtype| {
-        let mut out = Tensor::empty(gpu, dtype, [views.len(), size, size, 4]);
+        let mut out = Tensor::empty(gpu, dtype, [views.len(), size, size, padded]);
         apply_on_gpu(&borrowed, &mut out);
         out
     };
@@ -42,13 +44,15 @@ fn compare(gpu: &Device, views: &[View]) -> f64 {
         panic!("{e}\n{}", open().map(|driver| driver.report()).unwrap_or_default());
     }
     let mut worst = 0.0f64;
-    let rows = exact.chunks_exact(size * size * 4).zip(rounded.chunks_exact(size * size * 4));
+    let rows =
+        exact.chunks_exact(size * size * padded).zip(rounded.chunks_exact(size * size * padded));
     for (view, (got, rounded)) in views.iter().zip(rows) {
         let (policy, params, image) = view;
         let (want, what) = (on_host(view), || {
             format!("{params:?} of {policy:?}, {} x {}", image.width, image.height)
         });
-        assert!(got.chunks_exact(4).all(|pixel| pixel[3] == 0.0), "fourth channel, {}", what());
+        let mut pixels = got.chunks_exact(padded);
+        assert!(pixels.all(|p| p[channels..].iter().all(|v| *v == 0.0)), "padding, {}", what());
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             let difference = f64::from(got - want).abs();
             let most = if policy.pixels == Pixels::U8 { 0.0 } else { FLOAT };
@@ -85,7 +89,7 @@ fn a_gpu_makes_the_views_of_the_golden_cases() {
 fn noise(seed: u32, width: usize, height: usize) -> Image {
     let mut rng = Philox::new(9, Purpose::Test, 1, seed);
     let pixels = (0..width * height * 3).map(|_| rng.next_u32() as u8).collect();
-    Image { width, height, pixels }
+    Image { width, height, pixels, ..Image::default() }
 }
 
 /// A policy of the given size; the six kinds cover every transform.
@@ -105,13 +109,13 @@ fn policy(size: usize, kind: usize) -> Policy {
             saturation: 0.8,
             hue: if kind == 1 { 0.0 } else { 0.2 },
             additive_brightness,
+            per_channel: false,
         }),
         grey: 0.2,
         grey_first: kind == 3,
         blur: Some(Blur { p: 0.5, sigma: [0.1, if kind == 3 { 9.0 } else { 2.0 }], kind: blur }),
         solarise: Some(Solarise { p: 0.3, threshold: 0.5 }),
-        normalise: (pixels == Pixels::U8)
-            .then_some(Normalise { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
+        normalise: (pixels == Pixels::U8).then(Normalise::imagenet),
         ..Policy::crop(size)
     }
 }
@@ -134,6 +138,43 @@ fn a_gpu_makes_views_of_any_size_of_images_of_any_size() {
     let wide = Policy { filter: Filter::Bicubic, area: [1.0, 1.0], ..Policy::crop(5) };
     let params = wide.draw(&mut Philox::new(3, Purpose::Test, 0, 0), 1100, 900);
     compare(&gpu, &[(wide, params, noise(0, 1100, 900))]);
+}
+
+/// A policy with what images of any channels have; the two kinds cover every operation.
+fn of_channels(size: usize, channels: usize, kind: usize) -> Policy {
+    let mut policy = policy(size, if kind == 0 { 2 } else { 5 });
+    policy.normalise = None;
+    policy.noise = Some(Noise { p: 0.5, std: [0.01, 0.2] });
+    policy.channel_drop = if channels > 1 { 0.4 } else { 0.0 };
+    // A value next to the threshold may be rounded to either side of it.
+    policy.solarise = Some(Solarise { p: 0.3, threshold: if kind == 0 { 0.0 } else { 1.0 } });
+    let jitter = policy.jitter.as_mut().unwrap();
+    jitter.per_channel = kind == 1;
+    if channels != 3 {
+        (policy.grey, jitter.saturation, jitter.hue) = (0.0, 0.0, 0.0);
+    }
+    policy
+}
+
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_gpu_makes_views_of_any_channels_and_bits() {
+    let gpu = gpu(Precision::F32);
+    for (channels, bits) in [(1, 8), (3, 8), (4, 16), (13, 16)] {
+        let format = Format { channels, bits };
+        for (size, width, height) in [(7, 31, 17), (24, 9, 40)] {
+            let views = |i: usize| {
+                let policy = of_channels(size, channels, i % 2);
+                policy.check().and_then(|()| policy.check_for(format)).unwrap();
+                let mut rng = Philox::new(4, Purpose::Test, size as u32, i as u32);
+                let mut image = noise(i as u32, width * bits / 8, height * channels.div_ceil(3));
+                image.pixels.truncate(width * height * format.bytes());
+                image.reshape(width, height, format);
+                (policy.clone(), policy.draw(&mut rng, width, height), image)
+            };
+            compare(&gpu, &(0..8).map(views).collect::<Vec<_>>());
+        }
+    }
 }
 
 /// Writes seven PNG files of several sizes, and one that is corrupt after its header.
@@ -205,7 +246,7 @@ fn an_evaluation_sees_the_middle_of_images_on_a_gpu_as_on_the_host() {
     let root = tempfile::tempdir().unwrap();
     let source = folder(root.path());
     let gpu = gpu(Precision::F32);
-    let normalise = Normalise { mean: [0.5, 0.4, 0.3], std: [0.2, 0.3, 0.4] };
+    let normalise = Normalise { mean: vec![0.5, 0.4, 0.3], std: vec![0.2, 0.3, 0.4] };
     let run = |device: &Device, policy: &Policy| {
         let (batch, skipped) = center_batch(&*source, 0..8, policy, device).unwrap();
         (batch.indices, batch.labels, skipped, batch.crops[0].to_vec::<f32>())

@@ -346,7 +346,12 @@ fn check(what: &str, root: &Path, set: &Set, draw: &mut Draw, tally: &mut Tally,
 fn pack(root: &Path, to: &Path, draw: &mut Draw) -> selfsup::Result<data::Packed> {
     let stored = if draw.one_in(2) { Stored::Raw } else { Stored::Files { quality: 95 } };
     let file_bytes = draw.of(&[800, 1 << 20, 1 << 20]);
-    data::pack(root, to, &PackSettings { size: None, stored, file_bytes }, |_, _| ())
+    data::pack(
+        root,
+        to,
+        &PackSettings { reading: Default::default(), size: None, stored, file_bytes },
+        |_, _| (),
+    )
 }
 
 /// Packs the set: a pack holds what can be read, under the same labels.

@@ -33,6 +33,7 @@ impl Training {
             bottleneck: 1,
             project: false,
             same_pool: false,
+            channels: 3,
         };
         let settings = Settings { hidden: 16, embedding: 8, ..Settings::default() };
         let method = SimClr::new(&config, &settings);

@@ -61,6 +61,7 @@ pub fn small(norm_groups: usize) -> ResNetConfig {
         bottleneck: 1,
         project: false,
         same_pool: false,
+        channels: 3,
     }
 }
 

@@ -50,6 +50,7 @@ impl Network {
             bottleneck: 1,
             project: false,
             same_pool: false,
+            channels: 3,
         };
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "", &config);

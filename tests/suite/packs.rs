@@ -38,7 +38,7 @@ fn prepare(root: &Path) {
 }
 
 fn settings(stored: Stored, file_bytes: u64) -> PackSettings {
-    PackSettings { size: None, stored, file_bytes }
+    PackSettings { reading: Default::default(), size: None, stored, file_bytes }
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -117,7 +117,7 @@ fn images_are_made_smaller_and_never_larger() {
     png(&root.join("from/a.png"), 50, 20, 1);
     png(&root.join("from/b.png"), 10, 40, 1);
     for (stored, name) in [(FILES, "files"), (Stored::Raw, "raw")] {
-        let settings = PackSettings { size: Some(16), stored, file_bytes: 1 << 20 };
+        let settings = PackSettings { size: Some(16), ..settings(stored, 1 << 20) };
         pack(&root.join("from"), &root.join(name), &settings, |_, _| ()).unwrap();
         let set = data::open(&root.join(name), Split::Train).unwrap();
         assert_eq!([0, 1].map(|i| set.size(i).unwrap()), [[40, 16], [10, 40]]);
@@ -143,7 +143,7 @@ fn broken_images_are_left_out_and_named() {
     let named: Vec<_> = packed.skipped.iter().map(|s| (s.index, s.reason.clone())).collect();
     let path = |name: &str| root.join("train").join(name).display().to_string();
     let expected = [
-        (0, path("cat/0.jpg") + ": is neither a JPEG nor a PNG file"),
+        (0, path("cat/0.jpg") + ": is no JPEG, PNG, WebP, BMP or TIFF file"),
         (12, path("dog/z.jpg") + ": is empty (0 bytes)"),
     ];
     assert_eq!(named, expected);

@@ -61,6 +61,7 @@ impl Run {
             bottleneck: 1,
             project: false,
             same_pool: false,
+            channels: 3,
         };
         let settings = Settings {
             temperature: self.temperature,

@@ -61,6 +61,7 @@ fn layout(width: usize) -> Layout {
         bottleneck: 1,
         project: false,
         same_pool: false,
+        channels: 3,
     };
     ResNet::new(&mut layout, "backbone.", &config);
     layout

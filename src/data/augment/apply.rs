@@ -5,16 +5,16 @@ use multiversion::multiversion;
 use super::params::{ColourOp, CropBox, Params};
 use super::policy::{BlurKind, MOST_SIGMA, Normalise, Pixels, Policy};
 use super::resize::Resize;
-use super::{blur, colour, float, resize};
-use crate::data::source::Image;
+use super::{blur, channels, colour, float, resize};
+use crate::data::source::{Format, Image};
 
 /// Buffers that [`Policy::apply`] and [`center`] reuse; one per thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    resize: resize::Buffers,
-    blur: blur::Buffers,
+    pub(super) resize: resize::Buffers,
+    pub(super) blur: blur::Buffers,
     bytes: Vec<[u8; 4]>,
-    floats: Vec<[f32; 4]>,
+    pub(super) floats: Vec<[f32; 4]>,
 }
 
 impl Params {
@@ -38,17 +38,21 @@ impl Params {
 }
 
 impl Policy {
-    /// Writes the view of `image` that `params` describe to `out`, `[size, size, 4]`, the fourth channel zero.
+    /// Writes the view of `image` that `params` describe to `out`, `[size, size, 4]`, the fourth channel zero; of an image of
+    /// another format `[size, size, device_channels]`, in float whatever the policy's `pixels` are.
     ///
     /// # Panics
     /// If `out` has another length, the crop exceeds the image, or another parameter is not one that [`Policy::draw`] draws.
     #[track_caller]
     pub fn apply(&self, params: &Params, image: &Image, out: &mut [f32], scratch: &mut Scratch) {
-        let size = self.size;
-        assert_eq!(out.len(), size * size * 4, "augment: room for [{size}, {size}, 4]");
+        let (size, padded) = (self.size, image.format.device_channels());
+        assert_eq!(out.len(), size * size * padded, "augment: room for [{size}, {size}, {padded}]");
         params.expect_fit([image.width, image.height]);
         image.expect_whole();
         let resize = self.resize(params);
+        if channels::are_needed(self, image.format) {
+            return channels::write(self, &resize, Some(params), image, out, scratch);
+        }
         match self.pixels {
             Pixels::U8 => {
                 resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
@@ -150,7 +154,8 @@ pub enum Transform {
     ResizedCenter,
 }
 
-/// Writes the evaluation's view of an image, [`Transform::Center`], to `out`, `[size, size, 4]`.
+/// Writes the evaluation's view of an image, [`Transform::Center`], to `out`, `[size, size, 4]`, or with the image's
+/// [`device_channels`](crate::data::Format::device_channels).
 ///
 /// # Panics
 /// If `out` has another length.
@@ -168,9 +173,12 @@ pub(crate) fn transform(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    let size = policy.size;
-    assert_eq!(out.len(), size * size * 4, "center: room for [{size}, {size}, 4]");
+    let (size, padded) = (policy.size, image.format.device_channels());
+    assert_eq!(out.len(), size * size * padded, "center: room for [{size}, {size}, {padded}]");
     let resize = middle(by, image.width, image.height, policy);
+    if image.format != Format::RGB {
+        return channels::write(policy, &resize, None, image, out, scratch);
+    }
     match policy.pixels {
         Pixels::U8 => {
             resize.to_u8(image, &mut scratch.resize, &mut scratch.bytes);
@@ -206,7 +214,7 @@ pub(super) fn middle(by: Transform, width: usize, height: usize, policy: &Policy
 
 /// Returns mean and standard deviation per channel.
 pub(super) fn scale(normalise: Option<&Normalise>) -> ([f32; 4], [f32; 4]) {
-    let ([r, g, b], [sr, sg, sb]) = normalise.map_or(([0.0; 3], [1.0; 3]), |n| (n.mean, n.std));
+    let ([r, g, b], [sr, sg, sb]) = channels::scale(normalise, 0);
     ([r, g, b, 0.0], [sr, sg, sb, 1.0])
 }
 
@@ -241,6 +249,7 @@ mod tests {
     fn noise(width: usize, height: usize) -> Image {
         let mut rng = Philox::new(9, Purpose::Test, 0, 0);
         Image {
+            format: Format::RGB,
             width,
             height,
             pixels: (0..width * height * 3).map(|_| rng.next_u32() as u8).collect(),
@@ -254,7 +263,15 @@ mod tests {
     }
 
     fn plain(crop: CropBox) -> Params {
-        Params { crop, flip: false, jitter: None, grey: false, blur: None, solarise: false }
+        Params {
+            crop,
+            flip: false,
+            jitter: None,
+            grey: false,
+            blur: None,
+            solarise: false,
+            channels: None,
+        }
     }
 
     #[test]
@@ -331,6 +348,7 @@ mod tests {
                     saturation: 0.8,
                     hue: 0.2,
                     additive_brightness,
+                    per_channel: false,
                 }),
                 grey: 0.2,
                 blur: Some(Blur { p: 0.5, sigma: [0.1, 2.0], kind }),
@@ -355,8 +373,8 @@ mod tests {
 
     #[test]
     fn normalisation_subtracts_the_mean_and_divides_by_the_deviation() {
-        let image = Image { width: 1, height: 1, pixels: vec![255, 51, 0] };
-        let normalise = Some(Normalise { mean: [0.5, 0.1, 0.2], std: [0.5, 0.2, 0.1] });
+        let image = Image { width: 1, height: 1, pixels: vec![255, 51, 0], ..Image::default() };
+        let normalise = Some(Normalise { mean: vec![0.5, 0.1, 0.2], std: vec![0.5, 0.2, 0.1] });
         let policy = Policy { normalise, ..Policy::crop(1) };
         let got = view(&policy, &plain(CropBox { left: 0, top: 0, width: 1, height: 1 }), &image);
         for (got, expected) in got.iter().zip([1.0f32, 0.5, -2.0, 0.0]) {

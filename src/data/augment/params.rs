@@ -28,6 +28,19 @@ pub struct Params {
     pub blur: Option<f32>,
     /// Whether bright values are inverted.
     pub solarise: bool,
+    /// What only float pixels have; `None` if the policy has none of it.
+    pub channels: Option<ChannelParams>,
+}
+
+/// The parameters of the operations on channels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ChannelParams {
+    /// Which channel becomes zero, as a share of their number in `0..1`; `None` drops none.
+    pub drop: Option<f32>,
+    /// Standard deviation of the noise; `None` adds none.
+    pub noise: Option<f32>,
+    /// The key of the random numbers of each channel and sample.
+    pub key: [u32; 2],
 }
 
 /// A rectangle in an image, in pixels.
@@ -86,7 +99,19 @@ impl Policy {
             Sampler::Tensorflow => self.draw_distorted_box(rng, width, height),
             Sampler::Clamped => self.draw_clamped_box(rng, width, height),
         };
-        Params { crop, flip, jitter, grey, blur, solarise }
+        // After the crop, so that what a policy without them draws is what it always was.
+        let channels = self.has_channel_operations().then(|| self.draw_channels(rng));
+        Params { crop, flip, jitter, grey, blur, solarise, channels }
+    }
+
+    fn draw_channels(&self, rng: &mut Philox) -> ChannelParams {
+        let unit: [f32; 4] = std::array::from_fn(|_| rng.uniform());
+        let key = [rng.next_u32(), rng.next_u32()];
+        let noise = self.noise.as_ref().filter(|noise| unit[2] < noise.p).map(|noise| {
+            let [low, high] = noise.std;
+            low + (high - low) * unit[3]
+        });
+        ChannelParams { drop: (unit[0] < self.channel_drop).then_some(unit[1]), noise, key }
     }
 
     fn draw_jitter(&self, rng: &mut Philox) -> Option<JitterParams> {
@@ -225,6 +250,7 @@ mod tests {
                 saturation: 1.2,
                 hue: 0.1,
                 additive_brightness: false,
+                per_channel: false,
             }),
             grey: 0.2,
             blur: Some(Blur { p: 0.5, sigma: [0.1, 2.0], kind: BlurKind::Gaussian }),

@@ -1,10 +1,12 @@
 //! The settings of an augmentation, as they stand in a recipe.
 //!
-//! The operations come in one order: crop and resize, flip, jitter, grey (or grey, then jitter), blur, solarise, normalise.
+//! The operations come in one order: crop and resize, flip, jitter, grey (or grey, then jitter), channel drop, blur, noise, solarise,
+//! normalise. All but saturation, hue and grey are defined for any number of channels, in float; 8-bit arithmetic is that of RGB.
 //! Flipping commutes with the others, so its place in a paper's list does not matter.
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::source::Format;
 use crate::error::{Error, Result};
 
 /// One distribution of views of an image.
@@ -46,6 +48,13 @@ pub struct Policy {
     /// Whether grey comes before the jitter instead of after it: MoCo v1.
     #[serde(default)]
     pub grey_first: bool,
+    /// Probability that one channel, any of them with equal chance, becomes zero: what grey and hue are to RGB, for images of other
+    /// channels. With float pixels only.
+    #[serde(default, skip_serializing_if = "is_never")]
+    pub channel_drop: f32,
+    /// Noise; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise: Option<Noise>,
     /// Blur; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blur: Option<Blur>,
@@ -115,6 +124,19 @@ pub struct Jitter {
     /// Brightness is added instead of multiplied (BYOL, SimCLR's `simclrv1`); with float pixels only.
     #[serde(default)]
     pub additive_brightness: bool,
+    /// Brightness and contrast are drawn for each channel; with float pixels only.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub per_channel: bool,
+}
+
+/// Gaussian noise, drawn for each sample of a view; with float pixels only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Noise {
+    /// Probability that it happens.
+    pub p: f32,
+    /// Standard deviation, low and high, in `(0, 1]` of the range of samples; drawn uniformly.
+    pub std: [f32; 2],
 }
 
 /// The largest standard deviation of a blur.
@@ -162,16 +184,16 @@ pub struct Solarise {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Normalise {
-    /// Red, green, blue.
-    pub mean: [f32; 3],
-    /// Red, green, blue; > 0.
-    pub std: [f32; 3],
+    /// Of each channel: red, green, blue.
+    pub mean: Vec<f32>,
+    /// Of each channel; > 0.
+    pub std: Vec<f32>,
 }
 
 impl Normalise {
     /// ImageNet's, as torchvision and timm have them.
     pub fn imagenet() -> Self {
-        Self { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }
+        Self { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] }
     }
 }
 
@@ -193,6 +215,14 @@ fn is_torchvision(sampler: &Sampler) -> bool {
 
 fn one() -> usize {
     1
+}
+
+fn is_never(probability: &f32) -> bool {
+    *probability == 0.0
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 fn is_one(repeat: &usize) -> bool {
@@ -231,10 +261,68 @@ impl Policy {
             jitter: None,
             grey: 0.0,
             grey_first: false,
+            channel_drop: 0.0,
+            noise: None,
             blur: None,
             solarise: None,
             normalise: None,
         }
+    }
+
+    /// Whether it has operations that 8-bit arithmetic does not have.
+    pub(super) fn has_channel_operations(&self) -> bool {
+        self.channel_drop > 0.0
+            || self.noise.is_some()
+            || self.jitter.as_ref().is_some_and(|jitter| jitter.per_channel)
+    }
+
+    /// Checks that the operations are defined for images of a format.
+    ///
+    /// # Errors
+    /// If one is not; the message says what to write instead.
+    pub fn check_for(&self, format: Format) -> Result<()> {
+        let channels = format.channels;
+        let refuse = |message: String| Err(Error::Config(format!("augmentation: {message}")));
+        if let Some(normalise) = &self.normalise
+            && [normalise.mean.len(), normalise.std.len()] != [channels; 2]
+        {
+            return refuse(format!(
+                "normalise has {} means and {} deviations, and the images have {channels} channels: write one of each for each (`selfsup train FOLDER --plan` measures them)",
+                normalise.mean.len(),
+                normalise.std.len()
+            ));
+        }
+        if self.channel_drop > 0.0 && channels == 1 {
+            return refuse("channel_drop would leave nothing of images of one channel: write channel_drop = 0, and noise in its place".into());
+        }
+        if format == Format::RGB {
+            return Ok(());
+        }
+        if self.pixels == Pixels::U8 {
+            return refuse(format!(
+                "pixels = \"u8\" is the arithmetic of three channels of 8 bits, and the images have {format}: write pixels = \"float\""
+            ));
+        }
+        if channels == 3 {
+            return Ok(());
+        }
+        let instead = match channels {
+            1 => "noise = { p = 0.5, std = [0.01, 0.1] }",
+            _ => "channel_drop = 0.2, or per_channel = true in the jitter",
+        };
+        for (name, value) in [
+            ("jitter.saturation", self.jitter.as_ref().map_or(0.0, |jitter| jitter.saturation)),
+            ("jitter.hue", self.jitter.as_ref().map_or(0.0, |jitter| jitter.hue)),
+            ("grey", self.grey),
+        ] {
+            if value > 0.0 {
+                return refuse(format!(
+                    "{name} = {value} is defined for red, green and blue, and the images have {channels} channel{}: write {name} = 0, and in its place {instead}",
+                    if channels == 1 { "" } else { "s" }
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Checks that every number is in its range and the operations can be combined.
@@ -284,6 +372,16 @@ impl Policy {
                 "augmentation: jitter.additive_brightness needs pixels = \"float\"".into(),
             )?;
         }
+        chance("channel_drop", self.channel_drop)?;
+        if let Some(noise) = &self.noise {
+            chance("noise.p", noise.p)?;
+            range("noise.std", noise.std, 1.0)?;
+        }
+        rule(
+            !self.has_channel_operations() || self.pixels == Pixels::Float,
+            "augmentation: channel_drop, noise and jitter.per_channel need pixels = \"float\""
+                .into(),
+        )?;
         if let Some(blur) = &self.blur {
             chance("blur.p", blur.p)?;
             range("blur.sigma", blur.sigma, MOST_SIGMA)?;

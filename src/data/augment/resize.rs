@@ -13,7 +13,7 @@ use multiversion::multiversion;
 
 use super::params::CropBox;
 use super::policy::Filter;
-use crate::data::source::Image;
+use crate::data::source::{Format, Image};
 
 /// Bits after the point of a weight: 32, less 8 for the value and 2 for the sign and a sum above 1.
 const PRECISION: u32 = 32 - 8 - 2;
@@ -206,6 +206,18 @@ impl Resize {
     /// Resamples in float, values in `[0, 1]`, clipped; `out` becomes `size * size` pixels, the fourth channel zero. Memory is
     /// bounded as in [`Resize::to_u8`].
     pub fn to_float(&self, image: &Image, buffers: &mut Buffers, out: &mut Vec<[f32; 4]>) {
+        self.to_float_from(image, 0, buffers, out);
+    }
+
+    /// As [`Resize::to_float`], of the three channels of an image of any format from channel `first` on; those beyond its last are
+    /// zero.
+    pub fn to_float_from(
+        &self,
+        image: &Image,
+        first: usize,
+        buffers: &mut Buffers,
+        out: &mut Vec<[f32; 4]>,
+    ) {
         let Buffers { across, down, line_float: pixels, rows_float: rows, .. } = buffers;
         let size = self.size;
         out.resize(size * size, [0.0; 4]);
@@ -227,9 +239,7 @@ impl Resize {
                     pixels.resize(wanted.len(), [0.0; 4]);
                     let lines = self.lines(image, piece.clone(), &wanted);
                     for (row, line) in rows.chunks_exact_mut(size).zip(lines) {
-                        for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
-                            *pixel = [r, g, b, 0].map(|v| f32::from(v) / 255.0);
-                        }
+                        to_units(image.format, first, line, pixels);
                         across_float(pixels, wanted.start, across, &mut row[columns.clone()]);
                     }
                 }
@@ -314,9 +324,34 @@ impl Resize {
         columns: &Range<usize>,
     ) -> impl Iterator<Item = &'a [u8]> {
         let (left, width) = (self.crop.left + columns.start, columns.len());
-        let lines = image.pixels.chunks_exact(image.width * 3);
+        let pixel = image.format.bytes();
+        let lines = image.pixels.chunks_exact(image.width * pixel);
         let lines = lines.skip(self.crop.top + rows.start).take(rows.len());
-        lines.map(move |row| &row[left * 3..][..width * 3])
+        lines.map(move |row| &row[left * pixel..][..width * pixel])
+    }
+}
+
+/// Three channels of a line's pixels, from `first` on, between 0 and 1; zeros beyond the last.
+fn to_units(format: Format, first: usize, line: &[u8], pixels: &mut [[f32; 4]]) {
+    if format == Format::RGB {
+        for (pixel, &[r, g, b]) in pixels.iter_mut().zip(line.as_chunks::<3>().0) {
+            *pixel = [r, g, b, 0].map(|v| f32::from(v) / 255.0);
+        }
+        return;
+    }
+    let count = (format.channels - first).min(3);
+    let samples = line.chunks_exact(format.bytes());
+    for (pixel, samples) in pixels.iter_mut().zip(samples) {
+        *pixel = [0.0; 4];
+        for (c, value) in pixel[..count].iter_mut().enumerate() {
+            *value = match format.bits {
+                8 => f32::from(samples[first + c]) / 255.0,
+                _ => {
+                    let at = 2 * (first + c);
+                    f32::from(u16::from_le_bytes([samples[at], samples[at + 1]])) / 65535.0
+                }
+            };
+        }
     }
 }
 
@@ -403,6 +438,7 @@ mod tests {
 
     fn ramp(width: usize, height: usize) -> Image {
         Image {
+            format: Format::RGB,
             width,
             height,
             pixels: (0..width * height * 3).map(|i| (i * 37 % 251) as u8).collect(),
@@ -491,6 +527,7 @@ mod tests {
     #[test]
     fn shrinking_to_one_pixel_is_a_mean_under_the_triangle() {
         let image = Image {
+            format: Format::RGB,
             width: 4,
             height: 1,
             pixels: [0, 0, 0, 80, 80, 80, 160, 160, 160, 240, 240, 240].into(),

@@ -4,10 +4,12 @@ use bytemuck::{Pod, Zeroable};
 
 use super::apply::{Transform, middle, scale};
 use super::blur::{self, BoxBlur};
+use super::channels::{self, Factors, TOGETHER};
 use super::colour;
 use super::params::{ColourOp, Params};
 use super::policy::{BlurKind, Filter, Pixels, Policy};
 use super::resize::Resize;
+use crate::data::source::Format;
 
 /// One view of an image: `View` of `kernels/augment.cuh`, field by field. It combines the policy and the drawn parameters.
 #[derive(Clone, Copy, Debug, Zeroable, Pod)]
@@ -35,6 +37,66 @@ pub struct View {
     box_whole: i32,
     box_weight: u32,
     box_fraction: u32,
+}
+
+/// Three channels of a view of an image of any format: `ChannelView` of `kernels/augment.cuh`, field by field.
+#[derive(Clone, Copy, Debug, Zeroable, Pod)]
+#[repr(C)]
+pub struct ChannelView {
+    /// What all channels have in common; its mean and deviation are those of the three.
+    pub view: View,
+    channels: i32,
+    first: i32,
+    bits: i32,
+    padded: i32,
+    brightness: [f32; 3],
+    contrast: [f32; 3],
+    dropped: i32,
+    noise: f32,
+    key: [u32; 2],
+}
+
+const _: () = assert!(size_of::<ChannelView>() == 168, "as augment.cuh has it");
+
+impl ChannelView {
+    /// Returns the groups of three channels of a view of an image of a format; without parameters only resampled and normalised.
+    pub fn of(view: &View, policy: &Policy, params: Option<&Params>, format: Format) -> Vec<Self> {
+        let group = |first: usize| {
+            let mut own = Self { view: *view, ..Self::zeroed() };
+            (own.view.mean, own.view.deviation) = channels::scale(policy.normalise.as_ref(), first);
+            own.view.flags |= FLOAT;
+            own.channels = format.channels as i32;
+            own.first = first as i32;
+            own.bits = format.bits as i32;
+            own.padded = format.device_channels() as i32;
+            own.dropped = -1;
+            if let Some(params) = params {
+                own.view.program = policy.program_of(params, format);
+                let factors = Factors::of(policy, params, first, format.channels);
+                (own.brightness, own.contrast) = (factors.brightness, factors.contrast);
+                own.dropped = factors.dropped.map_or(-1, |dropped| dropped as i32);
+                if let Some((channels, noise)) = params.channels.and_then(|c| Some((c, c.noise?))) {
+                    (own.noise, own.key) = (noise, channels.key);
+                }
+                if let (true, Some(solarise)) = (params.solarise, &policy.solarise) {
+                    own.view.solarise = solarise.threshold;
+                }
+            }
+            own
+        };
+        (0..format.channels).step_by(TOGETHER).map(group).collect()
+    }
+
+    /// Returns the offset behind the last pixel of its crop.
+    pub fn end(&self) -> i64 {
+        let pixel = i64::from(self.channels * self.bits / 8);
+        self.view.end_with(pixel)
+    }
+
+    /// Returns the channels of the output.
+    pub fn padded(&self) -> usize {
+        self.padded as usize
+    }
 }
 
 // As `augment.cuh` has them.
@@ -122,8 +184,14 @@ impl View {
 
     /// Returns the offset behind the last pixel of its crop.
     pub fn end(&self) -> i64 {
+        self.end_with(3)
+    }
+
+    /// As [`View::end`], of pixels of so many bytes.
+    fn end_with(&self, pixel: i64) -> i64 {
         let row = i64::from(self.corner[1] + self.crop[1] - 1);
-        self.pixels + 3 * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
+        self.pixels
+            + pixel * (row * i64::from(self.width) + i64::from(self.corner[0] + self.crop[0]))
     }
 
     /// Returns the larger ratio of crop side to target side, rounded up.
@@ -160,6 +228,18 @@ impl View {
 }
 
 impl Policy {
+    /// As [`Policy::program`], in float and without those that images of other channels than RGB do not have.
+    fn program_of(&self, params: &Params, format: Format) -> u32 {
+        let all = Self { pixels: Pixels::Float, ..self.clone() }.program(params);
+        if format.channels == 3 {
+            return all;
+        }
+        let operations = (0..8).map(|at| all >> (4 * at) & 15);
+        let kept: Vec<u32> =
+            operations.filter(|op| [BRIGHTNESS, CONTRAST, ADD].contains(op)).collect();
+        kept.iter().rev().fold(0, |program, op| program << 4 | op)
+    }
+
     /// Returns the colour operations that are applied, in order.
     fn program(&self, params: &Params) -> u32 {
         let mut operations = Vec::with_capacity(6);

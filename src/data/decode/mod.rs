@@ -1,17 +1,26 @@
-//! Decodes JPEG and PNG files to RGB.
+//! Decodes image files: JPEG, PNG, WebP, BMP, TIFF and NumPy arrays.
 //!
-//! Grey, palette, alpha, 16-bit, CMYK and YCCK images are converted; alpha is dropped, not blended, the upper byte of 16 bits
-//! is kept, and embedded colour profiles and orientations are ignored, as in Pillow's `convert("RGB")`. (Of 16-bit grey,
-//! Pillow clips all but the lowest 256 levels to white; here it is treated as colour.) Sizes are checked before anything is
-//! decoded. A JPEG file that ends early is an error, not a picture with a grey lower part.
+//! Read as RGB of 8 bits, grey, palette, alpha, 16-bit PNG, CMYK and YCCK images are converted; alpha is dropped, not blended, the
+//! upper byte of 16 bits is kept, and embedded colour profiles and orientations are ignored, as in Pillow's `convert("RGB")`. (Of
+//! 16-bit grey, Pillow clips all but the lowest 256 levels to white; here it is treated as colour.) Any other [`Reading`] takes the
+//! channels and bits as they are in the file, and refuses what it would have to guess. Sizes are checked before anything is decoded.
+//! A JPEG file that ends early is an error, not a picture with a grey lower part.
 
 mod jpeg;
+mod npy;
+mod samples;
+mod tiff;
 
-use std::io::Cursor;
+use std::fs::File;
+use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use super::source::Image;
+use image::ImageDecoder;
+pub use samples::{Axes, MOST_CHANNELS, Native, Pages, Reading, stretch};
+use samples::{Samples, Values};
+
+use super::source::{Format, Image};
 use crate::error::{Error, Result};
 
 /// The most pixels an image may have: Pillow's limit against decompression bombs.
@@ -20,37 +29,166 @@ pub const PIXEL_LIMIT: usize = 178_956_970;
 /// The most bytes of a PNG file's chunks besides pixels, unpacked.
 const CHUNK_LIMIT: usize = 64 << 20;
 
-/// Decodes the contents of an image file; the first bytes decide the format, not the file's name.
-///
-/// # Errors
-/// When they are neither JPEG nor PNG, damaged, or too large; the message names `path`.
-pub fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> {
-    let decoded = || match bytes {
-        [] => Err("is empty (0 bytes)".to_string()),
-        [0xFF, 0xD8, ..] => jpeg(bytes, into),
-        [0x89, b'P', b'N', b'G', ..] => png(bytes, into),
-        _ => Err("is neither a JPEG nor a PNG file".to_string()),
-    };
-    // No decoder here is known to panic. If one does, the panic must not end a run that skips broken files.
-    let decoded = catch_unwind(AssertUnwindSafe(decoded))
+/// A format, by the first bytes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Jpeg,
+    Png,
+    WebP,
+    Bmp,
+    Tiff,
+    Npy,
+}
+
+/// The format of a file; the first bytes decide, not the file's name.
+fn kind(bytes: &[u8]) -> Result<Kind, String> {
+    Ok(match bytes {
+        [] => return Err("is empty (0 bytes)".into()),
+        [0xFF, 0xD8, ..] => Kind::Jpeg,
+        [0x89, b'P', b'N', b'G', ..] => Kind::Png,
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Kind::WebP,
+        [b'B', b'M', ..] => Kind::Bmp,
+        bytes if tiff::is(bytes) => Kind::Tiff,
+        bytes if npy::is(bytes) => Kind::Npy,
+        _ => return Err("is no JPEG, PNG, WebP, BMP or TIFF file".into()),
+    })
+}
+
+/// No decoder here is known to panic. If one does, the panic must not end a run that skips broken files.
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, String>) -> Result<T> {
+    let decoded = catch_unwind(AssertUnwindSafe(decode))
         .unwrap_or_else(|_| Err("cannot be decoded: the decoder panicked".to_string()));
     decoded.map_err(|reason| Error::format(path, reason))
 }
 
-/// Width and height that the headers of an image file say.
+/// Decodes the contents of an image file; the first bytes decide the format, not the file's name.
+///
+/// # Errors
+/// When they are of no format that is read, damaged, too large, or not what the reading asks for; the message names `path`.
+pub fn decode(path: &Path, bytes: &[u8], reading: &Reading, into: &mut Image) -> Result<()> {
+    guarded(path, || match kind(bytes)? {
+        Kind::Jpeg if reading.is_rgb() => jpeg(bytes, into),
+        Kind::Png if reading.is_rgb() => png(bytes, into),
+        Kind::Jpeg => jpeg_samples(bytes)?.convert(reading, into),
+        Kind::Png => png_samples(bytes)?.convert(reading, into),
+        Kind::WebP => webp(bytes)?.convert(reading, into),
+        Kind::Bmp => bmp(bytes)?.convert(reading, into),
+        Kind::Tiff => tiff::read(Cursor::new(bytes), 0, reading)?.convert(reading, into),
+        Kind::Npy => npy::read(Cursor::new(bytes), 0, reading.axes)?.convert(reading, into),
+    })
+}
+
+/// Reads one image of a file that holds several: a page of a TIFF file, an image of an array. Only it is read from the disk.
+///
+/// # Errors
+/// As [`decode`], and if the file cannot be read.
+pub fn decode_page(path: &Path, page: usize, reading: &Reading, into: &mut Image) -> Result<()> {
+    let (kind, file) = opened(path)?;
+    guarded(path, || match kind? {
+        Kind::Tiff => tiff::read(file, page, reading)?.convert(reading, into),
+        Kind::Npy => npy::read(file, page, reading.axes)?.convert(reading, into),
+        _ => Err("has changed: it was a file of several images".into()),
+    })
+}
+
+/// A file and the format that its first bytes say.
+fn opened(path: &Path) -> Result<(Result<Kind, String>, BufReader<File>)> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io(path))?);
+    let mut start = Vec::new();
+    file.by_ref().take(16).read_to_end(&mut start).map_err(Error::io(path))?;
+    file.seek(SeekFrom::Start(0)).map_err(Error::io(path))?;
+    Ok((kind(&start), file))
+}
+
+/// Number of images in a file: more than 1 if pages are images, or the array has an axis `n`.
+///
+/// # Errors
+/// As [`size`].
+pub fn images(path: &Path, reading: &Reading) -> Result<usize> {
+    let (kind, file) = opened(path)?;
+    guarded(path, || match kind? {
+        Kind::Tiff if reading.pages == Some(Pages::Images) => Ok(tiff::look(file)?.pages),
+        Kind::Npy => Ok(npy::look(file, reading.axes)?.pages),
+        _ => Ok(1),
+    })
+}
+
+/// Width and height of an image, from the headers of its file.
 ///
 /// # Errors
 /// As [`decode`]; what is damaged behind the headers goes unnoticed.
-pub fn size(path: &Path, bytes: &[u8]) -> Result<[usize; 2]> {
-    let size = match bytes {
-        [0xFF, 0xD8, ..] => jpeg_header(bytes).map(|decoder| decoder.size()),
-        [0x89, b'P', b'N', b'G', ..] => png_header(bytes).map(|reader| sides(reader.info())),
-        // Whatever else it is, decoding says what.
-        _ => return decode(path, bytes, &mut Image::default()).map(|()| [0; 2]),
-    };
-    size.map_err(|reason| Error::format(path, reason))
+pub fn size(path: &Path, bytes: &[u8], reading: &Reading) -> Result<[usize; 2]> {
+    guarded(path, || match kind(bytes)? {
+        Kind::Jpeg => jpeg_header(bytes).map(|decoder| decoder.size()),
+        Kind::Png => png_header(bytes).map(|reader| sides(reader.info())),
+        Kind::WebP => webp_header(bytes).map(|(_, size)| size),
+        Kind::Bmp => bmp_header(bytes).map(|(_, size)| size),
+        Kind::Tiff => tiff::size(Cursor::new(bytes), 0),
+        Kind::Npy => npy::size(Cursor::new(bytes), reading.axes),
+    })
 }
 
+/// As [`size`], of one image of a file that holds several.
+///
+/// # Errors
+/// As [`decode_page`].
+pub fn page_size(path: &Path, page: usize, reading: &Reading) -> Result<[usize; 2]> {
+    let (kind, file) = opened(path)?;
+    guarded(path, || match kind? {
+        Kind::Tiff => tiff::size(file, page),
+        Kind::Npy => npy::size(file, reading.axes),
+        _ => Err("has changed: it was a file of several images".into()),
+    })
+}
+
+/// What a file holds, from its headers.
+///
+/// # Errors
+/// As [`size`].
+pub fn native(path: &Path, axes: Option<Axes>) -> Result<Native> {
+    let bytes = || std::fs::read(path).map_err(Error::io(path));
+    let rgb = Native { channels: 3, bits: 8, alpha: false, pages: 1 };
+    let (kind, file) = opened(path)?;
+    let kind = kind.map_err(|reason| Error::format(path, reason))?;
+    let bytes = if matches!(kind, Kind::Tiff | Kind::Npy) { Vec::new() } else { bytes()? };
+    guarded(path, || {
+        Ok(match kind {
+            Kind::Jpeg => {
+                let channels = if jpeg_header(&bytes)?.is_grey() { 1 } else { 3 };
+                Native { channels, ..rgb }
+            }
+            Kind::Png => {
+                let (kind, depth) = png_header(&bytes)?.output_color_type();
+                let alpha = matches!(kind, png::ColorType::GrayscaleAlpha | png::ColorType::Rgba);
+                let bits = if depth == png::BitDepth::Sixteen { 16 } else { 8 };
+                Native { channels: kind.samples(), bits, alpha, pages: 1 }
+            }
+            Kind::WebP | Kind::Bmp => rgb,
+            Kind::Tiff => tiff::look(file)?,
+            Kind::Npy => npy::look(file, axes)?,
+        })
+    })
+}
+
+/// The least and the largest sample of an image.
+///
+/// # Errors
+/// As [`decode_page`].
+pub fn extent(path: &Path, page: usize, reading: &Reading) -> Result<[f64; 2]> {
+    let (kind, mut file) = opened(path)?;
+    guarded(path, || match kind? {
+        Kind::Tiff => Ok(tiff::read(file, page, reading)?.extent()),
+        Kind::Npy => Ok(npy::read(file, page, reading.axes)?.extent()),
+        Kind::Png => {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
+            Ok(png_samples(&bytes)?.extent())
+        }
+        _ => Err("has no samples of more than 8 bits".into()),
+    })
+}
+
+/// Checks a size before anything is decoded.
 fn check_size(width: usize, height: usize) -> Result<(), String> {
     if width == 0 || height == 0 {
         return Err(format!("has {width} x {height} pixels"));
@@ -64,6 +202,7 @@ fn check_size(width: usize, height: usize) -> Result<(), String> {
 fn jpeg(bytes: &[u8], into: &mut Image) -> Result<(), String> {
     let decoder = jpeg_header(bytes)?;
     [into.width, into.height] = decoder.size();
+    into.format = Format::RGB;
     decoder.decode(&mut into.pixels).map_err(|fault| fault.to_string())
 }
 
@@ -121,11 +260,91 @@ fn png(bytes: &[u8], into: &mut Image) -> Result<(), String> {
     Ok(())
 }
 
+/// A JPEG file's own channels: one if it is grey.
+fn jpeg_samples(bytes: &[u8]) -> Result<Samples, String> {
+    let decoder = jpeg_header(bytes)?;
+    let (size, is_grey) = (decoder.size(), decoder.is_grey());
+    let mut pixels = Vec::new();
+    decoder.decode(&mut pixels).map_err(|fault| fault.to_string())?;
+    let (channels, values) = match is_grey {
+        true => (1, pixels.into_iter().step_by(3).collect()),
+        false => (3, pixels),
+    };
+    Ok(Samples { size, channels, alpha: false, values: Values::U8(values) })
+}
+
+/// A PNG file's own channels and bits; a palette is looked up.
+fn png_samples(bytes: &[u8]) -> Result<Samples, String> {
+    let mut reader = png_header(bytes)?;
+    let size = sides(reader.info());
+    let (kind, depth) = reader.output_color_type();
+    let length = reader.output_buffer_size().ok_or("is too large for this machine")?;
+    let mut bytes = vec![0; length];
+    reader.next_frame(&mut bytes).map_err(damaged_png)?;
+    let values = match depth {
+        png::BitDepth::Sixteen => {
+            Values::U16(bytes.as_chunks::<2>().0.iter().map(|&b| u16::from_be_bytes(b)).collect())
+        }
+        _ => Values::U8(bytes),
+    };
+    let alpha = matches!(kind, png::ColorType::GrayscaleAlpha | png::ColorType::Rgba);
+    Ok(Samples { size, channels: kind.samples(), alpha, values })
+}
+
+type WebP<'a> = image_webp::WebPDecoder<Cursor<&'a [u8]>>;
+
+fn webp_header(bytes: &[u8]) -> Result<(WebP<'_>, [usize; 2]), String> {
+    let mut decoder = WebP::new(Cursor::new(bytes)).map_err(damaged_webp)?;
+    decoder.set_memory_limit(CHUNK_LIMIT);
+    let (width, height) = decoder.dimensions();
+    let size = [width as usize, height as usize];
+    check_size(size[0], size[1])?;
+    Ok((decoder, size))
+}
+
+fn damaged_webp(e: image_webp::DecodingError) -> String {
+    format!("is a damaged WebP file: {e}")
+}
+
+/// A WebP file; of an animation the first picture.
+fn webp(bytes: &[u8]) -> Result<Samples, String> {
+    let (mut decoder, size) = webp_header(bytes)?;
+    let alpha = decoder.has_alpha();
+    let length = decoder.output_buffer_size().ok_or("is too large for this machine")?;
+    let mut values = vec![0; length];
+    decoder.read_image(&mut values).map_err(damaged_webp)?;
+    Ok(Samples { size, channels: if alpha { 4 } else { 3 }, alpha, values: Values::U8(values) })
+}
+
+type Bmp<'a> = image::codecs::bmp::BmpDecoder<Cursor<&'a [u8]>>;
+
+fn bmp_header(bytes: &[u8]) -> Result<(Bmp<'_>, [usize; 2]), String> {
+    let decoder = Bmp::new(Cursor::new(bytes)).map_err(damaged_bmp)?;
+    let (width, height) = decoder.dimensions();
+    let size = [width as usize, height as usize];
+    check_size(size[0], size[1])?;
+    Ok((decoder, size))
+}
+
+fn damaged_bmp(e: image::ImageError) -> String {
+    format!("is a damaged BMP file: {e}")
+}
+
+fn bmp(bytes: &[u8]) -> Result<Samples, String> {
+    let (decoder, size) = bmp_header(bytes)?;
+    let channels = usize::from(decoder.color_type().channel_count());
+    let mut values = vec![0; size[0] * size[1] * channels];
+    decoder.read_image(&mut values).map_err(damaged_bmp)?;
+    Ok(Samples { size, channels, alpha: channels == 4, values: Values::U8(values) })
+}
+
 #[cfg(test)]
 mod tests {
     use png::{BitDepth, ColorType};
 
     use super::*;
+
+    const RGB: Reading = Reading { format: Format::RGB, range: None, pages: None, axes: None };
 
     fn encode(pixels: &[u8], kind: ColorType, depth: BitDepth) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -138,8 +357,8 @@ mod tests {
 
     fn read(bytes: &[u8]) -> Image {
         let mut image = Image::default();
-        decode(Path::new("x"), bytes, &mut image).unwrap();
-        assert_eq!(size(Path::new("x"), bytes).unwrap(), [image.width, image.height]);
+        decode(Path::new("x"), bytes, &RGB, &mut image).unwrap();
+        assert_eq!(size(Path::new("x"), bytes, &RGB).unwrap(), [image.width, image.height]);
         image
     }
 
@@ -208,7 +427,7 @@ mod tests {
         wide[frame + 5..frame + 9].fill(0xFF);
         let cases: [(&[u8], &str); 7] = [
             (b"", "cat.jpg: is empty (0 bytes)"),
-            (b"GIF89a", "is neither a JPEG nor a PNG file"),
+            (b"GIF89a", "is no JPEG, PNG, WebP, BMP or TIFF file"),
             (&png[..png.len() - 20], "is a damaged PNG file"),
             (&jpeg[..jpeg.len() - 6], "is a JPEG file that ends early"),
             (&jpeg[..20], "is a JPEG file that ends early"),
@@ -216,7 +435,7 @@ mod tests {
             (&wide, "has 65535 x 65535 pixels"),
         ];
         for (bytes, expected) in cases {
-            let message = decode(Path::new("cat.jpg"), bytes, &mut Image::default())
+            let message = decode(Path::new("cat.jpg"), bytes, &RGB, &mut Image::default())
                 .expect_err(expected)
                 .to_string();
             assert!(message.contains(expected), "expected `{expected}` in `{message}`");

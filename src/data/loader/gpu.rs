@@ -72,7 +72,7 @@ impl GpuCrops {
         for ((augmenter, (views, gaussian)), crops) in
             self.augmenters.iter_mut().zip(&params.groups).zip(crops)
         {
-            augmenter.make(views, gaussian, &self.pixels, crops);
+            augmenter.make_any(views, gaussian, &self.pixels, crops);
         }
     }
 
@@ -89,9 +89,12 @@ impl GpuCrops {
         let mut at = 0;
         for (sample, image) in params.images.iter().enumerate() {
             self.pixels.write_at(at, image);
-            for (views, _) in &mut params.groups {
-                let own = views.iter_mut().skip(sample).step_by(params.images.len());
-                own.for_each(|view| view.pixels = at as i64);
+            let images = params.images.len();
+            for ((made, _), count) in params.groups.iter_mut().zip(self.augmenters.iter()) {
+                let count = count.views();
+                for index in (sample..count).step_by(images) {
+                    made.place(index, count, at as i64);
+                }
             }
             at += image.len();
         }
@@ -112,7 +115,7 @@ fn places(
             device.run(|| range.clone().into_par_iter().map(|i| source.size(i)).collect());
         for (i, size) in range.zip(sizes) {
             let size = size.or_else(|error| skip(i, error).map(|()| [0; 2]))?;
-            places.push(Place { at, size });
+            places.push(Place { at, size, pixel: source.format().bytes() });
             at += places[i].bytes();
         }
         if at as usize > budget {

@@ -26,9 +26,9 @@ use gpu::GpuCrops;
 use plan::{BatchPlan, CropBackend, Share, lock};
 use prepared::{AugmentParams, PreparedBatch};
 
-use super::augment::Policy;
+use super::augment::{Pixels, Policy, channels_are_needed};
 use super::batch::{Batch, Skipped};
-use super::source::Source;
+use super::source::{Format, Source};
 use crate::device::{Device, DeviceKind, Group};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
@@ -83,6 +83,7 @@ impl Loader {
         device: &Device,
     ) -> Result<Self> {
         policies.iter().try_for_each(Policy::check)?;
+        policies.iter().try_for_each(|policy| policy.check_for(source.format()))?;
         let images = source.len();
         if policies.is_empty() || batch == 0 {
             return Err(Error::config("a batch needs at least one view and one sample"));
@@ -103,6 +104,15 @@ impl Loader {
             match groups.iter_mut().find(|(size, _)| *size == policy.size) {
                 Some((_, views)) => views.push(view),
                 None => groups.push((policy.size, vec![view])),
+            }
+        }
+        for (size, views) in &groups {
+            let of = |&view: &usize| &policies[view];
+            let needed = views.iter().map(of).any(|p| channels_are_needed(p, Format::RGB));
+            if needed && views.iter().map(of).any(|policy| policy.pixels == Pixels::U8) {
+                return Err(Error::Config(format!(
+                    "augmentation: of the views of {size} pixels some have channel_drop, noise or per_channel: write pixels = \"float\" for all of them"
+                )));
             }
         }
         let (host, skipped) = (device.host().clone(), Mutex::default());
@@ -191,7 +201,7 @@ impl Loader {
     pub fn empty_crops(&self) -> Vec<Tensor> {
         let (device, batch) = (&self.device, self.plan.batch);
         let empty = |(size, views): &(usize, Vec<usize>)| {
-            let shape = [views.len() * batch, *size, *size, 4];
+            let shape = [views.len() * batch, *size, *size, self.plan.channels()];
             Tensor::empty(device, DType::of_activations(device), shape)
         };
         self.plan.groups.iter().map(empty).collect()
@@ -364,6 +374,7 @@ mod tests {
             saturation,
             hue,
             additive_brightness: false,
+            per_channel: false,
         });
         Policy { flip: 0.5, jitter, grey: 0.2, ..Policy::crop(size) }
     }
@@ -496,7 +507,7 @@ mod tests {
         }
         assert_eq!(skipped.iter().map(|s| s.index).collect::<Vec<_>>(), [2, 5]);
         assert!(
-            skipped[0].reason.ends_with("2.png: is neither a JPEG nor a PNG file"),
+            skipped[0].reason.ends_with("2.png: is no JPEG, PNG, WebP, BMP or TIFF file"),
             "{:?}",
             skipped[0]
         );

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::order::order;
 use super::prepared::{AugmentParams, Place, PreparedBatch};
-use crate::data::augment::{MOST_SHRINKING, Policy, Scratch, View};
+use crate::data::augment::{
+    MOST_SHRINKING, Made, Params, Policy, Scratch, View, channels_are_needed,
+};
 use crate::data::batch::{Batch, Skipped};
 use crate::data::rows::{Row, rows_of};
 use crate::data::source::{Image, Source};
@@ -99,7 +101,7 @@ struct Slot<'a> {
 #[derive(Default)]
 struct PreparedSample {
     /// One entry per view, each with the weights of its blur.
-    views: Vec<(View, Vec<f32>)>,
+    views: Vec<(View, Vec<f32>, Params)>,
     pixels: Vec<u8>,
 }
 
@@ -137,6 +139,11 @@ impl BatchPlan {
         }
     }
 
+    /// Channels of a view, padded.
+    pub fn channels(&self) -> usize {
+        self.source.format().device_channels()
+    }
+
     /// Samples per batch, of all ranks.
     pub fn whole_batch(&self) -> usize {
         self.batch * self.share.ranks
@@ -166,14 +173,15 @@ impl BatchPlan {
         slot: &Slot<'_>,
         indices: &mut [u32],
     ) -> Result<Vec<Tensor>> {
+        let channels = self.channels();
         let empty = |(size, views): &(usize, Vec<usize>)| {
-            Tensor::floats(&self.device, [views.len() * self.batch, *size, *size, 4])
+            Tensor::floats(&self.device, [views.len() * self.batch, *size, *size, channels])
         };
         let mut crops: Vec<Tensor> = self.groups.iter().map(empty).collect();
         let mut jobs: Vec<(&mut u32, Vec<Row<'_>>)> =
             indices.iter_mut().map(|i| (i, Vec::with_capacity(self.policies.len()))).collect();
         for (crops, (size, _)) in crops.iter_mut().zip(&self.groups) {
-            for (row, values) in rows_of(crops, size * size * 4).into_iter().enumerate() {
+            for (row, values) in rows_of(crops, size * size * channels).into_iter().enumerate() {
                 jobs[row % self.batch].1.push(values);
             }
         }
@@ -201,8 +209,9 @@ impl BatchPlan {
         let mut samples: Vec<PreparedSample> =
             (0..self.batch).map(|_| PreparedSample::default()).collect();
         let jobs = indices.iter_mut().zip(&mut samples).collect();
+        let format = self.source.format();
         pool.each(jobs, |i, (index, sample), Worker { image, .. }| {
-            let Place { at, size: [width, height] } = match &self.backend {
+            let Place { at, size: [width, height], pixel } = match &self.backend {
                 CropBackend::GpuFromSet(places) => {
                     *index = self.read(slot, i, |_| Ok(()))?;
                     places[*index as usize]
@@ -210,9 +219,10 @@ impl BatchPlan {
                 _ => {
                     *index = self.read(slot, i, |index| self.source.read(index, image))?;
                     sample.pixels = std::mem::take(&mut image.pixels);
-                    Place { at: 0, size: [image.width, image.height] }
+                    Place { at: 0, size: [image.width, image.height], pixel: format.bytes() }
                 }
             };
+            debug_assert_eq!(pixel, format.bytes());
             for (view, policy) in self.policies.iter().enumerate() {
                 if width.max(height) > MOST_SHRINKING * policy.size {
                     return Err(Error::config(format!(
@@ -224,7 +234,7 @@ impl BatchPlan {
                 let params = policy.draw(&mut self.stream(slot, i, view), width, height);
                 let mut gaussian = Vec::new();
                 let made = View::new(policy, &params, [width, height], at, &mut gaussian);
-                sample.views.push((made, gaussian));
+                sample.views.push((made, gaussian, params));
             }
             Ok(())
         })?;
@@ -233,10 +243,12 @@ impl BatchPlan {
             return Ok(params); // some samples may be missing, but the batch is no longer wanted
         }
         for (_, views) in &self.groups {
-            let all = views.iter().flat_map(|&v| samples.iter().map(move |s| &s.views[v]));
-            let (views, gaussian): (Vec<View>, Vec<&[f32]>) =
-                all.map(|(view, gaussian)| (*view, gaussian.as_slice())).unzip();
-            params.groups.push((views, gaussian.concat()));
+            let all = || views.iter().flat_map(|&v| samples.iter().map(move |s| (v, &s.views[v])));
+            let gaussian: Vec<&[f32]> =
+                all().map(|(_, (_, gaussian, _))| gaussian.as_slice()).collect();
+            let needed = views.iter().any(|&v| channels_are_needed(&self.policies[v], format));
+            let drawn = all().map(|(v, (view, _, params))| (view, &self.policies[v], Some(params)));
+            params.groups.push((Made::of(drawn, format, needed), gaussian.concat()));
         }
         params.images = samples.into_iter().map(|sample| sample.pixels).collect();
         Ok(params)

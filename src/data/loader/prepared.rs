@@ -1,6 +1,6 @@
 //! What the worker threads hand over for a batch.
 
-use crate::data::augment::View;
+use crate::data::augment::Made;
 use crate::data::batch::Batch;
 
 /// A batch from the threads. If a GPU makes the crops, the batch has none yet and the parameters come with it.
@@ -10,7 +10,7 @@ pub type PreparedBatch = (Batch, Option<AugmentParams>);
 #[derive(Debug, Default)]
 pub struct AugmentParams {
     /// For each crop size the views, and the weights of their blurs.
-    pub groups: Vec<(Vec<View>, Vec<f32>)>,
+    pub groups: Vec<(Made, Vec<f32>)>,
     /// The pixels of each sample; empty if the whole set is on the GPU.
     pub images: Vec<Vec<u8>>,
 }
@@ -22,11 +22,13 @@ pub struct Place {
     pub at: i64,
     /// Width and height; zeros if the image cannot be read.
     pub size: [usize; 2],
+    /// Bytes of a pixel.
+    pub pixel: usize,
 }
 
 impl Place {
     /// Bytes of its pixels.
     pub fn bytes(&self) -> i64 {
-        3 * (self.size[0] * self.size[1]) as i64
+        (self.pixel * self.size[0] * self.size[1]) as i64
     }
 }

@@ -18,13 +18,18 @@
 //! | crc32 of the header so far | u32 |
 //!
 //! The index has an entry for each image (offset and number of its bytes: u64; width, height, class, crc32 of the bytes,
-//! kind: u32), then the number of classes (u32) and their names, then the names of the images; a name is its length (u32)
+//! kind: u32; a kind above 1 is samples of a format, see [`Kind`]), then the number of classes (u32) and their names, then the names of the images; a name is its length (u32)
 //! and UTF-8. Nothing may follow.
+
+use crate::data::decode::MOST_CHANNELS;
+use crate::data::source::Format;
 
 /// The first bytes of a file; text never begins so.
 pub const MAGIC: [u8; 8] = *b"\x89selfpk\n";
-/// The format that is written.
+/// The format that is written for images of RGB of 8 bits.
 pub const FORMAT: u32 = 2;
+/// The format that is written for images of other channels or bits: the same layout, with a kind that older programs do not know.
+pub const WITH_SAMPLES: u32 = 3;
 /// An older format that is read, too: the same layout, and its packs have no manifest.
 pub const WITHOUT_MANIFEST: u32 = 1;
 /// Bytes of an entry with its name, at most: an index that is longer than its images allow is not read.
@@ -48,6 +53,8 @@ pub fn number_of(name: &str, split: &str) -> Option<u32> {
 /// The header of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
+    /// Whether images have other channels or bits than RGB of 8 bits.
+    pub samples: bool,
     pub last: bool,
     pub number: u32,
     pub index_crc: u32,
@@ -62,7 +69,8 @@ pub struct Header {
 impl Header {
     pub fn to_bytes(self) -> [u8; HEADER] {
         let mut bytes = MAGIC.to_vec();
-        for number in [FORMAT, u32::from(self.last), self.number, self.index_crc] {
+        let format = if self.samples { WITH_SAMPLES } else { FORMAT };
+        for number in [format, u32::from(self.last), self.number, self.index_crc] {
             bytes.extend(number.to_le_bytes());
         }
         for number in [self.first, self.count, self.index_at, self.index_length] {
@@ -79,9 +87,10 @@ impl Header {
         let mut fields = Fields(rest);
         let mut read = || {
             fields.take(MAGIC.len())?;
-            let [_, last, number, index_crc] = [(); 4].map(|()| fields.u32());
+            let [format, last, number, index_crc] = [(); 4].map(|()| fields.u32());
             let [first, count, index_at, index_length] = [(); 4].map(|()| fields.u64());
             Some(Self {
+                samples: format? == WITH_SAMPLES,
                 last: last? != 0,
                 number: number?,
                 index_crc: index_crc?,
@@ -109,10 +118,44 @@ impl Header {
 /// How an image is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `[height, width, 3]` bytes.
-    Raw = 0,
-    /// A JPEG or PNG file.
-    File = 1,
+    /// `[height, width, 3]` bytes: 0 in a file.
+    Raw,
+    /// An image file: 1 in a file.
+    File,
+    /// `[height, width, channels]` samples, those of 16 bits little-endian: in a file 2, and from the ninth bit on the channels,
+    /// from the 25th on the bits.
+    Samples(Format),
+}
+
+impl Kind {
+    fn to_number(self) -> u32 {
+        match self {
+            Self::Raw => 0,
+            Self::File => 1,
+            Self::Samples(Format { channels, bits }) => {
+                2 | (channels as u32) << 8 | (bits as u32) << 24
+            }
+        }
+    }
+
+    fn from_number(number: u32) -> Option<Self> {
+        let (channels, bits) = ((number >> 8 & 0xFFFF) as usize, (number >> 24) as usize);
+        let known = (1..=MOST_CHANNELS).contains(&channels) && [8, 16].contains(&bits);
+        match number & 0xFF {
+            0 if number == 0 => Some(Self::Raw),
+            1 if number == 1 => Some(Self::File),
+            2 if known => Some(Self::Samples(Format { channels, bits })),
+            _ => None,
+        }
+    }
+
+    /// What the image's samples are.
+    pub fn format(self) -> Format {
+        match self {
+            Self::Samples(format) => format,
+            _ => Format::RGB,
+        }
+    }
 }
 
 /// Where an image lies, its size and its class.
@@ -133,7 +176,7 @@ pub struct Entry {
 impl Entry {
     fn to_bytes(self) -> Vec<u8> {
         let mut bytes = [self.at, self.length].map(u64::to_le_bytes).concat();
-        for number in [self.width, self.height, self.label, self.crc, self.kind as u32] {
+        for number in [self.width, self.height, self.label, self.crc, self.kind.to_number()] {
             bytes.extend(number.to_le_bytes());
         }
         bytes
@@ -145,11 +188,7 @@ impl Entry {
             [(); 2].map(|()| fields.u64().expect("the length of the index was checked"));
         let [width, height, label, crc, kind] =
             [(); 5].map(|()| fields.u32().expect("the length of the index was checked"));
-        let kind = match kind {
-            0 => Kind::Raw,
-            1 => Kind::File,
-            other => return Err(format!("is of unknown kind {other}")),
-        };
+        let kind = Kind::from_number(kind).ok_or_else(|| format!("is of unknown kind {kind}"))?;
         if at < HEADER as u64 || at.checked_add(length).is_none_or(|end| end > header.index_at) {
             let end = header.index_at;
             return Err(format!(
@@ -160,7 +199,7 @@ impl Entry {
         if pixels == 0 || pixels > super::PIXEL_LIMIT as u64 {
             return Err(format!("has {width} x {height} pixels"));
         }
-        if kind == Kind::Raw && length != 3 * pixels {
+        if kind != Kind::File && length != kind.format().bytes() as u64 * pixels {
             return Err(format!("has {width} x {height} pixels in {length} bytes"));
         }
         if label as usize >= classes.max(1) {
@@ -280,6 +319,7 @@ mod tests {
             index.names.push(name);
         }
         let header = Header {
+            samples: false,
             last: true,
             number: 3,
             index_crc: 0,

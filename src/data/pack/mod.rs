@@ -13,8 +13,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use format::{
-    Entry, FORMAT, HEADER, Header, Index, Kind, LONGEST_NAME, MAGIC, WITHOUT_MANIFEST, file_name,
-    number_of,
+    Entry, FORMAT, HEADER, Header, Index, Kind, LONGEST_NAME, MAGIC, WITH_SAMPLES,
+    WITHOUT_MANIFEST, file_name, number_of,
 };
 pub(super) use manifest::MANIFEST;
 use manifest::Manifest;
@@ -22,9 +22,9 @@ pub use write::{PackSettings, Packed, Stored, pack, pack_if};
 
 use super::cache::Cache;
 use super::classes;
-use super::decode::{PIXEL_LIMIT, decode};
+use super::decode::{PIXEL_LIMIT, Reading, decode, stretch};
 use super::open::{folders, not_used};
-use super::source::{Image, Source, Split};
+use super::source::{Format, Image, Source, Split};
 use crate::error::{Error, Result, printable};
 use crate::files::is_file;
 
@@ -37,6 +37,10 @@ pub struct Pack {
     numbers: Vec<u32>,
     notes: Vec<String>,
     cache: Cache,
+    /// Of all its images.
+    format: Format,
+    /// The values that become 0 and the largest sample, of 16 bits.
+    range: Option<[f64; 2]>,
 }
 
 /// One file of a split.
@@ -141,6 +145,14 @@ impl Pack {
             );
             return Err(Error::format(folder.join(MANIFEST), reason));
         }
+        let format = shards[0].index.entries[0].kind.format();
+        for shard in &shards {
+            if shard.index.entries.iter().any(|entry| entry.kind.format() != format) {
+                let reason =
+                    format!("has images of other channels or bits than {format}: {REMEDY}");
+                return Err(Error::format(&shard.path, reason));
+            }
+        }
         let classes = shards[0].index.classes.clone();
         let numbers = (0..classes.len() as u32).collect();
         Ok(Some(Self {
@@ -150,6 +162,8 @@ impl Pack {
             numbers,
             notes: Vec::new(),
             cache: Cache::new(images),
+            format,
+            range: None,
         }))
     }
 
@@ -171,6 +185,12 @@ impl Pack {
     /// Sets how many bytes of decoded images are kept in memory (default: 1 GiB); 0 keeps none.
     pub fn with_cache(mut self, bytes: usize) -> Self {
         self.cache.limit(bytes);
+        self
+    }
+
+    /// Stretches these values of images of 16 bits to the whole range of samples.
+    pub(super) fn in_range(mut self, range: Option<[f64; 2]>) -> Self {
+        self.range = range;
         self
     }
 
@@ -252,9 +272,9 @@ fn read(path: &Path) -> Result<(File, u32, Header, Index)> {
     }
     // Before the checksum: another format may have it elsewhere.
     let format = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
-    if ![WITHOUT_MANIFEST, FORMAT].contains(&format) {
+    if ![WITHOUT_MANIFEST, FORMAT, WITH_SAMPLES].contains(&format) {
         let reason = format!(
-            "has format {format}, and this program reads up to {FORMAT}: read it with the program that wrote it, or pack the images again"
+            "has format {format}, and this program reads up to {WITH_SAMPLES}: read it with the program that wrote it, or pack the images again"
         );
         return Err(Error::format(path, reason));
     }
@@ -303,6 +323,10 @@ fn read_at(_: &File, path: &Path, at: u64, into: &mut [u8]) -> std::io::Result<(
 }
 
 impl Source for Pack {
+    fn format(&self) -> Format {
+        self.format
+    }
+
     fn len(&self) -> usize {
         self.images
     }
@@ -331,15 +355,19 @@ impl Source for Pack {
             Err(Error::format(self.name(index), reason))
         };
         match entry.kind {
-            Kind::Raw => {
-                into.resize(size[0], size[1]);
-                fill(&mut into.pixels)
+            Kind::Raw | Kind::Samples(_) => {
+                into.reshape(size[0], size[1], entry.kind.format());
+                fill(&mut into.pixels)?;
+                if let Some(range) = self.range {
+                    stretch(&mut into.pixels, range);
+                }
+                Ok(())
             }
             Kind::File => {
                 let mut bytes = buffer(&shard.path, entry.length)?;
                 fill(&mut bytes)?;
                 let name = self.name(index);
-                decode(Path::new(&name), &bytes, into)?;
+                decode(Path::new(&name), &bytes, &Reading::default(), into)?;
                 if [into.width, into.height] != size {
                     let reason = format!(
                         "has {} x {} pixels, and the index says {} x {}: {REMEDY}",

@@ -14,10 +14,10 @@ use super::manifest::{MANIFEST, Manifest, SplitInfo};
 use super::{Pack, left_by_a_pack};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
-use crate::data::decode::decode;
+use crate::data::decode::{Reading, decode, decode_page};
 use crate::data::folder::Folder;
 use crate::data::open::{SplitFolders, folders};
-use crate::data::source::{Image, Source, Split};
+use crate::data::source::{Format, Image, Source, Split};
 use crate::error::{Error, Result};
 use crate::files::{create_folder, find, is_folder, replace_file, write_error, write_file};
 
@@ -37,8 +37,10 @@ pub enum Stored {
 }
 
 /// How to pack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PackSettings {
+    /// How the files are read. Images of other channels or bits than RGB of 8 bits are stored as samples, whatever `stored` says.
+    pub reading: Reading,
     /// The shorter side of larger images in the pack, in pixels; smaller images stay as they are.
     pub size: Option<usize>,
     /// How images are stored.
@@ -146,7 +148,7 @@ fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, 
     }
     let mut opened: Vec<OpenSplit> = Vec::new();
     for (split, folder) in splits {
-        let mut images = Folder::open(&folder)?;
+        let mut images = Folder::open_as(&folder, &settings.reading)?;
         if let Some(("train", _, train)) = opened.first() {
             images = images.with_classes_of(&folder, train.classes())?;
         }
@@ -187,6 +189,7 @@ fn pack_splits(
 
 impl PackSettings {
     fn check(&self) -> Result<()> {
+        self.reading.check()?;
         if self.size == Some(0) {
             return Err(Error::config("images cannot be packed at 0 pixels"));
         }
@@ -272,7 +275,8 @@ fn pack_split(
         let path = to.join(file_name(split, number));
         replace_file(&path, |partial| {
             let file = File::create(partial).map_err(|e| write_error(&path, e))?;
-            let begun = Header { number, first, ..Header::default() };
+            let samples = !settings.reading.is_rgb();
+            let begun = Header { samples, number, first, ..Header::default() };
             let written = write(file, begun, images.classes(), settings.file_bytes, &mut records);
             let (held, size) = written.map_err(|e| write_error(&path, e))?;
             if let Some(error) = failure.take() {
@@ -333,6 +337,7 @@ struct Scratch {
     smaller: Image,
     resize: Buffers,
     tile: Vec<[u8; 4]>,
+    floats: Vec<[f32; 4]>,
 }
 
 /// Prepares an image to be written. It is decoded in any case, so that a broken one is found here and not during a run.
@@ -343,23 +348,36 @@ fn record(
     scratch: &mut Scratch,
 ) -> Result<Record> {
     let path = images.file(place);
-    let mut bytes = std::fs::read(path).map_err(Error::io(path))?;
-    decode(path, &bytes, &mut scratch.image)?;
+    let (reading, page) = (images.reading(), images.page(place));
+    let mut bytes = match page {
+        Some(_) => Vec::new(),
+        None => std::fs::read(path).map_err(Error::io(path))?,
+    };
+    match page {
+        Some(page) => decode_page(path, page, reading, &mut scratch.image)?,
+        None => decode(path, &bytes, reading, &mut scratch.image)?,
+    }
     let shrunk = settings.size.filter(|&size| scratch.image.width.min(scratch.image.height) > size);
     if let Some(size) = shrunk {
         shrink(size, scratch);
     }
     let image = if shrunk.is_some() { &scratch.smaller } else { &scratch.image };
     let kind = match settings.stored {
-        Stored::Raw => {
+        _ if !reading.is_rgb() => {
+            bytes.clone_from(&image.pixels);
+            Kind::Samples(image.format)
+        }
+        Stored::Files { quality } if shrunk.is_some() => {
+            bytes = jpeg(path, image, quality)?;
+            Kind::File
+        }
+        // The pack's reader knows neither pages nor axes.
+        Stored::Files { .. } if page.is_none() && reading.pages.is_none() && !is_array(&bytes) => {
+            Kind::File
+        }
+        _ => {
             bytes.clone_from(&image.pixels);
             Kind::Raw
-        }
-        Stored::Files { quality } => {
-            if shrunk.is_some() {
-                bytes = jpeg(path, image, quality)?;
-            }
-            Kind::File
         }
     };
     let label = images.label(place).unwrap_or_default();
@@ -386,25 +404,51 @@ fn jpeg(path: &Path, image: &Image, quality: u8) -> Result<Vec<u8>> {
 /// Resamples the image so that its shorter side is `size`, as torchvision's `Resize` over Pillow does (bilinear, antialiased,
 /// the longer side truncated).
 fn shrink(size: usize, scratch: &mut Scratch) {
-    let Scratch { image, smaller, resize, tile } = scratch;
+    let Scratch { image, smaller, resize, tile, floats } = scratch;
     let [width, height] = [image.width, image.height];
     let short = width.min(height);
     let target = [width, height].map(|side| size * side / short);
     let wide = width >= height;
-    smaller.resize(target[0], target[1]);
+    let format = image.format;
+    smaller.reshape(target[0], target[1], format);
     let longest = target[0].max(target[1]);
     // A resize makes squares: tiles along the longer side, of which the last overlaps the one before it.
     for from in (0..longest).step_by(size).map(|from| from.min(longest - size)) {
         let first = if wide { [from, 0] } else { [0, from] };
         let crop = CropBox { left: 0, top: 0, width, height };
         let (filter, antialias, flip) = (Filter::Bilinear, true, false);
-        Resize { crop, target, first, size, filter, antialias, flip }.to_u8(image, resize, tile);
-        for (row, pixels) in tile.chunks_exact(size).enumerate() {
-            let to = (first[1] + row) * target[0] + first[0];
-            let to = smaller.pixels[3 * to..].as_chunks_mut::<3>().0;
-            to.iter_mut().zip(pixels).for_each(|(to, &[r, g, b, _])| *to = [r, g, b]);
+        let by = Resize { crop, target, first, size, filter, antialias, flip };
+        let at = |row: usize| (first[1] + row) * target[0] + first[0];
+        if format == Format::RGB {
+            by.to_u8(image, resize, tile);
+            for (row, pixels) in tile.chunks_exact(size).enumerate() {
+                let to = smaller.pixels[3 * at(row)..].as_chunks_mut::<3>().0;
+                to.iter_mut().zip(pixels).for_each(|(to, &[r, g, b, _])| *to = [r, g, b]);
+            }
+            continue;
+        }
+        for channel in (0..format.channels).step_by(3) {
+            by.to_float_from(image, channel, resize, floats);
+            for (row, pixels) in floats.chunks_exact(size).enumerate() {
+                let to = &mut smaller.pixels[at(row) * format.bytes()..];
+                for (to, pixel) in to.chunks_exact_mut(format.bytes()).zip(pixels) {
+                    let most = (format.channels - channel).min(3);
+                    for (c, value) in (channel..).zip(&pixel[..most]) {
+                        match format.bits {
+                            8 => to[c] = (value * 255.0).round() as u8,
+                            _ => to[2 * c..2 * c + 2]
+                                .copy_from_slice(&((value * 65535.0).round() as u16).to_le_bytes()),
+                        }
+                    }
+                }
+            }
         }
     }
+}
+
+/// Whether the bytes of a file are those of a NumPy array.
+fn is_array(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x93NUMPY")
 }
 
 #[cfg(test)]
@@ -419,7 +463,7 @@ mod tests {
             let pixels = scratch.image.pixels.iter_mut().zip(0..);
             pixels.for_each(|(v, i): (_, usize)| *v = (i * i * 37 % 251) as u8);
             shrink(5, &mut scratch);
-            let Scratch { image, smaller, resize, tile } = &mut scratch;
+            let Scratch { image, smaller, resize, tile, .. } = &mut scratch;
             assert_eq!([smaller.width, smaller.height], expected);
             let crop = CropBox { left: 0, top: 0, width: sides[0], height: sides[1] };
             // Every square of it, wherever it begins.

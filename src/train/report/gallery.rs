@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::names::relative;
 use crate::data::augment::Scratch;
-use crate::data::{Image, Policy, Source, center};
+use crate::data::{Format, Image, Policy, Source, center};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::eval::{self, Answer, Features};
@@ -278,20 +278,24 @@ fn views_of(source: &dyn Source, recipe: &Recipe, views: usize, side: usize) -> 
             let mut rng = Philox::new(recipe.seed, Purpose::Augmentation, 0, stream);
             let params = policy.draw(&mut rng, image.width, image.height);
             let policy = Policy { normalise: None, ..policy.clone() };
-            let mut out = vec![0.0; policy.size * policy.size * 4];
+            let padded = image.format.device_channels();
+            let mut out = vec![0.0; policy.size * policy.size * padded];
             policy.apply(&params, &image, &mut out, &mut scratch);
-            sheet.add(&rgb(&out, policy.size), &Policy::crop(side));
+            sheet.add(&rgb(&out, policy.size, image.format), &Policy::crop(side));
         }
         sheet.end_row();
     }
     Ok(Views { shown, views, sheet: sheet.finish()? })
 }
 
-/// Converts values in `[0, 1]`, four per pixel, to an image.
-fn rgb(values: &[f32], size: usize) -> Image {
-    let byte = |v: &f32| (255.0 * v).round().clamp(0.0, 255.0) as u8;
-    let pixels = values.chunks_exact(4).flat_map(|pixel| pixel[..3].iter().map(byte)).collect();
-    Image { width: size, height: size, pixels }
+/// Converts values in `[0, 1]` of images of a format to an RGB image: of one or two channels the first in grey, of more the first
+/// three.
+fn rgb(values: &[f32], size: usize, format: Format) -> Image {
+    let byte = |v: f32| (255.0 * v).round().clamp(0.0, 255.0) as u8;
+    let places = if format.channels < 3 { [0; 3] } else { [0, 1, 2] };
+    let pixels = values.chunks_exact(format.device_channels());
+    let pixels = pixels.flat_map(|pixel| places.map(|at| byte(pixel[at]))).collect();
+    Image { width: size, height: size, format: Format::RGB, pixels }
 }
 
 /// Draws small pictures side by side into one JPEG.
@@ -333,9 +337,9 @@ impl SheetWriter {
 
     fn add(&mut self, image: &Image, policy: &Policy) {
         let side = self.side;
-        let mut values = vec![0.0; side * side * 4];
+        let mut values = vec![0.0; side * side * image.format.device_channels()];
         center(image, policy, &mut values, &mut self.scratch);
-        let small = rgb(&values, side);
+        let small = rgb(&values, side, image.format);
         let (row, column) = (self.next / self.columns, self.next % self.columns);
         let width = self.columns * side;
         for (y, line) in small.pixels.chunks_exact(side * 3).enumerate() {

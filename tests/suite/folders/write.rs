@@ -66,7 +66,7 @@ pub const COLOURS: [[u8; 3]; 20] = [
 ];
 
 const IMAGES: [&str; 8] = ["png", "jpg", "JPG", "jpeg", "jfif", "jpe", "PNG", "Jpeg"];
-const FOREIGN: [&str; 7] = ["webp", "bmp", "gif", "TIF", "heic", "avif", "Jxl"];
+const FOREIGN: [&str; 7] = ["svg", "psd", "gif", "PPM", "heic", "avif", "Jxl"];
 const NESTED: [&[u8]; 9] =
     [b"2024", b"a", b"a-b", b"a b", b"z", b"folder.jpg", b"\xc3\xa4", b"a\xcc\x88", b"\xf0"];
 /// How names of files begin.
@@ -392,7 +392,7 @@ impl Writer<'_> {
         if self.draw.one_in(3) {
             std::fs::create_dir_all(folder.join(".hidden")).unwrap();
             std::fs::write(folder.join("classes.txt"), "").unwrap();
-            std::fs::write(folder.join("poster.webp"), "").unwrap();
+            std::fs::write(folder.join("poster.gif"), "").unwrap();
             part.foreign += 1;
         }
         if self.draw.one_in(25) {

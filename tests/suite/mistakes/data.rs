@@ -34,13 +34,14 @@ fn prepare_packs(root: &Path) -> String {
     let write = |name: &str, bytes: &[u8]| write(root, name, bytes);
     (0..9).for_each(|i| write(&format!("nine/{i}.jpg"), &fixture("colour.jpg")));
     let stored = Stored::Files { quality: 95 };
-    let settings = PackSettings { size: None, stored, file_bytes: 1 << 20 };
+    let settings =
+        PackSettings { reading: Default::default(), size: None, stored, file_bytes: 1 << 20 };
     pack(&root.join("nine"), &root.join("packed"), &settings, |_, _| ()).unwrap();
     let packed = std::fs::read(root.join("packed/train-00000.pack")).unwrap();
     write("cut/train-00000.pack", &packed[..packed.len() - 5]);
     write("alien/train-00000.pack", &[b' '; 99]);
     write("gap/train-00001.pack", &packed);
-    write("future/train-00000.pack", &[&packed[..8], &[3], &packed[9..]].concat());
+    write("future/train-00000.pack", &[&packed[..8], &[4], &packed[9..]].concat());
     let index_at = u64::from_le_bytes(packed[40..48].try_into().unwrap()) as usize;
     format!(
         "cut/train-00000.pack: is a truncated or corrupt pack file: its header announces an index of {} bytes at {index_at}, and it has {} bytes: copy the set again, or pack the images again",
@@ -67,7 +68,7 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
         (
             &["train", "demo", "--set", "data.path=hollow"],
             1,
-            "hollow/train/dog: is a class folder without images (jpg, jpeg, jpe, jfif, png) in it: fill it or remove it",
+            "hollow/train/dog: is a class folder without images (jpg, jpeg, jpe, jfif, png, tif, tiff, webp, bmp) in it: fill it or remove it",
         ),
         (
             &["train", "demo", "--set", "data.path=broken", "--set", "train.batch=2"],
@@ -96,7 +97,7 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
         (
             &["train", "demo", "--set", "data.path=future"],
             1,
-            "future/train-00000.pack: has format 3, and this program reads up to 2: read it with the program that wrote it, or pack the images again",
+            "future/train-00000.pack: has format 4, and this program reads up to 3: read it with the program that wrote it, or pack the images again",
         ),
         (
             &["train", "demo", "--set", "data.path=gap"],
@@ -166,7 +167,7 @@ fn broken_images_are_skipped_counted_and_named_at_the_end() {
         "skipped image 1: mixed/empty.jpg: is empty (0 bytes)",
         "skipped image 20: mixed/head.jpg: is a JPEG file that ends early: copy or download it again",
         "skipped image 2: mixed/ends.jpg: is a JPEG file that ends early: copy or download it again",
-        "skipped image 3: mixed/gif.jpg: is neither a JPEG nor a PNG file",
+        "skipped image 3: mixed/gif.jpg: is no JPEG, PNG, WebP, BMP or TIFF file",
     ];
     assert_eq!(skipped, expected, "{said}");
     let list = std::fs::read_to_string(folder.path().join("new/skipped.txt")).unwrap();

@@ -63,6 +63,11 @@ impl<'a> Decoder<'a> {
         [self.reader.frame.width, self.reader.frame.height]
     }
 
+    /// Whether it has one component.
+    pub fn is_grey(&self) -> bool {
+        self.reader.frame.components.len() == 1
+    }
+
     /// Decodes the image into `[height, width, 3]` values.
     ///
     /// # Errors

@@ -1,0 +1,111 @@
+//! What the files of a folder hold, before they are read as images: channels, bits, and the range of their samples.
+
+use std::path::{Path, PathBuf};
+
+use super::decode::{self, Native, Reading};
+use super::folder::Folder;
+use super::open::{SplitFolders, open_as};
+use super::pack::Pack;
+use super::source::{Format, Source, Split};
+use crate::error::{Error, Result};
+use crate::files::{find, is_folder};
+
+/// Files that are looked at.
+const LOOKED_AT: usize = 64;
+
+/// The files of a folder's training split, some of them.
+fn some_files(folder: &Path, reading: &Reading) -> Result<Option<(Folder, Vec<usize>)>> {
+    if !is_folder(folder)? || Pack::is_at(folder)? {
+        return Ok(None);
+    }
+    let train = SplitFolders::of(folder)?.and_then(|splits| splits.train);
+    let Ok(all) = Folder::open_as(train.as_deref().unwrap_or(folder), reading) else {
+        return Ok(None); // opening it as a set says what is wrong
+    };
+    let count = all.len().min(LOOKED_AT);
+    let places = (0..count).map(|i| i * all.len() / count).collect();
+    Ok(Some((all, places)))
+}
+
+/// Channels and bits of the images in a folder, if all that are looked at have the same: alpha channels aside, and 16 bits for
+/// floats, with whether they are floats. Files that cannot be read are passed over. `None` if there is nothing to look at.
+///
+/// # Errors
+/// If the folder cannot be read, or its images have different channels, some of them more than three.
+pub fn native_format(folder: &Path, reading: &Reading) -> Result<Option<(Format, bool)>> {
+    if find(folder)?.is_none() {
+        return Ok(None); // opening it as a set says so
+    }
+    if is_folder(folder)? && Pack::is_at(folder)? {
+        return Pack::open(folder, Split::Train).map(|pack| Some((pack.format(), false)));
+    }
+    let Some((all, places)) = some_files(folder, reading)? else { return Ok(None) };
+    let mut found: Vec<(PathBuf, Native)> = Vec::new();
+    for place in places {
+        let path = all.file(place);
+        match decode::native(path, reading.axes) {
+            Ok(native) => found.push((path.to_path_buf(), native)),
+            Err(Error::Format { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let format = |native: &Native| {
+        let of_pages = reading.pages == Some(decode::Pages::Channels) && native.pages > 1;
+        let pages = if of_pages { native.pages } else { 1 };
+        let channels = (native.channels - usize::from(native.alpha)) * pages;
+        Format { channels, bits: if native.bits == 8 { 8 } else { 16 } }
+    };
+    let Some((first_file, first)) = found.first() else { return Ok(None) };
+    let floats = first.bits == 32;
+    let first = format(first);
+    let Some((other_file, other)) = found.iter().find(|(_, other)| format(other) != first) else {
+        return Ok(Some((first, floats)));
+    };
+    let other = format(other);
+    // Photos in grey and in colour are all RGB.
+    let photos = found.iter().all(|(_, native)| {
+        let format = format(native);
+        matches!(format.channels, 1 | 3) && format.bits == 8
+    });
+    if photos {
+        return Ok(Some((Format::RGB, false)));
+    }
+    Err(Error::format(
+        folder,
+        format!(
+            "has images of {first} ({}) and of {other} ({}): keep those of one kind, or say with data.channels and data.bits which are read",
+            first_file.display(),
+            other_file.display()
+        ),
+    ))
+}
+
+/// The least and the largest sample of some images of 16 bits or of floats; `None` if nothing can be read or all are equal.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
+    let mut all = [f64::INFINITY, f64::NEG_INFINITY];
+    let mut add = |[low, high]: [f64; 2]| all = [all[0].min(low), all[1].max(high)];
+    if let Some((files, places)) = some_files(folder, reading)? {
+        for place in places {
+            match decode::extent(files.file(place), files.page(place).unwrap_or(0), reading) {
+                Ok(extent) => add(extent),
+                Err(Error::Format { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    } else {
+        let set = open_as(folder, Split::Train, reading)?;
+        let (count, mut image) = (set.len().min(LOOKED_AT), super::Image::default());
+        for place in (0..count).map(|i| i * set.len() / count) {
+            if set.read(place, &mut image).is_ok() {
+                for sample in image.pixels.as_chunks::<2>().0 {
+                    let value = f64::from(u16::from_le_bytes(*sample));
+                    add([value, value]);
+                }
+            }
+        }
+    }
+    Ok((all[0] < all[1]).then_some(all))
+}
