@@ -143,7 +143,8 @@ mod tests {
     use crate::tensor::DType;
 
     /// Prefixes of the names of kernels that no case launches, each with the reason.
-    const WITHOUT_CASE: [(&str, &str); 23] = [
+    const WITHOUT_CASE: [(&str, &str); 24] = [
+        ("augment_channels", "images that are not RGB of 8 bits"),
         ("avg_pool", "shortcuts of ResNet-D"),
         ("batch_norm_inv_std", "evaluation"),
         ("cast", "once a step, a few activations"),

@@ -318,16 +318,18 @@ fn a_gpu_without_memory_uses_slightly_larger_blocks_and_returns_others() {
     );
 }
 
-/// The losses of a run, as the program would print them.
+/// The losses of a run and its notes, as the program would print them.
 #[derive(Default)]
-struct Printed(Vec<(u64, f64)>);
+struct Printed(Vec<(u64, f64)>, Vec<String>);
 
 impl Watch for Printed {
     fn step(&mut self, report: &StepReport) {
         self.0.push((report.step, report.loss));
     }
     fn epoch(&mut self, _: &EpochReport) {}
-    fn note(&mut self, _: &str) {}
+    fn note(&mut self, sentence: &str) {
+        self.1.push(sentence.to_owned());
+    }
 }
 
 /// The demo with the smallest settings: two epochs of four steps.
@@ -360,13 +362,14 @@ const OUT_OF_MEMORY: u32 = 2;
 const LAUNCH_FAILED: u32 = 719;
 const NO_DEVICE: u32 = 214;
 
-/// Trains with an injected failure and returns the error, if any. Checks that the metrics are complete and that a checkpoint, if
-/// one was written, loads after recovery.
-fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<String> {
+/// Trains with an injected failure and returns the error, or what a run printed that got over it. Checks that the metrics are
+/// complete and that a checkpoint, if one was written, loads after recovery.
+fn attempt(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Result<Printed, String> {
     inject();
     let (result, printed) = train(folder);
     driver.recover();
-    let said = result.err()?.to_string();
+    let Err(error) = result else { return Ok(printed) };
+    let said = error.to_string();
     let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
     let written = metrics.lines().filter(|line| line.contains("\"lr\"")).count();
     assert_eq!(written, printed.0.len(), "every known loss is written: {said}");
@@ -386,7 +389,12 @@ fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<Str
         }
         Err(_) => {} // the run had not started
     }
-    Some(said)
+    Err(said)
+}
+
+/// The error of a run with an injected failure, if any.
+fn failing(driver: &StandIn, folder: &Path, inject: impl FnOnce()) -> Option<String> {
+    attempt(driver, folder, inject).err()
 }
 
 #[test]
@@ -412,14 +420,27 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
             let [allocations, launches] = [0, 1].map(|i| calls[i] - before[i]);
             assert!(allocations > 20 && launches > 500, "{allocations} {launches}");
 
-            // Each of the first allocations, and again after the pool has released its free memory.
+            // Each of the first allocations, and again after the pool has released its free memory; and the last one, which a
+            // capture asks for: the run goes on without capturing, to the same bits.
+            let mut launched = 0;
             for nth in (1..=24).chain([allocations]) {
-                let said = failing(driver, &folder(), || {
+                let ended = attempt(driver, &folder(), || {
                     (nth..nth + 60).for_each(|nth| driver.fail("cuMemAlloc", nth, OUT_OF_MEMORY));
                 });
-                let said = said.expect("an out-of-memory error");
-                assert!(said.contains("out of memory"), "allocation {nth}: {said}");
+                match ended {
+                    Err(said) => {
+                        assert!(said.contains("out of memory"), "allocation {nth}: {said}")
+                    }
+                    Ok(again) => {
+                        let told =
+                            again.1.iter().any(|note| note.contains("launched kernel by kernel"));
+                        assert!(told, "allocation {nth}: {:?}", again.1);
+                        assert_eq!(again.0, printed.0, "allocation {nth}");
+                        launched += 1;
+                    }
+                }
             }
+            assert_eq!(launched, 1, "runs that went on without a capture");
             let said =
                 failing(driver, &folder(), || driver.fail("cuMemHostAlloc", 1, OUT_OF_MEMORY));
             assert!(

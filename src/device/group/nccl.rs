@@ -112,7 +112,9 @@ impl Nccl {
 
     fn load(path: &Path) -> Result<Self, String> {
         // SAFETY: NCCL's initialisers do nothing before its first call.
-        let library = unsafe { Library::new(path) }.map_err(|e| e.to_string())?;
+        let library = unsafe { Library::new(path) }.map_err(|e| {
+            std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string)
+        })?;
         let (calls, mut version) = (Calls::of(&library)?, 0);
         std::mem::forget(library); // never closed: its threads may run on
         // SAFETY: writes one int, and may be called at any time.
