@@ -26,10 +26,6 @@ const HUGE_PAGE: usize = 2 << 20;
 /// A request on a GPU without free memory takes a free block of up to its own size and this share of it more.
 const SPARE: usize = 4;
 
-/// What unwinds out of a capture for which the GPU has too little memory: the launches of the captured step have not run and can
-/// be made again without a capture. The text says what was wanted.
-pub(crate) struct CaptureOutOfMemory(pub(crate) String);
-
 /// Statistics of a device's memory pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
@@ -126,7 +122,7 @@ impl Pool {
         state.usage.allocations += 1;
         drop(state);
         if let Some(gpu) = &self.gpu {
-            let block = self.take_from_gpu(gpu, bytes, place);
+            let block = self.take_from_gpu(gpu, bytes);
             self.lock().claim(&block);
             return block;
         }
@@ -160,7 +156,7 @@ impl Pool {
         Ok(pointer)
     }
 
-    fn take_from_gpu(&self, gpu: &Gpu, bytes: usize, place: &'static Location<'static>) -> Block {
+    fn take_from_gpu(&self, gpu: &Gpu, bytes: usize) -> Block {
         let block = |address: u64| Block(std::ptr::without_provenance_mut(address as usize));
         if let Some(address) = gpu.allocate(bytes) {
             return block(address);
@@ -185,25 +181,8 @@ impl Pool {
                 return block(address);
             }
         }
-        let reason = self.out_of_memory(gpu, bytes);
-        if capturing && gpu.check().is_ok() {
-            self.forget(bytes, place);
-            // Not a panic: nobody is to read about it, and whoever captures goes on without.
-            std::panic::resume_unwind(Box::new(CaptureOutOfMemory(reason)));
-        }
-        gpu.fail(reason);
+        gpu.fail(self.out_of_memory(gpu, bytes));
         block(0)
-    }
-
-    /// Takes back the accounts of a request that was not served.
-    fn forget(&self, bytes: usize, place: &'static Location<'static>) {
-        let mut state = self.lock();
-        state.usage.live -= bytes;
-        state.usage.reserved -= bytes;
-        state.usage.allocations -= 1;
-        if let Some(holder) = state.holders.get_mut(place) {
-            *holder = (holder.0 - bytes, holder.1 - 1);
-        }
     }
 
     /// Returns the free list to the GPU.

@@ -23,7 +23,7 @@ pub use cuda::{Counts, Mix, Resources};
 pub(crate) use group::{Communicator, Reduction};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub use memory::MemoryUse;
-pub(crate) use memory::{CaptureOutOfMemory, Memory, elements};
+pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
 pub use precision::Precision;
 pub(crate) use selfsup_cpu_kernels::Isa;

@@ -73,7 +73,6 @@ pub struct Steps {
     losses: Option<Ring>,
     /// Steps whose losses have not arrived yet, with their learning rates.
     pending: VecDeque<(u64, f64)>,
-    notice: Option<String>,
 }
 
 /// Decides whether a captured step can be replayed: everything in which it may not differ.
@@ -110,7 +109,6 @@ impl Steps {
             embeddings: None,
             losses: on_gpu.then(|| Ring::new(device, AHEAD + 1)),
             pending: VecDeque::new(),
-            notice: None,
         }
     }
 
@@ -174,11 +172,6 @@ impl Steps {
         self.known(0)
     }
 
-    /// A sentence for the user, once: that steps cannot be captured, and why.
-    pub fn take_notice(&mut self) -> Option<String> {
-        self.notice.take()
-    }
-
     /// The embeddings of the last step, from [`Method::take_embeddings`]. The next step may overwrite them.
     pub fn embeddings(&self) -> Option<&Tensor> {
         self.embeddings.as_ref()
@@ -224,19 +217,9 @@ impl Steps {
                 let loss = step(method, online, optimizer, &self.views, split, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
-            match Graph::capture(&self.device, body)? {
-                Ok((graph, (loss, embeddings))) => {
-                    let _communicator = self.group.communicator();
-                    self.captured = Some(Captured { graph, loss, embeddings, _communicator });
-                }
-                Err(reason) => {
-                    self.captures = false;
-                    self.notice = Some(format!(
-                        "steps are launched kernel by kernel, and not replayed as a graph, which would need more memory than the GPU has: {reason}"
-                    ));
-                    return self.queue(method, online, optimizer, batch, progress);
-                }
-            }
+            let (graph, (loss, embeddings)) = Graph::capture(&self.device, body)?;
+            let _communicator = self.group.communicator();
+            self.captured = Some(Captured { graph, loss, embeddings, _communicator });
         }
         let captured = self.captured.as_ref().expect("captured by now");
         captured.graph.replay();

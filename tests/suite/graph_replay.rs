@@ -318,18 +318,16 @@ fn a_gpu_without_memory_uses_slightly_larger_blocks_and_returns_others() {
     );
 }
 
-/// The losses of a run and its notes, as the program would print them.
+/// The losses of a run, as the program would print them.
 #[derive(Default)]
-struct Printed(Vec<(u64, f64)>, Vec<String>);
+struct Printed(Vec<(u64, f64)>);
 
 impl Watch for Printed {
     fn step(&mut self, report: &StepReport) {
         self.0.push((report.step, report.loss));
     }
     fn epoch(&mut self, _: &EpochReport) {}
-    fn note(&mut self, sentence: &str) {
-        self.1.push(sentence.to_owned());
-    }
+    fn note(&mut self, _: &str) {}
 }
 
 /// The demo with the smallest settings: two epochs of four steps.
@@ -420,9 +418,8 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
             let [allocations, launches] = [0, 1].map(|i| calls[i] - before[i]);
             assert!(allocations > 20 && launches > 500, "{allocations} {launches}");
 
-            // Each of the first allocations, and again after the pool has released its free memory; and the last one, which a
-            // capture asks for: the run goes on without capturing, to the same bits.
-            let mut launched = 0;
+            // Each of the first allocations, and again after the pool has released its free memory; and the last one, for which a
+            // free block may be large enough.
             for nth in (1..=24).chain([allocations]) {
                 let ended = attempt(driver, &folder(), || {
                     (nth..nth + 60).for_each(|nth| driver.fail("cuMemAlloc", nth, OUT_OF_MEMORY));
@@ -432,15 +429,11 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
                         assert!(said.contains("out of memory"), "allocation {nth}: {said}")
                     }
                     Ok(again) => {
-                        let told =
-                            again.1.iter().any(|note| note.contains("launched kernel by kernel"));
-                        assert!(told, "allocation {nth}: {:?}", again.1);
-                        assert_eq!(again.0, printed.0, "allocation {nth}");
-                        launched += 1;
+                        assert_eq!(nth, allocations, "an out-of-memory error");
+                        assert_eq!(again.0, printed.0, "the bits of a run with a larger block");
                     }
                 }
             }
-            assert_eq!(launched, 1, "runs that went on without a capture");
             let said =
                 failing(driver, &folder(), || driver.fail("cuMemHostAlloc", 1, OUT_OF_MEMORY));
             assert!(

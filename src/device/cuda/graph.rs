@@ -3,11 +3,9 @@
 //! A graph replays launches with the addresses that they had during the capture. It therefore owns the memory that its work
 //! used ([`Pool`](crate::device::memory::Pool) sets that memory aside), and numbers that change must be read from the device.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-
 use cudarc::driver::sys::CUgraphExec;
 
-use crate::device::{CaptureOutOfMemory, Device};
+use crate::device::Device;
 use crate::error::Result;
 
 /// Captured work of a device.
@@ -32,30 +30,23 @@ struct Capture<'a> {
 
 impl Graph {
     /// Captures the work that `work` queues on the device, without running it. The result of `work` may hold tensors: each
-    /// replay writes them again, as long as the graph lives. If the device has too little memory for a capture, whose blocks
-    /// nobody else may use, returns a sentence that says so; `work` has then been left half-way, and none of it has run.
+    /// replay writes them again, as long as the graph lives.
     ///
     /// # Errors
     /// If `work` fails, the device fails, or the queued work cannot be captured.
     pub(crate) fn capture<R>(
         device: &Device,
         work: impl FnOnce() -> Result<R>,
-    ) -> Result<Result<(Self, R), String>> {
+    ) -> Result<(Self, R)> {
         device.gpu().begin_capture();
         let memory = device.pool().begin_capture();
         let mut capture = Capture { device, memory, executable: None, kept: false };
-        let result = match catch_unwind(AssertUnwindSafe(work)) {
-            Ok(result) => result?,
-            Err(payload) => match payload.downcast::<CaptureOutOfMemory>() {
-                Ok(reason) => return Ok(Err(reason.0)),
-                Err(payload) => resume_unwind(payload),
-            },
-        };
+        let result = work()?;
         capture.executable = device.gpu().end_capture();
         device.check()?;
         capture.kept = true;
         let executable = capture.executable.expect("a device without a failure has captured");
-        Ok(Ok((Self { device: device.clone(), executable, memory }, result)))
+        Ok((Self { device: device.clone(), executable, memory }, result))
     }
 
     /// Queues the captured work.
