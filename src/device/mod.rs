@@ -36,6 +36,11 @@ use crate::error::{Error, Result};
 use memory::Pool;
 use threads::Threads;
 
+/// Why the system's loader did not open a library: libloading's own text says only that it did not.
+fn loader_says(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// The kind of a device; it selects the code that an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use libloading::{Library, Symbol};
 
 use super::patience::Patience;
+use crate::device::loader_says;
 
 /// A binary interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,7 +206,8 @@ impl Mpi {
     }
 
     fn load(path: &Path, abi: Option<Abi>) -> Result<Self, String> {
-        let library = open_library(path).map_err(|e| format!("{} ({e})", path.display()))?;
+        let library =
+            open_library(path).map_err(|e| format!("{} ({})", path.display(), loader_says(&e)))?;
         let abi = abi.unwrap_or_else(|| abi_of(path, &library));
         let calls = Calls::of(&library)?;
         let constants = Constants::of(abi, &library)?;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use libloading::Library;
 
-use crate::device::Device;
+use crate::device::{Device, loader_says};
 
 /// The variable that names the library to open.
 const VARIABLE: &str = "SELFSUP_NCCL";
@@ -112,9 +112,7 @@ impl Nccl {
 
     fn load(path: &Path) -> Result<Self, String> {
         // SAFETY: NCCL's initialisers do nothing before its first call.
-        let library = unsafe { Library::new(path) }.map_err(|e| {
-            std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string)
-        })?;
+        let library = unsafe { Library::new(path) }.map_err(|e| loader_says(&e))?;
         let (calls, mut version) = (Calls::of(&library)?, 0);
         std::mem::forget(library); // never closed: its threads may run on
         // SAFETY: writes one int, and may be called at any time.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
+use crate::device::loader_says;
 use crate::error::{Error, Result};
 
 /// A library.
@@ -140,10 +141,7 @@ fn find(what: &str, names: &[&str], path: Option<&Path>) -> Result<(Library, Pat
 fn open(path: &Path) -> std::result::Result<Library, String> {
     // SAFETY: the initialisers of these libraries only detect the processor; a file that is something else is the user's
     // choice, as with `LD_PRELOAD`.
-    unsafe { Library::new(path) }.map_err(|e| match std::error::Error::source(&e) {
-        Some(source) => source.to_string(),
-        None => e.to_string(),
-    })
+    unsafe { Library::new(path) }.map_err(|e| loader_says(&e))
 }
 
 /// Declares a table of C functions and a constructor that looks them up by name.
