@@ -132,8 +132,20 @@ pub(super) fn train(train: &Train) -> Result<()> {
         talk(&format!("the run took {took}; the plan was {}", own::time(planned)));
     }
     look_at(&out, &recipe);
-    talk(&format!("evaluate with: selfsup eval knn {}", out.display()));
+    talk(&what_next(&out, run.images().held_out().is_ok()));
     say(&train::newest(&out)?.display().to_string())
+}
+
+/// The command that follows a training. Without labelled held-out images an evaluation of the run's own set is refused.
+fn what_next(out: &Path, held_out: bool) -> String {
+    let out = out.display();
+    match held_out {
+        true => format!("evaluate with: selfsup eval knn {out}"),
+        false => format!(
+            "without labelled held-out images there is no accuracy: use the features by selfsup embed {out} IMAGES --out FILE, \
+             or evaluate on a labelled set with selfsup eval knn {out} --set data.path=SET"
+        ),
+    }
 }
 
 /// Refuses options that only a folder of images has.

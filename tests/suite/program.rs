@@ -135,6 +135,9 @@ fn a_folder_is_planned_and_trained_by_one_command() {
     assert!(output.status.success(), "{said}");
     assert!(said.contains("chosen by the rank of its features (RankMe)"), "{said}");
     assert!(said.contains("; the plan was ") && said.contains("runs/photos/report.html"), "{said}");
+    // The next command is one that works without labels.
+    assert!(said.contains("by selfsup embed runs/photos IMAGES --out FILE"), "{said}");
+    assert!(!said.contains("evaluate with: "), "{said}");
     for file in ["recipe.toml", "report.html", "best.safetensors", "step-00000004.safetensors"] {
         assert!(root.path().join("runs/photos").join(file).is_file(), "{file}");
     }

@@ -2,7 +2,8 @@
 //!
 //! Read as RGB of 8 bits, grey, palette, alpha, 16-bit PNG, CMYK and YCCK images are converted; alpha is dropped, not blended, the
 //! upper byte of 16 bits is kept, and embedded colour profiles and orientations are ignored, as in Pillow's `convert("RGB")`. (Of
-//! 16-bit grey, Pillow clips all but the lowest 256 levels to white; here it is treated as colour.) Any other [`Reading`] takes the
+//! 16-bit grey, Pillow clips all but the lowest 256 levels to white; here it is treated as colour. Of a BMP file of 16 bits a pixel,
+//! levels differ by at most one from Pillow's, which rounds them down.) Any other [`Reading`] takes the
 //! channels and bits as they are in the file, and refuses what it would have to guess. Sizes are checked before anything is decoded.
 //! A JPEG file that ends early is an error, not a picture with a grey lower part.
 
