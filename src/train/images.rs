@@ -105,7 +105,7 @@ impl Images {
     pub fn held_out(&self) -> Result<&Arc<dyn Source>> {
         self.test.as_ref().ok_or_else(|| {
             Error::config(
-                "evaluation needs labelled held-out images: class folders in test/ or val/; --set data.path=SET names a set that has them",
+                "evaluation needs labelled held-out images: class folders in test/ or val/, or data.path=SET for a set that has them",
             )
         })
     }

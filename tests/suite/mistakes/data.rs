@@ -224,7 +224,10 @@ fn an_evaluation_counts_only_what_it_has_read() {
         for (set, sentence) in [
             ("no-test", "images can be read; the first: "),
             ("no-train", "images can be read; the first: "),
-            ("only-train", "--set data.path=SET names a set that has them"),
+            (
+                "only-train",
+                "evaluation needs labelled held-out images: class folders in test/ or val/, or data.path=SET for a set that has them",
+            ),
             ("flat-test", "label"),
             ("gone", "no such file or folder"),
         ] {
