@@ -1,12 +1,13 @@
 // NT-Xent over unit rows z [rows, d], f32, and their bf16 terms [terms, rows, pitch] (similarity.cu); see
-// src/ops/nt_xent. The similarity matrix is computed in tiles and never stored. d > 0.
+// src/ops/nt_xent. The similarity matrix is computed in tiles and never stored. d > 0. Of several ranks each
+// has `rows` of its own among the `all_rows` of all ranks, from place `first` of each view on.
 //
 // Forward: nt_xent_sums, which computes each pair once and subtracts 1 / T from every logit, or, where that
-// would leave f32's range (T < 0.025), nt_xent_sums_online; then nt_xent_finish and row_losses_mean.
-// Backward, two: nt_xent_gradient, then split_k_reduce_f32 of matmul.cu with n = rows d, which also
-// accumulates. `inv_t` is 1 / T. The columns are split by the shape alone. Workspaces: sums [groups, rows],
-// or maxima and sums [splits, rows]; partial [splits, rows, d]; row_losses [rows]. lse [rows] is saved for
-// the backward pass. No dynamic shared memory.
+// would leave f32's range (T < 0.025) and on several ranks, nt_xent_sums_online; then nt_xent_finish and
+// row_losses_mean. Backward, two: nt_xent_gradient, then split_k_reduce_f32 of matmul.cu with n = rows d,
+// which also accumulates. `inv_t` is 1 / T. The columns are split by the shape alone. Workspaces: sums
+// [groups, rows], or maxima and sums [splits, rows]; partial [splits, rows, d]; row_losses [rows]. lse [rows],
+// of all ranks, is saved for the backward pass. No dynamic shared memory.
 //
 // A main-loop step of nt_xent_sums by nvcc 13.0 for sm_90a: as matmul.cu's of 128 x 128. Its exponentials,
 // 16,384 per tile, take 1,024 cycles of a multiprocessor and three GEMMs of 128 x 128 x 128 at least 4,900:
@@ -16,6 +17,25 @@
 __device__ __forceinline__ int positive_of(int i, int rows) {
     return i < rows / 2 ? i + rows / 2 : i - rows / 2;
 }
+
+/// The places of a rank's rows, of two views, among those of all ranks.
+struct Places {
+    int rows, all_rows, first;
+
+    __device__ __forceinline__ int half() const { return rows / 2; }
+    __device__ __forceinline__ int of(int i) const {
+        return first + i + (i < half() ? 0 : all_rows / 2 - half());
+    }
+    __device__ __forceinline__ int of_positive(int i) const { return of(positive_of(i, rows)); }
+    /// Whether columns from `column` on may have the row itself, or its positive, for one of as many rows from
+    /// `row` on, none of which need exist.
+    __device__ __forceinline__ bool may_meet(int row, int column, int count, bool positive) const {
+        auto meets = [&](int place) { return abs(place - column) < count; };
+        int low = first + row, high = low - half() + all_rows / 2;  // a row of the first view, or of the second
+        bool itself = meets(low) || meets(high);
+        return itself || (positive && (meets(low + all_rows / 2) || meets(high - all_rows / 2)));
+    }
+};
 
 /// sums [groups, rows], each written: rows are in groups of `tiles_per_group` tiles of 128, and sums[g][i] is
 /// the sum of exp((s_ij - 1) / T) over the j != i of group g. A block for each pair of groups, groups (groups
@@ -97,14 +117,18 @@ KERNEL BOUNDS(TILE_THREADS, 2) void nt_xent_sums(float* sums, const bf16* z, int
     }
 }
 
-/// maxima, sums [splits, rows]. Grid (rows / 128 rounded up, splits); columns_per_split is a multiple of 128.
-KERNEL BOUNDS(TILE_THREADS, 2) void nt_xent_sums_online(float* maxima, float* sums, const bf16* z, int rows,
+/// maxima, sums [splits, rows]; `all` are the terms of all ranks' rows. Grid (rows / 128 rounded up, splits);
+/// columns_per_split is a multiple of 128.
+KERNEL BOUNDS(TILE_THREADS, 2) void nt_xent_sums_online(float* maxima, float* sums, const bf16* z,
+                                                        const bf16* all, int rows, int all_rows, int first,
                                                         int pitch, int terms, int columns_per_split,
                                                         double inv_t) {
-    SplitRows all{z, rows, pitch, terms};
+    Places places{rows, all_rows, first};
     sum_exponentials(
-        maxima, sums, all, all, columns_per_split, static_cast<float>(inv_t),
-        [](int row, int column) { return row == column; }, [](int i, int j) { return i == j; });
+        maxima, sums, SplitRows{z, rows, pitch, terms}, SplitRows{all, all_rows, pitch, terms},
+        columns_per_split, static_cast<float>(inv_t),
+        [&](int row, int column) { return places.may_meet(row, column, TILE, false); },
+        [&](int row, int column) { return places.of(row) == column; });
 }
 
 /// lse and row_losses [rows], a warp per row: (rows / 8 rounded up) blocks of 256. `maxima` is null after
@@ -122,45 +146,47 @@ KERNEL void nt_xent_finish(float* lse, float* row_losses, const float* maxima, c
 
 /// dL / ds_ij up to a scale: p_ij + p_ji, minus 2 for a positive.
 struct PairWeight {
-    const float* lse;
-    float scale;  // log2(e) / T
-    int rows;
+    const float* lse;  // of all ranks' rows
+    float scale;       // log2(e) / T
+    Places places;
 
     using Row = float;  // log2 Σ exp
     using Column = float;
-    __device__ __forceinline__ Row row(int i) const { return lse[i] * LOG2_E; }
+    __device__ __forceinline__ Row row(int i) const { return lse[places.of(i)] * LOG2_E; }
     __device__ __forceinline__ Column column(int j) const { return lse[j] * LOG2_E; }
     __device__ __forceinline__ float operator()(Row row, Column column, float s) const {
         return exp2_fast(fmaf(s, scale, -row)) + exp2_fast(fmaf(s, scale, -column));
     }
     __device__ __forceinline__ bool may_correct(int row, int column) const {
-        int distance = abs(row - column);
-        return distance < WEIGHT_TILE || abs(distance - rows / 2) < WEIGHT_TILE;
+        return places.may_meet(row, column, WEIGHT_TILE, true);
     }
     __device__ __forceinline__ float corrected(float w, int i, int j) const {
-        return i == j ? 0.0f : j == positive_of(i, rows) ? w - 2.0f : w;
+        return j == places.of(i) ? 0.0f : j == places.of_positive(i) ? w - 2.0f : w;
     }
 };
 
 template <int TERMS>
-__device__ __forceinline__ void gradient(float* partial, const bf16* z, const float* lse, const float* dy,
-                                         int rows, int d, int pitch, int columns_per_split, double inv_t) {
-    SplitRows all{z, rows, pitch, TERMS};
-    WeightedSum<TERMS, PairWeight>(all, all, columns_per_split)
-        .run(partial, d, static_cast<float>(*dy * inv_t / rows),
-             PairWeight{lse, static_cast<float>(inv_t) * LOG2_E, rows});
+__device__ __forceinline__ void gradient(float* partial, const bf16* z, const bf16* all, const float* lse,
+                                         const float* dy, const Places& places, int d, int pitch,
+                                         int columns_per_split, double inv_t) {
+    SplitRows own{z, places.rows, pitch, TERMS}, others{all, places.all_rows, pitch, TERMS};
+    WeightedSum<TERMS, PairWeight>(own, others, columns_per_split)
+        .run(partial, d, static_cast<float>(*dy * inv_t / places.rows),
+             PairWeight{lse, static_cast<float>(inv_t) * LOG2_E, places});
 }
 
-/// partial [splits, rows, d], whose sum over splits is dz, with two or three terms; `dy` points to the
-/// gradient of the loss, on the device. columns_per_split is a multiple of 64. Grid (rows / 64, d / 128,
-/// splits), all rounded up; block 128.
-KERNEL BOUNDS(WEIGHT_THREADS, 2) void nt_xent_gradient_2(float* partial, const bf16* z, const float* lse,
-                                                         const float* dy, int rows, int d, int pitch,
+/// partial [splits, rows, d], whose sum over splits is dz, with two or three terms; `all` are the terms of all
+/// ranks' rows and lse [all_rows] theirs; `dy` points to the gradient of the loss, on the device.
+/// columns_per_split is a multiple of 64. Grid (rows / 64, d / 128, splits), all rounded up; block 128.
+KERNEL BOUNDS(WEIGHT_THREADS, 2) void nt_xent_gradient_2(float* partial, const bf16* z, const bf16* all,
+                                                         const float* lse, const float* dy, int rows,
+                                                         int all_rows, int first, int d, int pitch,
                                                          int columns_per_split, double inv_t) {
-    gradient<2>(partial, z, lse, dy, rows, d, pitch, columns_per_split, inv_t);
+    gradient<2>(partial, z, all, lse, dy, Places{rows, all_rows, first}, d, pitch, columns_per_split, inv_t);
 }
-KERNEL BOUNDS(WEIGHT_THREADS, 2) void nt_xent_gradient_3(float* partial, const bf16* z, const float* lse,
-                                                         const float* dy, int rows, int d, int pitch,
+KERNEL BOUNDS(WEIGHT_THREADS, 2) void nt_xent_gradient_3(float* partial, const bf16* z, const bf16* all,
+                                                         const float* lse, const float* dy, int rows,
+                                                         int all_rows, int first, int d, int pitch,
                                                          int columns_per_split, double inv_t) {
-    gradient<3>(partial, z, lse, dy, rows, d, pitch, columns_per_split, inv_t);
+    gradient<3>(partial, z, all, lse, dy, Places{rows, all_rows, first}, d, pitch, columns_per_split, inv_t);
 }

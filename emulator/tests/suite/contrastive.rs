@@ -42,84 +42,113 @@ fn rows_split_into_terms() {
     }
 }
 
-/// NT-Xent with sums over groups of `group` tiles, or online over `128 group` columns at a low temperature. The gradient is
-/// split-K, with `columns_per_split` columns in each split.
+/// NT-Xent of unit rows `z [rows, d]` in f64: the log-sum-exp and the loss of each row, and the gradient of their sum over T.
+struct NtXent {
+    lse: Vec<f64>,
+    row_losses: Vec<f64>,
+    dz: Vec<f64>,
+}
+
+impl NtXent {
+    fn of(z: &[f32], d: usize, temperature: f64) -> Self {
+        let (z, rows) = (wide(z), z.len() / d);
+        let logit = |i: usize, j: usize| dot(&z[i * d..][..d], &z[j * d..][..d]) / temperature;
+        let positive = |i: usize| (i + rows / 2) % rows;
+        let others = |i: usize| (0..rows).filter(move |&j| j != i);
+        let lse = |i: usize| {
+            let max = others(i).map(|j| logit(i, j)).fold(f64::NEG_INFINITY, f64::max);
+            others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>().ln() + max
+        };
+        let lse: Vec<f64> = (0..rows).map(lse).collect();
+        let row_losses = (0..rows).map(|i| lse[i] - logit(i, positive(i))).collect();
+        let mut dz = vec![0.0; rows * d];
+        for i in 0..rows {
+            for j in others(i) {
+                let target = if j == positive(i) { 2.0 } else { 0.0 };
+                let weight = (logit(i, j) - lse[i]).exp() + (logit(i, j) - lse[j]).exp() - target;
+                (0..d).for_each(|t| dz[i * d + t] += weight / temperature * z[j * d + t]);
+            }
+        }
+        Self { lse, row_losses, dz }
+    }
+}
+
+/// NT-Xent with sums over groups of `group` tiles, or online over `128 group` columns at a low temperature and on one of several
+/// `ranks`. The gradient is split-K, with `columns_per_split` columns in each split.
 fn nt_xent(
     stage: &Stage,
-    [rows, d, terms]: [usize; 3],
+    [all, d, terms]: [usize; 3],
+    ranks: usize,
     temperature: f64,
     group: usize,
     columns_per_split: usize,
 ) {
-    let what = format!("nt_xent [{rows}, {d}] at {temperature}, {terms} terms, groups of {group}");
-    let z = unit_rows(rows, d, 3);
-    let (z_, dy_) = (stage.upload(&z), stage.upload(&[0.7_f32]));
-    let (terms_, pitch) = split(stage, &z, d, terms);
-    let tiles = rows.div_ceil(128);
-    let groups = tiles.div_ceil(group);
-    let (maxima, sums) = (stage.room::<f32>(groups * rows), stage.room::<f32>(groups * rows));
-    let inv_t = || Value::from(1.0 / temperature);
-    let online = temperature < 0.025;
-    let mut arguments: Vec<Value> = if online { vec![(&maxima).into()] } else { Vec::new() };
-    arguments.extend([(&sums).into(), (&terms_).into(), int(rows), int(pitch), int(terms)]);
-    if online {
-        arguments.extend([int(128 * group), inv_t()]);
-        let grid = [tiles as u32, groups as u32, 1];
-        stage.launch("nt_xent_sums_online", grid, [128, 1, 1], 0, &arguments);
-    } else {
-        arguments.extend([int(group), inv_t()]);
-        let grid = [(groups * (groups + 1) / 2) as u32, 1, 1];
-        stage.launch("nt_xent_sums", grid, [128, 1, 1], 0, &arguments);
-    }
-    let (lse_, losses_) = (stage.room::<f32>(rows), stage.room::<f32>(rows));
-    let maxima = if online { Value::from(&maxima) } else { 0_u64.into() };
-    let mut arguments: Vec<Value> = vec![(&lse_).into(), (&losses_).into(), maxima, (&sums).into()];
-    arguments.extend([(&z_).into(), int(rows), int(d), int(groups), inv_t()]);
-    by_rows(stage, "nt_xent_finish", rows, &arguments);
-
-    let z = wide(&z);
-    let logit = |i: usize, j: usize| dot(&z[i * d..][..d], &z[j * d..][..d]) / temperature;
-    let positive = |i: usize| (i + rows / 2) % rows;
-    let others = |i: usize| (0..rows).filter(move |&j| j != i);
-    let lse = |i: usize| {
-        let max = others(i).map(|j| logit(i, j)).fold(f64::NEG_INFINITY, f64::max);
-        others(i).map(|j| (logit(i, j) - max).exp()).sum::<f64>().ln() + max
-    };
-    let lse: Vec<f64> = (0..rows).map(lse).collect();
-    let row_losses: Vec<f64> = (0..rows).map(|i| lse[i] - logit(i, positive(i))).collect();
-    let loss = row_losses.iter().sum::<f64>() / rows as f64;
-    let tolerance = tolerance(terms, temperature);
-    close(&format!("{what}: lse"), &lse_.read(stage), &lse, 1e-5);
-    close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
-    close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
-
-    let splits = rows.div_ceil(columns_per_split);
-    let partial = stage.room::<f32>(splits * rows * d);
-    let mut arguments: Vec<Value> = vec![(&partial).into(), (&terms_).into(), (&lse_).into()];
-    arguments.extend([
-        (&dy_).into(),
-        int(rows),
-        int(d),
-        int(pitch),
-        int(columns_per_split),
-        inv_t(),
-    ]);
-    let grid = [rows.div_ceil(64), d.div_ceil(128), splits].map(|size| size as u32);
-    stage.launch(&format!("nt_xent_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
-    let old: Vec<f32> = noise(rows * d, 4);
-    let dz_ = stage.upload(&old);
-    let arguments = [(&dz_).into(), (&partial).into(), int(splits), long(rows * d), Value::from(1)];
-    stage.launch("split_k_reduce_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
-    let scale = f64::from(0.7_f32) / (rows as f64 * temperature);
-    let mut dz = vec![0.0; rows * d];
-    for i in 0..rows {
-        for j in others(i) {
-            let target = if j == positive(i) { 2.0 } else { 0.0 };
-            let weight = (logit(i, j) - lse[i]).exp() + (logit(i, j) - lse[j]).exp() - target;
-            (0..d).for_each(|t| dz[i * d + t] += scale * weight * z[j * d + t]);
+    let z = unit_rows(all, d, 3);
+    let exact = NtXent::of(&z, d, temperature);
+    let (of_all, pitch) = split(stage, &z, d, terms);
+    let (half, share) = (all / 2, all / 2 / ranks);
+    for first in (0..half).step_by(share) {
+        let what = format!("nt_xent [{all}, {d}] from {first} at {temperature}, {terms} terms");
+        let rows = 2 * share;
+        // The own part of rows of all ranks, `width` values each.
+        let own = |values: &[f64], width: usize| {
+            let view = |v: usize| &values[(v * half + first) * width..][..share * width];
+            [view(0), view(1)].concat()
+        };
+        let own_z: Vec<f32> = own(&wide(&z), d).iter().map(|&v| v as f32).collect();
+        let (z_, dy_) = (stage.upload(&own_z), stage.upload(&[0.7_f32]));
+        let (terms_, _) = split(stage, &own_z, d, terms);
+        let tiles = [rows, all].map(|count| count.div_ceil(128));
+        let groups = tiles[1].div_ceil(group);
+        let (maxima, sums) = (stage.room::<f32>(groups * rows), stage.room::<f32>(groups * rows));
+        let inv_t = || Value::from(1.0 / temperature);
+        let places = || [int(rows), int(all), int(first)];
+        let online = temperature < 0.025 || ranks > 1;
+        if online {
+            let mut arguments: Vec<Value> = [&maxima, &sums].map(Value::from).into();
+            arguments.extend([(&terms_).into(), (&of_all).into()]);
+            arguments.extend(places());
+            arguments.extend([int(pitch), int(terms), int(128 * group), inv_t()]);
+            let grid = [tiles[0] as u32, groups as u32, 1];
+            stage.launch("nt_xent_sums_online", grid, [128, 1, 1], 0, &arguments);
+        } else {
+            let mut arguments: Vec<Value> = vec![(&sums).into(), (&terms_).into(), int(rows)];
+            arguments.extend([int(pitch), int(terms), int(group), inv_t()]);
+            let grid = [(groups * (groups + 1) / 2) as u32, 1, 1];
+            stage.launch("nt_xent_sums", grid, [128, 1, 1], 0, &arguments);
         }
+        let (lse_, losses_) = (stage.room::<f32>(rows), stage.room::<f32>(rows));
+        let maxima = if online { Value::from(&maxima) } else { 0_u64.into() };
+        let mut arguments: Vec<Value> = [&lse_, &losses_].map(Value::from).into();
+        arguments.extend([maxima, (&sums).into(), (&z_).into()]);
+        arguments.extend([int(rows), int(d), int(groups), inv_t()]);
+        by_rows(stage, "nt_xent_finish", rows, &arguments);
+        let row_losses = own(&exact.row_losses, 1);
+        let loss = row_losses.iter().sum::<f64>() / rows as f64;
+        close(&format!("{what}: lse"), &lse_.read(stage), &own(&exact.lse, 1), 1e-5);
+        close(&format!("{what}: row losses"), &losses_.read(stage), &row_losses, 1e-5);
+        close(&what, &mean_loss(stage, &losses_), &[loss], 1e-5);
+
+        let splits = all.div_ceil(columns_per_split);
+        let partial = stage.room::<f32>(splits * rows * d);
+        let lse: Vec<f32> = exact.lse.iter().map(|&v| v as f32).collect();
+        let lse_ = stage.upload(&lse);
+        let mut arguments: Vec<Value> = vec![(&partial).into(), (&terms_).into()];
+        arguments.extend([(&of_all).into(), (&lse_).into(), (&dy_).into()]);
+        arguments.extend(places());
+        arguments.extend([int(d), int(pitch), int(columns_per_split), inv_t()]);
+        let grid = [rows.div_ceil(64), d.div_ceil(128), splits].map(|size| size as u32);
+        stage.launch(&format!("nt_xent_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
+        let old: Vec<f32> = noise(rows * d, 4);
+        let dz_ = stage.upload(&old);
+        let arguments =
+            [(&dz_).into(), (&partial).into(), int(splits), long(rows * d), Value::from(1)];
+        stage.launch("split_k_reduce_f32", [2, 1, 1], [64, 1, 1], 0, &arguments);
+        let scale = f64::from(0.7_f32) / rows as f64;
+        let dz: Vec<f64> = own(&exact.dz, d).iter().map(|v| scale * v).collect();
+        let tolerance = tolerance(terms, temperature);
+        close(&format!("{what}: dz"), &dz_.read(stage), &accumulated(&old, &dz), tolerance);
     }
-    close(&format!("{what}: dz"), &dz_.read(stage), &accumulated(&old, &dz), tolerance);
 }
 
 #[test]
@@ -127,11 +156,24 @@ fn nt_xent_at_any_temperature() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for sizes in [[4, 1, 3], [6, 5, 2], [62, 64, 2], [128, 7, 3], [130, 131, 2]] {
-            nt_xent(&stage, sizes, 0.5, 1, 64);
-            nt_xent(&stage, sizes, 0.01, 1, 128);
+            nt_xent(&stage, sizes, 1, 0.5, 1, 64);
+            nt_xent(&stage, sizes, 1, 0.01, 1, 128);
         }
-        nt_xent(&stage, [66, 16, 3], 0.025, 1, 64);
-        nt_xent(&stage, [386, 8, 2], 0.5, 2, 192); // four tiles in two groups
+        nt_xent(&stage, [66, 16, 3], 1, 0.025, 1, 64);
+        nt_xent(&stage, [386, 8, 2], 1, 0.5, 2, 192); // four tiles in two groups
+    }
+}
+
+/// The rows and gradients of one of several ranks, whose rows and positives lie in any tile, and on both sides of a tile's edge.
+#[test]
+fn nt_xent_of_a_share_of_the_rows() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (sizes, ranks) in [([4, 3, 3], 2), ([66, 16, 2], 3), ([260, 8, 2], 2), ([252, 5, 3], 7)]
+        {
+            nt_xent(&stage, sizes, ranks, 0.5, 1, 64);
+            nt_xent(&stage, sizes, ranks, 0.01, 2, 128);
+        }
     }
 }
 

@@ -19,25 +19,30 @@ pub(super) fn workspace_len(dims: NtXentDims) -> usize {
 /// Calls `f(first column, similarities [block, columns], columns)` for each tile of a block of rows.
 fn tiles(
     tile: &mut [f32],
-    z: &[f32],
+    [own, all]: [&[f32]; 2],
     first_row: usize,
     block: usize,
     dims: NtXentDims,
     mut f: impl FnMut(usize, &mut [f32], usize),
 ) {
-    let NtXentDims { rows, d, .. } = dims;
-    let own = Matrix::new(&z[first_row * d..], block, d);
-    for first in (0..rows).step_by(TILE) {
-        let columns = TILE.min(rows - first);
+    let d = dims.d;
+    let own = Matrix::new(&own[first_row * d..], block, d);
+    for first in (0..dims.all).step_by(TILE) {
+        let columns = TILE.min(dims.all - first);
         let similarities = &mut tile[..block * columns];
-        let others = Matrix::new(&z[first * d..], columns, d).transposed();
+        let others = Matrix::new(&all[first * d..], columns, d).transposed();
         gemm_sequential(similarities, own, others, false);
         f(first, similarities, columns);
     }
 }
 
-/// Fills `lse`, the log-sum-exp of each row, and returns the loss.
-pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: NtXentDims) -> f64 {
+/// Fills `lse`, the log-sum-exp of each row of this rank, and returns their mean loss. `z` are this rank's rows and all.
+pub(super) fn forward(
+    lse: &mut [f32],
+    workspace: &mut [f32],
+    z: [&[f32]; 2],
+    dims: NtXentDims,
+) -> f64 {
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let tasks = lse.par_chunks_mut(BLOCK).zip(workspace.par_chunks_mut(BLOCK * TILE));
@@ -46,7 +51,7 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: N
         let mut maxima = [if fixed { inv_t } else { f32::NEG_INFINITY }; BLOCK];
         tiles(tile, z, b * BLOCK, lse.len(), dims, |first, similarities, columns| {
             for (r, row) in similarities.chunks_exact_mut(columns).enumerate() {
-                let own = b * BLOCK + r;
+                let own = dims.place(b * BLOCK + r);
                 if (first..first + columns).contains(&own) {
                     row[own - first] = f32::NEG_INFINITY; // a row is not its own negative
                 }
@@ -64,7 +69,7 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: N
             *lse = (sums[r].ln() + f64::from(maxima[r])) as f32;
         }
     });
-    let d = dims.d;
+    let (d, z) = (dims.d, z[0]);
     let losses = lse.iter().enumerate().map(|(i, &lse)| {
         let (own, positive) = (&z[i * d..][..d], &z[dims.positive(i) * d..][..d]);
         let s: f64 = own.iter().zip(positive).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -73,10 +78,11 @@ pub(super) fn forward(lse: &mut [f32], workspace: &mut [f32], z: &[f32], dims: N
     losses.sum::<f64>() / dims.rows as f64
 }
 
+/// Fills `dz`, the gradient of this rank's rows. `lse` is that of all rows.
 pub(super) fn backward(
     dz: &mut [f32],
     workspace: &mut [f32],
-    z: &[f32],
+    z: [&[f32]; 2],
     lse: &[f32],
     dims: NtXentDims,
     scale: f64,
@@ -89,9 +95,9 @@ pub(super) fn backward(
         dz.fill(0.0);
         tiles(tile, z, b * BLOCK, block, dims, |first, weights, columns| {
             for (r, row) in weights.chunks_exact_mut(columns).enumerate() {
-                let own = b * BLOCK + r;
+                let own = dims.place(b * BLOCK + r);
                 both_ways(row, lse[own], &lse[first..], inv_t, scale);
-                let positive = dims.positive(own);
+                let positive = dims.place(dims.positive(b * BLOCK + r));
                 if (first..first + columns).contains(&own) {
                     row[own - first] = 0.0;
                 }
@@ -100,7 +106,7 @@ pub(super) fn backward(
                 }
             }
             let weights = Matrix::new(weights, block, columns);
-            gemm_sequential(dz, weights, Matrix::new(&z[first * d..], columns, d), true);
+            gemm_sequential(dz, weights, Matrix::new(&z[1][first * d..], columns, d), true);
         });
     });
 }

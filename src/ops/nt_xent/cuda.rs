@@ -1,7 +1,7 @@
 //! Launches `kernels/nt_xent.cu`: tiles of 128 x 128 similarities in registers, computed by tensor cores from the bf16 terms
 //! that each f32 row is split into.
 
-use super::NtXentDims;
+use super::{NtXentDims, Rows};
 use crate::device::cuda::{self, In, Launch, int};
 use crate::ops::gemm::similarity::{
     ColumnSplits, FIXED_MAXIMUM_FROM, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
@@ -20,21 +20,29 @@ pub(crate) fn groups(rows: usize) -> [usize; 2] {
     [tiles_per_group, tiles.div_ceil(tiles_per_group)]
 }
 
+/// The bf16 terms of this rank's rows and of all: the same on one rank.
+pub(super) struct Terms {
+    own: SplitRows,
+    all: SplitRows,
+}
+
 /// Fills `lse [rows]`, and returns the loss and the terms of `z`.
-pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor, SplitRows) {
-    let (device, terms) = (z.device(), SplitRows::of(z));
+pub(super) fn forward(lse: &mut Tensor, z: &Rows, dims: NtXentDims) -> (Tensor, Terms) {
+    let (device, own) = (z.own.device(), SplitRows::of(&z.own));
+    let alone = dims.rows == dims.all;
+    let terms = Terms { all: if alone { own.clone() } else { SplitRows::of(&z.all) }, own };
     let [rows, d] = [dims.rows, dims.d].map(int);
     let inv_t = 1.0 / dims.temperature;
-    let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
+    let fixed = alone && dims.temperature >= FIXED_MAXIMUM_FROM;
     let [tiles_per_group, groups] = groups(dims.rows);
-    let splits = ColumnSplits::new(dims.rows, dims.rows, TILE);
+    let splits = ColumnSplits::new(dims.rows, dims.all, TILE);
     let count = if fixed { groups } else { splits.count };
     let mut sums = Tensor::floats(device, [count, dims.rows]);
     let mut maxima = (!fixed).then(|| sums.empty_like());
     let mut row_losses = Tensor::floats(device, [dims.rows]);
     let warps = Launch::new(device.gpu(), [dims.rows.div_ceil(8), 1, 1], [256, 1, 1]);
-    // SAFETY: `z` and each of its terms have `rows` rows of `d`, the workspaces one row per group or split, the other tensors
-    // `rows` elements.
+    // SAFETY: `own` and each of its terms have `rows` rows of `d`, those of `all` have `all`, the workspaces one row per group or
+    // split, the other tensors `rows` elements.
     unsafe {
         if let Some(maxima) = &mut maxima {
             let grid = [dims.rows.div_ceil(TILE), splits.count, 1];
@@ -42,10 +50,13 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
                 Launch::new(device.gpu(), grid, THREADS),
                 maxima.device_out(),
                 sums.device_out(),
-                terms.device_in(),
+                terms.own.device_in(),
+                terms.all.device_in(),
                 rows,
-                terms.pitch(),
-                terms.terms(),
+                int(dims.all),
+                int(dims.first),
+                terms.own.pitch(),
+                terms.own.terms(),
                 int(splits.columns),
                 inv_t,
             );
@@ -54,10 +65,10 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
             cuda::nt_xent_sums(
                 Launch::new(device.gpu(), pairs, THREADS),
                 sums.device_out(),
-                terms.device_in(),
+                terms.own.device_in(),
                 rows,
-                terms.pitch(),
-                terms.terms(),
+                terms.own.pitch(),
+                terms.own.terms(),
                 int(tiles_per_group),
                 inv_t,
             );
@@ -68,7 +79,7 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
             row_losses.device_out(),
             maxima.as_ref().map_or(In::null(), Tensor::device_in),
             sums.device_in(),
-            z.device_in(),
+            z.own.device_in(),
             rows,
             d,
             int(count),
@@ -78,34 +89,38 @@ pub(super) fn forward(lse: &mut Tensor, z: &Tensor, dims: NtXentDims) -> (Tensor
     (row_losses::mean(&row_losses), terms)
 }
 
-/// Fills `dz`. `dy`, the gradient of the loss, is read on the device.
+/// Fills `dz`. `lse` is that of all rows; `dy`, the gradient of the loss, is read on the device.
 pub(super) fn backward(
     dz: &mut TensorMut<'_>,
-    z: &SplitRows,
+    z: &Terms,
     lse: &Tensor,
     dy: &Tensor,
     dims: NtXentDims,
     accumulate: bool,
 ) {
     let device = lse.device();
-    let splits = ColumnSplits::new(dims.rows, dims.rows, WEIGHT_TILE);
+    let splits = ColumnSplits::new(dims.rows, dims.all, WEIGHT_TILE);
     let [rows, d, columns] = [dims.rows, dims.d, splits.columns].map(int);
     let mut partial = Tensor::floats(device, [splits.count, dims.rows, dims.d]);
     let grid = [dims.rows.div_ceil(WEIGHT_TILE), dims.d.div_ceil(WEIGHT_WIDTH), splits.count];
     let tiles = Launch::new(device.gpu(), grid, THREADS);
     let n = dims.rows * dims.d;
-    let gradient = if z.terms() == 2 { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
-    // SAFETY: sizes as in the forward pass; `partial` has the size of `dz` per split.
+    let two = z.own.terms() == 2;
+    let gradient = if two { cuda::nt_xent_gradient_2 } else { cuda::nt_xent_gradient_3 };
+    // SAFETY: sizes as in the forward pass; `partial` has the size of `dz` per split, `lse` has `all` elements.
     unsafe {
         gradient(
             tiles,
             partial.device_out(),
-            z.device_in(),
+            z.own.device_in(),
+            z.all.device_in(),
             lse.device_in(),
             dy.device_in(),
             rows,
+            int(dims.all),
+            int(dims.first),
             d,
-            z.pitch(),
+            z.own.pitch(),
             columns,
             1.0 / dims.temperature,
         );
