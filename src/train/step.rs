@@ -241,6 +241,7 @@ impl Steps {
             let losses = self.losses.as_mut().expect("only a GPU's steps are pending");
             match losses.poll(|| format!("step {step}")) {
                 Some(loss) => {
+                    self.group.check_gpu().map_err(|e| in_step(step, e))?;
                     known.push(StepResult { step, lr, loss: f64::from(loss) });
                     self.pending.pop_front();
                 }

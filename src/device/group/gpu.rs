@@ -137,11 +137,12 @@ impl Group {
         calls.count(what, bytes, Duration::ZERO); // it runs later
     }
 
-    /// Pauses between two looks whether a GPU has finished, after so long a wait, in which the other ranks' GPUs may keep it.
+    /// Looks what became of the collectives that were queued on this rank's GPU. One that has failed lets the stream go on with
+    /// whatever lies in its buffers.
     ///
     /// # Errors
     /// If a collective has failed.
-    pub(crate) fn pause_for_gpu(&self, waited: Duration) -> Result<()> {
+    pub(crate) fn check_gpu(&self) -> Result<()> {
         let Some(world) = &self.0 else { return Ok(()) };
         let Some(communicator) = self.communicator() else { return Ok(()) };
         if let Some(reason) = communicator.failure() {
@@ -150,7 +151,17 @@ impl Group {
             let mut calls = lock(&world.calls);
             calls.failure.get_or_insert(failure);
         }
-        self.check()?;
+        self.check()
+    }
+
+    /// Pauses between two looks whether a GPU has finished, after so long a wait, in which the other ranks' GPUs may keep it.
+    ///
+    /// # Errors
+    /// If a collective has failed.
+    pub(crate) fn pause_for_gpu(&self, waited: Duration) -> Result<()> {
+        self.check_gpu()?;
+        let Some(world) = &self.0 else { return Ok(()) };
+        let Some(communicator) = self.communicator() else { return Ok(()) };
         world.patience.exchange("the GPUs' parts of a step");
         if let Some(sentence) = world.patience.pause(waited) {
             let _ = writeln!(std::io::stderr(), "selfsup: {sentence}");
