@@ -177,6 +177,10 @@ impl Source for Folder {
         }
     }
 
+    fn file_bytes(&self, index: usize) -> Option<u64> {
+        Some(std::fs::metadata(&self.files[index].path).ok()?.len())
+    }
+
     fn label(&self, index: usize) -> Option<u32> {
         (!self.classes.is_empty()).then_some(self.files[index].class)
     }

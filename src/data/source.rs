@@ -150,6 +150,13 @@ pub trait Source: Send + Sync {
         Ok([image.width, image.height])
     }
 
+    /// Returns the length in bytes of the file that image `index` is, as the file system has it; `None` if the image is no file of its
+    /// own, or cannot be found.
+    fn file_bytes(&self, index: usize) -> Option<u64> {
+        let _ = index;
+        None
+    }
+
     /// Returns the class of image `index`, an index into [`Source::classes`]; `None` if the set has no labels.
     fn label(&self, index: usize) -> Option<u32>;
 
@@ -221,6 +228,10 @@ impl Source for Subset {
 
     fn size(&self, index: usize) -> Result<[usize; 2]> {
         self.source.size(self.indices[index] as usize)
+    }
+
+    fn file_bytes(&self, index: usize) -> Option<u64> {
+        self.source.file_bytes(self.indices[index] as usize)
     }
 
     fn label(&self, index: usize) -> Option<u32> {

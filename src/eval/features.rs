@@ -1,6 +1,7 @@
 //! Features of images under the evaluation transform: those of a backbone, or the pixels themselves.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -41,6 +42,16 @@ impl Features {
         let skipped: HashSet<u32> = self.skipped.iter().map(|skipped| skipped.index).collect();
         let all = 0..(self.labels.len() + self.skipped.len()) as u32;
         all.filter(|index| !skipped.contains(index)).collect()
+    }
+
+    /// Returns the features of some rows, by their places.
+    pub(crate) fn rows(&self, range: Range<usize>) -> Self {
+        Self {
+            values: self.values[range.start * self.d..range.end * self.d].to_vec(),
+            d: self.d,
+            labels: self.labels[range].to_vec(),
+            skipped: Vec::new(),
+        }
     }
 
     /// Whether all rows are the same vector, to rounding: a collapsed or dead backbone, of which every figure is chance.
@@ -131,16 +142,17 @@ pub fn backbone_features(
     })
 }
 
-/// Computes the features `[n, d]` of the readable images of a source as [`backbone_features`], with or without labels.
+/// Computes the features `[n, d]` of the readable images `share` of a source as [`backbone_features`], with or without labels.
 pub(super) fn features_of(
     arena: &Arena,
     backbone: &ResNet,
     source: &dyn Source,
+    share: Range<usize>,
     policy: &Policy,
 ) -> Result<Vec<f32>> {
-    let mut all = Vec::with_capacity(source.len() * backbone.features());
-    for from in (0..source.len()).step_by(BATCH) {
-        let range = from..(from + BATCH).min(source.len());
+    let mut all = Vec::with_capacity(share.len() * backbone.features());
+    for from in share.clone().step_by(BATCH) {
+        let range = from..(from + BATCH).min(share.end);
         let (batch, _) = center_batch(source, range, policy, arena.device())?;
         if batch.indices.is_empty() {
             continue;

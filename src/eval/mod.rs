@@ -26,5 +26,5 @@ pub use monitor::{Spread, spread};
 pub use probe::{Frozen, Probed, RATES, linear_accuracy};
 pub use protocol::{PROTOCOLS, Protocol};
 pub use rank::{lidar, rank_me};
-pub(crate) use views::RANKED;
+pub(crate) use views::{FEATURES, RANKED};
 pub use views::{IMAGES, Quality, VIEWS, quality};

@@ -32,6 +32,9 @@ const EPOCH: u32 = u32::MAX;
 /// Features above which the regression onto the augmentation's parameters would take too long.
 const MOST_FEATURES: usize = 1024;
 
+/// What crosses the ranks of an evaluation.
+pub(crate) const FEATURES: &str = "features";
+
 /// What a backbone's features are worth, measured without labels. Shares are in `0..=1`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
@@ -57,29 +60,13 @@ pub struct Quality {
     pub knows_colour: Option<f64>,
 }
 
-impl Quality {
-    /// Only the rank is known.
-    pub(crate) fn of_rank(rank_me: f64) -> Self {
-        let unknown = f64::NAN;
-        Self {
-            rank_me,
-            lidar: unknown,
-            alignment: unknown,
-            uniformity: unknown,
-            matched: unknown,
-            matched_by_colour: unknown,
-            matched_by_pixels: unknown,
-            knows_crop: None,
-            knows_colour: None,
-        }
-    }
-}
-
 /// Measures features on images of `source`, the training images, spread evenly. Every view has the first policy's size; the policies of
 /// that size take turns. Images that cannot be read are left out. `None` if fewer than two can be read.
 ///
+/// The ranks of a run, which all call this, each compute a share of the features and return the same.
+///
 /// # Errors
-/// If reading fails for another reason than broken images, features are NaN or infinite, or the device fails.
+/// On all ranks if on one: if reading fails for another reason than broken images, features are NaN or infinite, or the device fails.
 pub fn quality(
     arena: &Arena,
     backbone: &ResNet,
@@ -88,34 +75,25 @@ pub fn quality(
     seed: u64,
 ) -> Result<Option<Quality>> {
     let d = backbone.features();
+    let group = arena.group();
     let ranked = Subset::spread(source.clone(), RANKED);
-    let clean = features_of(arena, backbone, &ranked, &policies[0])?;
+    let share = group.share(ranked.len());
+    let own = group.together(features_of(arena, backbone, &ranked, share, &policies[0]))?;
+    let clean = group.all_gather_rows(FEATURES, own);
     if clean.len() < 2 * d {
         return Ok(None);
     }
     let of_size: Vec<&Policy> =
         policies.iter().filter(|policy| policy.size == policies[0].size).collect();
     let device = arena.device();
-    let views = device.run(|| Views::make(source, &of_size, seed))?;
+    let views = group.together(device.run(|| Views::make(source, &of_size, seed)))?;
     let n = views.params.len() / VIEWS;
     if n < 2 {
         return Ok(None);
     }
-    let mut features: Vec<f32> = Vec::with_capacity(n * VIEWS * d);
-    let channels = source.format().device_channels();
-    let row = policies[0].size * policies[0].size * channels;
-    for rows in views.pixels.chunks(256 * row) {
-        let pixels: Vec<f64> = rows.iter().map(|&v| f64::from(v)).collect();
-        let size = policies[0].size;
-        let images = Tensor::from_f64(device, [rows.len() / row, size, size, channels], &pixels);
-        // Crops are f32 on a processor, and activations on a GPU.
-        let on_gpu = device.kind() == DeviceKind::Cuda;
-        let dtype = if on_gpu { DType::of_activations(device) } else { images.dtype() };
-        let images = images.cast(dtype);
-        let found = evaluate(arena, |tape| backbone.forward(&tape.input(&images)))?;
-        features.extend(found.to_f64().iter().map(|&v| v as f32));
-        device.check()?;
-    }
+    let own = group.together(views.features(arena, backbone, policies[0].size))?;
+    let features = group.all_gather_rows(FEATURES, own);
+    group.check()?;
     Ok(Some(views.measured(&features, d, rank_me(&clean, d))))
 }
 
@@ -165,6 +143,28 @@ impl Views {
             all.pixels.extend(pixels);
         }
         Ok(all)
+    }
+
+    /// The features of this rank's share of the images, `[images * VIEWS, d]`.
+    fn features(&self, arena: &Arena, backbone: &ResNet, size: usize) -> Result<Vec<f32>> {
+        let (device, channels) = (arena.device(), self.channels[1]);
+        let row = size * size * channels;
+        let share = arena.group().share(self.params.len() / VIEWS);
+        let mut features = Vec::with_capacity(share.len() * VIEWS * backbone.features());
+        let own = &self.pixels[share.start * VIEWS * row..share.end * VIEWS * row];
+        for rows in own.chunks(256 * row) {
+            let pixels: Vec<f64> = rows.iter().map(|&v| f64::from(v)).collect();
+            let shape = [rows.len() / row, size, size, channels];
+            let images = Tensor::from_f64(device, shape, &pixels);
+            // Crops are f32 on a processor, and activations on a GPU.
+            let on_gpu = device.kind() == DeviceKind::Cuda;
+            let dtype = if on_gpu { DType::of_activations(device) } else { images.dtype() };
+            let images = images.cast(dtype);
+            let found = evaluate(arena, |tape| backbone.forward(&tape.input(&images)))?;
+            features.extend(found.to_f64().iter().map(|&v| v as f32));
+            device.check()?;
+        }
+        Ok(features)
     }
 
     fn measured(&self, features: &[f32], d: usize, rank_me: f64) -> Quality {

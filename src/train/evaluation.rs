@@ -4,18 +4,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::data::{Source, Subset};
+use crate::device::Group;
 use crate::error::{Error, Result};
-use crate::eval::{self, Features, Knn, Quality};
+use crate::eval::{self, Answer, Features, Knn, Quality};
 use crate::methods::Reading;
 use crate::optim::Rule;
 use crate::tensor::Tensor;
 use crate::train::folder::Folder;
+use crate::train::ranks::shared_skipped;
 use crate::train::report::{self, Found};
 use crate::train::run::Watch;
 use crate::train::skipped::RunSplit;
 use crate::train::{Images, Run};
 
-/// Images evaluated between two checks whether the run is to stop: a multiple of the evaluation's batch.
+/// Images that a rank evaluates between two checks whether the run is to stop: a multiple of the evaluation's batch.
 const PIECE: usize = 1024;
 
 /// The results of an evaluation, in `0..=1`; `None` if there are no images or no classifier to measure.
@@ -59,10 +61,10 @@ impl Run {
     }
 
     /// Measures what needs no labels, kNN accuracy on the validation and held-out images and the accuracy of the method's own classifier on the
-    /// held-out ones, and draws the report's pictures.
+    /// held-out ones, and draws the report's pictures. The ranks, which all call this, each compute a share of it.
     ///
     /// # Errors
-    /// If images cannot be read, or too many of a split are skipped; if the run was asked to stop.
+    /// On all ranks if on one: if images cannot be read, or too many of a split are skipped; if the run was asked to stop.
     pub(super) fn evaluate(&mut self, epoch: u32, watch: &mut dyn Watch) -> Result<Accuracies> {
         let Images { train, validation, test, .. } = self.images.clone();
         let mut accuracies = Accuracies { quality: self.quality()?, ..Accuracies::default() };
@@ -74,15 +76,16 @@ impl Run {
         if let Some(validation) = validation {
             let queries = self.features(RunSplit::Validation, &validation)?;
             skipped.insert(RunSplit::Validation, queries.skipped.len());
-            let device = self.online.device();
-            let found = eval::knn_accuracies(&bank, &queries, &[Knn::default()], device)?;
-            accuracies.validation = found.first().copied();
+            accuracies.validation = Some(accuracy(&self.knn(&bank, &queries, 0)?, &queries));
         }
         if let Some(test) = test {
             let queries = self.features(RunSplit::HeldOut, &test)?;
             skipped.insert(RunSplit::HeldOut, queries.skipped.len());
             accuracies.chance = Some(largest_class(&queries.labels));
-            accuracies.knn = Some(self.knn(epoch, (&*train, &bank), (&*test, &queries), watch)?);
+            let answers = self.knn(&bank, &queries, report::NEIGHBOURS)?;
+            accuracies.knn = Some(accuracy(&answers, &queries));
+            let (bank, queries) = ((&*train, &bank), (&*test, &queries));
+            self.draw(epoch, &Found { bank, queries, answers: &answers }, watch);
             accuracies.classifier = self.classifier_accuracy(&test)?;
         }
         accuracies.skipped = skipped;
@@ -94,49 +97,67 @@ impl Run {
         if !self.recipe.watch.quality {
             return Ok(None);
         }
-        self.stop_if_asked()?;
+        let asked = self.asked_to_stop();
+        self.together(asked)?;
         let policies = self.recipe.policies(self.method.views())?;
         let (backbone, train) = (self.method.backbone(), &self.images.train);
         eval::quality(&self.online, backbone, train, &policies, self.recipe.seed)
     }
 
-    /// kNN accuracy on the held-out images; draws the report's pictures.
-    fn knn(
-        &self,
-        epoch: u32,
-        bank: (&dyn Source, &Features),
-        queries: (&dyn Source, &Features),
-        watch: &mut dyn Watch,
-    ) -> Result<f64> {
-        let device = self.online.device();
-        let answers =
-            eval::knn_answers(bank.1, queries.1, Knn::default(), report::NEIGHBOURS, device)?;
-        let labels = &queries.1.labels;
-        let right = answers.iter().zip(labels).filter(|(answer, label)| answer.class == **label);
-        let accuracy = right.count() as f64 / answers.len() as f64;
+    /// Returns what kNN answers for each of `queries`, with the `keep` nearest images. Each rank asks for a share of them.
+    fn knn(&mut self, bank: &Features, queries: &Features, keep: usize) -> Result<Vec<Answer>> {
+        let (knn, device) = (Knn::default(), self.online.device());
+        let own = queries.rows(self.group().share(queries.labels.len()));
+        let own = match own.labels.len() {
+            0 => Ok(Vec::new()), // there are more ranks than queries
+            _ => eval::knn_answers(bank, &own, knn, keep, device),
+        };
+        let own = self.together(own)?;
+        let group = self.group();
+        if group.size() == 1 {
+            return Ok(own);
+        }
+        // An answer is its class, then cosine and row of each image that it keeps.
+        let keep = keep.min(knn.k).min(bank.labels.len());
+        let words = own.into_iter().flat_map(|Answer { class, nearest }| {
+            let nearest = nearest.into_iter().flat_map(|(cosine, row)| [cosine.to_bits(), row]);
+            [class].into_iter().chain(nearest)
+        });
+        let all = group.all_gather_rows("answers", words.collect());
+        group.check()?;
+        let answer = |words: &[u32]| Answer {
+            class: words[0],
+            nearest: words[1..].chunks(2).map(|pair| (f32::from_bits(pair[0]), pair[1])).collect(),
+        };
+        Ok(all.chunks(1 + 2 * keep).map(answer).collect())
+    }
+
+    /// Draws the report's pictures, on the rank that has the run's folder.
+    fn draw(&self, epoch: u32, found: &Found<'_>, watch: &mut dyn Watch) {
         if let Some(Folder { path, .. }) = self.folder.as_ref().filter(|_| self.recipe.watch.report)
         {
-            let found = Found { bank, queries, answers: &answers };
-            let views = self.method.views();
-            let drawn = report::write_gallery(path, &self.recipe, views, epoch + 1, &found, device);
+            let (views, device) = (self.method.views(), self.online.device());
+            let drawn = report::write_gallery(path, &self.recipe, views, epoch + 1, found, device);
             if let Err(error) = drawn {
                 watch.note(&format!("the pictures could not be drawn: {error}"));
             }
         }
-        Ok(accuracy)
     }
 
-    /// Computes the features of a set piece by piece, so that a run can be stopped in between.
+    /// Computes the features of a set, each rank a share of it, piece by piece, so that a run can be stopped in between.
     ///
     /// # Errors
     /// If no image can be read.
     fn features(&mut self, split: RunSplit, source: &Arc<dyn Source>) -> Result<Features> {
-        let mut all = Features::none(self.method.backbone().features());
-        for piece in pieces(source) {
-            self.stop_if_asked()?;
+        let mut own = Features::none(self.method.backbone().features());
+        for piece in pieces(source, self.group()) {
             let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
-            all.append(eval::backbone_features(&self.online, backbone, &piece, policy)?);
+            let found = self
+                .asked_to_stop()
+                .and_then(|()| eval::backbone_features(&self.online, backbone, &piece, policy));
+            own.append(self.together(found)?);
         }
+        let all = self.gathered(own, source.len())?;
         self.skipped.add(split, &all.skipped);
         if all.labels.is_empty() {
             let first = all.skipped.first().map_or("", |skipped| &skipped.reason);
@@ -149,17 +170,48 @@ impl Run {
         Ok(all)
     }
 
-    /// Accuracy of the method's classifier on a set; `None` without a classifier.
+    /// Gathers the features of all ranks' shares of `count` images.
+    fn gathered(&self, own: Features, count: usize) -> Result<Features> {
+        let group = self.group();
+        if group.size() == 1 {
+            return Ok(own);
+        }
+        let Features { values, d, labels, skipped } = own;
+        let before = group.share(count).start as u32;
+        let all = Features {
+            values: group.all_gather_rows(eval::FEATURES, values),
+            d,
+            labels: group.all_gather_rows(eval::FEATURES, labels),
+            skipped: shared_skipped(group, skipped, before)?,
+        };
+        group.check()?;
+        Ok(all)
+    }
+
+    /// Accuracy of the method's classifier on a set, of which each rank has a share; `None` without a classifier.
     fn classifier_accuracy(&mut self, test: &Arc<dyn Source>) -> Result<Option<f64>> {
-        let (mut right, mut count) = (0, 0);
-        for piece in pieces(test) {
-            self.stop_if_asked()?;
+        let mut counts = [0; 2]; // right, all
+        for piece in pieces(test, self.group()) {
             let Some(classifier) = self.method.classifier() else { return Ok(None) };
             let policy = &self.recipe.augment[0];
-            let answers = eval::count_correct(&self.online, classifier, &piece, policy)?;
-            (right, count) = (right + answers[0], count + answers[1]);
+            let found = self
+                .asked_to_stop()
+                .and_then(|()| eval::count_correct(&self.online, classifier, &piece, policy));
+            let found = self.together(found)?;
+            (0..2).for_each(|i| counts[i] += found[i] as u64);
         }
-        Ok(Some(right as f64 / count.max(1) as f64))
+        self.group().all_reduce_sum("answers", &mut counts);
+        self.group().check()?;
+        Ok(Some(counts[0] as f64 / counts[1].max(1) as f64))
+    }
+
+    /// [`Group::together`] in an evaluation, which stops on all ranks, with a checkpoint, if one was asked to.
+    fn together<T>(&mut self, own: Result<T>) -> Result<T> {
+        let all = self.group().together(own);
+        if matches!(all, Err(Error::Stopped(_))) {
+            self.stop()?;
+        }
+        all
     }
 
     /// Tells the user which images were skipped, and lists them in the run's folder.
@@ -201,11 +253,20 @@ fn largest_class(labels: &[u32]) -> f64 {
     times.values().max().copied().unwrap_or(0) as f64 / labels.len().max(1) as f64
 }
 
-/// Splits a set into pieces of [`PIECE`] images.
-fn pieces(source: &Arc<dyn Source>) -> impl Iterator<Item = Subset> + use<> {
-    let (source, len) = (source.clone(), source.len());
-    (0..len).step_by(PIECE).map(move |from| {
-        let to = (from + PIECE).min(len);
+/// The share of the queries that kNN answers rightly.
+fn accuracy(answers: &[Answer], queries: &Features) -> f64 {
+    let right =
+        answers.iter().zip(&queries.labels).filter(|(answer, label)| answer.class == **label);
+    right.count() as f64 / answers.len() as f64
+}
+
+/// Splits this rank's share of a set into pieces of [`PIECE`] images: as many on every rank, of which the last may be empty.
+fn pieces(source: &Arc<dyn Source>, group: &Group) -> impl Iterator<Item = Subset> + use<> {
+    let (source, share) = (source.clone(), group.share(source.len()));
+    let rounds = source.len().div_ceil(group.size()).div_ceil(PIECE);
+    (0..rounds).map(move |round| {
+        let from = (share.start + round * PIECE).min(share.end);
+        let to = (from + PIECE).min(share.end);
         Subset::new(source.clone(), (from as u32..to as u32).collect())
     })
 }

@@ -2,22 +2,22 @@
 
 use std::sync::atomic::Ordering;
 
+use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arena::Arena;
-use crate::data::Skipped;
-use crate::device::Group;
+use crate::data::{Image, Skipped, Source};
+use crate::device::{Group, Philox, Purpose};
 use crate::error::{Error, Result};
-use crate::eval::Quality;
 use crate::methods::{Method, State};
 use crate::recipes::Recipe;
 use crate::tensor::{DType, Element, Tensor, gather_views};
-use crate::train::Run;
 use crate::train::evaluation::Accuracies;
 use crate::train::resume::difference;
 use crate::train::run::Watch;
 use crate::train::skipped::RunSplit;
+use crate::train::{Images, Run};
 
 /// Refuses a recipe that this group cannot train as one process would.
 pub(super) fn check(recipe: &Recipe, method: &dyn Method, group: &Group) -> Result<()> {
@@ -52,24 +52,16 @@ pub(super) fn compare(run: &Run, group: &Group) -> Result<()> {
         return Ok(());
     }
     let recipe = group.broadcast_bytes("the recipe", run.recipe.to_toml().into_bytes());
-    let train = &run.images.train;
-    let names = (0..train.len()).fold(0, |crc, i| {
-        let name = train.name(i);
-        let end = name.strip_prefix(&run.recipe.data.path).unwrap_or(&name);
-        crc32c::crc32c_append(crc, format!("{end}\n{:?}\n", train.label(i)).as_bytes())
-    });
-    let own = [env!("CARGO_PKG_VERSION").into(), train.len().to_string(), format!("{names:08x}")];
-    let first: [String; 3] = from_bytes(&group.broadcast_bytes("the images", to_bytes(&own)));
+    let own = group.together(known(run))?;
+    let first = group.broadcast_bytes("the images", to_bytes(&own));
     group.check()?;
-    let what = [
-        "the program's version",
-        "the number of training images",
-        "names or classes of the training images",
-    ];
-    let differs = own.iter().zip(&first).zip(what).find(|((own, first), _)| own != first);
+    let first: Vec<(String, String)> = from_bytes(&first);
+    let differs = own.iter().zip(&first).find(|(own, first)| own != first);
     let verdict = match (differing_setting(&run.recipe, &recipe), differs) {
         (Some(setting), _) => Err(setting),
-        (None, Some(((own, first), what))) => Err(format!("{what}: {own} here, {first} on rank 0")),
+        (None, Some(((what, own), (_, first)))) => {
+            Err(format!("{what}: {own} here, {first} on rank 0"))
+        }
         (None, None) => Ok(()),
     };
     let path = &run.recipe.data.path;
@@ -79,6 +71,59 @@ pub(super) fn compare(run: &Run, group: &Group) -> Result<()> {
             group.rank()
         ))
     }))
+}
+
+/// What must be the same on all ranks beside the recipe: as many pairs of a name and a value on each.
+fn known(run: &Run) -> Result<Vec<(String, String)>> {
+    let mut known = vec![("the program's version".into(), env!("CARGO_PKG_VERSION").into())];
+    let Images { train, validation, test, .. } = &run.images;
+    let splits = [
+        (RunSplit::Training, Some(train)),
+        (RunSplit::Validation, validation.as_ref()),
+        (RunSplit::HeldOut, test.as_ref()),
+    ];
+    for (split, source) in splits {
+        let [count, names, sizes, pixels] = match source {
+            Some(source) => checksums(&**source, run)?,
+            None => Default::default(),
+        };
+        known.push((format!("the number of {split} images"), count.to_string()));
+        known.push((format!("names or classes of the {split} images"), format!("{names:08x}")));
+        known.push((format!("sizes of the {split} files"), format!("{sizes:08x}")));
+        known.push((format!("the pixels of {split} images"), format!("{pixels:08x}")));
+    }
+    Ok(known)
+}
+
+/// Images of a split whose pixels are compared.
+const COMPARED: usize = 64;
+
+/// The number of images, and checksums of their names and classes, of the sizes of their files, and of the pixels of some: the seed
+/// says which, spread over the set.
+fn checksums(source: &dyn Source, run: &Run) -> Result<[u32; 4]> {
+    let (count, seed) = (source.len(), run.recipe.seed);
+    let names = (0..count).fold(0, |crc, i| {
+        let name = source.name(i);
+        let end = name.strip_prefix(&run.recipe.data.path).unwrap_or(&name);
+        crc32c::crc32c_append(crc, format!("{end}\n{:?}\n", source.label(i)).as_bytes())
+    });
+    let pixels = |part: usize| {
+        let [from, to] = [part, part + 1].map(|part| part * count / COMPARED.min(count));
+        let mut rng = Philox::new(seed, Purpose::Order, u32::MAX, part as u32);
+        let (index, mut image) = (from + rng.below((to - from) as u32) as usize, Image::default());
+        match source.read(index, &mut image) {
+            Ok(()) => Ok(crc32c::crc32c_append(image.width as u32, &image.pixels)),
+            Err(error) => Skipped::new(index, error).map(|_| 0),
+        }
+    };
+    run.online.device().host().run(|| {
+        let sizes: Vec<u64> =
+            (0..count).into_par_iter().map(|i| source.file_bytes(i).unwrap_or(0)).collect();
+        let pixels = (0..COMPARED.min(count)).into_par_iter().map(pixels);
+        let pixels: Vec<u32> = pixels.collect::<Result<_>>()?;
+        let [sizes, pixels] = [bytemuck::cast_slice(&sizes), bytemuck::cast_slice(&pixels)];
+        Ok([count as u32, names, crc32c::crc32c(sizes), crc32c::crc32c(pixels)])
+    })
 }
 
 /// The first setting in which a recipe differs from rank 0's. Where the images lie and how many threads there are may differ from
@@ -159,60 +204,35 @@ impl Run {
     }
 
     /// Adds the training images that a rank could not read.
-    pub(super) fn add_skipped(&mut self) {
-        let own: Vec<(u32, String)> = self
-            .loader
-            .skipped()
-            .into_iter()
-            .map(|Skipped { index, reason }| (index, reason))
-            .collect();
-        for bytes in self.group().all_gather_bytes("skipped images", &to_bytes(&own)) {
-            let skipped: Vec<(u32, String)> = from_bytes(&bytes);
-            let skipped = skipped.into_iter().map(|(index, reason)| Skipped { index, reason });
-            self.skipped.add(RunSplit::Training, &skipped.collect::<Vec<_>>());
-        }
+    pub(super) fn add_skipped(&mut self) -> Result<()> {
+        let all = shared_skipped(self.group(), self.loader.skipped(), 0)?;
+        self.skipped.add(RunSplit::Training, &all);
+        Ok(())
     }
 
-    /// Evaluates on rank 0 while the others wait.
-    pub(super) fn evaluate_on_one_rank(
+    /// Evaluates, each rank a share of the images.
+    pub(super) fn evaluate_together(
         &mut self,
         epoch: u32,
         watch: &mut dyn Watch,
     ) -> Result<Accuracies> {
         self.agree_on_state()?;
         let group = self.group().clone();
-        if group.size() == 1 {
-            return self.evaluate(epoch, watch);
-        }
         group.enter("in an evaluation");
-        if group.leads() {
-            let measured = self.evaluate(epoch, watch);
-            let told = match &measured {
-                Ok(Accuracies { knn, validation, classifier, quality, .. }) => {
-                    let rank = quality.as_ref().map(|quality| quality.rank_me);
-                    let all = [*knn, *validation, *classifier, rank];
-                    Told::Measured(all.map(|a| a.map(f64::to_bits)))
-                }
-                Err(Error::Stopped(_)) => Told::Stopped,
-                Err(Error::Diverged(reason)) => Told::Diverged(reason.clone()),
-                Err(_) => Told::Failed,
-            };
-            group.broadcast_bytes("accuracies", to_bytes(&told));
-            return measured;
+        let mut measured = self.evaluate(epoch, watch)?;
+        if group.size() == 1 {
+            return Ok(measured);
         }
-        let told = group.patiently(|| group.broadcast_bytes("accuracies", Vec::new()));
+        // They decide on all ranks which checkpoint is the best, and processors of different kinds round differently.
+        let Accuracies { knn, validation, classifier, quality, .. } = &mut measured;
+        let rank = quality.as_mut().map(|quality| &mut quality.rank_me);
+        let figures = [knn.as_mut(), validation.as_mut(), classifier.as_mut(), rank];
+        let mut figures: Vec<&mut f64> = figures.into_iter().flatten().collect();
+        let mut values: Vec<f64> = figures.iter().map(|figure| **figure).collect();
+        group.broadcast("accuracies", &mut values);
         group.check()?;
-        match from_bytes(&told) {
-            Told::Measured(bits) => {
-                let [knn, validation, classifier, rank] = bits.map(|a| a.map(f64::from_bits));
-                // Rank 0 logs the rest; this decides on all ranks which checkpoint is the best.
-                let quality = rank.map(Quality::of_rank);
-                Ok(Accuracies { knn, validation, classifier, quality, ..Accuracies::default() })
-            }
-            Told::Stopped => Err(Error::Stopped(self.stopped())),
-            Told::Diverged(reason) => Err(Error::Diverged(reason)),
-            Told::Failed => Err(Error::Elsewhere(0)),
-        }
+        figures.iter_mut().zip(values).for_each(|(figure, value)| **figure = value);
+        Ok(measured)
     }
 
     /// Gives all ranks what rank 0 has read from a checkpoint.
@@ -240,14 +260,19 @@ impl Run {
     }
 }
 
-/// What rank 0 tells the others of an evaluation.
-#[derive(Serialize, serde::Deserialize)]
-enum Told {
-    /// The bits of the accuracies and of RankMe: JSON rounds.
-    Measured([Option<u64>; 4]),
-    Stopped,
-    Diverged(String),
-    Failed,
+/// The images that the ranks could not read. This rank counts its `own` from number `before` on.
+pub(super) fn shared_skipped(
+    group: &Group,
+    own: Vec<Skipped>,
+    before: u32,
+) -> Result<Vec<Skipped>> {
+    let own: Vec<(u32, String)> =
+        own.into_iter().map(|Skipped { index, reason }| (before + index, reason)).collect();
+    let all = group.all_gather_bytes("skipped images", &to_bytes(&own));
+    group.check()?;
+    let of_rank = |bytes: &Vec<u8>| -> Vec<(u32, String)> { from_bytes(bytes) };
+    let all = all.iter().flat_map(of_rank);
+    Ok(all.map(|(index, reason)| Skipped { index, reason }).collect())
 }
 
 /// Replaces an arena's running statistics by their mean over the ranks. Where all ranks have the same value, it keeps its bits.

@@ -436,9 +436,12 @@ impl Run {
         Ok(())
     }
 
-    /// Stops with a checkpoint if asked to.
-    pub(super) fn stop_if_asked(&mut self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { self.stop() } else { Ok(()) }
+    /// Fails with [`Error::Stopped`] if this rank was asked to stop.
+    pub(super) fn asked_to_stop(&self) -> Result<()> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(Error::Stopped(self.stopped())),
+            false => Ok(()),
+        }
     }
 
     /// Stops with a checkpoint, unless there is nothing to save yet.

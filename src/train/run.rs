@@ -363,7 +363,7 @@ impl Run {
                 self.write_report(watch);
             }
         }
-        self.add_skipped();
+        self.add_skipped()?;
         self.tell_skipped(watch)?;
         if let (Some(folder), Some(step)) = (&self.folder, self.progress.best_step)
             && find(&checkpoint::best(&folder.path)).is_ok_and(|best| best.is_some())
@@ -433,7 +433,7 @@ impl Run {
         let unhealthy = self.check_health(epoch, loss);
         let last = epoch + 1 == self.epochs() || unhealthy.is_some();
         let measure = due(self.recipe.train.knn_every, epoch) || last;
-        self.add_skipped();
+        self.add_skipped()?;
         if unhealthy.is_none() && (measure || self.skipped_too_many().is_err()) {
             self.save_before_evaluation()?;
         }
@@ -480,9 +480,9 @@ impl Run {
     ) -> Result<Accuracies> {
         let evaluating = self.evaluating.clone();
         let set = |sentence| *evaluating.lock().unwrap_or_else(PoisonError::into_inner) = sentence;
-        set((self.folder.is_none() || self.saved_step == Some(self.progress.step))
-            .then(|| self.stopped()));
-        let accuracies = self.evaluate_on_one_rank(epoch, watch);
+        let saved = self.folder.is_none() || self.saved_step == Some(self.progress.step);
+        set((saved && self.group().leads()).then(|| self.stopped()));
+        let accuracies = self.evaluate_together(epoch, watch);
         set(None);
         match accuracies {
             // A diverged run has no accuracy: it would be that of chance. If it does not carry on, what is wrong is reported next.

@@ -35,7 +35,7 @@ const TO_STOP: Duration = Duration::from_secs(2);
 type Files = BTreeMap<String, Vec<u8>>;
 
 /// The library to preload.
-fn preload() -> &'static Path {
+pub fn preload() -> &'static Path {
     static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let build = || {
         let folder = tempfile::tempdir().unwrap();

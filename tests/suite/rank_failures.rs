@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use selfsup::train;
 
 use crate::driver::{self, StandIn};
+use crate::faults::preload;
 use crate::program::{selfsup, text};
 
 /// A run of 24 steps.
@@ -101,6 +102,47 @@ fn ranks_that_cannot_train_together_say_so_once() {
     let evaluate = vec![env!("CARGO_BIN_EXE_selfsup").to_owned(), "recipes".into()];
     refused(folder, &[evaluate.clone(), evaluate], "only `train` runs in several");
     assert!(!folder.join("runs/demo").exists(), "a folder is left");
+}
+
+/// The images of two ranks have the same names and classes, and other sizes, or other pixels in files of the same size.
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_rank_with_other_images_of_the_same_names_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |rank: &str, split: &str, pixels: &dyn Fn(u8, usize) -> u8| {
+        for i in 0..12_u8 {
+            let class =
+                folder.path().join(rank).join(split).join(["ape", "bee"][usize::from(i % 2)]);
+            std::fs::create_dir_all(&class).unwrap();
+            let pixels: Vec<u8> = (0..12 * 12 * 3).map(|place| pixels(i, place)).collect();
+            // A bitmap of one size has one length.
+            let file = class.join(format!("{i}.bmp"));
+            image::save_buffer(file, &pixels, 12, 12, image::ColorType::Rgb8).unwrap();
+        }
+    };
+    let usual = |i: u8, place: usize| (place * (usize::from(i) + 3)) as u8;
+    let both = |split: &str, others: &dyn Fn(u8, usize) -> u8| {
+        for split in ["train", "test"] {
+            ["first", "other"].iter().for_each(|rank| write(rank, split, &usual));
+        }
+        write("other", split, others);
+    };
+    let words = |rank: &str| {
+        let path = format!("data.path={rank}");
+        words(&["--set", &path, "--set", "train.batch=4"])
+    };
+    let ranks = [words("first"), words("other")];
+    both("train", &|i, place| usual(i, place).wrapping_add(1));
+    let said = "rank 1 of 2: rank 1 differs from rank 0 in the pixels of training images: ";
+    refused(folder.path(), &ranks, said);
+    both("test", &|i, place| usual(i, place).wrapping_add(1));
+    refused(folder.path(), &ranks, "rank 1 differs from rank 0 in the pixels of held-out images: ");
+    both("train", &usual);
+    let longer = folder.path().join("other/train/ape/0.bmp");
+    let mut bytes = std::fs::read(&longer).unwrap();
+    bytes.push(0);
+    std::fs::write(&longer, bytes).unwrap();
+    refused(folder.path(), &ranks, "rank 1 differs from rank 0 in sizes of the training files: ");
 }
 
 /// Waits until a run has logged `lines` lines.
@@ -200,6 +242,37 @@ fn a_rank_that_hangs_is_noticed_by_the_others() {
         "{output:?}"
     );
     resumes(folder.path());
+}
+
+/// The disk of rank 0 is full from the middle of a log on, and from the middle of a checkpoint on.
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_full_disk_ends_all_with_one_sentence_and_the_newest_checkpoint_resumes() {
+    let run = |folder: &Path, variables: &[String]| {
+        std::fs::create_dir(folder.join("runs")).unwrap(); // the library looks for it at its start
+        let preload = format!("LD_PRELOAD={}", preload().display());
+        let with = ["env".into(), preload, "FAULTS_FOLDER=runs".into()];
+        let first = with.iter().chain(variables).cloned().chain(words(&[])).collect();
+        end(mpiexec(folder, &[first, words(&[])]).spawn().unwrap())
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let trace = whole.path().join("trace");
+    let output = run(whole.path(), &[format!("FAULTS_TRACE={}", trace.display())]);
+    assert!(output.status.success(), "{output:?}");
+    let trace = std::fs::read_to_string(trace).unwrap();
+    let changes: Vec<&str> = trace.lines().filter(|line| line.starts_with("change\t")).collect();
+    // The last call of each kind: several checkpoints are there by then.
+    for (file, written) in [("metrics.jsonl", "metrics.jsonl"), ("step-", "step-00000020")] {
+        let is_write = |line: &&str| line.contains("\twrite\t") && line.contains(written);
+        let at = changes.iter().rposition(is_write).expect("it is written") + 1;
+        let folder = tempfile::tempdir().unwrap();
+        let output = run(folder.path(), &["FAULTS_KIND=full".into(), format!("FAULTS_AT={at}")]);
+        let said = sentences(&output);
+        assert!(!output.status.success(), "{output:?}");
+        let told = |said: &str| said.contains("rank 0 of 2: ") && said.contains("No space left");
+        assert!(said.len() == 1 && told(said[0]) && said[0].contains(file), "{said:?}\n{output:?}");
+        resumes(folder.path());
+    }
 }
 
 /// Two ranks of the program, on stand-ins for GPUs.

@@ -17,6 +17,7 @@ mod mpi;
 mod nccl;
 mod patience;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -243,6 +244,28 @@ impl Group {
         lengths.iter().enumerate().map(part).collect()
     }
 
+    /// Gathers the values of every rank, in rank order; each may have another number.
+    pub fn all_gather_rows<T: bytemuck::Pod>(&self, what: &'static str, own: Vec<T>) -> Vec<T> {
+        let Some(lengths) = self.all_gather(what, &[own.len() as u64]) else { return own };
+        let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
+        let mut padded = own;
+        padded.resize(longest, T::zeroed());
+        let mut all = self.all_gather(what, &padded).unwrap_or_default();
+        let mut end = 0;
+        for (rank, &length) in lengths.iter().enumerate() {
+            all.copy_within(rank * longest..rank * longest + length as usize, end);
+            end += length as usize;
+        }
+        all.truncate(end);
+        all
+    }
+
+    /// This rank's share of `count` things that lie in order: a part of equal length, or one longer, in rank order.
+    pub fn share(&self, count: usize) -> Range<usize> {
+        let from = |rank: usize| (rank as u128 * count as u128 / self.size() as u128) as usize;
+        from(self.rank())..from(self.rank() + 1)
+    }
+
     /// Replaces `values` by those of rank 0; every rank has as many.
     pub fn broadcast<T: bytemuck::Pod>(&self, what: &'static str, values: &mut [T]) {
         let bytes = bytemuck::cast_slice_mut(values);
@@ -277,18 +300,33 @@ impl Group {
     }
 
     /// Returns `own` if every rank's is good; otherwise an error on every rank. Of the ranks that failed, the first gets its own
-    /// error and all others [`Error::Elsewhere`], so that a fault is reported once.
+    /// error and all others [`Error::Elsewhere`], so that a fault is reported once. What ends a run in order ([`Error::Stopped`],
+    /// [`Error::Diverged`]) all ranks get alike.
     ///
     /// # Errors
     /// If a rank failed, or a collective did.
     pub fn together<T>(&self, own: Result<T>) -> Result<T> {
-        let failed = self.all_gather("whether a rank failed", &[u64::from(own.is_err())]);
-        let first = failed.and_then(|all| all.iter().position(|&failed| failed == 1));
+        const WHAT: &str = "whether a rank failed";
+        let kind: u64 = match &own {
+            Ok(_) => 0,
+            Err(Error::Stopped(_)) => 1,
+            Err(Error::Diverged(_)) => 2,
+            Err(_) => 3,
+        };
+        let kinds = self.all_gather(WHAT, &[kind]).unwrap_or_default();
         self.check()?;
-        match first {
-            Some(first) if first != self.rank() => Err(Error::Elsewhere(first)),
-            _ => own,
+        let Some(first) = kinds.iter().position(|&kind| kind > 0) else { return own };
+        if kinds[first] == 3 {
+            return if first == self.rank() { own } else { Err(Error::Elsewhere(first)) };
         }
+        let reason = match &own {
+            Err(Error::Stopped(reason) | Error::Diverged(reason)) => reason.as_bytes(),
+            _ => &[],
+        };
+        let reasons = self.all_gather_bytes(WHAT, reason);
+        self.check()?;
+        let reason = String::from_utf8_lossy(&reasons[first]).into_owned();
+        Err(if kinds[first] == 1 { Error::Stopped(reason) } else { Error::Diverged(reason) })
     }
 
     /// The collectives since the start or the last call, by name.
@@ -315,12 +353,6 @@ impl Group {
         if let Some(world) = &self.0 {
             world.patience.enter(phase);
         }
-    }
-
-    /// Runs `wait`, in which this rank may wait for another as long as that takes.
-    pub fn patiently<R>(&self, wait: impl FnOnce() -> R) -> R {
-        let Some(world) = &self.0 else { return wait() };
-        world.patience.endlessly(wait)
     }
 
     /// Leaves in order, once every rank does. No collective may follow. Runs on a GPU must have been dropped: their captured steps

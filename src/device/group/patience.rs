@@ -6,7 +6,6 @@
 
 use std::io::Write;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -26,7 +25,6 @@ const SLEEP: Duration = Duration::from_micros(50);
 pub struct Patience {
     rank: usize,
     limit: Duration,
-    endless: AtomicBool,
     phase: Mutex<String>,
     /// What is exchanged.
     what: Mutex<&'static str>,
@@ -45,8 +43,7 @@ impl Patience {
                 })?
             }
         };
-        let endless = AtomicBool::new(false);
-        Ok(Self { rank: 0, limit, endless, phase: Mutex::default(), what: Mutex::new("nothing") })
+        Ok(Self { rank: 0, limit, phase: Mutex::default(), what: Mutex::new("nothing") })
     }
 
     pub(super) fn of_rank(self, rank: usize) -> Self {
@@ -63,14 +60,6 @@ impl Patience {
         *lock(&self.what) = what;
     }
 
-    /// Sets no limit during a call.
-    pub(super) fn endlessly<R>(&self, wait: impl FnOnce() -> R) -> R {
-        self.endless.store(true, Ordering::Relaxed);
-        let result = wait();
-        self.endless.store(false, Ordering::Relaxed);
-        result
-    }
-
     /// Pauses between two looks, after so long a wait; returns a sentence once it has taken too long.
     pub(super) fn pause(&self, waited: Duration) -> Option<String> {
         if waited < BUSY {
@@ -80,7 +69,7 @@ impl Patience {
         } else {
             std::thread::sleep(SLEEP);
         }
-        if waited <= self.limit || self.endless.load(Ordering::Relaxed) {
+        if waited <= self.limit {
             return None;
         }
         let what = lock(&self.what);
@@ -134,7 +123,6 @@ mod tests {
         patience.exchange("gradients");
         let [soon, late] = [Duration::from_secs(4), Duration::from_secs(60)];
         assert_eq!(patience.pause(soon), None);
-        assert_eq!(patience.endlessly(|| patience.pause(late)), None);
         let sentence = patience.pause(late).unwrap();
         let start = "rank 2 has waited 60 s for the other ranks in step 3 (to exchange gradients)";
         assert!(sentence.starts_with(start), "{sentence}");
