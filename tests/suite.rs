@@ -88,6 +88,8 @@ mod random_shapes;
 mod rank_failures;
 #[path = "suite/ranks.rs"]
 mod ranks;
+#[path = "suite/ranks_on_gpus.rs"]
+mod ranks_on_gpus;
 #[path = "suite/recipes.rs"]
 mod recipes;
 #[path = "suite/recompute.rs"]

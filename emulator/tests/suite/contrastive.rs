@@ -172,7 +172,7 @@ fn nt_xent_of_a_share_of_the_rows() {
         for (sizes, ranks) in [([4, 3, 3], 2), ([66, 16, 2], 3), ([260, 8, 2], 2), ([252, 5, 3], 7)]
         {
             nt_xent(&stage, sizes, ranks, 0.5, 1, 64);
-            nt_xent(&stage, sizes, ranks, 0.01, 2, 128);
+            nt_xent(&stage, sizes, ranks, 0.1, 2, 128);
         }
     }
 }
