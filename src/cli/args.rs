@@ -286,6 +286,9 @@ pub(super) struct Embed {
     /// The split of the data set: train or test
     #[arg(long, default_value = "train")]
     pub(super) split: Split,
+    /// Take the classes from a table of files and classes (.csv, .tsv), as data.labels does; images without one are left out
+    #[arg(long, value_name = "FILE")]
+    pub(super) labels: Option<PathBuf>,
     /// Use this many images, spread evenly over the set; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(super) limit: usize,

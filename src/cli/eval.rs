@@ -130,7 +130,7 @@ impl Results {
 }
 
 fn with_labels(mut recipe: Recipe, labels: Option<&str>) -> Recipe {
-    recipe.data.labels = labels.map(Into::into).or(recipe.data.labels);
+    labels.iter().for_each(|which| recipe.data.set_labels(which));
     recipe
 }
 

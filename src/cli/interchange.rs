@@ -12,7 +12,7 @@ use super::skipped::LeftOut;
 use super::{device, on_terminal, say, talk};
 use crate::arena::{Arena, Layout};
 use crate::data::augment::{Normalise, Policy};
-use crate::data::{self, Reading, Source, Split, Subset, Transform};
+use crate::data::{self, LabelTable, Reading, Source, Subset, Transform};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result, printable};
 use crate::eval::{self, Embedded};
@@ -81,7 +81,7 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
         }
     };
     let Network { arena, backbone, mut policy, transform, reading } = network;
-    let source = images(folder, args.split, args.limit, &reading)?;
+    let source = images(folder, args, &reading)?;
     policy.size = args.size.map_or(policy.size, |size| size as usize);
     let size = policy.size;
     talk(&format!("{} images at {size} x {size} pixels", source.len()));
@@ -102,9 +102,11 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
     written.iter().try_for_each(|path| say(&path.display().to_string()))
 }
 
-fn images(folder: &Path, split: Split, limit: usize, reading: &Reading) -> Result<Arc<dyn Source>> {
-    let all: Arc<dyn Source> = data::open_as(folder, split, reading)?.into();
-    Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
+fn images(folder: &Path, args: &Embed, reading: &Reading) -> Result<Arc<dyn Source>> {
+    let table = args.labels.as_deref().map(LabelTable::read).transpose()?;
+    let all: Arc<dyn Source> =
+        data::open_labelled(folder, args.split, reading, table.as_ref())?.into();
+    Ok(if args.limit == 0 { all } else { Arc::new(Subset::spread(all, args.limit)) })
 }
 
 /// A backbone with its weights and its input transform.

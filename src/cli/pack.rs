@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 
 use super::skipped::{LeftOut, share};
 use super::{on_terminal, say, talk};
-use crate::data::{self, PackSettings, Packed, Stored};
+use crate::data::{self, LabelTable, PackSettings, Packed, Stored};
 use crate::error::{Error, Result};
 use crate::recipes::MAX_SKIPPED;
 use crate::train;
@@ -35,6 +35,9 @@ pub(super) struct PackArgs {
     /// Leave out at most this share of broken images; remove the pack if there are more
     #[arg(long, value_name = "SHARE", default_value_t = MAX_SKIPPED, value_parser = share)]
     max_skipped: f64,
+    /// Take the classes from a table of files and classes (.csv, .tsv), as data.labels does
+    #[arg(long, value_name = "FILE")]
+    labels: Option<PathBuf>,
     /// How the files are read: data.channels, data.bits, data.range, data.pages, data.axes
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -48,6 +51,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
     }
     let settings = PackSettings {
         reading,
+        labels: args.labels.as_deref().map(LabelTable::read).transpose()?,
         size: args.size.map(|size| size as usize),
         stored,
         file_bytes: u64::from(args.shard_mib) << 20,

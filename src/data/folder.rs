@@ -2,13 +2,15 @@
 //!
 //! `listing` says which files and in what order. Decoded images are kept in memory up to a budget.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
 use super::classes;
 use super::decode::{Reading, decode, decode_page, images, page_size, size};
 use super::listing::Listing;
-use super::source::{Format, Image, Source};
+use super::source::{Format, Image, Source, Split};
+use super::table::{LabelTable, Labelled};
 use crate::error::{Error, Result, printable};
 
 /// Images in files.
@@ -74,6 +76,42 @@ impl Folder {
         let labels = self.files.iter().map(|file| file.class);
         self.notes.extend(merged.note(path, labels));
         self.classes = merged.classes;
+        Ok(self)
+    }
+
+    /// Takes the classes of its images from a table; images without one are left out, and those of other splits than `split` if it is
+    /// given. `others` are the names of the set's other images.
+    ///
+    /// # Errors
+    /// If a row of the table names several images, two rows give an image different classes, or no row names an image.
+    pub(super) fn labelled_by(
+        mut self,
+        table: &LabelTable,
+        others: &[String],
+        split: Option<Split>,
+    ) -> Result<Self> {
+        // A file of several images has one row.
+        let file = |image: &ImageFile| printable(image.path.as_os_str());
+        let mut names: Vec<String> = self.files.iter().map(file).collect();
+        names.dedup();
+        let Labelled { classes, notes } = table.of_images(&self.root, &names, others)?;
+        let classes: HashMap<String, Option<(u32, Split)>> =
+            names.into_iter().zip(classes).collect();
+        self.files.retain_mut(|image| {
+            let of_split = |(_, of): &(u32, Split)| split.is_none_or(|split| split == *of);
+            let class = classes[&file(image)].filter(of_split);
+            image.class = class.map_or(0, |(class, _)| class);
+            class.is_some()
+        });
+        if let (true, Some(split)) = (self.files.is_empty(), split) {
+            let reason = format!("has no images of the {split} split by the table of labels");
+            return Err(Error::format(&self.root, reason));
+        }
+        self.classes = table.classes().to_vec();
+        if split != Some(Split::Test) {
+            self.notes.extend(notes); // once, with the training split
+        }
+        self.cache = Cache::new(self.files.len());
         Ok(self)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A share is the same for every seed of a run, as a published list is; the images of 1% are among those of 10%.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -85,24 +85,14 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let lines: Vec<(usize, &str)> =
         (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
-    let mut called: HashMap<String, Vec<(u32, String)>> = HashMap::new();
-    for reading in lines.iter().flat_map(|(_, line)| readings(line)) {
-        called.entry(last_part(&reading)).or_default();
-    }
-    for i in 0..source.len() {
-        let name = slashes(&source.name(i));
-        if let Some(images) = called.get_mut(&last_part(&name)) {
-            images.push((i as u32, name));
-        }
-    }
+    let all = lines.iter().flat_map(|(_, line)| readings(line));
+    let wanted: HashSet<String> = all.map(|reading| last_part(&reading)).collect();
+    let named = (0..source.len()).map(|i| (i as u32, slashes(&source.name(i))));
+    let names = Names::of(named.filter(|(_, name)| wanted.contains(&last_part(name))));
     let mut chosen = Vec::new();
     for (number, line) in lines {
         let wrong = |what: String| Error::format(file, format!("line {number}: {what}"));
-        // Of several readings, that which agrees with more of an image's path.
-        let (_, mut found) = readings(line).iter().fold((0, Vec::new()), |best, reading| {
-            let named = images_called(&called, reading);
-            if named.0 > best.0 { named } else { best }
-        });
+        let mut found = names.called(line);
         let line = line.trim();
         if found.is_empty() {
             let place = line.parse().ok().filter(|&i: &u32| (i as usize) < source.len());
@@ -146,34 +136,58 @@ fn slashes(path: &str) -> String {
     if cfg!(windows) { path.replace('\\', "/") } else { path.to_owned() }
 }
 
-fn last_part(path: &str) -> String {
+pub(super) fn last_part(path: &str) -> String {
     let path = slashes(path);
     path.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
-/// The images that a line of a list may mean. The end of an image's path must be the line, or the line may be a longer
-/// path of which the image's is the end; of an absolute path, which may be that of another machine, only the longest
-/// common end counts, at least a folder and a file. Comes with the length of that end, in parts; 0 without an image.
-fn images_called(called: &HashMap<String, Vec<(u32, String)>>, line: &str) -> (usize, Vec<u32>) {
-    let line = slashes(line);
-    let parts = |path: &str| -> Vec<String> {
-        path.split('/').filter(|part| !matches!(*part, "" | ".")).map(Into::into).collect()
-    };
-    let wanted = parts(&line);
-    let mut best = (0, Vec::new());
-    for (image, name) in called.get(&last_part(&line)).into_iter().flatten() {
-        let name = parts(name);
-        let same = wanted.iter().rev().zip(name.iter().rev()).take_while(|(a, b)| a == b).count();
-        let shorter = wanted.len().min(name.len());
-        let needed = if line.starts_with('/') { shorter.min(2) } else { shorter };
-        if same >= needed.max(best.0).max(1) {
-            if same > best.0 {
-                best = (same, Vec::new());
-            }
-            best.1.push(*image);
+/// Images by the last parts of their names.
+pub(super) struct Names(HashMap<String, Vec<(u32, String)>>);
+
+impl Names {
+    pub(super) fn of(images: impl IntoIterator<Item = (u32, String)>) -> Self {
+        let mut all: HashMap<String, Vec<(u32, String)>> = HashMap::new();
+        for (image, name) in images {
+            let name = slashes(&name);
+            all.entry(last_part(&name)).or_default().push((image, name));
         }
+        Self(all)
     }
-    best
+
+    /// The images that a line of a list may mean: of its several readings, by that which agrees with more of an image's path.
+    pub(super) fn called(&self, line: &str) -> Vec<u32> {
+        let best = readings(line).iter().fold((0, Vec::new()), |best, reading| {
+            let named = self.ending(reading);
+            if named.0 > best.0 { named } else { best }
+        });
+        best.1
+    }
+
+    /// The end of an image's path must be the line, or the line may be a longer path of which the image's is the end; of an
+    /// absolute path, which may be that of another machine, only the longest common end counts, at least a folder and a file.
+    /// Comes with the length of that end, in parts; 0 without an image.
+    fn ending(&self, line: &str) -> (usize, Vec<u32>) {
+        let line = slashes(line);
+        let parts = |path: &str| -> Vec<String> {
+            path.split('/').filter(|part| !matches!(*part, "" | ".")).map(Into::into).collect()
+        };
+        let wanted = parts(&line);
+        let mut best = (0, Vec::new());
+        for (image, name) in self.0.get(&last_part(&line)).into_iter().flatten() {
+            let name = parts(name);
+            let same =
+                wanted.iter().rev().zip(name.iter().rev()).take_while(|(a, b)| a == b).count();
+            let shorter = wanted.len().min(name.len());
+            let needed = if line.starts_with('/') { shorter.min(2) } else { shorter };
+            if same >= needed.max(best.0).max(1) {
+                if same > best.0 {
+                    best = (same, Vec::new());
+                }
+                best.1.push(*image);
+            }
+        }
+        best
+    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod pack;
 mod rows;
 mod source;
 mod survey;
+mod table;
 
 pub use augment::{Policy, Transform, center};
 pub use batch::{Batch, Skipped};
@@ -35,7 +36,8 @@ pub use labels::{labelled, labels_of, of_each_class};
 pub(crate) use listing::is_image_name;
 pub use loader::Loader;
 pub(crate) use native::{extent, native_format};
-pub use open::{open, open_as};
+pub use open::{open, open_as, open_labelled};
 pub use pack::{Pack, PackSettings, Packed, Stored, pack, pack_if};
 pub use source::{Format, Image, Source, Split, Subset};
 pub use survey::{Survey, survey};
+pub use table::{LabelTable, is_table};

@@ -6,9 +6,12 @@ use super::cifar::Cifar;
 use super::decode::Reading;
 use super::folder::Folder;
 use super::idx::Idx;
-use super::listing::{class_names, has_loose_images, name_of, seems_to_hold_images, sub_folders};
+use super::listing::{
+    Listing, class_names, has_loose_images, name_of, seems_to_hold_images, sub_folders,
+};
 use super::pack::Pack;
 use super::source::{Format, Source, Split};
+use super::table::LabelTable;
 use crate::error::{Error, Result, printable};
 use crate::files::{find, is_folder};
 
@@ -89,6 +92,21 @@ impl SplitFolders {
         }
     }
 
+    /// Opens the folder of a split with the classes of a table, which may name images of the others, too.
+    pub(super) fn labelled(
+        &self,
+        folder: &Path,
+        reading: &Reading,
+        table: &LabelTable,
+    ) -> Result<Folder> {
+        let mut others = Vec::new();
+        for other in self.train.iter().chain(&self.held_out).filter(|other| *other != folder) {
+            let listed = Listing::of(other, reading.axes.is_some())?.files;
+            others.extend(listed.iter().map(|(file, _)| printable(file.as_os_str())));
+        }
+        Folder::open_as(folder, reading)?.labelled_by(table, &others, None)
+    }
+
     /// A sentence on the folders of images that are no splits.
     pub(super) fn note(&self) -> Option<String> {
         let first = printable(self.beside.first()?.as_os_str());
@@ -146,8 +164,26 @@ pub fn open(path: &Path, split: Split) -> Result<Box<dyn Source>> {
 /// # Errors
 /// As [`open`], and if the set has other channels or bits.
 pub fn open_as(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn Source>> {
+    open_labelled(path, split, reading, None)
+}
+
+/// As [`open_as`], with the classes of a table in place of those of folders; images without a class there are left out. In a folder
+/// without splits a column of the table may say which images are held out.
+///
+/// # Errors
+/// As [`open_as`]; if the set is no folder of image files, a row of the table names several images, two rows give an image different
+/// classes, or no row names an image of the split.
+pub fn open_labelled(
+    path: &Path,
+    split: Split,
+    reading: &Reading,
+    table: Option<&LabelTable>,
+) -> Result<Box<dyn Source>> {
     reading.check()?;
-    let source = recognised(path, split, reading)?;
+    let source = match table {
+        None => recognised(path, split, reading)?,
+        Some(table) => labelled(path, split, reading, table)?,
+    };
     let (has, wanted) = (source.format(), reading.format);
     if has != wanted {
         let Format { channels, bits } = has;
@@ -161,12 +197,59 @@ pub fn open_as(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn S
     Ok(source)
 }
 
+/// Opens a split of a folder whose classes stand in a table.
+fn labelled(
+    path: &Path,
+    split: Split,
+    reading: &Reading,
+    table: &LabelTable,
+) -> Result<Box<dyn Source>> {
+    let found = find(path)?.ok_or_else(|| nothing_at(path))?;
+    if !found.is_dir() || Pack::is_at(path)? || Cifar::is_at(path)? || Idx::is_at(path)? {
+        return Err(Error::format(
+            path,
+            "has no image files of its own, which a table of labels names: leave data.labels out, or set data.labels= to nothing",
+        ));
+    }
+    let Some(splits) = SplitFolders::of(path)? else {
+        if !table.has_splits() && split == Split::Test {
+            return Err(Error::format(
+                path,
+                "has no test/, val/, valid/ or validation/, and the table of labels no column `split`: the test split is missing",
+            ));
+        }
+        return Ok(Box::new(labelled_part(path, split, reading, table)?));
+    };
+    let Some(folder) = splits.folder(split) else { return Err(without(path, split)) };
+    Ok(Box::new(splits.labelled(folder, reading, table)?))
+}
+
+/// Opens the images of a folder without splits that a table says belong to one; all with a class if it does not say.
+pub(super) fn labelled_part(
+    path: &Path,
+    split: Split,
+    reading: &Reading,
+    table: &LabelTable,
+) -> Result<Folder> {
+    let split = table.has_splits().then_some(split);
+    Folder::open_as(path, reading)?.labelled_by(table, &[], split)
+}
+
+fn nothing_at(path: &Path) -> Error {
+    Error::format(path, "no such file or folder: check the path of the data set")
+}
+
+fn without(path: &Path, split: Split) -> Error {
+    let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
+    Error::format(path, format!("has no {}: the {split} split is missing", names.join(" or ")))
+}
+
 fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn Source>> {
     if path.as_os_str().is_empty() {
         return Err(Error::config("data.path is empty: name the folder of the images"));
     }
     let Some(found) = find(path)? else {
-        return Err(Error::format(path, "no such file or folder: check the path of the data set"));
+        return Err(nothing_at(path));
     };
     if !found.is_dir() {
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
@@ -181,13 +264,7 @@ fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn So
         return Ok(Box::new(Idx::open(path, split)?));
     }
     if let Some(splits) = SplitFolders::of(path)? {
-        let Some(folder) = splits.folder(split) else {
-            let names: Vec<_> = folders(split).iter().map(|name| format!("{name}/")).collect();
-            return Err(Error::format(
-                path,
-                format!("has no {}: the {split} split is missing", names.join(" or ")),
-            ));
-        };
+        let Some(folder) = splits.folder(split) else { return Err(without(path, split)) };
         let mut images = Folder::open_as(folder, reading)?;
         if split == Split::Train {
             return Ok(Box::new(images.with_note(splits.note())));

@@ -6,9 +6,11 @@ mod measured;
 mod own;
 mod source;
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Axes, Format, Pages, Policy, Reading};
+use crate::data::{Axes, Format, LabelTable, Pages, Policy, Reading, is_table};
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::methods::{self, Method};
@@ -85,8 +87,9 @@ pub struct DataSettings {
     /// Use this many held-out images, spread over the set; 0 for all.
     #[serde(default)]
     pub test_limit: usize,
-    /// Train on a labelled part of the images only: `10%` of each class, or a file that lists images. See
-    /// [`labelled`](crate::data::labelled).
+    /// Train on a labelled part of the images only: `10%` of each class, or a file that lists images (see
+    /// [`labelled`](crate::data::labelled)); or the classes of image files, from a table whose name ends in `.csv` or `.tsv` (see
+    /// [`LabelTable`]), of which a share may follow: `labels.csv 10%`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<String>,
     /// The largest share of unreadable images, in `0..=1`, that a command leaves out; with more it stops.
@@ -133,6 +136,32 @@ impl DataSettings {
             validation,
             gpu_memory: None,
         }
+    }
+
+    /// The file of the table of classes that `labels` names, if it does, and the part of the images that it asks for, if it does.
+    fn split_labels(&self) -> (Option<&str>, Option<&str>) {
+        let labels = self.labels.as_deref().map(str::trim).filter(|labels| !labels.is_empty());
+        let Some(labels) = labels else { return (None, None) };
+        let (file, share) = match labels.rsplit_once(char::is_whitespace) {
+            Some((file, share)) if share.ends_with('%') => (file.trim_end(), Some(share)),
+            _ => (labels, None),
+        };
+        if is_table(file) { (Some(file), share) } else { (None, Some(labels)) }
+    }
+
+    /// The table of classes that `labels` names, if it does, and the part of the images that it asks for, if it does.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    pub fn label_table(&self) -> Result<(Option<LabelTable>, Option<&str>)> {
+        let (file, part) = self.split_labels();
+        Ok((file.map(|file| LabelTable::read(Path::new(file))).transpose()?, part))
+    }
+
+    /// Narrows the images to a share or a list, with the classes of the table that it has, if it has one.
+    pub(crate) fn set_labels(&mut self, which: &str) {
+        let table = self.split_labels().0.filter(|_| which.trim_end().ends_with('%'));
+        self.labels = Some(table.map_or(which.to_owned(), |table| format!("{table} {which}")));
     }
 
     /// How its files are read.

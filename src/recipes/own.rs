@@ -26,6 +26,8 @@ pub struct OwnImages {
     pub classes: usize,
     /// Whether there is a labelled held-out split.
     pub held_out: bool,
+    /// The table that their classes are taken from, if they are.
+    pub labels: Option<String>,
     /// How their files are read.
     pub reading: Reading,
     /// Mean of each channel, in `0..=1`.
@@ -148,6 +150,7 @@ pub(crate) fn own_recipe(
         ),
     }];
     recipe.data = super::DataSettings::all_of(&set.path, &set.reading);
+    recipe.data.labels.clone_from(&set.labels);
     recipe.network.channels = recipe.data.channels;
     let side = set.side;
     recipe.network.stem = stem;
@@ -338,6 +341,7 @@ mod tests {
             grey: false,
             classes: 0,
             held_out: false,
+            labels: None,
             reading: Reading::default(),
             mean: vec![0.5; 3],
             std: vec![0.25; 3],

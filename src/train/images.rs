@@ -34,8 +34,14 @@ impl Images {
     /// # Errors
     /// If the path does not hold a data set, or a split of it is damaged.
     pub fn open(settings: &DataSettings) -> Result<Self> {
+        let (table, part) = settings.label_table()?;
         let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
             let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
+                if table.is_some() {
+                    return Err(Error::config(
+                        "fashion-scattered has labels of its own: leave the table in data.labels out",
+                    ));
+                }
                 if !settings.reading().is_rgb() {
                     return Err(Error::config(
                         "fashion-scattered has 3 channels of 8 bits: leave data.channels and data.bits out",
@@ -43,12 +49,13 @@ impl Images {
                 }
                 Arc::new(data::fashion_scattered(split))
             } else {
-                data::open_as(Path::new(&settings.path), split, &settings.reading())?.into()
+                let (path, reading) = (Path::new(&settings.path), settings.reading());
+                data::open_labelled(path, split, &reading, table.as_ref())?.into()
             };
             Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
         };
         let mut train = open(Split::Train, settings.limit)?;
-        if let Some(which) = &settings.labels {
+        if let Some(which) = part {
             let labelled = data::labelled(&*train, which)?;
             train = Arc::new(Subset::new(train, labelled));
         }

@@ -39,7 +39,7 @@ pub use inspect::{
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
-pub(crate) use reading::pack_reading;
+pub(crate) use reading::{own_reading, pack_reading};
 pub use report::{REPORT, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};

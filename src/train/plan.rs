@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::reading::reading_of;
-use crate::data::{self, Split, Survey};
+use super::reading::own_reading;
+use crate::data::{self, LabelTable, Split, Survey};
 use crate::device::{Device, DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::eval;
@@ -141,8 +141,10 @@ pub fn plan(
         Error::format(folder, "a recipe cannot hold a path that is not UTF-8: rename the folder")
     })?;
     wishes.method.map_or(Ok(()), recipes::check_method)?;
-    let reading = reading_of(folder, wishes.settings)?;
-    let source = data::open_as(folder, Split::Train, &reading)?;
+    let reading = own_reading(folder, wishes.settings)?;
+    let labels = table_in(wishes.settings);
+    let table = labels.map(|file| LabelTable::read(Path::new(file))).transpose()?;
+    let source = data::open_labelled(folder, Split::Train, &reading, table.as_ref())?;
     if source.len() < FEWEST_IMAGES {
         let (path, images) = (path.to_owned(), source.len());
         return Err(too_few(&path, images, 0));
@@ -161,6 +163,7 @@ pub fn plan(
         grey: survey.grey == readable,
         classes: source.classes().len(),
         held_out: false,
+        labels: labels.map(Into::into),
         reading,
         mean: survey.mean.clone(),
         std: survey.std.clone(),
@@ -191,6 +194,12 @@ pub fn plan(
         choices,
         pace,
     })
+}
+
+/// The table of labels among settings, if one is.
+fn table_in(settings: &[String]) -> Option<&str> {
+    let labels = settings.iter().rev().find_map(|setting| setting.strip_prefix("data.labels="));
+    labels.filter(|labels| data::is_table(labels))
 }
 
 fn too_few(path: &str, readable: usize, broken: usize) -> Error {

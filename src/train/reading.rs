@@ -10,7 +10,7 @@ use crate::settings;
 
 /// How a folder's files are read: as the settings say, and what they leave open as the files have it. Samples of 16 bits are
 /// stretched from the range that some of them have.
-pub(super) fn reading_of(folder: &Path, settings: &[String]) -> Result<Reading> {
+pub(crate) fn own_reading(folder: &Path, settings: &[String]) -> Result<Reading> {
     let (mut reading, found) = given(folder, settings, |_| true)?;
     if reading.format.bits == 16 && found.range.is_none() {
         reading.range = data::extent(folder, &reading)?;

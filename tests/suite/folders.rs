@@ -349,7 +349,7 @@ fn pack(root: &Path, to: &Path, draw: &mut Draw) -> selfsup::Result<data::Packed
     data::pack(
         root,
         to,
-        &PackSettings { reading: Default::default(), size: None, stored, file_bytes },
+        &PackSettings { reading: Default::default(), labels: None, size: None, stored, file_bytes },
         |_, _| (),
     )
 }

@@ -38,7 +38,7 @@ fn prepare(root: &Path) {
 }
 
 fn settings(stored: Stored, file_bytes: u64) -> PackSettings {
-    PackSettings { reading: Default::default(), size: None, stored, file_bytes }
+    PackSettings { reading: Default::default(), labels: None, size: None, stored, file_bytes }
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -16,8 +16,9 @@ use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
 use crate::data::decode::{Reading, decode, decode_page};
 use crate::data::folder::Folder;
-use crate::data::open::{SplitFolders, folders};
+use crate::data::open::{SplitFolders, folders, labelled_part};
 use crate::data::source::{Format, Image, Source, Split};
+use crate::data::table::LabelTable;
 use crate::error::{Error, Result};
 use crate::files::{create_folder, find, is_folder, replace_file, write_error, write_file};
 
@@ -37,10 +38,12 @@ pub enum Stored {
 }
 
 /// How to pack.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PackSettings {
     /// How the files are read. Images of other channels or bits than RGB of 8 bits are stored as samples, whatever `stored` says.
     pub reading: Reading,
+    /// The classes of the files, in place of those of class folders; files without one are left out.
+    pub labels: Option<LabelTable>,
     /// The shorter side of larger images in the pack, in pixels; smaller images stay as they are.
     pub size: Option<usize>,
     /// How images are stored.
@@ -146,6 +149,9 @@ fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, 
         }
         None => splits.push(("train", from.to_path_buf())),
     }
+    if let Some(table) = &settings.labels {
+        return Ok((labelled_splits(from, &splits, settings, table)?, note));
+    }
     let mut opened: Vec<OpenSplit> = Vec::new();
     for (split, folder) in splits {
         let mut images = Folder::open_as(&folder, &settings.reading)?;
@@ -155,6 +161,27 @@ fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, 
         opened.push((split, folder, images));
     }
     Ok((opened, note))
+}
+
+/// Lists the images of all splits with the classes of a table, which says which are held out if no folders do.
+fn labelled_splits(
+    from: &Path,
+    splits: &[(&'static str, PathBuf)],
+    settings: &PackSettings,
+    table: &LabelTable,
+) -> Result<Vec<OpenSplit>> {
+    let reading = &settings.reading;
+    if let Some(found) = SplitFolders::of(from)? {
+        let open = |(split, folder): &(&'static str, PathBuf)| {
+            Ok((*split, folder.clone(), found.labelled(folder, reading, table)?))
+        };
+        return splits.iter().map(open).collect();
+    }
+    let both = [("train", Split::Train), ("test", Split::Test)];
+    let there = |(_, split): &(_, Split)| *split == Split::Train || table.names(*split);
+    let open =
+        |(name, split)| Ok((name, from.to_path_buf(), labelled_part(from, split, reading, table)?));
+    both.into_iter().filter(there).map(open).collect()
 }
 
 /// Writes the files of all splits; returns the manifest.

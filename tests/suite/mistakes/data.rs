@@ -34,8 +34,13 @@ fn prepare_packs(root: &Path) -> String {
     let write = |name: &str, bytes: &[u8]| write(root, name, bytes);
     (0..9).for_each(|i| write(&format!("nine/{i}.jpg"), &fixture("colour.jpg")));
     let stored = Stored::Files { quality: 95 };
-    let settings =
-        PackSettings { reading: Default::default(), size: None, stored, file_bytes: 1 << 20 };
+    let settings = PackSettings {
+        reading: Default::default(),
+        labels: None,
+        size: None,
+        stored,
+        file_bytes: 1 << 20,
+    };
     pack(&root.join("nine"), &root.join("packed"), &settings, |_, _| ()).unwrap();
     let packed = std::fs::read(root.join("packed/train-00000.pack")).unwrap();
     write("cut/train-00000.pack", &packed[..packed.len() - 5]);

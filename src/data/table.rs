@@ -1,0 +1,431 @@
+//! Label tables: the class of each file of a folder, from a file of comma-separated values.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::labels::{Names, last_part};
+use super::source::Split;
+use crate::error::{Error, Result, printable};
+
+/// Names, in lower case, that the column of files has in tables of others, the likeliest first.
+const FILES: [&str; 11] = [
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "path",
+    "image",
+    "image_name",
+    "image_id",
+    "img",
+    "id",
+    "name",
+];
+
+/// Names of the column of classes.
+const LABELS: [&str; 11] = [
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "class_id",
+    "category",
+    "species",
+    "breed",
+    "target",
+    "diagnosis",
+    "y",
+];
+
+/// Names of the column of splits.
+const SPLITS: [&str; 3] = ["split", "subset", "set"];
+
+/// The classes of files, as a table has them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LabelTable {
+    file: PathBuf,
+    /// Each row that has a class.
+    rows: Vec<Row>,
+    classes: Vec<String>,
+    has_splits: bool,
+}
+
+/// A row of a table.
+#[derive(Clone, Debug, PartialEq)]
+struct Row {
+    line: u64,
+    name: String,
+    class: u32,
+    /// The training split if nothing is said.
+    split: Split,
+}
+
+/// Places of the columns.
+#[derive(Clone, Copy)]
+struct Columns {
+    file: usize,
+    class: usize,
+    split: Option<usize>,
+}
+
+/// What a table says of the images of a folder.
+pub(super) struct Labelled {
+    /// The class of each image and the split of its row; `None` if the table has no class for it.
+    pub(super) classes: Vec<Option<(u32, Split)>>,
+    /// Sentences on images without a class and rows without an image.
+    pub(super) notes: Vec<String>,
+}
+
+/// Whether a value of `data.labels` is the name of a table, not of a list or a share.
+pub fn is_table(which: &str) -> bool {
+    let extension = Path::new(which.trim()).extension().and_then(OsStr::to_str);
+    extension.is_some_and(|e| e.eq_ignore_ascii_case("csv") || e.eq_ignore_ascii_case("tsv"))
+}
+
+impl LabelTable {
+    /// Reads a table: one row for each file, with columns separated by commas, or by tabs if its name ends in `.tsv`. A first row that
+    /// names a column of files (`file`, `filename`, `image`, `id` and so on) and one of classes (`label`, `class` and so on) says
+    /// which they are, and may name one of splits (`split`: `train`, `test` or `val`); without it the first column is the file and the
+    /// second the class. Fields may be quoted; a byte order mark is skipped. Rows without a class are passed over. Classes are
+    /// numbered in the order of their names, of their values if all are whole numbers.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is not UTF-8, a row has no such columns or an unknown split, or no row has a class.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bytes = std::fs::read(file).map_err(Error::io(file))?;
+        let is_tsv = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("tsv"));
+        let mut reader = csv::ReaderBuilder::new()
+            .has_headers(false)
+            .flexible(true)
+            .delimiter(if is_tsv { b'\t' } else { b',' })
+            .from_reader(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes));
+        let (mut columns, mut rows, mut names) = (None, Vec::new(), Vec::new());
+        for record in reader.records() {
+            let record = record.map_err(|error| Error::format(file, error.to_string()))?;
+            if columns.is_none() {
+                let named = Columns::named(&record);
+                columns = Some(named.unwrap_or(Columns { file: 0, class: 1, split: None }));
+                if named.is_some() {
+                    continue;
+                }
+            }
+            let columns = columns.expect("set by the first record");
+            if let Some((row, class)) = columns.row(file, &record)? {
+                rows.push(row);
+                names.push(class);
+            }
+        }
+        let mut classes: Vec<String> =
+            names.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect();
+        if classes.is_empty() {
+            return Err(Error::format(file, "has no row with a file and a class"));
+        }
+        if classes.iter().all(|class| class.parse::<i64>().is_ok()) {
+            classes.sort_by_key(|class| class.parse::<i64>().unwrap_or(0));
+        }
+        let numbers: HashMap<&String, u32> = classes.iter().zip(0..).collect();
+        rows.iter_mut().zip(&names).for_each(|(row, name)| row.class = numbers[name]);
+        let classes = classes.iter().map(|class| printable(OsStr::new(class))).collect();
+        let has_splits = columns.is_some_and(|columns| columns.split.is_some());
+        Ok(Self { file: file.to_path_buf(), rows, classes, has_splits })
+    }
+
+    /// Whether it says which split a file belongs to.
+    pub(super) fn has_splits(&self) -> bool {
+        self.has_splits
+    }
+
+    /// Whether it says of a file that it belongs to a split.
+    pub(super) fn names(&self, split: Split) -> bool {
+        self.has_splits && self.rows.iter().any(|row| row.split == split)
+    }
+
+    /// Returns the names of the classes, printable.
+    pub fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    /// Finds the class of each image of a folder by its name there. A row may leave out folders and the extension, if only one image
+    /// has that name. `others` are the names of the set's other images: rows of theirs are passed over.
+    ///
+    /// # Errors
+    /// If a row names several images, two rows give an image different classes or splits, or no row names an image.
+    pub(super) fn of_images(
+        &self,
+        folder: &Path,
+        images: &[String],
+        others: &[String],
+    ) -> Result<Labelled> {
+        let wrong = |line: u64, what: String| {
+            Err(Error::format(&self.file, format!("line {line}: {what}")))
+        };
+        let (named, named_elsewhere) = (Named::new(images), Named::new(others));
+        let mut found: Vec<Option<&Row>> = vec![None; images.len()];
+        let mut missing: Vec<&Row> = Vec::new();
+        for row in &self.rows {
+            let image = match named.find(&row.name)[..] {
+                [image] => image as usize,
+                [] if named_elsewhere.find(&row.name).is_empty() => {
+                    missing.push(row);
+                    continue;
+                }
+                [] => continue,
+                _ => {
+                    let name = printable(OsStr::new(&row.name));
+                    let what = format!("several images are called {name}: write more of the path");
+                    return wrong(row.line, what);
+                }
+            };
+            let first = found[image].get_or_insert(row);
+            if (first.class, first.split) != (row.class, row.split) {
+                let [here, there] = [row, *first].map(|row| match self.has_splits {
+                    true => format!("{} ({})", self.classes[row.class as usize], row.split),
+                    false => self.classes[row.class as usize].clone(),
+                });
+                let (name, line) = (&images[image], first.line);
+                return wrong(
+                    row.line,
+                    format!("{name} is {here} here and {there} in line {line}"),
+                );
+            }
+        }
+        let table = self.file.display();
+        if found.iter().all(Option::is_none) {
+            let example = images.first().map_or("", String::as_str);
+            return Err(Error::format(
+                &self.file,
+                format!("no row names an image of {}, such as {example}", folder.display()),
+            ));
+        }
+        let unlisted: Vec<&String> = images
+            .iter()
+            .zip(&found)
+            .filter(|(_, class)| class.is_none())
+            .map(|(i, _)| i)
+            .collect();
+        let mut notes = Vec::new();
+        if let [first, ..] = unlisted[..] {
+            let (some, all) = (unlisted.len(), images.len());
+            notes.push(format!(
+                "{table}: {some} of {all} images in {} have no class there and are left out, such as {first}",
+                folder.display()
+            ));
+        }
+        if let [Row { line, name, .. }, ..] = missing[..] {
+            let (count, first) = (missing.len(), printable(OsStr::new(name)));
+            notes.push(format!(
+                "{table}: {count} rows name no image of the set and are passed over, such as line {line}: {first}"
+            ));
+        }
+        let classes = found.iter().map(|row| row.map(|row| (row.class, row.split))).collect();
+        Ok(Labelled { classes, notes })
+    }
+}
+
+/// Images by their names, with the extension and without.
+struct Named {
+    whole: Names,
+    stems: Names,
+}
+
+impl Named {
+    fn new(images: &[String]) -> Self {
+        Self {
+            whole: Names::of((0..).zip(images.iter().cloned())),
+            stems: Names::of((0..).zip(images.iter().map(|name| stem(name).to_owned()))),
+        }
+    }
+
+    fn find(&self, name: &str) -> Vec<u32> {
+        let found = self.whole.called(name);
+        if found.is_empty() { self.stems.called(name) } else { found }
+    }
+}
+
+/// A path without the extension of its last part.
+fn stem(path: &str) -> &str {
+    let last = last_part(path).len();
+    match path[path.len() - last..].rfind('.') {
+        Some(dot) if dot > 0 => &path[..path.len() - last + dot],
+        _ => path,
+    }
+}
+
+impl Columns {
+    /// The columns, if a row names those of files and classes.
+    fn named(record: &csv::StringRecord) -> Option<Self> {
+        let names: Vec<String> = record.iter().map(|name| name.trim().to_lowercase()).collect();
+        let column = |known: &[&str]| {
+            known.iter().find_map(|known| names.iter().position(|name| name == known))
+        };
+        let [file, class] = [column(&FILES)?, column(&LABELS)?];
+        Some(Self { file, class, split: column(&SPLITS) })
+    }
+
+    /// A row, whose class is not numbered yet, and its class; `None` if it has none.
+    fn row(self, table: &Path, record: &csv::StringRecord) -> Result<Option<(Row, String)>> {
+        let line = record.position().map_or(0, csv::Position::line);
+        let wrong = |what: String| Error::format(table, format!("line {line}: {what}"));
+        let (Some(name), Some(class)) = (record.get(self.file), record.get(self.class)) else {
+            return Err(wrong(format!(
+                "a table of labels has a file and a class in each row, as in `a.jpg,cat`, and here is {}",
+                match record.len() {
+                    1 => "one column".to_owned(),
+                    count => format!("a row of {count} columns"),
+                }
+            )));
+        };
+        let (name, class) = (name.trim(), class.trim());
+        if name.is_empty() || class.is_empty() {
+            return Ok(None);
+        }
+        let split = match self.split.and_then(|column| record.get(column)).map(str::trim) {
+            None | Some("") => Split::Train,
+            Some(split) => split.to_lowercase().parse().map_err(|e: Error| wrong(e.to_string()))?,
+        };
+        Ok(Some((Row { line, name: name.to_owned(), class: 0, split }, class.to_owned())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Reading, open_labelled};
+
+    /// A folder of images `a.png` to `d.png`, and what a table says of a split of it: names and classes, then the notes.
+    fn labelled(table: &str, split: Split) -> Result<(Vec<String>, Vec<String>), String> {
+        let root = tempfile::tempdir().unwrap();
+        let photos = root.path().join("photos");
+        std::fs::create_dir(&photos).unwrap();
+        for name in ["a", "b", "c", "d"] {
+            image::GrayImage::new(2, 2).save(photos.join(format!("{name}.png"))).unwrap();
+        }
+        let file = root.path().join("labels.csv");
+        std::fs::write(&file, table).unwrap();
+        let table = LabelTable::read(&file).map_err(|e| e.to_string())?;
+        let set = open_labelled(&photos, split, &Reading::default(), Some(&table))
+            .map_err(|e| e.to_string())?;
+        let said = |i: usize| {
+            let name = set.name(i);
+            let class = &set.classes()[set.label(i).unwrap() as usize];
+            format!("{} {class}", &name[name.len() - 5..])
+        };
+        Ok(((0..set.len()).map(said).collect(), set.notes().to_vec()))
+    }
+
+    fn rows(table: &str) -> Vec<String> {
+        let (rows, notes) = labelled(table, Split::Train).unwrap();
+        assert_eq!(notes, [""; 0], "{table}");
+        rows
+    }
+
+    #[test]
+    fn columns_are_found_with_a_header_and_without() {
+        let all = ["a.png cat", "b.png dog", "c.png cat", "d.png dog"];
+        assert_eq!(rows("a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n"), all);
+        assert_eq!(
+            rows("\u{feff}file,label\r\na.png,cat\r\nb.png,dog\r\nc.png,cat\r\nd.png,dog"),
+            all
+        );
+        assert_eq!(rows("Species,n,ID\ncat,1,a\ndog,2,b\ncat,3,c\n\"dog\",4,\"d\"\n"), all);
+        assert_eq!(
+            rows(
+                "file,class\n/x/photos/a.png,\"cat, wild\"\nb.png,\"a \"\"b\"\"\"\nphotos/c.png,1\nd,1"
+            ),
+            ["a.png cat, wild", "b.png a \"b\"", "c.png 1", "d.png 1"]
+        );
+        // Whole numbers in the order of their values.
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("numbers.tsv");
+        std::fs::write(&file, "a\t10\nb\t9\nc\t-1\n").unwrap();
+        assert_eq!(LabelTable::read(&file).unwrap().classes(), ["-1", "9", "10"]);
+    }
+
+    #[test]
+    fn images_without_a_row_and_rows_without_an_image_are_counted() {
+        let (rows, notes) =
+            labelled("file,label\na.png,cat\nx.png,cat\nc.png,\nd.png,dog\n", Split::Train)
+                .unwrap();
+        assert_eq!(rows, ["a.png cat", "d.png dog"]);
+        assert!(notes[0].contains("labels.csv: 2 of 4 images in "), "{notes:?}");
+        assert!(notes[0].ends_with("b.png"), "{notes:?}");
+        assert!(notes[1].contains("1 rows name no image of the set"), "{notes:?}");
+        assert!(notes[1].ends_with("such as line 3: x.png"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_column_of_splits_holds_images_out() {
+        let table =
+            "file,label,split\na.png,cat,train\nb.png,dog,VAL\nc.png,dog,\nd.png,cat,test\n";
+        assert_eq!(rows(table), ["a.png cat", "c.png dog"]);
+        let (held_out, notes) = labelled(table, Split::Test).unwrap();
+        assert_eq!((held_out, notes.len()), (vec!["b.png dog".into(), "d.png cat".into()], 0));
+    }
+
+    #[test]
+    fn mistakes_of_a_table_are_reported_by_line() {
+        for (table, split, message) in [
+            (
+                "a.png,cat\nb.png,dog\na.png,dog\n",
+                Split::Train,
+                "a.png is dog here and cat in line 1",
+            ),
+            (
+                "file,label,split\na.png,cat,test\na.png,cat,train\n",
+                Split::Train,
+                "a.png is cat (train) here and cat (test) in line 2",
+            ),
+            (
+                "a.png\nb.png\n",
+                Split::Train,
+                "line 1: a table of labels has a file and a class in each row, as in `a.jpg,cat`, and here is one column",
+            ),
+            ("file,label,split\na.png,cat,last\n", Split::Train, "line 2: unknown split `last`"),
+            ("file,label\n", Split::Train, "has no row with a file and a class"),
+            ("x.png,cat\n", Split::Train, "no row names an image of "),
+            ("a.png,cat\n", Split::Test, "and the table of labels no column `split`"),
+            (
+                "file,label,split\na.png,cat,train\n",
+                Split::Test,
+                "has no images of the test split by the table of labels",
+            ),
+            ("a.png,cat\nb.png,\"dog\n", Split::Train, ""), // an open quote ends with the file
+        ] {
+            match (labelled(table, split), message) {
+                (Ok((rows, _)), "") => assert_eq!(rows, ["a.png cat", "b.png dog"]),
+                (found, message) => {
+                    let error = found.unwrap_err();
+                    assert!(error.contains(message), "`{message}` in `{error}`");
+                }
+            }
+        }
+        assert!(labelled("a.png,cat\na.png,cat\nb,dog\nc,dog\nd,dog", Split::Train).is_ok());
+        let not_text = labelled("", Split::Train).unwrap_err();
+        assert!(not_text.contains("has no row"), "{not_text}");
+    }
+
+    #[test]
+    fn one_table_serves_all_splits_and_nested_folders() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["train/x/1.png", "train/y/2.png", "test/x/1.png", "test/y/3.png"] {
+            let path = root.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::GrayImage::new(2, 2).save(path).unwrap();
+        }
+        let file = root.path().join("labels.csv");
+        let read = |table: &str, split| {
+            std::fs::write(&file, table).unwrap();
+            let table = LabelTable::read(&file).unwrap();
+            let set = open_labelled(root.path(), split, &Reading::default(), Some(&table))
+                .map_err(|error| error.to_string())?;
+            let labels: Vec<u32> = (0..set.len()).map(|i| set.label(i).unwrap()).collect();
+            Ok::<_, String>((labels, set.notes().len()))
+        };
+        let table = "train/x/1.png,owl\n2,kea\ntest/x/1.png,kea\n3.png,owl\n";
+        assert_eq!(read(table, Split::Train), Ok((vec![1, 0], 0)));
+        assert_eq!(read(table, Split::Test), Ok((vec![0, 1], 0)));
+        // The name fits an image of each split; one image has no row, and one row no image.
+        assert_eq!(read("x/1.png,owl\n4.png,kea\n", Split::Train), Ok((vec![1], 2)));
+    }
+}
