@@ -56,6 +56,8 @@ mod jpeg;
 mod judge;
 #[path = "suite/kernel_fuzz.rs"]
 mod kernel_fuzz;
+#[path = "suite/labels.rs"]
+mod labels;
 #[path = "suite/layers.rs"]
 mod layers;
 #[path = "suite/memory.rs"]

@@ -11,6 +11,7 @@ use super::judge::JudgeArgs;
 use super::own::budget;
 use super::pack::PackArgs;
 use super::skipped::share;
+use super::stats::Stats;
 use super::study::StudyArgs;
 use super::tune::TuneLr;
 use crate::data::Split;
@@ -112,6 +113,13 @@ and `labels`, and names and classes as JSON lists in its header.")]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Measure mean and standard deviation of each channel of a set, and write them into a recipe file
+    ///
+    /// The file keeps its comments; `train FOLDER` does this for its own recipe.
+    #[command(after_help = "Examples:
+  selfsup stats photos
+  selfsup stats photos --write my-recipe.toml")]
+    Stats(Stats),
     /// Answer a question by experiment: run a small grid of recipes and print a table
     ///
     /// Uses the built-in images unless data.path is set.

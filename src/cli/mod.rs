@@ -20,6 +20,7 @@ mod ranks;
 mod recipes;
 mod signals;
 mod skipped;
+mod stats;
 mod study;
 mod tune;
 
@@ -92,6 +93,7 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => recipes::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),
+        Command::Stats(args) => stats::stats(&args),
         Command::Study(study) => study::study(&study),
         Command::TuneLr(args) => tune::tune_lr(&args),
         Command::Bench(args) => bench::bench(&args),

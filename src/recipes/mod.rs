@@ -3,6 +3,7 @@
 mod builtin;
 mod load;
 mod measured;
+mod normalise;
 mod own;
 mod source;
 
@@ -20,6 +21,7 @@ use crate::settings::{self, parsed, set};
 pub use builtin::{builtin, builtin_names, builtin_studies, builtin_study};
 use load::table_of;
 pub use measured::{MeasuredRun, measured_runs};
+pub use normalise::with_normalise;
 pub use own::{Choice, FEWEST_IMAGES, OWN_METHODS, OwnImages};
 pub(crate) use own::{check_method, own_recipe, widths, wished_epochs};
 pub use source::Source;
