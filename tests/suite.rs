@@ -36,6 +36,8 @@ mod docs;
 mod driver;
 #[path = "suite/examples.rs"]
 mod examples;
+#[path = "suite/exchanges.rs"]
+mod exchanges;
 #[path = "suite/fault_injection.rs"]
 mod fault_injection;
 #[cfg(target_os = "linux")]

@@ -7,6 +7,7 @@ use clap::{Args as Arguments, Parser, Subcommand};
 
 use super::bench::BenchArgs;
 use super::device::Name;
+use super::exchanges::{machines, rate, speed};
 use super::judge::JudgeArgs;
 use super::own::budget;
 use super::pack::PackArgs;
@@ -256,6 +257,18 @@ pub(super) struct Inspect {
     /// train.precision is set
     #[arg(long, value_name = "SIZE", requires = "memory", value_parser = bytes)]
     pub(super) gpu_memory: Option<usize>,
+    /// Count what a step exchanges on so many machines of so many GPUs each, such as 8x8, and what that costs by a model
+    #[arg(long, value_name = "MACHINESxGPUS", value_parser = machines)]
+    pub(super) ranks: Option<[usize; 2]>,
+    /// With --ranks: bytes a second of each GPU's connection to other machines
+    #[arg(long, value_name = "SIZE/s", requires = "ranks", value_parser = rate, default_value = "47GB/s")]
+    pub(super) network: usize,
+    /// With --ranks: bytes a second of an all-reduce within a machine, NCCL's bus bandwidth
+    #[arg(long, value_name = "SIZE/s", requires = "ranks", value_parser = rate, default_value = "360GB/s")]
+    pub(super) inside: usize,
+    /// With --ranks: views a second of one GPU that trains alone; says how much of that remains
+    #[arg(long, value_name = "VIEWS", requires = "ranks", value_parser = speed)]
+    pub(super) speed: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,

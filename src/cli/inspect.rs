@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::args::Inspect;
-use super::say;
+use super::{exchanges, say};
 use crate::arena::{Layout, Slot};
 use crate::device::Precision;
 use crate::error::Result;
@@ -25,6 +25,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let layout = method.layout();
     let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
     let memory = args.memory.then(|| needs(&recipe, args.gpu_memory)).transpose()?;
+    let exchanges = exchanges::exchanges(&recipe, args, method.views())?;
     if args.json {
         let slots = layout.params().iter().chain(layout.stats()).map(slot_record);
         let nodes = graph.as_ref().map(|graph| {
@@ -42,6 +43,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "slots": slots.collect::<Vec<_>>(),
             "graph": nodes,
             "memory": memory,
+            "exchanges": exchanges,
         });
         return say(&report.to_string());
     }
@@ -60,7 +62,8 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     ))?;
     print_slots(layout)?;
     graph.iter().try_for_each(print_graph)?;
-    memory.iter().try_for_each(|needs| print_memory(needs, &recipe))
+    memory.iter().try_for_each(|needs| print_memory(needs, &recipe))?;
+    exchanges.iter().try_for_each(exchanges::print)
 }
 
 /// Whether a name means a run's folder or a checkpoint rather than a recipe.

@@ -7,6 +7,7 @@ mod check;
 mod commands;
 mod device;
 mod eval;
+mod exchanges;
 mod inspect;
 mod interchange;
 mod judge;

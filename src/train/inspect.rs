@@ -110,7 +110,7 @@ pub fn measure_on(recipe: &Recipe, images: usize, device: &Device) -> Result<Mea
 }
 
 /// Black views, grouped by size like the loader's.
-fn crops(
+pub(super) fn crops(
     recipe: &Recipe,
     method: &dyn Method,
     images: usize,

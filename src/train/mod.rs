@@ -3,6 +3,7 @@
 mod checkpoint;
 mod diagnosis;
 mod evaluation;
+mod exchanges;
 mod finetune;
 mod folder;
 mod health;
@@ -30,6 +31,7 @@ pub use checkpoint::{
     newest, save,
 };
 pub use diagnosis::{Finding, History, Kind, diagnose};
+pub use exchanges::{Cluster, Exchange, exchanges};
 pub use finetune::{FINETUNES, finetuning};
 pub(crate) use folder::check_free;
 pub use images::Images;

@@ -20,7 +20,7 @@ use crate::recipes::{reduced, small_recipe, teacher};
 const FOLDER: &str = "SELFSUP_TEST_RANKS";
 
 /// How `mpiexec` starts `ranks` processes of this test binary for one test.
-fn mpiexec(ranks: usize, name: &str, folder: &Path) -> Command {
+pub fn mpiexec(ranks: usize, name: &str, folder: &Path) -> Command {
     let mut command = Command::new(std::fs::canonicalize(".mpi/bin/mpiexec").unwrap());
     command.args(["-n", &ranks.to_string()]).arg(std::env::current_exe().unwrap());
     command.args(["--exact", name, "--nocapture"]).env(FOLDER, folder);
@@ -28,7 +28,7 @@ fn mpiexec(ranks: usize, name: &str, folder: &Path) -> Command {
 }
 
 /// The folder of the test, in a process that is one of its ranks.
-fn as_rank() -> Option<PathBuf> {
+pub fn as_rank() -> Option<PathBuf> {
     std::env::var_os(FOLDER).map(Into::into)
 }
 
@@ -40,8 +40,8 @@ pub fn succeed(mut command: Command) {
 }
 
 /// A run that several ranks must train as one does.
-struct Case {
-    name: &'static str,
+pub struct Case {
+    pub name: &'static str,
     method: &'static str,
     settings: &'static [&'static str],
     rule: fn() -> Rule,
@@ -77,7 +77,7 @@ const GROUPS: [&str; 3] = ["network.norm_groups=12", "train.batch=24", "train.ep
 /// Every figure of an evaluation, on one step in an epoch, as validation images are not trained on.
 const EVALUATED: [&str; 3] = ["watch.quality=true", "data.validation=0.2", "train.epochs=6"];
 
-const CASES: &[Case] = &[
+pub const CASES: &[Case] = &[
     case("simclr, LARS", "simclr", &EVALUATED, lars),
     case("simclr, SGD, micro-batches", "simclr", &MICRO, sgd),
     case("simclr, logistic loss", "simclr", &["method.loss=nt-logistic"], sgd),
@@ -129,7 +129,7 @@ const CASES: &[Case] = &[
 ];
 
 impl Case {
-    fn recipe(&self, folder: &Path) -> Recipe {
+    pub fn recipe(&self, folder: &Path) -> Recipe {
         let mut recipe = reduced(small_recipe(self.method), &Device::reference());
         recipe.network.norm_groups = 1;
         if self.method == "distill" {
@@ -189,9 +189,9 @@ impl Watch for Quiet {
 }
 
 /// What a run left: its weights, statistics and state, and the numbers of its log.
-type Outcome = BTreeMap<String, Vec<f64>>;
+pub type Outcome = BTreeMap<String, Vec<f64>>;
 
-fn train(case: &Case, folder: &Path, out: &str, device: &Device, group: &Group) -> Outcome {
+pub fn train(case: &Case, folder: &Path, out: &str, device: &Device, group: &Group) -> Outcome {
     let folder_of_run = folder.join(out);
     let recipe = case.recipe(folder);
     let run = Run::in_group(&recipe, device, Some(&folder_of_run), group);
@@ -294,7 +294,7 @@ fn work(folder: &Path, device: &Device) {
 }
 
 /// The images and the teacher.
-fn prepare() -> tempfile::TempDir {
+pub fn prepare() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     write_images(&folder.path().join("images"));
     let device = Device::cpu(1).unwrap();

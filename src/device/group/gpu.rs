@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::nccl::{Communicator, Nccl, Reduction, UniqueId};
 use super::patience::Guard;
-use super::{Calls, Group, Reduce, World, lock};
+use super::{Calls, Exchange, Group, Reduce, World, lock};
 use crate::device::cuda::{In, Out};
 use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ impl Group {
         count: usize,
         reduction: Reduction,
     ) {
-        self.queue(what, gpu, count * size_of::<T>(), |communicator| {
+        self.queue(Exchange::of(what, count * size_of::<T>()), gpu, |communicator| {
             // SAFETY: the caller has exclusive access to the values.
             unsafe { communicator.all_reduce(values.address(), count, T::KIND, reduction) }
         });
@@ -109,7 +109,7 @@ impl Group {
             };
             return (0..self.size()).for_each(repeat);
         }
-        self.queue(what, gpu, bytes, |communicator| {
+        self.queue(Exchange { what, gathers: true, bytes }, gpu, |communicator| {
             // SAFETY: as above.
             unsafe { communicator.all_gather(own.address(), all.address(), count, T::KIND) }
         });
@@ -117,13 +117,13 @@ impl Group {
 
     fn queue(
         &self,
-        what: &'static str,
+        exchange: Exchange,
         gpu: &Device,
-        bytes: usize,
         collective: impl FnOnce(&Communicator) -> Result<(), String>,
     ) {
         let Some(world) = &self.0 else { return };
         let mut calls = lock(&world.calls);
+        let what = exchange.what;
         if calls.failure.is_some() || calls.left_out == Some(what) {
             return;
         }
@@ -134,7 +134,7 @@ impl Group {
         if let Err(reason) = collective(&communicator) {
             calls.failure = Some(world.failed(what, &reason));
         }
-        calls.count(what, bytes, Duration::ZERO); // it runs later
+        calls.count(exchange, Duration::ZERO); // it runs later
     }
 
     /// Looks what became of the collectives that were queued on this rank's GPU. One that has failed lets the stream go on with
@@ -184,7 +184,8 @@ impl World {
 }
 
 impl Calls {
-    pub(super) fn count(&mut self, what: &'static str, bytes: usize, time: Duration) {
+    pub(super) fn count(&mut self, exchange: Exchange, time: Duration) {
+        let Exchange { what, gathers, bytes } = exchange;
         let bytes = bytes as u64;
         match self.traffic.iter_mut().find(|traffic| traffic.what == what) {
             Some(known) => {
@@ -192,7 +193,7 @@ impl Calls {
                 known.bytes += bytes;
                 known.time += time;
             }
-            None => self.traffic.push(super::Traffic { what, calls: 1, bytes, time }),
+            None => self.traffic.push(super::Traffic { what, gathers, calls: 1, bytes, time }),
         }
     }
 }

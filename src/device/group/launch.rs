@@ -77,6 +77,11 @@ impl Launch {
         Self::from_variables(|name| std::env::var(name).ok())
     }
 
+    /// Processes that do not exist.
+    pub(super) fn imagined(size: usize) -> Self {
+        Self { by: "nothing", size, rank: 0, local_rank: None, on_machine: None, abi: None }
+    }
+
     /// Threads of a rank for which the user gave no number: the cores that the launcher bound it to, or else its share of the
     /// machine's.
     pub fn threads(&self) -> usize {

@@ -84,7 +84,8 @@ pub struct Group(Option<Arc<World>>);
 
 /// All processes of an MPI job.
 struct World {
-    mpi: Mpi,
+    /// `None` in an imagined group.
+    mpi: Option<Mpi>,
     rank: usize,
     size: usize,
     launch: Launch,
@@ -110,6 +111,8 @@ struct Calls {
 pub struct Traffic {
     /// What crossed the ranks.
     pub what: &'static str,
+    /// Whether it was gathered; otherwise it was reduced or broadcast.
+    pub gathers: bool,
     /// Number of calls.
     pub calls: u64,
     /// Bytes of this rank's values.
@@ -131,6 +134,22 @@ impl Group {
     /// A group of one process.
     pub fn alone() -> Self {
         Self::default()
+    }
+
+    /// This process as the first of `ranks` that do not exist: exchanges are counted ([`Group::traffic`]) and find what this rank has
+    /// in all others, too. For the host's devices.
+    pub fn imagined(ranks: usize) -> Self {
+        let launch = Launch::imagined(ranks);
+        let (gpu, calls, patience) = (Mutex::default(), Mutex::default(), Patience::default());
+        Self(Some(Arc::new(World {
+            mpi: None,
+            rank: 0,
+            size: ranks,
+            launch,
+            gpu,
+            calls,
+            patience,
+        })))
     }
 
     /// The processes that a launcher started together with this one; a group of one if it was started alone. The first call
@@ -172,7 +191,7 @@ impl Group {
         }
         mpi.agree_on_cores(launch.shares_cores(), &patience)?;
         let (patience, calls) = (patience.of_rank(rank), Mutex::default());
-        let gpu = Mutex::default();
+        let (gpu, mpi) = (Mutex::default(), Some(mpi));
         Ok(Self(Some(Arc::new(World { mpi, rank, size, launch, gpu, calls, patience }))))
     }
 
@@ -198,14 +217,14 @@ impl Group {
 
     /// Replaces `values` by their sum over the ranks; every rank has as many. `what` names them in messages, here and below.
     pub fn all_reduce_sum<T: Reduce>(&self, what: &'static str, values: &mut [T]) {
-        self.call(what, size_of_val(values), |mpi, patience| {
+        self.call(Exchange::of(what, size_of_val(values)), |mpi, patience| {
             T::reduce(mpi, values, Op::Sum, patience)
         });
     }
 
     /// Replaces `values` by their maximum over the ranks.
     pub fn all_reduce_max<T: Reduce>(&self, what: &'static str, values: &mut [T]) {
-        self.call(what, size_of_val(values), |mpi, patience| {
+        self.call(Exchange::of(what, size_of_val(values)), |mpi, patience| {
             T::reduce(mpi, values, Op::Max, patience)
         });
     }
@@ -224,9 +243,10 @@ impl Group {
         if self.leaves_out(what) {
             return Some(own.repeat(size));
         }
-        let mut all = vec![T::zeroed(); own.len() * size];
+        let mut all = own.repeat(size);
         let (from, to) = (bytemuck::cast_slice(own), bytemuck::cast_slice_mut(&mut all));
-        self.call(what, size_of_val(own), |mpi, patience| mpi.gather(from, to, size, patience));
+        let exchange = Exchange { what, gathers: true, bytes: size_of_val(own) };
+        self.call(exchange, |mpi, patience| mpi.gather(from, to, size, patience));
         Some(all)
     }
 
@@ -269,7 +289,8 @@ impl Group {
     /// Replaces `values` by those of rank 0; every rank has as many.
     pub fn broadcast<T: bytemuck::Pod>(&self, what: &'static str, values: &mut [T]) {
         let bytes = bytemuck::cast_slice_mut(values);
-        self.call(what, bytes.len(), |mpi, patience| mpi.broadcast(bytes, patience));
+        let exchange = Exchange::of(what, bytes.len());
+        self.call(exchange, |mpi, patience| mpi.broadcast(bytes, patience));
     }
 
     /// Returns rank 0's bytes, of any length.
@@ -284,7 +305,7 @@ impl Group {
 
     /// Waits until every rank has come here.
     pub fn barrier(&self, what: &'static str) {
-        self.call(what, 0, Mpi::barrier);
+        self.call(Exchange::of(what, 0), Mpi::barrier);
     }
 
     /// Reports the first failure of a collective, after which all later ones have done nothing.
@@ -360,7 +381,7 @@ impl Group {
     pub fn leave(&self) {
         if let Some(world) = &self.0 {
             drop(lock(&world.gpu).take());
-            world.mpi.finalize();
+            world.mpi.iter().for_each(Mpi::finalize);
         }
     }
 
@@ -370,27 +391,44 @@ impl Group {
             if let Some(communicator) = self.communicator() {
                 communicator.abort();
             }
-            world.mpi.abort(code.into());
+            world.mpi.iter().for_each(|mpi| mpi.abort(code.into()));
         }
     }
 
     fn call(
         &self,
-        what: &'static str,
-        bytes: usize,
+        exchange: Exchange,
         collective: impl FnOnce(&Mpi, &Patience) -> Result<(), String>,
     ) {
         let Some(world) = &self.0 else { return };
         let mut calls = lock(&world.calls);
-        if calls.failure.is_some() || calls.left_out == Some(what) {
+        if calls.failure.is_some() || calls.left_out == Some(exchange.what) {
             return;
         }
         let begin = Instant::now();
-        world.patience.exchange(what);
-        if let Err(reason) = collective(&world.mpi, &world.patience) {
-            calls.failure = Some(world.failed(what, &reason));
+        world.patience.exchange(exchange.what);
+        if let Some(mpi) = &world.mpi
+            && let Err(reason) = collective(mpi, &world.patience)
+        {
+            calls.failure = Some(world.failed(exchange.what, &reason));
         }
-        calls.count(what, bytes, begin.elapsed());
+        calls.count(exchange, begin.elapsed());
+    }
+}
+
+/// One collective.
+#[derive(Clone, Copy)]
+struct Exchange {
+    what: &'static str,
+    gathers: bool,
+    /// Of this rank's values.
+    bytes: usize,
+}
+
+impl Exchange {
+    /// A reduction or a broadcast.
+    fn of(what: &'static str, bytes: usize) -> Self {
+        Self { what, gathers: false, bytes }
     }
 }
 

@@ -30,6 +30,13 @@ pub struct Patience {
     what: Mutex<&'static str>,
 }
 
+impl Default for Patience {
+    /// Waits for as long as a rank does unless told otherwise.
+    fn default() -> Self {
+        Self { rank: 0, limit: LIMIT, phase: Mutex::default(), what: Mutex::new("nothing") }
+    }
+}
+
 impl Patience {
     /// With the limit of the environment.
     pub(super) fn new() -> Result<Self, String> {
@@ -43,7 +50,7 @@ impl Patience {
                 })?
             }
         };
-        Ok(Self { rank: 0, limit, phase: Mutex::default(), what: Mutex::new("nothing") })
+        Ok(Self { limit, ..Self::default() })
     }
 
     pub(super) fn of_rank(self, rank: usize) -> Self {
