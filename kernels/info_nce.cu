@@ -10,17 +10,18 @@
 // d]; row_losses [n]. lse [n] is saved for the backward pass. No dynamic shared memory.
 //
 // `own` is null, or points to two numbers on the device: begin and end of the queue's rows that hold keys of
-// this batch. A query i masks those whose position in the range is i modulo n.
+// this batch, of all ranks. Its query number `first + i` of `batch`, this rank's query i, masks those whose
+// position in the range is that number modulo `batch`.
 #include "similarity.cuh"
 
 /// The mask of a query's own keys: whether query i ignores row j of the queue.
 struct OwnKeys {
-    int begin, end, n;
+    int begin, end, batch, first;
 
-    __device__ __forceinline__ OwnKeys(const int* own, int queries)
-        : begin(own ? own[0] : 0), end(own ? own[1] : 0), n(queries) {}
+    __device__ __forceinline__ OwnKeys(const int* own, int batch, int first)
+        : begin(own ? own[0] : 0), end(own ? own[1] : 0), batch(batch), first(first) {}
     __device__ __forceinline__ bool operator()(int i, int j) const {
-        return j >= begin && j < end && (j - begin) % n == i;
+        return j >= begin && j < end && (j - begin) % batch == first + i;
     }
     /// Whether some query may mask one of `count` rows from `first` on.
     __device__ __forceinline__ bool overlaps(int first, int count) const {
@@ -31,9 +32,10 @@ struct OwnKeys {
 /// maxima, sums [splits, n]. Grid (n / 128 rounded up, splits), block 128; columns_per_split is a multiple of
 /// 128.
 KERNEL BOUNDS(TILE_THREADS, 2) void info_nce_sums(float* maxima, float* sums, const bf16* q,
-                                                  const bf16* queue, const int* own, int n, int m, int pitch,
-                                                  int terms, int columns_per_split, double inv_t) {
-    OwnKeys is_masked(own, n);
+                                                  const bf16* queue, const int* own, int n, int m, int batch,
+                                                  int first, int pitch, int terms, int columns_per_split,
+                                                  double inv_t) {
+    OwnKeys is_masked(own, batch, first);
     sum_exponentials(
         maxima, sums, SplitRows{q, n, pitch, terms}, SplitRows{queue, m, pitch, terms}, columns_per_split,
         static_cast<float>(inv_t), [&](int, int column) { return is_masked.overlaps(column, TILE); },
@@ -74,12 +76,12 @@ struct QueueWeight {
 
 template <int TERMS>
 __device__ __forceinline__ void gradient(float* partial, const bf16* q, const bf16* queue, const int* own,
-                                         const float* lse, const float* dy, int n, int m, int d, int pitch,
-                                         int columns_per_split, double inv_t) {
+                                         const float* lse, const float* dy, int n, int m, int batch,
+                                         int first, int d, int pitch, int columns_per_split, double inv_t) {
     WeightedSum<TERMS, QueueWeight>(SplitRows{q, n, pitch, TERMS}, SplitRows{queue, m, pitch, TERMS},
                                     columns_per_split)
         .run(partial, d, static_cast<float>(*dy * inv_t / n),
-             QueueWeight{lse, static_cast<float>(inv_t) * LOG2_E, OwnKeys(own, n)});
+             QueueWeight{lse, static_cast<float>(inv_t) * LOG2_E, OwnKeys(own, batch, first)});
 }
 
 /// partial [splits, n, d]: the queue's contribution to dq, with two or three terms. columns_per_split is a
@@ -87,15 +89,15 @@ __device__ __forceinline__ void gradient(float* partial, const bf16* q, const bf
 /// 64. Grid (n / 64, d / 128, splits), all rounded up; block 128.
 KERNEL BOUNDS(WEIGHT_THREADS, 2) void info_nce_gradient_2(float* partial, const bf16* q, const bf16* queue,
                                                           const int* own, const float* lse, const float* dy,
-                                                          int n, int m, int d, int pitch,
-                                                          int columns_per_split, double inv_t) {
-    gradient<2>(partial, q, queue, own, lse, dy, n, m, d, pitch, columns_per_split, inv_t);
+                                                          int n, int m, int batch, int first, int d,
+                                                          int pitch, int columns_per_split, double inv_t) {
+    gradient<2>(partial, q, queue, own, lse, dy, n, m, batch, first, d, pitch, columns_per_split, inv_t);
 }
 KERNEL BOUNDS(WEIGHT_THREADS, 2) void info_nce_gradient_3(float* partial, const bf16* q, const bf16* queue,
                                                           const int* own, const float* lse, const float* dy,
-                                                          int n, int m, int d, int pitch,
-                                                          int columns_per_split, double inv_t) {
-    gradient<3>(partial, q, queue, own, lse, dy, n, m, d, pitch, columns_per_split, inv_t);
+                                                          int n, int m, int batch, int first, int d,
+                                                          int pitch, int columns_per_split, double inv_t) {
+    gradient<3>(partial, q, queue, own, lse, dy, n, m, batch, first, d, pitch, columns_per_split, inv_t);
 }
 
 /// dL / d<q_i, k_i>, in every lane.

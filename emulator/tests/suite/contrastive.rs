@@ -177,10 +177,12 @@ fn nt_xent_of_a_share_of_the_rows() {
     }
 }
 
-/// InfoNCE with a queue of `m` rows; the rows in the range `own`, if any, are keys of the batch itself.
+/// InfoNCE with a queue of `m` rows; the rows in the range `own`, if any, are keys of the batch itself, in which the queries are those
+/// from number `first` on of `batch`.
 fn info_nce(
     stage: &Stage,
     [n, m, d]: [usize; 3],
+    [batch, first]: [usize; 2],
     own: [usize; 2],
     temperature: f64,
     terms: usize,
@@ -197,7 +199,8 @@ fn info_nce(
     let splits = m.div_ceil(columns_per_split);
     let (maxima, sums) = (stage.room::<f32>(splits * n), stage.room::<f32>(splits * n));
     let mut arguments: Vec<Value> = vec![(&maxima).into(), (&sums).into(), (&of_q).into()];
-    arguments.extend([(&of_queue).into(), own_(), int(n), int(m), int(pitch), int(terms)]);
+    arguments.extend([(&of_queue).into(), own_(), int(n), int(m)]);
+    arguments.extend([int(batch), int(first), int(pitch), int(terms)]);
     arguments.extend([int(columns_per_split), inv_t()]);
     let grid = [n.div_ceil(128) as u32, splits as u32, 1];
     stage.launch("info_nce_sums", grid, [128, 1, 1], 0, &arguments);
@@ -211,7 +214,8 @@ fn info_nce(
     let row = |x: &[f64], i: usize| x[i * d..][..d].to_vec();
     let positive = |i: usize| dot(&row(&q, i), &row(&k, i)) / temperature;
     let logit = |i: usize, j: usize| dot(&row(&q, i), &row(&queue, j)) / temperature;
-    let skips = |i: usize, j: usize| (own[0]..own[1]).contains(&j) && (j - own[0]) % n == i;
+    let skips =
+        |i: usize, j: usize| (own[0]..own[1]).contains(&j) && (j - own[0]) % batch == first + i;
     let others = |i: usize| (0..m).filter(move |&j| !skips(i, j));
     let lse = |i: usize| {
         let max = others(i).map(|j| logit(i, j)).fold(positive(i), f64::max);
@@ -227,7 +231,8 @@ fn info_nce(
     let partial = stage.room::<f32>(splits * n * d);
     let mut arguments: Vec<Value> = vec![(&partial).into(), (&of_q).into(), (&of_queue).into()];
     arguments.extend([own_(), (&lse_).into(), (&dy_).into()]);
-    arguments.extend([int(n), int(m), int(d), int(pitch), int(columns_per_split), inv_t()]);
+    arguments.extend([int(n), int(m), int(batch), int(first), int(d), int(pitch)]);
+    arguments.extend([int(columns_per_split), inv_t()]);
     let grid = [n.div_ceil(64), d.div_ceil(128), splits].map(|size| size as u32);
     stage.launch(&format!("info_nce_gradient_{terms}"), grid, [128, 1, 1], 0, &arguments);
     let (dq_, dk_) = (stage.room::<f32>(n * d), stage.room::<f32>(n * d));
@@ -256,11 +261,14 @@ fn info_nce_with_a_queue() {
     for checked in [false, true] {
         let stage = Stage::take(checked);
         for sizes in [[1, 1, 2], [3, 7, 5], [65, 130, 31], [2, 63, 131]] {
-            info_nce(&stage, sizes, [0, 0], 0.2, 2, 128);
-            info_nce(&stage, sizes, [0, 0], 0.01, 3, 256);
+            info_nce(&stage, sizes, [sizes[0], 0], [0, 0], 0.2, 2, 128);
+            info_nce(&stage, sizes, [sizes[0], 0], [0, 0], 0.01, 3, 256);
         }
-        info_nce(&stage, [3, 70, 5], [4, 10], 0.2, 3, 128);
-        info_nce(&stage, [64, 128, 9], [0, 128], 0.01, 3, 128);
-        info_nce(&stage, [2, 2, 4], [0, 2], 0.2, 2, 128);
+        info_nce(&stage, [3, 70, 5], [3, 0], [4, 10], 0.2, 3, 128);
+        info_nce(&stage, [64, 128, 9], [64, 0], [0, 128], 0.01, 3, 128);
+        info_nce(&stage, [2, 2, 4], [2, 0], [0, 2], 0.2, 2, 128);
+        // The second of two ranks, and the last of three.
+        info_nce(&stage, [3, 70, 5], [6, 3], [4, 16], 0.2, 3, 128);
+        info_nce(&stage, [40, 300, 9], [120, 80], [30, 270], 0.2, 2, 128);
     }
 }
