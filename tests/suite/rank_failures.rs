@@ -214,6 +214,30 @@ fn a_signal_to_one_rank_stops_all_with_a_checkpoint_and_another_number_of_ranks_
     assert!(!folder.join("elsewhere").exists());
 }
 
+/// The ranks share an evaluation: one that is asked to stop in it takes all with it.
+#[test]
+#[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
+fn a_signal_to_one_rank_in_an_evaluation_stops_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let many = ["data.limit=4096", "data.test_limit=4096", "train.batch=64", "train.epochs=1"];
+    let more: Vec<&str> = many.iter().flat_map(|setting| ["--set", setting]).collect();
+    let ranks = [words(&more), words(&more)];
+    let launcher = mpiexec(folder.path(), &ranks).spawn().unwrap();
+    // The checkpoint that is written before the evaluation, after the last step.
+    let saved = folder.path().join("runs/demo/step-00000064.safetensors");
+    let begin = Instant::now();
+    while !saved.exists() {
+        assert!(begin.elapsed() < END, "the run came to no evaluation");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    signal(&processes(&launcher)[1], "TERM");
+    let output = end(launcher);
+    let said = sentences(&output);
+    let start = "selfsup: stopped at step 64 of 64; continue with: ";
+    assert!(said.len() == 1 && said[0].starts_with(start), "{output:?}");
+    assert!(!text(&output.stdout).contains("kNN"), "{output:?}");
+}
+
 #[test]
 #[cfg_attr(no_mpi, ignore = "needs MPI: run scripts/fetch-mpi")]
 fn a_killed_rank_ends_all_and_the_newest_checkpoint_resumes() {
