@@ -391,7 +391,9 @@ impl Group {
             if let Some(communicator) = self.communicator() {
                 communicator.abort();
             }
-            world.mpi.iter().for_each(|mpi| mpi.abort(code.into()));
+            if let Some(mpi) = &world.mpi {
+                mpi.abort(code.into());
+            }
         }
     }
 
