@@ -355,6 +355,12 @@ impl Method for MoCo {
         &self.backbone
     }
 
+    /// All keys alike. At the start the keys of the queue are random, and the own key is the query itself: it wins by far.
+    fn chance_loss(&self) -> f64 {
+        let halves = if self.settings.symmetric { 2.0 } else { 1.0 };
+        halves * (1.0 + self.settings.queue as f64).ln()
+    }
+
     fn start(&mut self, online: &Arena, run: &RunInfo) -> Result<()> {
         let Settings { queue, embedding, symmetric, dictionary, .. } = self.settings;
         let keys = if symmetric { 2 * run.batch } else { run.batch };

@@ -219,6 +219,11 @@ pub trait Method {
         None
     }
 
+    /// The loss of embeddings that know nothing, where a healthy run's first loss may lie far below it; 0 for other methods.
+    fn chance_loss(&self) -> f64 {
+        0.0
+    }
+
     /// Updates what follows the weights (target network, queue), after the optimiser. `progress` in `0..=1` is the fraction of
     /// training done. In a replayed step it is frozen at the value of the captured step: compute numbers that depend on it in
     /// [`Method::prepare`].

@@ -260,9 +260,12 @@ pub struct WatchSettings {
     /// Embeddings count as collapsed to a line below this effective rank. The deviation does not show it, because a batch norm at
     /// the end of a head keeps it up.
     pub collapsed_rank: f64,
+    /// Features, if they are 64 or more, count as collapsed if an evaluation measures a lower RankMe; healthy runs were measured above
+    /// 8. 0 for never.
+    pub collapsed_rank_me: f64,
     /// Below this many prototypes in use, all images count as having one assignment.
     pub collapsed_prototypes: f64,
-    /// A run counts as diverged if an epoch's mean loss reaches this multiple of the run's first loss (of 1 if that is less); 0
+    /// A run counts as diverged if an epoch's mean loss reaches this multiple of the run's first loss (of 1, or MoCo's loss at chance, if that is less); 0
     /// for never.
     pub diverged: f64,
     /// Report divergence or collapse and carry on instead of stopping.

@@ -25,10 +25,16 @@ pub(super) fn collapse(
     Some(format!("images are assigned to {used:.2} prototypes, so all to one"))
 }
 
-/// Describes the divergence that an epoch's mean loss shows next to the run's first loss, if it shows one.
-pub(super) fn divergence(watch: &WatchSettings, first: Option<f64>, loss: f64) -> Option<String> {
+/// Describes the divergence that an epoch's mean loss shows next to the run's first loss, if it shows one. `chance` is the loss of
+/// embeddings that know nothing ([`Method::chance_loss`](crate::methods::Method::chance_loss)), which a healthy run may come near.
+pub(super) fn divergence(
+    watch: &WatchSettings,
+    first: Option<f64>,
+    chance: f64,
+    loss: f64,
+) -> Option<String> {
     let first = first.filter(|first| first.is_finite() && watch.diverged > 0.0)?;
-    let limit = watch.diverged * first.abs().max(1.0);
+    let limit = watch.diverged * first.abs().max(chance).max(1.0);
     (loss > limit)
         .then(|| format!("its mean loss is {loss:.3}, after {first:.3} in the first step"))
 }
@@ -45,12 +51,15 @@ mod tests {
         assert!(collapse(&watch, spread(0.04, 2.0), None).unwrap().contains("deviation is 0.0400"));
         assert!(collapse(&watch, spread(0.9, 1.2), None).unwrap().contains("1.20 directions"));
         assert!(collapse(&watch, None, Some(1.4)).unwrap().contains("1.40 prototypes"));
-        assert!(divergence(&watch, Some(4.0), 41.0).unwrap().contains("41.000, after 4.000"));
+        assert!(divergence(&watch, Some(4.0), 0.0, 41.0).unwrap().contains("41.000, after 4.000"));
         // Losses below 1 in size, negative ones included, are compared with 1.
-        assert!(divergence(&watch, Some(-0.9), 9.9).is_none());
-        assert!(divergence(&watch, Some(-0.9), 10.1).is_some());
+        assert!(divergence(&watch, Some(-0.9), 0.0, 9.9).is_none());
+        assert!(divergence(&watch, Some(-0.9), 0.0, 10.1).is_some());
+        // MoCo's first loss is small, as all keys are random, and comes near that of chance before it falls.
+        assert!(divergence(&watch, Some(0.8), 15.2, 12.5).is_none());
+        assert!(divergence(&watch, Some(0.8), 15.2, 153.0).is_some());
         let never = WatchSettings { diverged: 0.0, collapsed_std: 0.0, ..watch };
-        assert_eq!(divergence(&never, Some(4.0), 1e9), None);
+        assert_eq!(divergence(&never, Some(4.0), 0.0, 1e9), None);
         assert_eq!(collapse(&never, spread(0.0, 2.0), None), None);
     }
 }

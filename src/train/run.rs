@@ -620,7 +620,7 @@ impl Run {
         let (watch, Progress { spread, prototypes_used, first_loss, .. }) =
             (&self.recipe.watch, &self.progress);
         let epoch = epoch + 1;
-        if let Some(seen) = divergence(watch, *first_loss, loss) {
+        if let Some(seen) = divergence(watch, *first_loss, self.method.chance_loss(), loss) {
             return Some((
                 Error::Diverged,
                 format!(
