@@ -39,7 +39,7 @@ pub(super) fn stats(args: &Stats) -> Result<()> {
                 "{name} is a built-in recipe: selfsup recipes {name} > my.toml makes a file of it"
             )));
         }
-        Some(name) => Recipe::load(name, &[])?.data.reading(),
+        Some(name) => Recipe::reading_of(name)?,
         None => train::own_reading(&args.folder, &args.set)?,
     };
     let source = data::open_as(&args.folder, Split::Train, &reading)?;

@@ -358,6 +358,17 @@ impl Recipe {
         Self::from_table(table_of(name)?, settings)
     }
 
+    /// Loads only how the images of a recipe are read: its views may not fit them yet.
+    ///
+    /// # Errors
+    /// If no such file or recipe exists, or a setting of `data` is unknown or out of range.
+    pub(crate) fn reading_of(name: &str) -> Result<Reading> {
+        let table = table_of(name)?;
+        let data = table.get("data").and_then(toml::Value::as_table).cloned().unwrap_or_default();
+        let data: DataSettings = settings::read(&data, "data")?;
+        Ok(data.reading())
+    }
+
     /// Parses a complete recipe from its text, with `key.path=value` settings on top; messages call it `origin`.
     ///
     /// # Errors

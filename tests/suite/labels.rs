@@ -106,6 +106,15 @@ fn measured_channels_are_written_into_a_recipe_that_keeps_its_comments() {
     let red = table["normalise"]["mean"][0].as_float().unwrap();
     // Half of the images at about 220 of 255 and half at about 60.
     assert!((red - 140.0 / 255.0).abs() < 0.02, "{line}");
+    // A recipe of one channel, whose base has the means of three: this is how it comes to fit.
+    std::fs::create_dir(root.join("grey")).unwrap();
+    let grey = image::GrayImage::from_fn(24, 24, |x, y| image::Luma([(x * y % 200) as u8]));
+    grey.save(root.join("grey/0.png")).unwrap();
+    let one = "base = \"simclr-cifar10-small\"\n\n[data]\nchannels = 1\n\n[augment]\npixels = \"float\"\n";
+    std::fs::write(root.join("grey.toml"), one).unwrap();
+    let [line, _] = done(root, &["stats", "grey", "--write", "grey.toml"]);
+    let written = std::fs::read_to_string(root.join("grey.toml")).unwrap();
+    assert_eq!((&*written, line.matches(',').count()), (&*format!("{one}{line}"), 1), "{line}");
     let built_in = selfsup(root, &["stats", "photos", "--write", "demo"]);
     assert!(text(&built_in.stderr).contains("demo is a built-in recipe"), "{built_in:?}");
 }
