@@ -114,6 +114,20 @@ and `labels`, and names and classes as JSON lists in its header.")]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Say in sentences how runs went: collapsed, a learning rate too high, views that are too easy or too hard to match
+    ///
+    /// Reads the runs' logs alone, so it also says again what a finished run showed. The report begins with the same sentences.
+    #[command(after_help = "Examples:
+  selfsup diagnose runs/first
+  selfsup diagnose runs/* --json")]
+    Diagnose {
+        /// Folders of runs, which may still be running
+        #[arg(required = true, value_name = "DIR")]
+        runs: Vec<PathBuf>,
+        /// Print one JSON list
+        #[arg(long)]
+        json: bool,
+    },
     /// Measure mean and standard deviation of each channel of a set, and write them into a recipe file
     ///
     /// The file keeps its comments; `train FOLDER` does this for its own recipe.

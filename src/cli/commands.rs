@@ -1,4 +1,4 @@
-//! The commands `demo`, `train`, `report` and `devices`.
+//! The commands `demo`, `train`, `report`, `diagnose` and `devices`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::eval::{self, Knn};
 use crate::files::write_file;
 use crate::recipes::{self, Recipe};
-use crate::train::{self, Paused, Run};
+use crate::train::{self, Finding, Paused, Run};
 
 /// Labelled images per class for the demo's linear probe.
 const LABELS: usize = 10;
@@ -210,6 +210,24 @@ pub(super) fn report(runs: &[PathBuf], out: Option<PathBuf>) -> Result<()> {
     output::check(&out, Kind::Page)?;
     write_file(&out, page.as_bytes())?;
     say(&out.display().to_string())
+}
+
+pub(super) fn diagnose(runs: &[PathBuf], json: bool) -> Result<()> {
+    let all: Vec<Vec<Finding>> =
+        runs.iter().map(|run| train::diagnosis(run)).collect::<Result<_>>()?;
+    let all = runs.iter().zip(all);
+    if json {
+        let of_run = |(run, found)| json!({ "run": run, "findings": found });
+        return say(&json!(all.map(of_run).collect::<Vec<_>>()).to_string());
+    }
+    for (run, found) in all {
+        let name = if runs.len() > 1 { format!("{}: ", run.display()) } else { String::new() };
+        if found.is_empty() {
+            say(&format!("{name}nothing to say before the end of an epoch"))?;
+        }
+        found.iter().try_for_each(|finding| say(&format!("{name}{}", finding.sentence)))?;
+    }
+    Ok(())
 }
 
 pub(super) fn devices(json: bool) -> Result<()> {

@@ -94,6 +94,7 @@ fn run(command: Command) -> Result<()> {
         Command::Inspect(inspect) => inspect::inspect(&inspect),
         Command::Recipes { name } => recipes::recipes(name.as_deref()),
         Command::Report { runs, out } => commands::report(&runs, out),
+        Command::Diagnose { runs, json } => commands::diagnose(&runs, json),
         Command::Stats(args) => stats::stats(&args),
         Command::Study(study) => study::study(&study),
         Command::TuneLr(args) => tune::tune_lr(&args),

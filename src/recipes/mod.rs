@@ -254,8 +254,8 @@ pub struct TrainSettings {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WatchSettings {
-    /// Embeddings count as collapsed if their standard deviation is below this share of `1 / sqrt(d)`; healthy runs stay above
-    /// 0.3.
+    /// Embeddings count as collapsed if their standard deviation is below this share of `1 / sqrt(d)`; healthy runs were measured
+    /// above 0.19.
     pub collapsed_std: f64,
     /// Embeddings count as collapsed to a line below this effective rank. The deviation does not show it, because a batch norm at
     /// the end of a head keeps it up.
@@ -284,6 +284,7 @@ impl Default for WatchSettings {
         Self {
             collapsed_std: 0.05,
             collapsed_rank: 1.3,
+            collapsed_rank_me: 3.0,
             collapsed_prototypes: 1.5,
             diverged: 10.0,
             carry_on: false,

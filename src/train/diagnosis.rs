@@ -1,8 +1,7 @@
 //! Says in sentences how a run went, from its log: each with the figure that it rests on, and none of them needs labels.
 //!
-//! A sentence is only said where it cannot be wrong by much: that the embeddings lie below any healthy run's spread, or that the loss is
-//! no number. What else is measured without labels ([`Quality`](crate::eval::Quality)) is shown as curves: where a curve becomes an
-//! alarm has not been measured yet.
+//! `scripts/diagnoses` measures how often the sentences are right, on healthy runs and on planted failures. What is measured without
+//! labels ([`Quality`](crate::eval::Quality)) and separates neither is shown as curves only.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -10,7 +9,7 @@ use serde_json::Value;
 /// One sentence about a run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// Its kind: `collapsed`, `rate_high`.
+    /// Its kind, such as `collapsed`.
     pub kind: Kind,
     /// Whether something should be changed.
     pub alarm: bool,
@@ -28,14 +27,32 @@ pub enum Kind {
     Collapsed,
     /// The learning rate is too high, or the loss diverged.
     RateHigh,
+    /// Views of one image are found by their pixels alone: nothing needs to be learnt.
+    AugmentationWeak,
+    /// Views of one image are not found: the augmentation leaves nothing in common, or the images have nothing.
+    NothingToMatch,
     /// The loss still falls.
     Improving,
     /// The loss falls no more.
     Flat,
 }
 
-/// Embeddings below this deviation, in units of `1 / sqrt(d)`, have collapsed or are about to: healthy runs stay above it.
-const COLLAPSING: f64 = 0.3;
+/// Embeddings below this deviation, in units of `1 / sqrt(d)`, are nearly one: healthy runs were measured above 0.19 (MoCo v1), runs
+/// without what prevents collapse below 0.09.
+const NARROW: f64 = 0.15;
+
+/// Embeddings below this effective rank and this deviation are on the way there: healthy runs of a low rank have a deviation above 0.7, and
+/// those of a low deviation a rank above 14.
+const FEW: [f64; 2] = [7.0, 0.5];
+
+/// Features of a lower RankMe use hardly more than a line: healthy runs were measured above 8.
+const FLAT: f64 = 4.0;
+
+/// Above this share of views found by pixels alone, nothing needs to be learnt.
+const EASY: f64 = 0.9;
+
+/// Below these shares of views matched, by features and by pixels, there is nothing to match: a pair among 256 images is 0.004.
+const HARD: [f64; 2] = [0.03, 0.05];
 
 /// What a run's log says, as far as the sentences need it.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +90,10 @@ pub fn diagnose(run: &History<'_>) -> Vec<Finding> {
     let mut alarm = |kind, sentence: String| found.push(Finding { kind, alarm: true, sentence });
     collapse(run, &mut alarm);
     rate(run, &mut alarm);
+    if found.is_empty() {
+        // The views of a collapsed run are not matched, whatever the augmentation.
+        views(run, &mut |kind, sentence| found.push(Finding { kind, alarm: true, sentence }));
+    }
     if found.is_empty() && !run.epochs.is_empty() {
         found.extend(sound(run));
     }
@@ -82,14 +103,34 @@ pub fn diagnose(run: &History<'_>) -> Vec<Finding> {
     found
 }
 
+/// Describes the collapse that embeddings of this spread and features of this RankMe show, if they show one.
+pub(super) fn collapsed(std: f64, rank: f64, rank_me: Option<f64>) -> Option<String> {
+    if std < NARROW {
+        return Some(format!(
+            "the embeddings of all images are nearly one, their deviation is {std:.3} of 1/sqrt(d), where about 1 is healthy"
+        ));
+    }
+    if rank < FEW[0] && std < FEW[1] {
+        return Some(format!(
+            "the embeddings use {rank:.1} directions and their deviation is {std:.2} of 1/sqrt(d)"
+        ));
+    }
+    let rank_me = rank_me.filter(|&rank| rank < FLAT)?;
+    Some(format!("the features use {rank_me:.1} directions (RankMe)"))
+}
+
 fn collapse(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
-    let std = run.last(&["embedding_std"]);
-    if let Some(std) = std.filter(|&std| std < COLLAPSING) {
+    let spread = run.last(&["embedding_std"]).zip(run.last(&["effective_rank"]));
+    let rank_me = run.last(&["quality", "rank_me"]);
+    let seen = spread.and_then(|(std, rank)| collapsed(std, rank, rank_me));
+    // The run's own sentence, up to its advice.
+    let own = || run.stopped.filter(|why| why.contains("collapsed"))?.split(';').next();
+    if let Some(seen) = seen.or_else(|| own().map(str::to_owned)) {
         alarm(
             Kind::Collapsed,
             format!(
-                "collapsing: the embeddings of all images are nearly one, their deviation is {std:.3} of 1/sqrt(d), where about 1 is healthy; \
-                 lower optim.lr or lengthen optim.warmup_epochs, and check that nothing was taken away that prevents collapse"
+                "collapsing: {seen}; lower optim.lr or lengthen optim.warmup_epochs (selfsup tune-lr finds a rate), \
+                 and check that nothing was taken away that prevents collapse"
             ),
         );
     }
@@ -109,6 +150,31 @@ fn rate(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
             Kind::RateHigh,
             format!("learning rate too high: {seen}; try a tenth of optim.lr, or selfsup tune-lr"),
         );
+    }
+}
+
+/// Whether the views of an image can be told from those of others, and by what.
+fn views(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
+    let share = |name| run.last(&["quality", name]);
+    let (Some(matched), Some(by_pixels)) = (share("matched"), share("matched_by_pixels")) else {
+        return;
+    };
+    let percent = |share: f64| format!("{:.0}%", 100.0 * share);
+    if by_pixels > EASY {
+        let sentence = format!(
+            "augmentation too weak: {} of the views are found by their pixels alone, so nothing needs to be learnt; \
+             crop smaller areas and jitter colours more",
+            percent(by_pixels)
+        );
+        alarm(Kind::AugmentationWeak, sentence);
+    } else if matched < HARD[0] && by_pixels < HARD[1] {
+        let sentence = format!(
+            "nothing to match: {} of the views are nearest to a view of their own image, by their pixels {}, so views of one image have too \
+             little in common; augment less, and look at the images",
+            percent(matched),
+            percent(by_pixels)
+        );
+        alarm(Kind::NothingToMatch, sentence);
     }
 }
 
@@ -174,8 +240,51 @@ mod tests {
     #[test]
     fn each_figure_has_its_sentence() {
         assert_eq!(kinds(&epoch(&[]), &[]), [Kind::Sound]);
-        assert_eq!(kinds(&epoch(&[("embedding_std", json!(0.2))]), &[]), [Kind::Collapsed]);
+        assert_eq!(kinds(&epoch(&[("embedding_std", json!(0.1))]), &[]), [Kind::Collapsed]);
+        // Embeddings of MoCo v1 and of SimCLR v2 in healthy runs, and of runs on their way to a point, a line and a few directions.
+        for (std, rank, rank_me, kind) in [
+            (0.20, 34.0, 30.0, Kind::Sound),
+            (0.77, 6.5, 20.0, Kind::Sound),
+            (0.08, 33.0, 13.0, Kind::Collapsed),
+            (0.41, 4.9, 13.7, Kind::Collapsed),
+            (0.56, 8.2, 1.9, Kind::Collapsed),
+        ] {
+            let changed = [
+                ("embedding_std", json!(std)),
+                ("effective_rank", json!(rank)),
+                ("quality.rank_me", json!(rank_me)),
+            ];
+            assert_eq!(kinds(&epoch(&changed), &[]), [kind], "{std} {rank} {rank_me}");
+        }
+        // Shares matched by features and by pixels.
+        for (shares, kind) in [
+            ([0.99, 0.99], Kind::AugmentationWeak),
+            ([0.01, 0.02], Kind::NothingToMatch),
+            ([0.01, 0.07], Kind::Sound), // BYOL at its beginning
+        ] {
+            let [matched, by_pixels] = shares.map(|share| json!(share));
+            let mut changed =
+                vec![("quality.matched", matched), ("quality.matched_by_pixels", by_pixels)];
+            assert_eq!(kinds(&epoch(&changed), &[]), [kind]);
+            changed.push(("embedding_std", json!(0.1)));
+            assert_eq!(kinds(&epoch(&changed), &[]), [Kind::Collapsed]); // which explains it
+        }
+        assert_eq!(kinds(&epoch(&[("quality", Value::Null)]), &[]), [Kind::Sound]);
         assert!(diagnose(&History::default()).is_empty());
+    }
+
+    #[test]
+    fn a_run_that_was_stopped_says_why() {
+        let stopped = |why| {
+            let epochs = [epoch(&[])];
+            let history = History { steps: &[], epochs: &epochs, stopped: Some(why) };
+            diagnose(&history).into_iter().map(|finding| finding.kind).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            stopped("the embeddings collapsed in epoch 1: they use 1.20 directions"),
+            [Kind::Collapsed]
+        );
+        assert_eq!(stopped("Ctrl-C"), [Kind::Sound]);
     }
 
     #[test]

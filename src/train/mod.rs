@@ -42,7 +42,7 @@ pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
 pub(crate) use reading::{own_reading, pack_reading};
-pub use report::{REPORT, report, write_report};
+pub use report::{REPORT, diagnosis, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};

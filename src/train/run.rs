@@ -81,6 +81,9 @@ pub trait Watch {
 /// The fraction of an epoch spent waiting for data above which a warning is printed.
 const WAITING: f64 = 0.1;
 
+/// Networks of fewer features than this use few directions even when they learn.
+const JUDGED: usize = 64;
+
 /// A training run.
 pub struct Run {
     pub(super) recipe: Recipe,
@@ -444,6 +447,8 @@ impl Run {
             Accuracies::default()
         };
         let evaluation = evaluation.elapsed();
+        let unhealthy =
+            unhealthy.or_else(|| self.check_features(epoch, accuracies.quality.as_ref()));
         self.tell_skipped(watch)?;
         let checked = self.skipped_too_many();
         self.group().together(checked)?;
@@ -636,6 +641,19 @@ impl Run {
                  lower optim.lr, lengthen optim.warmup_epochs or check the augmentation"
             ),
         ))
+    }
+
+    /// Says that the features have collapsed, if they have: embeddings whose batch norm or negatives keep them apart do not show it.
+    fn check_features(&self, epoch: u32, quality: Option<&Quality>) -> Option<(Alarm, String)> {
+        let (epoch, rank_me) = (epoch + 1, quality?.rank_me);
+        let judged = self.method.backbone().features() >= JUDGED;
+        (judged && rank_me < self.recipe.watch.collapsed_rank_me).then(|| {
+            let sentence = format!(
+                "the features collapsed in epoch {epoch}: they use {rank_me:.1} directions (RankMe); \
+                 lower optim.lr (selfsup tune-lr finds a rate) or lengthen optim.warmup_epochs"
+            );
+            (Error::Collapsed as Alarm, sentence)
+        })
     }
 
     /// Waits for the losses of all steps begun: required before weights are read or saved.

@@ -5,6 +5,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Quality, Spread};
 use crate::recipes::Recipe;
+use crate::train::diagnosis::collapsed;
 use crate::train::{EpochReport, Run, StepReport, Watch};
 
 /// Rates that are tried, as multiples of the recipe's.
@@ -12,9 +13,6 @@ pub const FACTORS: [f64; 7] = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
 
 /// The most training and held-out images of a probe.
 const IMAGES: [usize; 2] = [4096, 1000];
-
-/// Embeddings of a smaller deviation, in units of `1 / sqrt(d)`, are collapsing.
-const SPREAD: f64 = 0.3;
 
 /// A rate is as good as the best if its figure reaches this share of it: then the largest of them learns fastest.
 const AS_GOOD: f64 = 0.97;
@@ -47,7 +45,9 @@ pub struct Advice {
 
 impl Tried {
     fn is_sound(&self) -> bool {
-        self.failed.is_none() && self.spread.is_none_or(|spread| spread.std >= SPREAD)
+        let rank_me = self.quality.as_ref().map(|quality| quality.rank_me);
+        let collapsed = |spread: Spread| collapsed(spread.std, spread.effective_rank, rank_me);
+        self.failed.is_none() && self.spread.and_then(collapsed).is_none()
     }
 
     /// What rates are compared by: accuracy, or else LiDAR.

@@ -60,11 +60,11 @@ pub fn report(folders: &[impl AsRef<Path>]) -> Result<String> {
     Ok(PAGE.replacen(DATA, &data, 1))
 }
 
-/// How a run goes or went, by its log so far.
+/// How the run in a folder goes or went, by its log so far: see [`diagnose`].
 ///
 /// # Errors
 /// As [`report`].
-pub(in crate::train) fn diagnosis(folder: &Path) -> Result<Vec<Finding>> {
+pub fn diagnosis(folder: &Path) -> Result<Vec<Finding>> {
     Ok(RunData::read(folder, false)?.diagnosis())
 }
 
