@@ -13,13 +13,18 @@
 //! }
 //! ```
 
+mod gradients;
+mod step;
+
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use crate::arena::{Arena, Layout, Param, Stat};
-use crate::device::{Device, Group, Row, trace_operation, trace_phase, trace_span};
-use crate::error::Result;
-use crate::tensor::{DType, Shape, Tensor, TensorMut, mean_over_ranks};
+use crate::arena::{Arena, Param, Stat};
+use crate::device::{Device, Group, Row, trace_operation, trace_span};
+use crate::tensor::{DType, Shape, Tensor, TensorMut};
+pub use gradients::Gradients;
+pub use step::{backward_pass, cached_step, evaluate, forward, step, summed_step};
+pub(crate) use step::{evaluate_in_step, forward_in_step};
 
 /// The mode of a tape's operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -335,289 +340,14 @@ impl<'a> Tape<'a> {
     }
 }
 
-/// The gradients of a backward pass in progress.
-#[derive(Debug)]
-pub struct Gradients<'g> {
-    device: &'g Device,
-    layout: &'g Layout,
-    nodes: Vec<Option<Tensor>>,
-    /// Shape and dtype of the nodes' values.
-    values: Vec<(Shape, DType)>,
-    arena: &'g mut Tensor,
-}
-
-impl Gradients<'_> {
-    /// The destination for the gradient of `id`, and whether to add to its contents (`true`) or to overwrite unspecified
-    /// contents (`false`). `None` if no gradient is wanted. Gradients of parameters have the arena's dtype, others the dtype
-    /// of their value.
-    ///
-    /// # Panics
-    /// If `shape` is not the shape of the value, or the value is on another tape.
-    #[track_caller]
-    pub fn target(&mut self, id: VarId, shape: &Shape) -> Option<(TensorMut<'_>, bool)> {
-        match id {
-            VarId::Constant => None,
-            VarId::Param(param) => {
-                self.layout.expect_param(param);
-                assert_eq!(param.shape(), shape, "a gradient's shape must be its parameter's");
-                Some((self.arena.view_mut().slice(param.offset(), *shape), true))
-            }
-            VarId::Node(index) => {
-                let (of_value, dtype) = self.value(index);
-                assert_eq!(&of_value, shape, "a gradient's shape must be its value's");
-                let slot = &mut self.nodes[index];
-                let accumulate = slot.is_some();
-                let tensor = slot.get_or_insert_with(|| Tensor::empty(self.device, dtype, *shape));
-                if !tensor.is_unique() {
-                    *tensor = tensor.copy(); // an `add` shared it with another value's gradient
-                }
-                Some((tensor.view_mut(), accumulate))
-            }
-        }
-    }
-
-    /// [`Gradients::target`] for a kernel that writes this dtype. If the gradient has another one (f32 for a parameter), the
-    /// target is made in `own`, for the caller to [add](Gradients::add) afterwards.
-    #[track_caller]
-    pub(crate) fn target_as<'t>(
-        &'t mut self,
-        id: VarId,
-        dtype: DType,
-        shape: &Shape,
-        own: &'t mut Option<Tensor>,
-    ) -> Option<(TensorMut<'t>, bool)> {
-        let of_gradient = match id {
-            VarId::Constant => return None,
-            VarId::Param(_) => self.arena.dtype(),
-            VarId::Node(index) => self.value(index).1,
-        };
-        if dtype == of_gradient {
-            return self.target(id, shape);
-        }
-        let own = own.insert(Tensor::empty(self.device, dtype, *shape));
-        Some((own.view_mut(), false))
-    }
-
-    /// [`Gradients::target_as`] for a kernel that writes the dtype and shape of `like`.
-    #[track_caller]
-    pub(crate) fn target_like<'t>(
-        &'t mut self,
-        id: VarId,
-        like: &Tensor,
-        own: &'t mut Option<Tensor>,
-    ) -> Option<(TensorMut<'t>, bool)> {
-        self.target_as(id, like.dtype(), like.shape(), own)
-    }
-
-    /// Adds `dx` to the gradient of `id`, in the gradient's dtype. The first one of that dtype is kept without a copy.
-    ///
-    /// # Panics
-    /// If the shape of `dx` is not the shape of the value, `dx` lives on another device, or the value is on another tape.
-    #[track_caller]
-    pub fn add(&mut self, id: VarId, dx: Tensor) {
-        dx.expect_on(self.device, "backward");
-        if let VarId::Node(index) = id {
-            let (shape, dtype) = self.value(index);
-            assert_eq!(&shape, dx.shape(), "a gradient's shape must be its value's");
-            if self.nodes[index].is_none() {
-                self.nodes[index] = Some(dx.cast(dtype));
-                return;
-            }
-        }
-        let device = self.device;
-        if let Some((mut target, _)) = self.target(id, dx.shape()) {
-            crate::tensor::add_into(device, &mut target, &dx);
-        }
-    }
-
-    /// Shape and dtype of a node's value.
-    #[track_caller]
-    fn value(&self, index: usize) -> (Shape, DType) {
-        *self.values.get(index).expect("a gradient of a value on another tape")
-    }
-}
-
-/// Runs one training step's forward and backward pass. `loss` builds the graph over the arena's parameters; its gradients
-/// replace those in the arena. Returns the loss, a scalar still on the device.
-///
-/// ```
-/// use std::sync::Arc;
-/// use selfsup::arena::{Arena, Init, Layout, SlotKind};
-/// use selfsup::{device::Device, ops, tape::step, tensor::Tensor};
-///
-/// let device = Device::cpu(1)?;
-/// let mut layout = Layout::new();
-/// let w = layout.param("w", [1, 2], SlotKind::Matrix, Init::Constant(3.0));
-/// let mut arena = Arena::new(&Arc::new(layout), &device, 0);
-/// let x = Tensor::from_slice(&device, [1, 2], &[1.0_f32, 2.0]);
-/// let loss = step(&mut arena, |tape| ops::linear(&tape.input(&x), &tape.param(w), None))?;
-/// assert_eq!(loss.scalar(), 9.0);
-/// assert_eq!(arena.gradient(w).to_f64(), [1.0, 2.0]);
-/// # Ok::<(), selfsup::Error>(())
-/// ```
-///
-/// # Errors
-/// If the device fails.
-///
-/// # Panics
-/// If the loss is not a scalar.
-pub fn step(
-    arena: &mut Arena,
-    loss: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Result<Tensor> {
-    arena.zero_gradients();
-    let loss = backward_pass(arena, loss);
-    reduce_gradients(arena)?;
-    loss
-}
-
-/// Like [`step`], but adds to the gradients in the arena. The caller zeroes them first ([`Arena::zero_gradients`]) and
-/// weights each loss. For losses that are means over samples; contrastive losses need [`cached_step`].
-///
-/// # Errors
-/// If the device fails.
-pub fn backward_pass(
-    arena: &mut Arena,
-    loss: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Result<Tensor> {
-    let tape = Tape::new(arena, TRAIN);
-    let loss = trace_phase("forward", || loss(&tape));
-    assert_eq!(loss.value().len(), 1, "a loss must be a scalar, not {:?}", loss.shape());
-    trace_phase("backward", || tape.backward(loss.id, one(&loss)));
-    tape.device().check()?;
-    Ok(loss.value.clone())
-}
-
-/// Runs a [`step`] over `count` micro-batches whose losses, `loss(tape, i)`, add up. Returns the sum of the losses.
-///
-/// # Errors
-/// If the device fails.
-pub fn summed_step(
-    arena: &mut Arena,
-    count: usize,
-    mut loss: impl for<'t> FnMut(&'t Tape<'t>, usize) -> Var<'t>,
-) -> Result<Tensor> {
-    arena.zero_gradients();
-    let mut sum = Tensor::zeros(arena.device(), []);
-    for i in 0..count {
-        let part = backward_pass(arena, |tape| loss(tape, i))?;
-        crate::tensor::add_into(arena.device(), &mut sum.view_mut(), &part);
-    }
-    reduce_gradients(arena)?;
-    Ok(sum)
-}
-
-/// Runs a step over micro-batches with a loss that couples all rows, with exact gradients (GradCache, Gao et al. 2021,
-/// arXiv:2101.06983).
-///
-/// `embed(tape, i)` embeds micro-batch `i` of `count` into `[views * m, d]`, view after view; `loss` gets the embeddings of
-/// the full batch, `[views * n, d]`, also view after view. The embeddings are computed twice: first without saving anything,
-/// then with one tape per micro-batch. Batch norm sees the rows of one micro-batch, and running statistics are updated once
-/// per micro-batch, in the second pass.
-///
-/// # Errors
-/// If the device fails.
-///
-/// # Panics
-/// If micro-batches differ in shape.
-pub fn cached_step(
-    arena: &mut Arena,
-    count: usize,
-    views: usize,
-    mut embed: impl for<'t> FnMut(&'t Tape<'t>, usize) -> Var<'t>,
-    loss: impl for<'t> FnOnce(Var<'t>) -> Var<'t>,
-) -> Result<Tensor> {
-    use crate::tensor::{interleave_views, pick_views};
-    arena.zero_gradients();
-    let first = Mode { gradients: false, batch_statistics: true, update_running: false };
-    let parts: Vec<Tensor> = (0..count).map(|i| embed(&Tape::new(arena, first), i).value).collect();
-    let all = interleave_views(&parts, views);
-    drop(parts);
-    let (loss, dz) = {
-        let tape = Tape::new(arena, TRAIN);
-        let z = tape.push("embeddings", all, None);
-        let id = z.id;
-        let loss = loss(z);
-        assert_eq!(loss.value().len(), 1, "a loss must be a scalar, not {:?}", loss.shape());
-        let mut gradients = tape.backward(loss.id, one(&loss));
-        let VarId::Node(index) = id else { unreachable!("`push` gives a node") };
-        let dz = gradients[index].take().expect("the loss depends on the embeddings");
-        (loss.value.clone(), dz)
-    };
-    for i in 0..count {
-        let tape = Tape::new(arena, TRAIN);
-        let z = embed(&tape, i);
-        tape.backward(z.id, pick_views(&dz, views, count, i));
-    }
-    reduce_gradients(arena)?;
-    arena.device().check()?;
-    Ok(loss)
-}
-
-/// The gradient of a loss with respect to itself.
-fn one(loss: &Var<'_>) -> Tensor {
-    let mut one = loss.value.empty_like();
-    one.view_mut().fill(1.0);
-    one
-}
-
-/// Replaces gradients by their mean over the ranks: a rank's loss is the mean over its rows, or that of all ranks' rows.
-fn reduce_gradients(arena: &mut Arena) -> Result<()> {
-    let group = arena.group().clone();
-    if group.size() > 1 {
-        mean_over_ranks(&mut arena.gradients_cell().borrow_mut(), &group, "gradients");
-    }
-    group.check()
-}
-
-/// Runs a forward pass as in training, without gradients: batch norm uses batch statistics and updates the running ones. For
-/// momentum encoders.
-///
-/// # Errors
-/// If the device fails.
-pub fn forward(
-    arena: &mut Arena,
-    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Result<Tensor> {
-    let value = forward_in_step(arena, f);
-    arena.device().check()?;
-    Ok(value)
-}
-
-/// [`forward`] inside a step, which checks the device itself.
-pub(crate) fn forward_in_step(
-    arena: &mut Arena,
-    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Tensor {
-    f(&Tape::new(arena, Mode { gradients: false, ..TRAIN })).value
-}
-
-/// Runs a forward pass for evaluation: with running statistics, without gradients, saving nothing.
-///
-/// # Errors
-/// If the device fails.
-pub fn evaluate(arena: &Arena, f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>) -> Result<Tensor> {
-    let value = evaluate_in_step(arena, f);
-    arena.device().check()?;
-    Ok(value)
-}
-
-/// [`evaluate`] inside a step, which checks the device itself.
-pub(crate) fn evaluate_in_step(
-    arena: &Arena,
-    f: impl for<'t> FnOnce(&'t Tape<'t>) -> Var<'t>,
-) -> Tensor {
-    let mode = Mode { gradients: false, batch_statistics: false, update_running: false };
-    f(&Tape::new(arena, mode)).value
-}
-
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Arc;
 
     use super::*;
-    use crate::arena::{Init, SlotKind};
+    use crate::arena::{Init, Layout, SlotKind};
+    use crate::error::Result;
     use crate::ops;
 
     fn arena(device: &Device) -> (Arena, Param) {

@@ -5,26 +5,30 @@
 //! and shapes are compared with the network's before anything is allocated for a tensor. Tensors are read and written one at a
 //! time. A file is written under a temporary name, synced and renamed: a reader sees the old file or the new one, never a part.
 
-use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+mod formats;
+mod prefix;
+mod write;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, View};
-use safetensors::{SafeTensorError, serialize_to_file};
+use safetensors::tensor::{Dtype, Metadata};
 
-use crate::arena::{Arena, Slot, SlotKind};
+use crate::arena::{Arena, Slot};
 use crate::error::{Error, Result};
-use crate::files::{replace_file, write_error};
 use crate::tensor::Tensor;
+
+use formats::{START, other_format};
+pub(crate) use write::{Entry, stored_values, write_weights};
+use write::{disk_shape, from_disk};
 
 /// The longest header that is accepted: the limit of the safetensors crate.
 const HEADER_LIMIT: u64 = 100_000_000;
 
 /// A weight file whose header has been read; its tensors are read one at a time.
-pub(super) struct WeightFile {
+pub(crate) struct WeightFile {
     path: PathBuf,
     file: File,
     header: Metadata,
@@ -34,7 +38,7 @@ pub(super) struct WeightFile {
 
 impl WeightFile {
     /// Opens a file and reads its header.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let damaged = |reason: String| {
             Error::format(path, format!("truncated or corrupt safetensors file: {reason}"))
         };
@@ -73,24 +77,24 @@ impl WeightFile {
     }
 
     /// The file's path.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// An entry of the header's `__metadata__` table.
-    pub(super) fn note(&self, key: &str) -> Option<&str> {
+    pub(crate) fn note(&self, key: &str) -> Option<&str> {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
     /// The names of all tensors, sorted.
-    pub(super) fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let mut names = self.header.offset_keys();
         names.sort_unstable();
         names
     }
 
     /// The shape of the tensor of this name, if the file has it.
-    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.header.info(name).map(|info| &*info.shape)
     }
 
@@ -119,7 +123,7 @@ impl WeightFile {
     }
 
     /// Reads a tensor of floats of this shape, row-major.
-    pub(super) fn numbers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f64>> {
+    pub(crate) fn numbers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f64>> {
         let (dtype, from, count) = self.floats(name, shape)?;
         let bytes = self.bytes(from, count)?;
         let number: fn(&[u8]) -> f64 = match dtype {
@@ -132,7 +136,7 @@ impl WeightFile {
     }
 
     /// Reads a counter.
-    pub(super) fn count(&mut self, name: &str) -> Result<u64> {
+    pub(crate) fn count(&mut self, name: &str) -> Result<u64> {
         let info = self.header.info(name).map(|info| (info.dtype, &*info.shape, info.data_offsets));
         let Some((Dtype::U64, [1], (from, _))) = info else {
             let path = self.path.display();
@@ -159,7 +163,7 @@ impl WeightFile {
     /// Like [`WeightFile::fill_finite`]; the filters over images of three channels that the slot called `over_images` gets are
     /// fitted to its channels: for one channel they are added up, for more they are repeated in turn and scaled by `3 / channels`,
     /// so that a grey image gives what it gave. Returns whether they were.
-    pub(super) fn fill_fitted(
+    pub(crate) fn fill_fitted(
         &mut self,
         arena: &mut Arena,
         over_images: &str,
@@ -186,7 +190,7 @@ impl WeightFile {
     }
 
     /// Fills the slots that `name` maps to a tensor of the file. The arena is unchanged unless all of them fit.
-    pub(super) fn fill(
+    pub(crate) fn fill(
         &mut self,
         arena: &mut Arena,
         name: impl Fn(&str) -> Option<String>,
@@ -196,7 +200,7 @@ impl WeightFile {
 
     /// Like [`WeightFile::fill`], for weights that are used as they are: refuses NaN, infinite numbers and negative running
     /// variances, with which every figure would be that of chance.
-    pub(super) fn fill_finite(
+    pub(crate) fn fill_finite(
         &mut self,
         arena: &mut Arena,
         name: impl Fn(&str) -> Option<String>,
@@ -227,7 +231,7 @@ impl WeightFile {
     }
 
     /// Reads the slots that `name` maps to a tensor of the file into their places in `into`, an arena's values.
-    pub(super) fn read_slots(
+    pub(crate) fn read_slots(
         &mut self,
         slots: &[Slot],
         into: &mut [f64],
@@ -285,290 +289,13 @@ fn check_numbers(path: &Path, name: &str, numbers: &[f64]) -> Result<()> {
     Ok(())
 }
 
-/// Bytes from which a file's format is recognised.
-const START: u64 = 1024;
-
-/// Says what a file is, and what to do about it, if its first bytes are those of a format that weights often come in.
-fn other_format(path: &Path, start: &[u8]) -> Option<String> {
-    if start.get(8) == Some(&b'{') {
-        return None; // as every safetensors file
-    }
-    let begins = |part: &[u8]| start.starts_with(part);
-    let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();
-    let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
-    // The second byte of a pickle is its protocol, 2 to 5; a legacy PyTorch file is a chain of pickles.
-    let is_pickle = matches!(start, [0x80, 2..=5, ..]);
-    let is_zip = start.starts_with(b"PK\x03\x04");
-    if is_pickle || is_zip && (holds(b"/data.pkl") || holds(b"/version") || holds(b"/byteorder")) {
-        Some(format!("a PyTorch file (pickle), and only safetensors is read: {}", conversion(path)))
-    } else if is_zip {
-        Some("a zip archive, not a safetensors file: unpack it first".into())
-    } else if start.starts_with(b"\x1f\x8b") {
-        Some("a gzip file, not a safetensors file: unpack it first (gunzip)".into())
-    } else if text.starts_with("version https://git-lfs") {
-        Some("a Git LFS pointer, not the weights themselves: fetch them with `git lfs pull`".into())
-    } else if begins(b"\x89HDF\r\n") {
-        Some("an HDF5 file (Keras), and only safetensors with PyTorch's names is read".into())
-    } else if begins(b"GGUF") {
-        Some("a GGUF file, and only safetensors is read".into())
-    } else if begins(b"\x93NUMPY") {
-        Some("an array of NumPy, and only safetensors is read".into())
-    } else if start.get(257..262) == Some(b"ustar") {
-        Some("a tar archive, not a safetensors file: unpack it first".into())
-    } else if holds(b"\"weight_map\"") {
-        Some("an index of weights in several files: join the files that it names into one".into())
-    } else if is_onnx(path, start) {
-        Some("an ONNX file, and only safetensors is read".into())
-    } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
-        Some("a web page (HTML), not a safetensors file: download the file itself".into())
-    } else {
-        None
-    }
-}
-
-/// Whether a file is an ONNX model: a protobuf message of IR version and producer, whatever its name; or named like one.
-fn is_onnx(path: &Path, start: &[u8]) -> bool {
-    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"));
-    named || matches!(start, [0x08, 1..=20, 0x12, length, ..] if (1..64).contains(length))
-}
-
-/// The line of Python that converts a PyTorch file.
-fn conversion(path: &Path) -> String {
-    let from = path.display().to_string();
-    let plain = |c: char| c.is_alphanumeric() || "/._-+ ".contains(c);
-    let from = if from.chars().all(plain) { from } else { "FILE.pth".into() };
-    let to = Path::new(&from).with_extension("safetensors").display().to_string();
-    format!(
-        "convert it with python3 -c \"import torch, safetensors.torch as s; m = torch.load('{from}', map_location='cpu', weights_only=True); \
-         m = m.get('state_dict', m.get('model', m)); \
-         s.save_file({{k: v.clone().contiguous() for k, v in m.items() if torch.is_tensor(v)}}, '{to}')\""
-    )
-}
-
-/// Names under which public checkpoints hold a backbone: parts of the prefixes that are stripped.
-const PREFIX_PARTS: [&str; 20] = [
-    "_orig_mod",
-    "backbone",
-    "base_encoder",
-    "convnet",
-    "encoder",
-    "encoder_q",
-    "feature_extractor",
-    "model",
-    "module",
-    "momentum_encoder",
-    "net",
-    "network",
-    "online_encoder",
-    "online_network",
-    "resnet",
-    "state_dict",
-    "student",
-    "target_encoder",
-    "teacher",
-    "trunk",
-];
-
-/// Pairs of which a file may hold both; the published evaluation uses the first: MoCo v3's main_lincls.py the base encoder,
-/// BYOL's the online network, DINO's eval_linear.py the teacher.
-const PREFERRED: [[&str; 2]; 5] = [
-    ["base_encoder", "momentum_encoder"],
-    ["encoder", "momentum_encoder"],
-    ["online_encoder", "target_encoder"],
-    ["online_network", "target_encoder"],
-    ["teacher", "student"],
-];
-
-impl WeightFile {
-    /// Returns what stands before the name of each of `slots` in the file: nothing, a chain of the prefixes that public
-    /// checkpoints use, such as `module.encoder_q.`, or, without either, the only prefix under which all slots are there.
-    pub(super) fn common_prefix(&self, slots: &[&str]) -> Result<String> {
-        let names: BTreeSet<String> = self.names().into_iter().collect();
-        let Some(first) = slots.first() else { return Ok(String::new()) };
-        let is_chain = |prefix: &str| {
-            prefix.is_empty()
-                || prefix
-                    .strip_suffix('.')
-                    .is_some_and(|parts| parts.split('.').all(|part| PREFIX_PARTS.contains(&part)))
-        };
-        let prefixes = names.iter().filter_map(|name| name.strip_suffix(first));
-        let prefixes: Vec<&str> =
-            prefixes.filter(|prefix| prefix.is_empty() || prefix.ends_with('.')).collect();
-        let found = |prefix: &str| {
-            slots.iter().filter(|slot| names.contains(&format!("{prefix}{slot}"))).count()
-        };
-        let mut complete: Vec<&str> =
-            prefixes.iter().copied().filter(|prefix| found(prefix) == slots.len()).collect();
-        if complete.iter().any(|prefix| is_chain(prefix)) {
-            complete.retain(|prefix| is_chain(prefix));
-        }
-        let has = |prefix: &str, part: &str| prefix.split('.').any(|own| own == part);
-        let is_second = |prefix: &str| {
-            PREFERRED.iter().any(|[preferred, other]| {
-                has(prefix, other) && complete.iter().any(|one| has(one, preferred))
-            })
-        };
-        let chosen: Vec<&str> =
-            complete.iter().copied().filter(|prefix| !is_second(prefix)).collect();
-        match (&*chosen, prefixes.iter().max_by_key(|prefix| found(prefix))) {
-            ([prefix], _) => Ok((*prefix).to_owned()),
-            // The message about the first missing tensor then names it as the file would.
-            ([], Some(nearest)) => Ok((*nearest).to_owned()),
-            ([], None) => Err(Error::Weights(format!(
-                "{}: has no tensor {first}, with or without a prefix such as module.; its first tensor is {}",
-                self.path.display(),
-                names.first().map_or("missing, too", String::as_str)
-            ))),
-            (several, _) => Err(Error::Weights(format!(
-                "{}: holds several backbones, under {}: keep one of them",
-                self.path.display(),
-                several
-                    .iter()
-                    .map(|prefix| format!("`{prefix}`"))
-                    .collect::<Vec<_>>()
-                    .join(" and ")
-            ))),
-        }
-    }
-}
-
-/// A tensor to be written. Its bytes are made when its turn comes, so that one tensor at a time is in memory.
-pub(crate) struct Entry<'a> {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Box<dyn Fn() -> Vec<u8> + 'a>,
-}
-
-impl<'a> Entry<'a> {
-    /// A tensor of f32.
-    pub(crate) fn floats(
-        name: String,
-        shape: Vec<usize>,
-        values: impl Fn() -> Vec<f64> + 'a,
-    ) -> Self {
-        let le = |v: f64| (v as f32).to_le_bytes();
-        let bytes = Box::new(move || values().into_iter().flat_map(le).collect());
-        Self { name, dtype: Dtype::F32, shape, bytes }
-    }
-
-    /// Classes of images; -1 for an image without a label.
-    pub(crate) fn labels(name: String, labels: &'a [i32]) -> Self {
-        let le = |&label: &i32| i64::from(label).to_le_bytes();
-        let bytes = Box::new(move || labels.iter().flat_map(le).collect());
-        Self { name, dtype: Dtype::I64, shape: vec![labels.len()], bytes }
-    }
-
-    /// A counter.
-    pub(super) fn count(name: String, count: u64) -> Self {
-        let bytes = Box::new(move || count.to_le_bytes().to_vec());
-        Self { name, dtype: Dtype::U64, shape: vec![1], bytes }
-    }
-
-    /// A slot, from values in the device's layout.
-    pub(super) fn slot(name: String, slot: &'a Slot, values: impl Fn() -> Vec<f64> + 'a) -> Self {
-        Self::floats(name, disk_shape(slot), move || to_disk(slot, &values()))
-    }
-
-    /// The slots of a network that `name` maps to a name.
-    pub(super) fn network(
-        arena: &'a Arena,
-        name: impl Fn(&str) -> Option<String>,
-    ) -> impl Iterator<Item = Self> {
-        let slots = arena.layout().params().iter().chain(arena.layout().stats());
-        slots.filter_map(move |slot| {
-            Some(Self::slot(name(&slot.name)?, slot, move || arena.slot_values(slot)))
-        })
-    }
-}
-
-/// The slots of a network that `name` maps to a name, each with shape and values as files have them.
-pub(super) fn stored_values<'a>(
-    arena: &'a Arena,
-    name: impl Fn(&str) -> Option<String> + 'a,
-) -> impl Iterator<Item = (String, (Vec<usize>, Vec<f64>))> + 'a {
-    let slots = arena.layout().params().iter().chain(arena.layout().stats());
-    slots.filter_map(move |slot| {
-        let values = to_disk(slot, &arena.slot_values(slot));
-        Some((name(&slot.name)?, (disk_shape(slot), values)))
-    })
-}
-
-impl View for &Entry<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        (self.bytes)().into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
-    }
-}
-
-/// Writes a weight file atomically. `sound` is called once all values have been read from their device, before the file is
-/// renamed into place: a failed device must not replace a good file.
-pub(crate) fn write_weights(
-    path: &Path,
-    entries: &[Entry<'_>],
-    notes: HashMap<String, String>,
-    sound: impl FnOnce() -> Result<()>,
-) -> Result<()> {
-    let entries = entries.iter().map(|entry| (&*entry.name, entry));
-    replace_file(path, |partial| {
-        serialize_to_file(entries, Some(notes), partial).map_err(|error| match error {
-            SafeTensorError::IoError(error) => write_error(path, error),
-            other => unreachable!("names are unique and shapes are their data's: {other}"),
-        })?;
-        sound()
-    })
-}
-
-/// A slot's shape in files: filters are `[k, c, r, s]`, without the device's channel padding.
-fn disk_shape(slot: &Slot) -> Vec<usize> {
-    match (slot.kind, &*slot.shape) {
-        (SlotKind::Filter, &[k, r, s, _]) => vec![k, slot.channels, r, s],
-        (_, shape) => shape.to_vec(),
-    }
-}
-
-/// For each element in the file's order, its index in the slot's device layout.
-fn places(slot: &Slot) -> impl Iterator<Item = usize> {
-    let (k, r, s, c, channels) = match (slot.kind, &*slot.shape) {
-        (SlotKind::Filter, &[k, r, s, c]) => (k, r, s, c, slot.channels),
-        (_, shape) => (1, 1, shape.iter().product(), 1, 1),
-    };
-    (0..k * channels * r * s).map(move |i| {
-        let (pixel, rest) = (i % (r * s), i / (r * s));
-        let (channel, filter) = (rest % channels, rest / channels);
-        (filter * r * s + pixel) * c + channel
-    })
-}
-
-fn to_disk(slot: &Slot, values: &[f64]) -> Vec<f64> {
-    places(slot).map(|place| values[place]).collect()
-}
-
-fn from_disk(slot: &Slot, numbers: &[f64]) -> Vec<f64> {
-    let mut values = vec![0.0; slot.shape.elements()];
-    for (place, number) in places(slot).zip(numbers) {
-        values[place] = *number;
-    }
-    values
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::sync::Arc;
 
     use super::*;
-    use crate::arena::{Init, Layout};
+    use crate::arena::{Init, Layout, SlotKind};
     use crate::device::Device;
 
     /// A file with these tensors of f32, each of one number.
