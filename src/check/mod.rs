@@ -1,7 +1,7 @@
 //! The self-test of a device: does it compute what it should, and how fast does it copy and multiply?
 //!
 //! [`full`] runs every instruction that kernels rely on, every primitive at ordinary and odd sizes in both precisions against
-//! its f64 reference, captured steps against launched ones, and ten steps of training against the processor's; `selfsup check`
+//! its f64 reference, captured steps against launched ones, and each of ten steps of training against the processor's; `selfsup check`
 //! prints its [`Report`]. [`quick`] takes seconds: training runs it by itself on the first use of a GPU model by a version of the
 //! program, and remembers it.
 //!

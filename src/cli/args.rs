@@ -177,8 +177,8 @@ and `labels`, and names and classes as JSON lists in its header.")]
     /// Prove a device: does it compute what it should, and how fast does it copy and multiply
     ///
     /// Runs every instruction that kernels rely on, every primitive at ordinary and odd sizes in both precisions against f64,
-    /// captured steps against launched ones, and ten steps of training against the processor's. Run it first on a GPU that nobody
-    /// tried, and paste what it prints into a bug report. Exit code 0 if everything is right. Training runs the short form by
+    /// captured steps against launched ones, and each of ten steps of training against the processor's. Run it first on a GPU that
+    /// nobody tried, and paste what it prints into a bug report. Exit code 0 if everything is right. Training runs the short form by
     /// itself on the first use of a GPU model (SELFSUP_CHECK=skip leaves it out).
     #[command(after_help = "Examples:
   selfsup check
