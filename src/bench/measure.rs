@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::{Chip, Unit, Work};
@@ -121,7 +122,7 @@ impl Bench {
                 let (device, values) = (&self.device, self.flush.data_mut::<f32>());
                 device.run(|| {
                     let chunks = values.par_chunks_mut(1 << 16);
-                    chunks.for_each(|chunk| chunk.iter_mut().for_each(|v| *v += 1.0));
+                    chunks.each(|chunk| chunk.iter_mut().for_each(|v| *v += 1.0));
                 });
             }
             _ => self.flush.view_mut().fill(1.0),
@@ -137,7 +138,7 @@ impl Bench {
             DeviceKind::Cpu => {
                 let (from, to) = (from.data::<f32>(), to.data_mut::<f32>());
                 let chunks = to.par_chunks_mut(1 << 16).zip(from.par_chunks(1 << 16));
-                device.run(|| chunks.for_each(|(to, from)| to.copy_from_slice(from)));
+                device.run(|| chunks.each(|(to, from)| to.copy_from_slice(from)));
             }
             // A device-to-device copy has the highest rate.
             _ => to = from.copy(),

@@ -1,5 +1,6 @@
 //! GEMM in f32 over slices, on the `gemm-f32` crate: the only place that passes it raw pointers.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 /// Rows of the result per task. Fixed, like `COLUMNS`, so that sums do not depend on the number of threads.
@@ -59,7 +60,7 @@ pub(crate) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool
     let n = b.columns;
     if a.rows <= BLOCK && a.columns > 0 && n >= 2 * COLUMNS {
         let start = SharedPointer(c.as_mut_ptr());
-        (0..n.div_ceil(COLUMNS)).into_par_iter().for_each(|i| {
+        (0..n.div_ceil(COLUMNS)).into_par_iter().each(|i| {
             let first = i * COLUMNS;
             let b = b.columns_from(first, COLUMNS.min(n - first));
             // SAFETY: `c` has `a.rows` rows of `n`, and only this task accesses these columns of it.
@@ -67,7 +68,7 @@ pub(crate) fn gemm(c: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool
         });
         return;
     }
-    c.par_chunks_mut(BLOCK * b.columns).enumerate().for_each(|(i, c)| {
+    c.par_chunks_mut(BLOCK * b.columns).enumerate().each(|(i, c)| {
         let rows = c.len() / b.columns;
         gemm_sequential(c, a.rows_from(i * BLOCK, rows), b, accumulate);
     });

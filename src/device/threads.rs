@@ -52,6 +52,14 @@ impl Threads {
 
     /// Runs `f` so that rayon's parallel iterators use these threads.
     pub(super) fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        let (mut f, mut result) = (Some(f), None);
+        self.install(&mut || result = f.take().map(|f| f()));
+        result.expect("install has called it once")
+    }
+
+    /// Behind a pointer, because rayon would compile every operation six times: for a caller inside, outside and in another pool,
+    /// and each again for either pool below.
+    fn install(&self, f: &mut (dyn FnMut() + Send)) {
         match &self.maker {
             Some(maker)
                 if std::thread::current().id() != maker.id

@@ -1,6 +1,7 @@
 //! A two-dimensional map of features by exact t-SNE (van der Maaten and Hinton 2008, JMLR 9). It uses no random numbers, so
 //! that one set of features has one map on any number of threads.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::cpu::{Matrix, gemm_sequential};
@@ -51,7 +52,7 @@ fn affinities(rows: &[f32], n: usize, d: usize) -> Vec<f32> {
     let all = Matrix::new(rows, n, d);
     gemm_sequential(&mut p, all, Matrix::new(rows, n, d).transposed(), false);
     let entropy = PERPLEXITY.min((n - 1) as f32 / 3.0).max(1.0).ln();
-    p.par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
+    p.par_chunks_exact_mut(n).enumerate().each(|(i, row)| {
         row.iter_mut().for_each(|cosine| *cosine = (2.0 - 2.0 * *cosine).max(0.0));
         conditional(row, i, entropy);
     });

@@ -3,6 +3,7 @@
 //! Running statistics are not averaged: the target keeps its own, as in facebookresearch/moco (`moco/builder.py` averages
 //! parameters only) and BYOL.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -41,7 +42,7 @@ fn average<T: Float>(target: &mut Arena, online: &Arena, momentum: f64) {
     let device = target.device().clone();
     let target = target.values_mut().data_mut::<T>();
     device.run(|| {
-        target.par_chunks_mut(CHUNK).zip(online.par_chunks(CHUNK)).for_each(|(target, online)| {
+        target.par_chunks_mut(CHUNK).zip(online.par_chunks(CHUNK)).each(|(target, online)| {
             blend(target, online, momentum);
         });
     });

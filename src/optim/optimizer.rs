@@ -5,6 +5,7 @@
 //! implementations disagree on the details; [`Lars`] has a setting for each difference and a constructor for each
 //! implementation, which names its repository and file.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -357,7 +358,7 @@ impl Optimizer {
         let (rule, rate) = (self.rule, self.rate.values());
         let (lr, corrections) = (rate[0], [rate[1], rate[2]]);
         device.run(|| {
-            slots.into_par_iter().for_each(|((w, m, v, g), segment)| {
+            slots.into_par_iter().each(|((w, m, v, g), segment)| {
                 let (exempt, lr) = match segment.policy {
                     ParamPolicy::Default => (segment.exempt, lr),
                     ParamPolicy::FixedLr(lr) => (segment.exempt, lr),
@@ -368,12 +369,12 @@ impl Optimizer {
                 let step = slot_step(rule, w, g, exempt, [lr, corrections[0], corrections[1]]);
                 let chunks = w.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK));
                 match step {
-                    Update::Momentum(step) => chunks
-                        .zip(g.par_chunks(CHUNK))
-                        .for_each(|((w, m), g)| update(w, m, g, step)),
+                    Update::Momentum(step) => {
+                        chunks.zip(g.par_chunks(CHUNK)).each(|((w, m), g)| update(w, m, g, step))
+                    }
                     Update::Adam(step) => chunks
                         .zip(v.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)))
-                        .for_each(|((w, m), (v, g))| adam::update(w, m, v, g, step)),
+                        .each(|((w, m), (v, g))| adam::update(w, m, v, g, step)),
                 }
             });
         });

@@ -1,5 +1,6 @@
 //! Arithmetic on tensors below the tape, for arenas and for accumulating gradients.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -16,7 +17,7 @@ pub(crate) fn fill(x: &mut Tensor, value: f64) {
     match device.kind() {
         DeviceKind::Cpu => by_activation!(x.dtype(), T => {
             let (x, value) = (x.data_mut::<T>(), T::store(value as f32));
-            device.run(|| x.par_chunks_mut(CHUNK).for_each(|x| x.fill(value)));
+            device.run(|| x.par_chunks_mut(CHUNK).each(|x| x.fill(value)));
         }),
         DeviceKind::Cuda | DeviceKind::Reference => x.view_mut().fill(value),
     }
@@ -32,7 +33,7 @@ pub(crate) fn add_into(device: &Device, sum: &mut TensorMut<'_>, x: &Tensor) {
             let (sum, x) = (sum.data_mut::<S>(), x.data::<T>());
             device.run(|| {
                 let pairs = sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-                pairs.for_each(|(sum, x)| add_chunk(sum, x));
+                pairs.each(|(sum, x)| add_chunk(sum, x));
             });
         })),
         DeviceKind::Cuda => add_into_on_gpu(sum, &x.cast(sum.dtype())),
@@ -65,7 +66,7 @@ fn cast_chunks<S: Activation, T: Activation>(device: &Device, to: &mut TensorMut
     let (to, x) = (to.data_mut::<T>(), x.data::<S>());
     device.run(|| {
         let pairs = to.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-        pairs.for_each(|(to, x)| cast_chunk(to, x));
+        pairs.each(|(to, x)| cast_chunk(to, x));
     });
 }
 

@@ -1,5 +1,6 @@
 //! Between bf16 and f32: exact one way, rounded to nearest, ties to even, the other.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -14,7 +15,7 @@ const CHUNK: usize = 1 << 16;
 pub fn widen(to: &mut [f32], from: &[bf16]) {
     assert_eq!(to.len(), from.len(), "widen: elements of output and input");
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
-    chunks.for_each(|(to, from)| widen_sequential(to, bits(from)));
+    chunks.each(|(to, from)| widen_sequential(to, bits(from)));
 }
 
 /// `to = from`, each rounded to the nearest bf16, in parallel. NaN stays NaN.
@@ -24,7 +25,7 @@ pub fn widen(to: &mut [f32], from: &[bf16]) {
 pub fn round(to: &mut [bf16], from: &[f32]) {
     assert_eq!(to.len(), from.len(), "round: elements of output and input");
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
-    chunks.for_each(|(to, from)| round_sequential(bits_mut(to), from));
+    chunks.each(|(to, from)| round_sequential(bits_mut(to), from));
 }
 
 /// The bits of a slice: loops over integers become whole vectors.

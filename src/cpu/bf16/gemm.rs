@@ -1,5 +1,6 @@
 //! GEMMs of bf16 matrices.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -145,13 +146,13 @@ pub(super) fn deliver(
 ) {
     if let Some(bias) = bias {
         let rows = sums.par_chunks_exact_mut(n);
-        rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias));
+        rows.each(|row| row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias));
     }
     match c {
         Output::Bf16(c) => store(c, sums, accumulate),
         Output::F32(c) if accumulate => {
             let rows = c.par_chunks_exact_mut(n).zip(sums.par_chunks_exact(n));
-            rows.for_each(|(c, sums)| c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum));
+            rows.each(|(c, sums)| c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum));
         }
         Output::F32(c) => c.copy_from_slice(sums),
     }
@@ -160,7 +161,7 @@ pub(super) fn deliver(
 /// `to = sums`, or `to += sums` if `accumulate`, rounded once.
 pub(super) fn store(to: &mut [bf16], sums: &[f32], accumulate: bool) {
     let chunks = to.par_chunks_mut(1 << 16).zip(sums.par_chunks(1 << 16));
-    chunks.for_each(|(to, sums)| {
+    chunks.each(|(to, sums)| {
         let store = if accumulate { add_rounded_sequential } else { round_sequential };
         store(bits_mut(to), sums);
     });

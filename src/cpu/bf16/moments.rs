@@ -3,6 +3,7 @@
 //! Each block of rows gives sums of `y - shift` and its square, with the block's first row as shift, so that no digits are lost
 //! where the mean is far from zero; blocks are merged in order in f64 (Chan, Golub and LeVeque 1979).
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -67,9 +68,9 @@ impl Moments<'_> {
         let group_rows = rows / self.groups;
         let sums = &mut workspace[..self.groups * count * LINES * columns];
         let groups = y.par_chunks_exact(group_rows * columns);
-        groups.zip(sums.par_chunks_exact_mut(count * LINES * columns)).for_each(|(y, sums)| {
+        groups.zip(sums.par_chunks_exact_mut(count * LINES * columns)).each(|(y, sums)| {
             let blocks = y.par_chunks(block * columns);
-            blocks.zip(sums.par_chunks_exact_mut(LINES * columns)).for_each(|(y, sums)| {
+            blocks.zip(sums.par_chunks_exact_mut(LINES * columns)).each(|(y, sums)| {
                 block_sums(sums, bits(y));
             });
         });

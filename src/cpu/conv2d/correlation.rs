@@ -7,6 +7,7 @@
 //! images into its own part of the workspace, then loops over blocks of outputs, rows and tiles. The
 //! partition depends on the shape alone.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::Isa;
@@ -176,10 +177,10 @@ pub fn run(
     let part_len =
         if plan.parts > 1 { plan.part_rows * p.out_w * p.k } else { plan.span * p.image_len() };
     let slots = Slots::new(slabs, plan.slab_len);
-    out.par_chunks_mut(plan.span * p.image_len()).enumerate().for_each(|(span, out)| {
+    out.par_chunks_mut(plan.span * p.image_len()).enumerate().each(|(span, out)| {
         let x = &x[span * plan.span * p.h * p.w * p.c..];
         let lane = Lane { p, plan: &plan, x, filters, accumulate };
-        out.par_chunks_mut(part_len).enumerate().for_each(|(part, out)| {
+        out.par_chunks_mut(part_len).enumerate().each(|(part, out)| {
             slots.lend(|slab| lane.run(out, slab, part * plan.part_rows));
         });
     });

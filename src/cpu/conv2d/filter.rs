@@ -3,6 +3,7 @@
 //! A block of outputs is two vectors wide; the last block has one vector if that suffices. Padding
 //! outputs are zeros.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 /// How `k` outputs split into blocks of `2 * lanes`, the last of `lanes` if that is enough.
@@ -66,7 +67,7 @@ impl FilterView {
         if per_output == 0 {
             return;
         }
-        packed.par_chunks_mut(blocks.full() * per_output).enumerate().for_each(|(b, out)| {
+        packed.par_chunks_mut(blocks.full() * per_output).enumerate().each(|(b, out)| {
             self.pack_block(out, w, b * blocks.full(), blocks.live(b), blocks.width(b), block);
         });
     }

@@ -9,6 +9,7 @@
 //! A task packs a band of rows of `x` (`slab.rs`) and the same band of `dy`, then runs every tap
 //! and block over them while they are in the cache. Taps outside the image are skipped.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::Conv2dDims;
@@ -202,8 +203,8 @@ pub fn run(
     let per_set = plan.set * plan.blocks.full() * d.r * d.s * d.c;
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * sums_len);
     let slots = Slots::new(scratch, plan.scratch_len());
-    sums.par_chunks_mut(sums_len).enumerate().for_each(|(chunk, sums)| {
-        sums.par_chunks_mut(per_set).take(plan.sets()).enumerate().for_each(|(set, sums)| {
+    sums.par_chunks_mut(sums_len).enumerate().each(|(chunk, sums)| {
+        sums.par_chunks_mut(per_set).take(plan.sets()).enumerate().each(|(set, sums)| {
             let task = Task { d, plan: &plan, x, dy, first_block: set * plan.set };
             slots.lend(|scratch| task.run(sums, scratch, chunk));
         });
@@ -222,7 +223,7 @@ fn finish(
     let (total, others) = sums.split_at_mut(plan.sums_len(d));
     let others = &*others;
     let stretch = 4096;
-    total.par_chunks_mut(stretch).enumerate().for_each(|(i, total)| {
+    total.par_chunks_mut(stretch).enumerate().each(|(i, total)| {
         for other in others.chunks_exact(plan.sums_len(d)) {
             let other = &other[i * stretch..][..total.len()];
             total.iter_mut().zip(other).for_each(|(t, o)| *t += o);
@@ -231,7 +232,7 @@ fn finish(
     let total = &*total;
     let per_filter = d.r * d.s * d.c;
     let full = plan.blocks.full();
-    dw.par_chunks_mut(full * per_filter).enumerate().for_each(|(b, dw)| {
+    dw.par_chunks_mut(full * per_filter).enumerate().each(|(b, dw)| {
         let width = plan.blocks.width(b);
         let sums = &total[b * full * per_filter..][..width * per_filter];
         // square blocks, so that every line of both sides is used completely while it is in the cache

@@ -9,6 +9,7 @@
 //! The error is similar to the direct sum's: the transforms add rounding errors, but the sums are a
 //! ninth as long.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::Conv2dDims;
@@ -180,9 +181,9 @@ pub fn run(
     let whole_images = plan.lane_rows == p.tiles().0;
     let span_len = plan.span * p.image_len();
     let lane_len = if whole_images { span_len } else { 2 * plan.lane_rows * p.w * p.k };
-    out.par_chunks_mut(span_len).enumerate().for_each(|(span, out)| {
+    out.par_chunks_mut(span_len).enumerate().each(|(span, out)| {
         let x = &x[span * plan.span * p.h * p.w * p.c..];
-        out.par_chunks_mut(lane_len).enumerate().for_each(|(part, out)| {
+        out.par_chunks_mut(lane_len).enumerate().each(|(part, out)| {
             slots.lend(|slot| lane.run(out, x, slot, part * plan.lane_rows));
         });
     });
@@ -192,7 +193,7 @@ pub fn run(
 fn transform_filters(p: &Problem, plan: &WinogradPlan, filters: &mut [f32], w: &[f32]) {
     let blocks = plan.blocks;
     let transform = kernel::filters(plan.isa);
-    filters.par_chunks_mut(COMPONENTS * blocks.full() * p.c).enumerate().for_each(|(b, out)| {
+    filters.par_chunks_mut(COMPONENTS * blocks.full() * p.c).enumerate().each(|(b, out)| {
         let width = blocks.width(b);
         let len = BLOCK * width;
         let mut taps = [0.0; 9 * BLOCK * 32];

@@ -7,6 +7,7 @@
 //! transformed back once. Chunks depend on the shape alone, so the order of the sum does not depend
 //! on the number of threads.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -107,7 +108,7 @@ pub fn run(
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * plan.sums_len(d));
     let slots = Slots::new(scratch, plan.scratch_len(d));
     let task = Task { d, plan: &plan, x, dy };
-    sums.par_chunks_mut(plan.sums_len(d)).enumerate().for_each(|(chunk, sums)| {
+    sums.par_chunks_mut(plan.sums_len(d)).enumerate().each(|(chunk, sums)| {
         slots.lend(|scratch| task.run(sums, scratch, chunk));
     });
     finish(d, &plan, dw, sums, accumulate);
@@ -218,7 +219,7 @@ fn finish(
     let (total, others) = sums.split_at_mut(plan.sums_len(d));
     let others = &*others;
     let stretch = 4096;
-    total.par_chunks_mut(stretch).enumerate().for_each(|(i, total)| {
+    total.par_chunks_mut(stretch).enumerate().each(|(i, total)| {
         for other in others.chunks_exact(plan.sums_len(d)) {
             let other = &other[i * stretch..][..total.len()];
             total.iter_mut().zip(other).for_each(|(t, o)| *t += o);
@@ -226,7 +227,7 @@ fn finish(
     });
     let total = &*total;
     let (per_filter, full) = (9 * d.c, plan.blocks.full());
-    dw.par_chunks_mut(full * per_filter).enumerate().for_each(|(b, dw)| {
+    dw.par_chunks_mut(full * per_filter).enumerate().each(|(b, dw)| {
         let width = plan.blocks.width(b);
         let sums = &total[b * full * COMPONENTS * d.c..][..COMPONENTS * d.c * width];
         let mut taps = [[[0.0; MOST_WIDE]; 9]; BLOCK];

@@ -1,6 +1,7 @@
 //! The path for f32 and bf16, which computes in f32. Statistics need one read of the input: each chunk of rows stays in cache
 //! while its mean and its squared deviations are computed, and chunks are merged in order (Chan, Golub and LeVeque 1979) in f64.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -68,7 +69,7 @@ pub(super) fn moments<T: Activation>(
     let rows = chunk_rows(c);
     let per_group = x.par_chunks(dims.len()).flat_map(|group| group.par_chunks(rows * c));
     let tasks: Vec<&[T]> = per_group.collect();
-    partial.par_chunks_mut(2 * c).zip(tasks).for_each(|(partial, x)| {
+    partial.par_chunks_mut(2 * c).zip(tasks).each(|(partial, x)| {
         let (mean, m2) = partial.split_at_mut(c);
         chunk_moments(mean, m2, x);
     });
@@ -268,7 +269,7 @@ fn sum_chunks<T: Activation, P: Send>(
     let mut partial = Tensor::floats(saved.x.device(), [partial_len(dims)]);
     let (rows, per_group) = (chunk_rows(c), chunks(dims));
     let tasks = partial.data_mut::<f32>().par_chunks_mut(2 * c).zip(parts);
-    tasks.enumerate().for_each(|(i, (partial, part))| {
+    tasks.enumerate().each(|(i, (partial, part))| {
         let (group, chunk) = (i / per_group, i % per_group);
         let at = group * dims.len() + chunk * rows * c;
         let len = (rows.min(dims.rows - chunk * rows)) * c;
@@ -462,8 +463,8 @@ fn for_chunks<T: Send>(
         return;
     }
     let chunk = chunk_rows(dims.c) * dims.c;
-    out.par_chunks_mut(dims.len()).enumerate().for_each(|(g, out)| {
-        out.par_chunks_mut(chunk).enumerate().for_each(|(i, rows)| {
+    out.par_chunks_mut(dims.len()).enumerate().each(|(g, out)| {
+        out.par_chunks_mut(chunk).enumerate().each(|(i, rows)| {
             f(g, g * dims.len() + i * chunk, rows);
         });
     });

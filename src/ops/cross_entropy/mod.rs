@@ -4,6 +4,7 @@
 
 mod cuda;
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -83,7 +84,7 @@ pub fn cross_entropy<'t>(x: &Var<'t>, labels: &Tensor) -> Var<'t> {
                     dx.iter_mut().for_each(|dx| *dx *= factor);
                     dx[label as usize] -= scale as f32;
                 };
-                device.run(|| dx.par_chunks_mut(k).zip(rows).for_each(softmax));
+                device.run(|| dx.par_chunks_mut(k).zip(rows).each(softmax));
             }
             _ => {
                 let rows = x_value.data::<f64>().chunks_exact(k).zip(labels.data::<i32>());

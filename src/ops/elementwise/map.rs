@@ -1,5 +1,6 @@
 //! The helper of the elementwise primitives: one expression for all devices.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -88,7 +89,7 @@ pub(super) fn map_with(
             let (y, x) = (y.data_mut::<T>(), x.data::<T>());
             device.run(|| {
                 let pairs = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-                pairs.for_each(|(y, x)| map_chunk(y, x, &on_cpu));
+                pairs.each(|(y, x)| map_chunk(y, x, &on_cpu));
             });
         }),
         DeviceKind::Cuda => on_cuda(launch(x), &mut y, x.len() as i64),
@@ -121,7 +122,7 @@ pub(super) fn zip_with(
             device.run(|| {
                 let inputs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
                 let all = y.par_chunks_mut(CHUNK).zip(inputs);
-                all.for_each(|(y, (a, b))| zip_chunk(y, a, b, &on_cpu));
+                all.each(|(y, (a, b))| zip_chunk(y, a, b, &on_cpu));
             });
         }),
         DeviceKind::Cuda => on_cuda(launch(a), &mut y, a.len() as i64),

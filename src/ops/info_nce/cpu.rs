@@ -1,5 +1,6 @@
 //! The f32 path: tiles of similarities, blocks of queries in parallel. A tile stays in cache from its GEMM to its exponentials.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -59,7 +60,7 @@ pub(super) fn forward(
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let tasks = lse.par_chunks_mut(BLOCK).zip(workspace.par_chunks_mut(BLOCK * TILE));
-    tasks.enumerate().for_each(|(b, (lse, tile))| {
+    tasks.enumerate().each(|(b, (lse, tile))| {
         let mut sums = [0.0_f64; BLOCK];
         let mut maxima = [inv_t; BLOCK];
         for r in 0..lse.len() {
@@ -100,7 +101,7 @@ pub(super) fn query_gradient(
     let d = dims.d;
     let inv_t = (1.0 / dims.temperature) as f32;
     let tasks = dq.par_chunks_mut(BLOCK * d).zip(workspace.par_chunks_mut(BLOCK * TILE));
-    tasks.enumerate().for_each(|(b, (dq, tile))| {
+    tasks.enumerate().each(|(b, (dq, tile))| {
         let block = dq.len() / d;
         for (r, dq) in dq.chunks_exact_mut(d).enumerate() {
             let i = b * BLOCK + r;

@@ -5,6 +5,7 @@
 
 mod cuda;
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::arena::{Arena, Param, Parts};
@@ -101,7 +102,7 @@ fn normalize_row<T: Float>(row: &mut [T]) {
 
 fn forward_cpu<T: Activation>(y: &mut [f32], norms: &mut [f32], x: &[T], d: usize) {
     let rows = y.par_chunks_mut(d.max(1)).zip(x.par_chunks(d.max(1)));
-    rows.zip(norms).for_each(|((y, x), norm)| {
+    rows.zip(norms).each(|((y, x), norm)| {
         let square: f64 = x.iter().map(|v| v.widen().powi(2)).sum();
         *norm = square.sqrt() as f32;
         let scale = 1.0 / norm.max(EPS as f32);
@@ -113,7 +114,7 @@ fn forward_cpu<T: Activation>(y: &mut [f32], norms: &mut [f32], x: &[T], d: usiz
 
 fn backward_cpu<T: Activation>(dx: &mut [T], dy: &[f32], y: &[f32], norms: &[f32], d: usize) {
     let inputs = dy.par_chunks(d.max(1)).zip(y.par_chunks(d.max(1))).zip(norms);
-    dx.par_chunks_mut(d.max(1)).zip(inputs).for_each(|(dx, ((dy, y), &norm))| {
+    dx.par_chunks_mut(d.max(1)).zip(inputs).each(|(dx, ((dy, y), &norm))| {
         let scale = 1.0 / norm.max(EPS as f32);
         let dot = if norm > EPS as f32 {
             y.iter().zip(dy).map(|(&y, &dy)| f64::from(y) * f64::from(dy)).sum::<f64>() as f32

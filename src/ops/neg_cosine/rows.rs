@@ -1,5 +1,6 @@
 //! Loops over rows, generic over the CPU's types and the reference device's f64.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::ops::l2_normalize::EPS;
@@ -24,7 +25,7 @@ pub(super) fn sum_of_cosines<T: Float>(p: &[T], z: &[T], d: usize) -> f64 {
 /// Fills `dx = scale (ô - c x̂) / |x|`, where `o` is the other side.
 pub(super) fn gradient<T: Float>(dx: &mut [T], x: &[T], other: &[T], d: usize, scale: f64) {
     let rows = dx.par_chunks_mut(d).zip(x.par_chunks(d)).zip(other.par_chunks(d));
-    rows.for_each(|((dx, x), other)| {
+    rows.each(|((dx, x), other)| {
         let ((inverse, constant), (inverse_other, _)) = (inverse_norm(x), inverse_norm(other));
         let cosine = if constant { 0.0 } else { dot(x, other) * inverse * inverse_other };
         for (dx, (x, other)) in dx.iter_mut().zip(x.iter().zip(other)) {

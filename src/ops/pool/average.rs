@@ -1,5 +1,6 @@
 //! Average pooling of small windows; loops generic over the CPU's types and the reference device's f64, with sums in f64.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::cuda;
@@ -85,7 +86,7 @@ pub fn avg_pool<'t>(x: &Var<'t>, size: usize, stride: usize) -> Var<'t> {
 fn forward<T: Float>(y: &mut [T], x: &[T], dims: AvgPoolDims) {
     let AvgPoolDims { h, w, c, p, q, .. } = dims;
     let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
-    images.for_each(|(y, x)| {
+    images.each(|(y, x)| {
         let mut sums = vec![0.0; c];
         for (o, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
             sums.fill(0.0);
@@ -101,7 +102,7 @@ fn forward<T: Float>(y: &mut [T], x: &[T], dims: AvgPoolDims) {
 fn backward<T: Float>(dx: &mut [T], dy: &[T], dims: AvgPoolDims) {
     let AvgPoolDims { h, w, c, p, q, .. } = dims;
     let images = dx.par_chunks_mut((h * w * c).max(1)).zip(dy.par_chunks((p * q * c).max(1)));
-    images.for_each(|(dx, dy)| {
+    images.each(|(dx, dy)| {
         dx.fill(T::narrow(0.0));
         for (o, dy) in dy.chunks_exact(c.max(1)).enumerate() {
             let (pixels, all) = dims.window(o);

@@ -1,6 +1,7 @@
 //! Max pooling. It only compares, so one generic loop serves the CPU and the reference device. `wide` turns an element into the
 //! type that is compared and that gradients add up in: f32 for bf16, otherwise its own.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -114,7 +115,7 @@ fn forward<T: Element, W: PartialOrd>(
     let (y, x) = (y.data_mut::<T>(), x.data::<T>());
     device.run(|| {
         let images = y.par_chunks_mut((p * q * c).max(1)).zip(x.par_chunks((h * w * c).max(1)));
-        images.for_each(|(y, x)| {
+        images.each(|(y, x)| {
             for (o, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
                 for (i, pixel) in dims.pixels(o / q, o % q).enumerate() {
                     for (y, &x) in y.iter_mut().zip(&x[pixel..pixel + c]) {
@@ -142,7 +143,7 @@ fn backward<T: Element, W: Element + PartialOrd + std::ops::AddAssign + Default>
     let (input, output) = ((h * w * c).max(1), (p * q * c).max(1));
     device.run(|| {
         let images = x.par_chunks(input).zip(dy.par_chunks(output).zip(y.par_chunks(output)));
-        dx.par_chunks_mut(input).zip(images).for_each(|(dx, (x, (dy, y)))| {
+        dx.par_chunks_mut(input).zip(images).each(|(dx, (x, (dy, y)))| {
             dx.fill(W::default());
             // The gradient of each channel that is still to be assigned: the first largest pixel receives all of it.
             let mut rest = vec![W::default(); c];

@@ -1,5 +1,6 @@
 //! Global mean pooling; loops generic over the CPU's types and the reference device's f64, with sums in f64.
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::cuda;
@@ -44,7 +45,7 @@ fn forward<T: Float>(y: &mut Tensor, x: &Tensor, device: &Device) {
     let image = x.shape()[1] * x.shape()[2] * c;
     let (y, x) = (y.data_mut::<T>(), x.data::<T>());
     device.run(|| {
-        y.par_chunks_mut(c).zip(x.par_chunks(image)).for_each(|(y, x)| {
+        y.par_chunks_mut(c).zip(x.par_chunks(image)).each(|(y, x)| {
             for (j, y) in y.iter_mut().enumerate() {
                 let sum: f64 = x.iter().skip(j).step_by(c).map(|v| v.widen()).sum();
                 *y = T::narrow(sum / (image / c) as f64);
@@ -58,7 +59,7 @@ fn backward<T: Float>(dx: &mut Tensor, dy: &Tensor, device: &Device) {
     let image = dx.shape()[1] * dx.shape()[2] * c;
     let (dx, dy) = (dx.data_mut::<T>(), dy.data::<T>());
     device.run(|| {
-        dx.par_chunks_mut(image).zip(dy.par_chunks(c)).for_each(|(dx, dy)| {
+        dx.par_chunks_mut(image).zip(dy.par_chunks(c)).each(|(dx, dy)| {
             for pixel in dx.chunks_exact_mut(c) {
                 for (dx, &dy) in pixel.iter_mut().zip(dy) {
                     *dx = T::narrow(dy.widen() / (image / c) as f64);

@@ -1,6 +1,7 @@
 //! The f32 path: `Q_ij = v_i E_ij u_j` with `E` in f32, and the factors `u` of prototypes and `v` of rows in f64. An iteration
 //! reads `E` once and writes only the factors.
 
+use crate::cpu::parallel::Each;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -17,7 +18,7 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
     let mut max = [scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)];
     group.all_reduce_max("Sinkhorn's maximum", &mut max);
     let inv = 1.0 / epsilon;
-    e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).for_each(|(e, s)| {
+    e.par_chunks_mut(ROWS * k).zip(scores.par_chunks(ROWS * k)).each(|(e, s)| {
         exp_into(e, s, inv, f64::from(max[0]) * inv);
     });
     // The initial division of `Q` by its sum cancels in the first division by column.
@@ -26,13 +27,13 @@ pub(super) fn assign(e: &mut [f32], scores: &[f32], dims: SinkhornDims, group: &
         let mut sums = column_sums(e, &v, k);
         group.all_reduce_sum("Sinkhorn's sums", &mut sums);
         u.iter_mut().zip(&sums).for_each(|(u, sum)| *u = share(*sum, k as f64));
-        v.par_chunks_mut(ROWS).zip(e.par_chunks(ROWS * k)).for_each(|(v, e)| {
+        v.par_chunks_mut(ROWS).zip(e.par_chunks(ROWS * k)).each(|(v, e)| {
             for (v, row) in v.iter_mut().zip(e.chunks_exact(k)) {
                 *v = share(dot(row, &u), all_rows);
             }
         });
     }
-    e.par_chunks_mut(k).zip(&v).for_each(|(row, v)| {
+    e.par_chunks_mut(k).zip(&v).each(|(row, v)| {
         scale(row, &u, v * all_rows);
     });
 }

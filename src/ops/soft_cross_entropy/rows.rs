@@ -1,6 +1,7 @@
 //! Loops over rows, generic over the CPU's f32 and the reference device's f64: exponentials in that type, sums in f64 in lanes
 //! that are added in order.
 
+use crate::cpu::parallel::Each;
 use bytemuck::{cast_slice, cast_slice_mut};
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -77,7 +78,7 @@ pub(super) fn gradient<T: Float>(
 ) {
     let factor = 1.0 / temperature;
     let rows = dx.par_chunks_mut(k).zip(x.par_chunks(k)).zip(q.par_chunks(k));
-    rows.for_each(|((dx, x), q)| {
+    rows.each(|((dx, x), q)| {
         let mass: f64 = q.iter().map(|q| q.widen()).sum();
         exp_into(dx, x, factor, log_sum_exp(x, factor));
         difference(dx, q, mass, scale);
@@ -87,5 +88,5 @@ pub(super) fn gradient<T: Float>(
 pub(super) fn softmax<T: Float>(y: &mut [T], x: &[T], k: usize, temperature: f64) {
     let factor = 1.0 / temperature;
     let rows = y.par_chunks_mut(k.max(1)).zip(x.par_chunks(k.max(1)));
-    rows.for_each(|(y, x)| exp_into(y, x, factor, log_sum_exp(x, factor)));
+    rows.each(|(y, x)| exp_into(y, x, factor, log_sum_exp(x, factor)));
 }

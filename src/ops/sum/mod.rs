@@ -3,6 +3,7 @@
 
 mod cuda;
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -100,8 +101,8 @@ fn forward<Y: Float, X: Float>(y: &mut [Y], x: &[X], dims: SumDims) {
             *y = Y::narrow(factor * sum);
         });
     }
-    y.par_chunks_mut(inner.max(1)).enumerate().for_each(|(o, y)| {
-        y.par_chunks_mut(COLUMNS).enumerate().for_each(|(chunk, y)| {
+    y.par_chunks_mut(inner.max(1)).enumerate().each(|(o, y)| {
+        y.par_chunks_mut(COLUMNS).enumerate().each(|(chunk, y)| {
             let mut sums = [0.0; COLUMNS];
             for i in 0..n {
                 let row = &x[(o * n + i) * inner + chunk * COLUMNS..][..y.len()];
@@ -115,7 +116,7 @@ fn forward<Y: Float, X: Float>(y: &mut [Y], x: &[X], dims: SumDims) {
 fn backward<X: Float, Y: Float>(dx: &mut [X], dy: &[Y], dims: SumDims) {
     let SumDims { n, inner, factor, .. } = dims;
     let rows = dx.par_chunks_mut(inner.max(1)).with_min_len((CHUNK / inner.max(1)).max(1));
-    rows.enumerate().for_each(|(row, dx)| {
+    rows.enumerate().each(|(row, dx)| {
         let dy = &dy[row / n * inner..][..inner];
         dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = X::narrow(factor * dy.widen()));
     });

@@ -2,6 +2,7 @@
 
 mod cuda;
 
+use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use crate::device::DeviceKind;
@@ -40,7 +41,7 @@ fn transposed(x: &Tensor) -> Tensor {
 /// Tile by tile, so that the strided reads stay in cache.
 fn copy<T: Element>(y: &mut [T], x: &[T], rows: usize, columns: usize) {
     const SIDE: usize = 32;
-    y.par_chunks_mut((SIDE * rows).max(1)).enumerate().for_each(|(tile, y)| {
+    y.par_chunks_mut((SIDE * rows).max(1)).enumerate().each(|(tile, y)| {
         for first_row in (0..rows).step_by(SIDE) {
             for (j, y) in y.chunks_exact_mut(rows).enumerate() {
                 let column = tile * SIDE + j;

@@ -4,6 +4,7 @@
 //! out, and strides and padding cost nothing. A task packs the rows of 16 or 32 images that a band of output rows meets, `[row][column]
 //! [step][16 images][32 channels]`, and runs through the filters, 32 at a time.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -210,7 +211,7 @@ pub unsafe fn run(
     let (taps, wanted) = (p.r * p.s, moments.is_some());
     // SAFETY: the part has these bytes.
     unsafe { parts.zeros.at(0).write_bytes(0, cut.steps * TILE) };
-    (0..cut.blocks * taps).into_par_iter().for_each(|i| {
+    (0..cut.blocks * taps).into_par_iter().each(|i| {
         let (block, tap) = (i / taps, i % taps);
         let to = parts.filters.at(i * cut.steps * 2 * TILE);
         let (right, tap, line) = if p.gradient {
@@ -221,7 +222,7 @@ pub unsafe fn run(
         // SAFETY: AVX2 comes with tiles; the filters of a tap are a matrix with these lines.
         unsafe { pack_right(to, right, w.row().wrapping_add(tap), line, (p.c, p.k), block) };
     });
-    (0..cut.tasks()).into_par_iter().for_each(|task| {
+    (0..cut.tasks()).into_par_iter().each(|task| {
         // SAFETY: the caller vouches for tiles and memory; tasks write different outputs, and have slots of their own.
         parts.slabs.lend(|slab| unsafe {
             band(p, &cut, &parts, (task, slab), out, x, accumulate, wanted);

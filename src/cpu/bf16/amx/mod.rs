@@ -16,6 +16,7 @@ mod scratch;
 mod tile;
 mod weight;
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -173,7 +174,7 @@ pub fn data_gradient(
     }
     // Pixels that the stride leaves out have no gradient.
     if d.n * d.p * d.q < d.n * d.h * d.w && !accumulate {
-        dx.par_chunks_mut(1 << 16).for_each(|dx| dx.fill(bf16::ZERO));
+        dx.par_chunks_mut(1 << 16).each(|dx| dx.fill(bf16::ZERO));
     }
     let product = Product {
         m: d.n * d.p * d.q,

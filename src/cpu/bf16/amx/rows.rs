@@ -4,6 +4,7 @@
 //! `B` is packed once. A task takes a block of rows that stays in the second-level cache and runs through the columns of `B`, 32
 //! at a time. Tiles of `A` are loaded from the tensor itself where rows are whole steps of 32.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -229,13 +230,13 @@ pub unsafe fn run(
     let parts = parts(&mut scratch, &cut, n, k, a_rows, moments.is_some());
     let line = if right == Right::Transposed { k } else { n };
     let b = Shared::of(b);
-    (0..cut.columns).into_par_iter().for_each(|column| {
+    (0..cut.columns).into_par_iter().each(|column| {
         let to = parts.right.at(column * cut.steps * 2 * TILE);
         // SAFETY: AVX2 comes with tiles; `b` is a matrix of these sizes, and each task writes columns of its own.
         unsafe { pack_right(to, right, b.row(), line, (k, n), column) };
     });
     let wanted = moments.is_some();
-    (0..cut.tasks()).into_par_iter().for_each(|task| {
+    (0..cut.tasks()).into_par_iter().each(|task| {
         // SAFETY: the caller vouches for the tiles and `c`; tasks write different blocks, and have slots of their own.
         parts
             .panels

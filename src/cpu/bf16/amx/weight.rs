@@ -8,6 +8,7 @@
 //! The sum is cut into chunks and the filters into sets; chunks are added in order. With one chunk the tiles start from `dw`
 //! and end there.
 
+use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -260,13 +261,13 @@ pub unsafe fn run(reduction: &Reduction, dw: &mut [f32], accumulate: bool, works
     let mut scratch = Scratch::new(workspace);
     let parts = parts(&mut scratch, &cut, d);
     if cut.sets > 1 {
-        (0..cut.packs).into_par_iter().for_each(|pack| {
+        (0..cut.packs).into_par_iter().each(|pack| {
             // SAFETY: AVX2 comes with tiles; each task writes a pack of its own.
             unsafe { pack_x(reduction, &cut, pack, parts.x.at(pack * cut.x_pack(d))) };
         });
     }
     let gradient = Gradient(dw.as_mut_ptr());
-    (0..cut.chunks * cut.sets).into_par_iter().for_each(|task| {
+    (0..cut.chunks * cut.sets).into_par_iter().each(|task| {
         // SAFETY: the caller vouches for tiles and operands; tasks write different filters of different chunks, and have slots of
         // their own.
         parts.packs.lend(|pack| unsafe {
@@ -279,18 +280,16 @@ pub unsafe fn run(reduction: &Reduction, dw: &mut [f32], accumulate: bool, works
     let (taps, c) = (d.r * d.s, d.c);
     let line = cut.c_blocks * SIDE;
     let sums = parts.sums.floats(cut.chunks * parts.chunk);
-    dw.par_chunks_mut(c).with_min_len((1 << 12) / c.min(1 << 12)).enumerate().for_each(
-        |(i, dw)| {
-            let at = (i / taps * taps + i % taps) * line;
-            let chunk = |chunk: usize| &sums[chunk * parts.chunk + at..][..c];
-            if accumulate {
-                add(dw, chunk(0));
-            } else {
-                dw.copy_from_slice(chunk(0));
-            }
-            (1..cut.chunks).for_each(|i| add(dw, chunk(i)));
-        },
-    );
+    dw.par_chunks_mut(c).with_min_len((1 << 12) / c.min(1 << 12)).enumerate().each(|(i, dw)| {
+        let at = (i / taps * taps + i % taps) * line;
+        let chunk = |chunk: usize| &sums[chunk * parts.chunk + at..][..c];
+        if accumulate {
+            add(dw, chunk(0));
+        } else {
+            dw.copy_from_slice(chunk(0));
+        }
+        (1..cut.chunks).for_each(|i| add(dw, chunk(i)));
+    });
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
