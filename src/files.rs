@@ -118,11 +118,17 @@ pub(crate) fn is_partial(name: &OsStr) -> bool {
 }
 
 /// Removes the temporary files that killed processes left in a folder.
-pub(crate) fn remove_partial_files(folder: &Path) {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| is_partial(&entry.file_name())) {
-        let _ = std::fs::remove_file(entry.path()); // a leftover does no harm
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub(crate) fn remove_partial_files(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let entry = entry.map_err(Error::io(folder))?;
+        if is_partial(&entry.file_name()) {
+            let _ = std::fs::remove_file(entry.path()); // a leftover does no harm
+        }
     }
+    Ok(())
 }
 
 /// Creates a folder and those above it, unless it is there.
@@ -299,7 +305,7 @@ mod tests {
             link(&name);
         }
         write_file(&folder.join("page"), b"new").unwrap();
-        remove_partial_files(&folder);
+        remove_partial_files(&folder).unwrap();
         assert_eq!(names(&folder), [".lock", "metrics.jsonl", "page", "recipe.toml"]);
         assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
     }

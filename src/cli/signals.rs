@@ -9,12 +9,13 @@ use signal_hook::flag;
 
 use crate::error::{Error, Result};
 
-/// Returns a flag that the first signal sets. The second signal ends the program at once.
+/// Returns a flag that the first signal sets. While it is set, a signal ends the program at once, as one ends a program without
+/// handlers: who started the program sees the signal, not an exit code without a sentence.
 pub(super) fn stop() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for &signal in TERM_SIGNALS.iter().chain(HANG_UP) {
         // The order matters: the first signal must find the flag unset.
-        flag::register_conditional_shutdown(signal, 1, stop.clone())
+        flag::register_conditional_default(signal, stop.clone())
             .and_then(|_| flag::register(signal, stop.clone()))
             .map_err(Error::io("signal handler"))?;
     }

@@ -104,7 +104,7 @@ pub(super) fn lock(folder: &Path) -> Result<File> {
     let file = open_own(&path, false)?;
     match file.try_lock() {
         Ok(()) => {
-            remove_partial_files(folder);
+            remove_partial_files(folder)?;
             Ok(file)
         }
         Err(TryLockError::WouldBlock) => {

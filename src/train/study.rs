@@ -268,14 +268,16 @@ impl Study {
             }
             Err(error) => return Err(error),
         }
-        // A run that stopped before its first step leaves no folder.
+        // A run that stopped before its first step leaves no folder; that of a whole run is not made again if somebody removed it
+        // with the weights, which a later arm may start from.
         if outcome.stopped.is_none() || is_folder(&folder)? {
             outcome.read_metrics(&folder.join("metrics.jsonl"))?;
+        } else {
+            create_folder(&folder)?;
         }
         outcome.values.insert("seconds".into(), start.elapsed().as_secs_f64());
         let mib = device.memory_use().peak as f64 / (1 << 20) as f64;
         outcome.values.insert("memory_mib".into(), mib);
-        create_folder(&folder)?;
         write_outcome(&folder, &outcome)?;
         Ok(outcome)
     }
