@@ -49,6 +49,8 @@ pub struct LabelTable {
     rows: Vec<Row>,
     classes: Vec<String>,
     has_splits: bool,
+    /// Whether the first row names the columns.
+    has_header: bool,
 }
 
 /// A row of a table.
@@ -101,12 +103,14 @@ impl LabelTable {
             .delimiter(if is_tsv { b'\t' } else { b',' })
             .from_reader(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes));
         let (mut columns, mut rows, mut names) = (None, Vec::new(), Vec::new());
+        let mut has_header = false;
         for record in reader.records() {
             let record = record.map_err(|error| Error::format(file, error.to_string()))?;
             if columns.is_none() {
                 let named = Columns::named(&record);
                 columns = Some(named.unwrap_or(Columns { file: 0, class: 1, split: None }));
-                if named.is_some() {
+                has_header = named.is_some();
+                if has_header {
                     continue;
                 }
             }
@@ -128,7 +132,7 @@ impl LabelTable {
         rows.iter_mut().zip(&names).for_each(|(row, name)| row.class = numbers[name]);
         let classes = classes.iter().map(|class| printable(OsStr::new(class))).collect();
         let has_splits = columns.is_some_and(|columns| columns.split.is_some());
-        Ok(Self { file: file.to_path_buf(), rows, classes, has_splits })
+        Ok(Self { file: file.to_path_buf(), rows, classes, has_splits, has_header })
     }
 
     /// Whether it says which split a file belongs to.
@@ -190,6 +194,13 @@ impl LabelTable {
                 );
             }
         }
+        if let [first, ..] = missing[..]
+            && self.may_be_header(first)
+        {
+            let what = "names no image and has a class that no other row has: if it names the columns, call them `file` and `label`; \
+                        else remove it";
+            return wrong(first.line, what.into());
+        }
         let table = self.file.display();
         if found.iter().all(Option::is_none) {
             let example = images.first().map_or("", String::as_str);
@@ -220,6 +231,15 @@ impl LabelTable {
         }
         let classes = found.iter().map(|row| row.map(|row| (row.class, row.split))).collect();
         Ok(Labelled { classes, notes })
+    }
+}
+
+impl LabelTable {
+    /// Whether a row that names no image may be a first row of names that are not known.
+    fn may_be_header(&self, row: &Row) -> bool {
+        let is_first = self.rows.first().is_some_and(|first| first.line == row.line);
+        let alone = self.rows.iter().filter(|other| other.class == row.class).count() == 1;
+        !self.has_header && is_first && alone && self.rows.len() > 1
     }
 }
 
@@ -279,6 +299,9 @@ impl Columns {
         let (name, class) = (name.trim(), class.trim());
         if name.is_empty() || class.is_empty() {
             return Ok(None);
+        }
+        if name.contains(['\n', '\r']) || class.contains(['\n', '\r']) {
+            return Err(wrong("a quote begins here that is not closed in the same line".into()));
         }
         let split = match self.split.and_then(|column| record.get(column)).map(str::trim) {
             None | Some("") => Split::Train,
@@ -391,6 +414,12 @@ mod tests {
                 "has no images of the test split by the table of labels",
             ),
             ("a.png,cat\nb.png,\"dog\n", Split::Train, ""), // an open quote ends with the file
+            ("a.png,cat\nb.png,\"dog\nc.png,cat\n", Split::Train, "line 2: a quote begins here"),
+            (
+                "image_path,breed_name\na.png,cat\nb.png,dog\n",
+                Split::Train,
+                "line 1: names no image and has a class that no other row has: if it names the columns",
+            ),
         ] {
             match (labelled(table, split), message) {
                 (Ok((rows, _)), "") => assert_eq!(rows, ["a.png cat", "b.png dog"]),
