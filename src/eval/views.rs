@@ -38,6 +38,8 @@ pub(crate) const FEATURES: &str = "features";
 /// What a backbone's features are worth, measured without labels. Shares are in `0..=1`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
+    /// Images whose views were compared, and features of each: with few of either, ranks are low and views are matched by chance.
+    pub compared: [usize; 2],
     /// [`rank_me`] of the features of up to 1,024 images.
     pub rank_me: f64,
     /// [`lidar`] of the features of [`VIEWS`] views of up to [`IMAGES`] images.
@@ -181,6 +183,7 @@ impl Views {
         let colours: Vec<f32> = self.pixels.chunks_exact(row).flat_map(colours).collect();
         let count = 2 * self.channels[0];
         Quality {
+            compared: [n, d],
             rank_me,
             lidar: lidar(features, d, VIEWS),
             alignment,

@@ -48,6 +48,10 @@ const FEW: [f64; 2] = [7.0, 0.5];
 /// Features of a lower RankMe use hardly more than a line: healthy runs were measured above 8.
 const FLAT: f64 = 4.0;
 
+/// Images that the shares of views and the rank were measured on, and features of the network: with fewer, ranks are low and views are
+/// matched in healthy runs, too.
+const JUDGED: [usize; 2] = [128, 64];
+
 /// Above this share of views found by pixels alone, nothing needs to be learnt.
 const EASY: f64 = 0.9;
 
@@ -74,6 +78,14 @@ impl History<'_> {
     /// The last measured value.
     fn last(&self, key: &[&str]) -> Option<f64> {
         self.all(key).next_back()
+    }
+
+    /// The last of the features' measures, if they were measured on enough images and features to be judged.
+    fn quality(&self, name: &str) -> Option<f64> {
+        let compared =
+            &self.epochs.iter().rfind(|epoch| !epoch["quality"].is_null())?["quality"]["compared"];
+        let [images, features] = [0, 1].map(|i| compared[i].as_u64().unwrap_or(0) as usize);
+        is_judged([images, features]).then(|| self.last(&["quality", name]))?
     }
 
     /// The mean loss over a part of the run, in shares of its steps.
@@ -103,6 +115,11 @@ pub fn diagnose(run: &History<'_>) -> Vec<Finding> {
     found
 }
 
+/// Whether measures of the features of so many images, and so many features, say anything.
+pub(super) fn is_judged(compared: [usize; 2]) -> bool {
+    compared.iter().zip(JUDGED).all(|(&count, enough)| count >= enough)
+}
+
 /// Describes the collapse that embeddings of this spread and features of this RankMe show, if they show one.
 pub(super) fn collapsed(std: f64, rank: f64, rank_me: Option<f64>) -> Option<String> {
     if std < NARROW {
@@ -121,7 +138,7 @@ pub(super) fn collapsed(std: f64, rank: f64, rank_me: Option<f64>) -> Option<Str
 
 fn collapse(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
     let spread = run.last(&["embedding_std"]).zip(run.last(&["effective_rank"]));
-    let rank_me = run.last(&["quality", "rank_me"]);
+    let rank_me = run.quality("rank_me");
     let seen = spread.and_then(|(std, rank)| collapsed(std, rank, rank_me));
     // The run's own sentence, up to its advice.
     let own = || run.stopped.filter(|why| why.contains("collapsed"))?.split(';').next();
@@ -155,8 +172,8 @@ fn rate(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
 
 /// Whether the views of an image can be told from those of others, and by what.
 fn views(run: &History<'_>, alarm: &mut dyn FnMut(Kind, String)) {
-    let share = |name| run.last(&["quality", name]);
-    let (Some(matched), Some(by_pixels)) = (share("matched"), share("matched_by_pixels")) else {
+    let shares = (run.quality("matched"), run.quality("matched_by_pixels"));
+    let (Some(matched), Some(by_pixels)) = shares else {
         return;
     };
     let percent = |share: f64| format!("{:.0}%", 100.0 * share);
@@ -222,7 +239,7 @@ mod tests {
         let mut epoch = json!({
             "embedding_std": 0.9, "effective_rank": 40.0, "knn": 0.4, "chance": 0.1, "prototypes_used": null,
             "monitors": { "update_ratio": 0.01 },
-            "quality": { "rank_me": 30.0, "matched": 0.5, "matched_by_colour": 0.1, "matched_by_pixels": 0.2 },
+            "quality": { "compared": [256, 64], "rank_me": 30.0, "matched": 0.5, "matched_by_colour": 0.1, "matched_by_pixels": 0.2 },
         });
         for (key, value) in changed {
             let pointer = format!("/{}", key.replace('.', "/"));
@@ -270,6 +287,15 @@ mod tests {
             assert_eq!(kinds(&epoch(&changed), &[]), [Kind::Collapsed]); // which explains it
         }
         assert_eq!(kinds(&epoch(&[("quality", Value::Null)]), &[]), [Kind::Sound]);
+        // Of ten images, or of a network of 16 features, neither rank nor matches say anything.
+        for compared in [json!([10, 64]), json!([256, 16]), Value::Null] {
+            let easy = ("quality.matched_by_pixels", json!(0.99));
+            let flat = ("quality.rank_me", json!(1.2));
+            assert_eq!(
+                kinds(&epoch(&[easy, flat, ("quality.compared", compared)]), &[]),
+                [Kind::Sound]
+            );
+        }
         assert!(diagnose(&History::default()).is_empty());
     }
 

@@ -18,6 +18,7 @@ use crate::files::{create_folder, find};
 use crate::methods::{self, Method, Reading, RunInfo, State};
 use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
+use crate::train::diagnosis::is_judged;
 use crate::train::evaluation::Accuracies;
 use crate::train::folder::{self, Folder};
 use crate::train::health::{collapse, divergence};
@@ -80,9 +81,6 @@ pub trait Watch {
 
 /// The fraction of an epoch spent waiting for data above which a warning is printed.
 const WAITING: f64 = 0.1;
-
-/// Networks of fewer features than this use few directions even when they learn.
-const JUDGED: usize = 64;
 
 /// A training run.
 pub struct Run {
@@ -645,9 +643,8 @@ impl Run {
 
     /// Says that the features have collapsed, if they have: embeddings whose batch norm or negatives keep them apart do not show it.
     fn check_features(&self, epoch: u32, quality: Option<&Quality>) -> Option<(Alarm, String)> {
-        let (epoch, rank_me) = (epoch + 1, quality?.rank_me);
-        let judged = self.method.backbone().features() >= JUDGED;
-        (judged && rank_me < self.recipe.watch.collapsed_rank_me).then(|| {
+        let (epoch, &Quality { rank_me, compared, .. }) = (epoch + 1, quality?);
+        (is_judged(compared) && rank_me < self.recipe.watch.collapsed_rank_me).then(|| {
             let sentence = format!(
                 "the features collapsed in epoch {epoch}: they use {rank_me:.1} directions (RankMe); \
                  lower optim.lr (selfsup tune-lr finds a rate) or lengthen optim.warmup_epochs"

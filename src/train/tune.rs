@@ -5,7 +5,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Quality, Spread};
 use crate::recipes::Recipe;
-use crate::train::diagnosis::collapsed;
+use crate::train::diagnosis::{collapsed, is_judged};
 use crate::train::{EpochReport, Run, StepReport, Watch};
 
 /// Rates that are tried, as multiples of the recipe's.
@@ -45,7 +45,8 @@ pub struct Advice {
 
 impl Tried {
     fn is_sound(&self) -> bool {
-        let rank_me = self.quality.as_ref().map(|quality| quality.rank_me);
+        let judged = self.quality.as_ref().filter(|quality| is_judged(quality.compared));
+        let rank_me = judged.map(|quality| quality.rank_me);
         let collapsed = |spread: Spread| collapsed(spread.std, spread.effective_rank, rank_me);
         self.failed.is_none() && self.spread.and_then(collapsed).is_none()
     }
