@@ -90,7 +90,14 @@ pub const CASES: &[Case] = &[
     case("simclr, any length", "simclr", &["method.normalise=false"], sgd),
     case("simclr, attract", "simclr", &["method.loss=attract", "method.predictor=8"], sgd),
     case("simclr-v2", "simclr-v2", &["method.memory=0"], lars),
+    case(
+        "simclr-v2, SGD, micro-batches",
+        "simclr-v2",
+        &["method.memory=0", MICRO[0], MICRO[1], MICRO[2]],
+        sgd,
+    ),
     case("simclr-v2, memory", "simclr-v2", &["method.memory=48"], lars),
+    case("simclr-v2, memory, SGD", "simclr-v2", &["method.memory=48"], sgd),
     case(
         "moco, groups and shuffle",
         "moco",
@@ -123,9 +130,11 @@ pub const CASES: &[Case] = &[
     case("byol, micro-batches", "byol", &MICRO, sgd),
     case("simsiam", "simsiam", &[], sgd),
     case("simsiam, alternating", "simsiam", &["method.target_every=2"], lars),
+    case("simsiam, micro-batches", "simsiam", &MICRO, sgd),
     case("supervised, SGD", "supervised", &["method.label_smoothing=0.1"], sgd),
     case("supervised, LARS", "supervised", &[], lars),
     case("distill", "distill", &[], sgd),
+    case("distill, LARS", "distill", &[], lars),
 ];
 
 impl Case {
