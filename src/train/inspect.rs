@@ -131,7 +131,15 @@ pub(super) fn crops(
     Ok(sizes.into_iter().map(black).collect())
 }
 
-/// Estimates the memory of a step at the recipe's batch with activations of this precision, by a line through two small batches.
+/// A step of this many seconds is long enough to estimate memory from.
+const LONG: f64 = 1.0;
+
+/// The share of the bytes per image by which those of the next batch may differ, and the images that it has at least: workspaces grow
+/// with the images up to a hundred or two.
+const SETTLED: (f64, usize) = (0.01, 256);
+
+/// Estimates the memory of a step at the recipe's batch with activations of this precision, by a line through two batches. Batches
+/// double until the bytes per image change no more, because the peak of a small one lies elsewhere; or until they are the recipe's own, or a step takes a second.
 ///
 /// # Errors
 /// As for [`measure`].
@@ -140,19 +148,30 @@ pub fn memory(recipe: &Recipe, precision: Precision) -> Result<Need> {
         let device = Device::cpu(recipe.train.threads)?.with_precision(precision)?;
         measure_on(recipe, images, &device)
     };
-    let (small, large) = (measured(fewest(recipe))?, measured(2 * fewest(recipe))?);
-    let images = large.images - small.images;
-    let slope = |small: usize, large: usize| large.saturating_sub(small) / images;
-    let per_image = slope(small.peak, large.peak);
-    let saved_per_image = slope(small.saved, large.saved);
-    let more = recipe.train.batch.saturating_sub(small.images);
-    Ok(Need {
-        fixed: small.fixed,
-        per_image,
-        saved_per_image,
-        in_all: small.peak + per_image * more,
-        batch: recipe.train.batch.max(small.images),
-    })
+    let least = fewest(recipe);
+    let most = (recipe.train.batch / least * least).max(2 * least);
+    let (mut small, mut before) = (measured(least)?, f64::NAN);
+    loop {
+        let large = measured((2 * small.images).min(most))?;
+        let images = large.images - small.images;
+        let slope = |small: usize, large: usize| large.saturating_sub(small) / images;
+        let saved_per_image = slope(small.saved, large.saved);
+        // A workspace that shrinks between two batches does not go on shrinking.
+        let per_image = slope(small.peak, large.peak).max(saved_per_image);
+        let differs = (per_image as f64 / before - 1.0).abs();
+        let settled = differs < SETTLED.0 && large.images >= SETTLED.1;
+        if settled || large.images == most || large.seconds > LONG {
+            let more = recipe.train.batch.saturating_sub(small.images);
+            return Ok(Need {
+                fixed: small.fixed,
+                per_image,
+                saved_per_image,
+                in_all: small.peak + per_image * more,
+                batch: recipe.train.batch.max(small.images),
+            });
+        }
+        (small, before) = (large, per_image as f64);
+    }
 }
 
 /// Measures how many seconds of computing an image of the recipe costs on this processor, all its views together, by a step of

@@ -132,24 +132,25 @@ fn small(recompute: bool) -> Recipe {
     recipe.with(&[format!("train.recompute={recompute}")]).unwrap()
 }
 
-fn off(said: usize, took: usize) -> f64 {
-    (said as f64 / took as f64 - 1.0).abs()
-}
-
-/// What `inspect --memory` says of a batch is about what its step takes: to 2% without recompute, to 13% with it, whose peak is no
-/// line in the batch.
+/// What `inspect --memory` says of a batch is what its step takes, or a little more.
 #[test]
 fn the_estimate_of_a_batch_is_what_its_step_takes() {
     let mut needs = Vec::new();
     for recompute in [false, true] {
-        let recipe = small(recompute);
         for precision in [Precision::F32, Precision::Bf16] {
-            let need = memory(&recipe, precision).unwrap();
-            let device = Device::cpu(0).unwrap().with_precision(precision).unwrap();
-            let took = measure_on(&recipe, recipe.train.batch, &device).unwrap().peak;
-            println!("{precision}, recompute {recompute}: {need:?}; took {took}");
-            assert!(off(need.in_all, took) < 0.25, "{precision}: {need:?}, took {took}");
-            needs.push(need);
+            for batch in [640, 48] {
+                let mut recipe = small(recompute);
+                recipe.train.batch = batch;
+                let need = memory(&recipe, precision).unwrap();
+                let device = Device::cpu(0).unwrap().with_precision(precision).unwrap();
+                let took = measure_on(&recipe, batch, &device).unwrap().peak;
+                println!("{precision}, recompute {recompute}: {need:?}; took {took}");
+                let share = need.in_all as f64 / took as f64;
+                assert!((0.98..1.1).contains(&share), "{precision}: {need:?}, took {took}");
+                if batch == 48 {
+                    needs.push(need);
+                }
+            }
         }
     }
     assert!(needs[2].in_all < needs[0].in_all && needs[3].in_all < needs[1].in_all, "{needs:?}");
