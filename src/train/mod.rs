@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod diagnosis;
+mod epoch;
 mod evaluation;
 mod exchanges;
 mod finetune;
