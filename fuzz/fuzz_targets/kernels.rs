@@ -4,4 +4,6 @@
 #[path = "../../tests/suite/kernel_fuzz.rs"]
 mod kernel_fuzz;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| kernel_fuzz::kernels(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    kernel_fuzz::kernels(bytes);
+});
