@@ -55,8 +55,9 @@ const JUDGED: [usize; 2] = [128, 64];
 /// Above this share of views found by pixels alone, nothing needs to be learnt.
 const EASY: f64 = 0.9;
 
-/// Below these shares of views matched, by features and by pixels, there is nothing to match: a pair among 256 images is 0.004.
-const HARD: [f64; 2] = [0.03, 0.05];
+/// Below these shares of views matched, by features and by pixels, there is nothing to match: a pair among 256 images is 0.004. By
+/// pixels, healthy runs were measured above 0.046, noise and crops of a hundredth of an image below 0.02.
+const HARD: [f64; 2] = [0.03, 0.03];
 
 /// What a run's log says, as far as the sentences need it.
 #[derive(Clone, Debug, Default)]
@@ -278,6 +279,7 @@ mod tests {
             ([0.99, 0.99], Kind::AugmentationWeak),
             ([0.01, 0.02], Kind::NothingToMatch),
             ([0.01, 0.07], Kind::Sound), // BYOL at its beginning
+            ([0.016, 0.047], Kind::Sound),
         ] {
             let [matched, by_pixels] = shares.map(|share| json!(share));
             let mut changed =
