@@ -40,4 +40,4 @@ pub use open::{open, open_as, open_labelled};
 pub use pack::{Pack, PackSettings, Packed, Stored, pack, pack_if};
 pub use source::{Format, Image, Source, Split, Subset};
 pub use survey::{Survey, survey};
-pub use table::{LabelTable, is_table};
+pub use table::{LabelTable, table_and_part};

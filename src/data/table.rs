@@ -79,10 +79,21 @@ pub(super) struct Labelled {
     pub(super) notes: Vec<String>,
 }
 
-/// Whether a value of `data.labels` is the name of a table, not of a list or a share.
-pub fn is_table(which: &str) -> bool {
-    let extension = Path::new(which.trim()).extension().and_then(OsStr::to_str);
-    extension.is_some_and(|e| e.eq_ignore_ascii_case("csv") || e.eq_ignore_ascii_case("tsv"))
+/// The table of classes that a value of `data.labels` names, if it does, and the part of the images that it asks for, if it does:
+/// `labels.csv`, `labels.csv 10%`, `10%`, or the name of a list.
+pub fn table_and_part(labels: &str) -> (Option<&str>, Option<&str>) {
+    let labels = labels.trim();
+    let (file, share) = match labels.rsplit_once(char::is_whitespace) {
+        Some((file, share)) if share.ends_with('%') => (file.trim_end(), Some(share)),
+        _ => (labels, None),
+    };
+    let extension = Path::new(file).extension().and_then(OsStr::to_str);
+    match extension {
+        Some(e) if e.eq_ignore_ascii_case("csv") || e.eq_ignore_ascii_case("tsv") => {
+            (Some(file), share)
+        }
+        _ => (None, Some(labels).filter(|labels| !labels.is_empty())),
+    }
 }
 
 impl LabelTable {

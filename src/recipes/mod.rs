@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Axes, Format, LabelTable, Pages, Policy, Reading, is_table};
+use crate::data::{Axes, Format, LabelTable, Pages, Policy, Reading, table_and_part};
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::methods::{self, Method};
@@ -142,13 +142,7 @@ impl DataSettings {
 
     /// The file of the table of classes that `labels` names, if it does, and the part of the images that it asks for, if it does.
     fn split_labels(&self) -> (Option<&str>, Option<&str>) {
-        let labels = self.labels.as_deref().map(str::trim).filter(|labels| !labels.is_empty());
-        let Some(labels) = labels else { return (None, None) };
-        let (file, share) = match labels.rsplit_once(char::is_whitespace) {
-            Some((file, share)) if share.ends_with('%') => (file.trim_end(), Some(share)),
-            _ => (labels, None),
-        };
-        if is_table(file) { (Some(file), share) } else { (None, Some(labels)) }
+        self.labels.as_deref().map_or((None, None), table_and_part)
     }
 
     /// The table of classes that `labels` names, if it does, and the part of the images that it asks for, if it does.
@@ -260,13 +254,13 @@ pub struct WatchSettings {
     /// Embeddings count as collapsed to a line below this effective rank. The deviation does not show it, because a batch norm at
     /// the end of a head keeps it up.
     pub collapsed_rank: f64,
-    /// Features, if they are 64 or more, count as collapsed if an evaluation measures a lower RankMe; healthy runs were measured above
-    /// 8. 0 for never.
+    /// Features count as collapsed if an evaluation measures a lower RankMe of them, on at least 64 features and 128 images; healthy runs
+    /// were measured above 8. 0 for never.
     pub collapsed_rank_me: f64,
     /// Below this many prototypes in use, all images count as having one assignment.
     pub collapsed_prototypes: f64,
-    /// A run counts as diverged if an epoch's mean loss reaches this multiple of the run's first loss (of 1, or MoCo's loss at chance, if that is less); 0
-    /// for never.
+    /// A run counts as diverged if an epoch's mean loss reaches this multiple of the run's first loss (of 1, or of MoCo's loss at
+    /// chance, if that is less); 0 for never.
     pub diverged: f64,
     /// Report divergence or collapse and carry on instead of stopping.
     pub carry_on: bool,

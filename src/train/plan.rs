@@ -199,7 +199,7 @@ pub fn plan(
 /// The table of labels among settings, if one is.
 fn table_in(settings: &[String]) -> Option<&str> {
     let labels = settings.iter().rev().find_map(|setting| setting.strip_prefix("data.labels="));
-    labels.filter(|labels| data::is_table(labels))
+    data::table_and_part(labels?).0
 }
 
 fn too_few(path: &str, readable: usize, broken: usize) -> Error {

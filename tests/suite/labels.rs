@@ -81,14 +81,13 @@ fn a_table_labels_a_flat_folder_in_every_command() {
         (&32.into(), &12.into()),
         "{found}"
     );
-    let plan = ["train", "photos", "--plan", "--device", "cpu", "--set", "data.labels=labels.csv"];
-    let [plan, _] = done(root, &plan);
-    assert!(
-        plan.contains(
-            "32 images, in colour, shorter side 24 pixels, 2 classes, 12 images held out"
-        ),
-        "{plan}"
-    );
+    // A share of the table's images is planned with its classes, too.
+    for labels in ["data.labels=labels.csv", "data.labels=labels.csv 50%"] {
+        let plan = ["train", "photos", "--plan", "--device", "cpu", "--set", labels];
+        let [plan, _] = done(root, &plan);
+        let found = "32 images, in colour, shorter side 24 pixels, 2 classes, 12 images held out";
+        assert!(plan.contains(found), "{labels}: {plan}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::NtXentDims;
 use crate::cpu::exp::{exp, sum_of_exp};
+use crate::cpu::parallel::Each;
 use crate::cpu::{Matrix, gemm_sequential};
 use crate::ops::gemm::similarity::FIXED_MAXIMUM_FROM;
 
@@ -46,7 +47,7 @@ pub(super) fn forward(
     let inv_t = (1.0 / dims.temperature) as f32;
     let fixed = dims.temperature >= FIXED_MAXIMUM_FROM;
     let tasks = lse.par_chunks_mut(BLOCK).zip(workspace.par_chunks_mut(BLOCK * TILE));
-    tasks.enumerate().for_each(|(b, (lse, tile))| {
+    tasks.enumerate().each(|(b, (lse, tile))| {
         let mut sums = [0.0_f64; BLOCK];
         let mut maxima = [if fixed { inv_t } else { f32::NEG_INFINITY }; BLOCK];
         tiles(tile, z, b * BLOCK, lse.len(), dims, |first, similarities, columns| {
@@ -90,7 +91,7 @@ pub(super) fn backward(
     let d = dims.d;
     let (inv_t, scale) = ((1.0 / dims.temperature) as f32, scale as f32);
     let tasks = dz.par_chunks_mut(BLOCK * d).zip(workspace.par_chunks_mut(BLOCK * TILE));
-    tasks.enumerate().for_each(|(b, (dz, tile))| {
+    tasks.enumerate().each(|(b, (dz, tile))| {
         let block = dz.len() / d;
         dz.fill(0.0);
         tiles(tile, z, b * BLOCK, block, dims, |first, weights, columns| {
