@@ -4,6 +4,7 @@
 //! [`tile`] and [`transform`] say what a kernel computes and which memory it touches, [`kernel`] selects an instance for an
 //! [`Isa`]. The caller packs the operands and is responsible for every address.
 
+pub mod block;
 mod isa;
 pub mod kernel;
 pub mod tile;

@@ -89,6 +89,7 @@ fn how(device: &Device) -> &'static str {
         return "";
     }
     match Bf16Path::current() {
+        Bf16Path::Avx512 => " by AVX512-BF16",
         Bf16Path::Amx => " by AMX tiles",
         Bf16Path::Portable => " without instructions for it: slower than train.precision=f32",
     }

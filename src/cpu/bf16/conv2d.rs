@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::convert::widen;
 use super::gemm::store;
-use super::{Bf16Path, Moments, amx, moments};
+use super::{Bf16Path, Moments, blocks, moments};
 use crate::cpu::conv2d::{self as f32_conv2d, Conv2dDims, Direction};
 
 /// Floats of scratch that `direction` needs. Depends on the dims and [`Bf16Path::current`] only.
@@ -73,7 +73,7 @@ pub(super) fn workspace_len_on(path: Bf16Path, d: &Conv2dDims, direction: Direct
         return 0;
     }
     match path {
-        Bf16Path::Amx => amx::conv2d_workspace_len(d, direction),
+        Bf16Path::Amx | Bf16Path::Avx512 => blocks::conv2d_workspace_len(path, d, direction),
         Bf16Path::Portable => {
             // As many groups as images: the most scratch that moments can need.
             let moments = moments::workspace_len(d.n * d.p * d.q, d.k, d.n);
@@ -128,7 +128,7 @@ pub(super) fn forward_on(
         return;
     }
     match path {
-        Bf16Path::Amx => amx::forward(y, x, w, moments, workspace, d),
+        Bf16Path::Amx | Bf16Path::Avx512 => blocks::forward(path, y, x, w, moments, workspace, d),
         Bf16Path::Portable => {
             let Widened { x, w, sums, workspace } =
                 Widened::new(d, Some(x), Some(w), None, workspace);
@@ -159,7 +159,9 @@ pub(super) fn data_gradient_on(
         return;
     }
     match path {
-        Bf16Path::Amx => amx::data_gradient(dx, dy, w, workspace, d, accumulate),
+        Bf16Path::Amx | Bf16Path::Avx512 => {
+            blocks::data_gradient(path, dx, dy, w, workspace, d, accumulate)
+        }
         Bf16Path::Portable => {
             let Widened { x, w, sums, workspace } =
                 Widened::new(d, None, Some(w), Some(dy), workspace);
@@ -187,7 +189,9 @@ pub(super) fn weight_gradient_on(
         return;
     }
     match path {
-        Bf16Path::Amx => amx::weight_gradient(dw, x, dy, workspace, d, accumulate),
+        Bf16Path::Amx | Bf16Path::Avx512 => {
+            blocks::weight_gradient(path, dw, x, dy, workspace, d, accumulate)
+        }
         Bf16Path::Portable => {
             let Widened { x, sums, workspace, .. } =
                 Widened::new(d, Some(x), None, Some(dy), workspace);

@@ -5,7 +5,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::convert::{add_rounded_sequential, bits_mut, round_sequential, widen};
-use super::{Bf16Path, amx};
+use super::{Bf16Path, blocks};
 use crate::cpu::{Matrix, gemm as gemm_f32};
 
 /// How the operands of `C [m, n] = A B` lie in memory; all matrices are row-major.
@@ -86,7 +86,7 @@ pub(super) fn workspace_len_on(path: Bf16Path, kind: GemmKind, size: GemmSize) -
     }
     match path {
         Bf16Path::Portable => (m + n) * k + m * n,
-        Bf16Path::Amx => amx::gemm_workspace_len(kind, size),
+        Bf16Path::Amx | Bf16Path::Avx512 => blocks::gemm_workspace_len(path, kind, size),
     }
 }
 
@@ -110,7 +110,7 @@ pub(super) fn gemm_on(path: Bf16Path, c: Output<'_>, gemm: &Gemm<'_>, workspace:
     }
     match path {
         Bf16Path::Portable => portable(c, gemm, workspace),
-        Bf16Path::Amx => amx::gemm(c, gemm, workspace),
+        Bf16Path::Amx | Bf16Path::Avx512 => blocks::gemm(path, c, gemm, workspace),
     }
 }
 

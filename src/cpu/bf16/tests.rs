@@ -13,12 +13,12 @@ const DIRECTIONS: [Direction; 3] =
 /// The paths of the machine. Tiles are emulated where they are missing.
 fn paths() -> impl Iterator<Item = Bf16Path> {
     let runs = |path: &Bf16Path| path.is_available() || emulated(*path);
-    [Bf16Path::Portable, Bf16Path::Amx].into_iter().filter(runs)
+    [Bf16Path::Portable, Bf16Path::Avx512, Bf16Path::Amx].into_iter().filter(runs)
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn emulated(path: Bf16Path) -> bool {
-    path == Bf16Path::Amx && amx::emulate::install()
+    path == Bf16Path::Amx && blocks::emulate::install()
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

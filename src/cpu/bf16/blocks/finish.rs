@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use crate::cpu::bf16::convert::{rounded, widened};
 use crate::cpu::bf16::moments::LINES;
 
-use super::tile::SIDE;
+use super::block::SIDE;
 
 /// Half a block of sums: sixteen rows of 32, and as a whole 4 KiB.
 #[repr(C, align(64))]

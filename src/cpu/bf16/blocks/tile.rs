@@ -6,10 +6,7 @@
 use std::arch::asm;
 use std::marker::PhantomData;
 
-/// Rows and columns of the block of sums that one run of products computes: two tiles by two.
-pub const SIDE: usize = 32;
-/// Bytes of a tile.
-pub const TILE: usize = 1024;
+use super::block::{Operands, Run, Sums};
 
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
@@ -24,37 +21,6 @@ struct Config {
 /// This thread's tiles, configured. Threads have tiles of their own, which the kernel saves when it switches threads and
 /// around signal handlers. Released when dropped: a thread whose tiles are in use costs 8 KiB at each switch.
 pub struct Tiles(PhantomData<*const ()>);
-
-/// The operands of some steps: addresses of the first tiles of two block rows of `a` and of two block columns of `b`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct Run {
-    pub a: [usize; 2],
-    pub b: [usize; 2],
-}
-
-/// The operands of a block of sums: `steps` (at least 1) tiles in each run. Strides are in bytes.
-#[derive(Clone, Copy)]
-pub struct Operands<'a> {
-    pub runs: &'a [Run],
-    pub steps: usize,
-    /// From one row of a tile of `a` to the next; rows of `b` are 64 bytes apart.
-    pub a_line: usize,
-    /// From a tile to that of the next step.
-    pub a_step: usize,
-    pub b_step: usize,
-}
-
-/// Where a block of sums goes.
-#[derive(Clone, Copy)]
-pub struct Sums {
-    /// The first rows of its two halves of 16 rows of 32 floats.
-    pub halves: [*mut f32; 2],
-    /// Bytes from a row to the next.
-    pub line: usize,
-    /// Whether the products are added to what is there.
-    pub accumulate: bool,
-}
 
 /// What the assembly reads, by offset.
 #[repr(C)]
@@ -92,11 +58,10 @@ impl Tiles {
     /// Computes a block of sums: 32 x 32, the products of all runs and steps in order.
     ///
     /// # Safety
-    /// All tiles that `operands` describes are readable: for each run and step 16 rows of 64 bytes at four addresses. The rows
-    /// of `sums` are writable, and readable if it accumulates.
+    /// As [`Multiplier::multiply`](super::block::Multiplier::multiply).
     #[inline]
     pub unsafe fn multiply(&self, operands: &Operands<'_>, sums: Sums) {
-        let Operands { runs, steps, a_line, a_step, b_step } = *operands;
+        let Operands { runs, steps, a_line, a_step, b_step, .. } = *operands;
         let Sums { halves, line, accumulate } = sums;
         let arguments = Arguments {
             halves,

@@ -12,10 +12,11 @@ use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::block::{Live, Multiplier, Operands, Run, SIDE, Sums, TILE};
 use super::pack::{self, Row};
 use super::rows::{Rows, gather};
 use super::scratch::{Part, Scratch, Shared, Slots};
-use super::tile::{Operands, Run, SIDE, Sums, TILE, Tiles};
+use crate::cpu::bf16::Bf16Path;
 use crate::cpu::conv2d::Conv2dDims;
 
 /// Tasks that a sum is cut into where its size allows it.
@@ -34,6 +35,7 @@ const GAP: usize = 64;
 /// The operands.
 #[derive(Clone, Copy)]
 pub struct Reduction {
+    by: Bf16Path,
     /// Of a plain product those of its stand-in.
     d: Conv2dDims,
     /// Of a plain product: pixels, and which of them `x` has.
@@ -43,25 +45,32 @@ pub struct Reduction {
 }
 
 impl Reduction {
-    pub fn convolution(d: &Conv2dDims, x: &[bf16], dy: &[bf16]) -> Self {
+    pub fn convolution(by: Bf16Path, d: &Conv2dDims, x: &[bf16], dy: &[bf16]) -> Self {
         if super::gathers(d) {
             let sizes = [d.k, d.r * d.s * d.c];
-            return Self::plain(d.n * d.p * d.q, sizes, Rows::Taps(*d), x, dy);
+            return Self::plain(by, d.n * d.p * d.q, sizes, Rows::Taps(*d), x, dy);
         }
         let (x_start, dy_start) = (Shared::of(x), Shared::of(dy));
         if (d.r, d.s, d.pad) == (1, 1, 0) {
-            return Self::plain(d.n * d.p * d.q, [d.k, d.c], Rows::met(d), x, dy);
+            return Self::plain(by, d.n * d.p * d.q, [d.k, d.c], Rows::met(d), x, dy);
         }
-        Self { d: *d, plain: None, x: x_start, dy: dy_start }
+        Self { by, d: *d, plain: None, x: x_start, dy: dy_start }
     }
 
     /// `dw [k, c] = dyᵀ x` over `pixels` rows.
-    pub fn plain(pixels: usize, [k, c]: [usize; 2], rows: Rows, x: &[bf16], dy: &[bf16]) -> Self {
+    pub fn plain(
+        by: Bf16Path,
+        pixels: usize,
+        [k, c]: [usize; 2],
+        rows: Rows,
+        x: &[bf16],
+        dy: &[bf16],
+    ) -> Self {
         let q = pixels.div_ceil(IMAGES).clamp(1, COLUMNS);
         let p = pixels.div_ceil(IMAGES * q).max(1);
         let (n, r, s, stride, pad) = (IMAGES, 1, 1, 1, 0);
         let d = Conv2dDims { n, h: p, w: q, c, k, r, s, p, q, stride, pad };
-        Self { d, plain: Some((pixels, rows)), x: Shared::of(x), dy: Shared::of(dy) }
+        Self { by, d, plain: Some((pixels, rows)), x: Shared::of(x), dy: Shared::of(dy) }
     }
 
     /// The gradients of a pixel, or nothing.
@@ -254,7 +263,7 @@ impl Gradient {
 /// Computes `dw [k, r, s, c]`, or adds to it.
 ///
 /// # Safety
-/// Tiles are available, and the slices of the reduction are still borrowed and of its sizes.
+/// The reduction's path is available, and the slices of the reduction are still borrowed and of its sizes.
 pub unsafe fn run(reduction: &Reduction, dw: &mut [f32], accumulate: bool, workspace: &mut [f32]) {
     let d = &reduction.d;
     let cut = Cut::new(d);
@@ -262,13 +271,13 @@ pub unsafe fn run(reduction: &Reduction, dw: &mut [f32], accumulate: bool, works
     let parts = parts(&mut scratch, &cut, d);
     if cut.sets > 1 {
         (0..cut.packs).into_par_iter().each(|pack| {
-            // SAFETY: AVX2 comes with tiles; each task writes a pack of its own.
+            // SAFETY: AVX2 comes with either path; each task writes a pack of its own.
             unsafe { pack_x(reduction, &cut, pack, parts.x.at(pack * cut.x_pack(d))) };
         });
     }
     let gradient = Gradient(dw.as_mut_ptr());
     (0..cut.chunks * cut.sets).into_par_iter().each(|task| {
-        // SAFETY: the caller vouches for tiles and operands; tasks write different filters of different chunks, and have slots of
+        // SAFETY: the caller vouches for path and operands; tasks write different filters of different chunks, and have slots of
         // their own.
         parts.packs.lend(|pack| unsafe {
             chunk(reduction, &cut, &parts, (task, pack), gradient, accumulate);
@@ -440,9 +449,10 @@ unsafe fn chunk(
         };
         // SAFETY: this task's memory.
         unsafe { pack_dy(reduction, cut, pack, (first_block * SIDE, 2 * blocks), dy) };
-        // SAFETY: the caller vouches for the tiles.
-        let tiles = unsafe { Tiles::new() };
+        // SAFETY: the caller vouches for the path.
+        let multiplier = unsafe { Multiplier::new(reduction.by) };
         for block in 0..blocks {
+            let filters = d.k - (first_block + block) * SIDE;
             for c_block in 0..cut.c_blocks {
                 for tap in 0..taps {
                     runs.clear();
@@ -458,11 +468,16 @@ unsafe fn chunk(
                         a_line: 64,
                         a_step: TILE,
                         b_step: TILE,
+                        live: Live {
+                            rows: [0, 16].map(|half| filters.saturating_sub(half).min(16)),
+                            columns: (d.c - c_block * SIDE).min(SIDE),
+                            ..Live::WHOLE
+                        },
                     };
                     let halves = [first, first.wrapping_add(16 * line)];
                     let sums = Sums { halves, line: line * 4, accumulate: started };
                     // SAFETY: packed tiles of this pack; whole blocks of the sums, or of `dw`, of this task's filters.
-                    unsafe { tiles.multiply(&operands, sums) };
+                    unsafe { multiplier.multiply(&operands, sums) };
                 }
             }
         }

@@ -8,12 +8,12 @@ use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::block::{Live, Multiplier, Operands, Run, SIDE, Sums, TILE, last_part};
 use super::finish::{Block, ColumnSums, Finish, Target};
 use super::pack::{self, Row};
 use super::scratch::{Part, Scratch, Shared, Slots};
-use super::tile::{Operands, Run, SIDE, Sums, TILE, Tiles};
-use crate::cpu::bf16::Moments;
 use crate::cpu::bf16::moments::LINES;
+use crate::cpu::bf16::{Bf16Path, Moments};
 use crate::cpu::conv2d::Conv2dDims;
 
 /// Bytes of a block of rows: it stays in the second-level cache beside the columns of `B`.
@@ -87,6 +87,7 @@ pub enum Right {
 
 #[derive(Clone, Copy)]
 pub struct Product<'a> {
+    pub by: Bf16Path,
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -217,7 +218,7 @@ pub fn scratch_len(m: usize, n: usize, k: usize, a_rows: Rows, groups: usize) ->
 /// Computes the product, and the moments of its columns.
 ///
 /// # Safety
-/// Tiles are available; `c` has the rows that `c_rows` names.
+/// The product's path is available; `c` has the rows that `c_rows` names.
 pub unsafe fn run(
     product: &Product<'_>,
     c: Target,
@@ -232,12 +233,12 @@ pub unsafe fn run(
     let b = Shared::of(b);
     (0..cut.columns).into_par_iter().each(|column| {
         let to = parts.right.at(column * cut.steps * 2 * TILE);
-        // SAFETY: AVX2 comes with tiles; `b` is a matrix of these sizes, and each task writes columns of its own.
+        // SAFETY: AVX2 comes with either path; `b` is a matrix of these sizes, and each task writes columns of its own.
         unsafe { pack_right(to, right, b.row(), line, (k, n), column) };
     });
     let wanted = moments.is_some();
     (0..cut.tasks()).into_par_iter().each(|task| {
-        // SAFETY: the caller vouches for the tiles and `c`; tasks write different blocks, and have slots of their own.
+        // SAFETY: the caller vouches for the path and `c`; tasks write different blocks, and have slots of their own.
         parts
             .panels
             .lend(|panel| unsafe { block(product, c, &cut, &parts, (task, panel), wanted) });
@@ -286,8 +287,8 @@ unsafe fn block(
         // SAFETY: a row of `a`, and a line of this task's panel.
         unsafe { pack::lines(to, row, k, cut.steps, 64) };
     }
-    // SAFETY: the caller vouches for the tiles.
-    let tiles = unsafe { Tiles::new() };
+    // SAFETY: the caller vouches for the path.
+    let multiplier = unsafe { Multiplier::new(product.by) };
     let mut sums = Block([0.0; SIDE * SIDE]);
     let start = sums.0.as_mut_ptr();
     for column in set * cut.set..((set + 1) * cut.set).min(cut.columns) {
@@ -303,19 +304,21 @@ unsafe fn block(
                 (panel.wrapping_add((i - packed) * line) as usize, line)
             };
             let run = Run { a: [left, left + 16 * a_line], b: [right, right + TILE] };
+            let rows = (count - i).min(SIDE);
+            let halves = [rows.min(16), rows.saturating_sub(16)];
             let operands = Operands {
                 runs: if k == 0 { &[] } else { &[run] },
                 steps: cut.steps,
                 a_line,
                 a_step: 64,
                 b_step: 2 * TILE,
+                live: Live { rows: halves, columns: finish.columns, terms: last_part(k) },
             };
             let halves = [start, start.wrapping_add(16 * SIDE)];
             // SAFETY: 32 rows of whole steps, of `a` or of the panel, and packed columns; the sums are a block of this task.
             unsafe {
-                tiles.multiply(&operands, Sums { halves, line: 4 * SIDE, accumulate: false })
+                multiplier.multiply(&operands, Sums { halves, line: 4 * SIDE, accumulate: false })
             };
-            let rows = (count - i).min(SIDE);
             match c_rows {
                 Rows::All => {
                     let to = c.offset((first + i) * n + at);

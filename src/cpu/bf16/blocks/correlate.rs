@@ -8,13 +8,13 @@ use crate::cpu::parallel::Each;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::block::{Live, Multiplier, Operands, Run, SIDE, Sums, TILE, last_part};
 use super::finish::{Block, ColumnSums, Finish, Target};
 use super::pack::{self, Row};
 use super::rows::{Right, pack_right, right_len};
 use super::scratch::{Part, Scratch, Shared, Slots};
-use super::tile::{Operands, Run, SIDE, Sums, TILE, Tiles};
-use crate::cpu::bf16::Moments;
 use crate::cpu::bf16::moments::LINES;
+use crate::cpu::bf16::{Bf16Path, Moments};
 use crate::cpu::conv2d::Conv2dDims;
 
 /// Images of a tile.
@@ -41,17 +41,32 @@ pub struct Problem {
     stride: usize,
     pad: usize,
     gradient: bool,
+    by: Bf16Path,
 }
 
 impl Problem {
-    pub fn forward(d: &Conv2dDims) -> Self {
+    pub fn forward(by: Bf16Path, d: &Conv2dDims) -> Self {
         let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
-        Self { n, h, w, c, out_h: p, out_w: q, k, r, s, stride, pad, gradient: false }
+        Self { n, h, w, c, out_h: p, out_w: q, k, r, s, stride, pad, gradient: false, by }
     }
 
-    pub fn data_gradient(d: &Conv2dDims) -> Self {
+    pub fn data_gradient(by: Bf16Path, d: &Conv2dDims) -> Self {
         let Conv2dDims { n, h, w, c, k, r, s, p, q, stride, pad } = *d;
-        Self { n, h: p, w: q, c: k, out_h: h, out_w: w, k: c, r, s, stride, pad, gradient: true }
+        Self {
+            n,
+            h: p,
+            w: q,
+            c: k,
+            out_h: h,
+            out_w: w,
+            k: c,
+            r,
+            s,
+            stride,
+            pad,
+            gradient: true,
+            by,
+        }
     }
 
     /// The input row (or column) of `len` that tap `tap` of output `o` meets, if any.
@@ -194,7 +209,7 @@ pub fn scratch_len(p: &Problem, groups: usize) -> usize {
 /// Computes the output, and its moments.
 ///
 /// # Safety
-/// Tiles are available; the slices and `out` are of the problem's sizes.
+/// The problem's path is available; the slices and `out` are of the problem's sizes.
 pub unsafe fn run(
     p: &Problem,
     out: Target,
@@ -219,11 +234,11 @@ pub unsafe fn run(
         } else {
             (Right::Transposed, tap * p.c, taps * p.c)
         };
-        // SAFETY: AVX2 comes with tiles; the filters of a tap are a matrix with these lines.
+        // SAFETY: AVX2 comes with either path; the filters of a tap are a matrix with these lines.
         unsafe { pack_right(to, right, w.row().wrapping_add(tap), line, (p.c, p.k), block) };
     });
     (0..cut.tasks()).into_par_iter().each(|task| {
-        // SAFETY: the caller vouches for tiles and memory; tasks write different outputs, and have slots of their own.
+        // SAFETY: the caller vouches for the path and the memory; tasks write different outputs, and have slots of their own.
         parts.slabs.lend(|slab| unsafe {
             band(p, &cut, &parts, (task, slab), out, x, accumulate, wanted);
         });
@@ -274,8 +289,8 @@ unsafe fn band(
         // SAFETY: rows of images that exist, into this task's slab.
         unsafe { pack_images(p, to, from, count, rows.clone(), cut.steps) };
     }
-    // SAFETY: the caller vouches for the tiles.
-    let tiles = unsafe { Tiles::new() };
+    // SAFETY: the caller vouches for the path.
+    let multiplier = unsafe { Multiplier::new(p.by) };
     let mut sums = Block([0.0; SIDE * SIDE]);
     let start = sums.0.as_mut_ptr();
     let mut runs = Vec::with_capacity(p.r * p.s);
@@ -293,6 +308,11 @@ unsafe fn band(
             let step = if cut.tiles == 2 { 1 } else { 2 };
             for q in (0..p.out_w).step_by(step) {
                 runs.clear();
+                let count_of = |half: usize| match cut.tiles {
+                    2 => images.saturating_sub(half * IMAGES).min(IMAGES),
+                    _ if q + half < p.out_w => images.min(IMAGES),
+                    _ => 0,
+                };
                 for r in 0..p.r {
                     let Some(row) = p.meets(o, r, p.h) else { continue };
                     for s in 0..p.s {
@@ -318,20 +338,17 @@ unsafe fn band(
                     a_line: 64,
                     a_step: TILE,
                     b_step: 2 * TILE,
+                    live: Live { rows: [0, 1].map(count_of), columns, terms: last_part(p.c) },
                 };
                 let halves = [start, start.wrapping_add(16 * SIDE)];
                 let block_sums = Sums { halves, line: 4 * SIDE, accumulate: false };
                 // SAFETY: packed pixels, zeros and filters; the sums are a block of this task.
-                unsafe { tiles.multiply(&operands, block_sums) };
+                unsafe { multiplier.multiply(&operands, block_sums) };
                 let to = first_image * out_image + (o * p.out_w + q) * p.k + block * SIDE;
                 for half in 0..2 {
-                    let (to, count) = if cut.tiles == 2 {
-                        (to + half * IMAGES * out_image, images.saturating_sub(half * IMAGES))
-                    } else {
-                        (to + half * p.k, if q + half < p.out_w { images } else { 0 })
-                    };
+                    let apart = if cut.tiles == 2 { IMAGES * out_image } else { p.k };
                     let sums = &sums.0[half * 16 * SIDE..][..16 * SIDE];
-                    let (count, to) = (count.min(IMAGES), out.offset(to));
+                    let (count, to) = (count_of(half), out.offset(to + half * apart));
                     if count > 0 {
                         // SAFETY: outputs of this task.
                         unsafe { finish.write(sums, to, out_image, count, column_sums.as_mut()) };
