@@ -122,3 +122,5 @@ mod stepwise_f32;
 mod studies;
 #[path = "suite/surface.rs"]
 mod surface;
+#[path = "suite/torchrun.rs"]
+mod torchrun;

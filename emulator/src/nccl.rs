@@ -75,6 +75,8 @@ enum What {
     /// With an `ncclRedOp_t`.
     AllReduce(u32),
     AllGather,
+    /// Of the values of this rank.
+    Broadcast(u32),
 }
 
 impl Call {
@@ -91,6 +93,7 @@ impl Call {
         let (what, reduction) = match self.what {
             What::AllReduce(reduction) => (0_u32, reduction),
             What::AllGather => (1, 0),
+            What::Broadcast(root) => (2, root),
         };
         let mut bytes = [0; 24];
         for (i, word) in [what, reduction, self.kind, 0].into_iter().enumerate() {
@@ -102,7 +105,11 @@ impl Call {
 
     fn from_bytes(bytes: [u8; 24]) -> Self {
         let word = |i: usize| u32::from_le_bytes(bytes[i * 4..][..4].try_into().expect("4 bytes"));
-        let what = if word(0) == 0 { What::AllReduce(word(1)) } else { What::AllGather };
+        let what = match word(0) {
+            0 => What::AllReduce(word(1)),
+            1 => What::AllGather,
+            _ => What::Broadcast(word(1)),
+        };
         let count = u64::from_le_bytes(bytes[16..].try_into().expect("8 bytes"));
         Self { what, kind: word(2), count }
     }
@@ -121,6 +128,7 @@ impl Call {
             What::AllReduce(2) => "all-reduces by maximum",
             What::AllReduce(_) => "all-reduces by mean",
             What::AllGather => "all-gathers",
+            What::Broadcast(_) => "broadcasts",
         };
         format!("{what} {} of type {kind}", self.count)
     }
@@ -244,6 +252,7 @@ impl Communicator {
                 all.swap_remove(0)
             }
             What::AllGather => all.concat(),
+            What::Broadcast(root) => all.swap_remove(root as usize),
         };
         for (i, link) in links.iter_mut().enumerate() {
             link.write_all(&[0; 8]).and_then(|()| link.write_all(&result)).map_err(lost(i + 1))?;
@@ -507,6 +516,23 @@ pub unsafe extern "C" fn ncclAllReduce(
     }
     let what = What::AllReduce(reduction as u32);
     queue(communicator, stream, Call { what, kind: kind as u32, count: count as u64 }, from, to)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclBroadcast(
+    from: usize,
+    to: usize,
+    count: usize,
+    kind: c_int,
+    root: c_int,
+    communicator: *const Communicator,
+    stream: usize,
+) -> c_int {
+    if !(0..unsafe { (*communicator).size } as c_int).contains(&root) {
+        return failed(INVALID_ARGUMENT, &format!("there is no rank {root} to broadcast from"));
+    }
+    let call = Call { what: What::Broadcast(root as u32), kind: kind as u32, count: count as u64 };
+    queue(communicator, stream, call, from, to)
 }
 
 #[unsafe(no_mangle)]

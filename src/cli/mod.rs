@@ -40,6 +40,10 @@ use args::{Args, Command, Eval};
 
 /// Runs the program: parses the command line and runs the command.
 pub fn main() -> ExitCode {
+    #[cfg(unix)]
+    if let Some(meeting) = Launch::detect().and_then(|launch| launch.meeting()) {
+        return ranks::again_with(&meeting);
+    }
     main_with(std::env::args_os()).into()
 }
 

@@ -1,5 +1,7 @@
 //! How several processes of the program end: together, and with one sentence.
 
+#[cfg(unix)]
+use std::process::{Command, ExitCode};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -9,6 +11,19 @@ use crate::error::Error;
 
 /// How long a rank waits for another one, which knows more, to end the job.
 const GRACE: Duration = Duration::from_millis(500);
+
+/// Replaces this process by the same program with the address where the ranks' NCCL meets: NCCL reads it from the environment, which
+/// a running program cannot safely change.
+#[cfg(unix)]
+pub(super) fn again_with(meeting: &str) -> ExitCode {
+    use std::os::unix::process::CommandExt;
+    let failed = std::env::current_exe().map(|program| {
+        Command::new(program).args(std::env::args_os().skip(1)).env("NCCL_COMM_ID", meeting).exec()
+    });
+    let (Ok(reason) | Err(reason)) = failed;
+    talk(&format!("selfsup: starting again with NCCL_COMM_ID={meeting} failed ({reason}): set it"));
+    1.into()
+}
 
 /// Ends a command that succeeded.
 pub(super) fn leave() -> u8 {

@@ -12,14 +12,14 @@ use crate::ranks::succeed;
 use crate::recipes::{reduced, small_recipe, teacher};
 
 /// A method's run, and its settings beside the common ones.
-struct Case {
-    method: &'static str,
+pub struct Case {
+    pub method: &'static str,
     settings: &'static [&'static str],
     /// Whether it is trained by default. All others take a minute: `RANKS=all` trains them too.
     usual: bool,
 }
 
-const CASES: [Case; 9] = [
+pub const CASES: [Case; 9] = [
     Case { method: "simclr", settings: &[], usual: true },
     Case { method: "simclr-v2", settings: &["method.memory=32"], usual: false },
     Case {
@@ -37,7 +37,7 @@ const CASES: [Case; 9] = [
 
 impl Case {
     /// Six steps of eight images.
-    fn recipe(&self, folder: &Path) -> Recipe {
+    pub fn recipe(&self, folder: &Path) -> Recipe {
         let host = Device::cpu(1).unwrap();
         let mut recipe = reduced(small_recipe(self.method), &host);
         if self.method == "distill" {
@@ -73,8 +73,14 @@ fn losses(ranks: usize, recipe: &Path, folder: &Path) -> Vec<f64> {
     command.args(["--device", "cuda", "--out"]).arg(&out);
     driver::with_driver(&mut command).env("SELFSUP_NCCL", StandIn::path());
     succeed(command);
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    logged_losses(&out)
+}
+
+/// The losses in a run's folder, of the epochs too; none before its first step.
+pub fn logged_losses(run: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let lines = whole.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     lines.filter_map(|line| line["loss"].as_f64()).collect()
 }
 

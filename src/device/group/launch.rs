@@ -1,6 +1,7 @@
 //! What a launcher says about its processes, in environment variables.
 
 use super::mpi::Abi;
+use super::over_gpus::MEETING;
 
 /// The variables of one launcher.
 struct Launcher {
@@ -52,7 +53,7 @@ const LAUNCHERS: &[Launcher] = &[
     },
 ];
 
-/// The launcher whose processes are no MPI job.
+/// The launcher whose processes are no MPI job: they meet at the address of its variables.
 pub(super) const TORCHRUN: &str = "torchrun";
 
 /// How a launcher started this process and others.
@@ -75,6 +76,24 @@ impl Launch {
     /// Returns how this process was started; `None` if it was started alone.
     pub fn detect() -> Option<Self> {
         Self::from_variables(|name| std::env::var(name).ok())
+    }
+
+    /// Where the ranks' NCCL meets, as `NCCL_COMM_ID` says it, if the launcher starts no MPI job and that variable is not set. The
+    /// processes of `torchrun` have an address, but the port may be the one of its own store; the next one is then taken.
+    pub(crate) fn meeting(&self) -> Option<String> {
+        Self::meeting_from(self.by, |name| std::env::var(name).ok())
+    }
+
+    fn meeting_from(by: &str, variable: impl Fn(&str) -> Option<String>) -> Option<String> {
+        if by != TORCHRUN || variable(MEETING).is_some_and(|address| !address.is_empty()) {
+            return None;
+        }
+        let host = variable("MASTER_ADDR")?;
+        let port: u16 = variable("MASTER_PORT")?.trim().parse().ok()?;
+        let store = variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|used| used == "True");
+        let port = if store { port.checked_add(1).unwrap_or(port - 1) } else { port };
+        // A numeric address of IPv6 has colons of its own.
+        Some(if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") })
     }
 
     /// Processes that do not exist.
@@ -163,6 +182,25 @@ mod tests {
         assert_eq!(seen(&torch), None);
         let marked = [torch.as_slice(), &[("TORCHELASTIC_RUN_ID", "none")]].concat();
         assert_eq!(seen(&marked), Some(("torchrun", 0, 2, None)));
+    }
+
+    #[test]
+    fn ranks_of_torchrun_meet_beside_its_store() {
+        let meeting = |by: &str, variables: &[(&str, &str)]| {
+            let found = |name: &str| variables.iter().find(|(known, _)| *known == name);
+            Launch::meeting_from(by, |name| found(name).map(|(_, value)| (*value).into()))
+        };
+        let address = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "29500")];
+        let stored = [address.as_slice(), &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat();
+        assert_eq!(meeting(TORCHRUN, &address).as_deref(), Some("node7:29500"));
+        assert_eq!(meeting(TORCHRUN, &stored).as_deref(), Some("node7:29501"));
+        let given = [stored.as_slice(), &[("NCCL_COMM_ID", "node7:4000")]].concat();
+        assert_eq!(meeting(TORCHRUN, &given), None);
+        assert_eq!(meeting("srun", &stored), None);
+        let numeric = [("MASTER_ADDR", "fe80::1"), ("MASTER_PORT", "65535")];
+        let numeric = [numeric.as_slice(), &stored[2..]].concat();
+        assert_eq!(meeting(TORCHRUN, &numeric).as_deref(), Some("[fe80::1]:65534"));
+        assert_eq!(meeting(TORCHRUN, &[("MASTER_ADDR", "node7"), ("MASTER_PORT", "many")]), None);
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Training in several processes.
 //!
-//! A launcher (`mpirun`, `srun`) starts the same program several times. Each process has a rank and its share of every batch;
+//! A launcher (`mpirun`, `srun`, `torchrun`) starts the same program several times. Each process has a rank and its share of every batch;
 //! everything that sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) goes through a
 //! [`Group`], so that N processes compute what one would, up to rounding. The collectives are MPI's, opened at run time when a
-//! launcher's variables name more than one process; between GPUs, which [join](Group::join) the group, they are NCCL's.
+//! launcher's variables name more than one process; between GPUs, which [join](Group::join) the group, they are NCCL's. Under
+//! `torchrun`, which starts no MPI job, all are NCCL's.
 //!
 //! Losses and gradients are *means* over the ranks: an operation that is a mean over its own rows needs no change, and only
 //! those that couple rows gather.
@@ -15,6 +16,7 @@ mod gpu;
 mod launch;
 mod mpi;
 mod nccl;
+mod over_gpus;
 mod patience;
 
 use std::ops::Range;
@@ -27,6 +29,7 @@ use crate::error::{Error, Result};
 pub use launch::Launch;
 use mpi::{Kind, Mpi, Op};
 pub(crate) use nccl::{Communicator, Reduction};
+use over_gpus::OverGpus;
 use patience::Patience;
 
 /// Types whose sums and maxima a [`Group`] computes.
@@ -82,10 +85,62 @@ impl sealed::Reduce for bf16 {
 #[derive(Clone, Debug, Default)]
 pub struct Group(Option<Arc<World>>);
 
-/// All processes of an MPI job.
+/// What carries numbers of host memory.
+enum Carrier {
+    /// Nothing, in an imagined group.
+    None,
+    Mpi(Mpi),
+    Gpus(OverGpus),
+}
+
+impl Carrier {
+    fn reduce<T: Reduce>(
+        &self,
+        values: &mut [T],
+        op: Op,
+        patience: &Patience,
+    ) -> Result<(), String> {
+        match self {
+            Carrier::None => Ok(()),
+            Carrier::Mpi(mpi) => T::reduce(mpi, values, op, patience),
+            Carrier::Gpus(gpus) => gpus.reduce(values, T::KIND, op, patience),
+        }
+    }
+
+    fn gather(
+        &self,
+        own: &[u8],
+        all: &mut [u8],
+        size: usize,
+        patience: &Patience,
+    ) -> Result<(), String> {
+        match self {
+            Carrier::None => Ok(()),
+            Carrier::Mpi(mpi) => mpi.gather(own, all, size, patience),
+            Carrier::Gpus(gpus) => gpus.gather(own, all, patience),
+        }
+    }
+
+    fn broadcast(&self, bytes: &mut [u8], patience: &Patience) -> Result<(), String> {
+        match self {
+            Carrier::None => Ok(()),
+            Carrier::Mpi(mpi) => mpi.broadcast(bytes, patience),
+            Carrier::Gpus(gpus) => gpus.broadcast(bytes, patience),
+        }
+    }
+
+    fn barrier(&self, patience: &Patience) -> Result<(), String> {
+        match self {
+            Carrier::None => Ok(()),
+            Carrier::Mpi(mpi) => mpi.barrier(patience),
+            Carrier::Gpus(gpus) => gpus.barrier(patience),
+        }
+    }
+}
+
+/// All processes that a launcher started together.
 struct World {
-    /// `None` in an imagined group.
-    mpi: Option<Mpi>,
+    carrier: Carrier,
     rank: usize,
     size: usize,
     launch: Launch,
@@ -139,25 +194,15 @@ impl Group {
     /// This process as the first of `ranks` that do not exist: exchanges are counted ([`Group::traffic`]) and find what this rank has
     /// in all others, too. For the host's devices.
     pub fn imagined(ranks: usize) -> Self {
-        let launch = Launch::imagined(ranks);
-        let (gpu, calls, patience) = (Mutex::default(), Mutex::default(), Patience::default());
-        Self(Some(Arc::new(World {
-            mpi: None,
-            rank: 0,
-            size: ranks,
-            launch,
-            gpu,
-            calls,
-            patience,
-        })))
+        Self::of(Carrier::None, Launch::imagined(ranks), Patience::default())
     }
 
     /// The processes that a launcher started together with this one; a group of one if it was started alone. The first call
-    /// opens and initialises MPI.
+    /// opens and initialises MPI, or under `torchrun` NCCL.
     ///
     /// # Errors
     /// If a launcher started several processes and they cannot find each other: no MPI library, or one that belongs to another
-    /// launcher.
+    /// launcher; under `torchrun` no GPU for each, no NCCL, or no address in `NCCL_COMM_ID`.
     pub fn launched() -> Result<Self> {
         LAUNCHED.get_or_init(Self::open).clone().map_err(Error::Device)
     }
@@ -169,13 +214,13 @@ impl Group {
 
     fn open() -> Result<Self, String> {
         let Some(launch) = Launch::detect() else { return Ok(Self::alone()) };
-        if launch.by == launch::TORCHRUN {
-            return Err(format!(
-                "torchrun started {} processes, which are no MPI job: start them with mpirun or srun",
-                launch.size
-            ));
-        }
         let patience = Patience::new()?;
+        if launch.by == launch::TORCHRUN {
+            let patience = patience.of_rank(launch.rank);
+            let gpus = OverGpus::open(&launch, &patience)
+                .map_err(|e| format!("torchrun started {} processes: {e}", launch.size))?;
+            return Ok(Self::of(Carrier::Gpus(gpus), launch, patience));
+        }
         let mut mpi = Mpi::open(launch.abi)
             .map_err(|e| format!("{} started {} processes, but {e}", launch.by, launch.size))?;
         let [rank, size] = mpi.init()?;
@@ -190,9 +235,14 @@ impl Group {
             ));
         }
         mpi.agree_on_cores(launch.shares_cores(), &patience)?;
-        let (patience, calls) = (patience.of_rank(rank), Mutex::default());
-        let (gpu, mpi) = (Mutex::default(), Some(mpi));
-        Ok(Self(Some(Arc::new(World { mpi, rank, size, launch, gpu, calls, patience }))))
+        let launch = Launch { rank, ..launch };
+        Ok(Self::of(Carrier::Mpi(mpi), launch, patience.of_rank(rank)))
+    }
+
+    fn of(carrier: Carrier, launch: Launch, patience: Patience) -> Self {
+        let Launch { rank, size, .. } = launch;
+        let (gpu, calls) = (Mutex::default(), Mutex::default());
+        Self(Some(Arc::new(World { carrier, rank, size, launch, gpu, calls, patience })))
     }
 
     /// The rank of this process, in `0..size`.
@@ -217,15 +267,15 @@ impl Group {
 
     /// Replaces `values` by their sum over the ranks; every rank has as many. `what` names them in messages, here and below.
     pub fn all_reduce_sum<T: Reduce>(&self, what: &'static str, values: &mut [T]) {
-        self.call(Exchange::of(what, size_of_val(values)), |mpi, patience| {
-            T::reduce(mpi, values, Op::Sum, patience)
+        self.call(Exchange::of(what, size_of_val(values)), |carrier, patience| {
+            carrier.reduce(values, Op::Sum, patience)
         });
     }
 
     /// Replaces `values` by their maximum over the ranks.
     pub fn all_reduce_max<T: Reduce>(&self, what: &'static str, values: &mut [T]) {
-        self.call(Exchange::of(what, size_of_val(values)), |mpi, patience| {
-            T::reduce(mpi, values, Op::Max, patience)
+        self.call(Exchange::of(what, size_of_val(values)), |carrier, patience| {
+            carrier.reduce(values, Op::Max, patience)
         });
     }
 
@@ -246,7 +296,7 @@ impl Group {
         let mut all = own.repeat(size);
         let (from, to) = (bytemuck::cast_slice(own), bytemuck::cast_slice_mut(&mut all));
         let exchange = Exchange { what, gathers: true, bytes: size_of_val(own) };
-        self.call(exchange, |mpi, patience| mpi.gather(from, to, size, patience));
+        self.call(exchange, |carrier, patience| carrier.gather(from, to, size, patience));
         Some(all)
     }
 
@@ -290,7 +340,7 @@ impl Group {
     pub fn broadcast<T: bytemuck::Pod>(&self, what: &'static str, values: &mut [T]) {
         let bytes = bytemuck::cast_slice_mut(values);
         let exchange = Exchange::of(what, bytes.len());
-        self.call(exchange, |mpi, patience| mpi.broadcast(bytes, patience));
+        self.call(exchange, |carrier, patience| carrier.broadcast(bytes, patience));
     }
 
     /// Returns rank 0's bytes, of any length.
@@ -305,7 +355,7 @@ impl Group {
 
     /// Waits until every rank has come here.
     pub fn barrier(&self, what: &'static str) {
-        self.call(Exchange::of(what, 0), Mpi::barrier);
+        self.call(Exchange::of(what, 0), Carrier::barrier);
     }
 
     /// Reports the first failure of a collective, after which all later ones have done nothing.
@@ -381,7 +431,11 @@ impl Group {
     pub fn leave(&self) {
         if let Some(world) = &self.0 {
             drop(lock(&world.gpu).take());
-            world.mpi.iter().for_each(Mpi::finalize);
+            match &world.carrier {
+                Carrier::None => {}
+                Carrier::Mpi(mpi) => mpi.finalize(),
+                Carrier::Gpus(gpus) => gpus.leave(),
+            }
         }
     }
 
@@ -391,8 +445,13 @@ impl Group {
             if let Some(communicator) = self.communicator() {
                 communicator.abort();
             }
-            if let Some(mpi) = &world.mpi {
-                mpi.abort(code.into());
+            match &world.carrier {
+                Carrier::None => {}
+                Carrier::Mpi(mpi) => mpi.abort(code.into()),
+                Carrier::Gpus(gpus) => {
+                    gpus.abort();
+                    std::process::exit(code.into()); // the launcher ends the others
+                }
             }
         }
     }
@@ -400,7 +459,7 @@ impl Group {
     fn call(
         &self,
         exchange: Exchange,
-        collective: impl FnOnce(&Mpi, &Patience) -> Result<(), String>,
+        collective: impl FnOnce(&Carrier, &Patience) -> Result<(), String>,
     ) {
         let Some(world) = &self.0 else { return };
         let mut calls = lock(&world.calls);
@@ -409,9 +468,12 @@ impl Group {
         }
         let begin = Instant::now();
         world.patience.exchange(exchange.what);
-        if let Some(mpi) = &world.mpi
-            && let Err(reason) = collective(mpi, &world.patience)
-        {
+        // Over GPUs after the work of the compute stream, with its own collectives.
+        let settled = match (&world.carrier, self.communicator()) {
+            (Carrier::Gpus(_), Some(joined)) => joined.settle(&world.patience),
+            _ => Ok(()),
+        };
+        if let Err(reason) = settled.and_then(|()| collective(&world.carrier, &world.patience)) {
             calls.failure = Some(world.failed(exchange.what, &reason));
         }
         calls.count(exchange, begin.elapsed());

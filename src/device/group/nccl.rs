@@ -4,13 +4,18 @@
 //! kernel, so that a captured step contains it, and like a kernel's its errors come late: [`Communicator::failure`] asks for them.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
 
 use libloading::Library;
 
-use crate::device::{Device, loader_says};
+use super::lock;
+use super::patience::Patience;
+use crate::device::cuda::{In, Ring};
+use crate::device::{Device, Memory, loader_says};
 
 /// The variable that names the library to open.
 const VARIABLE: &str = "SELFSUP_NCCL";
@@ -23,6 +28,7 @@ const OLDEST: (c_int, &str) = (21_400, "2.14");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Kind {
+    U8 = 1,
     I32 = 2,
     U64 = 5,
     F32 = 7,
@@ -79,6 +85,7 @@ calls! {
     last_error: "ncclGetLastError" (Comm) -> *const c_char;
     all_reduce: "ncclAllReduce" (*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int;
     all_gather: "ncclAllGather" (*const c_void, *mut c_void, usize, c_int, Comm, Stream) -> c_int;
+    broadcast: "ncclBroadcast" (*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int;
 }
 
 /// An opened library.
@@ -164,6 +171,8 @@ pub(crate) struct Communicator {
     nccl: &'static Nccl,
     comm: Comm,
     aborted: AtomicBool,
+    /// Tells when queued work has ended, by a number that is sent behind it.
+    ended: Mutex<(Ring, Memory)>,
     /// Keeps the GPU's context and stream.
     device: Device,
 }
@@ -198,7 +207,10 @@ impl Communicator {
         });
         made?;
         device.check().map_err(|e| e.to_string())?;
-        Ok(Self { nccl, comm, aborted: AtomicBool::new(false), device: device.clone() })
+        let mut number = Memory::new(device, size_of::<f32>());
+        number.write(0, &[0; size_of::<f32>()]);
+        let ended = Mutex::new((Ring::new(device, 1), number));
+        Ok(Self { nccl, comm, aborted: AtomicBool::new(false), ended, device: device.clone() })
     }
 
     pub(super) fn is_of(&self, device: &Device) -> bool {
@@ -241,6 +253,38 @@ impl Communicator {
         self.queue(|stream| unsafe {
             (self.nccl.calls.all_gather)(own, all, count, kind as c_int, self.comm, stream)
         })
+    }
+
+    /// Queues the replacement of `count` bytes at `address` by those of rank 0.
+    ///
+    /// # Safety
+    /// There are that many bytes.
+    pub(super) unsafe fn broadcast(&self, address: u64, count: usize) -> Result<(), String> {
+        let at = std::ptr::without_provenance_mut::<c_void>(address as usize);
+        // SAFETY: as above.
+        self.queue(|stream| unsafe {
+            (self.nccl.calls.broadcast)(at, at, count, Kind::U8 as c_int, 0, self.comm, stream)
+        })
+    }
+
+    /// Waits for all work that is queued on the GPU's stream, as long as patience allows; then says why and ends the process.
+    pub(super) fn settle(&self, patience: &Patience) -> Result<(), String> {
+        let (mut ended, begin) = (lock(&self.ended), Instant::now());
+        let (ring, number) = &mut *ended;
+        ring.send(In::new(number.address()));
+        while ring.poll(|| "waiting for the other ranks' GPUs".into()).is_none() {
+            self.device.check().map_err(|e| e.to_string())?;
+            if let Some(reason) = self.failure() {
+                self.abort();
+                return Err(reason);
+            }
+            if let Some(sentence) = patience.pause(begin.elapsed()) {
+                let _ = writeln!(std::io::stderr(), "selfsup: {sentence}");
+                self.abort();
+                std::process::exit(1); // the launcher ends the others
+            }
+        }
+        self.failure().map_or(Ok(()), Err)
     }
 
     fn queue(&self, collective: impl FnOnce(Stream) -> c_int) -> Result<(), String> {
