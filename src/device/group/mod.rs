@@ -12,6 +12,7 @@
 //! Like a GPU's operations, collectives return no error. The first failure is kept, later calls do nothing, and
 //! [`Group::check`], which every step calls, reports it.
 
+mod carrier;
 mod gpu;
 mod launch;
 mod mpi;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use half::bf16;
 
 use crate::error::{Error, Result};
+use carrier::Carrier;
 pub use launch::Launch;
 use mpi::{Kind, Mpi, Op};
 pub(crate) use nccl::{Communicator, Reduction};
@@ -84,59 +86,6 @@ impl sealed::Reduce for bf16 {
 /// The processes that share one batch.
 #[derive(Clone, Debug, Default)]
 pub struct Group(Option<Arc<World>>);
-
-/// What carries numbers of host memory.
-enum Carrier {
-    /// Nothing, in an imagined group.
-    None,
-    Mpi(Mpi),
-    Gpus(OverGpus),
-}
-
-impl Carrier {
-    fn reduce<T: Reduce>(
-        &self,
-        values: &mut [T],
-        op: Op,
-        patience: &Patience,
-    ) -> Result<(), String> {
-        match self {
-            Carrier::None => Ok(()),
-            Carrier::Mpi(mpi) => T::reduce(mpi, values, op, patience),
-            Carrier::Gpus(gpus) => gpus.reduce(values, T::KIND, op, patience),
-        }
-    }
-
-    fn gather(
-        &self,
-        own: &[u8],
-        all: &mut [u8],
-        size: usize,
-        patience: &Patience,
-    ) -> Result<(), String> {
-        match self {
-            Carrier::None => Ok(()),
-            Carrier::Mpi(mpi) => mpi.gather(own, all, size, patience),
-            Carrier::Gpus(gpus) => gpus.gather(own, all, patience),
-        }
-    }
-
-    fn broadcast(&self, bytes: &mut [u8], patience: &Patience) -> Result<(), String> {
-        match self {
-            Carrier::None => Ok(()),
-            Carrier::Mpi(mpi) => mpi.broadcast(bytes, patience),
-            Carrier::Gpus(gpus) => gpus.broadcast(bytes, patience),
-        }
-    }
-
-    fn barrier(&self, patience: &Patience) -> Result<(), String> {
-        match self {
-            Carrier::None => Ok(()),
-            Carrier::Mpi(mpi) => mpi.barrier(patience),
-            Carrier::Gpus(gpus) => gpus.barrier(patience),
-        }
-    }
-}
 
 /// All processes that a launcher started together.
 struct World {
