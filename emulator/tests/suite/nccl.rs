@@ -57,6 +57,12 @@ fn all_gather<T>(from: &Memory<T>, to: &Memory<T>, kind: c_int, comm: Comm, stre
     assert_eq!(unsafe { call(from.at, to.at, from.len, kind, comm, stream) }, 0);
 }
 
+fn broadcast<T>(x: &Memory<T>, kind: c_int, root: c_int, comm: Comm, stream: CUstream) -> c_int {
+    type Call = unsafe extern "C" fn(u64, u64, usize, c_int, c_int, Comm, CUstream) -> c_int;
+    let call = own::<Call>("ncclBroadcast");
+    unsafe { call(x.at, x.at, x.len, kind, root, comm, stream) }
+}
+
 /// The code and the sentence of what went wrong.
 fn failure(comm: Comm) -> (c_int, String) {
     let mut code = 0;
@@ -100,6 +106,12 @@ fn collectives_are_right_launched_captured_and_replayed() {
         let (own, all) = (stage.upload(&[rank, 7]), stage.room::<i32>(6));
         all_gather(&own, &all, 2, comm, stage.stream);
         assert_eq!(all.read(&stage), [0, 7, 1, 7, 2, 7]);
+        for root in 0..3 {
+            let x = stage.upload(&[rank as u8, 9, 200 + rank as u8]);
+            assert_eq!(broadcast(&x, 1, root, comm, stage.stream), 0);
+            assert_eq!(x.read(&stage), [root as u8, 9, 200 + root as u8]);
+            assert_eq!(broadcast(&x, 1, 3, comm, stage.stream), 4, "there is no rank 3");
+        }
         let wide = stage.upload(&[0.1 + f64::from(rank)]);
         all_reduce(&wide, 1, 8, SUM, comm, stage.stream);
         assert_eq!(wide.read(&stage), [0.1 + 1.1 + 2.1]);
