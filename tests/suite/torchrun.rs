@@ -83,7 +83,8 @@ fn two_gpus_under_torchrun_train_as_one_stop_and_resume() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     // With running statistics of groups and a queue.
-    let recipe = CASES.iter().find(|case| case.method == "moco").unwrap().recipe(folder);
+    let mut recipe = CASES.iter().find(|case| case.method == "moco").unwrap().recipe(folder);
+    recipe.train.epochs = 6; // long enough for a signal to come in time on a busy machine
     std::fs::write(folder.join("recipe.toml"), recipe.to_toml()).unwrap();
     let train = |out: &'static str| ["train", "recipe.toml", "--device", "cuda", "--out", out];
     let mut one = Command::new(env!("CARGO_BIN_EXE_selfsup"));
@@ -101,12 +102,12 @@ fn two_gpus_under_torchrun_train_as_one_stop_and_resume() {
     let stopped = job.end();
     let before = logged_losses(&folder.join("two")).len();
     assert!(said(&stopped[0]).contains("--resume"), "{stopped:?}");
-    assert!(before < 6, "the run was over before the signal came");
+    assert!(before < 18, "the run was over before the signal came");
     let resume = ["train", "--resume", "two", "--device", "cuda"];
     succeed(&torchrun([&resume; 2], folder, |_| {}).end());
 
     let [one, two] = ["one", "two"].map(|out| logged_losses(&folder.join(out)));
-    assert!(one.len() >= 6, "{one:?}");
+    assert!(one.len() >= 18, "{one:?}");
     report("moco on two GPUs under torchrun, resumed", vec![close("losses", &two, &one, 1e-4)]);
 }
 
