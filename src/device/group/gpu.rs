@@ -52,7 +52,7 @@ impl Group {
         self.check()?;
         // It waits for the other ranks in the library.
         let guard = Guard::new(&world.patience, "the GPUs' first meeting");
-        let made = Communicator::new(device, id, world.rank, world.size);
+        let made = Communicator::new(device, id, self.rank(), self.size());
         drop(guard);
         let made = made.map_err(|reason| {
             Error::Device(format!(
@@ -176,8 +176,8 @@ impl World {
     pub(super) fn failed(&self, what: &str, reason: &str) -> String {
         format!(
             "rank {} of {}: exchanging {what} failed{} ({reason}); resume from the newest checkpoint",
-            self.rank,
-            self.size,
+            self.launch.rank,
+            self.launch.size,
             self.patience.phase()
         )
     }

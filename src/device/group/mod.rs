@@ -1,10 +1,10 @@
 //! Training in several processes.
 //!
-//! A launcher (`mpirun`, `srun`, `torchrun`) starts the same program several times. Each process has a rank and its share of every batch;
-//! everything that sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) goes through a
-//! [`Group`], so that N processes compute what one would, up to rounding. The collectives are MPI's, opened at run time when a
-//! launcher's variables name more than one process; between GPUs, which [join](Group::join) the group, they are NCCL's. Under
-//! `torchrun`, which starts no MPI job, all are NCCL's.
+//! A launcher (`mpirun`, `srun`, `torchrun`) starts the same program several times. Each process has a rank and its share of
+//! every batch; everything that sums over the batch (batch statistics, gathered negatives, Sinkhorn's sums, gradients) goes
+//! through a [`Group`], so that N processes compute what one would, up to rounding. The collectives are MPI's, opened at run
+//! time when a launcher's variables name more than one process; between GPUs, which [join](Group::join) the group, they are
+//! NCCL's. Under `torchrun`, which starts no MPI job, all are NCCL's.
 //!
 //! Losses and gradients are *means* over the ranks: an operation that is a mean over its own rows needs no change, and only
 //! those that couple rows gather.
@@ -90,8 +90,6 @@ pub struct Group(Option<Arc<World>>);
 /// All processes that a launcher started together.
 struct World {
     carrier: Carrier,
-    rank: usize,
-    size: usize,
     launch: Launch,
     /// The connection of this rank's GPU, once it has joined.
     gpu: Mutex<Option<Arc<Communicator>>>,
@@ -127,7 +125,7 @@ pub struct Traffic {
 
 impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rank {} of {}", self.rank, self.size)
+        write!(f, "rank {} of {}", self.launch.rank, self.launch.size)
     }
 }
 
@@ -189,19 +187,18 @@ impl Group {
     }
 
     fn of(carrier: Carrier, launch: Launch, patience: Patience) -> Self {
-        let Launch { rank, size, .. } = launch;
         let (gpu, calls) = (Mutex::default(), Mutex::default());
-        Self(Some(Arc::new(World { carrier, rank, size, launch, gpu, calls, patience })))
+        Self(Some(Arc::new(World { carrier, launch, gpu, calls, patience })))
     }
 
     /// The rank of this process, in `0..size`.
     pub fn rank(&self) -> usize {
-        self.0.as_ref().map_or(0, |world| world.rank)
+        self.0.as_ref().map_or(0, |world| world.launch.rank)
     }
 
     /// The number of processes.
     pub fn size(&self) -> usize {
-        self.0.as_ref().map_or(1, |world| world.size)
+        self.0.as_ref().map_or(1, |world| world.launch.size)
     }
 
     /// Whether this process is the one that writes files and speaks to the user.
@@ -238,7 +235,7 @@ impl Group {
     /// Gathers the values of every rank, in rank order; every rank has as many. Returns `None` in a group of one, where `own`
     /// are all the values.
     pub fn all_gather<T: bytemuck::Pod>(&self, what: &'static str, own: &[T]) -> Option<Vec<T>> {
-        let size = self.0.as_ref()?.size;
+        let size = self.0.as_ref()?.launch.size;
         if self.leaves_out(what) {
             return Some(own.repeat(size));
         }

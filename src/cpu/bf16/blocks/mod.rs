@@ -1,8 +1,8 @@
 //! bf16 kernels on blocks of 32 by 32 sums: x86-64 Linux, for [`Bf16Path::Amx`] and [`Bf16Path::Avx512`].
 //!
-//! AMX tiles (`tile`) or dot products do nearly all arithmetic (`block`). The rest is to bring operands into their layout (`pack`) and sums into memory
-//! (`finish`), and to cut the work so that operands stay in the caches: products of rows (`rows`), convolutions as sums over
-//! taps (`correlate`), and sums over pixels (`weight`).
+//! AMX tiles (`tile`) or dot products do nearly all arithmetic (`block`). The rest is to bring operands into their layout
+//! (`pack`) and sums into memory (`finish`), and to cut the work so that operands stay in the caches: products of rows
+//! (`rows`), convolutions as sums over taps (`correlate`), and sums over pixels (`weight`).
 //!
 //! On machines without tiles the tests run their kernels as they are, on emulated instructions (`emulate`).
 
