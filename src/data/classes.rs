@@ -25,15 +25,28 @@ pub struct Merged {
     first: usize,
 }
 
-/// What a person sees of a name: not its case, spaces around it, or how its accents are encoded (macOS decomposes them).
+/// What a person sees of a name: not its case, spaces around it, or how its accents are encoded (macOS decomposes them). Of a number
+/// its value: tables that other programs wrote have `1.0` and `01` for `1`.
 fn look(name: &str) -> String {
-    name.trim().nfc().flat_map(char::to_lowercase).collect()
+    match number(name) {
+        Some(value) => value.to_string(),
+        None => name.trim().nfc().flat_map(char::to_lowercase).collect(),
+    }
+}
+
+/// The value of a name that is a number, not a word such as `inf`.
+fn number(name: &str) -> Option<f64> {
+    let is_digits = |c: char| c.is_ascii_digit() || "+-.eE".contains(c);
+    let name = name.trim();
+    name.chars().all(is_digits).then(|| name.parse().ok()).flatten()
 }
 
 /// In what two names of one look differ.
 fn difference(a: &str, b: &str) -> &'static str {
     if a.trim() != a || b.trim() != b {
         "spaces around it"
+    } else if number(a).is_some() {
+        "how the number is written"
     } else if a.to_lowercase() == b.to_lowercase() {
         "case"
     } else {
@@ -44,8 +57,8 @@ fn difference(a: &str, b: &str) -> &'static str {
 /// Numbers the classes of the split at `path` as the training split does.
 ///
 /// # Errors
-/// If a class differs from one of the training split by case, spaces around it or the encoding of accents only, or the two
-/// splits share no class.
+/// If a class differs from one of the training split by case, spaces around it, the encoding of accents or the form of a number
+/// only, or the two splits share no class.
 pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
     let places: HashMap<&str, u32> = first.iter().map(String::as_str).zip(0..).collect();
     let alike: HashMap<String, &str> =
@@ -132,6 +145,8 @@ mod tests {
         for (train, test, in_what) in [
             ("dog", "Dog", "case"),
             ("dog", "dog ", "spaces around it"),
+            ("1", "01", "how the number is written"),
+            ("1", "1.0", "how the number is written"),
             ("\u{e9}t\u{e9}", "e\u{301}te\u{301}", "how accents are encoded (Unicode NFC or NFD)"),
         ] {
             let [first, own] = [train, test].map(|name| ["ape".to_owned(), name.to_owned()]);

@@ -211,17 +211,29 @@ fn labelled(
             "has no image files of its own, which a table of labels names: leave data.labels out, or set data.labels= to nothing",
         ));
     }
-    let Some(splits) = SplitFolders::of(path)? else {
-        if !table.has_splits() && split == Split::Test {
+    let of_split: &dyn Fn(Split) -> Result<Folder> = match SplitFolders::of(path)? {
+        Some(splits) => &move |split| {
+            let folder = splits.folder(split).ok_or_else(|| without(path, split))?;
+            splits.labelled(folder, reading, table)
+        },
+        None if !table.has_splits() && split == Split::Test => {
             return Err(Error::format(
                 path,
                 "has no test/, val/, valid/ or validation/, and the table of labels no column `split`: the test split is missing",
             ));
         }
-        return Ok(Box::new(labelled_part(path, split, reading, table)?));
+        None => &|split| labelled_part(path, split, reading, table),
     };
-    let Some(folder) = splits.folder(split) else { return Err(without(path, split)) };
-    Ok(Box::new(splits.labelled(folder, reading, table)?))
+    let images = of_split(split)?;
+    if split == Split::Train {
+        return Ok(Box::new(images));
+    }
+    match of_split(Split::Train) {
+        Ok(training) => Ok(Box::new(images.beside(&training, table)?)),
+        Err(error @ Error::Io { .. }) => Err(error),
+        // Without training images there is nothing to compare with; who needs them opens them.
+        Err(_) => Ok(Box::new(images)),
+    }
 }
 
 /// Opens the images of a folder without splits that a table says belong to one; all with a class if it does not say.

@@ -146,6 +146,11 @@ impl LabelTable {
         Ok(Self { file: file.to_path_buf(), rows, classes, has_splits, has_header })
     }
 
+    /// The file that it was read from.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+
     /// Whether it says which split a file belongs to.
     pub(super) fn has_splits(&self) -> bool {
         self.has_splits
@@ -395,6 +400,33 @@ mod tests {
         assert_eq!(rows(table), ["a.png cat", "c.png dog"]);
         let (held_out, notes) = labelled(table, Split::Test).unwrap();
         assert_eq!((held_out, notes.len()), (vec!["b.png dog".into(), "d.png cat".into()], 0));
+    }
+
+    #[test]
+    fn classes_of_held_out_rows_are_compared_with_those_of_training_rows() {
+        let table = |class: &str| {
+            format!("file,label,split\na,1,train\nb,2,train\nc,{class},test\nd,2,test\n")
+        };
+        for (class, what) in [("01", "1"), ("1.0", "1"), ("+2", "2")] {
+            let said = labelled(&table(class), Split::Test).unwrap_err();
+            let expected = format!(
+                "labels.csv: has class {class}, and the train split has class {what}, which differs in how the number is written"
+            );
+            assert!(said.contains(&expected), "{said}");
+            assert!(labelled(&table(class), Split::Train).is_ok()); // the training split stands alone
+        }
+        let (rows, notes) = labelled(&table("3"), Split::Test).unwrap();
+        assert_eq!(rows, ["c.png 3", "d.png 2"]);
+        assert!(
+            notes[0].ends_with("labels.csv: class 3 has no training images: 1 images count as never right"),
+            "{notes:?}"
+        );
+        let said =
+            labelled("file,label,split\na,cat,train\nb,Cat,test\n", Split::Test).unwrap_err();
+        assert!(said.contains("has class Cat, and the train split has class cat, which differs in case"), "{said}");
+        // Nothing to compare with: the held-out rows alone are read.
+        let (rows, notes) = labelled("file,label,split\na,cat,test\n", Split::Test).unwrap();
+        assert_eq!((rows, notes.len()), (vec!["a.png cat".into()], 0));
     }
 
     #[test]
