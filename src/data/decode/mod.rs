@@ -7,6 +7,7 @@
 //! channels and bits as they are in the file, and refuses what it would have to guess. Sizes are checked before anything is decoded.
 //! A JPEG file that ends early is an error, not a picture with a grey lower part.
 
+mod bands;
 mod jpeg;
 mod npy;
 mod samples;

@@ -6,6 +6,7 @@ use tiff::decoder::{Decoder, DecodingResult, Limits};
 use tiff::tags::Tag;
 use tiff::{ColorType, TiffError};
 
+use super::bands::AllBands;
 use super::samples::{MOST_CHANNELS, Native, Pages, Reading, Samples, Values};
 use super::{PIXEL_LIMIT, check_size};
 
@@ -31,12 +32,13 @@ fn damaged(error: TiffError) -> String {
     }
 }
 
-/// A decoder at its first page, with limits that a hostile file cannot exceed.
-fn open<R: Read + Seek>(file: R) -> Found<Decoder<R>> {
+/// A decoder at its first page, with limits that a hostile file cannot exceed; of the first `pages` all bands are read.
+fn open<R: Read + Seek>(file: R, pages: usize) -> Found<Decoder<AllBands<R>>> {
     let mut limits = Limits::default();
     limits.decoding_buffer_size = 4 * PIXEL_LIMIT;
     limits.intermediate_buffer_size = 4 * PIXEL_LIMIT;
     limits.ifd_value_size = 16 << 20;
+    let file = AllBands::new(file, pages).map_err(|error| damaged(error.into()))?;
     Ok(Decoder::new(file).map_err(damaged)?.with_limits(limits))
 }
 
@@ -95,7 +97,7 @@ fn pages<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<usize> {
 
 /// What a file holds.
 pub fn look<R: Read + Seek>(file: R) -> Found<Native> {
-    let mut decoder = open(file)?;
+    let mut decoder = open(file, 1)?;
     size_of(&mut decoder)?;
     let native = native(&mut decoder)?;
     Ok(Native { pages: pages(&mut decoder)?, ..native })
@@ -103,7 +105,7 @@ pub fn look<R: Read + Seek>(file: R) -> Found<Native> {
 
 /// Width and height of a page.
 pub fn size<R: Read + Seek>(file: R, page: usize) -> Found<[usize; 2]> {
-    let mut decoder = open(file)?;
+    let mut decoder = open(file, 0)?;
     if page > 0 {
         decoder.seek_to_image(page).map_err(damaged)?;
     }
@@ -112,7 +114,8 @@ pub fn size<R: Read + Seek>(file: R, page: usize) -> Found<[usize; 2]> {
 
 /// Reads the image of a file, or its page `page` if pages are images.
 pub fn read<R: Read + Seek>(file: R, page: usize, reading: &Reading) -> Found<Samples> {
-    let mut decoder = open(file)?;
+    let pages = if reading.pages == Some(Pages::Channels) { MOST_PAGES } else { page + 1 };
+    let mut decoder = open(file, pages)?;
     if page > 0 {
         decoder.seek_to_image(page).map_err(damaged)?;
     }
