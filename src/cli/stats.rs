@@ -66,9 +66,14 @@ pub(super) fn stats(args: &Stats) -> Result<()> {
     let images = source.len();
     talk(&format!("{read} of {images} images, {}", reading.format));
     if args.json {
-        let of = json!({ "images": images, "read": read, "mean": mean, "std": std });
+        let range = reading.range;
+        let of =
+            json!({ "images": images, "read": read, "range": range, "mean": mean, "std": std });
         return say(&of.to_string());
     }
     let list = |numbers: &[f64]| numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(", ");
-    say(&format!("normalise = {{ mean = [{}], std = [{}] }}", list(&mean), list(&std)))
+    say(&format!("normalise = {{ mean = [{}], std = [{}] }}", list(&mean), list(&std)))?;
+    // The values above are of samples that were stretched from it.
+    let Some(range) = reading.range else { return Ok(()) };
+    say(&format!("range = [{}] # in [data], without which these are other values", list(&range)))
 }

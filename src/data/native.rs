@@ -85,6 +85,11 @@ pub fn native_format(folder: &Path, reading: &Reading) -> Result<Option<(Format,
 /// # Errors
 /// If a file cannot be read.
 pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
+    if Pack::is_at(folder)?
+        && let Some(packed) = Pack::open(folder, Split::Train)?.packed_range()
+    {
+        return Ok(Some(packed));
+    }
     let mut all = [f64::INFINITY, f64::NEG_INFINITY];
     let mut add = |[low, high]: [f64; 2]| all = [all[0].min(low), all[1].max(high)];
     if let Some((files, places)) = some_files(folder, reading)? {

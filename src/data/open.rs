@@ -267,7 +267,7 @@ fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn So
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
     }
     if Pack::is_at(path)? {
-        return Ok(Box::new(Pack::open(path, split)?.in_range(reading.range)));
+        return Ok(Box::new(Pack::open(path, split)?.in_range(path, reading.range)?));
     }
     if Cifar::is_at(path)? {
         return Ok(Box::new(Cifar::open(path, split)?));

@@ -418,12 +418,19 @@ mod tests {
         let (rows, notes) = labelled(&table("3"), Split::Test).unwrap();
         assert_eq!(rows, ["c.png 3", "d.png 2"]);
         assert!(
-            notes[0].ends_with("labels.csv: class 3 has no training images: 1 images count as never right"),
+            notes[0].ends_with(
+                "labels.csv: class 3 has no training images: 1 images count as never right"
+            ),
             "{notes:?}"
         );
         let said =
             labelled("file,label,split\na,cat,train\nb,Cat,test\n", Split::Test).unwrap_err();
-        assert!(said.contains("has class Cat, and the train split has class cat, which differs in case"), "{said}");
+        assert!(
+            said.contains(
+                "has class Cat, and the train split has class cat, which differs in case"
+            ),
+            "{said}"
+        );
         // Nothing to compare with: the held-out rows alone are read.
         let (rows, notes) = labelled("file,label,split\na,cat,test\n", Split::Test).unwrap();
         assert_eq!((rows, notes.len()), (vec!["a.png cat".into()], 0));

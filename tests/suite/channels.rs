@@ -93,6 +93,27 @@ fn images_of_four_channels_of_16_bits_train_resume_embed_pack_and_export() {
         file.tensor("features").unwrap().data().to_vec()
     };
     assert!(values("features.safetensors") == values("again.safetensors"));
+    // Stretched when they are packed, they are not stretched again.
+    let stretched = ["data.axes=nhwc", "data.range=[0, 4095]"];
+    run(&with(&["pack", "bands", "--out", "stretched"], &stretched));
+    run(&["embed", "run", "stretched", "--out", "same.safetensors", "--device", "cpu"]);
+    assert!(values("features.safetensors") == values("same.safetensors"));
+    let measured = |set: &str, settings: &[&str]| {
+        let output = selfsup(root.path(), &with(&["stats", set, "--json"], settings));
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout).to_owned()
+    };
+    let of_folder = measured("bands", &stretched);
+    assert!(of_folder.contains(r#""range":[0.0,4095.0]"#), "{of_folder}");
+    assert_eq!(measured("stretched", &stretched[1..]), of_folder);
+    assert_eq!(measured("stretched", &[]), of_folder); // the pack knows its range
+    let other = selfsup(root.path(), &with(&["stats", "stretched"], &["data.range=[0, 65535]"]));
+    let said = text(&other.stderr);
+    assert!(
+        !other.status.success()
+            && said.contains("stretched from data.range=[0, 4095] when they were packed"),
+        "{said}"
+    );
     // Weights over three channels start a run over four, and it is said how.
     let rgb = ["network.width=2", "method.hidden=8", "method.embedding=8", "augment.size=16"];
     let rgb =

@@ -16,10 +16,13 @@ pub const MANIFEST: &str = "pack.json";
 const LONGEST: u64 = 1 << 20;
 
 /// The splits of a pack.
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// By name: `train`, `test`, `val` or `valid`.
     pub splits: BTreeMap<String, SplitInfo>,
+    /// The values that became 0 and the largest sample when the images were packed, if they were stretched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<[f64; 2]>,
 }
 
 /// One split.

@@ -39,8 +39,10 @@ pub struct Pack {
     cache: Cache,
     /// Of all its images.
     format: Format,
-    /// The values that become 0 and the largest sample, of 16 bits.
+    /// The values that become 0 and the largest sample, of 16 bits, if that is still to be done.
     range: Option<[f64; 2]>,
+    /// Those that did when the images were packed.
+    packed_range: Option<[f64; 2]>,
 }
 
 /// One file of a split.
@@ -80,6 +82,7 @@ impl Pack {
         let note = not_used(found.iter().map(|(name, _)| printable(folder.join(name).as_os_str())));
         if let Some((name, mut pack)) = found.into_iter().next() {
             pack.notes.extend(note);
+            pack.packed_range = manifest.and_then(|manifest| manifest.range);
             return match split {
                 Split::Train => Ok(pack),
                 Split::Test => pack.with_classes_of_train(folder, name),
@@ -164,6 +167,7 @@ impl Pack {
             cache: Cache::new(images),
             format,
             range: None,
+            packed_range: None,
         }))
     }
 
@@ -188,10 +192,32 @@ impl Pack {
         self
     }
 
-    /// Stretches these values of images of 16 bits to the whole range of samples.
-    pub(super) fn in_range(mut self, range: Option<[f64; 2]>) -> Self {
-        self.range = range;
-        self
+    /// The values that became 0 and the largest sample when the images were packed, if they were stretched.
+    pub(super) fn packed_range(&self) -> Option<[f64; 2]> {
+        self.packed_range
+    }
+
+    /// Stretches these values of images of 16 bits to the whole range of samples, unless that was done when they were packed.
+    ///
+    /// # Errors
+    /// If they were stretched from another range then.
+    pub(super) fn in_range(mut self, folder: &Path, range: Option<[f64; 2]>) -> Result<Self> {
+        match (self.packed_range, range) {
+            (None, _) => self.range = range,
+            (Some(packed), Some(range)) if packed == range => {}
+            (Some([low, high]), None) => self.notes.push(format!(
+                "{}: samples were stretched from data.range=[{low}, {high}] when they were packed",
+                printable(folder.as_os_str())
+            )),
+            (Some([low, high]), Some([from, to])) => {
+                let reason = format!(
+                    "holds samples that were stretched from data.range=[{low}, {high}] when they were packed, and data.range=[{from}, {to}] is asked for: \
+                     set data.range=[{low}, {high}], or pack the images again"
+                );
+                return Err(Error::format(folder, reason));
+            }
+        }
+        Ok(self)
     }
 
     /// The file that holds an image, and its position there.

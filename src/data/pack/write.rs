@@ -194,7 +194,7 @@ fn pack_splits(
 ) -> Result<Manifest> {
     let total = splits.iter().map(|(_, _, images)| images.len()).sum();
     let mut before = 0;
-    let mut manifest = Manifest::default();
+    let mut manifest = Manifest { range: settings.reading.range, ..Manifest::default() };
     for (split, folder, images) in splits {
         let seen = |count| progress(before + count, total);
         let files_before = (packed.files.len(), packed.images);
