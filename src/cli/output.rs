@@ -6,13 +6,15 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::files::{check_writable, is_file, is_folder};
-use crate::weights::WeightFile;
+use crate::weights::{BACKBONE, EXPORT, FEATURES, WeightFile};
 
 /// The contents of an output file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Weights without a run's state.
+    /// An exported backbone.
     Weights,
+    /// Features in a safetensors file.
+    Features,
     /// An ONNX model.
     Onnx,
     /// A NumPy array.
@@ -26,7 +28,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// The kind of a file by its name's ending.
+    /// The kind of a file that is no backbone, by its name's ending.
     pub(super) fn of(path: &Path) -> Self {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("onnx") => Self::Onnx,
@@ -34,7 +36,7 @@ impl Kind {
             Some("tsv") => Self::Table,
             Some("html") => Self::Page,
             Some("json") => Self::Trace,
-            _ => Self::Weights,
+            _ => Self::Features,
         }
     }
 }
@@ -61,34 +63,61 @@ pub(super) fn check(path: &Path, kind: Kind) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => false,
         Err(error) => return Err(Error::io(path)(error)),
     };
-    if is_there && !replaceable(path, kind)? {
-        let what = if is_checkpoint(path) {
-            "is a run's checkpoint"
-        } else {
-            "is there already, and another kind of file"
-        };
-        return Err(Error::format(path, format!("{what}: choose another --out")));
+    if !is_there {
+        return Ok(());
     }
-    Ok(())
+    let what = if is_checkpoint(path) {
+        "is a run's checkpoint"
+    } else {
+        match found(path, kind)? {
+            Found::Ours => return Ok(()),
+            Found::Foreign => "is there already, and nothing says that this program wrote it",
+            Found::Other => "is there already, and another kind of file",
+        }
+    };
+    Err(Error::format(path, format!("{what}: choose another --out")))
 }
 
-/// Whether a file that exists is of this kind.
-fn replaceable(path: &Path, kind: Kind) -> Result<bool> {
+/// What a file is to a command that would replace it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// What such a command wrote before.
+    Ours,
+    /// Of the same format, from elsewhere.
+    Foreign,
+    /// Of another format.
+    Other,
+}
+
+/// What a file that exists is to a command that writes this kind.
+fn found(path: &Path, kind: Kind) -> Result<Found> {
     if !is_file(path)? {
-        return Ok(false);
+        return Ok(Found::Other);
     }
     let mut start = Vec::new();
     let read = File::open(path).and_then(|file| file.take(2048).read_to_end(&mut start));
     read.map_err(Error::io(path))?;
     let holds = |part: &[u8]| start.windows(part.len()).any(|window| window == part);
+    let exported = |what: &str| match WeightFile::open(path) {
+        Ok(file) if file.note(EXPORT) == Some(what) => Found::Ours,
+        Ok(_) => Found::Foreign,
+        Err(_) => Found::Other,
+    };
+    let ours = |is_ours| if is_ours { Found::Ours } else { Found::Other };
     Ok(match kind {
-        Kind::Weights => WeightFile::open(path).is_ok() && !is_checkpoint(path),
+        Kind::Weights => exported(BACKBONE),
+        Kind::Features => exported(FEATURES),
         // The format's version, and who wrote it.
-        Kind::Onnx => start.starts_with(b"\x08\x08\x12\x07selfsup"),
-        Kind::Npy => start.starts_with(b"\x93NUMPY"),
-        Kind::Table => start.starts_with(b"file\tlabel\tclass"),
-        Kind::Page => holds(b"<title>selfsup"),
-        Kind::Trace => start.starts_with(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":"),
+        Kind::Onnx => ours(start.starts_with(b"\x08\x08\x12\x07selfsup")),
+        Kind::Npy if !start.starts_with(b"\x93NUMPY") => Found::Other,
+        // Arrays of features look like any other; the table beside them tells.
+        Kind::Npy => match found(&path.with_extension("tsv"), Kind::Table)? {
+            Found::Ours => Found::Ours,
+            _ => Found::Foreign,
+        },
+        Kind::Table => ours(start.starts_with(b"file\tlabel\tclass")),
+        Kind::Page => ours(holds(b"<title>selfsup")),
+        Kind::Trace => ours(start.starts_with(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":")),
     })
 }
 
@@ -116,6 +145,14 @@ mod tests {
             said("nowhere/new.npy")
         );
         std::fs::create_dir(at("folder.npy")).unwrap();
+        std::fs::write(at("a.npy"), b"\x93NUMPY\x01\x00").unwrap();
+        let foreign = "nothing says that this program wrote it: choose another --out";
+        assert!(said("a.npy").ends_with(foreign), "an array without a table");
+        let safetensors = |notes: &str| {
+            let header = format!("{{\"__metadata__\":{{{notes}}}}}");
+            [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()
+        };
+        std::fs::write(at("a.tsv"), b"file\tlabel\tclass\n").unwrap();
         assert!(said("folder.npy").ends_with("is a folder: name a file to write"));
         for (name, good, bad) in [
             ("a.npy", &b"\x93NUMPY\x01\x00"[..], &b"precious"[..]),
@@ -123,16 +160,31 @@ mod tests {
             ("a.tsv", b"file\tlabel\tclass\n", b"name\tage\n"),
             ("a.html", b"<!DOCTYPE html>\n<title>selfsup</title>", b"<!DOCTYPE html>\n<title>mine"),
             ("a.json", b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[]}", b"{\"traceEvents\":1}"),
-            ("a.safetensors", b"\x02\0\0\0\0\0\0\0{}", b"precious"),
+            (
+                "a.safetensors",
+                &safetensors("\"selfsup.export\":\"features\""),
+                &safetensors("\"format\":\"pt\""),
+            ),
         ] {
             std::fs::write(at(name), good).unwrap();
             assert_eq!(said(name), "", "{name}");
             std::fs::write(at(name), bad).unwrap();
-            assert!(said(name).ends_with("another kind of file: choose another --out"), "{name}");
+            let other = "another kind of file: choose another --out";
+            let expected = if name == "a.safetensors" { foreign } else { other };
+            assert!(said(name).ends_with(expected), "{name}: {}", said(name));
         }
-        let header = b"{\"__metadata__\":{\"selfsup.format\":\"1\"}}";
-        let checkpoint = [&(header.len() as u64).to_le_bytes()[..], header].concat();
-        std::fs::write(at("a.safetensors"), checkpoint).unwrap();
+        // Features do not replace a backbone, nor a backbone features or a checkpoint.
+        let path = at("a.safetensors");
+        for (notes, replaced_by) in [
+            ("\"selfsup.export\":\"backbone\"", Some(Kind::Weights)),
+            ("\"selfsup.export\":\"features\"", Some(Kind::Features)),
+            ("\"selfsup.format\":\"1\"", None),
+        ] {
+            std::fs::write(&path, safetensors(notes)).unwrap();
+            for kind in [Kind::Weights, Kind::Features] {
+                assert_eq!(check(&path, kind).is_ok(), replaced_by == Some(kind), "{notes}");
+            }
+        }
         assert!(said("a.safetensors").ends_with("is a run's checkpoint: choose another --out"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 7, "a check leaves nothing");
     }

@@ -11,7 +11,7 @@ use crate::eval::features::{check_finite, some_readable};
 use crate::files::write_pair;
 use crate::nn::ResNet;
 use crate::tape::evaluate;
-use crate::weights::{Entry, write_weights};
+use crate::weights::{EXPORT, Entry, FEATURES, write_weights};
 
 /// Images per forward pass.
 const BATCH: usize = 64;
@@ -135,6 +135,7 @@ impl Embedded {
                 let notes = HashMap::from([
                     ("names".into(), list(&self.names)),
                     ("classes".into(), list(&self.classes)),
+                    (EXPORT.into(), FEATURES.into()),
                 ]);
                 write_weights(path, &entries, notes, || Ok(()))?;
                 Ok(vec![path.to_path_buf()])

@@ -15,7 +15,7 @@ use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
 use crate::train::onnx::Values;
-use crate::weights::{Entry, WeightFile, stored_values, write_weights};
+use crate::weights::{self, Entry, WeightFile, stored_values, write_weights};
 
 const PREFIX: &str = "step-";
 const SUFFIX: &str = ".safetensors";
@@ -230,8 +230,9 @@ fn backbone_slots(layout: &Layout) -> Vec<&str> {
 pub fn export_backbone(path: &Path, arena: &Arena) -> Result<()> {
     let plain = |slot: &str| slot.strip_prefix(BACKBONE).map(str::to_owned);
     let entries: Vec<Entry<'_>> = Entry::network(arena, plain).collect();
-    let notes = HashMap::from([("format".into(), "pt".into())]);
-    write_weights(path, &entries, notes, || arena.device().check())
+    let notes = [("format", "pt"), (weights::EXPORT, weights::BACKBONE)];
+    let notes = notes.map(|(name, note)| (name.to_owned(), note.to_owned()));
+    write_weights(path, &entries, HashMap::from(notes), || arena.device().check())
 }
 
 /// Shape and values of the backbone's slots under torchvision's names, as a file has them.

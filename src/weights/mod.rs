@@ -24,6 +24,11 @@ use formats::{START, other_format};
 pub(crate) use write::{Entry, stored_values, write_weights};
 use write::{disk_shape, from_disk};
 
+/// The note of a file that was made for other programs, and what it says: what is in the file.
+pub(crate) const EXPORT: &str = "selfsup.export";
+pub(crate) const BACKBONE: &str = "backbone";
+pub(crate) const FEATURES: &str = "features";
+
 /// The longest header that is accepted: the limit of the safetensors crate.
 const HEADER_LIMIT: u64 = 100_000_000;
 

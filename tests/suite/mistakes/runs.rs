@@ -137,6 +137,9 @@ fn outputs_are_checked_before_the_work_and_replace_only_their_own_kind() {
     run_on_hues(root);
     std::fs::write(root.join("precious.npy"), "precious").unwrap();
     std::fs::write(root.join("table.tsv"), "precious").unwrap();
+    // An image or labels of somebody's, and weights from elsewhere.
+    std::fs::write(root.join("array.npy"), b"\x93NUMPY\x01\0").unwrap();
+    std::fs::write(root.join("theirs.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
     let before = files(&root.join("run"));
     let embed = |out: &'static str| vec!["embed", "run", "hue", "--device", "cpu", "--out", out];
     for (words, sentence) in [
@@ -145,6 +148,12 @@ fn outputs_are_checked_before_the_work_and_replace_only_their_own_kind() {
         (embed("hue"), "the file's name must end in"),
         (embed("precious.npy"), "is there already, and another kind of file: choose another --out"),
         (embed("table.npy"), "table.tsv: is there already, and another kind of file"),
+        (embed("array.npy"), "is there already, and nothing says that this program wrote it"),
+        (embed("theirs.safetensors"), "nothing says that this program wrote it"),
+        (
+            vec!["export", "run", "--out", "theirs.safetensors"],
+            "nothing says that this program wrote it: choose another --out",
+        ),
         (embed("run/step-00000006.safetensors"), "is a run's checkpoint: choose another --out"),
         (
             vec!["export", "run", "--out", "run/step-00000006.safetensors"],
