@@ -4,7 +4,7 @@
 //! splits only if classes are numbered by name: the training split's classes come first, in its order; classes that only
 //! another split has come after them, so that no training image shares their numbers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use unicode_normalization::UnicodeNormalization;
@@ -89,6 +89,23 @@ pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
         return Err(Error::format(path, reason));
     }
     Ok(merged)
+}
+
+/// Compares the classes that a split's images have with those of the training split's images, where both have the numbers of one list:
+/// the errors of [`merge`], or a sentence on those that no training image has.
+pub fn compare(
+    path: &Path,
+    classes: &[String],
+    training: impl Iterator<Item = u32>,
+    labels: &[u32],
+) -> Result<Option<String>> {
+    let [first, own] = [training.collect(), labels.iter().copied().collect::<BTreeSet<u32>>()];
+    let names = |used: &BTreeSet<u32>| -> Vec<String> {
+        used.iter().map(|&class| classes[class as usize].clone()).collect()
+    };
+    let merged = merge(path, &names(&first), &names(&own))?;
+    let places: HashMap<u32, u32> = own.into_iter().zip(merged.numbers.iter().copied()).collect();
+    Ok(merged.note(path, labels.iter().map(|label| places[label])))
 }
 
 impl Merged {

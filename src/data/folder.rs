@@ -2,7 +2,7 @@
 //!
 //! `listing` says which files and in what order. Decoded images are kept in memory up to a budget.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
@@ -118,23 +118,12 @@ impl Folder {
     /// Compares the classes of its images with those of the training split's images, which have the same numbers from the same table.
     ///
     /// # Errors
-    /// As for [`classes::merge`].
+    /// As for [`classes::compare`].
     pub(super) fn beside(mut self, training: &Self, table: &LabelTable) -> Result<Self> {
-        let (first, own) = (training.used_classes(), self.used_classes());
-        let names = |classes: &[u32]| -> Vec<String> {
-            classes.iter().map(|&class| self.classes[class as usize].clone()).collect()
-        };
-        let merged = classes::merge(table.file(), &names(&first), &names(&own))?;
-        let place = |file: &ImageFile| own.binary_search(&file.class).expect("a class of a file");
-        let labels = self.files.iter().map(|file| merged.numbers[place(file)]);
-        self.notes.extend(merged.note(table.file(), labels));
+        let labels: Vec<u32> = self.files.iter().map(|file| file.class).collect();
+        let training = training.files.iter().map(|file| file.class);
+        self.notes.extend(classes::compare(table.file(), &self.classes, training, &labels)?);
         Ok(self)
-    }
-
-    /// The numbers of the classes that its images have, in order.
-    fn used_classes(&self) -> Vec<u32> {
-        let used: BTreeSet<u32> = self.files.iter().map(|file| file.class).collect();
-        used.into_iter().collect()
     }
 
     /// Adds a sentence that a user of the set should read.

@@ -87,19 +87,17 @@ impl Idx {
         Err(Error::format(folder, reason))
     }
 
-    /// Takes note of labels that are above all of the training split.
+    /// Takes note of labels that no image of the training split has.
     fn note_classes_beyond(&mut self, folder: &Path) -> Result<()> {
         let [first, second] = [&FILES[0], &FILES[1]].map(|[_, labels]| find(folder, labels));
         let Some(path) = first?.or(second?) else { return Ok(()) };
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let (_, labels) = parse::<1>(&path, &bytes, "labels")?;
-        let first = labels.iter().max().map_or(0, |&label| usize::from(label) + 1);
-        if first == 0 || first >= self.classes.len() {
-            return Ok(());
-        }
         let own: Vec<u32> = self.labels.iter().flatten().copied().map(u32::from).collect();
-        let merged = classes::merge(&self.file, &self.classes[..first], &self.classes)?;
-        self.notes.extend(merged.note(&self.file, own.into_iter()));
+        // A training split may have labels that this one does not.
+        let training = labels.iter().map(|&label| u32::from(label));
+        let training = training.filter(|&label| (label as usize) < self.classes.len());
+        self.notes.extend(classes::compare(&self.file, &self.classes, training, &own)?);
         Ok(())
     }
 

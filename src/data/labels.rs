@@ -15,7 +15,7 @@ const SEED: u64 = 0;
 
 /// Returns the indices of a set's labelled images in ascending order. `which` is a share such as `10%` (of each class, at
 /// least one image) or a file with one image per line: a file name (`n01440764_10074.JPEG`), with as much of its path as
-/// makes it unique, or an index into the set, from 0.
+/// makes it unique and with the extension or without, or an index into the set, from 0.
 ///
 /// # Errors
 /// If the share is out of range, the set has no labels, or a line names no image or several.
@@ -87,8 +87,10 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
         (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
     let all = lines.iter().flat_map(|(_, line)| readings(line));
     let wanted: HashSet<String> = all.map(|reading| last_part(&reading)).collect();
-    let named = (0..source.len()).map(|i| (i as u32, slashes(&source.name(i))));
-    let names = Names::of(named.filter(|(_, name)| wanted.contains(&last_part(name))));
+    let named = || (0..source.len()).map(|i| (i as u32, slashes(&source.name(i))));
+    let names = Names::of(named().filter(|(_, name)| wanted.contains(&last_part(name))));
+    let without_extension = named().map(|(i, name)| (i, stem(&name).to_owned()));
+    let stems = Names::of(without_extension.filter(|(_, name)| wanted.contains(&last_part(name))));
     let mut chosen = Vec::new();
     for (number, line) in lines {
         let wrong = |what: String| Error::format(file, format!("line {number}: {what}"));
@@ -96,7 +98,18 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
         let line = line.trim();
         if found.is_empty() {
             let place = line.parse().ok().filter(|&i: &u32| (i as usize) < source.len());
-            found.extend(place);
+            found = stems.called(line);
+            match (place, &found[..]) {
+                (Some(place), [image, ..]) if place != *image => {
+                    return Err(wrong(format!(
+                        "{line} may be {} or the index {place}: write the whole name",
+                        source.name(*image as usize)
+                    )));
+                }
+                // Numbers in file names have leading zeros, indices have none.
+                (Some(place), []) if line == place.to_string() => found.push(place),
+                _ => {}
+            }
         }
         match found[..] {
             [place] => chosen.push(place),
@@ -139,6 +152,15 @@ fn slashes(path: &str) -> String {
 pub(super) fn last_part(path: &str) -> String {
     let path = slashes(path);
     path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+/// A path without the extension of its last part.
+pub(super) fn stem(path: &str) -> &str {
+    let last = last_part(path).len();
+    match path[path.len() - last..].rfind('.') {
+        Some(dot) if dot > 0 => &path[..path.len() - last + dot],
+        _ => path,
+    }
 }
 
 /// Images by the last parts of their names.
@@ -234,7 +256,7 @@ mod tests {
             labelled(&set, list.to_str().unwrap()).map_err(|e| e.to_string())
         };
         assert_eq!(read("dog/1.png\n\n2.png\r\n").unwrap(), [1, 2]);
-        assert_eq!(read("0\n2\n2\n").unwrap(), [0, 2]);
+        assert_eq!(read("0\n0\n").unwrap(), [0]);
         assert_eq!(read("\u{feff}dog/1.png\r\n./cat/1.png\r\n").unwrap(), [0, 2]);
         assert_eq!(read(" 2.png \ndog\\1.png\n").unwrap(), [1, 2]);
         let whole = root.path().join("train/dog/1.png").display().to_string();
@@ -258,6 +280,33 @@ mod tests {
         ] {
             let got = read(text).unwrap_err();
             assert!(got.ends_with(message), "{got}");
+        }
+    }
+
+    #[test]
+    fn a_number_in_a_list_is_a_name_or_an_index_and_never_either() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["cat/1.png", "cat/2.png", "dog/0.png", "dog/0007.png", "dog/9.png"] {
+            let path = root.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::GrayImage::new(2, 2).save(path).unwrap();
+        }
+        let set = Folder::open(root.path()).unwrap(); // in this order
+        let list = root.path().join("list.txt");
+        let read = |text: &str| {
+            std::fs::write(&list, text).unwrap();
+            labelled(&set, list.to_str().unwrap()).map_err(|e| e.to_string())
+        };
+        // 3 and 4 are no names, 9 and 0007 no indices.
+        assert_eq!(read("0007\ncat/1\n9\n4\n3\n").unwrap(), [0, 3, 4]);
+        for (text, message) in [
+            ("0", "line 1: 0 may be "),
+            ("0", "dog/0.png or the index 0: write the whole name"),
+            ("2", "cat/2.png or the index 2: write the whole name"),
+            ("0003", "line 1: the training images have no 0003"),
+        ] {
+            let said = read(text).unwrap_err();
+            assert!(said.contains(message), "{said}");
         }
     }
 }

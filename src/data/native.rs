@@ -58,18 +58,16 @@ pub fn native_format(folder: &Path, reading: &Reading) -> Result<Option<(Format,
     let Some((first_file, first)) = found.first() else { return Ok(None) };
     let floats = first.bits == 32;
     let first = format(first);
-    let Some((other_file, other)) = found.iter().find(|(_, other)| format(other) != first) else {
+    if found.iter().all(|(_, other)| format(other) == first) {
         return Ok(Some((first, floats)));
+    }
+    // Photos in grey and in colour are all RGB.
+    let is_photo = |format: Format| matches!(format.channels, 1 | 3) && format.bits == 8;
+    let differs = |other: Format| other != first && !(is_photo(first) && is_photo(other));
+    let Some((other_file, other)) = found.iter().find(|(_, other)| differs(format(other))) else {
+        return Ok(Some((Format::RGB, false)));
     };
     let other = format(other);
-    // Photos in grey and in colour are all RGB.
-    let photos = found.iter().all(|(_, native)| {
-        let format = format(native);
-        matches!(format.channels, 1 | 3) && format.bits == 8
-    });
-    if photos {
-        return Ok(Some((Format::RGB, false)));
-    }
     Err(Error::format(
         folder,
         format!(

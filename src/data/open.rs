@@ -26,10 +26,26 @@ pub(super) fn folders(split: Split) -> &'static [&'static str] {
 /// Names of all folders that may hold a split.
 const SPLITS: [&str; 5] = ["train", "test", "val", "valid", "validation"];
 
-/// Names that others give to the splits of a set, in lower case.
-const LIKE_SPLITS: [[&str; 6]; 2] = [
-    ["train", "training", "trainset", "train_set", "training_set", "train-set"],
-    ["test", "testing", "val", "valid", "validation", "test_set"],
+/// Names that others give to the splits of a set, in lower case, without what separates words and without a year behind.
+const LIKE_SPLITS: [&[&str]; 2] = [
+    &["train", "training", "trainset", "trainingset", "trainimages", "trainingimages", "trainval"],
+    &[
+        "test",
+        "testing",
+        "testset",
+        "testimages",
+        "val",
+        "valid",
+        "validation",
+        "valset",
+        "valimages",
+        "validationset",
+        "holdout",
+        "heldout",
+        "dev",
+        "eval",
+        "evaluation",
+    ],
 ];
 
 /// The folders of a set's splits.
@@ -128,13 +144,17 @@ pub(super) fn not_used(mut splits: impl Iterator<Item = String>) -> Option<Strin
     Some(format!("{first} is the held-out split, and {others} {are} not read"))
 }
 
-/// The error of a folder in which all folders have names like those of splits: read as classes, training images and
-/// held-out ones would be mixed.
+/// The error of a folder in which folders have names like those of splits, of both or all of them: read as classes, training images
+/// and held-out ones would be mixed.
 fn like_splits(path: &Path, folders: &[PathBuf]) -> Option<Error> {
     let names: Vec<String> = folders.iter().map(|folder| name_of(folder)).collect();
-    let is_like = |name: &str, split: usize| LIKE_SPLITS[split].contains(&&*name.to_lowercase());
+    let is_like = |name: &str, split: usize| {
+        let name = name.to_lowercase().replace(['_', '-', ' '], "");
+        LIKE_SPLITS[split].contains(&name.trim_end_matches(|c: char| c.is_ascii_digit()))
+    };
+    let [train, held_out] = [0, 1].map(|split| names.iter().any(|name| is_like(name, split)));
     let all = names.iter().all(|name| is_like(name, 0) || is_like(name, 1));
-    if !all || !names.iter().any(|name| is_like(name, 0)) {
+    if !train || !(all || held_out) {
         return None;
     }
     let reason = format!(
@@ -351,6 +371,32 @@ mod tests {
         ] {
             let set = open(&at(name), split).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!((set.len(), set.classes().len()), (length, classes), "{name}");
+        }
+    }
+
+    #[test]
+    fn folders_named_like_splits_are_not_taken_for_classes() {
+        let root = tempfile::tempdir().unwrap();
+        for (i, (names, refused)) in [
+            (&["Train", "Test", "extra"][..], true),
+            (&["training", "holdout"], true),
+            (&["train2017", "val2017", "annotations"], true),
+            (&["train_images", "test_images"], true),
+            (&["Training"], true),
+            (&["training", "cat", "dog"], false), // a shoe, say
+            (&["dev", "cat"], false),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let set = root.path().join(i.to_string());
+            names.iter().for_each(|name| touch(&set.join(name).join("cat/1.png"), b""));
+            let said = open(&set, Split::Train).err().map_or(String::new(), |e| e.to_string());
+            assert_eq!(
+                said.contains("names like those of a set's splits"),
+                refused,
+                "{names:?}: {said}"
+            );
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use super::labels::{Names, last_part};
+use super::labels::{Names, stem};
 use super::source::Split;
 use crate::error::{Error, Result, printable};
 
@@ -96,8 +96,16 @@ pub fn table_and_part(labels: &str) -> (Option<&str>, Option<&str>) {
     }
 }
 
+/// What separates the columns: the first of these that the first line has. Spreadsheets write semicolons where commas are decimal.
+fn separator(file: &Path, bytes: &[u8]) -> u8 {
+    let line = bytes.split(|byte| *byte == b'\n').find(|line| !line.trim_ascii().is_empty());
+    let is_tsv = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("tsv"));
+    let all = if is_tsv { *b"\t,;" } else { *b",;\t" };
+    all.into_iter().find(|one| line.unwrap_or_default().contains(one)).unwrap_or(all[0])
+}
+
 impl LabelTable {
-    /// Reads a table: one row for each file, with columns separated by commas, or by tabs if its name ends in `.tsv`. A first row that
+    /// Reads a table: one row for each file, with columns separated by commas, semicolons or tabs. A first row that
     /// names a column of files (`file`, `filename`, `image`, `id` and so on) and one of classes (`label`, `class` and so on) says
     /// which they are, and may name one of splits (`split`: `train`, `test` or `val`); without it the first column is the file and the
     /// second the class. Fields may be quoted; a byte order mark is skipped. Rows without a class are passed over. Classes are
@@ -107,12 +115,18 @@ impl LabelTable {
     /// If the file cannot be read, is not UTF-8, a row has no such columns or an unknown split, or no row has a class.
     pub fn read(file: &Path) -> Result<Self> {
         let bytes = std::fs::read(file).map_err(Error::io(file))?;
-        let is_tsv = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("tsv"));
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        if std::str::from_utf8(bytes).is_err() {
+            return Err(Error::format(
+                file,
+                "is not UTF-8 text: save it as \"CSV UTF-8\", or convert it (iconv -t UTF-8)",
+            ));
+        }
         let mut reader = csv::ReaderBuilder::new()
             .has_headers(false)
             .flexible(true)
-            .delimiter(if is_tsv { b'\t' } else { b',' })
-            .from_reader(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes));
+            .delimiter(separator(file, bytes))
+            .from_reader(bytes);
         let (mut columns, mut rows, mut names) = (None, Vec::new(), Vec::new());
         let mut has_header = false;
         for record in reader.records() {
@@ -279,21 +293,15 @@ impl Named {
     }
 }
 
-/// A path without the extension of its last part.
-fn stem(path: &str) -> &str {
-    let last = last_part(path).len();
-    match path[path.len() - last..].rfind('.') {
-        Some(dot) if dot > 0 => &path[..path.len() - last + dot],
-        _ => path,
-    }
-}
-
 impl Columns {
     /// The columns, if a row names those of files and classes.
     fn named(record: &csv::StringRecord) -> Option<Self> {
         let names: Vec<String> = record.iter().map(|name| name.trim().to_lowercase()).collect();
+        // `y` beside `x` is a place, not a class.
+        let is_place = |known: &str| known == "y" && names.iter().any(|name| name == "x");
         let column = |known: &[&str]| {
-            known.iter().find_map(|known| names.iter().position(|name| name == known))
+            let mut known = known.iter().filter(|known| !is_place(known));
+            known.find_map(|known| names.iter().position(|name| name == known))
         };
         let [file, class] = [column(&FILES)?, column(&LABELS)?];
         Some(Self { file, class, split: column(&SPLITS) })
@@ -374,6 +382,12 @@ mod tests {
             ),
             ["a.png cat, wild", "b.png a \"b\"", "c.png 1", "d.png 1"]
         );
+        assert_eq!(rows("file;label\na;cat\nb;dog\nc;cat\nd;dog\n"), all);
+        assert_eq!(rows("file\tlabel\na\tcat\nb\tdog\nc\tcat\nd\tdog\n"), all);
+        assert_eq!(rows("file,x,y,label\na,1,2,cat\nb,1,2,dog\nc,3,4,cat\nd,5,6,dog\n"), all);
+        assert_eq!(rows("id,y\na,cat\nb,dog\nc,cat\nd,dog\n"), all);
+        let said = labelled("file,x,y\na,1,2\n", Split::Train).unwrap_err();
+        assert!(said.contains("names no image"), "{said}"); // of its columns none holds classes
         // Whole numbers in the order of their values.
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("numbers.tsv");

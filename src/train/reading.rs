@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::data::{self, Format, Reading};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::settings;
 
 /// How a folder's files are read: as the settings say, and what they leave open as the files have it. Samples of 16 bits are
@@ -47,7 +47,11 @@ fn given(
     let data = table.get("data").and_then(toml::Value::as_table).cloned().unwrap_or_default();
     let read: ReadingKeys = settings::read(&data, "data")?;
     let mut reading = Reading { pages: read.pages, axes: read.axes, ..Reading::default() };
-    let native = data::native_format(folder, &reading)?;
+    let native = match data::native_format(folder, &reading) {
+        // Files of several kinds, and it is said which are read.
+        Err(Error::Format { .. }) if read.channels.and(read.bits).is_some() => None,
+        found => found?,
+    };
     if let Some((native, _)) = native.filter(|(native, _)| takes(*native)) {
         reading.format = native;
     }
