@@ -1,7 +1,8 @@
 //! Decodes image files: JPEG, PNG, WebP, BMP, TIFF and NumPy arrays.
 //!
 //! Read as RGB of 8 bits, grey, palette, alpha, 16-bit PNG, CMYK and YCCK images are converted; alpha is dropped, not blended, the
-//! upper byte of 16 bits is kept, and embedded colour profiles and orientations are ignored, as in Pillow's `convert("RGB")`. (Of
+//! upper byte of 16 bits is kept, and embedded colour profiles and orientations are ignored, as in Pillow's `convert("RGB")`. As there,
+//! TIFF files are the exception: they are turned as their orientation says, and colours that were multiplied by alpha are divided. (Of
 //! 16-bit grey, Pillow clips all but the lowest 256 levels to white; here it is treated as colour. Of a BMP file of 16 bits a pixel,
 //! levels differ by at most one from Pillow's, which rounds them down.) Any other [`Reading`] takes the
 //! channels and bits as they are in the file, and refuses what it would have to guess. Sizes are checked before anything is decoded.
@@ -272,7 +273,7 @@ fn jpeg_samples(bytes: &[u8]) -> Result<Samples, String> {
         true => (1, pixels.into_iter().step_by(3).collect()),
         false => (3, pixels),
     };
-    Ok(Samples { size, channels, alpha: false, values: Values::U8(values) })
+    Ok(Samples { size, channels, alpha: false, premultiplied: false, values: Values::U8(values) })
 }
 
 /// A PNG file's own channels and bits; a palette is looked up.
@@ -290,7 +291,7 @@ fn png_samples(bytes: &[u8]) -> Result<Samples, String> {
         _ => Values::U8(bytes),
     };
     let alpha = matches!(kind, png::ColorType::GrayscaleAlpha | png::ColorType::Rgba);
-    Ok(Samples { size, channels: kind.samples(), alpha, values })
+    Ok(Samples { size, channels: kind.samples(), alpha, premultiplied: false, values })
 }
 
 type WebP<'a> = image_webp::WebPDecoder<Cursor<&'a [u8]>>;
@@ -315,7 +316,13 @@ fn webp(bytes: &[u8]) -> Result<Samples, String> {
     let length = decoder.output_buffer_size().ok_or("is too large for this machine")?;
     let mut values = vec![0; length];
     decoder.read_image(&mut values).map_err(damaged_webp)?;
-    Ok(Samples { size, channels: if alpha { 4 } else { 3 }, alpha, values: Values::U8(values) })
+    Ok(Samples {
+        size,
+        channels: if alpha { 4 } else { 3 },
+        alpha,
+        premultiplied: false,
+        values: Values::U8(values),
+    })
 }
 
 type Bmp<'a> = image::codecs::bmp::BmpDecoder<Cursor<&'a [u8]>>;
@@ -337,7 +344,13 @@ fn bmp(bytes: &[u8]) -> Result<Samples, String> {
     let channels = usize::from(decoder.color_type().channel_count());
     let mut values = vec![0; size[0] * size[1] * channels];
     decoder.read_image(&mut values).map_err(damaged_bmp)?;
-    Ok(Samples { size, channels, alpha: channels == 4, values: Values::U8(values) })
+    Ok(Samples {
+        size,
+        channels,
+        alpha: channels == 4,
+        premultiplied: false,
+        values: Values::U8(values),
+    })
 }
 
 #[cfg(test)]

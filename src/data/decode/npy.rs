@@ -184,5 +184,5 @@ pub fn read<R: Read + Seek>(mut file: R, index: usize, axes: Option<Axes>) -> Fo
             Values::F32(all.map(|i| number(chunks[place(i)])).collect())
         }
     };
-    Ok(Samples { size: array.size, channels, alpha: false, values })
+    Ok(Samples { size: array.size, channels, alpha: false, premultiplied: false, values })
 }

@@ -119,6 +119,8 @@ pub struct Samples {
     pub channels: usize,
     /// Whether the last channel is an alpha channel, which is dropped unless it is asked for.
     pub alpha: bool,
+    /// Whether the colours were multiplied by alpha, which is undone when alpha is dropped.
+    pub premultiplied: bool,
     /// `[height, width, channels]`.
     pub values: Values,
 }
@@ -156,7 +158,8 @@ impl Samples {
         let [width, height] = self.size;
         into.reshape(width, height, reading.format);
         let samples = into.pixels.as_mut_slice();
-        match (&self.values, reading.format.bits) {
+        let divided = (self.premultiplied && wanted == colours).then(|| self.divided());
+        match (divided.as_ref().unwrap_or(&self.values), reading.format.bits) {
             (Values::U8(values), 8) => {
                 let pixels = samples.chunks_exact_mut(wanted).zip(values.chunks_exact(from));
                 pixels.for_each(|(to, pixel)| pick(to, pixel, &places));
@@ -189,6 +192,32 @@ impl Samples {
                 write(samples, values, from, &places, |v| scaled(f64::from(v)));
                 Ok(())
             }
+        }
+    }
+
+    /// The values, their colours divided by alpha, as Pillow does it: rounded down, and at most the largest.
+    fn divided(&self) -> Values {
+        fn of<T: Copy + Into<u64> + TryFrom<u64>>(
+            values: &[T],
+            channels: usize,
+            most: u64,
+        ) -> Vec<T> {
+            let mut values = values.to_vec();
+            for pixel in values.chunks_exact_mut(channels) {
+                let Some((alpha, colours)) = pixel.split_last_mut() else { continue };
+                let alpha: u64 = (*alpha).into();
+                for value in colours {
+                    // Black where nothing is seen.
+                    let divided = ((*value).into() * most).checked_div(alpha).unwrap_or(0);
+                    *value = T::try_from(divided.min(most)).unwrap_or(*value);
+                }
+            }
+            values
+        }
+        match &self.values {
+            Values::U8(values) => Values::U8(of(values, self.channels, 255)),
+            Values::U16(values) => Values::U16(of(values, self.channels, 65535)),
+            Values::F32(values) => Values::F32(values.clone()),
         }
     }
 

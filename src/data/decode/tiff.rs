@@ -60,11 +60,7 @@ fn native<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<Native> {
         (channels, alpha) = (samples, false);
     }
     // A fourth band need not be one: only what the file calls alpha is.
-    let extra: Option<Vec<u64>> = decoder
-        .find_tag(Tag::ExtraSamples)
-        .and_then(|tag| tag.map(|tag| tag.into_u64_vec()).transpose())
-        .map_err(damaged)?;
-    alpha &= extra.is_some_and(|extra| extra.last().is_some_and(|kind| [1, 2].contains(kind)));
+    alpha &= kind_of_last_sample(decoder)?.is_some_and(|kind| [ASSOCIATED, 2].contains(&kind));
     if !(1..=MOST_CHANNELS).contains(&channels) {
         return Err(format!("has {channels} channels; the most is {MOST_CHANNELS}"));
     }
@@ -74,12 +70,63 @@ fn native<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<Native> {
     Ok(Native { channels, bits: bits.into(), alpha, pages: 1 })
 }
 
-/// Width and height of the page.
-fn size_of<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<[usize; 2]> {
+/// The kind of an alpha channel that the colours were multiplied by.
+const ASSOCIATED: u64 = 1;
+
+/// What the file calls the last of the samples beside grey or RGB.
+fn kind_of_last_sample<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<Option<u64>> {
+    let kinds: Option<Vec<u64>> = decoder
+        .find_tag(Tag::ExtraSamples)
+        .and_then(|tag| tag.map(|tag| tag.into_u64_vec()).transpose())
+        .map_err(damaged)?;
+    Ok(kinds.and_then(|kinds| kinds.last().copied()))
+}
+
+/// Width and height of the page as it is stored.
+fn stored_size<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<[usize; 2]> {
     let (width, height) = decoder.dimensions().map_err(damaged)?;
     let [width, height] = [width as usize, height as usize];
     check_size(width, height)?;
     Ok([width, height])
+}
+
+/// Width and height of the page as it is shown.
+fn size_of<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<[usize; 2]> {
+    let [width, height] = stored_size(decoder)?;
+    Ok(if orientation(decoder)? > 4 { [height, width] } else { [width, height] })
+}
+
+/// How the page is turned to be shown, 1 (as it is stored) to 8. Pillow turns TIFF files, and no others, when it reads them.
+fn orientation<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<usize> {
+    let found: Option<usize> = decoder.find_tag_unsigned(Tag::Orientation).map_err(damaged)?;
+    Ok(found.filter(|orientation| (2..=8).contains(orientation)).unwrap_or(1))
+}
+
+/// Turns `[height, width, channels]` as an orientation says.
+fn turned<T: Copy>(
+    values: &[T],
+    [width, height]: [usize; 2],
+    channels: usize,
+    orientation: usize,
+) -> Vec<T> {
+    let swaps = orientation > 4;
+    let [across, down] = if swaps { [height, width] } else { [width, height] };
+    let mut all = Vec::with_capacity(values.len());
+    for y in 0..down {
+        for x in 0..across {
+            let [from_left, from_top] = if swaps { [y, x] } else { [x, y] };
+            let column = match orientation {
+                2 | 3 | 7 | 8 => width - 1 - from_left,
+                _ => from_left,
+            };
+            let row = match orientation {
+                3 | 4 | 6 | 7 => height - 1 - from_top,
+                _ => from_top,
+            };
+            all.extend_from_slice(&values[(row * width + column) * channels..][..channels]);
+        }
+    }
+    all
 }
 
 /// Number of pages.
@@ -151,8 +198,9 @@ pub fn read<R: Read + Seek>(file: R, page: usize, reading: &Reading) -> Found<Sa
 }
 
 fn read_page<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<Samples> {
-    let size = size_of(decoder)?;
+    let size = stored_size(decoder)?;
     let Native { channels, alpha, .. } = native(decoder)?;
+    let premultiplied = alpha && kind_of_last_sample(decoder)? == Some(ASSOCIATED);
     let count = size[0] * size[1] * channels;
     let mut values = DecodingResult::U8(Vec::new());
     let layout = decoder.read_image_to_buffer(&mut values).map_err(damaged)?;
@@ -174,7 +222,16 @@ fn read_page<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<Samples> {
     if there != count {
         return Err(format!("is a TIFF file of {there} samples where {count} are expected"));
     }
-    Ok(Samples { size, channels, alpha, values })
+    let values = match orientation(decoder)? {
+        1 => values,
+        how => match values {
+            Values::U8(values) => Values::U8(turned(&values, size, channels, how)),
+            Values::U16(values) => Values::U16(turned(&values, size, channels, how)),
+            Values::F32(values) => Values::F32(turned(&values, size, channels, how)),
+        },
+    };
+    let size = size_of(decoder)?;
+    Ok(Samples { size, channels, alpha, premultiplied, values })
 }
 
 /// Planes one after another become channels of pixels.
@@ -223,5 +280,72 @@ fn joined(pages: &[Samples]) -> Found<Samples> {
     };
     let values = values
         .ok_or("has pages of different sample types, which cannot be channels of one image")?;
-    Ok(Samples { size, channels, alpha: false, values })
+    Ok(Samples { size, channels, alpha: false, premultiplied: false, values })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use tiff::encoder::TiffEncoder;
+    use tiff::encoder::colortype::{Gray8, RGB8};
+    use tiff::tags::ExtraSamples;
+
+    use super::super::{Format, Image};
+    use super::*;
+
+    #[test]
+    fn pages_are_turned_as_pillow_turns_them() {
+        // 1 2 3
+        // 4 5 6
+        for (orientation, expected, swaps) in [
+            (1_u16, [1, 2, 3, 4, 5, 6], false),
+            (2, [3, 2, 1, 6, 5, 4], false),
+            (3, [6, 5, 4, 3, 2, 1], false),
+            (4, [4, 5, 6, 1, 2, 3], false),
+            (5, [1, 4, 2, 5, 3, 6], true),
+            (6, [4, 1, 5, 2, 6, 3], true),
+            (7, [6, 3, 5, 2, 4, 1], true),
+            (8, [3, 6, 2, 5, 1, 4], true),
+            (9, [1, 2, 3, 4, 5, 6], false),
+        ] {
+            let mut file = Cursor::new(Vec::new());
+            let mut encoder = TiffEncoder::new(&mut file).unwrap();
+            let mut image = encoder.new_image::<Gray8>(3, 2).unwrap();
+            image.encoder().write_tag(Tag::Orientation, orientation).unwrap();
+            image.write_data(&[1, 2, 3, 4, 5, 6]).unwrap();
+            let bytes = file.into_inner();
+            let read = read(Cursor::new(&bytes), 0, &Reading::default()).unwrap();
+            let shown = if swaps { [2, 3] } else { [3, 2] };
+            assert_eq!((read.size, size(Cursor::new(&bytes), 0).unwrap()), (shown, shown));
+            let Values::U8(values) = read.values else { panic!("of 8 bits") };
+            assert_eq!(values, expected, "{orientation}");
+        }
+    }
+
+    #[test]
+    fn colours_that_were_multiplied_by_alpha_are_divided_when_it_is_dropped() {
+        let pixels = [[100, 50, 7, 255], [100, 50, 7, 128], [9, 0, 255, 10], [3, 2, 1, 0]];
+        let write = |kind| {
+            let mut file = Cursor::new(Vec::new());
+            let mut encoder = TiffEncoder::new(&mut file).unwrap();
+            let mut image = encoder.new_image::<RGB8>(4, 1).unwrap();
+            image.extra_samples(&[kind]).unwrap();
+            image.write_data(&pixels.concat()).unwrap();
+            file.into_inner()
+        };
+        let rgb = |bytes: &[u8], channels| {
+            let format = Format { channels, bits: 8 };
+            let (reading, mut image) = (Reading { format, ..Reading::default() }, Image::default());
+            let read = read(Cursor::new(bytes), 0, &reading).unwrap();
+            read.convert(&reading, &mut image).unwrap();
+            image.pixels
+        };
+        let associated = write(ExtraSamples::AssociatedAlpha);
+        // Pillow 13.0: Image.open(...).convert("RGB").
+        assert_eq!(rgb(&associated, 3), [100, 50, 7, 199, 99, 13, 229, 0, 255, 0, 0, 0]);
+        assert_eq!(rgb(&associated, 4), pixels.concat());
+        let plain: Vec<u8> = pixels.iter().flat_map(|pixel| pixel[..3].to_vec()).collect();
+        assert_eq!(rgb(&write(ExtraSamples::UnassociatedAlpha), 3), plain);
+    }
 }
