@@ -132,7 +132,7 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// # Errors
 /// If the file is damaged, or a slot is missing or has another shape: the message names the first mismatch with both shapes.
 pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
-    let mut file = WeightFile::open(path)?;
+    let mut file = WeightFile::open_whole(path)?;
     check_format(&file)?;
     file.fill_finite(arena, |slot| Some(slot.to_owned()))
 }
@@ -149,7 +149,7 @@ pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
 /// As [`init_weights`]; if `fit`, a backbone over three channels is fitted to images of other channels: the filters of its first
 /// convolution are added up for one channel, and repeated and scaled by 3 / channels for more. Returns whether they were.
 pub(super) fn init_fitted(path: &Path, arena: &mut Arena, fit: bool) -> Result<bool> {
-    let mut file = WeightFile::open(path)?;
+    let mut file = WeightFile::open_whole(path)?;
     let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
     check_architecture(&file, &prefix, arena.layout())?;
@@ -320,7 +320,7 @@ pub(super) fn restore(
 /// # Errors
 /// If it is damaged, or of a format that this program does not read.
 pub(super) fn open(path: &Path) -> Result<WeightFile> {
-    let file = WeightFile::open(path)
+    let file = WeightFile::open_whole(path)
         .map_err(|e| Error::Weights(format!("{e}; remove it to resume from the one before it")))?;
     check_format(&file)?;
     if file.note(FORMAT_NOTE).map(str::parse) != Some(Ok(FORMAT)) {

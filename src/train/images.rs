@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::data::{self, Image, Source, Split, Subset};
+use rayon::prelude::*;
+
+use crate::data::{self, Image, Skipped, Source, Split, Subset};
+use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::recipes::DataSettings;
 
@@ -26,6 +29,32 @@ pub struct Images {
     pub test: Option<Arc<dyn Source>>,
     /// Says why there is no held-out split, or why a figure on it says nothing, if there is a reason.
     about_test: Option<String>,
+}
+
+/// Images of a split whose pixels are compared.
+const COMPARED: usize = 64;
+
+/// Checksums of the names and labels of a set's images, in their order, and of the pixels of some: the seed says which, spread over the
+/// set. Of a name the file's counts, not the folders': a set may lie elsewhere, or in a pack.
+pub(super) fn checksums(source: &dyn Source, seed: u64, device: &Device) -> Result<[u32; 2]> {
+    let count = source.len();
+    let names = (0..count).fold(0, |crc, i| {
+        let name = source.name(i);
+        let file = name.rsplit(['/', '\\']).next().unwrap_or_default();
+        crc32c::crc32c_append(crc, format!("{file}\n{:?}\n", source.label(i)).as_bytes())
+    });
+    let pixels = |part: usize| {
+        let [from, to] = [part, part + 1].map(|part| part * count / COMPARED.min(count));
+        let mut rng = Philox::new(seed, Purpose::Order, u32::MAX, part as u32);
+        let (index, mut image) = (from + rng.below((to - from) as u32) as usize, Image::default());
+        match source.read(index, &mut image) {
+            Ok(()) => Ok(crc32c::crc32c_append(image.width as u32, &image.pixels)),
+            Err(error) => Skipped::new(index, error).map(|_| 0),
+        }
+    };
+    let pixels = || (0..COMPARED.min(count)).into_par_iter().map(pixels).collect();
+    let pixels: Vec<u32> = device.host().run(|| -> Result<_> { pixels() })?;
+    Ok([names, crc32c::crc32c(bytemuck::cast_slice(&pixels))])
 }
 
 impl Images {

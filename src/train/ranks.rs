@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arena::Arena;
-use crate::data::{Image, Skipped, Source};
-use crate::device::{Group, Philox, Purpose};
+use crate::data::{Skipped, Source};
+use crate::device::Group;
 use crate::error::{Error, Result};
 use crate::methods::{Method, State};
 use crate::recipes::Recipe;
@@ -17,7 +17,7 @@ use crate::train::evaluation::Accuracies;
 use crate::train::resume::difference;
 use crate::train::run::Watch;
 use crate::train::skipped::RunSplit;
-use crate::train::{Images, Run};
+use crate::train::{Images, Run, images};
 
 /// Refuses a recipe that this group cannot train as one process would.
 pub(super) fn check(recipe: &Recipe, method: &dyn Method, group: &Group) -> Result<()> {
@@ -95,34 +95,14 @@ fn known(run: &Run) -> Result<Vec<(String, String)>> {
     Ok(known)
 }
 
-/// Images of a split whose pixels are compared.
-const COMPARED: usize = 64;
-
-/// The number of images, and checksums of their names and classes, of the sizes of their files, and of the pixels of some: the seed
-/// says which, spread over the set.
+/// The number of images, and checksums of their names and classes, of the sizes of their files, and of the pixels of some.
 fn checksums(source: &dyn Source, run: &Run) -> Result<[u32; 4]> {
-    let (count, seed) = (source.len(), run.recipe.seed);
-    let names = (0..count).fold(0, |crc, i| {
-        let name = source.name(i);
-        let end = name.strip_prefix(&run.recipe.data.path).unwrap_or(&name);
-        crc32c::crc32c_append(crc, format!("{end}\n{:?}\n", source.label(i)).as_bytes())
-    });
-    let pixels = |part: usize| {
-        let [from, to] = [part, part + 1].map(|part| part * count / COMPARED.min(count));
-        let mut rng = Philox::new(seed, Purpose::Order, u32::MAX, part as u32);
-        let (index, mut image) = (from + rng.below((to - from) as u32) as usize, Image::default());
-        match source.read(index, &mut image) {
-            Ok(()) => Ok(crc32c::crc32c_append(image.width as u32, &image.pixels)),
-            Err(error) => Skipped::new(index, error).map(|_| 0),
-        }
-    };
+    let count = source.len();
+    let [names, pixels] = images::checksums(source, run.recipe.seed, run.online.device())?;
     run.online.device().host().run(|| {
         let sizes: Vec<u64> =
             (0..count).into_par_iter().map(|i| source.file_bytes(i).unwrap_or(0)).collect();
-        let pixels = (0..COMPARED.min(count)).into_par_iter().map(pixels);
-        let pixels: Vec<u32> = pixels.collect::<Result<_>>()?;
-        let [sizes, pixels] = [bytemuck::cast_slice(&sizes), bytemuck::cast_slice(&pixels)];
-        Ok([count as u32, names, crc32c::crc32c(sizes), crc32c::crc32c(pixels)])
+        Ok([count as u32, names, crc32c::crc32c(bytemuck::cast_slice(&sizes)), pixels])
     })
 }
 

@@ -55,6 +55,9 @@ pub(super) struct Progress {
     /// The names of the classes, in the order of their labels; empty without labels, and in files of earlier versions.
     #[serde(default)]
     pub(super) classes: Vec<String>,
+    /// Checksums of the names and labels of the training images, and of the pixels of some; `None` in files of earlier versions.
+    #[serde(default)]
+    pub(super) checksums: Option<[u32; 2]>,
     /// The length of `metrics.jsonl` in bytes.
     pub(super) metrics: u64,
     /// Prototypes in use after the epoch's last step, once all batches are done.
@@ -382,9 +385,19 @@ impl Run {
                 run.progress.classes.join(", ")
             )));
         }
+        let checksums = run.progress.checksums;
+        if let (Some(then), Some(now)) = (progress.checksums, checksums)
+            && then != now
+        {
+            let what = if then[0] != now[0] { "names or labels" } else { "pixels" };
+            return Err(Error::Config(format!(
+                "{data}: the training images have other {what} than those that the run was started with: restore them, or start another run"
+            )));
+        }
         run.optimizer.set_updates(step);
         run.saved_step = Some(step);
-        run.progress = Progress { classes: std::mem::take(&mut run.progress.classes), ..progress };
+        let classes = std::mem::take(&mut run.progress.classes);
+        run.progress = Progress { classes, checksums, ..progress };
         if run.group().leads() {
             restore_best(path, &mut run.progress)?;
         }

@@ -22,7 +22,7 @@ use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
 use crate::train::skipped::SkippedImages;
 use crate::train::trace::Trace;
-use crate::train::{Images, Steps, checkpoint, ranks, report};
+use crate::train::{Images, Steps, checkpoint, images as sets, ranks, report};
 
 /// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
@@ -209,6 +209,7 @@ impl Run {
             progress: Progress {
                 images: images.train.len(),
                 classes: images.train.classes().to_vec(),
+                checksums: Some(sets::checksums(&*images.train, recipe.seed, device)?),
                 ..Progress::default()
             },
             images,

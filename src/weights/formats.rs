@@ -34,6 +34,8 @@ pub(super) fn other_format(path: &Path, start: &[u8]) -> Option<String> {
         Some("a tar archive, not a safetensors file: unpack it first".into())
     } else if holds(b"\"weight_map\"") {
         Some("an index of weights in several files: join the files that it names into one".into())
+    } else if text.starts_with(['{', '[']) {
+        Some("JSON text, not a safetensors file".into())
     } else if is_onnx(path, start) {
         Some("an ONNX file, and only safetensors is read".into())
     } else if text.starts_with("<!doctype html") || text.starts_with("<html") {

@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 use formats::{START, other_format};
+use write::{CHECKSUM, checksum, disk_shape, from_disk};
 pub(crate) use write::{Entry, stored_values, write_weights};
-use write::{disk_shape, from_disk};
 
 /// The note of a file that was made for other programs, and what it says: what is in the file.
 pub(crate) const EXPORT: &str = "selfsup.export";
@@ -79,6 +79,24 @@ impl WeightFile {
             return Err(damaged(reason));
         }
         Ok(Self { path: path.to_path_buf(), file, header, data: 8 + size })
+    }
+
+    /// Opens a file and compares its tensors with the checksum in its header, if it has one: files of other programs and of earlier
+    /// versions have none.
+    pub(crate) fn open_whole(path: &Path) -> Result<Self> {
+        let mut file = Self::open(path)?;
+        let Some(expected) = file.note(CHECKSUM).map(str::to_owned) else { return Ok(file) };
+        let found = file.file.seek(SeekFrom::Start(file.data));
+        let found = found.and_then(|_| checksum(&mut file.file)).map_err(Error::io(path))?;
+        if found != expected {
+            return Err(Error::format(
+                path,
+                format!(
+                    "truncated or corrupt safetensors file: the checksum of its tensors is {found}, and its header says {expected}"
+                ),
+            ));
+        }
+        Ok(file)
     }
 
     /// The file's path.

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, View};
@@ -91,20 +93,55 @@ impl View for &Entry<'_> {
     }
 }
 
-/// Writes a weight file atomically. `sound` is called once all values have been read from their device, before the file is
+/// The note that has the checksum of all that follows the header: CRC-32 (IEEE), in hexadecimal.
+pub(super) const CHECKSUM: &str = "selfsup.crc32";
+
+/// What stands there until the checksum is known.
+const UNKNOWN: &str = "unknown.";
+
+/// The checksum of what is left of a file, as its note has it.
+pub(super) fn checksum(file: &mut impl Read) -> std::io::Result<String> {
+    let (mut hasher, mut buffer) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(format!("{:08x}", hasher.finalize())),
+            len => hasher.update(&buffer[..len]),
+        }
+    }
+}
+
+/// Puts the checksum into a file that was written without.
+fn put_checksum(path: &Path) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut size = [0; 8];
+    file.read_exact(&mut size)?;
+    let mut header = vec![0; u64::from_le_bytes(size) as usize];
+    file.read_exact(&mut header)?;
+    let sum = checksum(&mut file)?;
+    // Within another note its quotes would be escaped.
+    let note = format!("\"{CHECKSUM}\":\"{UNKNOWN}\"");
+    let at = header.windows(note.len()).position(|window| window == note.as_bytes());
+    let at = at.expect("the header has the note") + note.len() - 1 - UNKNOWN.len();
+    file.seek(SeekFrom::Start((size.len() + at) as u64))?;
+    file.write_all(sum.as_bytes())
+}
+
+/// Writes a weight file atomically, with its checksum in the header. `sound` is called once all values have been read from their device, before the file is
 /// renamed into place: a failed device must not replace a good file.
 pub(crate) fn write_weights(
     path: &Path,
     entries: &[Entry<'_>],
-    notes: HashMap<String, String>,
+    mut notes: HashMap<String, String>,
     sound: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
+    notes.insert(CHECKSUM.into(), UNKNOWN.into());
     let entries = entries.iter().map(|entry| (&*entry.name, entry));
     replace_file(path, |partial| {
         serialize_to_file(entries, Some(notes), partial).map_err(|error| match error {
             SafeTensorError::IoError(error) => write_error(path, error),
             other => unreachable!("names are unique and shapes are their data's: {other}"),
         })?;
+        put_checksum(partial).map_err(|error| write_error(path, error))?;
         sound()
     })
 }

@@ -378,6 +378,42 @@ fn the_best_checkpoint_is_put_right_after_a_kill() {
 }
 
 #[test]
+fn other_images_or_labels_are_no_images_to_resume_with() {
+    let root = tempfile::tempdir().unwrap();
+    let [data, out, moved] = ["data", "run", "moved"].map(|name| root.path().join(name));
+    write_split(&data.join("train"), 16);
+    write_split(&data.join("test"), 4);
+    let device = Device::cpu(1).unwrap();
+    let mut run = Run::new(&on_images(&data, &[]), &device, Some(&out)).unwrap();
+    run.train(&mut At(0, || (), Vec::new())).unwrap();
+    drop(run);
+    std::fs::rename(&data, &moved).unwrap();
+    let resumed = || {
+        let settings = [format!("data.path={}", moved.display())];
+        Run::resume(Paused::open(&out, &settings).unwrap(), &device).map(drop)
+    };
+    resumed().unwrap(); // the same elsewhere
+    let [dark, bright] = ["dark", "bright"].map(|class| moved.join("train").join(class));
+    let exchange = |from: &Path, to: &Path| {
+        std::fs::rename(from, root.path().join("between")).unwrap();
+        std::fs::rename(to, from).unwrap();
+        std::fs::rename(root.path().join("between"), to).unwrap();
+    };
+    // One image more of one class and one less of the other.
+    std::fs::rename(dark.join("000.png"), bright.join("100.png")).unwrap();
+    let said = resumed().unwrap_err().to_string();
+    assert!(
+        said.contains("other names or labels than those that the run was started with"),
+        "{said}"
+    );
+    std::fs::rename(bright.join("100.png"), dark.join("000.png")).unwrap();
+    resumed().unwrap();
+    exchange(&dark, &bright); // the same names and labels
+    let said = resumed().unwrap_err().to_string();
+    assert!(said.contains("other pixels than those that the run was started with"), "{said}");
+}
+
+#[test]
 fn a_log_that_is_removed_does_not_cost_the_run() {
     let root = tempfile::tempdir().unwrap();
     let [data, out] = ["data", "run"].map(|name| root.path().join(name));

@@ -127,7 +127,36 @@ fn change(from: &Path, to: &Path, name: &str, values: &[f32]) {
     for (place, value) in changed[at..].chunks_exact_mut(4).zip(values) {
         place.copy_from_slice(&value.to_le_bytes());
     }
+    // As in a file of another program: a checksum would tell.
+    let note = changed.windows(13).position(|part| part == b"selfsup.crc32").unwrap();
+    changed[note..note + 13].copy_from_slice(b"anothers.note");
     std::fs::write(to, changed).unwrap();
+}
+
+#[test]
+fn a_changed_bit_in_a_checkpoint_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    run_on_hues(root);
+    let checkpoint = root.join("run/step-00000006.safetensors");
+    let mut bytes = std::fs::read(&checkpoint).unwrap();
+    let last = bytes.len() - 3;
+    bytes[last] ^= 0x10;
+    std::fs::write(&checkpoint, bytes).unwrap();
+    for words in [
+        &["eval", "knn", "run", "--device", "cpu"][..],
+        &["export", "run", "--out", "x.safetensors"],
+        &["train", "--resume", "run", "--device", "cpu"],
+        &["train", "demo", "--out", "new", "--set", "train.init=run/step-00000006.safetensors"],
+    ] {
+        let output = selfsup(root, words);
+        let said = text(&output.stderr);
+        assert!(!output.status.success(), "{words:?}");
+        let what = "step-00000006.safetensors: truncated or corrupt safetensors file: the checksum of its tensors is ";
+        assert!(said.contains(what), "{words:?}: {said}");
+        let remedy = "; remove it to resume from the one before it";
+        assert_eq!(said.contains(remedy), words.contains(&"--resume"), "{said}");
+    }
 }
 
 #[test]
