@@ -15,7 +15,7 @@ use serde::Deserialize;
 use crate::arena::{Arena, Layout, Slot};
 use crate::error::Result;
 use crate::methods::supervised::{self, Classifier};
-use crate::methods::{Method, RunInfo, State, above_zero};
+use crate::methods::{Method, RunInfo, State, temperature};
 use crate::nn::{ResNet, ResNetConfig};
 use crate::ops::distillation;
 use crate::optim::ParamPolicy;
@@ -62,7 +62,7 @@ pub struct Distill {
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
-    above_zero(settings.temperature, "temperature")?;
+    temperature(settings.temperature)?;
     settings.student.check()?;
     settings.teacher.network.check()?;
     settings.teacher_settings().check()?;

@@ -49,7 +49,7 @@ use crate::arena::{Arena, Layout};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::methods::{
-    Coupling, Method, RunInfo, State, above_zero, momentum_in_range, view, widths,
+    Coupling, Method, RunInfo, State, momentum_in_range, temperature, view, widths,
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
@@ -145,7 +145,7 @@ struct RunState {
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
-    above_zero(settings.temperature, "temperature")?;
+    temperature(settings.temperature)?;
     momentum_in_range(settings.momentum, "momentum")?;
     momentum_in_range(settings.bank_momentum, "bank_momentum")?;
     widths(&[(settings.queue, "queue"), (settings.embedding, "embedding")])?;

@@ -252,6 +252,14 @@ fn view(crops: &Tensor, index: usize, views: usize) -> Tensor {
 /// and a rank has a part of every view.
 const GROUPS_OF_VIEWS: &str = "network.norm_groups above 1 with all views in one pass";
 
+/// Checks that a temperature is one that a softmax in f32 can use.
+fn temperature(value: f64) -> Result<()> {
+    if (1e-4..=1e4).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::config(format!("method.temperature must be in 1e-4..=1e4, not {value:e}")))
+}
+
 /// Checks that a setting is finite and positive.
 fn above_zero(value: f64, key: &str) -> Result<()> {
     if value.is_finite() && value > 0.0 {

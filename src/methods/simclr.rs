@@ -39,7 +39,7 @@ use serde::Deserialize;
 use super::monitors::{Readings, information, similarities};
 use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, GROUPS_OF_VIEWS, Method, above_zero, widths};
+use crate::methods::{Coupling, GROUPS_OF_VIEWS, Method, temperature, widths};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{PairLoss, add, l2_normalize, neg_cosine, nt_xent, pair_loss, scale, slice_rows};
 use crate::tape::{Tape, Var};
@@ -145,7 +145,7 @@ pub struct SimClr {
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
-    above_zero(settings.temperature, "temperature")?;
+    temperature(settings.temperature)?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
     if settings.head_layers > MOST_LAYERS {
         return Err(Error::config(format!("method.head_layers must be at most {MOST_LAYERS}")));

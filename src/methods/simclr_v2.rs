@@ -42,7 +42,7 @@ use crate::arena::{Arena, Layout, SlotKind};
 use crate::error::{Error, Result};
 use crate::methods::moco::random_rows;
 use crate::methods::{
-    Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, above_zero, momentum_in_range, widths,
+    Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, momentum_in_range, temperature, widths,
 };
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{Negatives, add, info_nce, l2_normalize, nt_xent, scale, slice_rows, write_rows};
@@ -136,7 +136,7 @@ struct Memory {
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
-    above_zero(settings.temperature, "temperature")?;
+    temperature(settings.temperature)?;
     momentum_in_range(settings.momentum, "momentum")?;
     widths(&[(settings.hidden, "hidden"), (settings.embedding, "embedding")])?;
     Ok(Box::new(SimClrV2::new(network, &settings)))

@@ -42,7 +42,9 @@ use super::monitors::{Reading, Readings, similarities};
 use crate::arena::{Arena, Init, Layout, Param, Slot, SlotKind};
 use crate::device::Group;
 use crate::error::{Error, Result};
-use crate::methods::{Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, above_zero, widths};
+use crate::methods::{
+    Coupling, GROUPS_OF_VIEWS, Method, RunInfo, State, above_zero, temperature, widths,
+};
 use crate::nn::{Mlp, MlpLayer, NormKind, ResNet, ResNetConfig};
 use crate::ops::{
     concat_rows, l2_normalize, linear, mean_of, normalize_rows, push_rows, sinkhorn, slice_rows,
@@ -134,7 +136,7 @@ pub struct Swav {
 
 pub(super) fn build(network: &ResNetConfig, table: &toml::Table) -> Result<Box<dyn Method>> {
     let settings: Settings = crate::settings::read(table, "method")?;
-    above_zero(settings.temperature, "temperature")?;
+    temperature(settings.temperature)?;
     above_zero(settings.epsilon, "epsilon")?;
     widths(&[
         (settings.prototypes, "prototypes"),

@@ -14,6 +14,7 @@ use super::adam::{self, Adam, AdamStep};
 use super::cuda::Tables;
 use crate::arena::{Arena, Layout, Slot, SlotKind};
 use crate::device::DeviceKind;
+use crate::error::{Error, Result};
 use crate::tensor::CHUNK;
 use crate::tensor::{Float, Numbers, Tensor};
 
@@ -150,6 +151,31 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Checks that coefficients are numbers in their ranges.
+    ///
+    /// # Errors
+    /// If one is not; the message names its key in a recipe.
+    pub fn check(&self) -> Result<()> {
+        let below_one = |value: f64| (0.0..1.0).contains(&value);
+        let (rule, momentum, weight_decay) = match self {
+            Rule::Sgd(sgd) => ("sgd", vec![("momentum", sgd.momentum)], sgd.weight_decay),
+            Rule::Lars(lars) => ("lars", vec![("momentum", lars.momentum)], lars.weight_decay),
+            Rule::Adam(adam) | Rule::AdamW(adam) => {
+                ("adam", vec![("beta1", adam.beta1), ("beta2", adam.beta2)], adam.weight_decay)
+            }
+        };
+        if let Some((key, value)) = momentum.into_iter().find(|(_, value)| !below_one(*value)) {
+            let what = format!("optim.rule.{rule}.{key} is {value}; it must be in 0..1");
+            return Err(Error::config(what));
+        }
+        if !(weight_decay.is_finite() && weight_decay >= 0.0) {
+            let what =
+                format!("optim.rule.{rule}.weight_decay is {weight_decay}; it must be 0 or more");
+            return Err(Error::config(what));
+        }
+        Ok(())
+    }
+
     fn exclude(&self) -> Exclude {
         match self {
             Rule::Sgd(sgd) => sgd.exclude,

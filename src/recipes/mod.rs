@@ -339,6 +339,9 @@ fn three() -> usize {
 /// The most threads that are accepted: more than any machine's cores, fewer than an operating system refuses.
 pub(crate) const MOST_THREADS: usize = 1024;
 
+/// The most epochs of warm-up: more are a slip of the keyboard.
+const MOST_EPOCHS: f64 = 1e6;
+
 impl Recipe {
     /// Loads a recipe from a file or by a name of [`builtin_names`], with `key.path=value` settings on top.
     ///
@@ -459,8 +462,13 @@ impl Recipe {
             }
         };
         self.data.gpu_bytes()?;
-        positive(self.optim.lr, "optim.lr")?;
-        positive(self.optim.warmup_epochs, "optim.warmup_epochs")?;
+        let limited = |value: f64, most: f64, key: &str| match value > most {
+            true => Err(Error::config(format!("{key} is {value:e}; it must be at most {most:e}"))),
+            false => positive(value, key),
+        };
+        limited(self.optim.lr, f64::from(f32::MAX), "optim.lr")?;
+        limited(self.optim.warmup_epochs, MOST_EPOCHS, "optim.warmup_epochs")?;
+        self.optim.rule.check()?;
         positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;
         positive(self.optim.end_lr, "optim.end_lr")?;
         positive(self.train.checkpoint_every_minutes, "train.checkpoint_every_minutes")?;
@@ -475,6 +483,7 @@ impl Recipe {
         }
         positive(self.watch.collapsed_std, "watch.collapsed_std")?;
         positive(self.watch.collapsed_rank, "watch.collapsed_rank")?;
+        positive(self.watch.collapsed_rank_me, "watch.collapsed_rank_me")?;
         positive(self.watch.collapsed_prototypes, "watch.collapsed_prototypes")?;
         positive(self.watch.diverged, "watch.diverged")?;
         let most = [

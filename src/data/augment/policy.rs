@@ -349,7 +349,10 @@ impl Policy {
             (1..=1024).contains(&self.size),
             format!("augmentation: size = {} must be in 1..=1024", self.size),
         )?;
-        rule(self.repeat > 0, "augmentation: repeat = 0 must be 1 or more".into())?;
+        rule(
+            (1..=1024).contains(&self.repeat),
+            format!("augmentation: repeat = {} must be in 1..=1024", self.repeat),
+        )?;
         range("area", self.area, 1.0)?;
         range("aspect", self.aspect, 100.0)?;
         chance("flip", self.flip)?;
@@ -423,7 +426,7 @@ mod tests {
     fn a_setting_out_of_range_is_named() {
         for (text, expected) in [
             ("size = 0", "size = 0 must be in 1..=1024"),
-            ("size = 8\nrepeat = 0", "repeat = 0 must be 1 or more"),
+            ("size = 8\nrepeat = 0", "repeat = 0 must be in 1..=1024"),
             ("size = 8\narea = [0.5, 0.1]", "area = [0.5, 0.1] must rise within (0, 1]"),
             ("size = 8\nflip = 1.5", "flip = 1.5 must be a probability"),
             ("size = 8\nflip = nan", "flip = NaN must be a probability"),

@@ -43,6 +43,31 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
             "a batch of 20000 is larger than the set of 10000 images: lower the batch size",
         ),
         (&["train", "demo", "--set", "method.name=simcrl"], 2, &unknown_method),
+        (
+            &["train", "demo", "--set", "watch.collapsed_rank_me=nan"],
+            2,
+            "watch.collapsed_rank_me is NaN; it must be 0 or more",
+        ),
+        (
+            &["train", "simclr-cifar10", "--set", "optim.rule.lars.momentum=nan"],
+            2,
+            "optim.rule.lars.momentum is NaN; it must be in 0..1",
+        ),
+        (
+            &["train", "demo", "--set", "method.temperature=1e300"],
+            2,
+            "method.temperature must be in 1e-4..=1e4, not 1e300",
+        ),
+        (
+            &["train", "demo", "--set", "optim.warmup_epochs=1e300"],
+            2,
+            "optim.warmup_epochs is 1e300; it must be at most 1e6",
+        ),
+        (
+            &["train", "demo", "--set", "augment.repeat=16777216"],
+            2,
+            "augmentation: repeat = 16777216 must be in 1..=1024",
+        ),
     ];
     check_refusals(root, cases, &["runs", "new"]);
     for (words, sentence) in [
