@@ -227,6 +227,9 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let device = device::open(args.of.device, &tuned.train)?;
     let unread = eval::unreadable(&**test, &device)?;
     left_out.add("held-out", test.len(), &unread)?;
+    let not_used = eval::unreadable(&*images.train, &device)?;
+    left_out.add("training", images.train.len(), &not_used)?;
+    let used = [images.train.len() - not_used.len(), test.len() - unread.len()];
     // Unfit weights are refused now, not after the baseline's training.
     let mut weights = Arena::new(tuned.build_method()?.layout(), &device, tuned.seed);
     train::init_weights(&checkpoint, &mut weights)?;
@@ -234,14 +237,13 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     talk(&format!(
         "{}: fine-tuned on {} labelled images by {}, {} epochs, batch {}, seed {}",
         checkpoint.display(),
-        images.train.len(),
+        used[0],
         args.protocol,
         tuned.train.epochs,
         tuned.train.batch,
         tuned.seed
     ));
-    let used = [images.train.len(), test.len() - unread.len()];
-    let about = about(&checkpoint, used, [0, unread.len()], tuned.seed);
+    let about = about(&checkpoint, used, [not_used.len(), unread.len()], tuned.seed);
     let mut results = Results::new(args.of.json, about);
     let mut untrained = tuned.clone();
     untrained.train.init = None;

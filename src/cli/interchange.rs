@@ -18,6 +18,7 @@ use crate::error::{Error, Result, printable};
 use crate::eval::{self, Embedded};
 use crate::nn::{ResNet, ResNetConfig, Stem};
 use crate::train::{self, Trained};
+use crate::weights::WeightFile;
 
 pub(super) fn export(args: &Export) -> Result<()> {
     let trained = Trained::open(&args.run, &[])?;
@@ -28,6 +29,7 @@ pub(super) fn export(args: &Export) -> Result<()> {
     };
     let out = args.out.clone().unwrap_or_else(|| trained.checkpoint.with_file_name(name));
     output::check(&out, kind)?;
+    check_suffix(&out, args.onnx)?;
     let (_, arena) = trained.load(&Device::cpu(0)?)?;
     if args.onnx {
         train::export_onnx(&out, &arena)?;
@@ -39,6 +41,23 @@ pub(super) fn export(args: &Export) -> Result<()> {
         talk(&in_torchvision(&trained.recipe.network));
     }
     say(&out.display().to_string())
+}
+
+/// Refuses a name that promises another format than is written.
+fn check_suffix(out: &Path, onnx: bool) -> Result<()> {
+    let suffix = out.extension().and_then(|suffix| suffix.to_str()).unwrap_or_default();
+    let [promised, written, how] = match (suffix.to_ascii_lowercase().as_str(), onnx) {
+        ("pth" | "pt" | "ckpt" | "bin" | "pkl", _) => {
+            ["PyTorch's", ".safetensors", "safetensors.torch.load_file reads it"]
+        }
+        ("onnx", false) => ["ONNX", ".safetensors", "--onnx writes ONNX"],
+        ("safetensors", true) => ["safetensors", ".onnx", "without --onnx weights are written"],
+        _ => return Ok(()),
+    };
+    Err(Error::Config(format!(
+        "{}: .{suffix} promises {promised} format: name a file that ends in {written} ({how})",
+        out.display()
+    )))
 }
 
 /// Describes how to load a backbone in PyTorch.
@@ -135,6 +154,7 @@ impl Network {
     fn foreign(args: &Embed, file: &Path) -> Result<Self> {
         let name = args.arch.as_deref().unwrap_or_default(); // --weights requires it
         let network = ResNetConfig::named(name)?;
+        WeightFile::open(file)?; // before a network is made for it
         let device = device::choose(args.device, Some(Precision::F32), 0)?;
         let mut layout = Layout::new();
         let backbone = ResNet::new(&mut layout, "backbone.", &network);

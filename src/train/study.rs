@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::device::Device;
 use crate::error::{Error, Result, printable};
-use crate::files::{create_folder, find, is_folder, is_partial, read_text, write_file};
+use crate::files::{create_folder, find, is_file, is_folder, is_partial, read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 
@@ -122,8 +122,18 @@ impl Study {
                 )));
             }
         };
-        let study: Self = toml::from_str(&text)
+        let mut study: Self = toml::from_str(&text)
             .map_err(|e| Error::Config(format!("study {name}: {}", e.message())))?;
+        if let Some(folder) = Path::new(name).parent() {
+            // As for a recipe's base: next to the file that names it first.
+            let bases = study.arms.iter_mut().filter_map(|arm| arm.base.as_mut());
+            for base in bases.chain([&mut study.base]) {
+                let beside = folder.join(&*base);
+                if is_file(&beside)? {
+                    *base = beside.to_string_lossy().into_owned();
+                }
+            }
+        }
         study.check(name)?;
         Ok(study)
     }
