@@ -108,6 +108,8 @@ mod resume;
 mod run_outputs;
 #[path = "suite/samplers.rs"]
 mod samplers;
+#[path = "suite/scaling.rs"]
+mod scaling;
 #[path = "suite/shape_fuzz.rs"]
 mod shape_fuzz;
 #[path = "suite/shipped_bugs.rs"]

@@ -271,6 +271,10 @@ pub(super) struct Inspect {
     /// train.precision is set
     #[arg(long, value_name = "SIZE", requires = "memory", value_parser = bytes)]
     pub(super) gpu_memory: Option<usize>,
+    /// Run a step on one thread and tell, by a model, how well so many threads could share it: by how its work is cut into tasks,
+    /// without caches, memory bandwidth and the waking of threads
+    #[arg(long, value_name = "THREADS", num_args = 0..=1, default_missing_value = "16", value_parser = clap::value_parser!(u16).range(2..=4096))]
+    pub(super) scaling: Option<u16>,
     /// Count what a step exchanges on so many machines of so many GPUs each, such as 8x8, and what that costs by a model
     #[arg(long, value_name = "MACHINESxGPUS", value_parser = machines)]
     pub(super) ranks: Option<[usize; 2]>,

@@ -12,7 +12,7 @@ use crate::device::Precision;
 use crate::error::Result;
 use crate::recipes::{self, Recipe};
 use crate::tape::NodeInfo;
-use crate::train::{self, Measured, Need, Trained};
+use crate::train::{self, Measured, Need, Scaling, Trained, Waiting};
 
 pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let (recipe, checkpoint) = if recipes::builtin(&args.what).is_none() && is_run(&args.what) {
@@ -26,6 +26,8 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
     let memory = args.memory.then(|| needs(&recipe, args.gpu_memory)).transpose()?;
     let exchanges = exchanges::exchanges(&recipe, args, method.views())?;
+    let scaling =
+        args.scaling.map(|threads| train::scaling(&recipe, threads.into())).transpose()?;
     if args.json {
         let slots = layout.params().iter().chain(layout.stats()).map(slot_record);
         let nodes = graph.as_ref().map(|graph| {
@@ -43,6 +45,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "slots": slots.collect::<Vec<_>>(),
             "graph": nodes,
             "memory": memory,
+            "scaling": scaling,
             "exchanges": exchanges,
         });
         return say(&report.to_string());
@@ -63,6 +66,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     print_slots(layout)?;
     graph.iter().try_for_each(print_graph)?;
     memory.iter().try_for_each(|needs| print_memory(needs, &recipe))?;
+    scaling.iter().try_for_each(print_scaling)?;
     exchanges.iter().try_for_each(exchanges::print)
 }
 
@@ -162,6 +166,29 @@ fn print_memory(needs: &Needs, recipe: &Recipe) -> Result<()> {
         size(gpu),
         size(train::BESIDE_TENSORS),
     ))
+}
+
+/// Waits below this share of the threads' time are not listed.
+const LISTED: f64 = 0.005;
+
+fn print_scaling(scaling: &Scaling) -> Result<()> {
+    let Scaling { images, seconds, efficiency, threads, waits } = scaling;
+    say(&format!(
+        "a step of {images} images, {seconds:.2} s on one thread, by how it is cut into tasks (caches, memory and the waking of threads not counted):"
+    ))?;
+    let shares: Vec<String> = efficiency
+        .iter()
+        .map(|(threads, share)| {
+            format!("{threads} threads work {:.0}% of their time", 100.0 * share)
+        })
+        .collect();
+    say(&format!("  {}", shares.join(", ")))?;
+    say(&format!("where {threads} threads wait:"))?;
+    for Waiting { place, is_serial, share } in waits.iter().filter(|wait| wait.share > LISTED) {
+        let why = if *is_serial { "one thread works before it" } else { "few or uneven tasks" };
+        say(&format!("  {:5.1}%  {place}: {why}", 100.0 * share))?;
+    }
+    Ok(())
 }
 
 fn slot_record(slot: &Slot) -> serde_json::Value {

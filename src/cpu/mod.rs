@@ -9,6 +9,7 @@ pub(crate) mod conv2d;
 pub(crate) mod exp;
 mod gemm;
 pub(crate) mod parallel;
+pub(crate) mod scaling;
 
 pub(crate) use crate::device::Isa;
 pub(crate) use gemm::{Matrix, gemm, gemm_sequential};

@@ -74,6 +74,23 @@ impl Threads {
     }
 }
 
+/// Seconds of processor time that this thread has used.
+#[cfg(unix)]
+pub(crate) fn thread_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a timespec to write to, and every unix of the last decades has this clock.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    assert_eq!(failed, 0, "the clock of this thread's processor time");
+    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
+}
+
+/// Seconds, of the wall: there is no such clock of the thread.
+#[cfg(not(unix))]
+pub(crate) fn thread_seconds() -> f64 {
+    static BEGIN: OnceLock<std::time::Instant> = OnceLock::new();
+    BEGIN.get_or_init(std::time::Instant::now).elapsed().as_secs_f64()
+}
+
 /// A builder for `count` threads.
 fn checked(count: usize) -> Result<ThreadPoolBuilder, String> {
     if count > MAX_THREADS {

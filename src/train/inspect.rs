@@ -1,16 +1,17 @@
-//! Measures one step of a recipe before it is trained: its autograd graph and its memory.
+//! Measures one step of a recipe before it is trained: its autograd graph, its memory, and how many threads it can use.
 
 use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::arena::Arena;
+use crate::cpu::scaling;
 use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::methods::{Method, RunInfo};
 use crate::optim::Optimizer;
 use crate::recipes::Recipe;
-use crate::tape::{NodeInfo, step};
+use crate::tape::{NodeInfo, Tape, step};
 use crate::tensor::{DType, Tensor, device_channels};
 
 /// One measured step, on black images.
@@ -82,31 +83,58 @@ pub fn measure(recipe: &Recipe, images: usize) -> Result<Measured> {
 /// # Errors
 /// As for [`measure`], or if the device fails.
 pub fn measure_on(recipe: &Recipe, images: usize, device: &Device) -> Result<Measured> {
-    let mut method = recipe.build_method()?;
-    let mut online =
-        Arena::new(method.layout(), device, recipe.seed).with_recompute(recipe.train.recompute);
-    let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
-    let info = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
-    method.start(&online, &info)?;
-    let fixed = device.memory_use().live;
-    let crops = crops(recipe, &*method, images, device)?;
-    method.labels(&vec![0; images])?;
-    method.prepare(0);
-    method.before_step(&mut online);
-    let (mut nodes, mut saved) = (Vec::new(), 0);
+    let mut model = Model::new(recipe, images, device)?;
+    let fixed = model.fixed;
     let before = device.memory_use().live;
+    let (mut nodes, mut saved) = (Vec::new(), 0);
     let start = Instant::now();
-    step(&mut online, |tape| {
-        let loss = method.loss(tape, &crops);
+    model.step(|tape| {
         nodes = tape.nodes();
         saved = device.memory_use().live.saturating_sub(before);
-        loss
     })?;
-    optimizer.step(&mut online, 0.0);
-    method.after_update(&mut online, 1.0);
     let seconds = start.elapsed().as_secs_f64();
     let used = device.memory_use();
     Ok(Measured { images, nodes, fixed, saved, peak: used.peak, reserved: used.reserved, seconds })
+}
+
+/// What a step of a recipe needs: weights, state, and a batch of black images.
+struct Model {
+    method: Box<dyn Method>,
+    online: Arena,
+    optimizer: Optimizer,
+    crops: Vec<Tensor>,
+    /// Bytes of weights, gradients, momentum and the method's state.
+    fixed: usize,
+}
+
+impl Model {
+    fn new(recipe: &Recipe, images: usize, device: &Device) -> Result<Self> {
+        let mut method = recipe.build_method()?;
+        let online =
+            Arena::new(method.layout(), device, recipe.seed).with_recompute(recipe.train.recompute);
+        let optimizer = Optimizer::new(recipe.optim.rule, &online);
+        let info = RunInfo { seed: recipe.seed, batch: images, images, per_epoch: 1, total: 1 };
+        method.start(&online, &info)?;
+        let fixed = device.memory_use().live;
+        let crops = crops(recipe, &*method, images, device)?;
+        method.labels(&vec![0; images])?;
+        method.prepare(0);
+        Ok(Self { method, online, optimizer, crops, fixed })
+    }
+
+    /// One step with a learning rate of 0; `recorded` sees the tape before the backward pass.
+    fn step(&mut self, recorded: impl FnOnce(&Tape<'_>)) -> Result<()> {
+        let Self { method, online, optimizer, crops, .. } = self;
+        method.before_step(online);
+        step(online, |tape| {
+            let loss = method.loss(tape, crops);
+            recorded(tape);
+            loss
+        })?;
+        optimizer.step(online, 0.0);
+        method.after_update(online, 1.0);
+        Ok(())
+    }
 }
 
 /// Black views, grouped by size like the loader's.
@@ -191,3 +219,83 @@ pub fn seconds_per_image(recipe: &Recipe) -> Result<f64> {
 
 /// More images in a step do not make it more accurate, and need memory.
 const MOST_IMAGES: usize = 64;
+
+/// How a step of a recipe uses many threads, as far as the cutting of its work into tasks decides it: caches, memory bandwidth and
+/// the waking of threads are not counted.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scaling {
+    /// Images in the step, each in all its views.
+    pub images: usize,
+    /// Seconds of the step on one thread.
+    pub seconds: f64,
+    /// Numbers of threads, and the share of their time in which they work.
+    pub efficiency: Vec<(usize, f64)>,
+    /// How many threads `waits` are of.
+    pub threads: usize,
+    /// Where these threads wait, the longest first.
+    pub waits: Vec<Waiting>,
+}
+
+/// Time that threads wait in a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Waiting {
+    /// The loop, as file and line.
+    pub place: String,
+    /// Whether one thread works before the loop; if not, the loop has too few or too uneven tasks.
+    pub is_serial: bool,
+    /// The share of all threads' time.
+    pub share: f64,
+}
+
+/// Seconds of a step that [`scaling`] is measured on, about, and the numbers of threads that it is told for.
+const MEASURED_SECONDS: f64 = 5.0;
+const THREADS: [usize; 6] = [2, 4, 8, 16, 32, 64];
+
+/// Measures [`Scaling`] on one thread, by a step of the recipe's batch or of as many images as take five seconds; `threads` is the
+/// number whose waits are told.
+///
+/// # Errors
+/// As for [`measure`].
+pub fn scaling(recipe: &Recipe, threads: usize) -> Result<Scaling> {
+    // All of the step is one thread's, which stays with its device for the rest of its life.
+    let measured = std::thread::scope(|scope| scope.spawn(|| one_thread(recipe)).join());
+    let (images, step) = measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let work = step.work();
+    let efficiency = |threads| (threads, work / (threads as f64 * step.seconds(threads)));
+    let waiting = |wait: scaling::Wait| Waiting {
+        place: wait.place.map_or("the end".into(), |(file, line)| format!("{file}:{line}")),
+        is_serial: wait.is_serial,
+        share: wait.share,
+    };
+    Ok(Scaling {
+        images,
+        seconds: work,
+        efficiency: THREADS.map(efficiency).to_vec(),
+        threads,
+        waits: step.waits(threads).into_iter().map(waiting).collect(),
+    })
+}
+
+/// Runs a step of the recipe's batch, or of as many images as take about `MEASURED_SECONDS`; returns its images and what the thread
+/// did.
+fn one_thread(recipe: &Recipe) -> Result<(usize, scaling::Task)> {
+    let device = Device::cpu_with_this_thread(1)?;
+    let device = device.with_precision(recipe.train.precision.unwrap_or(Precision::F32))?;
+    let least = fewest(recipe);
+    let most = recipe.train.batch / recipe.train.micro_batches.max(1);
+    let most = (most / least * least).max(least);
+    let mut images = least;
+    loop {
+        let mut model = Model::new(recipe, images, &device)?;
+        model.step(|_| ())?; // which gets the memory
+        scaling::begin();
+        model.step(|_| ())?;
+        let step = scaling::end();
+        let fit = (MEASURED_SECONDS / step.work() * images as f64) as usize / least * least;
+        if images == most || fit < 2 * images {
+            return Ok((images, step));
+        }
+        // Small batches are slower by the image.
+        images = fit.min(16 * images).min(most);
+    }
+}

@@ -73,20 +73,42 @@ pub(super) fn moments<T: Activation>(
         let (mean, m2) = partial.split_at_mut(c);
         chunk_moments(mean, m2, x);
     });
-    let groups = mean.chunks_exact_mut(c).zip(variance.chunks_exact_mut(c));
-    for ((mean, variance), partial) in groups.zip(partial.chunks_exact(chunks(dims) * 2 * c)) {
-        for j in 0..c {
-            let (mut seen, mut mu, mut m2) = (0.0_f64, 0.0_f64, 0.0_f64);
-            for (i, chunk) in partial.chunks_exact(2 * c).enumerate() {
-                let m = rows.min(dims.rows - i * rows) as f64;
-                let delta = f64::from(chunk[j]) - mu;
-                m2 += f64::from(chunk[c + j]) + delta * delta * seen * m / (seen + m);
-                mu += delta * m / (seen + m);
-                seen += m;
-            }
-            mean[j] = mu as f32;
-            variance[j] = (m2 / seen) as f32;
+    let of_groups = mean.par_chunks_mut(c).zip(variance.par_chunks_mut(c));
+    of_groups.zip(partial.par_chunks(chunks(dims) * 2 * c)).each(|((mean, variance), partial)| {
+        let lines = mean.par_chunks_mut(LINE).zip(variance.par_chunks_mut(LINE));
+        lines.enumerate().each(|(i, (mean, variance))| {
+            merge_moments(mean, variance, partial, i * LINE, dims);
+        });
+    });
+}
+
+/// Channels whose chunks one task merges: a cache line of each.
+const LINE: usize = 16;
+
+/// Merges the moments of a group's chunks, in order, for the channels from `first` on.
+fn merge_moments(
+    mean: &mut [f32],
+    variance: &mut [f32],
+    partial: &[f32],
+    first: usize,
+    dims: BatchNormDims,
+) {
+    let (c, rows) = (dims.c, chunk_rows(dims.c));
+    let (mut seen, mut mu, mut m2) = (0.0_f64, [0.0_f64; LINE], [0.0_f64; LINE]);
+    for (i, chunk) in partial.chunks_exact(2 * c).enumerate() {
+        let m = rows.min(dims.rows - i * rows) as f64;
+        let (means, squares) = chunk.split_at(c);
+        let own = means[first..][..mean.len()].iter().zip(&squares[first..]);
+        for ((mu, m2), (&own_mean, &own_m2)) in mu.iter_mut().zip(&mut m2).zip(own) {
+            let delta = f64::from(own_mean) - *mu;
+            *m2 += f64::from(own_m2) + delta * delta * seen * m / (seen + m);
+            *mu += delta * m / (seen + m);
         }
+        seen += m;
+    }
+    for ((mean, variance), (mu, m2)) in mean.iter_mut().zip(variance).zip(mu.iter().zip(m2)) {
+        *mean = *mu as f32;
+        *variance = (m2 / seen) as f32;
     }
 }
 
@@ -279,13 +301,17 @@ fn sum_chunks<T: Activation, P: Send>(
         let (sum, dot) = partial.split_at_mut(c);
         f(sum, dot, part, (group, x, mean, inv_std));
     });
-    let partial = partial.data::<f32>().chunks_exact(per_group * 2 * c);
-    for (sums, partial) in sums.chunks_exact_mut(2 * c).zip(partial) {
-        for (j, sum) in sums.iter_mut().enumerate() {
-            let total: f64 = partial.chunks_exact(2 * c).map(|p| f64::from(p[j])).sum();
-            *sum = total as f32;
-        }
-    }
+    let partial = partial.data::<f32>().par_chunks(per_group * 2 * c);
+    sums.par_chunks_mut(2 * c).zip(partial).each(|(sums, partial)| {
+        sums.par_chunks_mut(LINE).enumerate().each(|(i, sums)| {
+            let mut totals = [0.0_f64; LINE];
+            for chunk in partial.chunks_exact(2 * c) {
+                let own = &chunk[i * LINE..][..sums.len()];
+                totals.iter_mut().zip(own).for_each(|(total, &sum)| *total += f64::from(sum));
+            }
+            sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = total as f32);
+        });
+    });
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
