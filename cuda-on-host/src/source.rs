@@ -1,8 +1,13 @@
-//! Reads CUDA sources: the signatures of kernels, and the few forms that the host's compiler needs rewritten.
+//! Reads CUDA sources: the signatures of kernels (by `cuda-signatures`), with the types that the host knows, and the few forms that
+//! the host's compiler needs rewritten.
 //!
 //! Lines keep their numbers, so that reports name those of the file. What cannot be rewritten is named ([`Unknown`]).
 
 use std::fmt::Write;
+
+pub use cuda_signatures::Unknown;
+use cuda_signatures::Words;
+pub(crate) use cuda_signatures::text::{blanked, closing, line_of, parts, words};
 
 /// The type of an argument's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,15 +67,6 @@ pub struct Signature {
     pub line: usize,
 }
 
-/// Something in a source that the host does not know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unknown {
-    /// The line, counted from 1.
-    pub line: usize,
-    /// What it is: an instruction's name, or a sentence.
-    pub what: String,
-}
-
 /// CUDA's types and ours.
 const TYPES: &[(&str, Element)] = &[
     ("float", Element::F32),
@@ -108,187 +104,37 @@ const TYPES: &[(&str, Element)] = &[
     ("size_t", Element::Unsigned(8)),
 ];
 
-fn is_name(c: u8) -> bool {
-    c.is_ascii_alphanumeric() || c == b'_'
-}
-
-/// Returns the positions of `word` as an entire word of `text`.
-pub(crate) fn words<'t>(text: &'t str, word: &'t str) -> impl Iterator<Item = usize> + 't {
-    let bytes = text.as_bytes();
-    text.match_indices(word).map(|(at, _)| at).filter(move |&at| {
-        let before = at.checked_sub(1).is_some_and(|i| is_name(bytes[i]));
-        let after = bytes.get(at + word.len()).is_some_and(|&c| is_name(c));
-        !before && !after
-    })
-}
-
-pub(crate) fn line_of(text: &str, at: usize) -> usize {
-    1 + text[..at].matches('\n').count()
-}
-
-/// The text with comments and the contents of strings blanked; every position keeps its meaning.
-pub(crate) fn blanked(source: &str) -> String {
-    let bytes = source.as_bytes();
-    let mut out = bytes.to_vec();
-    let mut i = 0;
-    let blank = |out: &mut Vec<u8>, from: usize, to: usize| {
-        for byte in &mut out[from..to] {
-            if *byte != b'\n' {
-                *byte = b' ';
-            }
-        }
-    };
-    while i < bytes.len() {
-        let rest = &source.as_bytes()[i..];
-        let end = if rest.starts_with(b"//") {
-            rest.iter().position(|&c| c == b'\n').unwrap_or(rest.len())
-        } else if rest.starts_with(b"/*") {
-            let close = rest.windows(2).skip(2).position(|pair| pair == b"*/");
-            close.map_or(rest.len(), |close| close + 4)
-        } else if rest[0] == b'"' || rest[0] == b'\'' {
-            let mut k = 1;
-            while k < rest.len() && rest[k] != rest[0] && rest[k] != b'\n' {
-                k += if rest[k] == b'\\' { 2 } else { 1 };
-            }
-            // The quotes stay.
-            let close = k.min(rest.len());
-            blank(&mut out, i + 1, i + close);
-            i += (close + 1).min(rest.len());
-            continue;
-        } else {
-            i += 1;
-            continue;
-        };
-        blank(&mut out, i, i + end);
-        i += end;
-    }
-    String::from_utf8(out).unwrap_or_else(|_| source.to_owned())
-}
-
-/// The position after the bracket that closes the one at `open`.
-pub(crate) fn closing(text: &str, open: usize) -> Option<usize> {
-    let bytes = text.as_bytes();
-    let (up, down) = match bytes[open] {
-        b'(' => (b'(', b')'),
-        b'[' => (b'[', b']'),
-        b'{' => (b'{', b'}'),
-        _ => return None,
-    };
-    let mut depth = 0_usize;
-    for (i, &c) in bytes.iter().enumerate().skip(open) {
-        if c == up {
-            depth += 1;
-        } else if c == down {
-            depth -= 1;
-            if depth == 0 {
-                return Some(i + 1);
-            }
-        }
-    }
-    None
-}
-
-/// Splits at commas outside of brackets.
-pub(crate) fn parts(text: &str) -> Vec<&str> {
-    let (mut all, mut depth, mut from) = (Vec::new(), 0_i32, 0);
-    for (i, c) in text.char_indices() {
-        match c {
-            '(' | '[' | '{' | '<' => depth += 1,
-            ')' | ']' | '}' | '>' => depth -= 1,
-            ',' if depth == 0 => {
-                all.push(text[from..i].trim());
-                from = i + 1;
-            }
-            _ => {}
-        }
-    }
-    let last = text[from..].trim();
-    if !last.is_empty() {
-        all.push(last);
-    }
-    all
-}
-
 /// Returns the kernels of a source, in order: functions marked `__global__`, or `KERNEL`, a macro for it.
 ///
 /// # Errors
 /// If a signature has a form or a type that a launch cannot pass.
 pub fn kernels(source: &str) -> Result<Vec<Signature>, Unknown> {
-    let code = blanked(source);
-    let code: String = code
-        .split_inclusive('\n')
-        .map(|line| match line.trim_start().starts_with('#') {
-            true => format!("{:width$}\n", "", width = line.len().saturating_sub(1)),
-            false => line.to_owned(),
-        })
-        .collect();
-    let mut at: Vec<usize> = words(&code, "__global__").chain(words(&code, "KERNEL")).collect();
-    at.sort_unstable();
-    at.into_iter().map(|at| signature(&code, at)).collect()
-}
-
-fn signature(code: &str, at: usize) -> Result<Signature, Unknown> {
-    let unknown = |what: String| Unknown { line: line_of(code, at), what };
-    let before = code[..at].trim_end();
-    let before = before.strip_suffix("static").unwrap_or(before).trim_end();
-    if before.ends_with('>') {
-        return Err(unknown(
-            "a kernel that is a template has no name to launch: add a kernel that calls it with its arguments".into(),
-        ));
-    }
-    let mut rest = at + code[at..].find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(0);
-    let mut bounds = "1024".to_owned();
-    let name = loop {
-        let skip = code[rest..].find(|c: char| !c.is_whitespace()).unwrap_or(0);
-        rest += skip;
-        let length = code[rest..].bytes().take_while(|&c| is_name(c)).count();
-        let word = &code[rest..rest + length];
-        rest += length;
-        let open = rest + code[rest..].find(|c: char| !c.is_whitespace()).unwrap_or(0);
-        let opens = code[open..].starts_with('(');
-        match word {
-            "" => {
-                return Err(unknown("a kernel's form is `__global__ void name(arguments)`".into()));
-            }
-            "__launch_bounds__" | "BOUNDS" if opens => {
-                let close = closing(code, open).ok_or_else(|| unknown("an open bracket".into()))?;
-                bounds = parts(&code[open + 1..close - 1]).first().unwrap_or(&"1024").to_string();
-                rest = close;
-            }
-            _ if opens => break word.to_owned(),
-            _ => {}
-        }
+    let found = cuda_signatures::kernels(source, &Words::default().also("KERNEL", "BOUNDS"))?;
+    let signature = |found: cuda_signatures::Signature| {
+        let line = found.line;
+        let arguments = found.arguments.iter().map(|of| {
+            argument(of).ok_or_else(|| Unknown {
+                line,
+                what: format!("`{}` of `{}` has a type that is not supported", of.text, found.name),
+            })
+        });
+        let arguments = arguments.collect::<Result<_, _>>()?;
+        let bounds = found.bounds.unwrap_or_else(|| "1024".into());
+        Ok(Signature { name: found.name, arguments, bounds, line })
     };
-    let open = rest + code[rest..].find('(').unwrap_or(0);
-    let close = closing(code, open).ok_or_else(|| unknown("an open bracket".into()))?;
-    let arguments = parts(&code[open + 1..close - 1]);
-    let arguments = arguments.into_iter().map(|text| {
-        argument(text).ok_or_else(|| {
-            unknown(format!("`{text}` of `{name}` has a type that is not supported"))
-        })
-    });
-    let arguments = arguments.collect::<Result<_, _>>()?;
-    Ok(Signature { name, arguments, bounds, line: line_of(code, rest) })
+    found.into_iter().map(signature).collect()
 }
 
-fn argument(text: &str) -> Option<Argument> {
-    let spaced = text.replace('*', " * ");
-    let kept =
-        |word: &&str| !matches!(*word, "__restrict__" | "__restrict" | "volatile" | "struct");
-    let words: Vec<&str> = spaced.split_whitespace().filter(kept).collect();
-    let (&name, of) = words.split_last()?;
-    let pointer = of.contains(&"*");
-    let constant = of.iter().take_while(|word| **word != "*").any(|word| *word == "const");
-    let element: Vec<&str> =
-        of.iter().copied().filter(|word| !matches!(*word, "*" | "const")).collect();
-    let element = element.join(" ");
-    if of.iter().filter(|word| **word == "*").count() > 1 {
-        return None;
-    }
-    let &(known, element) = TYPES.iter().find(|(known, _)| *known == element)?;
+fn argument(of: &cuda_signatures::Argument) -> Option<Argument> {
+    let pointer = match of.pointers {
+        0 | 1 => of.pointers == 1,
+        _ => return None,
+    };
+    let &(known, element) = TYPES.iter().find(|(known, _)| *known == of.base)?;
     // Values of vector types are not passed.
     let vector = known.ends_with(['2', '4']) && !known.contains("_t");
-    (pointer || !vector).then(|| Argument { name: name.to_owned(), element, pointer, constant })
+    let name = of.name.clone();
+    (pointer || !vector).then_some(Argument { name, element, pointer, constant: of.constant })
 }
 
 /// A source rewritten for the host.
