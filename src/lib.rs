@@ -46,11 +46,11 @@
 //! reference. The interface that primitives use is public, so a program can record operations of its own
 //! (`examples/custom_op.rs`).
 //!
-//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) runs the kernels in `kernels/`. `build.rs` compiles and embeds
-//! them and generates a typed launch function for each; an operation's `cuda.rs` calls these functions. Operations are
-//! queued and return no errors; [`Device::check`](device::Device::check), which every step calls, reports the first failure. A
-//! training step is captured once as a CUDA graph and replayed as one call ([`train::Steps`]). Numbers that change from step to
-//! step are [`Numbers`](tensor::Numbers), which kernels read from memory.
+//! **A GPU is a device.** [`Device::cuda`](device::Device::cuda) runs the kernels in `kernels/`. The build (`cuda-kernels-build`)
+//! compiles and embeds them and generates a typed launch function for each; an operation's `cuda.rs` calls these functions.
+//! Operations are queued and return no errors; [`Device::check`](device::Device::check), which every step calls, reports the first
+//! failure. A training step is captured once as a CUDA graph and replayed as one call ([`train::Steps`]). Numbers that change from
+//! step to step are [`Numbers`](tensor::Numbers), which kernels read from memory.
 //!
 //! **bf16 follows one rule on every device** ([`Precision`](device::Precision)): activations, their gradients and working copies
 //! of filters and matrices are bf16; weights and their gradients, sums, statistics, losses and optimiser state are f32. A GPU

@@ -114,8 +114,6 @@ mod scaling;
 mod shape_fuzz;
 #[path = "suite/shipped_bugs.rs"]
 mod shipped_bugs;
-#[path = "suite/signatures.rs"]
-mod signatures;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/stepwise_f32.rs"]

@@ -107,8 +107,8 @@ fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
 const FIRST_COPIES: f64 = 800.0;
 
 /// Cycles that a multiprocessor needs for its share of a GEMM's tiles, `held` at a time, by the model of the machine code
-/// (`build/scoreboard.rs`): prologue, main loop and epilogue one after another, each as long as for that many resident blocks in the
-/// same phase. In truth blocks drift apart, and one's epilogue runs beside another's main loop; how much that gains is what the rate
+/// (`sass/scoreboard.rs` of `cuda-kernels-build`): prologue, main loop and epilogue one after another, each as long as for that many
+/// resident blocks in the same phase. In truth blocks drift apart, and one's epilogue runs beside another's main loop; how much that gains is what the rate
 /// of a large GEMM at small and at large k will say.
 fn tiles(gemm: &Gemm, mix: &Mix, held: usize, chip: &Chip) -> f64 {
     let tile = gemm.tile();

@@ -190,10 +190,11 @@ The roofline of a case is the longer of two times: the bytes that it must move a
 rate (`src/bench`). The prediction is a model, not a measurement (`src/bench/plan.rs`): a GEMM costs what its machine code does on the
 schedulers of the busiest multiprocessor, prologue, main loop and epilogue, or its traffic at 0.85 of the copy rate, whichever is
 longer; other loops run at 0.85 of the copy rate and 0.6 of the f32 lanes; a launch costs 2 us. The model's assumptions, and what will
-settle each on a GPU, are at the head of `build/scoreboard.rs`. Waves are blocks over the number that the chip holds at once;
-occupancy is of 64 warps. The hot loop, from the disassembly, counts all instructions, mma, ldmatrix, 16-byte accesses to global
-memory, and narrower ones; the cycles are the model's for a multiprocessor that is full of such blocks: of one step of all of them,
-and of one store of 16 bytes by every thread of all of them in the shortest and in the longest epilogue. The sums of a step count each layer as often as it occurs in ResNet-50.
+settle each on a GPU, are at the head of `cuda-kernels-build/src/sass/scoreboard.rs`. Waves are blocks over the number that the chip
+holds at once; occupancy is of 64 warps. The hot loop, from the disassembly, counts all instructions, mma, ldmatrix, 16-byte accesses
+to global memory, and narrower ones; the cycles are the model's for a multiprocessor that is full of such blocks: of one step of all
+of them, and of one store of 16 bytes by every thread of all of them in the shortest and in the longest epilogue. The sums of a step
+count each layer as often as it occurs in ResNet-50.
 ";
 
 fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Result<()> {

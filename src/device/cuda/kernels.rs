@@ -1,7 +1,7 @@
 //! The program's kernels: their generated launch functions, and the check that these match what the driver loaded.
 //!
-//! `build.rs` reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments have the
-//! kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
+//! The build (`cuda-kernels-build`) reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments
+//! have the kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
 
 use std::ffi::{CString, c_int, c_void};
 use std::marker::PhantomData;
@@ -9,24 +9,26 @@ use std::marker::PhantomData;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUfunction, CUmodule, CUresult};
 
+pub use cuda_kernels_build::sass::Counts;
+
 use super::Gpu;
 use super::driver::words;
 use crate::error::{Error, Result};
-pub use sass::Counts;
-pub(crate) use sass::parse as parse_sass;
-
-/// Instruction counts, made by the build (`build/sass.rs`).
-#[path = "../../../build/sass.rs"]
-#[allow(dead_code)] // the build parses, the program reads
-mod sass;
 
 /// A kernel file.
 pub(crate) struct File {
     pub(super) name: &'static str,
-    /// Written for compute capability 9.0 and compiled for nothing else.
-    pub(super) hopper_only: bool,
+    /// What it is compiled for, in nvcc's words.
+    targets: &'static [&'static str],
     /// nvcc's output; empty if nvcc was missing at build time.
     pub(super) image: &'static [u8],
+}
+
+impl File {
+    /// Whether it is written for compute capability 9.0 and compiled for nothing else.
+    fn is_hopper_only(&self) -> bool {
+        self.targets == ["sm_90a"]
+    }
 }
 
 /// An entry point.
@@ -67,8 +69,8 @@ pub struct Mix {
     /// The hot loop: the innermost loop with the most mma instructions or, without mma, with the most accesses to global
     /// memory; the entire kernel if it has no loop.
     pub hot: Counts,
-    /// Cycles that a multiprocessor needs, by a model of its schedulers (`build/scoreboard.rs`), for an iteration of the hot loop by
-    /// every warp of one to four resident blocks of 128 threads; zeros without mma.
+    /// Cycles that a multiprocessor needs, by a model of its schedulers (`sass/scoreboard.rs` of `cuda-kernels-build`), for an
+    /// iteration of the hot loop by every warp of one to four resident blocks of 128 threads; zeros without mma.
     pub hot_cycles: [u32; 4],
     /// Of the loops of a kernel with mma that copy results from shared to global memory 16 bytes at a time, those with the fewest and
     /// with the most instructions to a store; zeros if it has none.
@@ -265,7 +267,7 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
     }
     let mut loaded = Loaded { modules: Vec::new(), functions: vec![None; KERNELS.len()] };
     for (index, file) in FILES.iter().enumerate() {
-        if file.hopper_only && capability != (9, 0) {
+        if file.is_hopper_only() && capability != (9, 0) {
             continue;
         }
         let refused = |e| {

@@ -29,7 +29,7 @@ fn no_kernel_spills_or_uses_local_memory_without_a_reason() {
         let chips = RESOURCES.iter().filter(|r| r.kernel == kernel).count();
         assert_eq!(
             chips,
-            if file.hopper_only { 1 } else { 2 },
+            if file.is_hopper_only() { 1 } else { 2 },
             "{kernel}: no resources for some chip"
         );
     }
@@ -147,37 +147,6 @@ fn hot_loops_use_tensor_cores_and_wide_accesses() {
     }
 }
 
-/// A loop in a loop, as `cuobjdump` prints it.
-const LISTING: &str = "
-arch = sm_90a
-\t\tFunction : twice
-        /*0000*/                   LDC R1, c[0x0][0x28] ;                      /* 0x00000a00ff017b82 */
-                                                                               /* 0x000fe20000000800 */
-        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x1 */
-        /*0020*/               @P0 LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ; /* 0x1 */
-        /*0030*/                   LDSM.16.M88.4 R8, [R7] ;                    /* 0x1 */
-        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
-        /*0050*/              @!P1 BRA 0x20 ;                                  /* 0x1 */
-        /*0060*/                   STL [R1], R4 ;                              /* 0x1 */
-        /*0070*/               @P2 BRA 0x10 ;                                  /* 0x1 */
-        /*0080*/                   EXIT ;                                      /* 0x1 */
-        /*0090*/                   BRA 0x90;                                   /* 0x1 */
-\t\tFunction : none
-        /*0000*/                   STG.E desc[UR4][R2.64], R0 ;                /* 0x1 */
-";
-
-#[test]
-fn the_hot_loop_is_the_innermost_with_the_most_mma() {
-    let found = sass::parse(LISTING);
-    assert_eq!(found.len(), 2);
-    let (twice, none) = (&found[0], &found[1]);
-    assert_eq!((&*twice.kernel, &*twice.chip), ("twice", "sm_90a"));
-    let hot = Counts { all: 4, mma: 1, ldmatrix: 1, global_16: 1, ..Counts::default() };
-    assert_eq!(twice.hot.counts, hot);
-    assert_eq!((twice.whole.all, twice.whole.global_16, twice.whole.local), (10, 2, 1));
-    assert_eq!((none.whole.global, none.whole.global_16, none.hot.counts), (1, 0, none.whole));
-}
-
 /// Instructions of the main loop of a tile for 64 mma, and of its epilogue for eight results: more than these, and a step of ResNet-50
 /// takes longer than `benches/results/rooflines.md` foretells.
 #[test]
@@ -221,24 +190,14 @@ fn tiles_stay_within_their_budgets_of_instructions() {
     assert_eq!(checked, 12, "six kernels on two chips");
 }
 
-/// A warp alone waits for its loads; two of them fill each other's gaps until the tensor core is the limit.
 #[test]
-fn the_model_hides_latency_with_more_warps() {
-    const BODY: &str = "
-arch = sm_90a
-\t\tFunction : loop
-        /*0000*/                   LDSM.16.M88.4 R8, [R7] ;                    /* 0x1 */
-                                                                               /* 0x000e220000000200 */
-        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
-                                                                               /* 0x001fe2000004180c */
-        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;       /* 0x1 */
-                                                                               /* 0x000fe2000004180c */
-        /*0030*/              @!P1 BRA 0x0 ;                                   /* 0x1 */
-                                                                               /* 0x000fe2000383ffff */
-";
-    let cycles = sass::parse(BODY)[0].hot.cycles;
-    // Alone: the request's 16 cycles, 33 until its answer, and two mma of 6.4.
-    assert!((50..70).contains(&cycles[0]), "{cycles:?}");
-    // Four: the shared memory, 16 cycles for each, is the limit.
-    assert!((64..75).contains(&cycles[3]), "{cycles:?}");
+fn the_names_of_kernels_are_in_snake_case() {
+    let snake = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    for kernel in KERNELS {
+        assert!(
+            kernel.name.chars().all(snake),
+            "`{}` is not a snake_case kernel name",
+            kernel.name
+        );
+    }
 }
