@@ -32,8 +32,8 @@ impl Project {
             fs::create_dir(project.path(folder)).unwrap();
         }
         // Links: a script that was just written cannot always be started at once.
-        let stand_ins = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand-ins");
-        symlink(stand_ins.join("nvcc"), project.path("tools/nvcc")).unwrap();
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+        symlink(scripts.join("nvcc"), project.path("tools/nvcc")).unwrap();
         project.write("tools/version", VERSION).write("tools/says", SAYS);
         project.write("kernels/own.cuh", "").write("kernels/scale.cu", SCALE);
         project
@@ -96,8 +96,8 @@ fn the_table_has_what_the_assembler_and_the_disassembler_say() {
     let without = project.compile(project.build()).unwrap();
     assert!(without.warnings.iter().any(|w| w.contains("found no cuobjdump")), "{without:?}");
     assert!(without.rust(Launches::Own).contains("spill_loads: 0, mix: None }"));
-    let stand_ins = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand-ins");
-    symlink(stand_ins.join("cuobjdump"), project.path("tools/cuobjdump")).unwrap();
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+    symlink(scripts.join("cuobjdump"), project.path("tools/cuobjdump")).unwrap();
     for _ in 0..2 {
         let kernels = project.compile(project.build()).unwrap();
         assert_eq!(kernels.warnings, [""; 0]);
@@ -150,7 +150,7 @@ fn what_is_wrong_with_kernels_is_said_with_file_and_line() {
     project.write("kernels/again.cu", "\n\n__global__ void f(long n) {}");
     let sentence = "again.cu:3: `f`: `long n` is not a supported argument type";
     project.fails_with(project.build(), &[sentence]);
-    // The stand-in says nothing about it, as nvcc about a kernel of C++ linkage.
+    // The script says nothing about it, as nvcc about a kernel of C++ linkage.
     project.write("kernels/again.cu", "\n__global__ void f(int n) {}");
     let sentence = "again.cu:2: nvcc made no kernel named f: declare it extern \"C\"";
     project.fails_with(project.build(), &[sentence]);
