@@ -47,20 +47,20 @@ impl Folder {
     /// If the folder is missing or holds no images, a class folder holds none, or images lie next to class folders.
     pub fn open_as(path: &Path, reading: &Reading) -> Result<Self> {
         let Listing { files: listed, classes, notes } = Listing::of(path, reading.axes.is_some())?;
-        let files = match reading.pages.is_some() || reading.axes.is_some() {
-            true => each_image(listed, reading)?,
-            false => listed.into_iter().map(ImageFile::of).collect(),
-        };
+        let files = images_of(listed, reading)?;
         let (cache, reading) = (Cache::new(files.len()), *reading);
         Ok(Self { root: path.to_path_buf(), files, classes, reading, notes, cache })
     }
 
-    /// Makes a set without labels of these files, in this order.
-    pub fn of_files(files: Vec<PathBuf>) -> Self {
-        let files: Vec<_> = files.into_iter().map(|file| ImageFile::of((file, 0))).collect();
-        let (root, cache) = (PathBuf::new(), Cache::new(files.len()));
-        let (classes, notes, reading) = (Vec::new(), Vec::new(), Reading::default());
-        Self { root, files, classes, reading, notes, cache }
+    /// Makes a set without labels of these files, in this order, each of which may hold several images.
+    ///
+    /// # Errors
+    /// If the reading is out of range, or a file that may hold several images cannot be opened.
+    pub fn of_files(files: Vec<PathBuf>, reading: &Reading) -> Result<Self> {
+        reading.check()?;
+        let files = images_of(files.into_iter().map(|file| (file, 0)).collect(), reading)?;
+        let (root, cache, reading) = (PathBuf::new(), Cache::new(files.len()), *reading);
+        Ok(Self { root, files, classes: Vec::new(), reading, notes: Vec::new(), cache })
     }
 
     /// Numbers the classes as `first` does, the training split's classes; classes that it lacks come after them.
@@ -170,6 +170,14 @@ impl ImageFile {
     /// What stands behind the file's name in that of the image.
     fn number(&self) -> String {
         self.page.map_or_else(String::new, |page| format!("[{page}]"))
+    }
+}
+
+/// The images of files, with the class of each file.
+fn images_of(listed: Vec<(PathBuf, u32)>, reading: &Reading) -> Result<Vec<ImageFile>> {
+    match reading.pages.is_some() || reading.axes.is_some() {
+        true => each_image(listed, reading),
+        false => Ok(listed.into_iter().map(ImageFile::of).collect()),
     }
 }
 

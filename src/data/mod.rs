@@ -28,7 +28,7 @@ mod table;
 pub use augment::{Policy, Transform, center};
 pub use batch::{Batch, Skipped};
 pub use cifar::Cifar;
-pub use decode::{Axes, Pages, Reading};
+pub use decode::{Axes, Pages, Reading, Samples, Values};
 pub use evaluation::{center_batch, transformed_batch};
 pub use folder::Folder;
 pub use idx::{Idx, fashion_scattered};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::data::{self, Image, Skipped, Source, Split, Subset};
+use crate::data::{self, Format, Image, Skipped, Source, Split, Subset};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::recipes::DataSettings;
@@ -16,6 +16,9 @@ const TRIED: usize = 32;
 
 /// Unreadable images among [`TRIED`] of a larger split that may be chance.
 const CHANCE: f64 = 7.0;
+
+/// `data.path` of a run whose images a program [gave](Images::given).
+pub const GIVEN: &str = "(given)";
 
 /// The images of a run.
 #[derive(Clone)]
@@ -63,6 +66,12 @@ impl Images {
     /// # Errors
     /// If the path does not hold a data set, or a split of it is damaged.
     pub fn open(settings: &DataSettings) -> Result<Self> {
+        if settings.path == GIVEN {
+            return Err(Error::config(
+                "the images of this run were given by the program that trained it, and lie nowhere: give them again (in Python data=, \
+                 where the run is trained, resumed or evaluated), or name a folder that holds them with data.path=FOLDER",
+            ));
+        }
         let (table, part) = settings.label_table()?;
         let open = |split, limit: usize| -> Result<Arc<dyn Source>> {
             let all: Arc<dyn Source> = if settings.path == "fashion-scattered" {
@@ -81,39 +90,81 @@ impl Images {
                 let (path, reading) = (Path::new(&settings.path), settings.reading());
                 data::open_labelled(path, split, &reading, table.as_ref())?.into()
             };
-            Ok(if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) })
+            Ok(limited(all, limit))
         };
-        let mut train = open(Split::Train, settings.limit)?;
-        if let Some(which) = part {
-            let labelled = data::labelled(&*train, which)?;
-            train = Arc::new(Subset::new(train, labelled));
-        }
-        let (train, validation) = split_off(train, settings.validation)?;
-        let mut images = Self { train, validation, test: None, about_test: None };
+        let mut images = Self::to_train_on(open(Split::Train, settings.limit)?, part, settings)?;
         if images.train.classes().is_empty() {
             return Ok(images);
         }
         match open(Split::Test, settings.test_limit) {
-            Ok(test) if !test.is_empty() && test.label(0).is_none() => {
-                images.about_test = Some(format!(
-                    "{}: the images of the test split have no labels, so nothing is evaluated on them: sort them into class folders",
-                    settings.path
-                ));
-            }
-            Ok(test) => {
-                if let [class] = test.classes() {
-                    images.about_test = Some(format!(
-                        "{}: all images have the class {class}, so every answer is right: figures say nothing about the features",
-                        settings.path
-                    ));
-                }
-                images.test = Some(test);
-            }
+            Ok(test) => images.hold_out(test, &settings.path),
             // A set without a held-out split can be trained on; one with a damaged file cannot.
             Err(Error::Format { path, .. }) if path == Path::new(&settings.path) => {}
             Err(error) => return Err(error),
         }
         Ok(images)
+    }
+
+    /// Takes images that a program has in place of those at the recipe's path, which is [`GIVEN`] then: `limit`, `test_limit`, a share in
+    /// `labels`, and `validation` select among them.
+    ///
+    /// # Errors
+    /// If they have other channels or bits than the recipe reads, `labels` names a table, or `validation` finds no labels.
+    pub fn given(
+        settings: &DataSettings,
+        train: Arc<dyn Source>,
+        held_out: Option<Arc<dyn Source>>,
+    ) -> Result<Self> {
+        let (table, part) = settings.label_table()?;
+        if table.is_some() {
+            return Err(Error::config(
+                "data.labels names a table of the classes of image files, and the images are given: give their labels with them",
+            ));
+        }
+        let wanted = settings.reading().format;
+        for format in held_out.iter().chain([&train]).map(|images| images.format()) {
+            if format != wanted {
+                let Format { channels, bits } = format;
+                return Err(Error::Config(format!(
+                    "the images given have {format}, and the recipe reads {wanted}: set data.channels={channels} and data.bits={bits}"
+                )));
+            }
+        }
+        let mut images = Self::to_train_on(limited(train, settings.limit), part, settings)?;
+        if let Some(held_out) = held_out.filter(|_| !images.train.classes().is_empty()) {
+            images.hold_out(limited(held_out, settings.test_limit), &settings.path);
+        }
+        Ok(images)
+    }
+
+    /// A part of the training images, without those that validate.
+    fn to_train_on(
+        mut train: Arc<dyn Source>,
+        part: Option<&str>,
+        settings: &DataSettings,
+    ) -> Result<Self> {
+        if let Some(which) = part {
+            let labelled = data::labelled(&*train, which)?;
+            train = Arc::new(Subset::new(train, labelled));
+        }
+        let (train, validation) = split_off(train, settings.validation)?;
+        Ok(Self { train, validation, test: None, about_test: None })
+    }
+
+    /// Takes the held-out images, if their labels can be compared with answers.
+    fn hold_out(&mut self, test: Arc<dyn Source>, path: &str) {
+        if !test.is_empty() && test.label(0).is_none() {
+            self.about_test = Some(format!(
+                "{path}: the images of the test split have no labels, so nothing is evaluated on them: sort them into class folders"
+            ));
+            return;
+        }
+        if let [class] = test.classes() {
+            self.about_test = Some(format!(
+                "{path}: all images have the class {class}, so every answer is right: figures say nothing about the features"
+            ));
+        }
+        self.test = Some(test);
     }
 
     /// Reads some images of every split, so that a run finds images that cannot be read before its first step, not at its first
@@ -149,6 +200,11 @@ impl Images {
 
 /// Training images, and the validation images split off them, if any.
 type TrainAndValidation = (Arc<dyn Source>, Option<Arc<dyn Source>>);
+
+/// At most `limit` images of a set, spread over it; all if it is 0.
+fn limited(all: Arc<dyn Source>, limit: usize) -> Arc<dyn Source> {
+    if limit == 0 { all } else { Arc::new(Subset::spread(all, limit)) }
+}
 
 /// Splits a share of each class off the training images, spread evenly over the order of the class.
 fn split_off(train: Arc<dyn Source>, share: f64) -> Result<TrainAndValidation> {
@@ -224,6 +280,7 @@ fn check_readable(source: &dyn Source, split: &str, settings: &DataSettings) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Reading;
     use crate::recipes::Recipe;
 
     /// Writes `count` image files, of which the first `broken` cannot be decoded.
@@ -273,6 +330,38 @@ mod tests {
                 assert!(open(root.path(), &["data.max_skipped=1"]).is_ok());
             }
         }
+    }
+
+    #[test]
+    fn images_that_are_given_are_selected_as_those_of_a_set_are() {
+        let settings: Vec<String> = ["limit=50", "test_limit=30", "labels=50%", "validation=0.2"]
+            .map(|s| format!("data.{s}"))
+            .into();
+        let settings = Recipe::load("demo", &settings).unwrap().data;
+        let [train, test] = [Split::Train, Split::Test]
+            .map(|split| Arc::new(data::fashion_scattered(split)) as Arc<dyn Source>);
+        let opened = Images::open(&settings).unwrap();
+        let given = Images::given(&settings, train.clone(), Some(test.clone())).unwrap();
+        let names = |images: &Images| {
+            let parts = [Some(&images.train), images.validation.as_ref(), images.test.as_ref()];
+            let names =
+                |part: &Arc<dyn Source>| (0..part.len()).map(|i| part.name(i)).collect::<Vec<_>>();
+            parts.map(|part| part.map(names).unwrap())
+        };
+        assert_eq!(names(&given), names(&opened));
+
+        let reading =
+            |channels, bits| Reading { format: Format { channels, bits }, ..Reading::default() };
+        let refused = |settings: &DataSettings| {
+            Images::given(settings, train.clone(), Some(test.clone())).err().unwrap().to_string()
+        };
+        let said = refused(&DataSettings::all_of(GIVEN, &reading(1, 16)));
+        assert!(said.ends_with("set data.channels=3 and data.bits=8"), "{said}");
+        let said = refused(&DataSettings { labels: Some("labels.csv".into()), ..settings });
+        assert!(said.contains("labels.csv"), "{said}");
+        let said =
+            Images::open(&DataSettings::all_of(GIVEN, &reading(3, 8))).err().unwrap().to_string();
+        assert!(said.contains("given by the program that trained it"), "{said}");
     }
 
     #[test]

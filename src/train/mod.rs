@@ -1,5 +1,6 @@
 //! Training runs: the loop, its files, how a run resumes after a stop, and how it reacts when numbers go wrong.
 
+mod changes;
 mod checkpoint;
 mod diagnosis;
 mod epoch;
@@ -35,7 +36,7 @@ pub use diagnosis::{Finding, History, Kind, diagnose};
 pub use exchanges::{Cluster, Exchange, exchanges};
 pub use finetune::{FINETUNES, finetuning};
 pub(crate) use folder::check_free;
-pub use images::Images;
+pub use images::{GIVEN, Images};
 pub use inspect::{
     BESIDE_TENSORS, Measured, Need, Scaling, Waiting, fewest, measure, measure_on, memory, scaling,
     seconds_per_image,
@@ -43,7 +44,8 @@ pub use inspect::{
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
-pub(crate) use reading::{own_reading, pack_reading};
+pub use reading::own_reading;
+pub(crate) use reading::pack_reading;
 pub use report::{REPORT, diagnosis, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};

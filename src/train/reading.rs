@@ -10,7 +10,10 @@ use crate::settings;
 
 /// How a folder's files are read: as the settings say, and what they leave open as the files have it. Samples of 16 bits are
 /// stretched from the range that some of them have.
-pub(crate) fn own_reading(folder: &Path, settings: &[String]) -> Result<Reading> {
+///
+/// # Errors
+/// If the folder cannot be read, its images have different channels or bits, or a setting of how they are read is out of range.
+pub fn own_reading(folder: &Path, settings: &[String]) -> Result<Reading> {
     let (mut reading, found) = given(folder, settings, |_| true)?;
     if reading.format.bits == 16 && found.range.is_none() {
         reading.range = data::extent(folder, &reading)?;

@@ -18,8 +18,9 @@ use crate::eval::Spread;
 use crate::files::{find, is_file, is_folder, write_file};
 use crate::methods::Reading;
 use crate::recipes::Recipe;
+use crate::train::changes::same_run;
 use crate::train::folder::{self, Folder, RECIPE};
-use crate::train::{Run, checkpoint, ranks};
+use crate::train::{Images, Run, checkpoint, ranks};
 use crate::weights::WeightFile;
 
 /// Notes in a checkpoint's header.
@@ -251,33 +252,6 @@ pub fn recipe_of(recipe: &Path, checkpoint: &Path, settings: &[String]) -> Resul
     as_meant(recipe, &WeightFile::open(checkpoint)?).with(settings)
 }
 
-/// The settings that a resumed run may change, because none of them changes its weights.
-const CHANGEABLE: &str = "data.path, data.max_skipped, data.gpu_memory, watch.* and, of train, threads, loader_threads, recompute, keep, \
-     dump_views, knn_every, checkpoint_every, checkpoint_every_steps and checkpoint_every_minutes";
-
-/// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
-fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
-    let mut same = now.clone();
-    same.source.clone_from(&then.source); // describes settings and is none
-    same.data.path.clone_from(&then.data.path);
-    same.data.max_skipped = then.data.max_skipped;
-    same.data.gpu_memory.clone_from(&then.data.gpu_memory);
-    same.watch = then.watch;
-    let (own, old) = (&mut same.train, &then.train);
-    (own.threads, own.loader_threads) = (old.threads, old.loader_threads);
-    own.recompute = old.recompute;
-    (own.keep, own.dump_views, own.knn_every) = (old.keep, old.dump_views, old.knn_every);
-    own.checkpoint_every = old.checkpoint_every;
-    own.checkpoint_every_steps = old.checkpoint_every_steps;
-    own.checkpoint_every_minutes = old.checkpoint_every_minutes;
-    let tables = [same, then.clone()].map(|recipe| recipe.to_toml().parse::<toml::Table>());
-    let [Ok(now), Ok(then)] = tables else { unreachable!("a recipe can be read back") };
-    let Some((key, now, then)) = difference("", &now.into(), &then.into()) else { return Ok(()) };
-    Err(Error::Config(format!(
-        "{key} was {then} and is now {now}, which makes another run: start it with --out; a resumed run may change only {CHANGEABLE}"
-    )))
-}
-
 /// Fails unless a device computes in the precision in which the run was trained that wrote a checkpoint.
 fn check_precision(file: &WeightFile, device: &Device) -> Result<()> {
     let on_cpu = device.kind() == DeviceKind::Cpu;
@@ -291,30 +265,6 @@ fn check_precision(file: &WeightFile, device: &Device) -> Result<()> {
     }
 }
 
-/// Returns the first key in which two values differ, and its value in both.
-pub(super) fn difference(
-    key: &str,
-    a: &toml::Value,
-    b: &toml::Value,
-) -> Option<(String, String, String)> {
-    let within = |name: &str| if key.is_empty() { name.into() } else { format!("{key}.{name}") };
-    match (a, b) {
-        (toml::Value::Table(a), toml::Value::Table(b)) => {
-            a.keys().chain(b.keys()).find_map(|name| {
-                let nothing = toml::Value::String("not set".into());
-                let of = |table: &toml::Table| table.get(name).cloned().unwrap_or(nothing.clone());
-                difference(&within(name), &of(a), &of(b))
-            })
-        }
-        (toml::Value::Array(a), toml::Value::Array(b)) if a.len() == b.len() => {
-            let mut pairs = a.iter().zip(b).enumerate();
-            pairs.find_map(|(i, (a, b))| difference(&within(&i.to_string()), a, b))
-        }
-        _ if a == b => None,
-        _ => Some((key.to_owned(), a.to_string(), b.to_string())),
-    }
-}
-
 impl Run {
     /// Resumes a run from its newest checkpoint. Its results equal those of a run that never stopped, to the last bit.
     ///
@@ -322,12 +272,24 @@ impl Run {
     /// As for [`Run::new`]; if the checkpoint is of another architecture, the training set has changed in size, or the device
     /// has another precision than [`Paused::precision`].
     pub fn resume(paused: Paused, device: &Device) -> Result<Self> {
+        Self::resumed(paused, device, None)
+    }
+
+    /// As [`Run::resume`], on the images that the run was [given](Images::given) before.
+    ///
+    /// # Errors
+    /// As [`Run::resume`].
+    pub fn resume_on(paused: Paused, device: &Device, images: Images) -> Result<Self> {
+        Self::resumed(paused, device, Some(images))
+    }
+
+    fn resumed(paused: Paused, device: &Device, images: Option<Images>) -> Result<Self> {
         let group = paused.group.clone();
         let mut resumes = [u64::from(paused.checkpoint.is_some())];
         group.broadcast("whether a checkpoint exists", &mut resumes);
         let resumes = resumes == [1];
         group.join(device)?;
-        let prepared = Self::prepare(&paused.recipe, device, !resumes, &group);
+        let prepared = Self::prepare(&paused.recipe, device, images, !resumes, &group);
         let mut run = group.together(prepared)?;
         ranks::compare(&run, &group)?;
         let Paused { path, lock, recipe, changed, checkpoint, progress, .. } = paused;

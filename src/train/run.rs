@@ -22,7 +22,7 @@ use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
 use crate::train::skipped::SkippedImages;
 use crate::train::trace::Trace;
-use crate::train::{Images, Steps, checkpoint, images as sets, ranks, report};
+use crate::train::{GIVEN, Images, Steps, checkpoint, images as sets, ranks, report};
 
 /// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
@@ -126,11 +126,36 @@ impl Run {
         folder: Option<&Path>,
         group: &Group,
     ) -> Result<Self> {
+        Self::begin(recipe, device, None, folder, group)
+    }
+
+    /// As [`Run::new`], on images that the program has: [`Images::given`].
+    ///
+    /// # Errors
+    /// As [`Run::new`].
+    pub fn on(
+        recipe: &Recipe,
+        device: &Device,
+        images: Images,
+        folder: Option<&Path>,
+    ) -> Result<Self> {
+        let mut recipe = recipe.clone();
+        recipe.data.path = GIVEN.into();
+        Self::begin(&recipe, device, Some(images), folder, &Group::alone())
+    }
+
+    fn begin(
+        recipe: &Recipe,
+        device: &Device,
+        images: Option<Images>,
+        folder: Option<&Path>,
+        group: &Group,
+    ) -> Result<Self> {
         let folder = folder.filter(|_| group.leads());
         group.join(device)?;
         let prepared = folder
             .map_or(Ok(()), folder::check_free)
-            .and_then(|()| Self::prepare(recipe, device, true, group));
+            .and_then(|()| Self::prepare(recipe, device, images, true, group));
         let mut run = group.together(prepared)?;
         ranks::compare(&run, group)?;
         let created = folder.map(|folder| Folder::create(folder, recipe)).transpose();
@@ -138,10 +163,12 @@ impl Run {
         Ok(run)
     }
 
-    /// Prepares a run without a folder. A `fresh` run reads its first weights from files; a resumed one has them in its checkpoint.
+    /// Prepares a run without a folder, on these images or those at the recipe's path. A `fresh` run reads its first weights from files; a
+    /// resumed one has them in its checkpoint.
     pub(super) fn prepare(
         recipe: &Recipe,
         device: &Device,
+        images: Option<Images>,
         fresh: bool,
         group: &Group,
     ) -> Result<Self> {
@@ -154,7 +181,7 @@ impl Run {
             )));
         }
         methods::check_micro_batches(&*method, recipe.train.batch, recipe.train.micro_batches)?;
-        let images = Images::open(&recipe.data)?;
+        let images = images.map_or_else(|| Images::open(&recipe.data), Ok)?;
         images.check_readable(&recipe.data)?;
         let loader_threads = match (recipe.train.loader_threads, group.launch()) {
             (0, Some(launch)) => launch.threads(),

@@ -20,8 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::ImageDecoder;
-pub use samples::{Axes, MOST_CHANNELS, Native, Pages, Reading, stretch};
-use samples::{Samples, Values};
+pub use samples::{Axes, MOST_CHANNELS, Native, Pages, Reading, Samples, Values, stretch};
 
 use super::source::{Format, Image};
 use crate::error::{Error, Result};

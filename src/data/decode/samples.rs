@@ -99,7 +99,7 @@ impl Reading {
     }
 }
 
-/// The samples of a file in the type that it has.
+/// The samples of a file or an array in the type that it has.
 #[derive(Debug)]
 pub enum Values {
     /// Of 8 bits.
@@ -110,7 +110,7 @@ pub enum Values {
     F32(Vec<f32>),
 }
 
-/// The image of a file.
+/// The image of a file or an array, before it is read as a set's format.
 #[derive(Debug)]
 pub struct Samples {
     /// Width and height in pixels.
@@ -139,7 +139,10 @@ pub struct Native {
 }
 
 impl Samples {
-    /// Writes the image as the reading asks for. The error is the end of a sentence about the file.
+    /// Writes the image as the reading asks for.
+    ///
+    /// # Errors
+    /// If it has other channels or bits, floats that are not finite, or floats and no range; the end of a sentence about the file.
     pub fn convert(&self, reading: &Reading, into: &mut Image) -> std::result::Result<(), String> {
         let from = self.channels;
         let wanted = reading.format.channels;
