@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from selfsup import _images, _native
 from selfsup._recipes import settings
+from selfsup._runs import given
 
 
 def embed(
@@ -28,7 +29,9 @@ def embed(
     Args:
         weights: a run, the folder of one, or one of its checkpoints; or, with ``arch``, a safetensors file with torchvision's or timm's
             names.
-        images: the path of a data set or an image; an array ``[n, h, w, 3]`` of uint8; or a sequence of paths, arrays or Pillow images.
+        images: the path of a data set or an image; an array ``[n, h, w, c]`` or ``[n, h, w]`` of uint8, uint16 or floats; or a sequence
+            of paths, arrays or Pillow images. They are read as the run reads its own (channels, bits, range); with ``arch`` as RGB of 8
+            bits.
         arch: the network of foreign weights: ``"resnet18"`` to ``"resnet152"``, ``"wide_resnet50_2"``, ``"wide_resnet101_2"``.
         size: side of the centre crop in pixels; the recipe's, or 224, without it.
         split: ``"train"`` or ``"test"``, where ``images`` is the path of a data set.
@@ -39,12 +42,18 @@ def embed(
         Error: the weights do not fit, an image cannot be read, or features are not finite.
     """
     encoder = _native.Encoder(os.fspath(weights), arch, device)
-    return encoder.embed(_images.source(images, split=split, keep=False), size, on_images or (lambda _: None))
+    reading = encoder.reading
+    if not _images.are_files(images):
+        del reading["axes"]  # those of the run's files
+    source = _images.source(images, split=split, keep=False, reading=reading)
+    return encoder.embed(source, size, on_images or (lambda _: None))
 
 
 def knn(
     run: str | os.PathLike[str],
     *,
+    data: _images.Images = None,
+    held_out: _images.Images = None,
     k: int = 200,
     temperature: float = 0.1,
     set: Mapping[str, Any] | None = None,
@@ -53,17 +62,20 @@ def knn(
     """The accuracy on a run's held-out images of a weighted vote of ``k`` neighbours among its training images, in 0 to 1.
 
     Returns it for ``"raw pixels"``, for the network at ``"random init"``, and ``"trained"``: a figure means nothing without the two that
-    need no training. ``set`` overrides settings of the recipe, such as ``data.path``.
+    need no training. ``set`` overrides settings of the recipe, such as ``data.path``. ``data`` and ``held_out``, each ``(images, labels)``
+    as for :func:`selfsup.train`, take the place of the images at that path.
 
     Raises:
         Error: the run has no checkpoint, or there are no labelled held-out images.
     """
-    return dict(_native.run_knn(os.fspath(run), settings(set), k, temperature, device))
+    return dict(_native.run_knn(os.fspath(run), settings(set), given(run, data, held_out), k, temperature, device))
 
 
 def linear_probe(
     run: str | os.PathLike[str],
     *,
+    data: _images.Images = None,
+    held_out: _images.Images = None,
     protocol: str = "cached",
     epochs: int | None = None,
     sweep: bool = False,
@@ -77,6 +89,7 @@ def linear_probe(
 
     Args:
         run: a run, the folder of one, or one of its checkpoints.
+        data, held_out: as for :func:`knn`.
         protocol: how the classifier is trained: ``"cached"`` (quick, on standardised features of centre crops), or as in the published
             code of ``"moco"``, ``"simclr"``, ``"swav"``, ``"byol"``, ``"simsiam"`` or ``"lightly"``.
         epochs: the protocol's without it.
@@ -88,7 +101,8 @@ def linear_probe(
     Raises:
         Error: the run has no checkpoint, or there are no labelled held-out images.
     """
-    return dict(_native.run_linear(os.fspath(run), settings(set), protocol, epochs, sweep, labels, device))
+    images = given(run, data, held_out)
+    return dict(_native.run_linear(os.fspath(run), settings(set), images, protocol, epochs, sweep, labels, device))
 
 
 def knn_accuracy(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfsup import _images, _native
-from selfsup._recipes import Policies, RecipeLike, policies_of
+from selfsup._recipes import Policies, RecipeLike, policies_of, reading_of
 
 
 class Batch(tuple[list[Any], Any]):
     """The views and labels of a batch: ``views, labels = batch``.
 
-    ``views`` is a list with one array ``[batch, 3, s, s]`` (or ``[batch, s, s, 3]``) per view. ``labels`` is ``[batch]`` of int64, -1 for
+    ``views`` is a list with one array ``[batch, c, s, s]`` (or ``[batch, s, s, c]``) per view; c is 3 for photos. ``labels`` is ``[batch]`` of int64, -1 for
     images without a class.
     """
 
@@ -48,8 +48,8 @@ class Loader:
 
     Args:
         images: the path of a data set (folders of images, with classes or without; CIFAR's binary files; idx files; what
-            ``selfsup pack`` wrote), an array ``[n, h, w, 3]`` of uint8, or a sequence of paths, arrays or Pillow images. Arrays are not
-            copied: do not write to them meanwhile.
+            ``selfsup pack`` wrote); an array ``[n, h, w, c]`` or ``[n, h, w]`` of uint8, uint16 or floats; or a sequence of paths,
+            arrays or Pillow images. Arrays of uint8, uint16 and float32 are not copied: do not write to them meanwhile.
         recipe: what the views are like: a recipe's name, file or dictionary, which gives the views of its method; or one policy or a list
             of them, dictionaries such as ``{"size": 32, "flip": 0.5, "repeat": 2}`` (``selfsup.recipe(name)["augment"]`` shows the
             keys). Each policy makes one view, or ``repeat`` views.
@@ -58,13 +58,19 @@ class Loader:
         split: ``"train"`` or ``"test"``, where ``images`` is a path.
         seed: of the order and of the views.
         threads: that make the views; 0 for one per core.
-        channels: ``"first"`` for views ``[batch, 3, s, s]``, ``"last"`` for ``[batch, s, s, 3]``.
-        dtype: ``"float32"``, or ``"uint8"`` for views that are not normalised.
+        channels: ``"first"`` for views ``[batch, c, s, s]``, ``"last"`` for ``[batch, s, s, c]``.
+        dtype: ``"float32"``, or ``"uint8"`` for views of 8-bit images that are not normalised.
         normalise: whether views are normalised as the policy says; if not, they lie in 0 to 1.
-        contiguous: whether the channels lie without gaps. The engine makes views of four channels, of which float32 views are strided
-            windows, without a copy; PyTorch takes them as they are. ``True`` packs them, in the threads of the call. uint8 views are
-            always packed.
+        contiguous: whether the channels lie without gaps. The engine makes views of four channels (of a multiple of eight for images of
+            more than three), of which float32 views are strided windows, without a copy; PyTorch takes them as they are. ``True``
+            packs them, in the threads of the call. uint8 views are always packed.
         framework: ``"numpy"``, or ``"torch"`` for tensors on the CPU that share the arrays' memory. NumPy's arrays are DLPack too.
+        reading: how images that are not RGB of 8 bits are read: a dictionary with any of ``channels`` (1 to 256), ``bits`` (8 or 16),
+            ``range`` (``(LOW, HIGH)``, the values that become 0 and the largest sample of 16 bits; floats need it), ``pages``
+            (``"channels"`` or ``"images"``, of TIFF files) and ``axes`` (such as ``"nchw"``, of NumPy arrays and files); or
+            ``"native"``, as the files of a folder are. Without it as the recipe's ``data`` says; else files are read as RGB of 8 bits,
+            and arrays with the channels and bits that they have. Views of other images than RGB of 8 bits need policies with
+            ``pixels="float"``.
 
     Raises:
         Error: the images cannot be opened, a recipe is unknown, a setting is out of range, or the set holds less than a batch.
@@ -86,11 +92,12 @@ class Loader:
         normalise: bool = True,
         contiguous: bool = False,
         framework: Literal["numpy", "torch"] = "numpy",
+        reading: _images.Reading = None,
     ) -> None:
         _one_of("channels", channels, ("first", "last"))
         _one_of("dtype", dtype, ("float32", "uint8"))
         self._framework = _framework(framework)
-        self._source = _images.source(images, labels, split)
+        self._source = _images.source(images, labels, split, reading=_reading(reading, recipe))
         self._native = _native.Loader(
             self._source,
             policies_of(recipe, normalise),
@@ -175,7 +182,7 @@ class Views:
     in each worker.
 
     Args:
-        recipe, channels, normalise, framework: as for :class:`Loader`.
+        recipe, channels, normalise, framework, reading: as for :class:`Loader`.
     """
 
     def __init__(
@@ -185,28 +192,37 @@ class Views:
         channels: Literal["first", "last"] = "first",
         normalise: bool = True,
         framework: Literal["numpy", "torch"] = "numpy",
+        reading: Mapping[str, Any] | None = None,
     ) -> None:
         _one_of("channels", channels, ("first", "last"))
         self._policies = policies_of(recipe, normalise)
+        self._reading = dict(reading_of(recipe) if reading is None else reading)
         self._first, self._name = channels == "first", framework
         self._start()
 
     def _start(self) -> None:
-        self._native, self._framework = _native.Augmentation(self._policies), _framework(self._name)
+        self._native, self._framework = _native.Augmentation(self._policies, self._reading), _framework(self._name)
 
     def __call__(self, image: Any, seed: int | None = None) -> list[Any]:
-        """The views ``[3, s, s]`` (or ``[s, s, 3]``) of a Pillow image or an array ``[h, w, 3]`` of uint8; of the random numbers of a seed,
-        if one is given."""
+        """The views ``[c, s, s]`` (or ``[s, s, c]``) of a Pillow image or an array ``[h, w, c]`` or ``[h, w]`` of uint8, uint16 or floats; of
+        the random numbers of a seed, if one is given."""
         seed = random.getrandbits(64) if seed is None else seed
-        views = self._native.apply(_images.image(image), seed, self._first)
+        array = _images.image(image, self._reading)
+        _images.check_floats([array], self._reading)
+        views = self._native.apply(array, seed, self._first)
         return [self._framework(view) for view in views] if self._framework else list(views)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_policies": self._policies, "_first": self._first, "_name": self._name}
+        return {"_policies": self._policies, "_reading": self._reading, "_first": self._first, "_name": self._name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+
+
+def _reading(asked: _images.Reading, recipe: RecipeLike | Policies) -> _images.Reading:
+    """How images are read: as asked, or else as a recipe says."""
+    return asked if asked is not None else reading_of(recipe) or None
 
 
 def _framework(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from selfsup import _native
+from selfsup._images import KEYS
 
 RecipeLike = Union[str, "os.PathLike[str]", Mapping[str, Any]]
 """A built-in recipe's name, a recipe file, or a complete recipe as a dictionary."""
@@ -51,6 +52,16 @@ def policies_of(what: RecipeLike | Policies, normalise: bool) -> list[dict[str, 
             policy.pop("normalise", None)
     # The engine reads no null.
     return [without_none(policy) for policy in found]
+
+
+def reading_of(what: RecipeLike | Policies) -> dict[str, Any]:
+    """How a recipe reads images; nothing for policies alone."""
+    data: Any = {}
+    if isinstance(what, Mapping):
+        data = what.get("data") or {}
+    elif isinstance(what, (str, os.PathLike)):
+        data = _native.recipe_dict(text_of(what))["data"]
+    return {key: data[key] for key in KEYS if data.get(key) is not None}
 
 
 def settings(set: Mapping[str, Any] | None) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfsup import _native
+from selfsup import _images, _native
 from selfsup._progress import Progress
-from selfsup._recipes import RecipeLike, settings, text_of
+from selfsup._recipes import RecipeLike, reading_of, settings, text_of
 
 Callback = Callable[[dict[str, Any]], object]
 """Gets a plain dictionary."""
@@ -95,9 +95,10 @@ class Report:
 
 def train(
     recipe: RecipeLike,
-    data: str | os.PathLike[str] | None = None,
+    data: _images.Images = None,
     out: str | os.PathLike[str] | None = None,
     *,
+    held_out: _images.Images = None,
     set: Mapping[str, Any] | None = None,
     device: str | None = None,
     on_step: Callback | None = None,
@@ -111,7 +112,11 @@ def train(
 
     Args:
         recipe: a built-in recipe's name (:func:`selfsup.recipes`), a recipe file, or a complete recipe as a dictionary.
-        data: the path of the data set, as for :class:`selfsup.Loader`; without it the recipe's own.
+        data: the path of the data set, as for :class:`selfsup.Loader`; or images in memory, ``images`` or ``(images, labels)``: an array
+            ``[n, h, w, c]`` or ``[n, h, w]`` of uint8, uint16 or floats, or a list of paths, arrays or Pillow images. The run reads the
+            channels and bits that arrays have; floats need ``data.range`` in ``set``. Without it the recipe's own path.
+        held_out: labelled images ``(images, labels)`` that accuracy is measured on, where ``data`` is ``(images, labels)``; a data set at
+            a path has its own.
         out: the folder of the run, which must not exist or be empty; ``runs/NAME`` without it.
         set: settings by their path, on top of the recipe: ``{"train.epochs": 20}``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; without it a GPU if there is one, else the CPU.
@@ -124,20 +129,27 @@ def train(
         Error: recipe, data and device do not fit together, the folder is in use, or the run diverged or collapsed.
     """
     changed = dict(set or {})
-    if data is not None:
+    if isinstance(data, (str, os.PathLike)):
         changed["data.path"] = os.fspath(data)
+        data = None
+    reading = {**reading_of(recipe), **{key: changed[f"data.{key}"] for key in _images.KEYS if f"data.{key}" in changed}}
+    sources = _given(data, held_out, reading)
+    if sources and sources[0].format != (3, 8):
+        changed["data.channels"], changed["data.bits"] = sources[0].format
     text = text_of(recipe, changed)
     if out is None:
         name = Path(recipe).stem if isinstance(recipe, (str, os.PathLike)) else "run"
         out = Path("runs") / name
     told = _told(on_step, on_epoch, progress)
-    _interruptible(lambda: _native.train(text, os.fspath(out), device, told), out)
+    _interruptible(lambda: _native.train(text, os.fspath(out), sources, device, told), out)
     return Run(out)
 
 
 def resume(
     run: str | os.PathLike[str],
     *,
+    data: _images.Images = None,
+    held_out: _images.Images = None,
     set: Mapping[str, Any] | None = None,
     device: str | None = None,
     on_step: Callback | None = None,
@@ -146,14 +158,32 @@ def resume(
 ) -> Run:
     """Continues a run from its last checkpoint to its end.
 
-    ``set`` may change settings that do not change results, such as ``train.threads``. The other arguments are those of :func:`train`.
+    ``set`` may change settings that do not change results, such as ``train.threads``. A run whose images were in memory needs them again,
+    ``data`` and ``held_out``. The other arguments are those of :func:`train`.
 
     Raises:
         Error: the folder holds no run, another process works in it, or a setting would change the results.
     """
     told = _told(on_step, on_epoch, progress)
-    _interruptible(lambda: _native.resume(os.fspath(run), settings(set), device, told), run)
+    sources = given(run, data, held_out)
+    _interruptible(lambda: _native.resume(os.fspath(run), settings(set), sources, device, told), run)
     return Run(run)
+
+
+def given(run: str | os.PathLike[str], data: _images.Images, held_out: _images.Images) -> _native.Given | None:
+    """Images in place of those at the path of a run's recipe, read as the recipe says."""
+    recipe = Path(run) / "recipe.toml"
+    if data is None or not recipe.is_file():
+        return _given(data, held_out, None)
+    return _given(data, held_out, reading_of(recipe))
+
+
+def _given(data: _images.Images, held_out: _images.Images, reading: _images.Reading) -> _native.Given | None:
+    if data is not None:
+        return _images.given(data, held_out, reading or None)
+    if held_out is not None:
+        raise TypeError("held_out goes with images in memory, data=(images, labels); a data set at a path has a held-out split of its own")
+    return None
 
 
 def _told(on_step: Callback | None, on_epoch: Callback | None, progress: bool) -> _native.Report:

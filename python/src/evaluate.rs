@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use numpy::{PyArrayDyn, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pythonize::pythonize;
 use selfsup::arena::{Arena, Layout};
 use selfsup::data::augment::Normalise;
-use selfsup::data::{Policy, Subset, Transform};
+use selfsup::data::{Policy, Reading, Subset, Transform};
 use selfsup::device::{Device, Precision};
 use selfsup::eval::{self, Features, Frozen, Knn, Protocol};
 use selfsup::nn::{ResNet, ResNetConfig};
@@ -18,7 +19,8 @@ use selfsup::{Error, Result};
 use crate::arrays::Shared;
 use crate::device::Wanted;
 use crate::error::released;
-use crate::source::Source;
+use crate::reading::ReadingKeys;
+use crate::source::{Given, Source, Sources, sources};
 
 /// Images between two looks at signals.
 const AT_ONCE: usize = 256;
@@ -29,6 +31,8 @@ struct Network {
     backbone: ResNet,
     policy: Policy,
     transform: Transform,
+    /// How its images are read.
+    reading: Reading,
 }
 
 impl Network {
@@ -38,7 +42,8 @@ impl Network {
         let device = of_recipe(&trained, device)?;
         let (method, arena) = trained.load(&device)?;
         let (backbone, policy) = (method.backbone().clone(), trained.recipe.augment[0].clone());
-        Ok(Self { arena, backbone, policy, transform: Transform::Center })
+        let (transform, reading) = (Transform::Center, trained.recipe.data.reading());
+        Ok(Self { arena, backbone, policy, transform, reading })
     }
 
     /// A backbone from a file with torchvision's names, with the transform of torchvision's presets.
@@ -51,7 +56,8 @@ impl Network {
         let mut arena = Arena::new(&Arc::new(layout), &device, 0);
         train::init_weights(file, &mut arena)?;
         let policy = Policy { normalise: Some(Normalise::imagenet()), ..Policy::crop(224) };
-        Ok(Self { arena, backbone, policy, transform: Transform::ResizedCenter })
+        let (transform, reading) = (Transform::ResizedCenter, Reading::default());
+        Ok(Self { arena, backbone, policy, transform, reading })
     }
 }
 
@@ -84,6 +90,13 @@ impl Encoder {
         Ok(Self(Mutex::new(network)))
     }
 
+    /// How its images are read, as keys of a recipe's `data`.
+    #[getter]
+    fn reading<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let network = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(pythonize(py, &ReadingKeys::in_full(&network.reading))?)
+    }
+
     /// The features `[n, d]` of a set. `on_images` is called with the number of images done.
     #[pyo3(signature = (source, size, on_images))]
     fn embed<'py>(
@@ -99,7 +112,7 @@ impl Encoder {
             let to = (from + AT_ONCE).min(source.len());
             let part = released(py, || {
                 let network = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                let Network { arena, backbone, policy, transform } = &*network;
+                let Network { arena, backbone, policy, transform, .. } = &*network;
                 let policy = Policy { size: size.unwrap_or(policy.size), ..policy.clone() };
                 policy.check()?;
                 let part = Subset::new(source.clone(), (from as u32..to as u32).collect());
@@ -121,20 +134,21 @@ impl Encoder {
 
 /// The accuracy of each kind of features of a run on its held-out images: raw pixels, the untrained network, the trained one.
 #[pyfunction]
-#[pyo3(signature = (run, settings, k, temperature, device))]
+#[pyo3(signature = (run, settings, given, k, temperature, device))]
 pub fn run_knn(
     py: Python<'_>,
     run: PathBuf,
     settings: Vec<String>,
+    given: Option<Given<'_>>,
     k: usize,
     temperature: f64,
     device: Option<String>,
 ) -> PyResult<Vec<(&'static str, f64)>> {
-    let knn = checked_knn(k, temperature)?;
+    let (knn, given) = (checked_knn(k, temperature)?, given.map(sources));
     released(py, || {
         let trained = Trained::open(&run, &settings)?;
         let device = of_recipe(&trained, device)?;
-        let images = Images::open(&trained.recipe.data)?;
+        let images = images_of(&trained, given)?;
         let (bank, queries) = (&*images.train, &**images.held_out()?);
         let size = trained.recipe.augment[0].size;
         let pixels = [bank, queries].map(|source| eval::pixel_features(source, size, &device));
@@ -157,6 +171,14 @@ pub fn run_knn(
     })
 }
 
+/// The images of a run, or those given in their place.
+fn images_of(trained: &Trained, given: Option<Sources>) -> Result<Images> {
+    match given {
+        Some((train, held_out)) => Images::given(&trained.recipe.data, train, held_out),
+        None => Images::open(&trained.recipe.data),
+    }
+}
+
 /// Refuses sets of which more images cannot be read than the recipe allows.
 fn unread(trained: &Trained, sets: [&Features; 2]) -> Result<()> {
     let most = trained.recipe.data.max_skipped;
@@ -177,18 +199,20 @@ fn unread(trained: &Trained, sets: [&Features; 2]) -> Result<()> {
 
 /// The accuracy of a linear classifier on features of a run, by a protocol: of the untrained network, and of the trained one.
 #[pyfunction]
-#[pyo3(signature = (run, settings, protocol, epochs, sweep, labels, device))]
+#[pyo3(signature = (run, settings, given, protocol, epochs, sweep, labels, device))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
 pub fn run_linear(
     py: Python<'_>,
     run: PathBuf,
     settings: Vec<String>,
+    given: Option<Given<'_>>,
     protocol: &str,
     epochs: Option<u32>,
     sweep: bool,
     labels: Option<String>,
     device: Option<String>,
 ) -> PyResult<Vec<(&'static str, f64)>> {
+    let given = given.map(sources);
     released(py, || {
         let mut protocol = Protocol::named(protocol)?;
         if let Some(epochs) = epochs {
@@ -197,7 +221,7 @@ pub fn run_linear(
         let mut trained = Trained::open(&run, &settings)?;
         trained.recipe.data.labels = labels.or(trained.recipe.data.labels.take());
         let device = of_recipe(&trained, device)?;
-        let images = Images::open(&trained.recipe.data)?;
+        let images = images_of(&trained, given)?;
         let (method, weights) = trained.load(&device)?;
         let random = Arena::new(method.layout(), &device, trained.recipe.seed);
         let rates: &[f64] = if sweep { &eval::RATES } else { &[] };

@@ -5,8 +5,10 @@ mod arrays;
 mod device;
 mod error;
 mod evaluate;
+mod images;
 mod loader;
 mod losses;
+mod reading;
 mod recipe;
 mod source;
 mod train;
@@ -36,7 +38,7 @@ mod _native {
     #[pymodule_export]
     use super::recipe::{load_recipe, recipe_dict, recipe_names, recipe_of_dict, recipe_policies};
     #[pymodule_export]
-    use super::source::Source;
+    use super::source::{Source, native_reading};
     #[pymodule_export]
     use super::train::{resume, train};
 

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
@@ -15,17 +14,20 @@ use selfsup::device::{Device, Philox, Purpose};
 use selfsup::tensor::Tensor;
 
 use crate::arrays::Shared;
-use crate::error::{Error as Raised, released};
+use crate::error::{Error as Raised, raised, released};
+use crate::images::Array;
+use crate::reading::ReadingKeys;
 use crate::recipe::policies;
 use crate::source::Source;
 
-/// Values per pixel of the engine's views; the fourth is zero.
-const CHANNELS: usize = 4;
-
 /// How the views of a batch lie in memory.
 #[derive(Clone, Copy)]
-struct Format {
-    /// `[n, 3, s, s]` instead of `[n, s, s, 3]`.
+struct Layout {
+    /// Channels of a view.
+    channels: usize,
+    /// Values per pixel of the engine's views; those behind the channels are zero.
+    padded: usize,
+    /// `[n, c, s, s]` instead of `[n, s, s, c]`.
     channels_first: bool,
     /// Bytes instead of f32.
     bytes: bool,
@@ -42,7 +44,7 @@ pub struct Loader {
     groups: Vec<(usize, Vec<usize>)>,
     views: usize,
     batch: usize,
-    format: Format,
+    layout: Layout,
     /// The process that made it: its threads exist nowhere else.
     process: u32,
 }
@@ -69,6 +71,15 @@ impl Loader {
                 "normalised views are no bytes: use dtype=\"float32\", or normalise=False",
             ));
         }
+        let format = source.0.format();
+        if bytes && format.bits != 8 {
+            return Err(PyValueError::new_err(format!(
+                "views of images of {} bits are no bytes: use dtype=\"float32\"",
+                format.bits
+            )));
+        }
+        let (channels, padded) = (format.channels, format.device_channels());
+        let layout = Layout { channels, padded, channels_first, bytes, contiguous };
         let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
         for (view, policy) in policies.iter().enumerate() {
             match groups.iter_mut().find(|(size, _)| *size == policy.size) {
@@ -90,7 +101,7 @@ impl Loader {
             groups,
             views,
             batch,
-            format: Format { channels_first, bytes, contiguous },
+            layout,
             process: std::process::id(),
         })
     }
@@ -176,7 +187,7 @@ impl Loader {
         })
     }
 
-    /// The arrays of the `views` of one size, each `[batch, …]`, whose crops are `[views * batch, size, size, 4]`.
+    /// The arrays of the `views` of one size, each `[batch, …]`, whose crops are `[views * batch, size, size, padded]`.
     fn arrays<'py>(
         &self,
         py: Python<'py>,
@@ -184,24 +195,25 @@ impl Loader {
         size: usize,
         views: usize,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let Format { channels_first, bytes, contiguous } = self.format;
+        let Layout { channels, padded, channels_first, bytes, contiguous } = self.layout;
         let (n, area) = (self.batch, size * size);
-        let shape = if channels_first { [n, 3, size, size] } else { [n, size, size, 3] };
+        let shape =
+            if channels_first { [n, channels, size, size] } else { [n, size, size, channels] };
         if !bytes && !contiguous {
-            let row = size * CHANNELS;
+            let row = size * padded;
             let strides = match channels_first {
-                true => [size * row, 1, row, CHANNELS],
-                false => [size * row, row, CHANNELS, 1],
+                true => [size * row, 1, row, padded],
+                false => [size * row, row, padded, 1],
             };
             let shared = Shared::tensor(py, crops)?;
-            let view = |i| shared.array(i * n * area * CHANNELS, &shape, &strides).into_any();
+            let view = |i| shared.array(i * n * area * padded, &shape, &strides).into_any();
             return Ok((0..views).map(view).collect());
         }
         let strides = match channels_first {
-            true => [3 * area, area, size, 1],
-            false => [3 * area, size * 3, 3, 1],
+            true => [channels * area, area, size, 1],
+            false => [channels * area, size * channels, channels, 1],
         };
-        let at = |i| i * n * area * 3;
+        let at = |i| i * n * area * channels;
         if bytes {
             let packed = released(py, || {
                 // 8-bit pixels were divided by 255: this gives them back exactly.
@@ -217,29 +229,36 @@ impl Loader {
         Ok((0..views).map(|i| shared.array(at(i), &shape, &strides).into_any()).collect())
     }
 
-    /// Crops of `area` pixels each without their fourth channel.
+    /// Crops of `area` pixels each without what pads their pixels.
     fn packed<T: Copy + Default + Send>(
         &self,
         crops: &Tensor,
         area: usize,
         convert: impl Fn(f32) -> T + Sync,
     ) -> Box<[T]> {
+        let Layout { channels, padded, channels_first, .. } = self.layout;
         let crops = crops.data::<f32>();
-        let mut packed = vec![T::default(); crops.len() / CHANNELS * 3].into_boxed_slice();
-        let first = self.format.channels_first;
+        let mut packed = vec![T::default(); crops.len() / padded * channels].into_boxed_slice();
         self.device.run(|| {
-            let images = packed.par_chunks_mut(area * 3).zip(crops.par_chunks(area * CHANNELS));
+            let images =
+                packed.par_chunks_mut(area * channels).zip(crops.par_chunks(area * padded));
             images.for_each(|(to, from)| {
-                let pixels = from.as_chunks::<CHANNELS>().0;
-                if first {
+                if channels_first {
                     for (channel, to) in to.chunks_exact_mut(area).enumerate() {
+                        let pixels = from.chunks_exact(padded);
                         to.iter_mut()
                             .zip(pixels)
                             .for_each(|(to, pixel)| *to = convert(pixel[channel]));
                     }
-                } else {
+                } else if channels == 3 {
+                    let pixels = from.as_chunks::<4>().0;
                     for (to, &[r, g, b, _]) in to.as_chunks_mut::<3>().0.iter_mut().zip(pixels) {
                         *to = [r, g, b].map(&convert);
+                    }
+                } else {
+                    let pixels = from.chunks_exact(padded);
+                    for (to, pixel) in to.chunks_exact_mut(channels).zip(pixels) {
+                        to.iter_mut().zip(pixel).for_each(|(to, &value)| *to = convert(value));
                     }
                 }
             });
@@ -261,7 +280,10 @@ impl Drop for Loader {
 
 /// The views of one image, for programs that load images themselves. It has no threads.
 #[pyclass(frozen, module = "selfsup._native")]
-pub struct Augmentation(Vec<Policy>);
+pub struct Augmentation {
+    policies: Vec<Policy>,
+    reading: ReadingKeys,
+}
 
 thread_local! {
     static SCRATCH: RefCell<(Image, Scratch)> = RefCell::default();
@@ -270,48 +292,47 @@ thread_local! {
 #[pymethods]
 impl Augmentation {
     #[new]
-    fn new(policies: &Bound<'_, PyAny>) -> PyResult<Self> {
-        Ok(Self(self::policies(policies)?))
+    fn new(policies: &Bound<'_, PyAny>, reading: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        Ok(Self { policies: self::policies(policies)?, reading: ReadingKeys::of(reading)? })
     }
 
-    /// The views of an image `[h, w, 3]` of u8, contiguous, drawn from the random stream of a seed.
+    /// The views of an image `[h, w, c]` of u8, u16 or f32, contiguous, drawn from the random stream of a seed.
     fn apply<'py>(
         &self,
         py: Python<'py>,
-        image: PyReadonlyArray3<'py, u8>,
+        image: &Bound<'py, PyAny>,
         seed: u64,
         channels_first: bool,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let &[height, width, channels] = image.shape() else { unreachable!("a PyArray3") };
-        if channels != 3 || height == 0 || width == 0 {
-            return Err(PyValueError::new_err(format!(
-                "an image is {:?}, not [height, width, 3]",
-                image.shape()
-            )));
-        }
-        let pixels = image.as_slice()?;
+        let array = Array::of(image)?;
+        let reading = self.reading.for_format(array.format()).map_err(|e| raised(&e))?;
+        let (channels, padded) = (reading.format.channels, reading.format.device_channels());
+        let fits = |policy: &Policy| policy.check_for(reading.format);
+        self.policies.iter().try_for_each(fits).map_err(|e| raised(&e))?;
         let views = released(py, || {
             SCRATCH.with_borrow_mut(|(image, scratch)| {
-                image.resize(width, height);
-                image.pixels.copy_from_slice(pixels);
+                if let Err(reason) = array.read(&reading, image) {
+                    return Ok(Err(reason));
+                }
                 let view = |(index, policy): (usize, &Policy)| {
                     let mut rng = Philox::new(seed, Purpose::Augmentation, 0, index as u32);
-                    let params = policy.draw(&mut rng, width, height);
-                    let mut out = vec![0.0; policy.size * policy.size * CHANNELS];
+                    let params = policy.draw(&mut rng, image.width, image.height);
+                    let mut out = vec![0.0; policy.size * policy.size * padded];
                     policy.apply(&params, image, &mut out, scratch);
                     out.into_boxed_slice()
                 };
-                Ok(self.0.iter().enumerate().map(view).collect::<Vec<_>>())
+                Ok(Ok(self.policies.iter().enumerate().map(view).collect::<Vec<_>>()))
             })
         })?;
+        let refused = |reason| PyValueError::new_err(format!("the image {reason}"));
         let array = |(policy, values): (&Policy, Box<[f32]>)| {
             let s = policy.size;
             let (shape, strides) = match channels_first {
-                true => ([3, s, s], [1, s * CHANNELS, CHANNELS]),
-                false => ([s, s, 3], [s * CHANNELS, CHANNELS, 1]),
+                true => ([channels, s, s], [1, s * padded, padded]),
+                false => ([s, s, channels], [s * padded, padded, 1]),
             };
             Ok(Shared::floats(py, values)?.array(0, &shape, &strides).into_any())
         };
-        self.0.iter().zip(views).map(array).collect()
+        self.policies.iter().zip(views.map_err(refused)?).map(array).collect()
     }
 }

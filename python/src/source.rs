@@ -1,60 +1,92 @@
 //! Sets of images: folders and files as the program reads them, and arrays of the caller.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use numpy::{PyArray3, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use selfsup::data::{self, Folder, Image, Split};
+use pythonize::pythonize;
+use selfsup::data::{self, Folder, Format, Split};
+use selfsup::train;
 
-use crate::error::released;
+use crate::error::{raised, released};
+use crate::images::{Array, Arrays};
+use crate::reading::ReadingKeys;
 
 /// A set of images.
 #[pyclass(frozen, module = "selfsup._native")]
 pub struct Source(pub Arc<dyn data::Source>);
 
+/// Training images, and held-out ones if there are any.
+pub type Given<'py> = (PyRef<'py, Source>, Option<PyRef<'py, Source>>);
+
+/// The same, for the engine.
+pub type Sources = (Arc<dyn data::Source>, Option<Arc<dyn data::Source>>);
+
+/// What the engine reads of images that were given.
+pub fn sources((train, held_out): Given<'_>) -> Sources {
+    (train.0.clone(), held_out.map(|held_out| held_out.0.clone()))
+}
+
 #[pymethods]
 impl Source {
     /// The images of a split of the data set at a path.
     #[staticmethod]
-    fn open(py: Python<'_>, path: PathBuf, split: &str) -> PyResult<Self> {
+    fn open(
+        py: Python<'_>,
+        path: PathBuf,
+        split: &str,
+        reading: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let keys = ReadingKeys::of(reading)?;
         released(py, || {
-            let source = data::open(&path, Split::from_str(split)?)?;
+            let reading = keys.for_format(Format::RGB)?;
+            let source = data::open_as(&path, Split::from_str(split)?, &reading)?;
             Ok(Self(source.into()))
         })
     }
 
     /// Image files, without labels, in this order; `keep` says whether decoded images stay in memory, up to the engine's limit.
     #[staticmethod]
-    fn of_files(files: Vec<PathBuf>, keep: bool) -> Self {
-        let files = Folder::of_files(files);
-        Self(Arc::new(if keep { files } else { files.with_cache(0) }))
+    fn of_files(
+        py: Python<'_>,
+        files: Vec<PathBuf>,
+        keep: bool,
+        reading: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let keys = ReadingKeys::of(reading)?;
+        released(py, || {
+            let files = Folder::of_files(files, &keys.for_format(Format::RGB)?)?;
+            Ok(Self(Arc::new(if keep { files } else { files.with_cache(0) })))
+        })
     }
 
-    /// Arrays `[h, w, 3]` of u8, contiguous, with a class each, or without. They are not copied.
+    /// Arrays `[h, w, c]` of u8, u16 or f32, contiguous, with a class each, or without. They are not copied. There are at least
+    /// `classes` classes.
     #[staticmethod]
-    fn of_arrays(images: Vec<Bound<'_, PyArray3<u8>>>, labels: Option<Vec<u32>>) -> PyResult<Self> {
-        let mut pixels = Vec::with_capacity(images.len());
-        for image in &images {
-            let &[height, width, channels] = image.shape() else { unreachable!("a PyArray3") };
-            if channels != 3 || height == 0 || width == 0 || !image.is_c_contiguous() {
-                return Err(PyValueError::new_err(format!(
-                    "an image is {:?}, not a contiguous [height, width, 3]",
-                    image.shape()
-                )));
+    fn of_arrays(
+        arrays: Vec<Bound<'_, PyAny>>,
+        labels: Option<Vec<u32>>,
+        classes: u32,
+        reading: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let keys = ReadingKeys::of(reading)?;
+        let images = arrays.iter().map(Array::of).collect::<PyResult<Vec<_>>>()?;
+        let native = images.first().map_or(Format::RGB, Array::format);
+        let reading = keys.for_format(native).map_err(|e| raised(&e))?;
+        for (i, image) in images.iter().enumerate() {
+            if let Err(reason) = image.check(&reading) {
+                return Err(PyValueError::new_err(format!("image {i} {reason}")));
             }
-            pixels.push(Pixels { first: image.data(), width, height });
         }
-        if labels.as_ref().is_some_and(|labels| labels.len() != pixels.len()) {
+        if labels.as_ref().is_some_and(|labels| labels.len() != images.len()) {
             return Err(PyValueError::new_err("as many labels as images are needed"));
         }
         let most = labels.iter().flatten().max();
-        let classes = most.map_or(0, |most| most + 1);
+        let classes = most.map_or(0, |most| (most + 1).max(classes));
         let classes = (0..classes).map(|class| class.to_string()).collect();
-        let _arrays = images.into_iter().map(Bound::unbind).collect();
-        Ok(Self(Arc::new(Arrays { pixels, labels, classes, _arrays })))
+        Ok(Self(Arc::new(Arrays { images, reading, labels, classes })))
     }
 
     fn __len__(&self) -> usize {
@@ -66,58 +98,18 @@ impl Source {
     fn classes(&self) -> Vec<String> {
         self.0.classes().to_vec()
     }
+
+    /// Channels of the images, and bits of a sample.
+    #[getter]
+    fn format(&self) -> (usize, usize) {
+        let Format { channels, bits } = self.0.format();
+        (channels, bits)
+    }
 }
 
-/// The pixels of an array.
-struct Pixels {
-    first: *const u8,
-    width: usize,
-    height: usize,
-}
-
-/// Images in arrays.
-struct Arrays {
-    pixels: Vec<Pixels>,
-    labels: Option<Vec<u32>>,
-    classes: Vec<String>,
-    /// What the pixels lie in.
-    _arrays: Vec<Py<PyArray3<u8>>>,
-}
-
-// SAFETY: the pointers are only read, and what they point to lives as long as `_arrays`.
-unsafe impl Send for Arrays {}
-// SAFETY: as above.
-unsafe impl Sync for Arrays {}
-
-impl data::Source for Arrays {
-    fn len(&self) -> usize {
-        self.pixels.len()
-    }
-
-    fn read(&self, index: usize, into: &mut Image) -> selfsup::Result<()> {
-        let &Pixels { first, width, height } = &self.pixels[index];
-        into.resize(width, height);
-        // SAFETY: the array has `height * width * 3` bytes in a row, as was checked, and lives as long as `_arrays`. Python that
-        // writes to it meanwhile changes which bytes are copied, as it does under NumPy's own functions that release the lock.
-        unsafe {
-            std::ptr::copy_nonoverlapping(first, into.pixels.as_mut_ptr(), into.pixels.len());
-        }
-        Ok(())
-    }
-
-    fn size(&self, index: usize) -> selfsup::Result<[usize; 2]> {
-        Ok([self.pixels[index].width, self.pixels[index].height])
-    }
-
-    fn label(&self, index: usize) -> Option<u32> {
-        self.labels.as_ref().map(|labels| labels[index])
-    }
-
-    fn classes(&self) -> &[String] {
-        &self.classes
-    }
-
-    fn name(&self, index: usize) -> String {
-        format!("image {index}")
-    }
+/// How the files of a folder are read if all is left to them, as keys of a recipe's `data`.
+#[pyfunction]
+pub fn native_reading<'py>(py: Python<'py>, folder: PathBuf) -> PyResult<Bound<'py, PyAny>> {
+    let reading = released(py, || train::own_reading(Path::new(&folder), &[]))?;
+    Ok(pythonize(py, &ReadingKeys::in_full(&reading))?)
 }

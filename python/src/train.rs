@@ -11,12 +11,13 @@ use pyo3::prelude::*;
 use pythonize::pythonize;
 use selfsup::device::{Device, Precision};
 use selfsup::recipes::Recipe;
-use selfsup::train::{EpochReport, Paused, Run, StepReport, Watch};
+use selfsup::train::{EpochReport, Images, Paused, Run, StepReport, Watch};
 use serde_json::{Value, json};
 
 use crate::device::Wanted;
 use crate::error::{Error, finished};
 use crate::recipe::parsed;
+use crate::source::{Given, sources};
 
 /// Reports that may wait for Python before the run waits for it.
 const WAITING: usize = 64;
@@ -30,37 +31,52 @@ type Report = (&'static str, Value);
 /// Trains a recipe, and calls `on_report(kind, dictionary)` on this thread. An exception of it, or Ctrl-C, stops the run, which
 /// writes its checkpoint first.
 #[pyfunction]
-#[pyo3(signature = (recipe, out, device, on_report))]
+#[pyo3(signature = (recipe, out, given, device, on_report))]
 pub fn train(
     py: Python<'_>,
     recipe: &str,
     out: Option<PathBuf>,
+    given: Option<Given<'_>>,
     device: Option<String>,
     on_report: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let recipe = parsed(recipe)?;
+    let (recipe, given) = (parsed(recipe)?, given.map(sources));
     run(py, on_report, move |reports, stop| {
         let device = opened(device, recipe.train.precision, recipe.train.threads, reports)?;
-        let mut run = Run::new(&recipe, &device, out.as_deref())?;
+        let mut run = match given {
+            Some((train, held_out)) => {
+                let images = Images::given(&recipe.data, train, held_out)?;
+                Run::on(&recipe, &device, images, out.as_deref())?
+            }
+            None => Run::new(&recipe, &device, out.as_deref())?,
+        };
         go(&mut run, &recipe, reports, stop)
     })
 }
 
 /// Continues the run in a folder, as [`train`].
 #[pyfunction]
-#[pyo3(signature = (folder, settings, device, on_report))]
+#[pyo3(signature = (folder, settings, given, device, on_report))]
 pub fn resume(
     py: Python<'_>,
     folder: PathBuf,
     settings: Vec<String>,
+    given: Option<Given<'_>>,
     device: Option<String>,
     on_report: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
+    let given = given.map(sources);
     run(py, on_report, move |reports, stop| {
         let paused = Paused::open(&folder, &settings)?;
         let recipe = paused.recipe().clone();
         let device = opened(device, paused.precision(), recipe.train.threads, reports)?;
-        let mut run = Run::resume(paused, &device)?;
+        let mut run = match given {
+            Some((train, held_out)) => {
+                let images = Images::given(&recipe.data, train, held_out)?;
+                Run::resume_on(paused, &device, images)?
+            }
+            None => Run::resume(paused, &device)?,
+        };
         go(&mut run, &recipe, reports, stop)
     })
 }

@@ -20,16 +20,45 @@ def pixels(count, size=24, seed=1):
 
 
 def png(image):
-    """A PNG file of an image `[h, w, 3]`."""
-    height, width, _ = image.shape
+    """A PNG file of an image `[h, w, c]` of one, three or four channels, of 8 or 16 bits."""
+    height, width, channels = image.shape
+    kind = {1: 0, 3: 2, 4: 6}[channels]
+    image = image.astype(image.dtype.newbyteorder(">"))
 
     def chunk(kind, content):
         body = kind + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
     rows = b"".join(b"\0" + row.tobytes() for row in image)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8 * image.itemsize, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(image):
+    """A TIFF file of an image `[h, w, c]` of integers or floats, uncompressed."""
+    height, width, channels = image.shape
+    image = image.astype(image.dtype.newbyteorder("<"))
+    bits, floats = 8 * image.itemsize, image.dtype.kind == "f"
+    pixels, wide = image.tobytes(), 8 + 12 * 10 + 6
+    after = wide + 4 * channels
+    shorts = lambda value: struct.pack(f"<{channels}H", *[value] * channels)
+    # One value of two bytes stands in the entry itself; more stand behind the entries.
+    of_channels = lambda value, at: (channels, value if channels < 2 else value | value << 16 if channels == 2 else at)
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, *of_channels(bits, wide)),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, 1, after),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(pixels)),
+        (339, 3, *of_channels(3 if floats else 1, wide + 2 * channels)),
+    ]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + struct.pack("<I", 0)
+    return head + shorts(bits) + shorts(3 if floats else 1) + pixels
 
 
 def folder(root, train=48, test=16):

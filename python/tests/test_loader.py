@@ -141,6 +141,100 @@ class Loading(unittest.TestCase):
         batch = next(iter(loader))
         self.assertTrue(np.array_equal(batch.views[0], images[batch.indices]))
 
+    def test_arrays_of_any_channels_and_bits_are_read_as_they_are(self):
+        whole = {"size": 24, "area": [1.0, 1.0], "aspect": [1.0, 1.0], "pixels": "float"}
+        draw = np.random.default_rng(4)
+        for channels in (1, 2, 3, 4, 8, 11):
+            for dtype, most in ((np.uint8, 255), (np.uint16, 65535)):
+                images = draw.integers(0, most + 1, (6, 24, 24, channels)).astype(dtype)
+                given = [images, list(images), images.astype(images.dtype.newbyteorder("S"))]
+                given += [images[..., 0], list(images[..., 0])] if channels == 1 else []
+                for form in given:
+                    for words in ({}, {"contiguous": True}, {"channels": "first"}):
+                        loader = selfsup.Loader(form, whole, 3, **{"channels": "last", **words})
+                        batch = next(iter(loader))
+                        view = np.moveaxis(batch.views[0], 1, 3) if words.get("channels") else batch.views[0]
+                        self.assertEqual(view.shape, (3, 24, 24, channels))
+                        want = images[batch.indices] / np.float64(most)
+                        self.assertLess(np.abs(view - want).max(), 2e-6, (channels, dtype, words))
+                if dtype == np.uint8:
+                    batch = next(iter(selfsup.Loader(images, whole, 3, channels="last", dtype="uint8")))
+                    self.assertTrue(np.array_equal(batch.views[0], images[batch.indices]))
+
+    def test_a_range_says_what_is_black_and_white(self):
+        whole = {"size": 24, "area": [1.0, 1.0], "aspect": [1.0, 1.0], "pixels": "float"}
+        images = np.random.default_rng(5).uniform(-2, 3, (6, 24, 24, 2))
+        low, high = -1.0, 2.5
+        for dtype in (np.float32, np.float64, np.float16):
+            given = images.astype(dtype)
+            batch = next(iter(selfsup.Loader(given, whole, 3, channels="last", reading={"range": (low, high)})))
+            want = np.clip((given[batch.indices].astype(np.float64) - low) / (high - low), 0, 1)
+            # Floats become 16 bits.
+            self.assertLess(np.abs(batch.views[0] - want).max(), 1 / 65535, dtype)
+        twelve = np.random.default_rng(6).integers(0, 4096, (6, 24, 24, 1)).astype(np.uint16)
+        batch = next(iter(selfsup.Loader(twelve, whole, 3, channels="last", reading={"range": (0, 4095)})))
+        self.assertLess(np.abs(batch.views[0] - twelve[batch.indices] / 4095).max(), 1 / 65535)
+        broken = images.astype(np.float32)
+        broken[2, 5, 5, 1] = np.nan
+        loader = selfsup.Loader(broken, whole, 3, reading={"range": (low, high)})
+        for batch in loader:
+            self.assertNotIn(2, batch.indices)
+        self.assertRegex(loader.skipped[0][1], "image 2: has 1 samples that are not finite")
+
+    def test_axes_of_arrays_are_as_said(self):
+        images = pictures.pixels(6)
+        policy = {"size": 16, "repeat": 1}
+        want = next(iter(selfsup.Loader(images, policy, 6))).views[0]
+        first = np.moveaxis(images, 3, 1)
+        for given, axes in ((first, "nchw"), (first, "chw"), (list(first), "chw"), (images, "nhwc"), (list(images), "hwc")):
+            got = next(iter(selfsup.Loader(given, policy, 6, reading={"axes": axes}))).views[0]
+            self.assertTrue(np.array_equal(got, want), axes)
+        # Three channels of grey are what a file of one channel gives in RGB.
+        grey = images[..., :1]
+        want = next(iter(selfsup.Loader(np.repeat(grey, 3, axis=3), policy, 6))).views[0]
+        got = next(iter(selfsup.Loader(grey[..., 0], policy, 6, reading={"channels": 3}))).views[0]
+        self.assertTrue(np.array_equal(got, want))
+
+    def test_files_of_any_channels_and_bits_give_what_arrays_do(self):
+        policy = {"size": 16, "repeat": 2, "pixels": "float", "flip": 0.5}
+        draw = np.random.default_rng(7)
+        bands = draw.integers(0, 65536, (6, 20, 22, 4)).astype(np.uint16)
+        grey = draw.integers(0, 65536, (6, 20, 22, 1)).astype(np.uint16)
+        floats = draw.uniform(0, 1, (6, 20, 22, 2)).astype(np.float32)
+        stacks = draw.integers(0, 256, (6, 20, 22, 5)).astype(np.uint8)
+        for name, images, write, reading in (
+            ("bands.tiff", bands, pictures.tiff, {"channels": 4, "bits": 16}),
+            ("grey.png", grey, pictures.png, {"channels": 1, "bits": 16}),
+            ("floats.tif", floats, pictures.tiff, {"channels": 2, "bits": 16, "range": (0.1, 0.9)}),
+            ("stacks.npy", stacks, None, {"channels": 5, "axes": "hwc"}),
+        ):
+            with tempfile.TemporaryDirectory() as root:
+                files = [Path(root, f"{i}-{name}") for i in range(6)]
+                for file, image in zip(files, images):
+                    np.save(file, image) if write is None else file.write_bytes(write(image))
+                want = digest(selfsup.Loader(images, policy, 3, reading=reading))
+                for given in (root, files):
+                    self.assertEqual(digest(selfsup.Loader(given, policy, 3, reading=reading)), want, name)
+                if name in ("bands.tiff", "grey.png"):
+                    extent = (int(images.min()), int(images.max()))
+                    scaled = selfsup.Loader(images, policy, 3, reading={**reading, "range": extent})
+                    self.assertEqual(digest(selfsup.Loader(root, policy, 3, reading="native")), digest(scaled), name)
+                # A recipe says itself how its images are read.
+                recipe = selfsup.recipe("simclr-cifar10-small")
+                recipe["augment"] = [policy]
+                recipe["data"].update(reading)
+                self.assertEqual(digest(selfsup.Loader(root, recipe, 3)), want, name)
+
+    def test_several_images_of_a_file(self):
+        policy = {"size": 16, "pixels": "float"}
+        images = np.random.default_rng(8).integers(0, 256, (7, 20, 20)).astype(np.uint8)
+        with tempfile.TemporaryDirectory() as root:
+            np.save(Path(root, "stack.npy"), images)
+            reading = {"channels": 1, "axes": "nhw"}
+            for given in (root, Path(root, "stack.npy"), [Path(root, "stack.npy")]):
+                loader = selfsup.Loader(given, policy, 7, reading=reading)
+                self.assertEqual(digest(loader), digest(selfsup.Loader(images, policy, 7)))
+
     def test_the_interpreter_is_free_while_a_batch_is_waited_for(self):
         count = 0
         done = threading.Event()
@@ -176,6 +270,21 @@ class OneImage(unittest.TestCase):
         self.assertTrue(np.array_equal(sent(image, seed=5)[1], views(image, seed=5)[1]))
         last = selfsup.Views(POLICY, channels="last")(image, seed=5)
         self.assertTrue(np.array_equal(np.moveaxis(last[0], 2, 0), views(image, seed=5)[0]))
+
+    def test_views_of_other_images_than_photos(self):
+        policy = {"size": 16, "repeat": 2, "pixels": "float", "channel_drop": 0.5}
+        image = np.random.default_rng(9).integers(0, 65536, (30, 20, 5)).astype(np.uint16)
+        views = selfsup.Views(policy)
+        first = views(image, seed=1)
+        self.assertEqual([v.shape for v in first], [(5, 16, 16)] * 2)
+        again = pickle.loads(pickle.dumps(views))(np.moveaxis(image, 2, 0).copy().transpose(1, 2, 0), seed=1)
+        self.assertTrue(all(np.array_equal(a, b) for a, b in zip(first, again)))
+        ranged = selfsup.Views(policy, reading={"range": (0.0, 1.0)})
+        unit = (image / 65535).astype(np.float32)
+        self.assertTrue(all(np.abs(a - b).max() < 2e-5 for a, b in zip(ranged(unit, seed=1), first)))
+        one = selfsup.Views({**policy, "channel_drop": 0})
+        self.assertEqual(one(image[:, :, 0])[0].shape, (1, 16, 16))
+        self.assertEqual(one(image[:, :, 0], seed=2)[0].tobytes(), one(image[:, :, :1], seed=2)[0].tobytes())
 
 
 if __name__ == "__main__":

@@ -128,6 +128,85 @@ class Training(unittest.TestCase):
         self.assertIn("going on after step 6", done.stderr)
 
 
+class Memory(unittest.TestCase):
+    """Runs on images in memory."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.TemporaryDirectory()
+        cls.path = Path(cls.root.name)
+        cls.folder = pictures.folder(cls.path / "images")
+        # In the folder's order, by class: down has the even ones.
+        order = lambda count: [*range(1, count, 2), *range(0, count, 2)]
+        cls.images, cls.labels = pictures.pixels(48)[order(48)], [0] * 24 + [1] * 24
+        cls.held_out = pictures.pixels(16, seed=2)[order(16)], np.array([0] * 8 + [1] * 8)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.root.cleanup()
+
+    def test_a_run_on_arrays_is_the_run_on_their_files(self):
+        of_files = train(self.folder, self.path / "files")
+        of_arrays = train((self.images, self.labels), self.path / "arrays", held_out=self.held_out)
+        figures = lambda run: [{k: v for k, v in line.items() if "second" not in k and k != "waiting"} for line in run.metrics()]
+        self.assertEqual([m.get("loss") for m in figures(of_arrays)], [m.get("loss") for m in figures(of_files)])
+        self.assertEqual([m.get("knn") for m in figures(of_arrays)], [m.get("knn") for m in figures(of_files)])
+        weights, others = of_arrays.backbone(), of_files.backbone()
+        self.assertTrue(all(np.array_equal(weights[name], others[name]) for name in weights))
+        self.assertEqual(of_arrays.recipe["data"]["path"], "(given)")
+        # What is measured of a run takes the images again, and says so.
+        data = {"data": (self.images, self.labels), "held_out": self.held_out}
+        self.assertEqual(selfsup.knn(of_arrays, k=5, device="cpu", **data), selfsup.knn(of_files, k=5, device="cpu"))
+        probes = [selfsup.linear_probe(run, epochs=3, device="cpu", **words) for run, words in ((of_arrays, data), (of_files, {}))]
+        self.assertEqual(*probes)
+        for call, words in ((selfsup.knn, {}), (selfsup.linear_probe, {}), (selfsup.resume, {"progress": False})):
+            with self.assertRaisesRegex(selfsup.Error, "given by the program that trained it"):
+                call(of_arrays, device="cpu", **words)
+
+    def test_a_run_on_arrays_goes_on(self):
+        def stop(step):
+            if step["step"] == 4:
+                raise InterruptedError
+
+        whole = train(self.images, self.path / "whole")
+        with self.assertRaises(InterruptedError):
+            train(self.images, self.path / "stopped", on_step=stop)
+        run = selfsup.resume(self.path / "stopped", data=self.images, device="cpu", progress=False)
+        first, second = whole.backbone(), run.backbone()
+        self.assertTrue(all(np.array_equal(first[name], second[name]) for name in first))
+        with self.assertRaisesRegex(selfsup.Error, "48 training images, and the set now has 40"):
+            selfsup.resume(self.path / "stopped", data=self.images[:40], device="cpu", progress=False)
+
+    def test_other_images_than_photos_are_trained_on_and_embedded(self):
+        policy = {"size": 16, "pixels": "float", "flip": 0.5, "noise": {"p": 0.5, "std": [0.01, 0.1]}}
+        table = selfsup.recipe("simclr-cifar10-small", set={k: v for k, v in TINY.items() if k != "augment.size"})
+        table["augment"] = [policy]
+        draw = np.random.default_rng(3)
+        bands = draw.integers(0, 4096, (48, 20, 20, 5)).astype(np.uint16)
+        run = train_dict(table, bands, self.path / "bands", set={"data.range": (0, 4095)})
+        self.assertEqual([run.recipe["data"][key] for key in ("channels", "bits", "range")], [5, 16, (0.0, 4095.0)])
+        self.assertEqual(run.backbone()["conv1.weight"].shape[1], 5)
+        features = selfsup.embed(run, bands, device="cpu")
+        self.assertEqual(features.shape[0], 48)
+        # Floats are read by the run's range, and files by its channels and bits.
+        self.assertTrue(np.allclose(selfsup.embed(run, bands.astype(np.float32), device="cpu"), features, atol=1e-4))
+        for i, image in enumerate(bands[:3]):
+            Path(self.path, f"{i}.tiff").write_bytes(pictures.tiff(image))
+        files = [self.path / f"{i}.tiff" for i in range(3)]
+        self.assertTrue(np.allclose(selfsup.embed(run, files, device="cpu"), features[:3], atol=1e-6))
+        with self.assertRaisesRegex(ValueError, "image 0 has 3 channels, and data.channels is 5"):
+            selfsup.embed(run, self.images, device="cpu")
+        grey = train_dict(table, pictures.pixels(48)[..., 0], self.path / "grey")
+        self.assertEqual(selfsup.embed(grey, pictures.pixels(4)[..., 0], device="cpu").shape[0], 4)
+        floats = pictures.pixels(48)[..., :2] / np.float32(255)
+        of_floats = train_dict(table, floats, self.path / "floats", set={"data.range": (0, 1)})
+        self.assertEqual(of_floats.recipe["data"]["bits"], 16)
+
+
+def train_dict(table, images, out, **words):
+    return selfsup.train(table, data=images, out=out, device="cpu", progress=False, **words)
+
+
 class Program(unittest.TestCase):
     def test_the_wheel_carries_the_program(self):
         script = Path(sys.executable).with_name("selfsup")
