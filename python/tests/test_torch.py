@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import unittest
 
 import numpy as np
@@ -174,6 +175,36 @@ class Losses(unittest.TestCase):
         compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
         got = torch.autograd.grad(compiled(a, b), (a, b))
         self.assertTrue(all(torch.allclose(x, y) for x, y in zip(got, want)))
+
+    @unittest.skipUnless(shutil.which(os.environ.get("CXX", "g++")), "the default backend of torch.compile needs a C++ compiler")
+    def test_training_steps_are_compiled_by_the_default_backend(self):
+        views = [torch.randn(32, 12), torch.randn(32, 12)]
+        queue = F.normalize(torch.randn(64, 8))
+
+        def curve(loss, compiled):
+            torch.manual_seed(2)
+            model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            step = lambda a, b: loss(model(a), model(b))
+            # One graph: the loss does not break it.
+            step = torch.compile(step, fullgraph=True) if compiled else step
+            losses = []
+            for _ in range(5):
+                optimizer.zero_grad()
+                value = step(*views)
+                value.backward()
+                optimizer.step()
+                losses.append(value.item())
+            return losses
+
+        for name, loss in (
+            ("nt_xent", lambda a, b: own.nt_xent(a, b, 0.5)),
+            ("info_nce", lambda q, k: own.info_nce(q, k.detach(), queue, 0.07)),
+        ):
+            want, got = curve(loss, False), curve(loss, True)
+            self.assertGreater(want[0] - want[-1], 0.1, name)
+            for a, b in zip(want, got):
+                self.assertAlmostEqual(a, b, delta=1e-5 * abs(a), msg=name)
 
     def test_mistakes(self):
         a = torch.randn(4, 3)
