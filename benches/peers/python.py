@@ -4,22 +4,25 @@
     pip install torch==2.9.1 torchvision==0.24.1 pillow lightly target/wheels/selfsup-*.whl     # scripts/wheel
     python benches/peers/python.py loader CIFAR10 IMAGENETTE128 [--rounds 5] [--seconds 4] [--workers 2] [--batch 256] [--sizes 32 112]
     python benches/peers/python.py losses [--rounds 7]
-    python benches/peers/python.py swap CIFAR10 [--steps 50]
+    python benches/peers/python.py waiting CIFAR10 IMAGENETTE128 [--rounds 5] [--steps 8] [--batch 64]
+    python benches/peers/python.py swap CIFAR10 [--steps 50] [--batch 64] [--rounds 5]
 
 loader  views a second inside a torch loop, `selfsup.Loader` beside a `DataLoader` over torchvision's transforms (v2) on tensors and on Pillow
         images, and beside lightly's own transform and collation; the pipelines, and how the peers are measured, are those of
-        benches/peers/loader.py. Then the share of a ResNet-18 step that is spent waiting for views, with either
+        benches/peers/loader.py
 losses  time of the loss with its gradient beside eager PyTorch; error of values and gradients against f64; peak memory of NT-Xent by the
         number of rows, each in a process of its own
-swap    lightly's SimCLR example (ResNet-18, NTXentLoss, SGD or LARS) on CIFAR-10 with loader, loss and LARS exchanged one after the other: the
-        loss of every step, and steps a second
+waiting steps of ResNet-18 with NT-Xent that take their views from the same loaders: steps a second, and the share of a step that is spent
+        waiting for views
+swap    lightly's SimCLR example (ResNet-18, NTXentLoss, LARS) on CIFAR-10 with loader, loss and LARS exchanged one after the other: how far
+        the losses of all steps are from the original's, in f32 and in f64, beside the original with weights that differ by a rounding;
+        steps a second
 
 Both folders hold class folders of JPEG files (or such a folder `train`). Sides take turns; ratios are medians over rounds, above 1: ours is
 faster.
 """
 
 import argparse
-import copy
 import os
 import statistics
 import subprocess
@@ -36,68 +39,8 @@ import selfsup.torch as own
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-
-def policy(size):
-    """The views of benches/peers/loader.py."""
-    strength = 0.5 if size == 32 else 1.0
-    table = {
-        "size": size,
-        "repeat": 2,
-        "flip": 0.5,
-        "jitter": {"p": 0.8, "brightness": 0.8 * strength, "contrast": 0.8 * strength, "saturation": 0.8 * strength, "hue": 0.2 * strength},
-        "grey": 0.2,
-        "normalise": {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]},
-    }
-    if size != 32:
-        table["blur"] = {"p": 0.5, "sigma": [0.1, 2.0], "kind": "gaussian"}
-    return table
-
-
-class Endless:
-    """Batches of `selfsup.Loader`, epoch after epoch."""
-
-    ahead = 3
-
-    def __init__(self, loader):
-        self.loader, self.batches = loader, iter(())
-
-    def __next__(self):
-        for batch in self.batches:
-            return batch
-        self.batches = iter(self.loader)
-        return next(self.batches)
-
-    def measure(self, seconds):
-        for _ in range(self.ahead):
-            next(self)
-        start, views = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            views += sum(len(view) for view in next(self)[0])
-        return views / (time.perf_counter() - start)
-
-
-def lightly_loader(files, size, batch, workers):
-    """lightly's SimCLR transform with the settings of `policy`, its data set and a DataLoader."""
-    from lightly.data import LightlyDataset
-    from lightly.transforms import SimCLRTransform
-
-    strength = 0.5 if size == 32 else 1.0
-    transform = SimCLRTransform(
-        input_size=size,
-        cj_prob=0.8,
-        cj_strength=strength,
-        cj_bright=0.8,
-        cj_contrast=0.8,
-        cj_sat=0.8,
-        cj_hue=0.2,
-        random_gray_scale=0.2,
-        gaussian_blur=0.0 if size == 32 else 0.5,
-        normalize={"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]},
-    )
-    data = LightlyDataset(str(files), transform=transform)
-    return torch.utils.data.DataLoader(
-        data, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True, prefetch_factor=4
-    )
+from loops import swap, waiting  # noqa: E402
+from views import Endless, lightly_loader, policy  # noqa: E402
 
 
 def measure_lightly(loader, seconds, skip):
@@ -115,14 +58,14 @@ def measure_lightly(loader, seconds, skip):
 def loader(args):
     import loader as peers
 
-    peers.BATCH = args.batch
+    peers.BATCH = args.batch or 256
     print(f"{args.workers} workers, batches of {peers.BATCH}, {args.rounds} rounds of {args.seconds} s")
     for size, path in zip((32, 112), args.folders):
         if size not in args.sizes:
             continue
         folder, files = peers.files_in(Path(path))
         # Small images are held decoded on both sides, large ones are read and decoded each time.
-        source = selfsup._native.Source.of_files([str(file) for file in files], size == 32)
+        source = selfsup._native.Source.of_files([str(file) for file in files], size == 32, None)
         ours = Endless(selfsup.Loader(source, policy(size), peers.BATCH, threads=args.workers, framework="torch"))
         if size == 32:
             for _ in range(len(ours.loader) + 1):
@@ -147,32 +90,6 @@ def loader(args):
         ratios = [r["ours"] / max(r["tensor"], r["pillow"]) for r in rounds]
         print(f"  ratio to the faster peer: {statistics.median(ratios):.2f} ({' '.join(f'{r:.2f}' for r in ratios)})")
         print(f"  ratio to lightly: {statistics.median(r['ours'] for r in rounds) / max(of_lightly):.2f}", flush=True)
-        if size == 112:
-            waiting(ours, lambda: peers.Peer(files, size, "tensor", args.workers), peers.BATCH)
-
-
-def waiting(ours, peer, batch, steps=3):
-    """The share of a training step of ResNet-18 that is spent waiting for views."""
-    model = torch.nn.Sequential(torchvision.models.resnet18(num_classes=128))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def share(batches, views_of):
-        next(batches)
-        waited, start = 0.0, time.perf_counter()
-        for _ in range(steps):
-            begin = time.perf_counter()
-            a, b = views_of(next(batches))
-            waited += time.perf_counter() - begin
-            loss = own.nt_xent(model(a), model(b))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return waited / (time.perf_counter() - start), (time.perf_counter() - start) / steps
-
-    print(f"  a step of ResNet-18, 2 x {batch} views:")
-    for name, batches, views_of in (("ours", ours, lambda b: b[0]), ("torchvision", peer().batches, lambda b: b)):
-        waits, seconds = share(batches, views_of)
-        print(f"    {name:<12} {100 * waits:5.1f}% of {seconds:.2f} s spent waiting", flush=True)
 
 
 def eager_nt_xent(a, b, temperature=0.5):
@@ -274,95 +191,20 @@ def high_water():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def swap(args):
-    """lightly's examples/pytorch/simclr.py with smaller batches, on the CPU."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import SimCLRProjectionHead
-    from lightly.utils.lars import LARS
-
-    import loader as peers
-
-    folder, files = peers.files_in(Path(args.folders[0]))
-    batch = 64
-    views = selfsup.Loader(files, policy(32), batch, framework="torch")
-
-    class SimCLR(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            backbone = torchvision.models.resnet18()
-            self.backbone = torch.nn.Sequential(*list(backbone.children())[:-1])
-            self.projection_head = SimCLRProjectionHead(512, 512, 128)
-
-        def forward(self, x):
-            return self.projection_head(self.backbone(x).flatten(start_dim=1))
-
-    torch.manual_seed(0)
-    first = SimCLR()
-    # The same views for all, so that curves can be compared; lightly's own loader is only timed.
-    fixed = []
-    while len(fixed) < args.steps:
-        fixed += [[view.clone() for view in b[0]] for b in views]
-    lightly_batches = lightly_loader(folder, 32, batch, 2)
-
-    def of_lightly():
-        while True:
-            for b in lightly_batches:
-                yield b[0]
-
-    def of_ours():
-        while True:
-            for b in views:
-                yield b[0]
-
-    def train(name, batches, loss, make_optimizer):
-        model = copy.deepcopy(first)
-        optimizer, curve = make_optimizer(model.parameters()), []
-        batches = iter(batches)
-        next(batches) if name == "timed" else None
-        start = time.perf_counter()
-        for _ in range(args.steps):
-            x0, x1 = next(batches)
-            value = loss(model(x0), model(x1))
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append(value.item())
-        return curve, args.steps / (time.perf_counter() - start)
-
-    theirs = (NTXentLoss(temperature=0.5), lambda p: LARS(p, lr=0.3, momentum=0.9, weight_decay=1e-4))
-    our_loss = lambda a, b: own.nt_xent(a, b, 0.5)
-    our_lars = lambda p: own.LARS(p, lr=0.3, momentum=0.9, weight_decay=1e-4, variant="larc")
-    original, _ = train("", fixed, *theirs)
-    print(f"lightly's SimCLR example, ResNet-18 at 32 px, batch {batch}, {args.steps} steps; largest difference of the loss curves on the same views:")
-    for name, loss, optimizer in (("loss", our_loss, theirs[1]), ("loss and LARS", our_loss, our_lars)):
-        curve, _ = train("", fixed, loss, optimizer)
-        gap = [abs(a - b) for a, b in zip(curve, original)]
-        print(f"  {name:<16} first 10 steps {max(gap[:10]):.1e}, all {max(gap):.1e}; last losses {original[-1]:.4f} and {curve[-1]:.4f}", flush=True)
-    print("steps a second:")
-    for name, batches, loss, optimizer in (
-        ("lightly", of_lightly(), *theirs),
-        ("+ loader", of_ours(), *theirs),
-        ("+ loss", of_ours(), our_loss, theirs[1]),
-        ("+ LARS", of_ours(), our_loss, our_lars),
-    ):
-        _, speed = train("timed", batches, loss, optimizer)
-        print(f"  {name:<10} {speed:.2f}", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["loader", "losses", "swap", "peak"])
+    parser.add_argument("part", choices=["loader", "losses", "waiting", "swap", "peak"])
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 112])
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     if args.part != "peak":
         print(f"selfsup {selfsup.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores; {time.strftime('%Y-%m-%d')}")
-    {"loader": loader, "losses": losses, "swap": swap, "peak": peak}[args.part](args)
+    {"loader": loader, "losses": losses, "waiting": waiting, "swap": swap, "peak": peak}[args.part](args)
 
 
 if __name__ == "__main__":
