@@ -153,7 +153,8 @@ def swap(args):
             curve, _ = train(model, endless(batches), loss, optimizer, args.steps, dtype)
             gap = [abs(a - b) for a, b in zip(curve, original)]
             print(f"  {name}, {what:<42} {max(gap[:10]):.1e} {max(gap):.1e} {curve[0]:.4f} {curve[-1]:.4f}", flush=True)
-    speeds(args, first, folder, fresh, theirs, their_lars, our_loss, our_lars)
+    if args.rounds > 0:
+        speeds(args, first, folder, fresh, theirs, their_lars, our_loss, our_lars)
 
 
 def speeds(args, first, folder, fresh, theirs, their_lars, our_loss, our_lars):
