@@ -122,9 +122,11 @@ def _arrays(images: Images, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
         raise ValueError(
             f"an array {shape} may be one image, or {shape[0]} of one channel: write [image], or say reading={{'axes': 'nhw'}}"
         )
-    # Of all at once, so that a copy is one.
-    if axes == "chw" or (not axes and array.ndim == 4 and _channels_first(shape[1:], f"an array {shape}", "n")):
+    if not axes and array.ndim == 4:
+        _check_channels_last(shape[1:], f"an array {shape}", "n")
+    if axes == "chw":
         array = np.moveaxis(array, 1, -1)
+    # Of all at once, so that a copy is one.
     return list(_samples(array if array.ndim == 4 else array[..., None]))
 
 
@@ -132,17 +134,18 @@ def _one(array: NDArray[Any], axes: str | None) -> NDArray[Any]:
     shape = list(array.shape)
     if array.ndim not in (2, 3) or 0 in shape or (axes and array.ndim != len(axes)):
         raise ValueError(f"an image is {axes or '[height, width, channels] or [height, width]'}, not {shape}")
-    if axes == "chw" or (not axes and array.ndim == 3 and _channels_first(shape, f"an image {shape}", "")):
+    if not axes and array.ndim == 3:
+        _check_channels_last(shape, f"an image {shape}", "")
+    if axes == "chw":
         array = np.moveaxis(array, 0, -1)
     return _samples(array if array.ndim == 3 else array[..., None])
 
 
-def _channels_first(shape: list[int], what: str, number: str) -> bool:
+def _check_channels_last(shape: list[int], what: str, number: str) -> None:
     """Fails if the first of three axes seems to be that of the channels; it is never taken for it unasked."""
     if shape[0] <= FEW < shape[-1]:
         first, last = f"{number}chw", f"{number}hwc"
         raise ValueError(f"{what} seems to have its channels first: say reading={{'axes': '{first}'}}, or '{last}' if not")
-    return False
 
 
 def _axes(keys: Mapping[str, Any]) -> str | None:
