@@ -127,7 +127,8 @@ def swap(args):
 
     folder, files = peers.files_in(Path(args.folders[0]))
     batch = args.batch or 64
-    fresh = lambda: selfsup.Loader(files, policy(32), batch, threads=args.workers, framework="torch")
+    # In the layout that a DataLoader stacks views in: PyTorch's convolutions round otherwise in another.
+    fresh = lambda: selfsup.Loader(files, policy(32), batch, threads=args.workers, framework="torch", contiguous=True)
     torch.manual_seed(0)
     first = SimCLR()
     # The loop of the original takes the views of our loader from a DataLoader, so that the curves can be compared.
