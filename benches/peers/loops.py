@@ -144,12 +144,15 @@ def swap(args):
         original, _ = train(first, stored(), theirs, their_lars, args.steps, dtype)
         print(f"  {name}, the original{'':<29} {original[0]:.4f} {original[-1]:.4f}", flush=True)
         sides = [
-            ("our loader", first, fresh(), theirs, their_lars),
             ("our loader and loss", first, fresh(), our_loss, their_lars),
             ("our loader, loss and LARS", first, fresh(), our_loss, our_lars),
         ]
         if dtype == torch.float32:
-            sides.append(("the original, weights nudged by a rounding", nudged(first), stored(), theirs, their_lars))
+            sides = [
+                ("our loader", first, fresh(), theirs, their_lars),
+                *sides,
+                ("the original, weights nudged by a rounding", nudged(first), stored(), theirs, their_lars),
+            ]
         for what, model, batches, loss, optimizer in sides:
             curve, _ = train(model, endless(batches), loss, optimizer, args.steps, dtype)
             gap = [abs(a - b) for a, b in zip(curve, original)]
