@@ -66,7 +66,6 @@ impl Array {
     /// Writes the image as a reading asks for. The error is the end of a sentence about it.
     pub fn read(&self, reading: &Reading, into: &mut Image) -> Result<(), String> {
         let [width, height] = self.size;
-        let count = width * height * self.channels;
         // Images of 16 bits are little-endian.
         let copied = match self.kind {
             Kind::U8 => true,
@@ -75,8 +74,8 @@ impl Array {
         };
         if copied && self.format() == reading.format {
             into.reshape(width, height, reading.format);
-            // SAFETY: the array has `count` samples in a row, as was checked, and lives as long as `_array`. Python that writes to it
-            // meanwhile changes which bytes are copied, as it does under NumPy's own functions that release the lock.
+            // SAFETY: the array has samples of these channels and bits in a row, as was checked, and lives as long as `_array`. Python
+            // that writes to it meanwhile changes which bytes are copied, as it does under NumPy's own functions that release the lock.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     self.first,
@@ -87,24 +86,26 @@ impl Array {
             return Ok(());
         }
         let values = match self.kind {
-            Kind::U8 => Values::U8(copy(self.first, count)),
-            Kind::U16 => Values::U16(copy(self.first.cast(), count)),
-            Kind::F32 => Values::F32(copy(self.first.cast(), count)),
+            Kind::U8 => Values::U8(self.copied()),
+            Kind::U16 => Values::U16(self.copied()),
+            Kind::F32 => Values::F32(self.copied()),
         };
         self.samples(self.size, values).convert(reading, into)
+    }
+
+    /// The samples, which are of the type `T` of the array's kind.
+    fn copied<T: Copy + Default>(&self) -> Vec<T> {
+        let [width, height] = self.size;
+        let mut values = vec![T::default(); width * height * self.channels];
+        let bytes = size_of_val(values.as_slice());
+        // SAFETY: as in `read`; and all bytes are samples of u8, u16 and f32. Bytes, since the array need not be aligned.
+        unsafe { std::ptr::copy_nonoverlapping(self.first, values.as_mut_ptr().cast(), bytes) };
+        values
     }
 
     fn samples(&self, size: [usize; 2], values: Values) -> Samples {
         Samples { size, channels: self.channels, alpha: false, values }
     }
-}
-
-/// `count` elements of an array; they are those of an [`Array`].
-fn copy<T: Copy + Default>(first: *const T, count: usize) -> Vec<T> {
-    let mut values = vec![T::default(); count];
-    // SAFETY: as in `Array::read`.
-    unsafe { std::ptr::copy_nonoverlapping(first, values.as_mut_ptr(), count) };
-    values
 }
 
 /// An array of this type; `None` if it has another one.

@@ -181,6 +181,16 @@ class Loading(unittest.TestCase):
             self.assertNotIn(2, batch.indices)
         self.assertRegex(loader.skipped[0][1], "image 2: has 1 samples that are not finite")
 
+    def test_arrays_need_not_be_aligned(self):
+        policy = {"size": 16, "pixels": "float"}
+        images = np.random.default_rng(10).integers(0, 65536, (4, 20, 20, 2)).astype(np.uint16)
+        for dtype, reading in ((np.uint16, {}), (np.uint16, {"range": (10, 60000)}), (np.float32, {"range": (10, 60000)})):
+            given = images.astype(dtype)
+            odd = np.frombuffer(b"." + given.tobytes(), dtype=dtype, offset=1).reshape(given.shape)
+            self.assertFalse(odd.flags.aligned)
+            want, got = (digest(selfsup.Loader(array, policy, 2, reading=reading)) for array in (given, odd))
+            self.assertEqual(got, want)
+
     def test_axes_of_arrays_are_as_said(self):
         images = pictures.pixels(6)
         policy = {"size": 16, "repeat": 1}
