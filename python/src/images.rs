@@ -13,6 +13,23 @@ enum Kind {
     F32,
 }
 
+/// A type of samples.
+trait Sample: Element + Copy + Default {
+    const KIND: Kind;
+}
+
+impl Sample for u8 {
+    const KIND: Kind = Kind::U8;
+}
+
+impl Sample for u16 {
+    const KIND: Kind = Kind::U16;
+}
+
+impl Sample for f32 {
+    const KIND: Kind = Kind::F32;
+}
+
 /// An image in an array.
 pub struct Array {
     first: *const u8,
@@ -36,9 +53,9 @@ impl Array {
                 "an image is no array [height, width, channels] of uint8, uint16 or float32";
             PyTypeError::new_err(message)
         };
-        of_type::<u8>(array, Kind::U8)
-            .or_else(|| of_type::<u16>(array, Kind::U16))
-            .or_else(|| of_type::<f32>(array, Kind::F32))
+        of_type::<u8>(array)
+            .or_else(|| of_type::<u16>(array))
+            .or_else(|| of_type::<f32>(array))
             .unwrap_or_else(|| Err(none()))
     }
 
@@ -93,8 +110,12 @@ impl Array {
         self.samples(self.size, values).convert(reading, into)
     }
 
-    /// The samples, which are of the type `T` of the array's kind.
-    fn copied<T: Copy + Default>(&self) -> Vec<T> {
+    /// The samples.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    fn copied<T: Sample>(&self) -> Vec<T> {
+        assert_eq!(self.kind, T::KIND, "samples of an array");
         let [width, height] = self.size;
         let mut values = vec![T::default(); width * height * self.channels];
         let bytes = size_of_val(values.as_slice());
@@ -109,7 +130,7 @@ impl Array {
 }
 
 /// An array of this type; `None` if it has another one.
-fn of_type<T: Element>(array: &Bound<'_, PyAny>, kind: Kind) -> Option<PyResult<Array>> {
+fn of_type<T: Sample>(array: &Bound<'_, PyAny>) -> Option<PyResult<Array>> {
     let image = array.cast::<PyArray3<T>>().ok()?;
     let &[height, width, channels] = image.shape() else { unreachable!("a PyArray3") };
     if width == 0 || height == 0 || channels == 0 || !image.is_c_contiguous() {
@@ -119,7 +140,8 @@ fn of_type<T: Element>(array: &Bound<'_, PyAny>, kind: Kind) -> Option<PyResult<
         ))));
     }
     let (first, size) = (image.data().cast_const().cast(), [width, height]);
-    Some(Ok(Array { first, kind, size, channels, _array: array.clone().unbind() }))
+    let _array = array.clone().unbind();
+    Some(Ok(Array { first, kind: T::KIND, size, channels, _array }))
 }
 
 /// Images in arrays, all read as one format.
