@@ -10,6 +10,11 @@ import numpy as np
 import pictures
 import selfsup
 
+try:
+    from PIL import Image
+except ImportError:
+    Image = None
+
 POLICY = {
     "size": 16,
     "repeat": 2,
@@ -244,6 +249,27 @@ class Loading(unittest.TestCase):
             for given in (root, Path(root, "stack.npy"), [Path(root, "stack.npy")]):
                 loader = selfsup.Loader(given, policy, 7, reading=reading)
                 self.assertEqual(digest(loader), digest(selfsup.Loader(images, policy, 7)))
+
+    @unittest.skipUnless(Image, "needs Pillow")
+    def test_pillow_images_are_photos_or_as_they_are(self):
+        whole = {"size": 24, "area": [1.0, 1.0], "aspect": [1.0, 1.0], "pixels": "float"}
+        view = lambda images, **words: next(iter(selfsup.Loader(images, whole, len(images), channels="last", **words)))
+        photos = pictures.pixels(4)
+        grey = [Image.fromarray(image[..., 0]) for image in photos]
+        batch = view([Image.fromarray(photos[0]), *grey[1:]])
+        self.assertEqual(batch.views[0].shape[-1], 3)
+        one = view(grey, reading={"channels": 1})
+        self.assertTrue(np.array_equal(one.views[0], view(photos[..., :1]).views[0]))
+        four = view([Image.fromarray(image).convert("RGBA") for image in photos], reading={"channels": 4})
+        self.assertTrue((four.views[0][..., 3] == 1).all())
+        deep = np.random.default_rng(11).integers(0, 65536, (4, 24, 24)).astype(np.uint16)
+        want = view(deep).views[0]
+        self.assertTrue(np.array_equal(view([Image.fromarray(image) for image in deep]).views[0], want))
+        self.assertTrue(np.array_equal(view([Image.fromarray(image.astype(np.int32)) for image in deep]).views[0], want))
+        floats = [Image.fromarray(image.astype(np.float32)) for image in deep]
+        self.assertTrue(np.array_equal(view(floats, reading={"range": (0, 65535)}).views[0], want))
+        with self.assertRaisesRegex(ValueError, "not within 0 to 65535"):
+            view([Image.fromarray(image.astype(np.int32) - 70000) for image in deep])
 
     def test_the_interpreter_is_free_while_a_batch_is_waited_for(self):
         count = 0
