@@ -1,10 +1,17 @@
-"""Images for tests, with NumPy alone."""
+"""Images and signals for tests, with NumPy alone."""
 
+import signal
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+
+def hear_ctrl_c(test):
+    """Makes SIGINT an exception for a test, as in a terminal: a shell starts programs in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    test.addCleanup(signal.signal, signal.SIGINT, before)
 
 
 def pixels(count, size=24, seed=1):

@@ -165,6 +165,7 @@ class Mistakes(unittest.TestCase):
         import signal
         import threading
 
+        pictures.hear_ctrl_c(self)
         with tempfile.TemporaryDirectory() as root:
             # A pipe that nobody writes to: a read of it never returns.
             files = [Path(root, f"{i}.png") for i in range(4)]

@@ -103,6 +103,7 @@ class Training(unittest.TestCase):
         self.assertTrue(all(np.array_equal(whole[name], resumed[name]) for name in whole))
 
     def test_ctrl_c_writes_a_checkpoint(self):
+        pictures.hear_ctrl_c(self)
         out = self.path / "interrupted"
 
         def interrupt(step):
