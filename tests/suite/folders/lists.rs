@@ -39,6 +39,13 @@ pub fn compare(
         .iter()
         .map(|image| super::model::printed(image.path.as_os_str().as_encoded_bytes()))
         .collect();
+    let without_extension = |path: &String| match path.rsplit_once('.') {
+        Some((stem, end)) if !end.contains('/') && !stem.is_empty() && !stem.ends_with('/') => {
+            stem.to_owned()
+        }
+        _ => path.clone(),
+    };
+    let stems: Vec<String> = whole.iter().map(without_extension).collect();
     for _ in 0..3 {
         let (mut text, mut wanted, mut wrong) = (String::new(), Vec::new(), None);
         if draw.one_in(4) {
@@ -48,28 +55,36 @@ pub fn compare(
             let at = draw.below(model.images.len());
             let inner = model.images[at].inner.trim_start_matches('/').to_owned();
             let last = inner.rsplit('/').next().unwrap().to_owned();
-            let line = match draw.below(8) {
+            let line = match draw.below(9) {
                 0 => at.to_string(),
-                1 => last,
+                1 => last.clone(),
                 2 => format!("./{inner}"),
                 3 => whole[at].clone(),
                 4 => format!("/another/machine/{inner}"),
                 5 => format!("no-such/{last}"),
                 6 => (model.images.len() + at).to_string(),
+                7 => without_extension(&last),
                 _ => inner,
             };
             let mut found = meant(&line, &model.images, &whole);
+            // An index, if nothing is called so with or without its extension; never one of two.
+            let index = line.parse().ok().filter(|&i: &u32| (i as usize) < model.images.len());
+            let mut unclear = false;
             if found.is_empty() {
-                found
-                    .extend(line.parse().ok().filter(|&i: &u32| (i as usize) < model.images.len()));
+                found = meant(&line, &model.images, &stems);
+                match (index, found.first()) {
+                    (Some(index), Some(&first)) => unclear = index != first,
+                    (Some(index), None) if line == index.to_string() => found.push(index),
+                    _ => {}
+                }
             }
             match found[..] {
-                [one] => wanted.push(one),
+                [one] if !unclear => wanted.push(one),
                 _ => {
-                    let words = if found.is_empty() {
-                        "the training images have no "
-                    } else {
-                        "several images are called "
+                    let words = match (unclear, found.is_empty()) {
+                        (true, _) => &format!("{line} may be "),
+                        (_, true) => "the training images have no ",
+                        (_, false) => "several images are called ",
                     };
                     wrong.get_or_insert(format!("line {number}: {words}"));
                 }
