@@ -125,7 +125,7 @@ impl Array {
     }
 
     fn samples(&self, size: [usize; 2], values: Values) -> Samples {
-        Samples { size, channels: self.channels, alpha: false, values }
+        Samples { size, channels: self.channels, alpha: false, premultiplied: false, values }
     }
 }
 
