@@ -94,11 +94,11 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     let mut chosen = Vec::new();
     for (number, line) in lines {
         let wrong = |what: String| Error::format(file, format!("line {number}: {what}"));
-        let mut found = names.called(line);
+        let (mut found, by_stem) = (names.called(line), stems.called(line));
         let line = line.trim();
         if found.is_empty() {
             let place = line.parse().ok().filter(|&i: &u32| (i as usize) < source.len());
-            found = stems.called(line);
+            found = by_stem;
             match (place, &found[..]) {
                 (Some(place), [image, ..]) if place != *image => {
                     return Err(wrong(format!(

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, View};
@@ -103,9 +103,11 @@ const UNKNOWN: &str = "unknown.";
 pub(super) fn checksum(file: &mut impl Read) -> std::io::Result<String> {
     let (mut hasher, mut buffer) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
     loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(format!("{:08x}", hasher.finalize())),
-            len => hasher.update(&buffer[..len]),
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(format!("{:08x}", hasher.finalize())),
+            Ok(len) => hasher.update(&buffer[..len]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
 }

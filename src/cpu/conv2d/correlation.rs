@@ -24,11 +24,8 @@ use selfsup_cpu_kernels::tile::{Ahead, Correlate, MAX_ROWS};
 /// second-level cache.
 const SLAB_FLOATS: usize = 96 * 1024;
 
-/// Target number of lanes, so that many threads finish together, and the most that there are.
-const LANES_WANTED: usize = 64;
-const MOST_LANES: usize = 1024;
-const LEAST_LANES: usize = 16;
-const PART_PIXELS: usize = 128;
+/// Target number of lanes, so that several threads finish together; more lanes cost workspace.
+const LANES_WANTED: usize = 16;
 
 /// Images in a group from which a tile covers images instead of columns: such a tile can skip taps
 /// that fall outside the image.
@@ -59,9 +56,10 @@ impl CorrelationPlan {
         let vectors = if p.k <= isa.lanes() { 1 } else { 2 };
         let group = group_images(p, isa.tile_rows(vectors));
         let groups = p.n.div_ceil(group);
-        let span = groups.div_ceil(MOST_LANES) * group;
+        let span = groups.div_ceil(slots::MOST) * group;
         let rows = p.out_h.div_ceil(p.step()).max(1);
-        let parts_wanted = if group == 1 { parts_wanted(groups, rows, p.out_w) } else { 1 };
+        let parts_wanted =
+            if group == 1 { LANES_WANTED.div_ceil(groups.max(1)).min(rows) } else { 1 };
         let part_rows = rows.div_ceil(parts_wanted) * p.step();
         let parts = if parts_wanted == 1 { 1 } else { p.out_h.div_ceil(part_rows) };
         let slab_len = p.phases().map(|f| band_slab(p, &f, group, part_rows).len()).max();
@@ -99,13 +97,6 @@ impl CorrelationPlan {
         };
         (0..self.blocks.count()).map(of_block).sum()
     }
-}
-
-/// Parts of an image of so many rows, if there are too few images for the lanes. A part should share a block's filters among
-/// `PART_PIXELS`, unless there would be fewer than `LEAST_LANES`.
-fn parts_wanted(images: usize, rows: usize, columns: usize) -> usize {
-    let of = |lanes: usize| lanes.div_ceil(images.max(1));
-    of(LANES_WANTED).min(rows * columns / PART_PIXELS).max(of(LEAST_LANES)).min(rows)
 }
 
 /// Images packed and computed together.
@@ -154,7 +145,7 @@ fn band_slab(p: &Problem, f: &Phase, images: usize, part_rows: usize) -> Slab {
 
 pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
     let plan = CorrelationPlan::new(p, isa);
-    plan.filters_len + plan.lanes(p).min(slots::MOST) * plan.slab_len
+    plan.filters_len + plan.lanes(p) * plan.slab_len
 }
 
 /// `out` `[n, out_h, out_w, k]`, `x` `[n, h, w, c]`, `w` in the convolution's own layout; `out +=` if

@@ -32,9 +32,8 @@ const WIDE: usize = 512;
 /// group to the next.
 const STREAMED: usize = 256;
 
-/// Target number of lanes, so that many threads finish together, and the most that there are.
-const LANES_WANTED: usize = 64;
-const MOST_LANES: usize = 1024;
+/// Target number of lanes, so that several threads finish together; more lanes cost workspace.
+const LANES_WANTED: usize = 16;
 
 /// Whether this algorithm supports the convolution.
 pub fn fits(d: &Conv2dDims) -> bool {
@@ -132,7 +131,7 @@ impl WinogradPlan {
         } else {
             rows
         };
-        let span = groups.div_ceil(MOST_LANES).max(1) * group;
+        let span = groups.div_ceil(slots::MOST).max(1) * group;
         let tiles = group * group_rows * across;
         WinogradPlan { isa, blocks, span, group, lane_rows, group_rows, tiles }
     }
@@ -160,7 +159,7 @@ impl WinogradPlan {
 /// Floats of scratch: the transformed filters, and one group of tiles per lane.
 pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
     let plan = WinogradPlan::new(p, isa);
-    plan.filters_len(p) + plan.lanes(p).min(slots::MOST) * plan.slot_len(p)
+    plan.filters_len(p) + plan.lanes(p) * plan.slot_len(p)
 }
 
 /// `out` `[n, h, w, k]`, `x` `[n, h, w, c]`, `w` in the convolution's own layout; `out +=` if
