@@ -1,7 +1,7 @@
 //! Writing: tensors in the layout of the file, one at a time.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -112,20 +112,27 @@ pub(super) fn checksum(file: &mut impl Read) -> std::io::Result<String> {
     }
 }
 
-/// Puts the checksum into a file that was written without.
-fn put_checksum(path: &Path) -> std::io::Result<()> {
+/// Puts the checksum into a file that was written without, and its notes in order: the crate writes them in any, and the same tensors and
+/// notes should be the same file.
+fn finish(path: &Path) -> std::io::Result<()> {
+    const BEFORE_NOTES: &[u8] = b"{\"__metadata__\":";
     let mut file = OpenOptions::new().read(true).write(true).open(path)?;
     let mut size = [0; 8];
     file.read_exact(&mut size)?;
     let mut header = vec![0; u64::from_le_bytes(size) as usize];
     file.read_exact(&mut header)?;
     let sum = checksum(&mut file)?;
-    // Within another note its quotes would be escaped.
-    let note = format!("\"{CHECKSUM}\":\"{UNKNOWN}\"");
-    let at = header.windows(note.len()).position(|window| window == note.as_bytes());
-    let at = at.expect("the header has the note") + note.len() - 1 - UNKNOWN.len();
-    file.seek(SeekFrom::Start((size.len() + at) as u64))?;
-    file.write_all(sum.as_bytes())
+    let odd = || std::io::Error::other("a header whose notes do not stand first");
+    let rest = header.strip_prefix(BEFORE_NOTES).ok_or_else(odd)?;
+    let mut read = serde_json::Deserializer::from_slice(rest).into_iter();
+    let mut notes: BTreeMap<String, String> = read.next().ok_or_else(odd)??;
+    notes.insert(CHECKSUM.into(), sum);
+    let written = serde_json::to_vec(&notes)?;
+    if written.len() != read.byte_offset() {
+        return Err(odd());
+    }
+    file.seek(SeekFrom::Start((size.len() + BEFORE_NOTES.len()) as u64))?;
+    file.write_all(&written)
 }
 
 /// Writes a weight file atomically, with its checksum in the header. `sound` is called once all values have been read from their device, before the file is
@@ -143,7 +150,7 @@ pub(crate) fn write_weights(
             SafeTensorError::IoError(error) => write_error(path, error),
             other => unreachable!("names are unique and shapes are their data's: {other}"),
         })?;
-        put_checksum(partial).map_err(|error| write_error(path, error))?;
+        finish(partial).map_err(|error| write_error(path, error))?;
         sound()
     })
 }

@@ -15,7 +15,7 @@ fn no_part_of_a_step_keeps_sixteen_threads_waiting() {
     for (name, words) in [
         ("simclr-cifar10-small", &["train.batch=32"][..]),
         ("byol-cifar10-small", &["train.batch=32"]),
-        ("simclr-imagenet", &["train.batch=2", "augment.size=112"]),
+        ("simclr-imagenet", &["train.batch=6", "augment.size=112"]),
     ] {
         let recipe = Recipe::load(name, &settings(words)).unwrap();
         let found = scaling(&recipe, 16).unwrap();
