@@ -172,6 +172,14 @@ const SETTLED: (f64, usize) = (0.01, 256);
 /// # Errors
 /// As for [`measure`].
 pub fn memory(recipe: &Recipe, precision: Precision) -> Result<Need> {
+    memory_within(recipe, precision, LONG)
+}
+
+/// As [`memory`], with batches that double until a step takes `longest` seconds; on a busy machine that is soon.
+///
+/// # Errors
+/// As for [`measure`].
+pub fn memory_within(recipe: &Recipe, precision: Precision, longest: f64) -> Result<Need> {
     let measured = |images| {
         let device = Device::cpu(recipe.train.threads)?.with_precision(precision)?;
         measure_on(recipe, images, &device)
@@ -188,7 +196,7 @@ pub fn memory(recipe: &Recipe, precision: Precision) -> Result<Need> {
         let per_image = slope(small.peak, large.peak).max(saved_per_image);
         let differs = (per_image as f64 / before - 1.0).abs();
         let settled = differs < SETTLED.0 && large.images >= SETTLED.1;
-        if settled || large.images == most || large.seconds > LONG {
+        if settled || large.images == most || large.seconds > longest {
             let more = recipe.train.batch.saturating_sub(small.images);
             return Ok(Need {
                 fixed: small.fixed,

@@ -38,8 +38,8 @@ pub use finetune::{FINETUNES, finetuning};
 pub(crate) use folder::check_free;
 pub use images::{GIVEN, Images};
 pub use inspect::{
-    BESIDE_TENSORS, Measured, Need, Scaling, Waiting, fewest, measure, measure_on, memory, scaling,
-    seconds_per_image,
+    BESIDE_TENSORS, Measured, Need, Scaling, Waiting, fewest, measure, measure_on, memory,
+    memory_within, scaling, seconds_per_image,
 };
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
