@@ -4,22 +4,25 @@
 use std::time::{Duration, Instant};
 
 use super::{Case, Problem};
-use crate::device::peer::Peer;
+use crate::device::cuda::Timer;
+use crate::device::peer::{self, Peer};
 use crate::device::{Device, DeviceKind, Philox, Purpose};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::kernels::conv2d::Direction;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Turns of both sides.
 const ROUNDS: usize = 3;
 /// The fewest runs of a turn.
 const RUNS: usize = 3;
+/// Seconds of work that a GPU is given at once.
+const QUEUED: f64 = 2e-3;
 
 /// Reference libraries, open.
 #[derive(Debug)]
 pub struct Peers {
     device: Device,
-    all: Vec<Peer>,
+    all: Vec<Box<dyn Peer>>,
 }
 
 /// How far results are from those in f64.
@@ -56,25 +59,19 @@ pub struct Beside {
 }
 
 impl Peers {
-    /// Opens libraries: `onednn` and `blas`, each with `=PATH` or without. They compute in f32 on the threads of the device, and
-    /// only for the calling thread.
+    /// Opens libraries, each by its name or `NAME=PATH`: `onednn` and `blas`, which compute in f32 on the threads of a CPU, `cudnn`
+    /// and `cublaslt` for a GPU. They serve only the calling thread.
     ///
     /// # Errors
-    /// If the device is not a CPU in f32, or a library is missing, cannot be opened, is too old or lacks a function.
+    /// If a library is for other devices, is missing, cannot be opened, is too old, lacks a function or cannot use the device.
     pub fn open(names: &[&str], device: &Device) -> Result<Self> {
-        let precision = crate::tensor::DType::of_activations(device);
-        if device.kind() != DeviceKind::Cpu || precision != crate::tensor::DType::F32 {
-            return Err(Error::Config(format!(
-                "--against a library compares in f32 on the CPU, and this is {device}: add --device cpu and leave out --bf16"
-            )));
-        }
-        let open = |name: &&str| Peer::open(name, device.threads());
+        let open = |name: &&str| peer::open(name, device);
         Ok(Self { device: device.clone(), all: names.iter().map(open).collect::<Result<_>>()? })
     }
 
     /// The libraries and their versions.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.all.iter().map(Peer::name)
+        self.all.iter().map(|peer| peer.name())
     }
 
     /// Measures a case beside each library; a turn of either side takes `budget`.
@@ -82,23 +79,25 @@ impl Peers {
     /// # Errors
     /// If the device fails.
     pub fn compare(&self, case: &Case, budget: Duration) -> Result<Vec<Comparison>> {
-        let lacking = |peer: &Peer, lack: String| Comparison {
+        let lacking = |peer: &dyn Peer, lack: String| Comparison {
             peer: peer.name().to_owned(),
             outcome: Err(lack),
         };
         let Some(problem) = &case.problem else {
-            let lack = |peer: &Peer| format!("{} has no such operation", peer.name());
-            return Ok(self.all.iter().map(|peer| lacking(peer, lack(peer))).collect());
+            let lack = |peer: &Box<dyn Peer>| {
+                lacking(&**peer, format!("{} has no such operation", peer.name()))
+            };
+            return Ok(self.all.iter().map(lack).collect());
         };
         let setting = Setting::new(problem, &self.device);
         let mut exact = None;
         let mut found = Vec::new();
         for peer in &self.all {
-            match setting.beside(peer, &mut exact, budget)? {
+            match setting.beside(&**peer, &mut exact, budget)? {
                 Ok(beside) => {
                     found.push(Comparison { peer: peer.name().to_owned(), outcome: Ok(beside) })
                 }
-                Err(lack) => found.push(lacking(peer, lack)),
+                Err(lack) => found.push(lacking(&**peer, lack)),
             }
         }
         Ok(found)
@@ -113,7 +112,9 @@ struct Setting<'p> {
     device: &'p Device,
     operands: Vec<Tensor>,
     /// The operands of `theirs`, if they differ.
-    packed: Option<Vec<Vec<f32>>>,
+    packed: Option<Vec<Tensor>>,
+    /// Of a GPU.
+    timer: Option<Timer>,
 }
 
 impl<'p> Setting<'p> {
@@ -129,33 +130,34 @@ impl<'p> Setting<'p> {
             }
             values.push(operand);
         }
-        let shapes = problem.operands();
-        let tensor = |(values, shape): (&Vec<f32>, &Vec<usize>)| {
-            Tensor::from_slice(device, shape.as_slice(), values)
+        let tensor = |values: &Vec<f32>, shape: &[usize]| {
+            let wide = Tensor::from_slice(device, shape, values);
+            wide.cast(DType::of_activations(device))
         };
-        let operands = values.iter().zip(&shapes).map(tensor).collect();
-        let packed = unpadded.map(|_| {
-            let pack = |(values, shape): (Vec<f32>, &Vec<usize>)| match shape.last() {
-                Some(4) => three_of_four(&values),
-                _ => values,
+        let with = |shapes: Vec<Vec<usize>>| values.iter().zip(shapes);
+        let operands =
+            with(problem.operands()).map(|(values, shape)| tensor(values, &shape)).collect();
+        let packed = unpadded.map(|unpadded| {
+            let pack = |(values, shape): (&Vec<f32>, Vec<usize>)| match shape.last() {
+                Some(3) => tensor(&three_of_four(values), &shape),
+                _ => tensor(values, &shape),
             };
-            values.into_iter().zip(&shapes).map(pack).collect()
+            with(unpadded.operands()).map(pack).collect()
         });
-        Self { problem, theirs: unpadded.unwrap_or(*problem), device, operands, packed }
+        let timer = (device.kind() == DeviceKind::Cuda).then(|| Timer::new(device));
+        let theirs = unpadded.unwrap_or(*problem);
+        Self { problem, theirs, device, operands, packed, timer }
     }
 
     /// Measures both sides; `exact` keeps the f64 results for the next library.
     fn beside(
         &self,
-        peer: &Peer,
+        peer: &dyn Peer,
         exact: &mut Option<Vec<Vec<f64>>>,
         budget: Duration,
     ) -> Result<std::result::Result<Beside, String>> {
-        let slices: Vec<&[f32]> = match &self.packed {
-            Some(packed) => packed.iter().map(Vec::as_slice).collect(),
-            None => self.operands.iter().map(|operand| operand.data()).collect(),
-        };
-        let mut job = match self.theirs.theirs(peer, &slices) {
+        let operands = self.packed.as_ref().unwrap_or(&self.operands);
+        let mut job = match self.theirs.theirs(peer, operands) {
             Ok(job) => job,
             Err(lack) => return Ok(Err(lack)),
         };
@@ -164,8 +166,8 @@ impl<'p> Setting<'p> {
         job.run();
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
-            let own = least(budget, &mut ours.run);
-            rounds.push((own, least(budget, || job.run())));
+            let own = self.least(budget, &mut ours.run);
+            rounds.push((own, self.least(budget, || job.run())));
         }
         self.device.check()?;
         let exact = exact.get_or_insert_with(|| self.exact());
@@ -185,6 +187,32 @@ impl<'p> Setting<'p> {
             noise: (ratios[ROUNDS - 1] - ratios[0]) / 2.0 / ratio,
             errors,
         }))
+    }
+
+    /// The least seconds of a few runs. On a GPU one run is as many in a row as take [`QUEUED`] seconds, so that the host, which
+    /// queues them, is ahead of it.
+    fn least(&self, budget: Duration, mut run: impl FnMut()) -> f64 {
+        let mut time = |count: usize| match &self.timer {
+            Some(timer) => {
+                let all = timer.time(|| (0..count).for_each(|_| run()));
+                all.unwrap_or(f64::NAN) / count as f64
+            }
+            None => {
+                let before = Instant::now();
+                run();
+                before.elapsed().as_secs_f64()
+            }
+        };
+        let count = match self.timer {
+            Some(_) => ((QUEUED / time(1)) as usize).clamp(1, 1000),
+            None => 1,
+        };
+        let (start, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
+        while runs < RUNS || start.elapsed() < budget {
+            best = best.min(time(count));
+            runs += 1;
+        }
+        best
     }
 
     /// The results in f64.
@@ -214,18 +242,6 @@ impl<'p> Setting<'p> {
 
 fn three_of_four<T: Copy>(values: &[T]) -> Vec<T> {
     values.chunks_exact(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect()
-}
-
-/// The least seconds of a few runs.
-fn least(budget: Duration, mut run: impl FnMut()) -> f64 {
-    let (start, mut best, mut runs) = (Instant::now(), f64::MAX, 0);
-    while runs < RUNS || start.elapsed() < budget {
-        let before = Instant::now();
-        run();
-        best = best.min(before.elapsed().as_secs_f64());
-        runs += 1;
-    }
-    best
 }
 
 /// The largest distances over all results.

@@ -157,51 +157,35 @@ impl Problem {
     }
 
     /// A peer's operation on the same operands.
-    pub(super) fn theirs<'a>(&self, peer: &'a Peer, operands: &[&'a [f32]]) -> Prepared<'a> {
-        let at = |i: usize| operands[i];
-        let products = |what: &str| Err(format!("a BLAS has products only, no {what}"));
-        match (*self, peer) {
-            (Problem::Convolution { dims, direction }, _) => {
-                let (d, way) = (sizes(&dims), way(direction));
-                match peer {
-                    Peer::OneDnn(library) => library.convolution(&d, way, at(0), at(1)),
-                    Peer::Blas(library) => library.convolution(&d, way, at(0), at(1)),
-                }
+    pub(super) fn theirs<'a>(&self, peer: &'a dyn Peer, operands: &'a [Tensor]) -> Prepared<'a> {
+        let at = |i: usize| operands[i].operand();
+        match *self {
+            Problem::Convolution { dims, direction } => {
+                peer.convolution(&sizes(&dims), way(direction), at(0), at(1))
             }
-            (Problem::Linear { m, k, n }, _) => {
+            Problem::Linear { m, k, n } => {
                 let p = Product { m, n, k, transpose_a: false, transpose_b: true };
-                match peer {
-                    Peer::OneDnn(library) => library.product(&p, at(0), at(1)),
-                    Peer::Blas(library) => library.product(&p, at(0), at(1)),
-                }
+                peer.product(&p, at(0), at(1))
             }
-            (Problem::BatchNorm { shape, residual, backward }, Peer::OneDnn(library)) => {
+            Problem::BatchNorm { shape, residual, backward } => {
                 let dy = backward.then(|| at(operands.len() - 1));
                 let epsilon = crate::ops::BATCH_NORM_EPS as f32;
-                library.batch_norm(shape, epsilon, at(0), residual.then(|| at(1)), dy)
+                peer.batch_norm(shape, epsilon, at(0), residual.then(|| at(1)), dy)
             }
-            (Problem::MaxPool { shape, backward }, Peer::OneDnn(library)) => {
+            Problem::MaxPool { shape, backward } => {
                 let [size, stride, pad] = MAX_POOL;
                 let d =
                     Pooling { x: shape, y: pooled(shape), size: [size; 2], stride, pad, max: true };
-                library.pooling(&d, at(0), backward.then(|| at(1)))
+                peer.pooling(&d, at(0), backward.then(|| at(1)))
             }
-            (Problem::MeanPool { shape }, Peer::OneDnn(library)) => {
+            Problem::MeanPool { shape } => {
                 let [n, h, w, c] = shape;
                 let (y, size) = ([n, 1, 1, c], [h, w]);
                 let d = Pooling { x: shape, y, size, stride: 1, pad: 0, max: false };
-                library.pooling(&d, at(0), Some(at(1)))
+                peer.pooling(&d, at(0), Some(at(1)))
             }
-            (Problem::Add { .. }, Peer::OneDnn(library)) => library.add(at(0), at(1)),
-            (Problem::Softmax { rows, columns }, Peer::OneDnn(library)) => {
-                library.softmax(rows, columns, at(0))
-            }
-            (Problem::BatchNorm { .. }, Peer::Blas(_)) => products("batch norm"),
-            (Problem::MaxPool { .. } | Problem::MeanPool { .. }, Peer::Blas(_)) => {
-                products("pooling")
-            }
-            (Problem::Add { .. }, Peer::Blas(_)) => products("addition"),
-            (Problem::Softmax { .. }, Peer::Blas(_)) => products("softmax"),
+            Problem::Add { shape } => peer.add(shape, at(0), at(1)),
+            Problem::Softmax { rows, columns } => peer.softmax(rows, columns, at(0)),
         }
     }
 

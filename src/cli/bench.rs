@@ -40,8 +40,8 @@ pub(super) struct BenchArgs {
     /// Tiny sizes, to see that everything runs; they say nothing about speed
     #[arg(long)]
     tiny: bool,
-    /// Compare with a reference library on the CPU, in turns on the same operands: onednn or blas, or NAME=PATH; or with an
-    /// earlier result (a .json file that --json has printed); may be repeated
+    /// Compare with a reference library, in turns on the same operands: onednn or blas on the CPU, cudnn or cublaslt on a GPU, or
+    /// NAME=PATH; or with an earlier result (a .json file that --json has printed); may be repeated
     #[arg(long, value_name = "NAME|FILE", conflicts_with = "paper")]
     against: Vec<String>,
     /// Fail if a case is slower than this share of the other side's speed, by more than the noise

@@ -401,6 +401,11 @@ impl Memory {
         self.pointer().addr() as u64
     }
 
+    /// Whether `bytes` bytes from offset `from` on lie in it.
+    pub(crate) fn holds(&self, from: usize, bytes: usize) -> bool {
+        from.checked_add(bytes).is_some_and(|end| end <= self.bytes)
+    }
+
     #[track_caller]
     fn assert_on_host(&self) {
         assert!(
@@ -426,10 +431,7 @@ impl Memory {
     /// Copies `to.len()` bytes, starting at byte `from`, to the host. Waits for a GPU.
     #[track_caller]
     pub(crate) fn read(&self, from: usize, to: &mut [u8]) {
-        assert!(
-            from.checked_add(to.len()).is_some_and(|end| end <= self.bytes),
-            "a read beyond the memory's end"
-        );
+        assert!(self.holds(from, to.len()), "a read beyond the memory's end");
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in the block, as asserted.
             Some(gpu) => unsafe { gpu.download(to, self.address() + from as u64) },
@@ -440,10 +442,7 @@ impl Memory {
     /// Copies `from` from the host to byte offset `at`, queued behind earlier work on a GPU.
     #[track_caller]
     pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
-        assert!(
-            at.checked_add(from.len()).is_some_and(|end| end <= self.bytes),
-            "a write beyond the memory's end"
-        );
+        assert!(self.holds(at, from.len()), "a write beyond the memory's end");
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in the block, as asserted.
             Some(gpu) => unsafe { gpu.upload(self.address() + at as u64, from) },
@@ -455,9 +454,10 @@ impl Memory {
     #[track_caller]
     pub(crate) fn copy_from(&mut self, at: usize, other: &Memory, from: usize, bytes: usize) {
         assert!(self.device.same(&other.device), "a copy between two devices: use to_device");
-        let inside =
-            |at: usize, of: &Memory| at.checked_add(bytes).is_some_and(|end| end <= of.bytes);
-        assert!(inside(at, self) && inside(from, other), "a copy beyond the memory's end");
+        assert!(
+            self.holds(at, bytes) && other.holds(from, bytes),
+            "a copy beyond the memory's end"
+        );
         match self.device.pool().gpu() {
             // SAFETY: the bytes lie in both blocks, as asserted; the blocks are distinct, because one is borrowed mutably.
             Some(gpu) => unsafe {

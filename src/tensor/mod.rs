@@ -18,6 +18,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use crate::device::cuda::{self, In, Launch, Out};
+use crate::device::peer::Operand;
 use crate::device::{Device, DeviceKind, Memory};
 pub(crate) use arithmetic::{CHUNK, add_into, fill};
 pub(crate) use dtype::{Activation, Float, by_activation};
@@ -300,6 +301,14 @@ impl Tensor {
             "{operation}: a tensor {:?} is on another device: copy it with to_device",
             self.shape
         );
+    }
+
+    /// Where a reference library finds the elements, which on a host are f32.
+    pub(crate) fn operand(&self) -> Operand<'_> {
+        match self.device().kind() {
+            DeviceKind::Cuda => Operand::Gpu(&self.memory, self.offset * self.dtype.size()),
+            DeviceKind::Cpu | DeviceKind::Reference => Operand::Host(self.data()),
+        }
     }
 
     /// The address of the elements on their device.

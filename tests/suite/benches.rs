@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use selfsup::bench::{Bench, Chip, Extent, Unit, Work, cases};
+use selfsup::bench::{Bench, Chip, Extent, Peers, Unit, Work, cases};
 use selfsup::device::{Device, Precision};
 use selfsup::tensor::DType;
 use serde_json::Value;
@@ -97,6 +97,102 @@ fn reference_libraries_compute_the_same() {
     }
     // All convolutions, and what else each has; a BLAS has the 1x1 layers of stride 1 and the linear ones.
     assert!(beside > 110 && lacking > 20, "{beside} cases beside a library, {lacking} without");
+}
+
+/// Compiles C++ to a shared object.
+fn library(source: &Path, to: &Path) -> String {
+    let mut compiler = std::process::Command::new("g++");
+    let built = compiler.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-o"]).args([to, source]);
+    assert!(built.status().expect("g++, which the stand-in driver needs too").success());
+    to.display().to_string()
+}
+
+/// The libraries of a GPU are stand-ins, too: they show that operands, layouts and order of arguments are those of the headers, in
+/// both precisions and for every kind of problem.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn libraries_of_a_gpu_compute_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path =
+        library(Path::new("tests/fixtures/gpu_libraries.cpp"), &folder.path().join("libcudnn.so"));
+    let names = [format!("cudnn={path}"), format!("cublaslt={path}")];
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    for (precision, dtype, tolerance) in
+        [(Precision::F32, DType::F32, 1e-5), (Precision::Bf16, DType::Bf16, 2e-2)]
+    {
+        let device = gpu(precision);
+        let peers = Peers::open(&names, &device).unwrap();
+        assert_eq!(peers.names().collect::<Vec<_>>(), ["cuDNN 9.10.2", "cuBLASLt 13.0.2"]);
+        let (mut seen, mut beside) = (BTreeSet::new(), [0, 0]);
+        for case in cases(&Extent::TINY, dtype, "") {
+            // One case of each kind and filter.
+            let words = case
+                .name
+                .split_whitespace()
+                .filter(|word| !word.contains("->") && !word.starts_with(char::is_numeric));
+            let filter = case.name.split_whitespace().last().filter(|word| word.contains('/'));
+            if !seen.insert(words.chain(filter).collect::<Vec<_>>().join(" ")) {
+                continue;
+            }
+            for (i, compared) in
+                peers.compare(&case, Duration::ZERO).unwrap().into_iter().enumerate()
+            {
+                let Ok(found) = compared.outcome else { continue };
+                beside[i] += 1;
+                assert!(found.ratio > 0.0, "{}: {found:?}", case.name);
+                let [ours, theirs] = found.errors;
+                assert!(ours.max < tolerance && ours.l2 < tolerance, "{}: {found:?}", case.name);
+                // A ReLU of a sum that was rounded to bf16 may let a gradient pass that in f64 it does not: a few values are wrong.
+                let few = if precision == Precision::Bf16 { 0.1 } else { tolerance };
+                assert!(theirs.l2 < few, "{}: {found:?}", case.name);
+            }
+        }
+        println!("{dtype:?}: {beside:?} cases beside cuDNN and cuBLASLt");
+        assert!(beside[0] >= 18 && beside[1] >= 4, "{beside:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_library_of_a_gpu_that_cannot_serve_is_refused_in_one_sentence() {
+    let (folder, device) = (tempfile::tempdir().unwrap(), gpu(Precision::Bf16));
+    let said = |named: &str| Peers::open(&[named], &device).expect_err("no library").to_string();
+    let made = |name: &str, text: &str| {
+        let source = folder.path().join("library.cpp");
+        std::fs::write(&source, text).unwrap();
+        library(&source, &folder.path().join(name))
+    };
+    let refused = |named: &str, words: &str| {
+        let said = said(named);
+        assert!(said.contains(words) && !said.trim_end().contains('\n'), "{named}: {said}");
+    };
+    let other = made("other.so", "int other;");
+    refused(&format!("cudnn={other}"), "other.so is no cuDNN: it lacks `cudnnGetVersion`");
+    refused(&format!("cublaslt={other}"), "other.so lacks `cublasLtGetVersion`: it is no cuBLASLt");
+    let version = |version: usize| {
+        format!("extern \"C\" unsigned long cudnnGetVersion() {{ return {version}; }}")
+    };
+    refused(
+        &format!("cudnn={}", made("old.so", &version(7605))),
+        "is cuDNN 7.6.5; this program speaks to 8 and 9",
+    );
+    refused(
+        &format!("cudnn={}", made("cut.so", &version(8907))),
+        "is cuDNN 8.9.7, but lacks `cudnn",
+    );
+    let all = std::fs::read_to_string("tests/fixtures/gpu_libraries.cpp").unwrap();
+    let idle = all.replace("return *handle = new int, OK;", "return *handle = nullptr, 1;");
+    assert_ne!(idle, all);
+    let idle = made("idle.so", &idle);
+    refused(&format!("cudnn={idle}"), "cuDNN 9.10.2 cannot use GPU 0");
+    refused(&format!("cublaslt={idle}"), "cuBLASLt 13.0.2 cannot use GPU 0");
+    let old = made("old_lt.so", &all.replace("return 130002;", "return 110300;"));
+    refused(
+        &format!("cublaslt={old}"),
+        "is cuBLASLt 11.3.0; this program speaks to 11.4.2 and later",
+    );
+    refused("cudnn=nowhere.so", "cuDNN: there is no file nowhere.so");
+    refused("onednn", "--against onednn compares on the CPU in f32, and this is GPU 0");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use libloading::Library;
 
-use super::{Convolution, Direction, Job, Lack, Prepared, Product};
+use super::{Convolution, Direction, Job, Operand, Peer, Prepared, Product};
 use crate::error::{Error, Result};
 
 const NAMES: [&str; 7] = [
@@ -102,48 +102,33 @@ impl Blas {
         }
         Ok(Self { gemm, name, _library: library })
     }
+}
 
-    pub(super) fn name(&self) -> &str {
+impl Peer for Blas {
+    fn name(&self) -> &str {
         &self.name
     }
 
     /// # Panics
     /// If the slices do not have the product's sizes.
-    pub(crate) fn product<'a>(&'a self, p: &Product, a: &'a [f32], b: &'a [f32]) -> Prepared<'a> {
+    fn product<'a>(&'a self, p: &Product, a: Operand<'a>, b: Operand<'a>) -> Prepared<'a> {
+        let (a, b) = (a.host(), b.host());
         assert_eq!([a.len(), b.len()], [p.m * p.k, p.k * p.n], "{p:?}");
         Ok(Box::new(Multiplication { blas: self, p: *p, a, b, c: vec![0.0; p.m * p.n] }))
     }
 
     /// A convolution of 1x1 filters and stride 1 is a product.
-    pub(crate) fn convolution<'a>(
+    fn convolution<'a>(
         &'a self,
         d: &Convolution,
         direction: Direction,
-        a: &'a [f32],
-        b: &'a [f32],
+        a: Operand<'a>,
+        b: Operand<'a>,
     ) -> Prepared<'a> {
-        let [n, p, q, k] = d.y;
-        let (rows, c) = (n * p * q, d.x[3]);
-        if d.filters[1..3] != [1, 1] || d.stride != 1 {
-            return Err(Lack::from("a BLAS has products only"));
-        }
-        match direction {
-            Direction::Forward => self.product(
-                &Product { m: rows, n: k, k: c, transpose_a: false, transpose_b: true },
-                a,
-                b,
-            ),
-            Direction::DataGradient => self.product(
-                &Product { m: rows, n: c, k, transpose_a: false, transpose_b: false },
-                a,
-                b,
-            ),
-            // dw [k, c] = dyᵀ x
-            Direction::WeightGradient => self.product(
-                &Product { m: k, n: c, k: rows, transpose_a: true, transpose_b: false },
-                b,
-                a,
-            ),
+        match d.as_product(direction) {
+            Some((product, false)) => self.product(&product, a, b),
+            Some((product, true)) => self.product(&product, b, a),
+            None => self.lacks("convolution but products"),
         }
     }
 }

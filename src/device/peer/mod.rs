@@ -1,23 +1,109 @@
-//! Reference libraries that benchmarks compare with, opened at run time: oneDNN, and a BLAS through its C interface.
+//! Reference libraries that benchmarks compare with, opened at run time: on the CPU oneDNN, and a BLAS through its C interface;
+//! on a GPU cuDNN and cuBLASLt.
 //!
-//! A [`Peer`] turns a description of an operation into a [`Job`]: it reads the caller's slices where they lie and owns its
+//! A [`Peer`] turns a description of an operation into a [`Job`]: it reads the caller's operands where they lie and owns its
 //! results. An operation that the library lacks is a [`Lack`], not an error.
 
 mod blas;
+mod cublaslt;
+mod cudnn;
 mod onednn;
+mod queued;
 
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
-use crate::device::loader_says;
+use crate::device::{Device, DeviceKind, Memory, Precision, loader_says};
 use crate::error::{Error, Result};
 
-/// A library.
-#[derive(Debug)]
-pub(crate) enum Peer {
-    OneDnn(Box<onednn::OneDnn>),
-    Blas(blas::Blas),
+/// A library. Operations come in the layouts of this program, channels last and row-major, and in the precision of the device.
+pub(crate) trait Peer: std::fmt::Debug {
+    /// The library and its version.
+    fn name(&self) -> &str;
+
+    /// `a` and `b` are `x` and `w` forward, `dy` and `w` for the data gradient, `x` and `dy` for the weight gradient.
+    fn convolution<'a>(
+        &'a self,
+        _: &Convolution,
+        _: Direction,
+        _a: Operand<'a>,
+        _b: Operand<'a>,
+    ) -> Prepared<'a> {
+        self.lacks("convolution")
+    }
+
+    fn product<'a>(&'a self, _: &Product, _a: Operand<'a>, _b: Operand<'a>) -> Prepared<'a> {
+        self.lacks("product")
+    }
+
+    /// Normalises `x [n, h, w, c]` by the statistics of the batch, adds `residual` and applies a ReLU; with `dy` also the backward
+    /// pass. The results are `y` and `dx`.
+    fn batch_norm<'a>(
+        &'a self,
+        _shape: [usize; 4],
+        _epsilon: f32,
+        _x: Operand<'a>,
+        _residual: Option<Operand<'a>>,
+        _dy: Option<Operand<'a>>,
+    ) -> Prepared<'a> {
+        self.lacks("batch norm")
+    }
+
+    /// Pools `x`; with `dy` also the backward pass. The results are `y` and `dx`.
+    fn pooling<'a>(
+        &'a self,
+        _: &Pooling,
+        _x: Operand<'a>,
+        _dy: Option<Operand<'a>>,
+    ) -> Prepared<'a> {
+        self.lacks("pooling")
+    }
+
+    /// The softmax of each row of `x [rows, columns]`.
+    fn softmax<'a>(&'a self, _rows: usize, _columns: usize, _x: Operand<'a>) -> Prepared<'a> {
+        self.lacks("softmax")
+    }
+
+    /// The sum of two tensors of a shape.
+    fn add<'a>(&'a self, _shape: [usize; 4], _a: Operand<'a>, _b: Operand<'a>) -> Prepared<'a> {
+        self.lacks("addition")
+    }
+
+    fn lacks(&self, what: &str) -> Prepared<'_> {
+        Err(format!("{} has no {what}", self.name()))
+    }
+}
+
+/// Where an operand lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Operand<'a> {
+    Host(&'a [f32]),
+    /// In memory of a GPU, from this byte on.
+    Gpu(&'a Memory, usize),
+}
+
+impl<'a> Operand<'a> {
+    /// # Panics
+    /// If it lies on a GPU: [`open`] gives no library of the CPU to a GPU.
+    fn host(self) -> &'a [f32] {
+        match self {
+            Self::Host(slice) => slice,
+            Self::Gpu(..) => panic!("a library of the CPU was given an operand on a GPU"),
+        }
+    }
+
+    /// # Panics
+    /// If it lies on the host, or ends before `bytes`.
+    fn address(self, bytes: usize) -> *const std::ffi::c_void {
+        match self {
+            Self::Gpu(memory, from) => {
+                assert!(memory.holds(from, bytes), "an operand of fewer than {bytes} bytes");
+                queued::pointer(memory.address() + from as u64)
+            }
+            Self::Host(_) => panic!("a library of the GPU was given an operand on the host"),
+        }
+    }
 }
 
 /// Why a library has no such operation.
@@ -25,14 +111,14 @@ pub(crate) type Lack = String;
 
 /// An operation of a library, ready to run over the caller's buffers.
 pub(crate) trait Job {
-    /// Runs it once, to the end.
+    /// Runs it once, to the end; on a GPU queues it.
     fn run(&mut self);
 
     /// The results of the last run, in the layouts of this program.
     fn outputs(&self) -> Vec<Vec<f32>>;
 }
 
-/// A boxed job over the caller's slices.
+/// A boxed job over the caller's operands.
 pub(crate) type Prepared<'a> = std::result::Result<Box<dyn Job + 'a>, Lack>;
 
 /// A direction of a convolution: `y` from `x` and `w`, `dx` from `dy` and `w`, `dw` from `x` and `dy`.
@@ -74,33 +160,57 @@ pub(crate) struct Pooling {
     pub max: bool,
 }
 
-impl Peer {
-    /// Opens `NAME` or `NAME=PATH`, of the libraries `onednn` and `blas`, for this many threads and calls from this thread.
-    ///
-    /// # Errors
-    /// If the name is unknown, or the library is missing, cannot be opened, is too old or lacks a function.
-    pub fn open(named: &str, threads: usize) -> Result<Self> {
-        let (name, path) = match named.split_once('=') {
-            Some((name, path)) => (name, Some(Path::new(path))),
-            None => (named, None),
+impl Convolution {
+    /// As a product of `a` and `b`, or of `b` and `a` where the second value says so, if its filters are 1x1 and its stride is 1.
+    fn as_product(&self, direction: Direction) -> Option<(Product, bool)> {
+        let [n, p, q, k] = self.y;
+        let (rows, c) = (n * p * q, self.x[3]);
+        let of = |m, n, k, transpose_a, transpose_b| Product { m, n, k, transpose_a, transpose_b };
+        let product = match direction {
+            Direction::Forward => (of(rows, k, c, false, true), false),
+            Direction::DataGradient => (of(rows, c, k, false, false), false),
+            // dw [k, c] = dyᵀ x
+            Direction::WeightGradient => (of(k, c, rows, true, false), true),
         };
-        match name {
-            "onednn" => Ok(Self::OneDnn(Box::new(onednn::OneDnn::open(path, threads)?))),
-            "blas" => Ok(Self::Blas(blas::Blas::open(path, threads)?)),
-            _ => Err(Error::Config(format!(
-                "--against {named}: the reference libraries are `onednn` and `blas`, each with `=PATH` or without; an \
-                 earlier result is a file that ends in .json"
-            ))),
-        }
+        (self.filters[1..3] == [1, 1] && self.stride == 1 && self.pad == 0).then_some(product)
     }
+}
 
-    /// The library and its version.
-    pub fn name(&self) -> &str {
-        match self {
-            Self::OneDnn(library) => library.name(),
-            Self::Blas(library) => library.name(),
+/// Opens `NAME` or `NAME=PATH` for a device and calls from this thread.
+///
+/// # Errors
+/// If the name is unknown or that of a library for other devices, or the library is missing, cannot be opened, is too old, lacks a
+/// function, or cannot use the device.
+pub(crate) fn open(named: &str, device: &Device) -> Result<Box<dyn Peer>> {
+    let (name, path) = match named.split_once('=') {
+        Some((name, path)) => (name, Some(Path::new(path))),
+        None => (named, None),
+    };
+    let (kind, f32_only) = match name {
+        "onednn" | "blas" => (DeviceKind::Cpu, true),
+        "cudnn" | "cublaslt" => (DeviceKind::Cuda, false),
+        _ => {
+            return Err(Error::Config(format!(
+                "--against {named}: the reference libraries are `onednn` and `blas` for the CPU and `cudnn` and `cublaslt` for a \
+                 GPU, each with `=PATH` or without; an earlier result is a file that ends in .json"
+            )));
         }
+    };
+    if device.kind() != kind || f32_only && device.precision() != Precision::F32 {
+        let (runs, add) = match kind {
+            DeviceKind::Cpu => ("on the CPU in f32", "--device cpu and leave out --bf16"),
+            _ => ("on a GPU", "--device cuda"),
+        };
+        return Err(Error::Config(format!(
+            "--against {name} compares {runs}, and this is {device}: add {add}"
+        )));
     }
+    Ok(match name {
+        "onednn" => Box::new(onednn::OneDnn::open(path, device.threads())?),
+        "blas" => Box::new(blas::Blas::open(path, device.threads())?),
+        "cudnn" => Box::new(cudnn::Cudnn::open(path, device)?),
+        _ => Box::new(cublaslt::CublasLt::open(path, device)?),
+    })
 }
 
 /// A library of one of these names: in `.peers`, where `scripts/fetch-peers` puts them, or where the system looks; or the one
@@ -112,7 +222,7 @@ fn find(what: &str, names: &[&str], path: Option<&Path>) -> Result<(Library, Pat
         }
         // A name without a slash would be looked up in the system's folders.
         let path = std::path::absolute(path).map_err(Error::io(path))?;
-        return match open(&path) {
+        return match load(&path) {
             Ok(library) => Ok((library, path)),
             Err(reason) => Err(Error::Device(format!("{what} cannot be opened: {reason}"))),
         };
@@ -121,7 +231,7 @@ fn find(what: &str, names: &[&str], path: Option<&Path>) -> Result<(Library, Pat
     let fetched = fetched.filter(|path| path.is_file()).filter_map(|p| std::path::absolute(p).ok());
     let mut reason = None;
     for path in fetched.chain(names.iter().map(PathBuf::from)) {
-        match open(&path) {
+        match load(&path) {
             Ok(library) => return Ok((library, path)),
             // That a name is not known is no news; that a file which is there does not open is.
             Err(why) if path.is_absolute() => reason = Some(why),
@@ -138,7 +248,7 @@ fn find(what: &str, names: &[&str], path: Option<&Path>) -> Result<(Library, Pat
     }))
 }
 
-fn open(path: &Path) -> std::result::Result<Library, String> {
+fn load(path: &Path) -> std::result::Result<Library, String> {
     // SAFETY: the initialisers of these libraries only detect the processor; a file that is something else is the user's
     // choice, as with `LD_PRELOAD`.
     unsafe { Library::new(path) }.map_err(|e| loader_says(&e))
@@ -171,7 +281,7 @@ mod tests {
     use super::*;
 
     fn said(named: &str) -> String {
-        Peer::open(named, 1).expect_err("no library").to_string()
+        open(named, &Device::cpu(1).unwrap()).expect_err("no library").to_string()
     }
 
     /// Compiles C to a shared object.
@@ -190,7 +300,11 @@ mod tests {
     fn a_library_that_cannot_serve_is_refused_in_one_sentence() {
         let folder = tempfile::tempdir().unwrap();
         let at = |file: &Path| format!("onednn={}", file.display());
-        assert!(said("cublas").contains("the reference libraries are `onednn` and `blas`"));
+        assert!(
+            said("cublas").contains("the reference libraries are `onednn` and `blas` for the CPU")
+        );
+        let elsewhere = "--against cudnn compares on a GPU, and this is CPU";
+        assert!(said("cudnn").contains(elsewhere), "{}", said("cudnn"));
         let missing = folder.path().join("libdnnl.so");
         assert!(
             said(&at(&missing)).contains("oneDNN: there is no file /"),

@@ -226,10 +226,6 @@ impl OneDnn {
         }
         Ok(Self { common, interface, engine, stream, name: text, _library: library })
     }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
 }
 
 impl Drop for OneDnn {

@@ -3,7 +3,7 @@
 
 use std::ptr::{null, null_mut};
 
-use super::super::{Convolution, Direction, Lack, Pooling, Prepared, Product};
+use super::super::{Convolution, Direction, Lack, Operand, Peer, Pooling, Prepared, Product};
 use super::{
     BACKWARD_DATA, BINARY_ADD, CONVOLUTION_DIRECT, DIFF_DST, DIFF_SRC, DIFF_SRC_1, DIFF_WEIGHTS,
     DIFF_WEIGHTS_LAYOUT, DST, FUSE_ADD_RELU, FUSE_RELU, Interface, Layout, MEAN, OneDnn,
@@ -11,15 +11,19 @@ use super::{
     WEIGHTS, WEIGHTS_LAYOUT, WORKSPACE, dims,
 };
 
-impl OneDnn {
-    /// `a` and `b` are `x` and `w` forward, `dy` and `w` for the data gradient, `x` and `dy` for the weight gradient.
-    pub(crate) fn convolution<'a>(
+impl Peer for OneDnn {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn convolution<'a>(
         &'a self,
         d: &Convolution,
         direction: Direction,
-        a: &'a [f32],
-        b: &'a [f32],
+        a: Operand<'a>,
+        b: Operand<'a>,
     ) -> Prepared<'a> {
+        let (a, b) = (a.host(), b.host());
         let mut all = Sequence::new(self);
         let [k, r, s, c] = d.filters;
         let (strides, pad, dilation) = (dims([d.stride; 2]), dims([d.pad; 2]), dims([0; 2]));
@@ -148,16 +152,15 @@ impl OneDnn {
         Ok(Box::new(all))
     }
 
-    /// Normalises `x [n, h, w, c]` by the statistics of the batch, adds `residual` and applies a ReLU; with `dy` also the backward
-    /// pass. The results are `y` and `dx`.
-    pub(crate) fn batch_norm<'a>(
+    fn batch_norm<'a>(
         &'a self,
         shape: [usize; 4],
         epsilon: f32,
-        x: &'a [f32],
-        residual: Option<&'a [f32]>,
-        dy: Option<&'a [f32]>,
+        x: Operand<'a>,
+        residual: Option<Operand<'a>>,
+        dy: Option<Operand<'a>>,
     ) -> Prepared<'a> {
+        let (x, residual, dy) = (x.host(), residual.map(Operand::host), dy.map(Operand::host));
         let mut all = Sequence::new(self);
         let three = matches!(self.interface, Interface::Three(_));
         let flags = match residual {
@@ -236,13 +239,8 @@ impl OneDnn {
         Ok(Box::new(all))
     }
 
-    /// Pools `x`; with `dy` also the backward pass. The results are `y` and `dx`.
-    pub(crate) fn pooling<'a>(
-        &'a self,
-        d: &Pooling,
-        x: &'a [f32],
-        dy: Option<&'a [f32]>,
-    ) -> Prepared<'a> {
+    fn pooling<'a>(&'a self, d: &Pooling, x: Operand<'a>, dy: Option<Operand<'a>>) -> Prepared<'a> {
+        let (x, dy) = (x.host(), dy.map(Operand::host));
         let mut all = Sequence::new(self);
         let kind = if d.max { POOLING_MAX } else { POOLING_MEAN };
         let (window, strides, dilation) = (dims(d.size), dims([d.stride; 2]), dims([0; 2]));
@@ -318,7 +316,8 @@ impl OneDnn {
         Ok(Box::new(all))
     }
 
-    pub(crate) fn product<'a>(&'a self, p: &Product, a: &'a [f32], b: &'a [f32]) -> Prepared<'a> {
+    fn product<'a>(&'a self, p: &Product, a: Operand<'a>, b: Operand<'a>) -> Prepared<'a> {
+        let (a, b) = (a.host(), b.host());
         let mut all = Sequence::new(self);
         let Product { m, n, k, .. } = *p;
         let left = all.layout([m, k], Some(if p.transpose_a { [1, m] } else { [k, 1] }))?;
@@ -339,8 +338,8 @@ impl OneDnn {
         Ok(Box::new(all))
     }
 
-    /// The softmax of each row of `x [rows, columns]`.
-    pub(crate) fn softmax<'a>(&'a self, rows: usize, columns: usize, x: &'a [f32]) -> Prepared<'a> {
+    fn softmax<'a>(&'a self, rows: usize, columns: usize, x: Operand<'a>) -> Prepared<'a> {
+        let x = x.host();
         let mut all = Sequence::new(self);
         let layout = all.layout([rows, columns], Some([columns, 1]))?;
         let at = layout.at();
@@ -359,8 +358,8 @@ impl OneDnn {
         Ok(Box::new(all))
     }
 
-    /// The sum of two tensors of `len` elements.
-    pub(crate) fn add<'a>(&'a self, a: &'a [f32], b: &'a [f32]) -> Prepared<'a> {
+    fn add<'a>(&'a self, _: [usize; 4], a: Operand<'a>, b: Operand<'a>) -> Prepared<'a> {
+        let (a, b) = (a.host(), b.host());
         let mut all = Sequence::new(self);
         let layout = all.layout([a.len()], Some([1]))?;
         let at = layout.at();
