@@ -174,6 +174,8 @@ impl Study {
     /// If a run fails for another reason than a collapse or a divergence; if the folder holds results of other settings or files
     /// that neither the study nor its runs wrote; if another process works in it.
     pub fn run(&self, plan: &StudyPlan<'_>) -> Result<Vec<Outcome>> {
+        // A mistake in the last arm's settings would cost the time of those before it.
+        self.arms.iter().try_for_each(|arm| self.recipe(arm, plan.settings).map(drop))?;
         let _lock = self.claim(plan.out)?;
         let mut outcomes = Vec::new();
         for arm in &self.arms {

@@ -31,6 +31,15 @@ fn every_study_runs_its_arms_at_reduced_width_and_once() {
     let mut arms = 0;
     for name in recipes::builtin_studies() {
         let study = Study::load(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        // As they are, not as they are shrunk below: a batch fits into the images that an arm has.
+        for arm in &study.arms {
+            let recipe =
+                study.recipe(arm, &[]).unwrap_or_else(|e| panic!("{name}, {}: {e}", arm.name));
+            let percent = recipe.data.labels.as_deref().and_then(|labels| labels.strip_suffix('%'));
+            let share = percent.map_or(1.0, |percent| percent.parse::<f64>().unwrap() / 100.0);
+            let (images, batch) = (recipe.data.limit as f64 * share, recipe.train.batch as f64);
+            assert!(images >= batch, "{name}, {}: a batch of {batch} of {images} images", arm.name);
+        }
         let (out, told) = (folder.path().join(name), RefCell::new(Vec::new()));
         let plan = StudyPlan {
             out: &out,
