@@ -6,7 +6,7 @@
 
 use crate::Isa;
 use crate::tile::{Correlate, Outer};
-use crate::transform::{Filters, Gradient, Input, Output};
+use crate::transform::{Filters, Form, Gradient, Input, Output};
 
 /// Floats from one pixel of a tile to the next: the blocks of a slab, then [`DIRECT`].
 const PITCHES: [usize; 7] = [4, 8, 16, 64, 128, 256, 512];
@@ -22,15 +22,29 @@ pub type CorrelateKernel = unsafe fn(&Correlate<'_>);
 /// that has the instruction set.
 pub type OuterKernel = unsafe fn(&Outer);
 
+/// The transforms of a form, on a machine that has the instruction set; their safety is that of the functions of these names in
+/// `transform`, for the form's outputs and inputs.
+#[derive(Clone, Copy, Debug)]
+pub struct Transforms {
+    /// Transforms a row of tiles.
+    pub input: unsafe fn(&Input),
+    /// Transforms a row of tiles back.
+    pub output: unsafe fn(&Output),
+    /// Transforms a row of tiles of gradients.
+    pub gradient: unsafe fn(&Gradient),
+    /// Transforms filters.
+    pub filters: unsafe fn(&Filters),
+}
+
 /// The tables of one instruction set: `$feature` enabled, vector `$v`; heights up to `$one` for
 /// tiles one vector wide, up to `$two` for tiles of two.
 macro_rules! kernels {
     ($set:ident, $v:ty, $(#[$feature:meta])?, [$($one:literal)*], [$($two:literal)*]) => {
         mod $set {
             use crate::tile::{self, Correlate, Outer};
-            use crate::transform::{self, Filters, Gradient, Input, Output};
+            use crate::transform::{self, Filters, Four, Gradient, Input, Matrices, Output, Two};
             use crate::vector::*;
-            use super::{CorrelateKernel, OuterKernel};
+            use super::{CorrelateKernel, OuterKernel, Transforms};
 
             /// # Safety
             /// That of [`tile::correlate`], with the instruction set present.
@@ -53,35 +67,50 @@ macro_rules! kernels {
             /// # Safety
             /// That of [`transform::input`], with the instruction set present.
             $(#[$feature])?
-            pub(super) unsafe fn input(t: &Input) {
+            unsafe fn input<F: Matrices<M, N>, const M: usize, const N: usize>(t: &Input) {
                 // SAFETY: the caller vouches for the same.
-                unsafe { transform::input::<$v>(t) }
+                unsafe { transform::input::<$v, F, M, N>(t) }
             }
 
             /// # Safety
             /// That of [`transform::output`], with the instruction set present.
             $(#[$feature])?
-            pub(super) unsafe fn output(t: &Output) {
+            unsafe fn output<F: Matrices<M, N>, const M: usize, const N: usize>(t: &Output) {
                 // SAFETY: the caller vouches for the same.
-                unsafe { transform::output::<$v>(t) }
+                unsafe { transform::output::<$v, F, M, N>(t) }
             }
 
             /// # Safety
             /// That of [`transform::gradient`], with the instruction set present.
             $(#[$feature])?
-            pub(super) unsafe fn gradient(t: &Gradient) {
+            unsafe fn gradient<F: Matrices<M, N>, const M: usize, const N: usize>(t: &Gradient) {
                 // SAFETY: the caller vouches for the same.
-                unsafe { transform::gradient::<$v>(t) }
+                unsafe { transform::gradient::<$v, F, M, N>(t) }
             }
 
             /// # Safety
             /// That of [`transform::filters`], with the instruction set present.
             $(#[$feature])?
-            pub(super) unsafe fn filters(t: &Filters) {
+            unsafe fn filters<F: Matrices<M, N>, const M: usize, const N: usize>(t: &Filters) {
                 // SAFETY: the caller vouches for the same.
-                unsafe { transform::filters::<$v>(t) }
+                unsafe { transform::filters::<$v, F, M, N>(t) }
             }
 
+            /// By form.
+            pub(super) static TRANSFORMS: [Transforms; 2] = [
+                Transforms {
+                    input: input::<Two, 2, 4>,
+                    output: output::<Two, 2, 4>,
+                    gradient: gradient::<Two, 2, 4>,
+                    filters: filters::<Two, 2, 4>,
+                },
+                Transforms {
+                    input: input::<Four, 4, 6>,
+                    output: output::<Four, 4, 6>,
+                    gradient: gradient::<Four, 4, 6>,
+                    filters: filters::<Four, 4, 6>,
+                },
+            ];
             /// Indexed like [`super::PITCHES`].
             pub(super) static CORRELATE_ONE: [&[CorrelateKernel]; super::PITCHES.len()] = [
                 &[$(correlate::<$one, 1, 4>),*],
@@ -156,22 +185,7 @@ pub fn outer(isa: Isa, rows: usize, vectors: usize) -> OuterKernel {
     table[rows - 1]
 }
 
-/// The kernel that transforms a row of tiles.
-pub fn input(isa: Isa) -> unsafe fn(&Input) {
-    table!(isa, input)
-}
-
-/// The kernel that transforms a row of tiles back.
-pub fn output(isa: Isa) -> unsafe fn(&Output) {
-    table!(isa, output)
-}
-
-/// The kernel that transforms a row of tiles of gradients.
-pub fn gradient(isa: Isa) -> unsafe fn(&Gradient) {
-    table!(isa, gradient)
-}
-
-/// The kernel that transforms filters.
-pub fn filters(isa: Isa) -> unsafe fn(&Filters) {
-    table!(isa, filters)
+/// The transforms of a form.
+pub fn transforms(isa: Isa, form: Form) -> Transforms {
+    table!(isa, TRANSFORMS)[form as usize]
 }

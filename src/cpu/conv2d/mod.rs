@@ -6,7 +6,7 @@
 //! A direct convolution without im2col, with one register tile per direction, as in oneDNN's
 //! `jit:avx512_core` (Georganas et al. 2018, "Anatomy of high-performance deep learning
 //! convolutions on SIMD architectures"). Activations are channels-last; one band of rows at a time
-//! is rearranged in the workspace. 3x3 convolutions of stride 1 use Winograd's F(2x2, 3x3) where it
+//! is rearranged in the workspace. 3x3 convolutions of stride 1 use Winograd's F(2x2, 3x3) or F(4x4, 3x3) where that
 //! is faster: [`Algorithm::select`] decides.
 //!
 //! Work is partitioned by shape and instruction set, never by thread count, so every rayon pool gives
@@ -29,6 +29,7 @@ pub use dims::Conv2dDims;
 
 use problem::Problem;
 use selfsup_cpu_kernels::LINE;
+use selfsup_cpu_kernels::transform::Form;
 
 use super::Isa;
 
@@ -48,18 +49,18 @@ pub enum Direction {
 enum Algorithm {
     /// The direct sum, of `correlation.rs` or `weight.rs`.
     Direct,
-    /// Winograd's F(2x2, 3x3), of `winograd.rs` or `winograd_weight.rs`.
-    Winograd,
+    /// Winograd's F(2x2, 3x3) or F(4x4, 3x3), of `winograd.rs` or `winograd_weight.rs`.
+    Winograd(Form),
 }
 
 impl Algorithm {
     /// Selects the algorithm, from the shape alone. The only place that decides.
     fn select(d: &Conv2dDims, direction: Direction) -> Algorithm {
-        let winograd = match direction {
-            Direction::Forward | Direction::DataGradient => winograd::is_faster(d),
-            Direction::WeightGradient => winograd_weight::is_faster(d),
+        let form = match direction {
+            Direction::Forward | Direction::DataGradient => winograd::fastest(d),
+            Direction::WeightGradient => winograd_weight::fastest(d),
         };
-        if winograd { Algorithm::Winograd } else { Algorithm::Direct }
+        form.map_or(Algorithm::Direct, Algorithm::Winograd)
     }
 }
 
@@ -125,13 +126,15 @@ fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
     use {Algorithm::*, Direction::*};
     match (direction, Algorithm::select(d, direction)) {
         (Forward, Direct) => correlation::workspace_len(&Problem::forward(d), isa),
-        (Forward, Winograd) => winograd::workspace_len(&winograd::Problem::forward(d), isa),
+        (Forward, Winograd(form)) => {
+            winograd::workspace_len(&winograd::Problem::forward(d, form), isa)
+        }
         (DataGradient, Direct) => correlation::workspace_len(&Problem::data_gradient(d), isa),
-        (DataGradient, Winograd) => {
-            winograd::workspace_len(&winograd::Problem::data_gradient(d), isa)
+        (DataGradient, Winograd(form)) => {
+            winograd::workspace_len(&winograd::Problem::data_gradient(d, form), isa)
         }
         (WeightGradient, Direct) => weight::workspace_len(d, isa),
-        (WeightGradient, Winograd) => winograd_weight::workspace_len(d, isa),
+        (WeightGradient, Winograd(form)) => winograd_weight::workspace_len(d, form, isa),
     }
 }
 
@@ -152,8 +155,8 @@ fn forward_on(
         Algorithm::Direct => {
             correlation::run(&Problem::forward(d), isa, y, x, w, workspace, false);
         }
-        Algorithm::Winograd => {
-            winograd::run(&winograd::Problem::forward(d), isa, y, x, w, workspace, false);
+        Algorithm::Winograd(form) => {
+            winograd::run(&winograd::Problem::forward(d, form), isa, y, x, w, workspace, false);
         }
     }
 }
@@ -180,8 +183,8 @@ fn data_gradient_on(
         Algorithm::Direct => {
             correlation::run(&Problem::data_gradient(d), isa, dx, dy, w, workspace, accumulate);
         }
-        Algorithm::Winograd => {
-            let p = winograd::Problem::data_gradient(d);
+        Algorithm::Winograd(form) => {
+            let p = winograd::Problem::data_gradient(d, form);
             winograd::run(&p, isa, dx, dy, w, workspace, accumulate);
         }
     }
@@ -207,8 +210,8 @@ fn weight_gradient_on(
     }
     match Algorithm::select(d, Direction::WeightGradient) {
         Algorithm::Direct => weight::run(d, isa, dw, x, dy, workspace, accumulate),
-        Algorithm::Winograd => {
-            winograd_weight::run(d, isa, dw, x, dy, workspace, accumulate);
+        Algorithm::Winograd(form) => {
+            winograd_weight::run(d, form, isa, dw, x, dy, workspace, accumulate);
         }
     }
 }

@@ -123,17 +123,23 @@ impl Case {
 
 impl Case {
     /// As [`Case::run`], with [`winograd`] even if it is slower.
-    fn run_winograd(&self, isa: Isa, direction: Direction, before: Option<&[f32]>) -> Vec<f32> {
+    fn run_winograd(
+        &self,
+        form: Form,
+        isa: Isa,
+        direction: Direction,
+        before: Option<&[f32]>,
+    ) -> Vec<f32> {
         let Case { d, x, w, dy } = self;
         let output = |len| before.map_or(vec![f32::NAN; len], <[f32]>::to_vec);
         let (p, x, len) = match direction {
-            Direction::Forward => (winograd::Problem::forward(d), x, dy.len()),
-            Direction::DataGradient => (winograd::Problem::data_gradient(d), dy, x.len()),
+            Direction::Forward => (winograd::Problem::forward(d, form), x, dy.len()),
+            Direction::DataGradient => (winograd::Problem::data_gradient(d, form), dy, x.len()),
             Direction::WeightGradient => {
-                let mut workspace = vec![f32::NAN; winograd_weight::workspace_len(d, isa)];
+                let mut workspace = vec![f32::NAN; winograd_weight::workspace_len(d, form, isa)];
                 let mut dw = output(w.len());
                 let accumulate = before.is_some();
-                winograd_weight::run(d, isa, &mut dw, x, dy, &mut workspace, accumulate);
+                winograd_weight::run(d, form, isa, &mut dw, x, dy, &mut workspace, accumulate);
                 return dw;
             }
         };
@@ -259,7 +265,11 @@ fn every_direction_agrees_with_the_f64_sum() {
 fn winograd_agrees_with_the_f64_sum() {
     for (i, d) in winograd_table().into_iter().enumerate() {
         assert!(winograd::fits(&d), "{d:?}");
-        check_run(&Case::new(d, i as u64), &DIRECTIONS, Case::run_winograd);
+        for form in Form::ALL {
+            check_run(&Case::new(d, i as u64), &DIRECTIONS, |case, isa, direction, before| {
+                case.run_winograd(form, isa, direction, before)
+            });
+        }
     }
 }
 
@@ -285,15 +295,21 @@ fn winograd_is_selected_where_it_was_measured_to_be_faster() {
         dims([128, 32, 32, 64], [64, 3, 3], 1, 0),
         dims([128, 32, 32, 64], [40, 3, 3], 1, 1),
     ];
-    let selected = |d, direction| Algorithm::select(d, direction) == Algorithm::Winograd;
+    let selected = |d: &Conv2dDims, direction| match Algorithm::select(d, direction) {
+        Algorithm::Direct => None,
+        Algorithm::Winograd(form) => Some(form),
+    };
     for direction in [Direction::Forward, Direction::DataGradient] {
-        faster.iter().for_each(|d| assert!(selected(d, direction), "{d:?}"));
-        slower.iter().for_each(|d| assert!(!selected(d, direction), "{d:?}"));
+        faster.iter().for_each(|d| assert_eq!(selected(d, direction), Some(Form::Four), "{d:?}"));
+        slower.iter().for_each(|d| assert_eq!(selected(d, direction), None, "{d:?}"));
     }
-    let (weight_faster, weight_slower) = ([0, 1, 2, 4, 6], [3, 5, 7]);
-    let selected = |i: usize| selected(&faster[i], Direction::WeightGradient);
-    weight_faster.iter().for_each(|&i| assert!(selected(i), "{i}"));
-    weight_slower.iter().for_each(|&i| assert!(!selected(i), "{i}"));
+    // 6x6 pixels are nine tiles of 2x2 and four of 4x4: the same products.
+    let tied = square(64, 6, 64, 64);
+    assert_eq!(selected(&tied, Direction::Forward), Some(Form::Two));
+    let weights = |i: usize| selected(&faster[i], Direction::WeightGradient);
+    assert_eq!([0, 1, 2, 6, 7].map(weights), [Some(Form::Four); 5]);
+    // Few tiles: of 4x4 too few to share the sums, of 2x2 just enough, and not even these.
+    assert_eq!([4, 3, 5].map(weights), [Some(Form::Two), None, None]);
 }
 
 #[test]

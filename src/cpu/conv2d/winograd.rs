@@ -1,13 +1,13 @@
 //! Forward pass and data gradient of 3x3 convolutions of stride 1, padded by 1, with Winograd's
-//! F(2x2, 3x3): 16 products for four outputs instead of the 36 of `correlation.rs`.
+//! F(2x2, 3x3) or F(4x4, 3x3): 16 or 9 products for four outputs instead of the 36 of `correlation.rs`.
 //!
 //! `transform.rs` has the maths. The filters are transformed once per call. A group of tiles is
-//! transformed into the workspace; then, for one block of outputs at a time, each of the sixteen
+//! transformed into the workspace; then, for one block of outputs at a time, each of the
 //! components is a GEMM (the tile kernel of a 1x1 convolution), and the block is transformed back
 //! while it is in the caches.
 //!
-//! The error is similar to the direct sum's: the transforms add rounding errors, but the sums are a
-//! ninth as long.
+//! The error of F(2x2, 3x3) is similar to the direct sum's: the transforms add rounding errors, but the sums are a
+//! ninth as long. That of F(4x4, 3x3) is a few times as large.
 
 use crate::cpu::parallel::Each;
 use rayon::prelude::*;
@@ -20,12 +20,17 @@ use super::slots::{self, Slots};
 use selfsup_cpu_kernels::Coming;
 use selfsup_cpu_kernels::kernel;
 use selfsup_cpu_kernels::tile::{Ahead, Correlate, MAX_ROWS};
-use selfsup_cpu_kernels::transform::{BLOCK, COMPONENTS, Filters, Input, Output};
+use selfsup_cpu_kernels::transform::{BLOCK, Filters, Form, Input, MOST, Output};
 
 /// Tiles in a group: the transformed tiles stay in the second-level cache together with the filters
 /// of a component. Twice as many from `WIDE` channels on, whose filters have to be fetched from
 /// beyond that cache for every group.
-const TILES: usize = 64;
+pub fn group_tiles(form: Form) -> usize {
+    match form {
+        Form::Two => 64,
+        Form::Four => 32,
+    }
+}
 const WIDE: usize = 512;
 
 /// Channels from which the filters of a block no longer stay in the second-level cache from one
@@ -42,15 +47,26 @@ pub fn fits(d: &Conv2dDims) -> bool {
         && d.k.is_multiple_of(BLOCK)
 }
 
-/// Whether this algorithm is faster than the direct sum. Measured with AVX-512, time of the direct
-/// sum over time of this: 1.2 with 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3
-/// with 512; no gain with 5x5 pixels, or if too few tiles share the transformed filters.
-pub fn is_faster(d: &Conv2dDims) -> bool {
-    // products for each pair of channels; the direct sum skips taps outside the image
+/// The form that is the fastest, or `None` if the direct sum is.
+pub fn fastest(d: &Conv2dDims) -> Option<Form> {
+    let forms = Form::ALL.into_iter().filter(|&form| is_faster(d, form));
+    forms.min_by_key(|&form| products(d, form))
+}
+
+/// Products for each pair of channels.
+pub fn products(d: &Conv2dDims, form: Form) -> usize {
+    d.n * form.components() * form.tiles(d.h) * form.tiles(d.w)
+}
+
+/// Whether a form is faster than the direct sum. Measured, time of the direct sum over time of this, with 4,096 to 131,072 pixels:
+/// F(2x2, 3x3) with AVX-512 1.2 with 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3 with 512; F(4x4, 3x3) with
+/// AVX2 (in brackets F(2x2, 3x3) there) 1.8 (1.2), 2.0 to 2.6 (1.4 to 1.7), 2.6 (1.7), 2.1 (1.6). No gain with 5x5 pixels, or if too few
+/// tiles share the transformed filters.
+pub fn is_faster(d: &Conv2dDims, form: Form) -> bool {
+    // the direct sum skips taps outside the image
     let taps = |len: usize| (3 * len).saturating_sub(2);
-    let direct = d.n * taps(d.h) * taps(d.w);
-    let here = d.n * COMPONENTS * d.h.div_ceil(2) * d.w.div_ceil(2);
-    fits(d) && 5 * direct >= 7 * here && 256 * (direct - here) >= d.c * d.k
+    let (direct, here) = (d.n * taps(d.h) * taps(d.w), products(d, form));
+    fits(d) && 5 * direct >= 7 * here && 4096 * (direct - here) >= form.components() * d.c * d.k
 }
 
 /// A correlation of `[n, h, w, c]` with 3x3 filters to `[n, h, w, k]`.
@@ -62,31 +78,32 @@ pub struct Problem {
     c: usize,
     k: usize,
     view: FilterView,
+    form: Form,
 }
 
 impl Problem {
     /// `d` must [fit](fits).
-    pub fn forward(d: &Conv2dDims) -> Problem {
+    pub fn forward(d: &Conv2dDims, form: Form) -> Problem {
         let Conv2dDims { n, h, w, c, k, .. } = *d;
         let (row, column) = (3 * c as isize, c as isize);
         let (r, s, output, input) = (3, 3, 9 * c as isize, 1);
         let view = FilterView { start: 0, output, row, column, input, r, s, c };
-        Problem { n, h, w, c, k, view }
+        Problem { n, h, w, c, k, view, form }
     }
 
     /// The flipped filters, from `k` channels to `c`. `d` must [fit](fits).
-    pub fn data_gradient(d: &Conv2dDims) -> Problem {
+    pub fn data_gradient(d: &Conv2dDims, form: Form) -> Problem {
         let Conv2dDims { n, h, w, c, k, .. } = *d;
         let (row, column) = (3 * c as isize, c as isize);
         let (r, s, output, input) = (3, 3, 1, 9 * c as isize);
         let start = 2 * row + 2 * column;
         let view = FilterView { start, output, row: -row, column: -column, input, r, s, c: k };
-        Problem { n, h, w, c: k, k: c, view }
+        Problem { n, h, w, c: k, k: c, view, form }
     }
 
     /// Rows of tiles, and tiles in a row.
     fn tiles(&self) -> (usize, usize) {
-        (self.h.div_ceil(2), self.w.div_ceil(2))
+        (self.form.tiles(self.h), self.form.tiles(self.w))
     }
 
     fn image_len(&self) -> usize {
@@ -113,7 +130,7 @@ struct WinogradPlan {
 impl WinogradPlan {
     fn new(p: &Problem, isa: Isa) -> WinogradPlan {
         let blocks = Blocks { k: p.k, lanes: isa.lanes() };
-        let most = if p.c < WIDE { TILES } else { 2 * TILES };
+        let most = if p.c < WIDE { group_tiles(p.form) } else { 2 * group_tiles(p.form) };
         let (rows, across) = p.tiles();
         let image = (rows * across).max(1);
         let (group, group_rows) = if 2 * image <= most {
@@ -141,18 +158,18 @@ impl WinogradPlan {
     }
 
     fn filters_len(&self, p: &Problem) -> usize {
-        COMPONENTS * self.blocks.padded() * p.c
+        p.form.components() * self.blocks.padded() * p.c
     }
 
     /// Floats from one component to the next, of the input and of a block of outputs. The extra
-    /// cache line keeps sixteen stores from mapping to the same cache set.
+    /// cache line keeps the stores of a tile from mapping to the same cache set.
     fn components(&self, p: &Problem) -> (usize, usize) {
         (self.tiles * p.c + LINE, self.tiles * self.blocks.width(0) + LINE)
     }
 
     fn slot_len(&self, p: &Problem) -> usize {
         let (v, m) = self.components(p);
-        COMPONENTS * (v + m)
+        p.form.components() * (v + m)
     }
 }
 
@@ -180,7 +197,8 @@ pub fn run(
     let slots = Slots::new(slots, plan.slot_len(p));
     let whole_images = plan.lane_rows == p.tiles().0;
     let span_len = plan.span * p.image_len();
-    let lane_len = if whole_images { span_len } else { 2 * plan.lane_rows * p.w * p.k };
+    let lane_rows = p.form.outputs() * plan.lane_rows;
+    let lane_len = if whole_images { span_len } else { lane_rows * p.w * p.k };
     out.par_chunks_mut(span_len).enumerate().each(|(span, out)| {
         let x = &x[span * plan.span * p.h * p.w * p.c..];
         out.par_chunks_mut(lane_len).enumerate().each(|(part, out)| {
@@ -192,23 +210,25 @@ pub fn run(
 /// `w` into blocks of outputs, each `[component][c][width]`.
 fn transform_filters(p: &Problem, plan: &WinogradPlan, filters: &mut [f32], w: &[f32]) {
     let blocks = plan.blocks;
-    let transform = kernel::filters(plan.isa);
-    filters.par_chunks_mut(COMPONENTS * blocks.full() * p.c).enumerate().each(|(b, out)| {
-        let width = blocks.width(b);
-        let len = BLOCK * width;
-        let mut taps = [0.0; 9 * BLOCK * 32];
-        for c in (0..p.c).step_by(BLOCK) {
-            let start = p.view.start + c as isize * p.view.input;
-            let view = FilterView { start, c: BLOCK, ..p.view };
-            let taps = &mut taps[..9 * len];
-            view.pack_block(taps, w, b * blocks.full(), blocks.live(b), width, BLOCK);
-            let component = p.c * width;
-            let (g, u) = (taps.as_ptr(), out[c * width..].as_mut_ptr());
-            // SAFETY: `taps` has nine times `len` floats; the last of the sixteen components of the
-            // `BLOCK` channels from `c` on ends within `out`, because `p.c` is a multiple of `BLOCK`.
-            unsafe { transform(&Filters { g, tap: len, u, component, len }) }
-        }
-    });
+    let transform = kernel::transforms(plan.isa, p.form).filters;
+    filters.par_chunks_mut(p.form.components() * blocks.full() * p.c).enumerate().each(
+        |(b, out)| {
+            let width = blocks.width(b);
+            let len = BLOCK * width;
+            let mut taps = [0.0; 9 * BLOCK * 32];
+            for c in (0..p.c).step_by(BLOCK) {
+                let start = p.view.start + c as isize * p.view.input;
+                let view = FilterView { start, c: BLOCK, ..p.view };
+                let taps = &mut taps[..9 * len];
+                view.pack_block(taps, w, b * blocks.full(), blocks.live(b), width, BLOCK);
+                let component = p.c * width;
+                let (g, u) = (taps.as_ptr(), out[c * width..].as_mut_ptr());
+                // SAFETY: `taps` has nine times `len` floats; the last of the components of the
+                // `BLOCK` channels from `c` on ends within `out`, because `p.c` is a multiple of `BLOCK`.
+                unsafe { transform(&Filters { g, tap: len, u, component, len }) }
+            }
+        },
+    );
 }
 
 struct Lane<'a> {
@@ -224,12 +244,14 @@ impl Lane<'_> {
     fn run(&self, out: &mut [f32], x: &[f32], slot: &mut [f32], first_row: usize) {
         let (p, images) = (self.p, self.plan.group);
         let (v_component, m_component) = self.plan.components(p);
-        let (v, m) = slot.split_at_mut(COMPONENTS * v_component);
-        let m = &mut m[..COMPONENTS * m_component];
+        let components = p.form.components();
+        let (v, m) = slot.split_at_mut(components * v_component);
+        let m = &mut m[..components * m_component];
         for (g, out) in out.chunks_mut(images * p.image_len()).enumerate() {
             let x = &x[g * images * p.h * p.w * p.c..];
             let images = out.len().div_ceil(p.image_len());
-            let len = if images > 1 { out.len() } else { 2 * self.plan.group_rows * p.w * p.k };
+            let group_rows = p.form.outputs() * self.plan.group_rows;
+            let len = if images > 1 { out.len() } else { group_rows * p.w * p.k };
             for (i, out) in out.chunks_mut(len).enumerate() {
                 let out_rows = out.len() / images / (p.w * p.k);
                 let first_row = first_row + i * self.plan.group_rows;
@@ -239,7 +261,7 @@ impl Lane<'_> {
                 group.look_ahead(x);
                 let mut filters = self.filters;
                 for b in 0..self.plan.blocks.count() {
-                    let len = COMPONENTS * self.plan.blocks.width(b) * p.c;
+                    let len = components * self.plan.blocks.width(b) * p.c;
                     let (block, rest) = filters.split_at(len);
                     filters = rest;
                     group.multiply(m, v, block, b, out);
@@ -253,6 +275,7 @@ impl Lane<'_> {
 /// Some rows of tiles of some images.
 #[derive(Clone, Copy)]
 pub struct Tiles {
+    pub form: Form,
     pub images: usize,
     /// First row of tiles in each image, and number of rows.
     pub first_row: usize,
@@ -263,21 +286,21 @@ pub struct Tiles {
 
 impl Tiles {
     /// Floats from one component of the transformed input to the next. The extra cache line keeps
-    /// sixteen stores from mapping to the same cache set.
+    /// the stores of a tile from mapping to the same cache set.
     pub fn component(&self, c: usize) -> usize {
         self.most * c + LINE
     }
 
     /// `x` `[images, h, w, c]` into `[component][c / BLOCK][tile][BLOCK]`.
     pub fn transform(&self, isa: Isa, v: &mut [f32], x: &[f32], [h, w, c]: [usize; 3]) {
-        let transform = kernel::input(isa);
+        let (transform, outputs) = (kernel::transforms(isa, self.form).input, self.form.outputs());
         for row in 0..self.images * self.rows {
-            let (image, y) = (row / self.rows, 2 * (self.first_row + row % self.rows));
-            let rows = [0, 1, 2, 3].map(|i| match (y + i).checked_sub(1) {
+            let (image, y) = (row / self.rows, outputs * (self.first_row + row % self.rows));
+            let rows: [_; MOST[0]] = std::array::from_fn(|i| match (y + i).checked_sub(1) {
                 Some(y) if y < h => x[(image * h + y) * w * c..].as_ptr(),
                 _ => std::ptr::null(),
             });
-            let tile = row * w.div_ceil(2);
+            let tile = row * self.form.tiles(w);
             let (component, block) = (self.component(c), self.most * BLOCK);
             let v = v[tile * BLOCK..].as_mut_ptr();
             // SAFETY: the rows are complete rows of `x`; a component of `v` holds `most` tiles of
@@ -300,7 +323,7 @@ struct Group<'a> {
 
 impl<'a> Group<'a> {
     fn rows(&self) -> usize {
-        self.out_rows.div_ceil(2)
+        self.lane.p.form.tiles(self.out_rows)
     }
 
     fn tiles(&self) -> usize {
@@ -311,6 +334,7 @@ impl<'a> Group<'a> {
     fn transform_input(&self, v: &mut [f32], x: &[f32]) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let tiles = Tiles {
+            form: p.form,
             images: self.images,
             first_row: self.first_row,
             rows: self.rows(),
@@ -327,10 +351,10 @@ impl<'a> Group<'a> {
 
     fn look_ahead(&mut self, x: &'a [f32]) {
         let p = self.lane.p;
-        let last = (self.images - 1) * p.h + 2 * self.first_row + self.out_rows;
+        let last = (self.images - 1) * p.h + p.form.outputs() * self.first_row + self.out_rows;
         let (from, len) = (last * p.w * p.c, self.images * self.out_rows * p.w * p.c);
         let blocks = self.lane.plan.blocks;
-        let calls = (0..blocks.count()).map(|b| COMPONENTS * self.runs(b)).sum();
+        let calls = (0..blocks.count()).map(|b| p.form.components() * self.runs(b)).sum();
         self.coming = Coming::new(&x[from.min(x.len())..(from + len).min(x.len())], calls);
     }
 
@@ -345,13 +369,13 @@ impl<'a> Group<'a> {
         // the block will be stored to
         let steps = p.c / BLOCK;
         let filter_pairs = width.div_ceil(2 * runs);
-        let pixels = (out.len() / p.k).div_ceil(COMPONENTS * runs);
+        let pixels = (out.len() / p.k).div_ceil(p.form.components() * runs);
         let pixel_pairs = pixels.div_ceil(steps);
         let mut y_offsets = [0; MAX_ROWS];
         y_offsets.iter_mut().enumerate().for_each(|(i, offset)| *offset = i * width);
         // with few channels a call takes no longer than some divisions, so there are none in the loops below
         let (least, longer) = (tiles / runs, tiles % runs);
-        for component in 0..COMPONENTS {
+        for component in 0..p.form.components() {
             let filters = &filters[component * p.c * width..];
             let v = &v[component * v_component..][..v_component];
             let m = &mut m[component * m_component..][..m_component];
@@ -399,13 +423,13 @@ impl<'a> Group<'a> {
     /// Transforms block `b` of the group's outputs back.
     fn transform_output(&self, out: &mut [f32], m: &[f32], b: usize) {
         let (p, plan) = (self.lane.p, self.lane.plan);
-        let transform = kernel::output(plan.isa);
+        let (transform, outputs) = (kernel::transforms(plan.isa, p.form).output, p.form.outputs());
         let width = plan.blocks.width(b);
         for row in 0..self.images * self.rows() {
-            let (image, y) = (row / self.rows(), 2 * (row % self.rows()));
-            let rows = [y, y + 1].map(|y| {
-                let pixel = (image * self.out_rows + y) * p.w;
-                if y < self.out_rows {
+            let (image, y) = (row / self.rows(), outputs * (row % self.rows()));
+            let rows: [_; MOST[1]] = std::array::from_fn(|i| {
+                let pixel = (image * self.out_rows + y + i) * p.w;
+                if i < outputs && y + i < self.out_rows {
                     out[pixel * p.k + b * plan.blocks.full()..].as_mut_ptr()
                 } else {
                     std::ptr::null_mut()
