@@ -83,7 +83,15 @@ impl Cifar {
         let (mut records, mut files) = (Vec::new(), Vec::new());
         for file in if split == Split::Train { kind.train } else { kind.test } {
             let file = folder.join(file);
-            let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
+            let bytes = match is_file(&file)? {
+                true => std::fs::read(&file).map_err(Error::io(&file))?,
+                false => {
+                    return Err(Error::format(
+                        &file,
+                        "is missing, and the set is not whole without it: unpack the archive again",
+                    ));
+                }
+            };
             if bytes.is_empty() || bytes.len() % record != 0 {
                 let reason = format!(
                     "holds {} bytes, which is not a multiple of {record}, the size of a record: \
@@ -220,7 +228,7 @@ mod tests {
     fn errors_name_the_fault_of_a_file_and_the_remedy() {
         let good = records(&[&[1]]);
         let cases: [(Option<Vec<u8>>, &str); 4] = [
-            (None, "test_batch.bin: "),
+            (None, "test_batch.bin: is missing, and the set is not whole without it"),
             (
                 Some(vec![]),
                 "test_batch.bin: holds 0 bytes, which is not a multiple of 3073, the size of a record",

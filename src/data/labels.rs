@@ -9,6 +9,7 @@ use std::path::Path;
 use super::source::Source;
 use crate::device::{Philox, Purpose};
 use crate::error::{Error, Result, printable};
+use crate::files::is_file;
 
 /// Seed of the shuffle that picks a share.
 const SEED: u64 = 0;
@@ -27,8 +28,11 @@ pub fn labelled(source: &dyn Source, which: &str) -> Result<Vec<u32>> {
                 "a share ends in %, such as 10%; anything else is a file with one image per line";
             return Err(Error::config(format!("data.labels = {which}: {reason}")));
         }
-        if file.is_dir() {
-            return Err(Error::format(file, "is a folder, where a list of images is expected"));
+        if !is_file(file)? {
+            return Err(Error::format(
+                file,
+                "is no file: data.labels is a share such as 10%, or a list with the name of an image on each line",
+            ));
         }
         return listed(source, file);
     };
@@ -239,6 +243,13 @@ mod tests {
         }
         let message = labelled(&set, "0.1").unwrap_err().to_string();
         assert!(message.contains("a share ends in %, such as 10%"), "{message}");
+        for nowhere in ["missing.txt", "src"] {
+            let message = labelled(&set, nowhere).unwrap_err().to_string();
+            assert!(
+                message.contains(&format!("{nowhere}: is no file: data.labels is")),
+                "{message}"
+            );
+        }
     }
 
     #[test]

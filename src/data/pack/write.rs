@@ -129,14 +129,16 @@ fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, 
     if find(from)?.is_none() {
         return Err(Error::format(from, "no such folder: check the path of the images"));
     }
-    let is_folder = is_folder(from)?;
-    if is_folder && Pack::is_at(from)? {
+    if !is_folder(from)? {
+        return Err(Error::format(from, "is a file: name the folder that the images are in"));
+    }
+    if Pack::is_at(from)? {
         return Err(Error::format(
             from,
             "is packed already: pack the folder that the images came from",
         ));
     }
-    let found = if is_folder { SplitFolders::of(from)? } else { None };
+    let found = SplitFolders::of(from)?;
     let note = found.as_ref().and_then(SplitFolders::note);
     let mut splits: Vec<(&str, PathBuf)> = Vec::new();
     match found {

@@ -145,6 +145,11 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
             "nowhere: no such folder: check the path of the images",
         ),
         (
+            &["pack", "broken/bomb.jpg", "--out", "new"],
+            1,
+            "broken/bomb.jpg: is a file: name the folder that the images are in",
+        ),
+        (
             &["pack", "broken", "--out", "new"],
             1,
             "broken: none of its 5 images can be read; the first: broken/bomb.jpg: has 65535 x 65535 pixels; the limit is 178956970 in all",
