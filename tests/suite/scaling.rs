@@ -13,8 +13,8 @@ fn settings(words: &[&str]) -> Vec<String> {
 #[test]
 fn no_part_of_a_step_keeps_sixteen_threads_waiting() {
     for (name, words) in [
-        ("simclr-cifar10-small", &["train.batch=96"][..]),
-        ("byol-cifar10-small", &["train.batch=96"]),
+        ("simclr-cifar10-small", &["train.batch=128"][..]),
+        ("byol-cifar10-small", &["train.batch=128"]),
         ("simclr-imagenet", &["train.batch=6", "augment.size=112"]),
     ] {
         let recipe = Recipe::load(name, &settings(words)).unwrap();
