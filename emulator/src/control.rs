@@ -82,3 +82,9 @@ pub extern "C" fn standin_kernels() -> *const c_char {
 pub extern "C" fn standin_live_allocations() -> usize {
     with(|driver| driver.memory().live())
 }
+
+/// Sets the size of device memory in bytes, and returns the size before. What is allocated stays.
+#[unsafe(no_mangle)]
+pub extern "C" fn standin_memory(bytes: usize) -> usize {
+    with(|driver| std::mem::replace(&mut driver.memory().total, bytes))
+}

@@ -132,6 +132,12 @@ pub(crate) fn with<R>(body: impl FnOnce(&mut Driver) -> R) -> R {
     body(&mut DRIVER.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// A variable of the environment that is a number.
+fn number(name: &str) -> Option<u64> {
+    let value = env::var(name).ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {value}")))
+}
+
 pub(crate) fn base_name(name: &str) -> &str {
     let name = name.strip_suffix("_ptsz").unwrap_or(name);
     match name.rsplit_once("_v") {
@@ -149,11 +155,6 @@ impl Code {
 
 impl Driver {
     fn from_environment() -> Self {
-        let number = |name: &str| {
-            env::var(name)
-                .ok()
-                .map(|v| v.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {v}")))
-        };
         let mut driver = Self {
             memory: None,
             streams: BTreeMap::from([(0, Stream::default())]),
@@ -166,7 +167,7 @@ impl Driver {
             checked: number("SELFSUP_STAND_IN_CHECK").unwrap_or(0) != 0,
             eager: number("SELFSUP_STAND_IN_EAGER").unwrap_or(0) != 0,
             random: number("SELFSUP_STAND_IN_SEED")
-                .unwrap_or(1_u64)
+                .unwrap_or(1)
                 .wrapping_mul(0x9e37_79b9_7f4a_7c15)
                 | 1,
             sticky: None,
@@ -188,11 +189,14 @@ impl Driver {
         driver
     }
 
-    /// The device's memory: SELFSUP_STAND_IN_MEMORY bytes, or 2 GiB by default.
+    /// The device's memory: SELFSUP_STAND_IN_MEMORY bytes, or 2 GiB by default, of which the context takes
+    /// SELFSUP_STAND_IN_CONTEXT, or 256 MiB.
     pub fn memory(&mut self) -> &mut Memory {
         self.memory.get_or_insert_with(|| {
-            let total = env::var("SELFSUP_STAND_IN_MEMORY").ok().and_then(|v| v.parse().ok());
-            Memory::new(total.unwrap_or(2 << 30))
+            let total = number("SELFSUP_STAND_IN_MEMORY").unwrap_or(2 << 30) as usize;
+            let context = number("SELFSUP_STAND_IN_CONTEXT").unwrap_or(256 << 20) as usize;
+            assert!(context <= total, "SELFSUP_STAND_IN_CONTEXT: {context} of {total} bytes");
+            Memory::new(total, context)
         })
     }
 

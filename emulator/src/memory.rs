@@ -12,6 +12,11 @@ const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xa5;
 pub(crate) const POISON: u8 = 0xff;
 
+/// Device memory is handed out in pages. An allocation of more than half a page takes whole ones; smaller ones share pages, in
+/// units. So it is with drivers on Linux; no manual says it. That a page stays taken until its last allocation goes is not modelled.
+const PAGE: usize = 2 << 20;
+const UNIT: usize = 512;
+
 /// Bytes of freed memory that are withheld from reuse.
 const QUARANTINE: usize = 256 << 20;
 
@@ -36,8 +41,12 @@ pub(crate) struct Memory {
     reserved: usize,
     /// Size of device memory, in bytes.
     pub total: usize,
-    /// Allocated device memory, in bytes.
-    pub taken: usize,
+    /// Bytes that the context takes.
+    context: usize,
+    /// Pages of allocations that have their own, in bytes.
+    whole_pages: usize,
+    /// Units of allocations that share pages, in bytes.
+    units: usize,
     all: BTreeMap<usize, Allocation>,
     quarantine: VecDeque<usize>,
     quarantined: usize,
@@ -55,8 +64,8 @@ fn fill(at: usize, size: usize, byte: u8) {
 }
 
 impl Memory {
-    /// A device with `total` bytes.
-    pub fn new(total: usize) -> Self {
+    /// A device with `total` bytes, of which a context takes `context`.
+    pub fn new(total: usize, context: usize) -> Self {
         let reserved = total * 2 + (4 << 30);
         let base = unsafe {
             libc::mmap(
@@ -78,7 +87,9 @@ impl Memory {
             used: 0,
             reserved,
             total,
-            taken: 0,
+            context,
+            whole_pages: 0,
+            units: 0,
             all: BTreeMap::new(),
             quarantine: VecDeque::new(),
             quarantined: 0,
@@ -86,11 +97,50 @@ impl Memory {
         }
     }
 
+    /// Taken device memory, in bytes.
+    fn taken(&self) -> usize {
+        self.context + self.whole_pages + self.units.next_multiple_of(PAGE)
+    }
+
+    /// Free device memory, in bytes.
+    pub fn free_bytes(&self) -> usize {
+        self.total.saturating_sub(self.taken())
+    }
+
+    /// What an allocation of this size is counted in, and by how much.
+    fn share(&mut self, size: usize) -> (&mut usize, usize) {
+        if size > PAGE / 2 {
+            (&mut self.whole_pages, size.next_multiple_of(PAGE))
+        } else {
+            (&mut self.units, size.next_multiple_of(UNIT))
+        }
+    }
+
     /// Allocates memory, 256-byte aligned; `None` if the device is out of memory.
     pub fn allocate(&mut self, size: usize, kind: Kind) -> Option<usize> {
-        if kind == Kind::Device && self.taken + size > self.total {
-            return None;
+        if kind == Kind::Device {
+            // Sizes beyond the device are not rounded: that may overflow.
+            if size > self.total {
+                return None;
+            }
+            let (sum, bytes) = self.share(size);
+            *sum += bytes;
+            if self.taken() > self.total {
+                let (sum, bytes) = self.share(size);
+                *sum -= bytes;
+                return None;
+            }
         }
+        let at = self.place(size, kind);
+        if at.is_none() && kind == Kind::Device {
+            let (sum, bytes) = self.share(size);
+            *sum -= bytes;
+        }
+        at
+    }
+
+    /// Finds a range for an allocation, and fills and marks it.
+    fn place(&mut self, size: usize, kind: Kind) -> Option<usize> {
         let span = span(size);
         let at = match self.free.get_mut(&span).and_then(Vec::pop) {
             Some(at) => at,
@@ -109,9 +159,6 @@ impl Memory {
             size,
             if kind == Kind::Device { State::Unwritten } else { State::Written },
         );
-        if kind == Kind::Device {
-            self.taken += size;
-        }
         self.all.insert(at, Allocation { size, kind, live: true });
         Some(at)
     }
@@ -127,7 +174,8 @@ impl Memory {
         allocation.live = false;
         let Allocation { size, kind, .. } = *allocation;
         if kind == Kind::Device {
-            self.taken -= size;
+            let (sum, bytes) = self.share(size);
+            *sum -= bytes;
         }
         fill(at, size, POISON);
         engine::mark(at, size, State::Inaccessible);
@@ -218,6 +266,11 @@ impl Memory {
         for (&at, a) in self.all.iter().filter(|(_, a)| a.live) {
             engine::mark(at, a.size, State::Written);
         }
+    }
+
+    /// Bytes of live device allocations, as they were asked for.
+    pub fn asked_for(&self) -> usize {
+        self.all.values().filter(|a| a.live && a.kind == Kind::Device).map(|a| a.size).sum()
     }
 
     /// The number of live device allocations.

@@ -19,6 +19,8 @@ mod kernels;
 mod losses;
 #[path = "suite/matmul.rs"]
 mod matmul;
+#[path = "suite/misuse.rs"]
+mod misuse;
 #[path = "suite/nccl.rs"]
 mod nccl;
 #[path = "suite/optimizers.rs"]

@@ -199,7 +199,7 @@ calls! {
         in_context()?;
         let memory = driver.memory();
         *total = memory.total;
-        *free = memory.total - memory.taken;
+        *free = memory.free_bytes();
     }
 
     always fn cuGetErrorName(driver, code: c_uint, name: *mut *const c_char) { copy_name(code, name, false)? }

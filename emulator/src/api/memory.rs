@@ -163,7 +163,7 @@ calls! {
     fn cuMemPoolSetAttribute(driver, _pool: usize, _which: c_uint, _value: *mut c_void) {}
 
     fn cuMemPoolGetAttribute(driver, _pool: usize, _which: c_uint, value: *mut u64) {
-        *value = driver.memory().taken as u64;
+        *value = driver.memory().asked_for() as u64;
     }
 
     fn cuMemcpyHtoD_v2(driver, to: usize, from: usize, size: usize) {

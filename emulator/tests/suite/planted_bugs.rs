@@ -100,7 +100,7 @@ fn planted_bugs_are_caught() {
         (name, expect(name, says, run))
     };
     let block = "block (0, 0, 0), thread (";
-    let caught = [
+    let mut caught = vec![
         simple(
             "broken_no_barrier",
             64,
@@ -230,6 +230,7 @@ fn planted_bugs_are_caught() {
             }),
         ),
     ];
+    caught.extend(crate::misuse::all());
     for (name, _) in caught.iter().filter(|(_, caught)| !caught) {
         println!("not caught: {name}");
     }

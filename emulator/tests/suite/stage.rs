@@ -118,6 +118,11 @@ impl Stage {
         unsafe { f(call.as_ptr(), nth, code as u32) };
     }
 
+    /// Sets the size of device memory; returns the size before.
+    pub fn memory(&self, bytes: usize) -> usize {
+        own::<extern "C" fn(usize) -> usize>("standin_memory")(bytes)
+    }
+
     pub fn report(&self) -> String {
         if library().is_none() {
             return String::new();

@@ -273,15 +273,33 @@ fn injected_failures_reach_the_caller() {
 
 #[test]
 fn device_memory_is_limited_and_counted() {
+    let output = child("counts_device_memory", &[]);
+    assert!(output.contains("1 passed"), "{output}");
+}
+
+#[test]
+#[ignore = "started by the test above, where no other test holds memory"]
+fn counts_device_memory() {
+    const MIB: usize = 1 << 20;
     let stage = Stage::take(false);
     let (free, total) = result::mem_get_info().expect("information");
+    let taken = || free - result::mem_get_info().expect("information").0;
+    assert_eq!(free, total - 256 * MIB, "a context takes its part");
     let refused = unsafe { result::malloc_sync(free + 1) }.expect_err("more than is free");
     assert_eq!(refused.0, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-    let some: Memory<u8> = stage.room(1 << 20);
-    assert_eq!(result::mem_get_info().expect("information"), (free - (1 << 20), total));
-    assert_eq!(stage.count("allocations"), 2);
-    let at = some.at;
-    drop(some);
+    // Small allocations share a page of 2 MiB in units of 512 bytes, larger ones take their own.
+    let one: Memory<u8> = stage.room(1);
+    assert_eq!(taken(), 2 * MIB);
+    let most: Memory<u8> = stage.room(MIB);
+    let rest: Memory<u8> = stage.room(MIB - 512);
+    assert_eq!(taken(), 2 * MIB);
+    let more: Memory<u8> = stage.room(1);
+    assert_eq!(taken(), 4 * MIB);
+    let large: Memory<u8> = stage.room(2 * MIB + 1);
+    assert_eq!(taken(), 8 * MIB);
+    assert_eq!(stage.count("allocations"), 6);
+    let at = one.at;
+    drop((one, most, rest, more, large));
     let again = unsafe { result::free_sync(at) }.expect_err("freed twice");
     assert_eq!(again.0, CUresult::CUDA_ERROR_INVALID_VALUE);
     assert_eq!(result::mem_get_info().expect("information"), (free, total));
@@ -323,10 +341,10 @@ fn seeds_choose_the_schedule() {
     assert_eq!(winner(3), all[2]);
 }
 
-/// Runs `reports_its_configuration` below in a separate process under these variables; returns its standard output.
-fn child(variables: &[(&str, &str)]) -> String {
+/// Runs a test of this file in a separate process under these variables; returns its standard output.
+fn child(test: &str, variables: &[(&str, &str)]) -> String {
     let mut command = std::process::Command::new(std::env::current_exe().expect("a path"));
-    command.args(["--exact", "streams::reports_its_configuration", "--ignored", "--nocapture"]);
+    command.args(["--exact", &format!("streams::{test}"), "--ignored", "--nocapture"]);
     let output = command.envs(variables.iter().copied()).output().expect("starts");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -336,15 +354,17 @@ fn the_environment_configures_the_driver() {
     let folder = std::env::temp_dir().join(format!("stand-in-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
     let ran = folder.join("ran");
-    let output = child(&[
-        ("SELFSUP_STAND_IN_MEMORY", "1000000"),
+    let variables = [
+        ("SELFSUP_STAND_IN_MEMORY", "10000000"),
+        ("SELFSUP_STAND_IN_CONTEXT", "1000000"),
         ("SELFSUP_STAND_IN_CAPABILITY", "9.0"),
         ("SELFSUP_STAND_IN_FAIL", "cuMemAlloc:2:2,kernel:relu_f32:2:719"),
         ("SELFSUP_STAND_IN_RAN", ran.to_str().expect("a plain name")),
-    ]);
+    ];
+    let output = child("reports_its_configuration", &variables);
     let names = std::fs::read_to_string(&ran).unwrap_or_default();
     std::fs::remove_dir_all(&folder).expect("its own folder");
-    assert!(output.contains("1000000 bytes, capability 9"), "{output}");
+    assert!(output.contains("10000000 bytes, 9000000 free, capability 9"), "{output}");
     assert!(output.contains("second allocation: Some(CUDA_ERROR_OUT_OF_MEMORY)"), "{output}");
     assert!(output.contains("relu: [None, Some(CUDA_ERROR_LAUNCH_FAILED)]"), "{output}");
     assert_eq!(names, "relu_f32\n");
@@ -354,10 +374,10 @@ fn the_environment_configures_the_driver() {
 #[ignore = "started by the test above"]
 fn reports_its_configuration() {
     let stage = Stage::start();
-    let (_, total) = result::mem_get_info().expect("information");
+    let (free, total) = result::mem_get_info().expect("information");
     let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
     let major = unsafe { result::device::get_attribute(0, major) }.expect("an attribute");
-    println!("{total} bytes, capability {major}");
+    println!("{total} bytes, {free} free, capability {major}");
     let x = stage.upload(&[1.0_f32]);
     println!("second allocation: {:?}", unsafe { result::malloc_sync(4) }.err().map(|e| e.0));
     let relu = || {
