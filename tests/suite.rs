@@ -12,6 +12,8 @@ mod audit;
 mod augmentation;
 #[path = "suite/benches.rs"]
 mod benches;
+#[path = "suite/capture_memory.rs"]
+mod capture_memory;
 #[path = "suite/channel_views.rs"]
 mod channel_views;
 #[path = "suite/channels.rs"]

@@ -6,7 +6,7 @@ use super::seeded;
 use crate::arena::Arena;
 use crate::data::Batch;
 use crate::device::{Device, DeviceKind, Precision};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::methods::byol::{self, Byol};
 use crate::methods::moco::{self, Dictionary, MoCo};
 use crate::methods::simclr::{self, SimClr};
@@ -154,6 +154,9 @@ pub(super) fn train(device: &Device, name: &str, count: usize, captures: bool) -
         losses.extend(run.step(step)?);
     }
     losses.extend(run.finish()?);
+    if let Some(reason) = run.steps.take_notice() {
+        return Err(Error::Device(reason)); // nothing was captured
+    }
     let mut tensors = vec![run.online.values().to_f64(), run.online.statistics().to_f64()];
     for (_, part) in run.method.state() {
         tensors.push(match part {

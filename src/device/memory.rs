@@ -3,7 +3,8 @@
 //! A training step requests the same sizes in the same order every time. A free list keyed by exact size therefore serves
 //! every request after the first step, without system calls, without splitting blocks and without a search.
 //! On a GPU a freed block may still be in use by queued work; the next owner's work is queued behind it. Once a GPU has run out
-//! of memory, a request may also take a free block that is a little larger, and only then is the free list returned to the driver.
+//! of memory, a request may also take a free block that is a little larger, and only then is the free list returned to the driver. A
+//! capture may not do that, and is given up instead.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
@@ -73,7 +74,7 @@ struct State {
 }
 
 /// An owned block, `ALIGNMENT`-aligned: initialised host memory, or an address on a GPU. Null if the GPU ran out of memory;
-/// the GPU is in its failed state then, and no operation touches the block.
+/// the GPU ignores all work then, and no operation touches the block.
 #[derive(Debug)]
 struct Block(*mut u8);
 
@@ -123,7 +124,9 @@ impl Pool {
         drop(state);
         if let Some(gpu) = &self.gpu {
             let block = self.take_from_gpu(gpu, bytes);
-            self.lock().claim(&block);
+            if !block.0.is_null() {
+                self.lock().claim(&block);
+            }
             return block;
         }
         let pointer = if bytes < HUGE_PAGE {
@@ -164,22 +167,24 @@ impl Pool {
         let mut state = self.lock();
         state.tight = true;
         let larger = state.reuse_larger(bytes);
-        if larger.is_some() {
-            state.usage.reserved -= bytes;
+        let capturing = state.capture.is_some();
+        if larger.is_some() || capturing {
+            state.usage.reserved -= bytes; // the driver gave nothing
             state.usage.allocations -= 1;
         }
-        let capturing = state.capture.is_some();
         drop(state);
         if let Some(block) = larger {
             return block;
         }
         // The free list may hold blocks of other sizes: return them to the driver and try again. Not during a capture, whose
         // launches may refer to them.
-        if !capturing {
-            self.trim(gpu);
-            if let Some(address) = gpu.allocate(bytes) {
-                return block(address);
-            }
+        if capturing {
+            gpu.give_up_capture(self.out_of_memory(gpu, bytes));
+            return block(0);
+        }
+        self.trim(gpu);
+        if let Some(address) = gpu.allocate(bytes) {
+            return block(address);
         }
         gpu.fail(self.out_of_memory(gpu, bytes));
         block(0)

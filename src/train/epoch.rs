@@ -202,6 +202,7 @@ impl Run {
                 schedule: &self.schedule,
             };
             let known = self.steps.run(training, &batch, self.begun)?;
+            self.steps.take_notice().iter().for_each(|sentence| watch.note(sentence));
             self.begun += 1;
             known.into_iter().try_for_each(|done| self.log_step(done, so_far, watch))?;
             self.trace_step(so_far, watch)?;

@@ -4,7 +4,8 @@
 //! the free list; it captures the third as a graph, and from then on a step is one call. A replay runs no host code: the views
 //! are copied to the buffers that the captured step read, and everything else that changes is in
 //! [`Numbers`](crate::tensor::Numbers) set by [`Method::labels`], [`Method::prepare`] and the schedule. Another phase or shape
-//! needs another capture. There is one graph at a time, because it owns the memory of its activations.
+//! needs another capture. There is one graph at a time, because it owns the memory of its activations. A GPU with too little memory
+//! for that goes on launching, and says so.
 //!
 //! The host never waits for a GPU in the middle of a step, so losses arrive late: while one step runs, the host prepares the
 //! next, and then polls whether the previous one has ended.
@@ -73,6 +74,7 @@ pub struct Steps {
     losses: Option<Ring>,
     /// Steps whose losses have not arrived yet, with their learning rates.
     pending: VecDeque<(u64, f64)>,
+    notice: Option<String>,
 }
 
 /// Decides whether a captured step can be replayed: everything in which it may not differ.
@@ -109,6 +111,7 @@ impl Steps {
             embeddings: None,
             losses: on_gpu.then(|| Ring::new(device, AHEAD + 1)),
             pending: VecDeque::new(),
+            notice: None,
         }
     }
 
@@ -172,6 +175,11 @@ impl Steps {
         self.known(0)
     }
 
+    /// A sentence for the user, once: that steps are launched from now on, and why.
+    pub fn take_notice(&mut self) -> Option<String> {
+        self.notice.take()
+    }
+
     /// The embeddings of the last step, from [`Method::take_embeddings`]. The next step may overwrite them.
     pub fn embeddings(&self) -> Option<&Tensor> {
         self.embeddings.as_ref()
@@ -217,9 +225,19 @@ impl Steps {
                 let loss = step(method, online, optimizer, &self.views, split, progress)?;
                 Ok((loss, method.take_embeddings()))
             };
-            let (graph, (loss, embeddings)) = Graph::capture(&self.device, body)?;
-            let _communicator = self.group.communicator();
-            self.captured = Some(Captured { graph, loss, embeddings, _communicator });
+            match Graph::capture(&self.device, body)? {
+                Ok((graph, (loss, embeddings))) => {
+                    let _communicator = self.group.communicator();
+                    self.captured = Some(Captured { graph, loss, embeddings, _communicator });
+                }
+                Err(reason) => {
+                    self.captures = false;
+                    self.notice = Some(format!(
+                        "steps are launched kernel by kernel, not replayed as a graph, whose memory nothing else may use: {reason}"
+                    ));
+                    return self.queue(method, online, optimizer, batch, progress);
+                }
+            }
         }
         let captured = self.captured.as_ref().expect("captured by now");
         captured.graph.replay();

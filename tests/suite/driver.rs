@@ -124,6 +124,12 @@ impl StandIn {
         }
     }
 
+    /// Sets the size of the GPU's memory; returns the size before.
+    pub fn memory(&self, bytes: usize) -> usize {
+        // SAFETY: takes and returns a number.
+        unsafe { self.call::<unsafe extern "C" fn(usize) -> usize>("standin_memory")(bytes) }
+    }
+
     /// The last violation; empty if there was none.
     pub fn report(&self) -> String {
         // SAFETY: the returned string is valid until the next violation.

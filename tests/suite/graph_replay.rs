@@ -88,24 +88,26 @@ impl Method for Phased {
 
 /// The results that must be equal bit for bit.
 #[derive(Debug, PartialEq)]
-struct Outcome {
-    losses: Vec<(u64, f64)>,
-    tensors: Vec<Vec<f64>>,
+pub struct Outcome {
+    pub losses: Vec<(u64, f64)>,
+    pub tensors: Vec<Vec<f64>>,
 }
 
 /// A training run whose steps the test drives: `evaluate` and then `watch` run before each step.
-struct ManualRun {
+pub struct ManualRun {
     device: Device,
     method: Phased,
     online: Arena,
     optimizer: Optimizer,
     schedule: Schedule,
-    steps: Steps,
+    pub steps: Steps,
+    /// Pixels of a side of its images.
+    pub side: usize,
     losses: Vec<StepResult>,
 }
 
 impl ManualRun {
-    fn new(device: &Device, change: u64, captures: bool) -> Self {
+    pub fn new(device: &Device, change: u64, captures: bool) -> Self {
         let mut method = Phased::new(change);
         let online = Arena::new(method.layout(), device, 3);
         let run_info = RunInfo { seed: 3, batch: BATCH, images: 24, per_epoch: 6, total: 12 };
@@ -121,13 +123,14 @@ impl ManualRun {
             optimizer,
             schedule: Schedule { peak: 0.3, warmup: 3, total: 12, ..Schedule::default() },
             steps: if captures { steps } else { steps.without_capture() },
+            side: SIDE,
             losses: Vec::new(),
         }
     }
 
     fn batch(&self, iteration: u64) -> Batch {
         let what = format!("images {iteration}");
-        let images = network::images(&self.device, &what, [2 * BATCH, SIDE, SIDE]);
+        let images = network::images(&self.device, &what, [2 * BATCH, self.side, self.side]);
         Batch {
             epoch: 0,
             position: iteration as usize,
@@ -137,7 +140,7 @@ impl ManualRun {
         }
     }
 
-    fn step(&mut self, iteration: u64) -> selfsup::Result<()> {
+    pub fn step(&mut self, iteration: u64) -> selfsup::Result<()> {
         let batch = self.batch(iteration);
         let training = Training {
             method: &mut self.method,
@@ -159,7 +162,7 @@ impl ManualRun {
         features.unwrap().to_f64()
     }
 
-    fn left(mut self, mut tensors: Vec<Vec<f64>>) -> Outcome {
+    pub fn left(mut self, mut tensors: Vec<Vec<f64>>) -> Outcome {
         self.losses.extend(self.steps.finish().unwrap());
         let (follower, _) = self.method.follower.as_ref().unwrap();
         tensors.extend([self.online.values().to_f64(), self.online.statistics().to_f64()]);
@@ -194,13 +197,14 @@ fn captured_steps_equal_launched_steps_over_two_phases_with_an_evaluation_betwee
     });
 }
 
-/// Runs `count` steps of a method; `sizes` gives the views of each side.
-fn some_steps(
+/// Runs `count` steps of a method, `before` before each of them; `views` gives the views of each side.
+pub fn some_steps(
     name: &str,
     views: &[(usize, usize)],
     count: usize,
     device: &Device,
     (captures, recompute): (bool, bool),
+    mut before: impl FnMut(usize),
 ) -> Outcome {
     let run = methods::run_of(name);
     let mut state = methods::Training::new(run, device);
@@ -212,6 +216,7 @@ fn some_steps(
     let (online, method) = (&state.online, &state.method);
     state.optimizer.set_policies(online.layout(), |slot| method.param_policy(slot, schedule.peak));
     for step in 0..count {
+        before(step);
         let crops = views.iter().map(|&(views, side)| {
             let what = format!("{name}, step {step}, side {side}");
             let images = network::images(device, &what, [views * methods::BATCH, side, side]);
@@ -255,7 +260,7 @@ fn captured_steps_of_methods_with_numbers_equal_launched_steps() {
             ("supervised", &[(1, 8)], 3),
         ] {
             let [launched, captured, recomputed] = [(false, false), (true, false), (true, true)]
-                .map(|how| some_steps(name, views, count, &device, how));
+                .map(|how| some_steps(name, views, count, &device, how, |_| {}));
             let finite = launched.tensors.iter().flatten().all(|v| v.is_finite());
             assert!(finite && launched.losses.len() == count, "{name}: {launched:?}");
             assert!(captured == launched, "{name}: {captured:?}, launched {launched:?}");

@@ -34,8 +34,11 @@ pub(crate) struct Gpu {
     capturing: AtomicBool,
     /// `SELFSUP_SYNC=1`: wait after each launch, to find out which kernel failed.
     synchronous: bool,
-    failed: AtomicBool,
+    /// It ignores all work: it has failed, or the capture in progress is given up.
+    ignores: AtomicBool,
     failure: Mutex<Option<String>>,
+    /// Why the capture in progress is given up.
+    given_up: Mutex<Option<String>>,
 }
 
 // SAFETY: contexts, streams and functions may be used from any thread that makes the context current, as `attempt` does.
@@ -113,8 +116,9 @@ impl Gpu {
             unsent: AtomicBool::new(false),
             capturing: AtomicBool::new(false),
             synchronous: std::env::var_os("SELFSUP_SYNC").is_some_and(|v| v == "1"),
-            failed: AtomicBool::new(false),
+            ignores: AtomicBool::new(false),
             failure: Mutex::default(),
+            given_up: Mutex::default(),
         })
     }
 
@@ -145,25 +149,40 @@ impl Gpu {
 
     /// Reports the first failure.
     pub(crate) fn check(&self) -> Result<()> {
-        if !self.failed.load(Ordering::Acquire) {
+        if !self.ignores.load(Ordering::Acquire) {
             return Ok(());
         }
-        Err(Error::Device(lock(&self.failure).clone().unwrap_or_default()))
+        lock(&self.failure).clone().map_or(Ok(()), |reason| Err(Error::Device(reason)))
     }
 
     /// Records a failure if it is the first. From now on the GPU ignores all work.
     pub(crate) fn fail(&self, reason: String) {
         lock(&self.failure).get_or_insert(reason);
-        self.failed.store(true, Ordering::Release);
+        self.ignores.store(true, Ordering::Release);
     }
 
-    /// Runs driver calls with the context current, or does nothing after a failure.
+    /// Gives up the capture in progress, for a reason that is no failure: the GPU ignores work until the capture ends, and then
+    /// goes on as if it had never begun. The host's part of the step runs to its end meanwhile, so that nothing is left half-way.
+    pub(crate) fn give_up_capture(&self, reason: String) {
+        lock(&self.given_up).get_or_insert(reason);
+        self.ignores.store(true, Ordering::Release);
+    }
+
+    /// Ends a capture that was given up; returns the reason, or `None` if it was not.
+    pub(super) fn resume(&self) -> Option<String> {
+        let reason = lock(&self.given_up).take()?;
+        let failed = lock(&self.failure).is_some();
+        self.ignores.store(failed, Ordering::Release);
+        Some(reason)
+    }
+
+    /// Runs driver calls with the context current, or does nothing after a failure and in a capture that is given up.
     pub(super) fn attempt<T>(
         &self,
         what: impl FnOnce() -> String,
         f: impl FnOnce(&Self) -> Result<T, DriverError>,
     ) -> Option<T> {
-        if self.failed.load(Ordering::Acquire) {
+        if self.ignores.load(Ordering::Acquire) {
             return None;
         }
         // SAFETY: the context lives as long as `self`.
@@ -344,7 +363,7 @@ impl Gpu {
 
     /// Sets numbers for all work queued from now on.
     pub(crate) fn set_numbers(&self, address: u64, bytes: &[u8]) {
-        if self.failed.load(Ordering::Acquire) {
+        if self.ignores.load(Ordering::Acquire) {
             return; // the address may be 0
         }
         if self.capturing.load(Ordering::Acquire) {
@@ -397,7 +416,7 @@ impl Gpu {
         );
     }
 
-    /// Ends a capture and returns its graph; `None` if no capture is in progress or the GPU has failed.
+    /// Ends a capture and returns its graph; `None` if no capture is in progress, it is given up, or the GPU has failed.
     pub(super) fn end_capture(&self) -> Option<CUgraphExec> {
         if !self.capturing.swap(false, Ordering::AcqRel) {
             return None;

@@ -32,21 +32,30 @@ impl Graph {
     /// Captures the work that `work` queues on the device, without running it. The result of `work` may hold tensors: each
     /// replay writes them again, as long as the graph lives.
     ///
+    /// If the device has too little memory for a capture, which may not return the free list to the driver, returns a sentence that
+    /// says so in place of a graph: `work` has run to its end, none of what it queued ever runs, and it may be run again outside of a
+    /// capture.
+    ///
     /// # Errors
     /// If `work` fails, the device fails, or the queued work cannot be captured.
     pub(crate) fn capture<R>(
         device: &Device,
         work: impl FnOnce() -> Result<R>,
-    ) -> Result<(Self, R)> {
+    ) -> Result<Result<(Self, R), String>> {
         device.gpu().begin_capture();
         let memory = device.pool().begin_capture();
         let mut capture = Capture { device, memory, executable: None, kept: false };
         let result = work()?;
         capture.executable = device.gpu().end_capture();
         device.check()?;
+        let Some(executable) = capture.executable else {
+            // Its tensors go before the GPU works again: some have no memory.
+            drop(result);
+            let reason = device.gpu().resume();
+            return Ok(Err(reason.expect("a device without a failure has captured or given up")));
+        };
         capture.kept = true;
-        let executable = capture.executable.expect("a device without a failure has captured");
-        Ok((Self { device: device.clone(), executable, memory }, result))
+        Ok(Ok((Self { device: device.clone(), executable, memory }, result)))
     }
 
     /// Queues the captured work.
@@ -66,6 +75,7 @@ impl Drop for Capture<'_> {
             self.device.gpu().destroy(executable);
         }
         self.device.pool().release_captured(self.memory);
+        self.device.gpu().resume(); // if `work` failed after the capture was given up
     }
 }
 
