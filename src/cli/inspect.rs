@@ -145,12 +145,13 @@ fn print_memory(needs: &Needs, recipe: &Recipe) -> Result<()> {
     let half = if *precision == Precision::F32 { ", half as much in bf16" } else { "" };
     let of = |need: &Need| {
         format!(
-            "{} for weights, gradients, momentum and state, {} per image ({} of it saved for the backward pass{half}), {} at batch {}",
+            "{} for weights, gradients, momentum and state, {} per image ({} of it saved for the backward pass{half}), {} at batch {}, for which {} are reserved on this processor with freed blocks that no request has the size of",
             size(need.fixed),
             size(need.per_image),
             size(need.saved_per_image),
             size(need.in_all),
             recipe.train.batch,
+            size(need.reserved),
         )
     };
     let mark = |is: bool| if needs.recompute == is { " (as the recipe says)" } else { "" };

@@ -44,6 +44,9 @@ pub struct Need {
     pub saved_per_image: usize,
     /// Bytes at the recipe's batch.
     pub in_all: usize,
+    /// Bytes that the processor's memory pool obtains from the system for them: `in_all`, and freed blocks that no later request has the
+    /// size of. A GPU's kernels have other workspaces.
+    pub reserved: usize,
     /// The recipe's batch.
     batch: usize,
 }
@@ -198,11 +201,14 @@ pub fn memory_within(recipe: &Recipe, precision: Precision, longest: f64) -> Res
         let settled = differs < SETTLED.0 && large.images >= SETTLED.1;
         if settled || large.images == most || large.seconds > longest {
             let more = recipe.train.batch.saturating_sub(small.images);
+            let in_all = small.peak + per_image * more;
+            let reserved = small.reserved + slope(small.reserved, large.reserved) * more;
             return Ok(Need {
                 fixed: small.fixed,
                 per_image,
                 saved_per_image,
-                in_all: small.peak + per_image * more,
+                in_all,
+                reserved: reserved.max(in_all),
                 batch: recipe.train.batch.max(small.images),
             });
         }

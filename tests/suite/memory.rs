@@ -144,10 +144,14 @@ fn the_estimate_of_a_batch_is_what_its_step_takes() {
                 // The other tests keep the machine busy.
                 let need = memory_within(&recipe, precision, 60.0).unwrap();
                 let device = Device::cpu(0).unwrap().with_precision(precision).unwrap();
-                let took = measure_on(&recipe, batch, &device).unwrap().peak;
-                println!("{precision}, recompute {recompute}: {need:?}; took {took}");
+                let took = measure_on(&recipe, batch, &device).unwrap();
+                let (took, reserved) = (took.peak, took.reserved);
+                println!("{precision}, recompute {recompute}: {need:?}; took {took}, {reserved}");
                 let share = need.in_all as f64 / took as f64;
                 assert!((0.98..1.1).contains(&share), "{precision}: {need:?}, took {took}");
+                let share = need.reserved as f64 / reserved as f64;
+                assert!((0.98..1.1).contains(&share), "{precision}: {need:?}, reserved {reserved}");
+                assert!(need.reserved >= need.in_all);
                 if batch == 48 {
                     needs.push(need);
                 }
