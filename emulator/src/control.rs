@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::sync::OnceLock;
 
+use crate::context::Device;
 use crate::driver::{Code, with};
 use crate::engine;
 
@@ -83,8 +84,18 @@ pub extern "C" fn standin_live_allocations() -> usize {
     with(|driver| driver.memory().live())
 }
 
-/// Sets the size of device memory in bytes, and returns the size before. What is allocated stays.
+/// Sets the size of each device's memory in bytes, and returns the size before. What is allocated stays.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_memory(bytes: usize) -> usize {
     with(|driver| std::mem::replace(&mut driver.memory().total, bytes))
+}
+
+/// Sets the number of devices, at most 8. Take away only devices without a context.
+#[unsafe(no_mangle)]
+pub extern "C" fn standin_devices(count: usize) {
+    with(|driver| {
+        let alive = (count..driver.devices.len()).any(|device| driver.is_active(device));
+        assert!((1..=8).contains(&count) && !alive, "stand-in driver: {count} devices");
+        driver.devices.resize(count, Device::default());
+    });
 }

@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::env;
 use std::io::Write;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
+use crate::context::Device;
 use crate::engine::Kernel;
 use crate::memory::{Kind, Memory};
-use crate::work::{Capture, Event, Stream, Work};
+use crate::work::{Capture, Event, Graph, Stream};
 
 /// A `CUresult` other than success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,7 @@ codes! {
     ILLEGAL_ADDRESS = 700, c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered";
     OUT_OF_RESOURCES = 701, c"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", c"too many resources requested for launch";
     LAUNCH_TIMEOUT = 702, c"CUDA_ERROR_LAUNCH_TIMEOUT", c"the launch timed out and was terminated";
+    CONTEXT_IS_DESTROYED = 709, c"CUDA_ERROR_CONTEXT_IS_DESTROYED", c"context is destroyed";
     MISALIGNED = 716, c"CUDA_ERROR_MISALIGNED_ADDRESS", c"misaligned address";
     LAUNCH_FAILED = 719, c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure";
     COOPERATIVE_TOO_LARGE = 720, c"CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE", c"too many blocks in cooperative launch";
@@ -72,6 +74,9 @@ struct Fault {
 #[derive(Clone, Copy)]
 pub(crate) struct Function {
     pub kernel: &'static Kernel,
+    /// The context that its module was loaded in, and the module.
+    pub context: usize,
+    pub module: usize,
     /// Its limit of dynamic shared memory.
     pub allowed: u32,
     /// Its preferred carve-out of shared memory in percent; -1 leaves that to the driver.
@@ -80,14 +85,19 @@ pub(crate) struct Function {
 
 pub(crate) struct Driver {
     memory: Option<Memory>,
+    /// `cuInit` has been called.
+    pub initialized: bool,
+    pub devices: Vec<Device>,
+    /// Streams by handle, the default stream of each context under that of the context.
     pub streams: BTreeMap<usize, Stream>,
     pub events: HashMap<usize, Event>,
     pub captures: HashMap<usize, Capture>,
     /// Graphs and executable graphs.
-    pub graphs: HashMap<usize, Arc<Vec<Work>>>,
+    pub graphs: HashMap<usize, Graph>,
+    /// The context of each loaded module.
+    pub modules: HashMap<usize, usize>,
     /// Functions by handle.
     pub functions: HashMap<usize, Function>,
-    pub handles: HashMap<&'static str, usize>,
     next_handle: usize,
     /// Whether instrumented kernels run instead of plain ones.
     pub checked: bool,
@@ -116,6 +126,7 @@ pub(crate) fn call(
     driver.calls += 1;
     let result = match driver.sticky {
         Some(code) if !survives => Err(code),
+        _ if !driver.initialized && !BEFORE_INIT.contains(&base) => Err(Code::NOT_INITIALIZED),
         _ => match driver.fault(base) {
             Some(code) if code.is_fatal() => {
                 Err(driver.set_sticky(code, format!("{base}: an injected failure")))
@@ -126,6 +137,10 @@ pub(crate) fn call(
     };
     result.err().map_or(0, |code| code.0)
 }
+
+/// Calls that work before `cuInit`.
+const BEFORE_INIT: [&str; 5] =
+    ["cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuGetProcAddress"];
 
 /// Runs `body` on the driver's state, outside any driver call.
 pub(crate) fn with<R>(body: impl FnOnce(&mut Driver) -> R) -> R {
@@ -157,12 +172,17 @@ impl Driver {
     fn from_environment() -> Self {
         let mut driver = Self {
             memory: None,
-            streams: BTreeMap::from([(0, Stream::default())]),
+            initialized: false,
+            devices: vec![
+                Device::default();
+                number("SELFSUP_STAND_IN_DEVICES").unwrap_or(1) as usize
+            ],
+            streams: BTreeMap::new(),
             events: HashMap::new(),
             captures: HashMap::new(),
             graphs: HashMap::new(),
+            modules: HashMap::new(),
             functions: HashMap::new(),
-            handles: HashMap::new(),
             next_handle: 0x1000,
             checked: number("SELFSUP_STAND_IN_CHECK").unwrap_or(0) != 0,
             eager: number("SELFSUP_STAND_IN_EAGER").unwrap_or(0) != 0,
@@ -277,7 +297,8 @@ impl Driver {
         self.captures.clear();
         self.report = std::ffi::CString::default();
         for stream in self.streams.values_mut() {
-            *stream = Stream { non_blocking: stream.non_blocking, ..Stream::default() };
+            let Stream { non_blocking, context, .. } = *stream;
+            *stream = Stream { non_blocking, context, ..Stream::default() };
         }
     }
 
@@ -313,7 +334,9 @@ impl Driver {
             return Err(Code::INVALID_VALUE);
         }
         self.count("allocations");
-        self.memory().allocate(size, kind).ok_or(Code::OUT_OF_MEMORY)
+        let context = self.in_context()?;
+        let place = (context, self.device_of(context)?);
+        self.memory().allocate(size, kind, place).ok_or(Code::OUT_OF_MEMORY)
     }
 }
 

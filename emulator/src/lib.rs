@@ -6,6 +6,7 @@
 //! | `api.rs`, `api/` | the driver calls, one function each, as the driver's manual documents them |
 //! | `control.rs` | calls that only this driver has: counters, fault injection, reports |
 //! | `driver.rs` | the driver's state, and the behaviour common to all calls |
+//! | `context.rs` | devices and their primary contexts |
 //! | `work.rs` | streams, events and graphs: queued work, and when it runs |
 //! | `nccl.rs` | NCCL's calls: collectives between processes, as host functions on a stream |
 //! | `memory.rs` | device and pinned memory, with guards and poison |
@@ -20,6 +21,7 @@
 )]
 
 mod api;
+mod context;
 mod control;
 mod driver;
 mod engine;

@@ -32,6 +32,20 @@ struct Allocation {
     size: usize,
     kind: Kind,
     live: bool,
+    /// The context that it was made in, and that one's device.
+    context: usize,
+    device: usize,
+}
+
+/// What is taken of a device's memory.
+#[derive(Clone, Copy)]
+struct Taken {
+    /// Whether its context exists.
+    context: bool,
+    /// Pages of allocations that have their own, in bytes.
+    whole_pages: usize,
+    /// Units of allocations that share pages, in bytes.
+    units: usize,
 }
 
 pub(crate) struct Memory {
@@ -39,14 +53,11 @@ pub(crate) struct Memory {
     /// Bytes of the range that have ever been used.
     used: usize,
     reserved: usize,
-    /// Size of device memory, in bytes.
+    /// Size of a device's memory, in bytes.
     pub total: usize,
-    /// Bytes that the context takes.
+    /// Bytes that a context takes.
     context: usize,
-    /// Pages of allocations that have their own, in bytes.
-    whole_pages: usize,
-    /// Units of allocations that share pages, in bytes.
-    units: usize,
+    taken: Vec<Taken>,
     all: BTreeMap<usize, Allocation>,
     quarantine: VecDeque<usize>,
     quarantined: usize,
@@ -64,7 +75,7 @@ fn fill(at: usize, size: usize, byte: u8) {
 }
 
 impl Memory {
-    /// A device with `total` bytes, of which a context takes `context`.
+    /// Devices with `total` bytes each, of which a context takes `context`.
     pub fn new(total: usize, context: usize) -> Self {
         let reserved = total * 2 + (4 << 30);
         let base = unsafe {
@@ -88,8 +99,7 @@ impl Memory {
             reserved,
             total,
             context,
-            whole_pages: 0,
-            units: 0,
+            taken: Vec::new(),
             all: BTreeMap::new(),
             quarantine: VecDeque::new(),
             quarantined: 0,
@@ -97,50 +107,79 @@ impl Memory {
         }
     }
 
-    /// Taken device memory, in bytes.
-    fn taken(&self) -> usize {
-        self.context + self.whole_pages + self.units.next_multiple_of(PAGE)
+    fn taken(&mut self, device: usize) -> &mut Taken {
+        if device >= self.taken.len() {
+            self.taken.resize(device + 1, Taken { context: false, whole_pages: 0, units: 0 });
+        }
+        &mut self.taken[device]
     }
 
-    /// Free device memory, in bytes.
-    pub fn free_bytes(&self) -> usize {
-        self.total.saturating_sub(self.taken())
+    /// Bytes that are taken of a device's memory.
+    fn bytes_taken(&mut self, device: usize) -> usize {
+        let Taken { context, whole_pages, units } = *self.taken(device);
+        let context = if context { self.context } else { 0 };
+        context + whole_pages + units.next_multiple_of(PAGE)
     }
 
-    /// What an allocation of this size is counted in, and by how much.
-    fn share(&mut self, size: usize) -> (&mut usize, usize) {
-        if size > PAGE / 2 {
-            (&mut self.whole_pages, size.next_multiple_of(PAGE))
+    /// Free memory of a device, in bytes.
+    pub fn free_bytes(&mut self, device: usize) -> usize {
+        self.total.saturating_sub(self.bytes_taken(device))
+    }
+
+    /// Counts an allocation, or that one is gone.
+    fn count(&mut self, device: usize, size: usize, comes: bool) {
+        let taken = self.taken(device);
+        let (sum, bytes) = if size > PAGE / 2 {
+            (&mut taken.whole_pages, size.next_multiple_of(PAGE))
         } else {
-            (&mut self.units, size.next_multiple_of(UNIT))
-        }
+            (&mut taken.units, size.next_multiple_of(UNIT))
+        };
+        *sum = if comes { *sum + bytes } else { *sum - bytes };
     }
 
-    /// Allocates memory, 256-byte aligned; `None` if the device is out of memory.
-    pub fn allocate(&mut self, size: usize, kind: Kind) -> Option<usize> {
-        if kind == Kind::Device {
-            // Sizes beyond the device are not rounded: that may overflow.
-            if size > self.total {
-                return None;
-            }
-            let (sum, bytes) = self.share(size);
-            *sum += bytes;
-            if self.taken() > self.total {
-                let (sum, bytes) = self.share(size);
-                *sum -= bytes;
-                return None;
-            }
+    /// Takes memory for a device's context; false if there is too little.
+    pub fn begin_context(&mut self, device: usize) -> bool {
+        let fits = self.context <= self.free_bytes(device);
+        self.taken(device).context = fits;
+        fits
+    }
+
+    /// Frees a device's context and everything that was allocated in it.
+    pub fn end_context(&mut self, device: usize, context: usize) {
+        let of_it =
+            |(at, a): (&usize, &Allocation)| (a.live && a.context == context).then_some(*at);
+        let all: Vec<usize> = self.all.iter().filter_map(of_it).collect();
+        all.into_iter().for_each(|at| self.release(at));
+        self.taken(device).context = false;
+    }
+
+    /// Allocates memory in a context of a device, 256-byte aligned; `None` if the device is out of memory.
+    pub fn allocate(
+        &mut self,
+        size: usize,
+        kind: Kind,
+        (context, device): (usize, usize),
+    ) -> Option<usize> {
+        let allocation = Allocation { size, kind, live: true, context, device };
+        if kind == Kind::Pinned {
+            return self.place(allocation);
         }
-        let at = self.place(size, kind);
-        if at.is_none() && kind == Kind::Device {
-            let (sum, bytes) = self.share(size);
-            *sum -= bytes;
+        // Sizes beyond the device are not rounded: that may overflow.
+        if size > self.total {
+            return None;
+        }
+        self.count(device, size, true);
+        let fits = self.bytes_taken(device) <= self.total;
+        let at = if fits { self.place(allocation) } else { None };
+        if at.is_none() {
+            self.count(device, size, false);
         }
         at
     }
 
     /// Finds a range for an allocation, and fills and marks it.
-    fn place(&mut self, size: usize, kind: Kind) -> Option<usize> {
+    fn place(&mut self, allocation: Allocation) -> Option<usize> {
+        let Allocation { size, kind, .. } = allocation;
         let span = span(size);
         let at = match self.free.get_mut(&span).and_then(Vec::pop) {
             Some(at) => at,
@@ -159,7 +198,7 @@ impl Memory {
             size,
             if kind == Kind::Device { State::Unwritten } else { State::Written },
         );
-        self.all.insert(at, Allocation { size, kind, live: true });
+        self.all.insert(at, allocation);
         Some(at)
     }
 
@@ -172,10 +211,9 @@ impl Memory {
     pub fn release(&mut self, at: usize) {
         let allocation = self.all.get_mut(&at).expect("checked by the caller");
         allocation.live = false;
-        let Allocation { size, kind, .. } = *allocation;
+        let Allocation { size, kind, device, .. } = *allocation;
         if kind == Kind::Device {
-            let (sum, bytes) = self.share(size);
-            *sum -= bytes;
+            self.count(device, size, false);
         }
         fill(at, size, POISON);
         engine::mark(at, size, State::Inaccessible);
@@ -268,9 +306,16 @@ impl Memory {
         }
     }
 
-    /// Bytes of live device allocations, as they were asked for.
-    pub fn asked_for(&self) -> usize {
-        self.all.values().filter(|a| a.live && a.kind == Kind::Device).map(|a| a.size).sum()
+    /// Bytes of live allocations on a device, as they were asked for.
+    pub fn asked_for(&self, device: usize) -> usize {
+        let of_it = |a: &&Allocation| a.live && a.kind == Kind::Device && a.device == device;
+        self.all.values().filter(of_it).map(|a| a.size).sum()
+    }
+
+    /// The context and the device that a live allocation belongs to.
+    pub fn owner(&self, at: usize) -> Option<(Kind, usize, usize)> {
+        let (start, a) = self.nearest(at)?;
+        (a.live && (start..start + a.size).contains(&at)).then_some((a.kind, a.context, a.device))
     }
 
     /// The number of live device allocations.

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use crate::driver::{CallResult, Code, Driver};
 use crate::engine::{self, Dim3, Kernel, State};
+use crate::memory::Kind;
 
 /// A point in a stream that others can wait for.
 #[derive(Debug)]
@@ -30,6 +31,7 @@ impl Marker {
 #[derive(Clone)]
 pub(crate) struct Launch {
     pub kernel: &'static Kernel,
+    pub device: usize,
     pub size: (Dim3, Dim3, u32),
     /// Copied at the launch call.
     pub arguments: Arc<Vec<Vec<u8>>>,
@@ -66,6 +68,7 @@ pub(crate) enum Work {
 
 #[derive(Default)]
 pub(crate) struct Stream {
+    pub context: usize,
     pub queue: VecDeque<Work>,
     /// It and the legacy default stream do not wait for each other.
     pub non_blocking: bool,
@@ -75,10 +78,18 @@ pub(crate) struct Stream {
 
 #[derive(Default)]
 pub(crate) struct Event {
+    pub context: usize,
     pub last: Option<Arc<Marker>>,
     /// When the device last reached it.
     pub at: Option<Instant>,
     pub timed: bool,
+}
+
+/// A graph or an executable graph.
+#[derive(Clone)]
+pub(crate) struct Graph {
+    pub context: usize,
+    pub nodes: Arc<Vec<Work>>,
 }
 
 /// A capture in progress.
@@ -93,16 +104,22 @@ pub(crate) struct Capture {
     pub invalidated: bool,
 }
 
-/// The stream's key; the legacy default stream has several handles.
-pub(crate) fn stream_id(handle: usize) -> usize {
-    if handle <= 2 { 0 } else { handle }
-}
-
 impl Driver {
+    /// The stream's key; the legacy default stream of the current context has several handles.
+    pub fn stream_id(&self, handle: usize) -> CallResult<usize> {
+        let id = if handle <= 2 { self.in_context()? } else { handle };
+        if self.streams.contains_key(&id) { Ok(id) } else { Err(Code::INVALID_HANDLE) }
+    }
+
+    /// Whether it is the legacy default stream of its context.
+    pub fn is_default_stream(&self, id: usize) -> bool {
+        self.streams.get(&id).is_some_and(|stream| stream.context == id)
+    }
+
     /// Queues work on a stream, or adds it to the stream's capture.
     pub fn push(&mut self, stream: usize, work: Work) -> CallResult {
-        let id = stream_id(stream);
-        let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        let id = self.stream_id(stream)?;
+        let Stream { context, capture, .. } = self.streams[&id];
         if let Some(capture) = capture.and_then(|c| self.captures.get_mut(&c)) {
             if capture.invalidated {
                 return Err(Code::CAPTURE_INVALIDATED);
@@ -113,11 +130,12 @@ impl Driver {
             capture.nodes.push(work);
             return Ok(());
         }
-        if id == 0 {
-            self.default_stream_waits()?;
+        let by_default = self.is_default_stream(id);
+        if by_default {
+            self.default_stream_waits(context)?;
         }
         self.streams.get_mut(&id).expect("looked up above").queue.push_back(work);
-        if self.eager || id == 0 {
+        if self.eager || by_default {
             return self.drain(id);
         }
         while self.streams[&id].queue.len() > 1000 {
@@ -131,10 +149,10 @@ impl Driver {
         Ok(())
     }
 
-    /// Waits for all blocking streams, as the legacy default stream does before each of its operations.
-    pub fn default_stream_waits(&mut self) -> CallResult {
-        let blocking: Vec<usize> =
-            self.streams.iter().filter(|(_, s)| !s.non_blocking).map(|(id, _)| *id).collect();
+    /// Waits for all blocking streams of a context, as its legacy default stream does before each of its operations.
+    pub fn default_stream_waits(&mut self, context: usize) -> CallResult {
+        let waits = |(_, s): &(&usize, &Stream)| s.context == context && !s.non_blocking;
+        let blocking: Vec<usize> = self.streams.iter().filter(waits).map(|(id, _)| *id).collect();
         if blocking.iter().any(|id| self.streams[id].capture.is_some()) {
             return Err(Code::CAPTURE_IMPLICIT);
         }
@@ -151,6 +169,13 @@ impl Driver {
 
     pub fn drain_all(&mut self) -> CallResult {
         let all: Vec<usize> = self.streams.keys().copied().collect();
+        all.into_iter().try_for_each(|id| self.drain(id))
+    }
+
+    /// Runs all queued work of a context.
+    pub fn drain_context(&mut self, context: usize) -> CallResult {
+        let of_it = |(_, s): &(&usize, &Stream)| s.context == context;
+        let all: Vec<usize> = self.streams.iter().filter(of_it).map(|(id, _)| *id).collect();
         all.into_iter().try_for_each(|id| self.drain(id))
     }
 
@@ -246,6 +271,9 @@ impl Driver {
         if let Some(code) = self.fault(&format!("kernel:{name}")).or_else(|| self.fault("kernel")) {
             return Err(self.set_sticky(code, format!("kernel `{name}`: an injected failure")));
         }
+        if let Some(what) = self.foreign_argument(launch) {
+            return Err(self.set_sticky(Code::ILLEGAL_ADDRESS, format!("kernel `{name}`: {what}")));
+        }
         let seed = self.random();
         let checked = self.checked;
         let outcome = self.describing(|| {
@@ -258,6 +286,22 @@ impl Driver {
             return Err(self.set_sticky(Code::LAUNCH_FAILED, format!("kernel `{name}`: {what}")));
         }
         Ok(())
+    }
+
+    /// Describes a pointer among a kernel's arguments to memory of a device that it does not run on.
+    fn foreign_argument(&mut self, launch: &Launch) -> Option<String> {
+        let memory = self.memory();
+        launch.arguments.iter().enumerate().find_map(|(i, argument)| {
+            let at = usize::from_ne_bytes(argument.as_slice().try_into().ok()?);
+            let (kind, _, device) = memory.owner(at).filter(|_| memory.holds(at))?;
+            let foreign = kind == Kind::Device && device != launch.device;
+            let here = launch.device;
+            foreign.then(|| {
+                format!(
+                    "argument {i} points to memory of device {device}, and it runs on device {here}"
+                )
+            })
+        })
     }
 
     fn written(&mut self, at: usize, size: usize) {
@@ -289,10 +333,13 @@ impl Driver {
 
     /// Records an event: a new marker at the end of a stream's work.
     pub fn record(&mut self, event: usize, stream: usize) -> CallResult {
-        let id = stream_id(stream);
-        let capture = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        let id = self.stream_id(stream)?;
+        let Stream { context, capture, .. } = self.streams[&id];
         let marker = Arc::new(Marker { stream: id, passed: AtomicBool::new(false), capture });
         let slot = self.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
+        if slot.context != context {
+            return Err(Code::INVALID_HANDLE);
+        }
         slot.last = Some(marker.clone());
         if capture.is_some() {
             return Ok(()); // an edge of the graph; captured work keeps its order in any case
@@ -303,10 +350,10 @@ impl Driver {
 
     /// Makes the stream's later work wait for the event's last record.
     pub fn stream_waits(&mut self, stream: usize, event: usize) -> CallResult {
-        let id = stream_id(stream);
+        let id = self.stream_id(stream)?;
         let event = self.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
         let Some(marker) = event.last.clone() else { return Ok(()) };
-        let waiting = self.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+        let waiting = self.streams[&id].capture;
         match (marker.capture.filter(|c| self.captures.contains_key(c)), waiting) {
             (None, None) => self.push(stream, Work::Wait(marker)),
             // Work from before the capture cannot be a node of the graph.

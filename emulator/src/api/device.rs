@@ -1,24 +1,18 @@
 //! Devices, contexts and names of errors.
 
-use std::cell::Cell;
 use std::env;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use super::calls;
+use crate::context;
 use crate::driver::{CODES, CallResult, Code, Driver};
 
 /// CUDA 13.0.
 const VERSION: c_int = 13000;
 const NAME: &CStr = c"stand-in driver (no GPU)";
-/// Handle of the primary context; there is only one device.
-const CONTEXT: usize = 0xc0;
 /// Streaming multiprocessors: few, so that tests cover grids larger than the device.
 pub(super) const MULTIPROCESSORS: u32 = 4;
 pub(super) const SHARED_PER_BLOCK: u32 = 48 << 10;
-
-thread_local! {
-    static CURRENT: Cell<usize> = const { Cell::new(0) };
-}
 
 /// Compute capability: SELFSUP_STAND_IN_CAPABILITY (`9.0`), or 8.0 by default.
 pub(super) fn capability() -> (c_int, c_int) {
@@ -32,10 +26,6 @@ pub(super) fn capability() -> (c_int, c_int) {
 /// The opt-in limit of a block's dynamic and static shared memory, in bytes.
 pub(super) fn shared_opt_in() -> u32 {
     if capability().0 >= 9 { 227 << 10 } else { 163 << 10 }
-}
-
-fn only_device(device: c_int) -> CallResult {
-    if device == 0 { Ok(()) } else { Err(Code::INVALID_DEVICE) }
 }
 
 /// Attributes by their number in `CUdevice_attribute`; all others are 0.
@@ -67,33 +57,33 @@ fn attribute(which: u32) -> c_int {
     }
 }
 
-/// Each process has a GPU of its own, unless SELFSUP_STAND_IN_SHARED=1.
-fn identity() -> [u8; 16] {
+/// Each process has GPUs of its own, unless SELFSUP_STAND_IN_SHARED=1.
+fn identity(device: usize) -> [u8; 16] {
     let shared = env::var_os("SELFSUP_STAND_IN_SHARED").is_some_and(|v| v == "1");
     let process = if shared { 0 } else { std::process::id() };
     let mut identity = *b"stand-in GPU....";
+    identity[11] = device as u8;
     identity[12..].copy_from_slice(&process.to_le_bytes());
     identity
 }
 
-fn set_current(context: usize) -> CallResult {
-    if context != 0 && context != CONTEXT {
-        return Err(Code::INVALID_CONTEXT);
+/// Makes a living context current, or none.
+fn set_current(driver: &Driver, context: usize) -> CallResult {
+    if context != 0 {
+        driver.device_of(context).map_err(|_| Code::INVALID_CONTEXT)?;
     }
-    CURRENT.set(context);
+    context::pop_current();
+    if context != 0 {
+        context::push_current(context);
+    }
     Ok(())
 }
 
-/// Fails without a current context, as the driver's calls do.
-pub(super) fn in_context() -> CallResult {
-    if CURRENT.get() == 0 { Err(Code::INVALID_CONTEXT) } else { Ok(()) }
-}
-
 fn synchronize(driver: &mut Driver) -> CallResult {
-    in_context()?;
+    let context = driver.in_context()?;
     driver.require_no_capture()?;
     driver.count_wait();
-    driver.drain_all()
+    driver.drain_context(context)
 }
 
 fn copy_name(code: c_uint, to: *mut *const c_char, text: bool) -> CallResult {
@@ -105,19 +95,20 @@ fn copy_name(code: c_uint, to: *mut *const c_char, text: bool) -> CallResult {
 calls! {
     fn cuInit(driver, flags: c_uint) {
         if flags != 0 { return Err(Code::INVALID_VALUE) }
+        driver.initialized = true;
     }
 
     always fn cuDriverGetVersion(driver, version: *mut c_int) { *version = VERSION }
 
-    fn cuDeviceGetCount(driver, count: *mut c_int) { *count = 1 }
+    fn cuDeviceGetCount(driver, count: *mut c_int) { *count = driver.devices.len() as c_int }
 
     fn cuDeviceGet(driver, device: *mut c_int, ordinal: c_int) {
-        only_device(ordinal)?;
-        *device = 0;
+        driver.device(ordinal)?;
+        *device = ordinal;
     }
 
     fn cuDeviceGetName(driver, name: *mut c_char, len: c_int, device: c_int) {
-        only_device(device)?;
+        driver.device(device)?;
         let bytes = NAME.to_bytes();
         let n = bytes.len().min(len as usize - 1);
         std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), name, n);
@@ -125,68 +116,68 @@ calls! {
     }
 
     fn cuDeviceGetUuid_v2(driver, uuid: *mut [u8; 16], device: c_int) {
-        only_device(device)?;
-        *uuid = identity();
+        *uuid = identity(driver.device(device)?);
     }
 
     fn cuDeviceGetUuid(driver, uuid: *mut [u8; 16], device: c_int) {
-        only_device(device)?;
-        *uuid = identity();
+        *uuid = identity(driver.device(device)?);
     }
 
     fn cuDeviceGetAttribute(driver, value: *mut c_int, which: c_uint, device: c_int) {
-        only_device(device)?;
+        driver.device(device)?;
         *value = attribute(which);
     }
 
     fn cuDeviceTotalMem_v2(driver, bytes: *mut usize, device: c_int) {
-        only_device(device)?;
+        driver.device(device)?;
         *bytes = driver.memory().total;
     }
 
     fn cuDevicePrimaryCtxRetain(driver, context: *mut usize, device: c_int) {
-        only_device(device)?;
-        *context = CONTEXT;
+        *context = driver.retain(driver.device(device)?)?;
     }
 
-    always fn cuDevicePrimaryCtxRelease_v2(driver, device: c_int) { only_device(device)? }
+    always fn cuDevicePrimaryCtxRelease_v2(driver, device: c_int) {
+        driver.release_context(driver.device(device)?)?;
+    }
 
     fn cuDevicePrimaryCtxGetState(driver, device: c_int, flags: *mut c_uint, active: *mut c_int) {
-        only_device(device)?;
         *flags = 0;
-        *active = 1;
+        *active = c_int::from(driver.is_active(driver.device(device)?));
     }
 
-    fn cuDevicePrimaryCtxSetFlags_v2(driver, device: c_int, _flags: c_uint) { only_device(device)? }
+    fn cuDevicePrimaryCtxSetFlags_v2(driver, device: c_int, _flags: c_uint) { driver.device(device)?; }
 
-    always fn cuCtxSetCurrent(driver, context: usize) { set_current(context)? }
+    always fn cuCtxSetCurrent(driver, context: usize) { set_current(driver, context)? }
 
-    always fn cuCtxGetCurrent(driver, context: *mut usize) { *context = CURRENT.get() }
+    always fn cuCtxGetCurrent(driver, context: *mut usize) { *context = context::current() }
 
-    fn cuCtxPushCurrent_v2(driver, context: usize) { set_current(context)? }
+    fn cuCtxPushCurrent_v2(driver, context: usize) {
+        driver.device_of(context).map_err(|_| Code::INVALID_CONTEXT)?;
+        context::push_current(context);
+    }
 
     fn cuCtxPopCurrent_v2(driver, context: *mut usize) {
-        *context = CURRENT.get();
-        set_current(0)?;
+        *context = context::pop_current().ok_or(Code::INVALID_CONTEXT)?;
     }
 
     fn cuCtxGetDevice(driver, device: *mut c_int) {
-        in_context()?;
-        *device = 0;
+        *device = driver.current_device()? as c_int;
     }
 
-    fn cuCtxSetFlags(driver, _flags: c_uint) { in_context()? }
+    fn cuCtxSetFlags(driver, _flags: c_uint) { driver.in_context()?; }
 
-    fn cuCtxSetLimit(driver, _limit: c_uint, _value: usize) { in_context()? }
+    fn cuCtxSetLimit(driver, _limit: c_uint, _value: usize) { driver.in_context()?; }
 
     fn cuCtxGetLimit(driver, value: *mut usize, _limit: c_uint) {
-        in_context()?;
+        driver.in_context()?;
         *value = 0;
     }
 
-    fn cuCtxSetCacheConfig(driver, _config: c_uint) { in_context()? }
+    fn cuCtxSetCacheConfig(driver, _config: c_uint) { driver.in_context()?; }
 
     fn cuCtxGetStreamPriorityRange(driver, least: *mut c_int, greatest: *mut c_int) {
+        driver.in_context()?;
         *least = 0;
         *greatest = -5;
     }
@@ -196,10 +187,10 @@ calls! {
     fn cuCtxSynchronize_v2(driver, _context: usize) { synchronize(driver)? }
 
     fn cuMemGetInfo_v2(driver, free: *mut usize, total: *mut usize) {
-        in_context()?;
+        let device = driver.current_device()?;
         let memory = driver.memory();
         *total = memory.total;
-        *free = memory.free_bytes();
+        *free = memory.free_bytes(device);
     }
 
     always fn cuGetErrorName(driver, code: c_uint, name: *mut *const c_char) { copy_name(code, name, false)? }

@@ -4,10 +4,9 @@ use std::ffi::{c_int, c_uchar, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
-use super::device::in_context;
 use crate::driver::{CallResult, Code, Driver};
 use crate::memory::Kind;
-use crate::work::{Work, stream_id};
+use crate::work::Work;
 
 /// Handle of the only pool; the emulation does not distinguish pools.
 const POOL: usize = 0xb0;
@@ -18,8 +17,8 @@ fn allocate_in_order(
     size: usize,
     stream: usize,
 ) -> CallResult {
-    in_context()?;
-    if driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture.is_some() {
+    driver.in_context()?;
+    if driver.streams[&driver.stream_id(stream)?].capture.is_some() {
         // The driver would add a node to the graph; nothing here needs that.
         return Err(Code::CAPTURE_UNSUPPORTED);
     }
@@ -31,7 +30,7 @@ fn allocate_in_order(
 /// Runs a copy or memset before the call returns. It runs on the default stream, on which other streams wait unless they
 /// are non-blocking.
 fn at_once(driver: &mut Driver, work: Work) -> CallResult {
-    in_context()?;
+    driver.in_context()?;
     driver.require_no_capture()?;
     driver.count_wait();
     driver.push(0, work)
@@ -44,10 +43,9 @@ fn device_range(driver: &mut Driver, at: usize, size: usize) -> CallResult {
 }
 
 fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> CallResult {
-    in_context()?;
+    driver.in_context()?;
     device_range(driver, to, size)?;
-    let capturing =
-        driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
+    let capturing = driver.streams[&driver.stream_id(stream)?].capture.is_some();
     if capturing || driver.memory().is_pinned(from) {
         return driver.push(stream, Work::Copy { to, from, size });
     }
@@ -56,10 +54,10 @@ fn upload(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usiz
 }
 
 fn download(driver: &mut Driver, to: usize, from: usize, size: usize, stream: usize) -> CallResult {
-    in_context()?;
+    driver.in_context()?;
     device_range(driver, from, size)?;
-    let id = stream_id(stream);
-    let capturing = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture.is_some();
+    let id = driver.stream_id(stream)?;
+    let capturing = driver.streams[&id].capture.is_some();
     driver.push(stream, Work::Copy { to, from, size })?;
     if !capturing && !driver.memory().is_pinned(to) {
         // The driver copies to pageable host memory before it returns.
@@ -77,7 +75,7 @@ fn fill(
     count: usize,
     stream: Option<usize>,
 ) -> CallResult {
-    in_context()?;
+    driver.in_context()?;
     if !at.is_multiple_of(width) {
         return Err(Code::INVALID_VALUE);
     }
@@ -90,7 +88,7 @@ fn fill(
 }
 
 fn release(driver: &mut Driver, at: usize, kind: Kind) -> CallResult {
-    in_context()?;
+    driver.in_context()?;
     if at == 0 {
         return Ok(());
     }
@@ -98,15 +96,16 @@ fn release(driver: &mut Driver, at: usize, kind: Kind) -> CallResult {
     if !driver.memory().is_live(at, kind) {
         return Err(Code::INVALID_VALUE);
     }
+    let (_, context, _) = driver.memory().owner(at).expect("live");
     driver.count_wait();
-    driver.drain_all()?;
+    driver.drain_context(context)?;
     driver.memory().release(at);
     Ok(())
 }
 
 calls! {
     fn cuMemAlloc_v2(driver, to: *mut usize, size: usize) {
-        in_context()?;
+        driver.in_context()?;
         driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Device)?;
     }
@@ -123,20 +122,20 @@ calls! {
     }
 
     fn cuMemFreeAsync(driver, at: usize, stream: usize) {
-        in_context()?;
+        driver.in_context()?;
         if at == 0 { return Ok(()) }
         if !driver.memory().is_live(at, Kind::Device) { return Err(Code::INVALID_VALUE) }
         driver.push(stream, Work::Release(at))?;
     }
 
     fn cuMemHostAlloc(driver, to: *mut usize, size: usize, _flags: c_uint) {
-        in_context()?;
+        driver.in_context()?;
         driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Pinned)?;
     }
 
     fn cuMemAllocHost_v2(driver, to: *mut usize, size: usize) {
-        in_context()?;
+        driver.in_context()?;
         driver.require_no_capture()?;
         *to = driver.allocate(size, Kind::Pinned)?;
     }
@@ -144,6 +143,7 @@ calls! {
     fn cuMemFreeHost(driver, at: usize) { release(driver, at, Kind::Pinned)? }
 
     fn cuMemHostGetDevicePointer_v2(driver, to: *mut usize, at: usize, _flags: c_uint) {
+        driver.in_context()?;
         if !driver.memory().is_pinned(at) { return Err(Code::INVALID_VALUE) }
         *to = at;
     }
@@ -163,20 +163,24 @@ calls! {
     fn cuMemPoolSetAttribute(driver, _pool: usize, _which: c_uint, _value: *mut c_void) {}
 
     fn cuMemPoolGetAttribute(driver, _pool: usize, _which: c_uint, value: *mut u64) {
-        *value = driver.memory().asked_for() as u64;
+        let device = driver.current_device()?;
+        *value = driver.memory().asked_for(device) as u64;
     }
 
     fn cuMemcpyHtoD_v2(driver, to: usize, from: usize, size: usize) {
+        driver.in_context()?;
         device_range(driver, to, size)?;
         at_once(driver, Work::Copy { to, from, size })?;
     }
 
     fn cuMemcpyDtoH_v2(driver, to: usize, from: usize, size: usize) {
+        driver.in_context()?;
         device_range(driver, from, size)?;
         at_once(driver, Work::Copy { to, from, size })?;
     }
 
     fn cuMemcpyDtoD_v2(driver, to: usize, from: usize, size: usize) {
+        driver.in_context()?;
         device_range(driver, from, size)?;
         device_range(driver, to, size)?;
         at_once(driver, Work::Copy { to, from, size })?;
@@ -191,7 +195,7 @@ calls! {
     }
 
     fn cuMemcpyDtoDAsync_v2(driver, to: usize, from: usize, size: usize, stream: usize) {
-        in_context()?;
+        driver.in_context()?;
         device_range(driver, from, size)?;
         device_range(driver, to, size)?;
         driver.push(stream, Work::Copy { to, from, size })?;

@@ -5,16 +5,13 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
-use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, in_context, shared_opt_in};
+use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, shared_opt_in};
 use crate::driver::{CallResult, Code, Driver, Function};
 use crate::engine::{self, Dim3, Kernel};
 use crate::work::{Launch, Work};
 
-/// Handle of every module; the emulation does not distinguish modules.
-const MODULE: usize = 0xa0;
-
-fn load(module: *mut usize, image: *const u8) -> CallResult {
-    in_context()?;
+fn load(driver: &mut Driver, module: *mut usize, image: *const u8) -> CallResult {
+    let context = driver.in_context()?;
     if image.is_null() {
         return Err(Code::INVALID_VALUE);
     }
@@ -25,27 +22,34 @@ fn load(module: *mut usize, image: *const u8) -> CallResult {
     if !known.iter().any(|k| k == start) {
         return Err(Code::INVALID_IMAGE);
     }
-    unsafe { *module = MODULE };
+    let handle = driver.handle();
+    driver.modules.insert(handle, context);
+    unsafe { *module = handle };
+    Ok(())
+}
+
+/// Unloads a module; its functions go with it.
+fn unload(driver: &mut Driver, module: usize) -> CallResult {
+    driver.in_context()?;
+    driver.modules.remove(&module).ok_or(Code::INVALID_HANDLE)?;
+    driver.functions.retain(|_, function| function.module != module);
     Ok(())
 }
 
 fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char) -> CallResult {
-    if module != MODULE {
-        return Err(Code::INVALID_HANDLE);
-    }
+    driver.in_context()?;
+    let context = *driver.modules.get(&module).ok_or(Code::INVALID_HANDLE)?;
     let name = unsafe { CStr::from_ptr(name) }.to_str().map_err(|_| Code::NOT_FOUND)?;
     let kernel = engine::kernels().get(name).ok_or(Code::NOT_FOUND)?;
-    let handle = match driver.handles.get(kernel.name) {
-        Some(handle) => *handle,
-        None => {
-            let handle = driver.handle();
-            driver.handles.insert(kernel.name, handle);
-            driver
-                .functions
-                .insert(handle, Function { kernel, allowed: SHARED_PER_BLOCK, carve_out: -1 });
-            handle
-        }
-    };
+    let same = |f: &Function| f.module == module && std::ptr::eq(f.kernel, kernel);
+    let known = driver.functions.iter().find(|(_, function)| same(function)).map(|(at, _)| *at);
+    let handle = known.unwrap_or_else(|| {
+        let handle = driver.handle();
+        let function =
+            Function { kernel, context, module, allowed: SHARED_PER_BLOCK, carve_out: -1 };
+        driver.functions.insert(handle, function);
+        handle
+    });
     unsafe { *to = handle };
     Ok(())
 }
@@ -89,8 +93,12 @@ fn launch(
     parameters: *mut *mut c_void,
     cooperative: bool,
 ) -> CallResult {
-    in_context()?;
-    let Function { kernel, allowed, .. } = function(driver, handle)?;
+    let current = driver.in_context()?;
+    let Function { kernel, context, allowed, .. } = function(driver, handle)?;
+    // A launch takes a function and a stream of the current context.
+    if context != current || driver.streams[&driver.stream_id(stream)?].context != current {
+        return Err(Code::INVALID_HANDLE);
+    }
     let empty = grid.count() == 0 || block.count() == 0;
     let too_large =
         block.x > 1024 || block.y > 1024 || block.z > 64 || grid.y > 65535 || grid.z > 65535;
@@ -110,10 +118,9 @@ fn launch(
         std::slice::from_raw_parts(from as *const u8, p.size).to_vec()
     };
     let arguments = Arc::new(kernel.parameters().iter().enumerate().map(copy).collect());
-    driver.push(
-        stream,
-        Work::Launch(Launch { kernel, size: (grid, block, shared), arguments, cooperative }),
-    )
+    let device = driver.device_of(context)?;
+    let size = (grid, block, shared);
+    driver.push(stream, Work::Launch(Launch { kernel, device, size, arguments, cooperative }))
 }
 
 /// `CUlaunchConfig`.
@@ -136,26 +143,26 @@ pub struct Attribute {
 }
 
 calls! {
-    fn cuModuleLoadData(driver, module: *mut usize, image: *const u8) { load(module, image)? }
+    fn cuModuleLoadData(driver, module: *mut usize, image: *const u8) { load(driver, module, image)? }
 
     fn cuModuleLoadDataEx(
         driver, module: *mut usize, image: *const u8, _count: c_uint, _options: *mut c_uint, _values: *mut *mut c_void,
     ) {
-        load(module, image)?;
+        load(driver, module, image)?;
     }
 
-    fn cuModuleLoadFatBinary(driver, module: *mut usize, image: *const u8) { load(module, image)? }
+    fn cuModuleLoadFatBinary(driver, module: *mut usize, image: *const u8) { load(driver, module, image)? }
 
     fn cuLibraryLoadData(
         driver, library: *mut usize, image: *const u8, _options: *mut c_uint, _values: *mut *mut c_void,
         _count: c_uint, _library_options: *mut c_uint, _library_values: *mut *mut c_void, _library_count: c_uint,
     ) {
-        load(library, image)?;
+        load(driver, library, image)?;
     }
 
-    fn cuModuleUnload(driver, _module: usize) {}
+    fn cuModuleUnload(driver, module: usize) { unload(driver, module)? }
 
-    fn cuLibraryUnload(driver, _library: usize) {}
+    fn cuLibraryUnload(driver, library: usize) { unload(driver, library)? }
 
     fn cuModuleGetFunction(driver, to: *mut usize, module: usize, name: *const c_char) {
         find(driver, to, module, name)?;
@@ -179,7 +186,8 @@ calls! {
     }
 
     fn cuFuncGetAttribute(driver, value: *mut c_int, which: c_uint, handle: usize) {
-        let Function { kernel, allowed, carve_out } = function(driver, handle)?;
+        driver.in_context()?;
+        let Function { kernel, allowed, carve_out, .. } = function(driver, handle)?;
         *value = match which {
             0 => kernel.bounds() as c_int,
             1 => kernel.static_shared() as c_int,
@@ -192,6 +200,7 @@ calls! {
     }
 
     fn cuFuncSetAttribute(driver, handle: usize, which: c_uint, value: c_int) {
+        driver.in_context()?;
         let static_shared = function(driver, handle)?.kernel.static_shared();
         let function = driver.functions.get_mut(&handle).expect("looked up above");
         let valid = match which {
@@ -208,7 +217,10 @@ calls! {
         }
     }
 
-    fn cuFuncSetCacheConfig(driver, handle: usize, _config: c_uint) { function(driver, handle)?; }
+    fn cuFuncSetCacheConfig(driver, handle: usize, _config: c_uint) {
+        driver.in_context()?;
+        function(driver, handle)?;
+    }
 
     fn cuFuncLoad(driver, handle: usize) { function(driver, handle)?; }
 
@@ -251,6 +263,7 @@ calls! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize,
     ) {
+        driver.in_context()?;
         let kernel = function(driver, handle)?.kernel;
         *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
     }
@@ -258,6 +271,7 @@ calls! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         driver, blocks: *mut c_int, handle: usize, threads: c_int, dynamic: usize, _flags: c_uint,
     ) {
+        driver.in_context()?;
         let kernel = function(driver, handle)?.kernel;
         *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
     }

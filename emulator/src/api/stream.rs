@@ -4,22 +4,22 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
-use super::device::in_context;
 use crate::driver::{CallResult, Code, Driver};
-use crate::work::{Capture, Event, Stream, Work, stream_id};
+use crate::work::{Capture, Event, Graph, Stream, Work};
 
 fn create(driver: &mut Driver, to: *mut usize, flags: c_uint) -> CallResult {
-    in_context()?;
+    let context = driver.in_context()?;
     let id = driver.handle();
-    driver.streams.insert(id, Stream { non_blocking: flags & 1 != 0, ..Stream::default() });
+    let non_blocking = flags & 1 != 0;
+    driver.streams.insert(id, Stream { context, non_blocking, ..Stream::default() });
     unsafe { *to = id };
     Ok(())
 }
 
 /// The stream, if it exists and is not capturing; a capture on it is invalidated.
 fn require_not_capturing(driver: &mut Driver, stream: usize) -> CallResult<usize> {
-    let id = stream_id(stream);
-    let capture = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+    let id = driver.stream_id(stream)?;
+    let capture = driver.streams[&id].capture;
     match capture.and_then(|c| driver.captures.get_mut(&c)) {
         Some(capture) => {
             capture.invalidated = true;
@@ -30,8 +30,8 @@ fn require_not_capturing(driver: &mut Driver, stream: usize) -> CallResult<usize
 }
 
 fn end_capture(driver: &mut Driver, stream: usize, graph: *mut usize) -> CallResult {
-    let id = stream_id(stream);
-    let capture = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?.capture;
+    let id = driver.stream_id(stream)?;
+    let capture = driver.streams[&id].capture;
     let key = capture.ok_or(Code::INVALID_VALUE)?;
     let capture = driver.captures.get(&key).ok_or(Code::INVALID_VALUE)?;
     if capture.origin != id {
@@ -52,20 +52,26 @@ fn end_capture(driver: &mut Driver, stream: usize, graph: *mut usize) -> CallRes
         return Err(Code::CAPTURE_UNJOINED);
     }
     let handle = driver.handle();
-    driver.graphs.insert(handle, Arc::new(capture.nodes));
+    let context = driver.streams[&id].context;
+    driver.graphs.insert(handle, Graph { context, nodes: Arc::new(capture.nodes) });
     unsafe { *graph = handle };
     Ok(())
 }
 
 fn instantiate(driver: &mut Driver, to: *mut usize, graph: usize) -> CallResult {
-    let nodes = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
+    let graph = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
     let handle = driver.handle();
-    driver.graphs.insert(handle, nodes);
+    driver.graphs.insert(handle, graph);
     unsafe { *to = handle };
     Ok(())
 }
 
 fn elapsed(driver: &mut Driver, ms: *mut f32, start: usize, end: usize) -> CallResult {
+    driver.in_context()?;
+    let of = |event: usize| driver.events.get(&event).map(|event| event.context);
+    if of(start) != of(end) {
+        return Err(Code::INVALID_HANDLE);
+    }
     let mut at = [None; 2];
     for (at, event) in at.iter_mut().zip([start, end]) {
         let event = driver.events.get(&event).ok_or(Code::INVALID_HANDLE)?;
@@ -87,6 +93,7 @@ calls! {
     }
 
     fn cuStreamDestroy_v2(driver, stream: usize) {
+        driver.in_context()?;
         if stream <= 2 || !driver.streams.contains_key(&stream) { return Err(Code::INVALID_HANDLE) }
         // Queued work still runs.
         driver.drain(stream)?;
@@ -94,10 +101,12 @@ calls! {
     }
 
     fn cuStreamSynchronize(driver, stream: usize) {
-        in_context()?;
+        driver.in_context()?;
         let id = require_not_capturing(driver, stream)?;
         driver.count_wait();
-        if id == 0 { driver.default_stream_waits()? }
+        if driver.is_default_stream(id) {
+            driver.default_stream_waits(driver.streams[&id].context)?;
+        }
         driver.drain(id)?;
     }
 
@@ -113,29 +122,39 @@ calls! {
     }
 
     fn cuStreamGetFlags(driver, stream: usize, flags: *mut c_uint) {
-        let stream = driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?;
+        driver.in_context()?;
+        let stream = &driver.streams[&driver.stream_id(stream)?];
         *flags = u32::from(stream.non_blocking);
     }
 
     fn cuLaunchHostFunc(driver, stream: usize, function: unsafe extern "C" fn(*mut c_void), data: usize) {
+        driver.in_context()?;
         driver.push(stream, Work::Host(function, data))?;
     }
 
     fn cuEventCreate(driver, event: *mut usize, flags: c_uint) {
-        in_context()?;
+        let context = driver.in_context()?;
         *event = driver.handle();
-        driver.events.insert(*event, Event { timed: flags & 2 == 0, ..Event::default() });
+        driver.events.insert(*event, Event { context, timed: flags & 2 == 0, ..Event::default() });
     }
 
     fn cuEventDestroy_v2(driver, event: usize) {
+        driver.in_context()?;
         driver.events.remove(&event).ok_or(Code::INVALID_HANDLE)?;
     }
 
-    fn cuEventRecord(driver, event: usize, stream: usize) { driver.record(event, stream)? }
+    fn cuEventRecord(driver, event: usize, stream: usize) {
+        driver.in_context()?;
+        driver.record(event, stream)?;
+    }
 
-    fn cuEventRecordWithFlags(driver, event: usize, stream: usize, _flags: c_uint) { driver.record(event, stream)? }
+    fn cuEventRecordWithFlags(driver, event: usize, stream: usize, _flags: c_uint) {
+        driver.in_context()?;
+        driver.record(event, stream)?;
+    }
 
     fn cuEventSynchronize(driver, event: usize) {
+        driver.in_context()?;
         let marker = driver.events.get(&event).ok_or(Code::INVALID_HANDLE)?.last.clone();
         driver.count_wait();
         if let Some(marker) = marker {
@@ -158,11 +177,10 @@ calls! {
     fn cuEventElapsedTime_v2(driver, ms: *mut f32, start: usize, end: usize) { elapsed(driver, ms, start, end)? }
 
     fn cuStreamBeginCapture_v2(driver, stream: usize, mode: c_uint) {
-        let id = stream_id(stream);
-        let of = driver.streams.get(&id).ok_or(Code::INVALID_HANDLE)?;
+        let id = driver.stream_id(stream)?;
         // The legacy default stream cannot be captured.
-        if id == 0 { return Err(Code::CAPTURE_UNSUPPORTED) }
-        if of.capture.is_some() { return Err(Code::INVALID_VALUE) }
+        if driver.is_default_stream(id) { return Err(Code::CAPTURE_UNSUPPORTED) }
+        if driver.streams[&id].capture.is_some() { return Err(Code::INVALID_VALUE) }
         let key = driver.handle();
         let thread = std::thread::current().id();
         let capture =
@@ -174,7 +192,7 @@ calls! {
     fn cuStreamEndCapture(driver, stream: usize, graph: *mut usize) { end_capture(driver, stream, graph)? }
 
     fn cuStreamIsCapturing(driver, stream: usize, status: *mut c_uint) {
-        let capture = driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture;
+        let capture = driver.streams[&driver.stream_id(stream)?].capture;
         *status = match capture.and_then(|c| driver.captures.get(&c)) {
             None => 0,
             Some(capture) => 1 + u32::from(capture.invalidated),
@@ -182,7 +200,7 @@ calls! {
     }
 
     fn cuStreamGetCaptureInfo(driver, stream: usize, status: *mut c_uint, id: *mut u64) {
-        let capture = driver.streams.get(&stream_id(stream)).ok_or(Code::INVALID_HANDLE)?.capture;
+        let capture = driver.streams[&driver.stream_id(stream)?].capture;
         *status = u32::from(capture.is_some());
         if !id.is_null() { *id = capture.unwrap_or(0) as u64 }
     }
@@ -204,13 +222,13 @@ calls! {
     }
 
     fn cuGraphLaunch(driver, graph: usize, stream: usize) {
-        in_context()?;
-        let nodes = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.clone();
+        driver.in_context()?;
+        let nodes = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.nodes.clone();
         driver.push(stream, Work::Graph(nodes))?;
     }
 
     fn cuGraphGetNodes(driver, graph: usize, _nodes: *mut usize, count: *mut usize) {
-        *count = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.len();
+        *count = driver.graphs.get(&graph).ok_or(Code::INVALID_VALUE)?.nodes.len();
     }
 
     fn cuGraphDestroy(driver, graph: usize) { driver.graphs.remove(&graph).ok_or(Code::INVALID_VALUE)?; }

@@ -1,13 +1,195 @@
 //! Programs that use the driver wrongly in a way that a kinder driver would let pass: each must fail here.
 
-use cudarc::driver::result;
-use cudarc::driver::sys::CUresult;
+use std::ffi::c_void;
+
+use cudarc::driver::result::{self, DriverError, primary_ctx, stream::StreamKind};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUresult, CUstream};
 
 use crate::stage::Stage;
 
 /// The misuses with their names, and whether each was caught.
 pub fn all() -> Vec<(&'static str, bool)> {
-    vec![("memory counted as it was asked for", memory_counted_as_it_was_asked_for())]
+    let mut all = vec![
+        ("memory counted as it was asked for", memory_counted_as_it_was_asked_for()),
+        ("handles that outlive their context", handles_that_outlive_their_context()),
+        ("a context released twice", a_context_released_twice()),
+        ("calls without a context", calls_without_a_context()),
+    ];
+    all.extend(two_devices());
+    all
+}
+
+fn is<T>(result: Result<T, DriverError>, code: CUresult) -> bool {
+    result.err().is_some_and(|e| e.0 == code)
+}
+
+fn event() -> CUevent {
+    result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).expect("an event")
+}
+
+/// Retains a device's primary context and makes it current.
+fn retain(device: CUdevice) -> CUcontext {
+    let context = unsafe { primary_ctx::retain(device) }.expect("a context");
+    unsafe { result::ctx::set_current(context) }.expect("current");
+    context
+}
+
+/// A program that keeps a stream and memory when it lets go of its context, and makes another one.
+fn handles_that_outlive_their_context() -> bool {
+    let _turn = Stage::bare();
+    let context = retain(0);
+    let stream = result::stream::create(StreamKind::NonBlocking).expect("a stream");
+    let at = unsafe { result::malloc_sync(4) }.expect("memory");
+    unsafe { primary_ctx::release(0) }.expect("released");
+    let gone = is(result::mem_get_info(), CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED)
+        && is(unsafe { result::ctx::set_current(context) }, CUresult::CUDA_ERROR_INVALID_CONTEXT);
+    retain(0);
+    let caught = [
+        is(unsafe { result::stream::synchronize(stream) }, CUresult::CUDA_ERROR_INVALID_HANDLE),
+        is(unsafe { result::memset_d8_sync(at, 0, 4) }, CUresult::CUDA_ERROR_INVALID_VALUE),
+        is(unsafe { result::free_sync(at) }, CUresult::CUDA_ERROR_INVALID_VALUE),
+    ];
+    unsafe { primary_ctx::release(0) }.expect("released");
+    gone && caught == [true; 3]
+}
+
+/// Of two users of a device one releases its context twice: the other's is gone.
+fn a_context_released_twice() -> bool {
+    let _turn = Stage::bare();
+    let first = retain(0);
+    assert_eq!(retain(0), first, "one context of a device");
+    let stream = result::stream::create(StreamKind::NonBlocking).expect("a stream");
+    unsafe { primary_ctx::release(0) }.expect("released");
+    unsafe { result::stream::synchronize(stream) }.expect("the other's is alive");
+    unsafe { primary_ctx::release(0) }.expect("released");
+    let gone = unsafe { result::stream::synchronize(stream) }.is_err();
+    gone && is(unsafe { primary_ctx::release(0) }, CUresult::CUDA_ERROR_INVALID_CONTEXT)
+}
+
+/// A thread that makes no context current, and uses handles of one.
+fn calls_without_a_context() -> bool {
+    let stage = Stage::take(false);
+    let memory = stage.upload(&[0.0_f32]);
+    let function = stage.function("add_f32") as usize;
+    let (stream, event, at) = (stage.stream as usize, event() as usize, memory.at);
+    let answers = std::thread::spawn(move || {
+        let (stream, event) = (stream as CUstream, event as CUevent);
+        let (function, mut number) = (function as sys::CUfunction, 0);
+        let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        let copy =
+            || unsafe { sys::cuMemcpyHtoDAsync_v2(at, [0.0_f32].as_ptr().cast(), 4, stream) };
+        unsafe {
+            [
+                result::malloc_sync(4).map(drop),
+                result::free_sync(at),
+                result::memset_d8_async(at, 0, 4, stream),
+                result::memset_d8_sync(at, 0, 4),
+                result::memcpy_htod_sync(at, &[0.0_f32]),
+                copy().result(),
+                result::stream::create(StreamKind::NonBlocking).map(drop),
+                result::stream::synchronize(stream),
+                result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(drop),
+                result::event::record(event, stream),
+                result::event::elapsed(event, event).map(drop),
+                sys::cuEventSynchronize(event).result(),
+                sys::cuFuncGetAttribute(&mut number, which, function).result(),
+                result::launch_kernel(function, (1, 1, 1), (1, 1, 1), 0, stream, &mut []),
+                result::event::destroy(event),
+                result::stream::destroy(stream),
+                result::mem_get_info().map(drop),
+                result::ctx::synchronize(),
+            ]
+        }
+    });
+    let answers = answers.join().expect("a thread");
+    unsafe { result::event::destroy(event as CUevent) }.expect("still there");
+    answers.into_iter().enumerate().all(|(call, answer)| {
+        let caught = is(answer, CUresult::CUDA_ERROR_INVALID_CONTEXT);
+        if !caught {
+            println!("without a context, call {call}: {answer:?}");
+        }
+        caught
+    })
+}
+
+/// A program with two devices that mixes up what belongs to which.
+fn two_devices() -> [(&'static str, bool); 4] {
+    let stage = Stage::take(false);
+    stage.devices(2);
+    let here = result::ctx::get_current().expect("an answer").expect("a context");
+    let (x, ours) = (stage.upload(&[2.0_f32]), event());
+    let there = retain(1);
+    assert_ne!(here, there);
+    let stream = result::stream::create(StreamKind::NonBlocking).expect("a stream");
+    let (at, theirs) = (unsafe { result::malloc_sync(4) }.expect("memory"), event());
+    unsafe { result::event::record(theirs, stream) }.expect("recorded");
+    unsafe { result::stream::synchronize(stream) }.expect("waited");
+    let free = || result::mem_get_info().expect("information").0;
+    let large = || unsafe { result::malloc_sync(8 << 20) }.expect("memory");
+    let freed = |at| unsafe { result::free_sync(at) }.expect("freed");
+    let of_theirs = free();
+    unsafe { result::ctx::set_current(here) }.expect("current");
+    let (of_ours, taken) = (free(), large());
+    let of_ours_then = free();
+    unsafe { result::ctx::set_current(there) }.expect("current");
+    let counted = of_ours - of_ours_then == 8 << 20 && free() == of_theirs;
+    unsafe { result::ctx::set_current(here) }.expect("current");
+    freed(taken);
+    let add = |stream, from: u64| {
+        let (mut y, mut a, mut count) = (x.at, from, 1_i64);
+        let mut arguments: [*mut c_void; 4] = [
+            (&raw mut y).cast(),
+            (&raw mut a).cast(),
+            (&raw mut a).cast(),
+            (&raw mut count).cast(),
+        ];
+        let function = stage.function("add_f32");
+        unsafe { result::launch_kernel(function, (1, 1, 1), (1, 1, 1), 0, stream, &mut arguments) }
+    };
+    let handle = CUresult::CUDA_ERROR_INVALID_HANDLE;
+    unsafe { result::event::record(ours, stage.stream) }.expect("recorded");
+    stage.wait().expect("waited");
+    let mut caught = [
+        ("a launch on a stream of another device", is(add(stream, x.at), handle)),
+        ("an event of another device", {
+            let recorded = unsafe { result::event::record(theirs, stage.stream) };
+            is(recorded, handle) && is(unsafe { result::event::elapsed(ours, theirs) }, handle)
+        }),
+        ("the free memory of another device", counted),
+        ("a kernel with memory of another device", false),
+    ];
+    // What the programming guide allows between devices.
+    let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+    unsafe { result::stream::wait_event(stage.stream, theirs, flags) }.expect("allowed");
+    unsafe { result::memcpy_dtod_async(x.at, x.at, 4, stream) }.expect("allowed");
+    unsafe { result::event::query(theirs) }.expect("allowed");
+    add(stage.stream, x.at).expect("its own memory");
+    stage.wait().expect("runs");
+    let launched = add(stage.stream, at).and_then(|()| stage.wait());
+    let says = "argument 1 points to memory of device 1, and it runs on device 0";
+    caught[3].1 =
+        is(launched, CUresult::CUDA_ERROR_ILLEGAL_ADDRESS) && stage.report().contains(says);
+    stage.recover();
+    unsafe { primary_ctx::release(1) }.expect("released");
+    stage.devices(1);
+    caught
+}
+
+#[test]
+fn a_driver_that_was_not_started_says_so() {
+    let output = crate::streams::child("misuse::asks_before_it_starts", &[]);
+    assert!(output.contains("before: Some(CUDA_ERROR_NOT_INITIALIZED)"), "{output}");
+    assert!(output.contains("after: None"), "{output}");
+}
+
+#[test]
+#[ignore = "started by the test above"]
+fn asks_before_it_starts() {
+    Stage::open();
+    let ask = || result::device::get_count().err().map(|e| e.0);
+    println!("before: {:?}", ask());
+    result::init().expect("a driver");
+    println!("after: {:?}", ask());
 }
 
 /// A program that divides free memory by the size of its blocks expects more of them than there are.

@@ -70,6 +70,19 @@ impl Stage {
         Self::with(Self::turn())
     }
 
+    /// Opens the driver and calls nothing.
+    pub fn open() {
+        drop(Self::turn());
+    }
+
+    /// Locks and resets the driver, and makes no context: nobody retains one.
+    pub fn bare() -> MutexGuard<'static, ()> {
+        let turn = Self::turn();
+        own::<extern "C" fn()>("standin_recover")();
+        result::init().expect("a driver");
+        turn
+    }
+
     fn turn() -> MutexGuard<'static, ()> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -121,6 +134,11 @@ impl Stage {
     /// Sets the size of device memory; returns the size before.
     pub fn memory(&self, bytes: usize) -> usize {
         own::<extern "C" fn(usize) -> usize>("standin_memory")(bytes)
+    }
+
+    /// Sets the number of devices.
+    pub fn devices(&self, count: usize) {
+        own::<extern "C" fn(usize)>("standin_devices")(count);
     }
 
     pub fn report(&self) -> String {

@@ -273,7 +273,7 @@ fn injected_failures_reach_the_caller() {
 
 #[test]
 fn device_memory_is_limited_and_counted() {
-    let output = child("counts_device_memory", &[]);
+    let output = child("streams::counts_device_memory", &[]);
     assert!(output.contains("1 passed"), "{output}");
 }
 
@@ -341,10 +341,10 @@ fn seeds_choose_the_schedule() {
     assert_eq!(winner(3), all[2]);
 }
 
-/// Runs a test of this file in a separate process under these variables; returns its standard output.
-fn child(test: &str, variables: &[(&str, &str)]) -> String {
+/// Runs a test in a separate process under these variables; returns its standard output.
+pub fn child(test: &str, variables: &[(&str, &str)]) -> String {
     let mut command = std::process::Command::new(std::env::current_exe().expect("a path"));
-    command.args(["--exact", &format!("streams::{test}"), "--ignored", "--nocapture"]);
+    command.args(["--exact", test, "--ignored", "--nocapture"]);
     let output = command.envs(variables.iter().copied()).output().expect("starts");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -361,7 +361,7 @@ fn the_environment_configures_the_driver() {
         ("SELFSUP_STAND_IN_FAIL", "cuMemAlloc:2:2,kernel:relu_f32:2:719"),
         ("SELFSUP_STAND_IN_RAN", ran.to_str().expect("a plain name")),
     ];
-    let output = child("reports_its_configuration", &variables);
+    let output = child("streams::reports_its_configuration", &variables);
     let names = std::fs::read_to_string(&ran).unwrap_or_default();
     std::fs::remove_dir_all(&folder).expect("its own folder");
     assert!(output.contains("10000000 bytes, 9000000 free, capability 9"), "{output}");
