@@ -65,6 +65,16 @@ pub extern "C" fn standin_recover() {
     with(|driver| driver.recover());
 }
 
+/// Sets the registers of a thread of a kernel, as the assembler printed them; unknown ones are 32. A launch with more than a
+/// multiprocessor has is refused.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn standin_registers(kernel: *const c_char, registers: c_uint) {
+    let kernel = unsafe { text(kernel) };
+    with(|driver| {
+        driver.registers.insert(kernel, registers);
+    });
+}
+
 /// Returns the names of the product's kernels, one per line.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_kernels() -> *const c_char {

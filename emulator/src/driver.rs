@@ -98,6 +98,8 @@ pub(crate) struct Driver {
     pub modules: HashMap<usize, usize>,
     /// Functions by handle.
     pub functions: HashMap<usize, Function>,
+    /// Registers of a thread of a kernel, where a test has said so.
+    pub registers: HashMap<String, u32>,
     next_handle: usize,
     /// Whether instrumented kernels run instead of plain ones.
     pub checked: bool,
@@ -183,6 +185,7 @@ impl Driver {
             graphs: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
+            registers: HashMap::new(),
             next_handle: 0x1000,
             checked: number("SELFSUP_STAND_IN_CHECK").unwrap_or(0) != 0,
             eager: number("SELFSUP_STAND_IN_EAGER").unwrap_or(0) != 0,

@@ -13,6 +13,8 @@ const NAME: &CStr = c"stand-in driver (no GPU)";
 /// Streaming multiprocessors: few, so that tests cover grids larger than the device.
 pub(super) const MULTIPROCESSORS: u32 = 4;
 pub(super) const SHARED_PER_BLOCK: u32 = 48 << 10;
+/// Registers of a multiprocessor, and the most of a block.
+pub(super) const REGISTERS: u32 = 1 << 16;
 
 /// Compute capability: SELFSUP_STAND_IN_CAPABILITY (`9.0`), or 8.0 by default.
 pub(super) fn capability() -> (c_int, c_int) {
@@ -36,9 +38,9 @@ fn attribute(which: u32) -> c_int {
         5 => c_int::MAX, // x of a grid
         6 | 7 => 65535,  // y and z of a grid
         8 => SHARED_PER_BLOCK as c_int,
-        10 => 32,             // warp
-        12 | 82 => 65536,     // registers per block, per multiprocessor
-        13 | 36 => 1_000_000, // clocks, kHz
+        10 => 32,                      // warp
+        12 | 82 => REGISTERS as c_int, // registers per block, per multiprocessor
+        13 | 36 => 1_000_000,          // clocks, kHz
         16 => MULTIPROCESSORS as c_int,
         37 => 64,      // bus, bits
         38 => 1 << 20, // second-level cache

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
-use super::device::{MULTIPROCESSORS, SHARED_PER_BLOCK, shared_opt_in};
+use super::device::{MULTIPROCESSORS, REGISTERS, SHARED_PER_BLOCK, shared_opt_in};
 use crate::driver::{CallResult, Code, Driver, Function};
 use crate::engine::{self, Dim3, Kernel};
 use crate::work::{Launch, Work};
@@ -76,13 +76,31 @@ fn parameter(
     Ok(())
 }
 
+/// Registers of a thread of a kernel.
+fn registers(driver: &Driver, kernel: &Kernel) -> u32 {
+    driver.registers.get(kernel.name).copied().unwrap_or(32)
+}
+
+/// Registers that a block of `threads` threads takes: warps take them, in units of 256.
+fn registers_of_block(driver: &Driver, kernel: &Kernel, threads: u64) -> u64 {
+    threads.div_ceil(32) * (32 * u64::from(registers(driver, kernel))).next_multiple_of(256)
+}
+
+/// The most threads of a block of a kernel.
+fn most_threads(driver: &Driver, kernel: &Kernel) -> u64 {
+    let warps = u64::from(REGISTERS) / registers_of_block(driver, kernel, 32);
+    u64::from(kernel.bounds()).min(32 * warps)
+}
+
 /// How many blocks of `threads` threads one multiprocessor holds.
-fn blocks_per_multiprocessor(kernel: &Kernel, threads: u64, dynamic: u64) -> u64 {
-    if threads == 0 || threads > u64::from(kernel.bounds()) {
+fn blocks_per_multiprocessor(driver: &Driver, kernel: &Kernel, threads: u64, dynamic: u64) -> u64 {
+    if threads == 0 || threads > most_threads(driver, kernel) {
         return 0;
     }
     let shared = kernel.static_shared() as u64 + dynamic + 1024;
-    (2048 / threads).min(u64::from(shared_opt_in() + 1024) / shared).min(32)
+    let by_registers = u64::from(REGISTERS) / registers_of_block(driver, kernel, threads);
+    let by_shared = u64::from(shared_opt_in() + 1024) / shared;
+    (2048 / threads).min(by_shared).min(by_registers).min(32)
 }
 
 fn launch(
@@ -105,10 +123,10 @@ fn launch(
     if empty || too_large || block.count() > 1024 || shared > allowed {
         return Err(Code::INVALID_VALUE);
     }
-    if block.count() > u64::from(kernel.bounds()) {
+    if block.count() > most_threads(driver, kernel) {
         return Err(Code::OUT_OF_RESOURCES);
     }
-    let at_once = blocks_per_multiprocessor(kernel, block.count(), u64::from(shared))
+    let at_once = blocks_per_multiprocessor(driver, kernel, block.count(), u64::from(shared))
         * u64::from(MULTIPROCESSORS);
     if cooperative && grid.count() > at_once {
         return Err(Code::COOPERATIVE_TOO_LARGE);
@@ -189,9 +207,9 @@ calls! {
         driver.in_context()?;
         let Function { kernel, allowed, carve_out, .. } = function(driver, handle)?;
         *value = match which {
-            0 => kernel.bounds() as c_int,
+            0 => most_threads(driver, kernel) as c_int,
             1 => kernel.static_shared() as c_int,
-            4 => 32, // registers: arbitrary
+            4 => registers(driver, kernel) as c_int,
             5 | 6 => 80, // as if compiled for sm_80
             8 => allowed as c_int,
             9 => carve_out,
@@ -265,7 +283,7 @@ calls! {
     ) {
         driver.in_context()?;
         let kernel = function(driver, handle)?.kernel;
-        *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
+        *blocks = blocks_per_multiprocessor(driver, kernel, threads as u64, dynamic as u64) as c_int;
     }
 
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
@@ -273,6 +291,6 @@ calls! {
     ) {
         driver.in_context()?;
         let kernel = function(driver, handle)?.kernel;
-        *blocks = blocks_per_multiprocessor(kernel, threads as u64, dynamic as u64) as c_int;
+        *blocks = blocks_per_multiprocessor(driver, kernel, threads as u64, dynamic as u64) as c_int;
     }
 }

@@ -14,6 +14,7 @@ pub fn all() -> Vec<(&'static str, bool)> {
         ("handles that outlive their context", handles_that_outlive_their_context()),
         ("a context released twice", a_context_released_twice()),
         ("calls without a context", calls_without_a_context()),
+        ("more registers than a multiprocessor has", more_registers_than_there_are()),
     ];
     all.extend(two_devices());
     all
@@ -110,6 +111,33 @@ fn calls_without_a_context() -> bool {
         }
         caught
     })
+}
+
+/// A program that launches as many threads as a block may have of a kernel without launch bounds, whose threads need too many
+/// registers for that.
+fn more_registers_than_there_are() -> bool {
+    let stage = Stage::take(false);
+    let x = stage.room::<f32>(1);
+    let launch = |threads| {
+        let arguments = [(&x).into(), 1.0_f32.into(), 1_i64.into()];
+        stage.try_launch("fill_f32", [1, 1, 1], [threads, 1, 1], 0, &arguments, false)
+    };
+    launch(1024).expect("32 registers");
+    let mut caught = Vec::new();
+    for (registers, most) in [(64, 1024), (65, 896), (128, 512), (255, 256)] {
+        stage.registers("fill_f32", registers);
+        launch(most).expect("as many as fit");
+        let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let mut said = 0;
+        unsafe { sys::cuFuncGetAttribute(&mut said, which, stage.function("fill_f32")) };
+        assert_eq!(said, most as i32, "{registers} registers");
+        if most < 1024 {
+            let refused = CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
+            caught.push(is(launch(most + 1), refused));
+        }
+    }
+    stage.registers("fill_f32", 32);
+    caught == [true; 3]
 }
 
 /// A program with two devices that mixes up what belongs to which.

@@ -141,6 +141,13 @@ impl Stage {
         own::<extern "C" fn(usize)>("standin_devices")(count);
     }
 
+    /// Sets the registers of a kernel's threads.
+    pub fn registers(&self, kernel: &str, registers: u32) {
+        let kernel = CString::new(kernel).expect("no NUL");
+        let set = own::<unsafe extern "C" fn(*const c_char, u32)>("standin_registers");
+        unsafe { set(kernel.as_ptr(), registers) };
+    }
+
     pub fn report(&self) -> String {
         if library().is_none() {
             return String::new();
