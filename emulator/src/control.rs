@@ -53,6 +53,12 @@ pub extern "C" fn standin_eager(eager: c_int) {
     with(|driver| driver.eager = eager != 0);
 }
 
+/// Lets threads take turns in an order of this seed: a thread often waits before its call until another one has made one. 0 ends it.
+#[unsafe(no_mangle)]
+pub extern "C" fn standin_interleave(seed: u64) {
+    crate::interleave::set(seed);
+}
+
 /// Returns the report of the last violation or injected fatal failure, empty if none; valid until the next one.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_last_report() -> *const c_char {

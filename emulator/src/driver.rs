@@ -122,11 +122,22 @@ pub(crate) fn call(
     survives: bool,
     body: impl FnOnce(&mut Driver) -> CallResult,
 ) -> u32 {
+    crate::interleave::before_call();
+    let result = locked_call(name, survives, body);
+    crate::interleave::after_call();
+    result.err().map_or(0, |code| code.0)
+}
+
+fn locked_call(
+    name: &str,
+    survives: bool,
+    body: impl FnOnce(&mut Driver) -> CallResult,
+) -> CallResult {
     let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
     let base = base_name(name);
     driver.count(base);
     driver.calls += 1;
-    let result = match driver.sticky {
+    match driver.sticky {
         Some(code) if !survives => Err(code),
         _ if !driver.initialized && !BEFORE_INIT.contains(&base) => Err(Code::NOT_INITIALIZED),
         _ => match driver.fault(base) {
@@ -136,8 +147,7 @@ pub(crate) fn call(
             Some(code) => Err(code),
             None => body(&mut driver),
         },
-    };
-    result.err().map_or(0, |code| code.0)
+    }
 }
 
 /// Calls that work before `cuInit`.
@@ -172,6 +182,7 @@ impl Code {
 
 impl Driver {
     fn from_environment() -> Self {
+        crate::interleave::set(number("SELFSUP_STAND_IN_INTERLEAVE").unwrap_or(0));
         let mut driver = Self {
             memory: None,
             initialized: false,

@@ -1,6 +1,8 @@
 //! Programs that use the driver wrongly in a way that a kinder driver would let pass: each must fail here.
 
 use std::ffi::c_void;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::result::{self, DriverError, primary_ctx, stream::StreamKind};
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUresult, CUstream};
@@ -15,6 +17,7 @@ pub fn all() -> Vec<(&'static str, bool)> {
         ("a context released twice", a_context_released_twice()),
         ("calls without a context", calls_without_a_context()),
         ("more registers than a multiprocessor has", more_registers_than_there_are()),
+        ("a staging buffer of two threads", a_staging_buffer_of_two_threads()),
     ];
     all.extend(two_devices());
     all
@@ -138,6 +141,57 @@ fn more_registers_than_there_are() -> bool {
     }
     stage.registers("fill_f32", 32);
     caught == [true; 3]
+}
+
+/// Two threads that copy through the same pinned memory: each asks whether it is free, writes to it and queues a copy, and nothing
+/// keeps the other from doing so in between. With a lock around the three it works.
+fn a_staging_buffer_of_two_threads() -> bool {
+    let wrong = |locks: bool, seed: u64| {
+        let stage = Stage::take(false);
+        let pinned = unsafe { result::malloc_host(4, 0) }.expect("pinned memory") as usize;
+        let (free, turn) = (event() as usize, Mutex::new(()));
+        let rooms = [stage.room::<f32>(1), stage.room::<f32>(1)];
+        let (stream, wrong) = (stage.stream as usize, AtomicUsize::new(0));
+        stage.interleave(seed);
+        std::thread::scope(|scope| {
+            for (thread, room) in rooms.iter().enumerate() {
+                let (context, turn, wrong) = (&stage.context, &turn, &wrong);
+                let at = room.at;
+                scope.spawn(move || {
+                    context.bind_to_thread().expect("a context");
+                    let (stream, free) = (stream as CUstream, free as CUevent);
+                    for round in 0..32 {
+                        let value = (100 * thread + round) as f32;
+                        let held = locks.then(|| turn.lock().expect("nobody panics"));
+                        while unsafe { result::event::query(free) }.is_err() {}
+                        unsafe {
+                            (pinned as *mut f32).write_volatile(value);
+                            let copy =
+                                sys::cuMemcpyHtoDAsync_v2(at, pinned as *const c_void, 4, stream);
+                            copy.result().expect("queued");
+                            result::event::record(free, stream).expect("recorded");
+                        }
+                        drop(held);
+                        unsafe { result::stream::synchronize(stream) }.expect("runs");
+                        let mut got = [0.0_f32];
+                        unsafe { result::memcpy_dtoh_sync(&mut got, at) }.expect("copied");
+                        wrong.fetch_add(usize::from(got[0] != value), Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        stage.interleave(0);
+        unsafe {
+            result::free_host(pinned as *mut c_void).expect("freed");
+            result::event::destroy(free as CUevent).expect("destroyed");
+        }
+        wrong.into_inner()
+    };
+    let of = |locks| (1..=4).map(|seed| wrong(locks, seed)).sum::<usize>();
+    assert_eq!(of(true), 0, "with a lock");
+    let raced = of(false);
+    println!("values lost by two threads without a lock: {raced} of 256");
+    raced > 0
 }
 
 /// A program with two devices that mixes up what belongs to which.

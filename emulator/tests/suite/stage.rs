@@ -44,7 +44,7 @@ pub fn own<F: Copy>(name: &str) -> F {
 
 /// Exclusive access to a freshly reset driver.
 pub struct Stage {
-    _context: Arc<CudaContext>,
+    pub context: Arc<CudaContext>,
     pub stream: CUstream,
     modules: Vec<sys::CUmodule>,
     _turn: MutexGuard<'static, ()>,
@@ -105,7 +105,7 @@ impl Stage {
             })
         };
         let modules = images().into_iter().filter_map(load).collect();
-        Self { _context: context, stream, modules, _turn: turn }
+        Self { context, stream, modules, _turn: turn }
     }
 
     pub fn seed(&self, seed: u64) {
@@ -146,6 +146,11 @@ impl Stage {
         let kernel = CString::new(kernel).expect("no NUL");
         let set = own::<unsafe extern "C" fn(*const c_char, u32)>("standin_registers");
         unsafe { set(kernel.as_ptr(), registers) };
+    }
+
+    /// Lets threads take turns.
+    pub fn interleave(&self, seed: u64) {
+        own::<extern "C" fn(u64)>("standin_interleave")(seed);
     }
 
     pub fn report(&self) -> String {
