@@ -119,7 +119,7 @@ impl Driver {
     /// Queues work on a stream, or adds it to the stream's capture.
     pub fn push(&mut self, stream: usize, work: Work) -> CallResult {
         let id = self.stream_id(stream)?;
-        let Stream { context, capture, .. } = self.streams[&id];
+        let Stream { context, capture, non_blocking, .. } = self.streams[&id];
         if let Some(capture) = capture.and_then(|c| self.captures.get_mut(&c)) {
             if capture.invalidated {
                 return Err(Code::CAPTURE_INVALIDATED);
@@ -130,12 +130,13 @@ impl Driver {
             capture.nodes.push(work);
             return Ok(());
         }
-        let by_default = self.is_default_stream(id);
-        if by_default {
+        if self.is_default_stream(id) {
             self.default_stream_waits(context)?;
+        } else if !non_blocking {
+            self.drain(context)?;
         }
         self.streams.get_mut(&id).expect("looked up above").queue.push_back(work);
-        if self.eager || by_default {
+        if self.eager {
             return self.drain(id);
         }
         while self.streams[&id].queue.len() > 1000 {

@@ -27,13 +27,30 @@ fn allocate_in_order(
     Ok(())
 }
 
-/// Runs a copy or memset before the call returns. It runs on the default stream, on which other streams wait unless they
-/// are non-blocking.
-fn at_once(driver: &mut Driver, work: Work) -> CallResult {
+/// Queues a copy or memset on the default stream, for which other streams wait unless they are non-blocking.
+fn by_default(driver: &mut Driver, work: Work) -> CallResult {
     driver.in_context()?;
     driver.require_no_capture()?;
     driver.count_wait();
     driver.push(0, work)
+}
+
+/// The same, and has run when the call returns.
+fn at_once(driver: &mut Driver, work: Work) -> CallResult {
+    by_default(driver, work)?;
+    let id = driver.stream_id(0)?;
+    driver.drain(id)
+}
+
+/// A copy from the host of the default stream. Pageable memory may be changed when the call returns, and the copy may land later.
+fn upload_by_default(driver: &mut Driver, to: usize, from: usize, size: usize) -> CallResult {
+    driver.in_context()?;
+    device_range(driver, to, size)?;
+    if driver.memory().is_pinned(from) {
+        return at_once(driver, Work::Copy { to, from, size });
+    }
+    let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, size) }.to_vec();
+    by_default(driver, Work::Upload { to, bytes: Arc::new(bytes) })
 }
 
 /// Checks a device address as far as the call can.
@@ -83,7 +100,7 @@ fn fill(
     let work = Work::Fill { at, value, width, count };
     match stream {
         Some(stream) => driver.push(stream, work),
-        None => at_once(driver, work),
+        None => by_default(driver, work),
     }
 }
 
@@ -168,9 +185,7 @@ calls! {
     }
 
     fn cuMemcpyHtoD_v2(driver, to: usize, from: usize, size: usize) {
-        driver.in_context()?;
-        device_range(driver, to, size)?;
-        at_once(driver, Work::Copy { to, from, size })?;
+        upload_by_default(driver, to, from, size)?;
     }
 
     fn cuMemcpyDtoH_v2(driver, to: usize, from: usize, size: usize) {
@@ -183,7 +198,7 @@ calls! {
         driver.in_context()?;
         device_range(driver, from, size)?;
         device_range(driver, to, size)?;
-        at_once(driver, Work::Copy { to, from, size })?;
+        by_default(driver, Work::Copy { to, from, size })?;
     }
 
     fn cuMemcpyHtoDAsync_v2(driver, to: usize, from: usize, size: usize, stream: usize) {

@@ -18,6 +18,7 @@ pub fn all() -> Vec<(&'static str, bool)> {
         ("calls without a context", calls_without_a_context()),
         ("more registers than a multiprocessor has", more_registers_than_there_are()),
         ("a staging buffer of two threads", a_staging_buffer_of_two_threads()),
+        ("a launch right after a copy of the default stream", a_launch_right_after_a_copy()),
     ];
     all.extend(two_devices());
     all
@@ -192,6 +193,27 @@ fn a_staging_buffer_of_two_threads() -> bool {
     let raced = of(false);
     println!("values lost by two threads without a lock: {raced} of 256");
     raced > 0
+}
+
+/// A program that copies from pageable memory on the default stream, and then launches on a stream that does not wait for it.
+fn a_launch_right_after_a_copy() -> bool {
+    let right = |waits: bool| {
+        let of = |seed: u64| {
+            let stage = Stage::take(false);
+            stage.seed(seed);
+            let (x, y) = (stage.room::<f32>(1), stage.room::<f32>(1));
+            unsafe { result::memcpy_htod_sync(x.at, &[3.0_f32]) }.expect("copied");
+            if waits {
+                result::ctx::synchronize().expect("landed");
+            }
+            let arguments = [(&y).into(), (&x).into(), (&x).into(), 1_i64.into()];
+            stage.launch("add_f32", [1, 1, 1], [32, 1, 1], 0, &arguments);
+            y.read(&stage)[0] == 6.0
+        };
+        (1..=16).filter(|seed| of(*seed)).count()
+    };
+    assert_eq!(right(true), 16);
+    right(false) < 16
 }
 
 /// A program with two devices that mixes up what belongs to which.

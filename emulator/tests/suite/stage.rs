@@ -175,6 +175,8 @@ impl Stage {
     pub fn upload<T: Copy>(&self, host: &[T]) -> Memory<T> {
         let memory = self.room(host.len());
         unsafe { result::memcpy_htod_sync(memory.at, host) }.expect("an upload");
+        // The copy may land after the call, and the stage's stream does not wait for the default one.
+        unsafe { result::stream::synchronize(std::ptr::null_mut()) }.expect("landed");
         memory
     }
 
