@@ -59,6 +59,13 @@ pub extern "C" fn standin_interleave(seed: u64) {
     crate::interleave::set(seed);
 }
 
+/// Makes a slow device: an event is asked for in vain `polls` times, and no work runs before the host waits for it or has asked so
+/// often. 0 ends it.
+#[unsafe(no_mangle)]
+pub extern "C" fn standin_stall(polls: u64) {
+    with(|driver| driver.stall = polls);
+}
+
 /// Returns the report of the last violation or injected fatal failure, empty if none; valid until the next one.
 #[unsafe(no_mangle)]
 pub extern "C" fn standin_last_report() -> *const c_char {

@@ -104,6 +104,8 @@ pub(crate) struct Driver {
     /// Whether instrumented kernels run instead of plain ones.
     pub checked: bool,
     pub eager: bool,
+    /// How often the host asks for an event in vain, and nothing runs before it has to.
+    pub stall: u64,
     pub random: u64,
     sticky: Option<Code>,
     pub report: std::ffi::CString,
@@ -200,6 +202,7 @@ impl Driver {
             next_handle: 0x1000,
             checked: number("SELFSUP_STAND_IN_CHECK").unwrap_or(0) != 0,
             eager: number("SELFSUP_STAND_IN_EAGER").unwrap_or(0) != 0,
+            stall: number("SELFSUP_STAND_IN_STALL").unwrap_or(0),
             random: number("SELFSUP_STAND_IN_SEED")
                 .unwrap_or(1)
                 .wrapping_mul(0x9e37_79b9_7f4a_7c15)

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::driver::{CallResult, Code, Driver};
@@ -18,6 +18,8 @@ use crate::memory::Kind;
 pub(crate) struct Marker {
     stream: usize,
     passed: AtomicBool,
+    /// How often the host has asked whether it has passed.
+    polls: AtomicU64,
     /// The capture that recorded it; the host cannot wait for such a marker.
     pub capture: Option<usize>,
 }
@@ -142,7 +144,7 @@ impl Driver {
         while self.streams[&id].queue.len() > 1000 {
             self.run_next(id)?;
         }
-        if self.random().is_multiple_of(4) {
+        if self.random().is_multiple_of(4) && self.stall == 0 {
             let pick = self.random() as usize % self.streams.len();
             let other = *self.streams.keys().nth(pick).expect("an index below the count");
             self.run_next(other)?;
@@ -195,9 +197,10 @@ impl Driver {
         Ok(())
     }
 
-    /// Makes some progress towards the marker, for a caller that polls.
+    /// Makes some progress towards the marker, for a caller that polls, if it has polled often enough.
     pub fn run_towards(&mut self, marker: &Marker) -> CallResult {
-        if marker.passed() { Ok(()) } else { self.run_next(marker.stream) }
+        let stalls = marker.polls.fetch_add(1, Ordering::Relaxed) < self.stall;
+        if marker.passed() || stalls { Ok(()) } else { self.run_next(marker.stream) }
     }
 
     /// Runs the oldest queued work of a stream.
@@ -336,7 +339,12 @@ impl Driver {
     pub fn record(&mut self, event: usize, stream: usize) -> CallResult {
         let id = self.stream_id(stream)?;
         let Stream { context, capture, .. } = self.streams[&id];
-        let marker = Arc::new(Marker { stream: id, passed: AtomicBool::new(false), capture });
+        let marker = Arc::new(Marker {
+            stream: id,
+            passed: AtomicBool::new(false),
+            polls: AtomicU64::new(0),
+            capture,
+        });
         let slot = self.events.get_mut(&event).ok_or(Code::INVALID_HANDLE)?;
         if slot.context != context {
             return Err(Code::INVALID_HANDLE);

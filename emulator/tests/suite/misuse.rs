@@ -19,6 +19,7 @@ pub fn all() -> Vec<(&'static str, bool)> {
         ("more registers than a multiprocessor has", more_registers_than_there_are()),
         ("a staging buffer of two threads", a_staging_buffer_of_two_threads()),
         ("a launch right after a copy of the default stream", a_launch_right_after_a_copy()),
+        ("an event that is asked for, and not waited for", an_event_asked_for_twice()),
     ];
     all.extend(two_devices());
     all
@@ -214,6 +215,34 @@ fn a_launch_right_after_a_copy() -> bool {
     };
     assert_eq!(right(true), 16);
     right(false) < 16
+}
+
+/// A program that asks twice whether a copy has run, and then writes to its memory whatever the answer. A device that makes progress
+/// with each question would hide it.
+fn an_event_asked_for_twice() -> bool {
+    let lost = |stall: u64| {
+        let stage = Stage::take(false);
+        stage.stall(stall);
+        let (x, copied) = (stage.room::<f32>(1), event());
+        let pinned = unsafe { result::malloc_host(4, 0) }.expect("pinned memory").cast::<f32>();
+        unsafe {
+            pinned.write_volatile(1.0);
+            let queued = sys::cuMemcpyHtoDAsync_v2(x.at, pinned.cast(), 4, stage.stream);
+            queued.result().expect("queued");
+            result::event::record(copied, stage.stream).expect("recorded");
+        }
+        let asked = [0, 1].map(|_| unsafe { result::event::query(copied) }.is_ok());
+        assert_eq!(asked[1], stall < 2, "{stall}");
+        unsafe { pinned.write_volatile(2.0) };
+        let lost = x.read(&stage)[0] == 2.0;
+        stage.stall(0);
+        unsafe {
+            result::free_host(pinned.cast()).expect("freed");
+            result::event::destroy(copied).expect("destroyed");
+        }
+        lost
+    };
+    !lost(0) && lost(2)
 }
 
 /// A program with two devices that mixes up what belongs to which.

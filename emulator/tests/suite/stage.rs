@@ -153,6 +153,11 @@ impl Stage {
         own::<extern "C" fn(u64)>("standin_interleave")(seed);
     }
 
+    /// Makes the device slow.
+    pub fn stall(&self, polls: u64) {
+        own::<extern "C" fn(u64)>("standin_stall")(polls);
+    }
+
     pub fn report(&self) -> String {
         if library().is_none() {
             return String::new();
