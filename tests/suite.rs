@@ -116,6 +116,8 @@ mod scaling;
 mod shape_fuzz;
 #[path = "suite/shipped_bugs.rs"]
 mod shipped_bugs;
+#[path = "suite/step_views.rs"]
+mod step_views;
 #[path = "suite/steps.rs"]
 mod steps;
 #[path = "suite/stepwise_f32.rs"]

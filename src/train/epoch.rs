@@ -183,7 +183,7 @@ impl Run {
             if let Some(trace) = &self.trace {
                 trace.before_step(self.online.device());
             }
-            let batch = trace_phase("wait for images", || self.loader.next_batch());
+            let batch = trace_phase("wait for images", || self.next_batch());
             let wishes = self.agree(self.begun, matches!(batch, Err(Error::Stopped(_))))?;
             if wishes.stop {
                 self.catch_up(so_far, watch)?;
@@ -208,6 +208,16 @@ impl Run {
             self.trace_step(so_far, watch)?;
         }
         self.catch_up(so_far, watch)
+    }
+
+    /// Returns the next batch. Its views are written to where the steps of a GPU read them.
+    fn next_batch(&mut self) -> Result<Batch> {
+        let mut crops = self.steps.take_views();
+        if crops.is_empty() {
+            return self.loader.next_batch();
+        }
+        let batch = self.loader.next_into(&mut crops)?;
+        Ok(Batch { crops, ..batch })
     }
 
     /// Reads the spread, the prototypes and the monitors after an epoch's last step, while its embeddings exist.

@@ -2,7 +2,7 @@
 //!
 //! On the CPU the host runs every step. On a GPU the host launches the first two steps of a phase, so that all memory is on
 //! the free list; it captures the third as a graph, and from then on a step is one call. A replay runs no host code: the views
-//! are copied to the buffers that the captured step read, and everything else that changes is in
+//! lie in the buffers that the captured step read ([`Steps::take_views`]) or are copied there, and everything else that changes is in
 //! [`Numbers`](crate::tensor::Numbers) set by [`Method::labels`], [`Method::prepare`] and the schedule. Another phase or shape
 //! needs another capture. There is one graph at a time, because it owns the memory of its activations. A GPU with too little memory
 //! for that goes on launching, and says so.
@@ -66,8 +66,9 @@ pub struct Steps {
     /// The key of the last step, and how many steps with this key have been launched.
     key: Option<CaptureKey>,
     launched: u32,
-    /// The buffers from which a GPU's steps read their views.
+    /// The buffers from which a GPU's steps read their views, and where they lie, also while they are taken.
     views: Vec<Tensor>,
+    places: Vec<u64>,
     captured: Option<Captured>,
     embeddings: Option<Tensor>,
     /// The ring through which a GPU returns losses.
@@ -107,6 +108,7 @@ impl Steps {
             key: None,
             launched: 0,
             views: Vec::new(),
+            places: Vec::new(),
             captured: None,
             embeddings: None,
             losses: on_gpu.then(|| Ring::new(device, AHEAD + 1)),
@@ -175,6 +177,13 @@ impl Steps {
         self.known(0)
     }
 
+    /// Takes the buffers from which the next step will read its views, for the loader to write to
+    /// ([`Loader::next_into`](crate::data::Loader::next_into)); as the crops of the next batch they come back, and are not copied. Empty
+    /// before the first step, and always on the CPU.
+    pub fn take_views(&mut self) -> Vec<Tensor> {
+        std::mem::take(&mut self.views)
+    }
+
     /// A sentence for the user, once: that steps are launched from now on, and why.
     pub fn take_notice(&mut self) -> Option<String> {
         self.notice.take()
@@ -206,12 +215,9 @@ impl Steps {
         };
         if self.key.as_ref() != Some(&key) {
             self.captured = None;
-            self.views = crops.iter().map(Tensor::empty_like).collect();
             (self.key, self.launched) = (Some(key), 0);
         }
-        for (view, crops) in self.views.iter_mut().zip(crops) {
-            view.view_mut().copy_from(crops);
-        }
+        self.receive(crops);
         online.refresh(); // a captured step refreshes only what it changes itself
         if !self.captures || self.launched < LAUNCHED {
             let loss = step(method, online, optimizer, &self.views, split, progress)?;
@@ -245,6 +251,24 @@ impl Steps {
         let loss = captured.loss.clone();
         self.send(&loss);
         Ok(())
+    }
+
+    /// Brings a batch's views to the buffers from which steps read them.
+    fn receive(&mut self, crops: &[Tensor]) {
+        if !crops.is_empty() && crops.iter().map(Tensor::address).eq(self.places.iter().copied()) {
+            self.views = crops.to_vec(); // the buffers themselves
+            return;
+        }
+        let shapes = |tensors: &[Tensor]| tensors.iter().map(|t| *t.shape()).collect::<Vec<_>>();
+        if shapes(&self.views) != shapes(crops) {
+            // A captured step reads where the old ones were.
+            (self.captured, self.launched) = (None, 0);
+            self.views = crops.iter().map(Tensor::empty_like).collect();
+            self.places = self.views.iter().map(Tensor::address).collect();
+        }
+        for (view, crops) in self.views.iter_mut().zip(crops) {
+            view.view_mut().copy_from(crops);
+        }
     }
 
     fn send(&mut self, loss: &Tensor) {

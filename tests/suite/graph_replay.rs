@@ -128,7 +128,7 @@ impl ManualRun {
         }
     }
 
-    fn batch(&self, iteration: u64) -> Batch {
+    pub fn batch(&self, iteration: u64) -> Batch {
         let what = format!("images {iteration}");
         let images = network::images(&self.device, &what, [2 * BATCH, self.side, self.side]);
         Batch {
@@ -142,6 +142,10 @@ impl ManualRun {
 
     pub fn step(&mut self, iteration: u64) -> selfsup::Result<()> {
         let batch = self.batch(iteration);
+        self.step_with(batch, iteration)
+    }
+
+    pub fn step_with(&mut self, batch: Batch, iteration: u64) -> selfsup::Result<()> {
         let training = Training {
             method: &mut self.method,
             online: &mut self.online,
@@ -480,7 +484,7 @@ fn a_failing_device_ends_a_run_with_one_error_and_leaves_its_checkpoint() {
 fn program(folder: &Path, out: &str, variables: &[(&str, &str)]) -> Output {
     let recipe = folder.join("tiny.toml");
     std::fs::write(&recipe, demo(&["train.epochs=1"]).to_toml()).unwrap();
-    let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+    let mut program = Command::new(crate::program::path());
     with_driver(&mut program)
         .current_dir(folder)
         .args(["train", "tiny.toml", "--device", "cuda", "--out", out])
