@@ -95,3 +95,21 @@ KERNEL void sum_columns_backward_bf16(bf16* dx, const float* dy, float factor, i
                                     int inner) {
     sum_columns_backward(dx, dy, factor, outer, n, inner);
 }
+
+/// partial [gridDim.x] = each block's share of the sum of (x - y)^2 over n elements, in f64; of x^2 if y is null. A share
+/// depends on the grid alone.
+KERNEL BOUNDS(256) void sum_squares(double* partial, const float* x, const float* y, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = grid_rank() * 8; i < n; i += grid_threads() * 8) {
+        int count = n - i < 8 ? static_cast<int>(n - i) : 8;
+        Vector8 a = load_vector8(x + i, count), b{};
+        if (y) b = load_vector8(y + i, count);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            double d = static_cast<double>(a.v[k]) - b.v[k];
+            sum += d * d;
+        }
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}

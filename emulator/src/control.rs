@@ -12,7 +12,7 @@ unsafe fn text(name: *const c_char) -> String {
 }
 
 /// Returns how often an event happened: a driver call by its name without version suffix (`cuMemAlloc`), `kernel:NAME`,
-/// `allocations` (of any kind), `waits` (calls that make the host wait).
+/// `allocations` (of any kind), `waits` (calls that make the host wait), `downloaded` (bytes that copies to the host asked for).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn standin_count(what: *const c_char) -> u64 {
     let what = unsafe { text(what) };

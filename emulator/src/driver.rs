@@ -250,9 +250,13 @@ impl Driver {
     }
 
     pub fn count(&mut self, what: &str) {
+        self.count_by(what, 1);
+    }
+
+    pub fn count_by(&mut self, what: &str, more: u64) {
         match self.counts.get_mut(what) {
-            Some(n) => *n += 1,
-            None => drop(self.counts.insert(what.to_owned(), 1)),
+            Some(n) => *n += more,
+            None => drop(self.counts.insert(what.to_owned(), more)),
         }
     }
 

@@ -92,9 +92,8 @@ pub(super) fn mean_cosine(a: &Tensor, b: &Tensor) -> f64 {
 
 /// The lag of a momentum encoder: `|online - other| / |online|` over all parameters.
 pub(super) fn distance(online: &Arena, other: &Arena) -> (&'static str, Reading) {
-    let (online, other) = (online.values().to_f64(), other.values().to_f64());
-    let apart: f64 = online.iter().zip(&other).map(|(a, b)| (a - b).powi(2)).sum();
-    let size: f64 = online.iter().map(|v| v * v).sum();
+    let apart = online.values().squared_distance(other.values());
+    let size = online.values().squared_norm();
     ("target_distance", Reading::Number((apart / size.max(f64::MIN_POSITIVE)).sqrt()))
 }
 

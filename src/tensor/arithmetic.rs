@@ -5,7 +5,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{Activation, DType, Element, Tensor, TensorMut, by_activation};
-use crate::device::cuda::{In, Launch, Out};
+use crate::device::cuda::{In, Launch, Out, Table, sum_squares};
 use crate::device::{Device, DeviceKind};
 
 /// Elements per parallel task over a flat array. Fixed, so that results do not depend on the number of threads.
@@ -75,6 +75,59 @@ fn cast_chunk<S: Activation, T: Activation>(to: &mut [T], x: &[S]) {
     for (to, x) in to.iter_mut().zip(x) {
         *to = T::store(x.load());
     }
+}
+
+/// The sum of the squares of `x - y`, or of `x`; see [`Tensor::squared_norm`].
+#[track_caller]
+pub(super) fn squares(x: &Tensor, y: Option<&Tensor>) -> f64 {
+    let device = x.device().clone();
+    match device.kind() {
+        DeviceKind::Cpu => {
+            let (x, y) = (x.data::<f32>(), y.map_or(&[][..], |y| y.data::<f32>()));
+            let part = |(i, x): (usize, &[f32])| {
+                let y = if y.is_empty() { &[][..] } else { &y[i * CHUNK..][..x.len()] };
+                square_chunk(x, y)
+            };
+            let parts: Vec<f64> =
+                device.run(|| x.par_chunks(CHUNK).enumerate().map(part).collect());
+            parts.iter().sum()
+        }
+        DeviceKind::Cuda => squares_on_gpu(x, y),
+        DeviceKind::Reference => {
+            let x = x.data::<f64>();
+            match y {
+                Some(y) => x.iter().zip(y.data::<f64>()).map(|(x, y)| (x - y).powi(2)).sum(),
+                None => x.iter().map(|x| x * x).sum(),
+            }
+        }
+    }
+}
+
+/// `y` is as long as `x` or empty.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn square_chunk(x: &[f32], y: &[f32]) -> f64 {
+    // Eight sums, which a vector holds.
+    let mut sums = [0.0_f64; 8];
+    let mut add = |i: usize, difference: f64| sums[i % 8] += difference * difference;
+    if y.is_empty() {
+        x.iter().enumerate().for_each(|(i, x)| add(i, f64::from(*x)));
+    } else {
+        x.iter().zip(y).enumerate().for_each(|(i, (x, y))| add(i, f64::from(*x) - f64::from(*y)));
+    }
+    sums.iter().sum()
+}
+
+#[track_caller]
+fn squares_on_gpu(x: &Tensor, y: Option<&Tensor>) -> f64 {
+    /// The same on every GPU, so that sums have the same bits.
+    const BLOCKS: usize = 1024;
+    let blocks = x.len().div_ceil(256 * 8).clamp(1, BLOCKS);
+    let mut parts = Table::room(x.device(), blocks);
+    let launch = Launch::new(x.device().gpu(), [blocks, 1, 1], [256, 1, 1]);
+    let other = y.map_or(In::null(), |y| y.device_in());
+    // SAFETY: `x` and `y`, if it is there, have as many elements; `parts` has one for each block.
+    unsafe { sum_squares(launch, parts.device_out(), x.device_in(), other, x.len() as i64) };
+    parts.read().iter().sum::<f64>()
 }
 
 /// `sum += x`, both of one dtype.

@@ -258,6 +258,33 @@ impl Tensor {
         }
     }
 
+    /// The sum of the squares of all elements in f64, in an order that depends on their number only. A GPU is waited for, so this
+    /// is not for use inside a step; it copies only sums of parts to the host.
+    ///
+    /// # Panics
+    /// If the tensor is not f32, or f64 on a reference device.
+    #[track_caller]
+    pub fn squared_norm(&self) -> f64 {
+        arithmetic::squares(self, None)
+    }
+
+    /// The sum of the squares of the differences to another tensor, as [`Tensor::squared_norm`].
+    ///
+    /// # Panics
+    /// As for [`Tensor::squared_norm`], or if the tensors differ in size or device.
+    #[track_caller]
+    pub fn squared_distance(&self, other: &Tensor) -> f64 {
+        assert_eq!(
+            self.len(),
+            other.len(),
+            "squared distance: {:?}, {:?}",
+            self.shape(),
+            other.shape()
+        );
+        other.expect_on(self.device(), "squared distance");
+        arithmetic::squares(self, Some(other))
+    }
+
     /// The only element of a tensor of length 1. Waits for the device, so not for use inside a step.
     ///
     /// # Panics

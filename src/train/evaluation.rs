@@ -43,8 +43,8 @@ impl Run {
         loss: f64,
     ) -> BTreeMap<String, Reading> {
         let mut readings = self.method.monitors(&self.online, embeddings, loss);
-        let squares = self.online.gradients().to_f64().iter().map(|g| g * g).sum::<f64>();
-        readings.push(("gradient_norm", Reading::Number(squares.sqrt())));
+        let norm = self.online.gradients().squared_norm().sqrt();
+        readings.push(("gradient_norm", Reading::Number(norm)));
         readings.push(("update_ratio", Reading::Number(self.update_ratio())));
         readings.into_iter().map(|(name, reading)| (name.to_owned(), reading)).collect()
     }
@@ -52,7 +52,7 @@ impl Run {
     /// The size of the last step's update relative to that of the weights. Its learning rate is that of the schedule; parameters
     /// with a policy of their own count as if they had none.
     fn update_ratio(&self) -> f64 {
-        let norm = |values: &Tensor| values.to_f64().iter().map(|v| v * v).sum::<f64>().sqrt();
+        let norm = |values: &Tensor| values.squared_norm().sqrt();
         let lr = match self.recipe.optim.rule {
             Rule::Lars(lars) if lars.lr_in_momentum => 1.0,
             _ => self.schedule.lr(self.begun.saturating_sub(1)),

@@ -269,6 +269,41 @@ fn empty_inputs_work_on_a_gpu() {
     gpu.check().unwrap();
 }
 
+/// Of a whole arena only sums of parts come to the host.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn squares_are_summed_on_a_gpu() {
+    alone("cuda::squares_are_summed_on_a_gpu", |driver| {
+        let (gpu, cpu, reference) =
+            (gpu(Precision::Bf16), Device::cpu(2).unwrap(), Device::reference());
+        for n in [1, 7, 2048, 100_003, 3_000_000] {
+            // Of two sizes, so that a sum in f32 would lose digits.
+            let values = |factor: f64| -> Vec<f64> {
+                let value = |i: usize| f64::from((i as f64 * factor).sin() as f32);
+                (0..n).map(|i| value(i) * if i % 97 == 0 { 64.0 } else { 1.0 }).collect()
+            };
+            let both = |device: &Device| {
+                [0.37, 0.73].map(|factor| Tensor::from_f64(device, [n], &values(factor)))
+            };
+            let [x, y] = both(&reference);
+            let want = [x.squared_norm(), x.squared_distance(&y)];
+            let naive: f64 = values(0.37).iter().map(|v| v * v).sum();
+            assert!((want[0] - naive).abs() <= 1e-12 * naive);
+            for device in [&gpu, &cpu] {
+                let [x, y] = both(device);
+                let before = driver.count("downloaded");
+                let got = [x.squared_norm(), x.squared_distance(&y), x.squared_norm()];
+                let downloaded = driver.count("downloaded") - before;
+                assert!(downloaded <= 3 * 8 * 1024, "{n}: {downloaded} bytes");
+                assert_eq!(got[0], got[2], "the same bits again");
+                for (got, want) in got.iter().zip(want) {
+                    assert!((got - want).abs() <= 1e-12 * want, "{device}, {n}: {got}, not {want}");
+                }
+            }
+        }
+    });
+}
+
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn tensors_travel_to_a_gpu_and_back() {

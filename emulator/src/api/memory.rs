@@ -74,6 +74,7 @@ fn download(driver: &mut Driver, to: usize, from: usize, size: usize, stream: us
     driver.in_context()?;
     device_range(driver, from, size)?;
     let id = driver.stream_id(stream)?;
+    driver.count_by("downloaded", size as u64);
     let capturing = driver.streams[&id].capture.is_some();
     driver.push(stream, Work::Copy { to, from, size })?;
     if !capturing && !driver.memory().is_pinned(to) {
@@ -191,6 +192,7 @@ calls! {
     fn cuMemcpyDtoH_v2(driver, to: usize, from: usize, size: usize) {
         driver.in_context()?;
         device_range(driver, from, size)?;
+        driver.count_by("downloaded", size as u64);
         at_once(driver, Work::Copy { to, from, size })?;
     }
 

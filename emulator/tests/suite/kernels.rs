@@ -253,3 +253,32 @@ fn batch_norm_f32() {
 fn batch_norm_bf16() {
     batch_norms::<bf16>();
 }
+
+/// Parts of a sum of squares, of differences and without the second operand, added up in order.
+#[test]
+fn squares_are_summed_in_f64() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for n in LENGTHS {
+            let (x, y): (Vec<f32>, Vec<f32>) = (noise(n, 11), noise(n, 12));
+            let (dx, dy) = (stage.upload(&x), stage.upload(&y));
+            for (blocks, with) in [(1, true), (3, true), (3, false)] {
+                let parts: Memory<f64> = stage.room(blocks as usize);
+                let other: Value = if with { (&dy).into() } else { 0_u64.into() };
+                let arguments = [(&parts).into(), (&dx).into(), other, (n as i64).into()];
+                stage.launch("sum_squares", [blocks, 1, 1], [256, 1, 1], 0, &arguments);
+                let got: f64 = parts.read(&stage).iter().sum();
+                let square = |(x, y): (&f32, &f32)| {
+                    (f64::from(*x) - if with { f64::from(*y) } else { 0.0 }).powi(2)
+                };
+                let want: f64 = x.iter().zip(&y).map(square).sum();
+                assert!((got - want).abs() <= 1e-13 * want, "{n}, {blocks}: {got}, not {want}");
+            }
+        }
+        let bad = stage.upload(&[1.0, f32::NAN, 2.0]);
+        let parts: Memory<f64> = stage.room(1);
+        let arguments = [(&parts).into(), (&bad).into(), 0_u64.into(), 3_i64.into()];
+        stage.launch("sum_squares", [1, 1, 1], [256, 1, 1], 0, &arguments);
+        assert!(parts.read(&stage)[0].is_nan());
+    }
+}
