@@ -26,6 +26,8 @@ mod collapse;
 mod compare;
 #[path = "suite/complete.rs"]
 mod complete;
+#[path = "suite/contexts.rs"]
+mod contexts;
 #[path = "suite/conv_batch_norm.rs"]
 mod conv_batch_norm;
 #[path = "suite/crops.rs"]

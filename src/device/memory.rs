@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::panic::Location;
 use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 
 use memmap2::MmapMut;
 
@@ -58,8 +59,9 @@ struct State {
     captured: HashMap<u64, FreeList>,
     /// The graph that owns a block, by the block's address; most blocks have no owner.
     owners: HashMap<usize, u64>,
-    /// The capture in progress.
+    /// The capture in progress, and the thread whose work it is.
     capture: Option<u64>,
+    capturer: Option<ThreadId>,
     captures: u64,
     /// The GPU has run out of memory before: larger blocks serve requests before the driver is asked.
     tight: bool,
@@ -168,7 +170,8 @@ impl Pool {
         state.tight = true;
         let larger = state.reuse_larger(bytes);
         let capturing = state.capture.is_some();
-        if larger.is_some() || capturing {
+        let gives_up = capturing && state.capturer == Some(std::thread::current().id());
+        if larger.is_some() || gives_up {
             state.usage.reserved -= bytes; // the driver gave nothing
             state.usage.allocations -= 1;
         }
@@ -178,13 +181,16 @@ impl Pool {
         }
         // The free list may hold blocks of other sizes: return them to the driver and try again. Not during a capture, whose
         // launches may refer to them.
-        if capturing {
+        if gives_up {
             gpu.give_up_capture(self.out_of_memory(gpu, bytes));
             return block(0);
         }
-        self.trim(gpu);
-        if let Some(address) = gpu.allocate(bytes) {
-            return block(address);
+        // What another thread is given must be there after the capture, too.
+        if !capturing {
+            self.trim(gpu);
+            if let Some(address) = gpu.allocate(bytes) {
+                return block(address);
+            }
         }
         gpu.fail(self.out_of_memory(gpu, bytes));
         block(0)
@@ -248,6 +254,7 @@ impl Pool {
         state.captures += 1;
         state.captured.insert(id, FreeList::new());
         state.capture = Some(id);
+        state.capturer = Some(std::thread::current().id());
         id
     }
 

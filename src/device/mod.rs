@@ -37,6 +37,12 @@ use crate::error::{Error, Result};
 use memory::Pool;
 use threads::Threads;
 
+/// The resources of the program's CUDA kernels on each chip that they were compiled for, as the assembler printed them; empty if nvcc
+/// was missing when the program was built.
+pub fn resources() -> &'static [Resources] {
+    cuda::RESOURCES
+}
+
 /// Why the system's loader did not open a library: libloading's own text says only that it did not.
 fn loader_says(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)

@@ -14,10 +14,13 @@ use std::sync::OnceLock;
 
 use selfsup::device::{Device, Precision};
 
-/// GPU 0 of this run's driver, with memory poisoned before each use.
+/// GPU 0 of this run's driver, with memory poisoned before each use; as it is with `SELFSUP_TEST_POISON=0`, for a checker that would
+/// take poison for a value.
 pub fn gpu(precision: Precision) -> Device {
     open();
-    Device::cuda(0, precision).unwrap_or_else(|e| panic!("{e}")).poisoned()
+    let device = Device::cuda(0, precision).unwrap_or_else(|e| panic!("{e}"));
+    let poisons = std::env::var_os("SELFSUP_TEST_POISON").is_none_or(|poison| poison != "0");
+    if poisons { device.poisoned() } else { device }
 }
 
 /// The stand-in driver, if this run uses it.
@@ -74,6 +77,12 @@ impl StandIn {
         // SAFETY: the library's initialisers have no side effects on this process.
         let library = unsafe { libloading::Library::new(&path) };
         let driver = Self(library.unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+        // A launch takes as many registers as on the chip on which its kernel needs most.
+        for of in selfsup::device::resources() {
+            let most =
+                selfsup::device::resources().iter().filter(|other| other.kernel == of.kernel);
+            driver.registers(of.kernel, most.map(|of| of.registers).max().unwrap() as u32);
+        }
         // Check every memory access of every kernel, unless the process was started for speed.
         if std::env::var_os("SELFSUP_STAND_IN_CHECK").is_none() {
             driver.check(true);
@@ -102,7 +111,8 @@ impl StandIn {
         *unsafe { self.0.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
-    /// How often an event happened in this process: `cuMemAlloc`, `kernel:NAME`, `allocations`, `waits`.
+    /// How often an event happened in this process: `cuMemAlloc`, `kernel:NAME`, `allocations`, `waits`; the bytes that were
+    /// `downloaded`.
     pub fn count(&self, what: &str) -> u64 {
         let what = CString::new(what).unwrap();
         // SAFETY: takes a string.
@@ -122,6 +132,34 @@ impl StandIn {
                 code,
             );
         }
+    }
+
+    /// Sets the registers of a kernel's threads.
+    pub fn registers(&self, kernel: &str, registers: u32) {
+        let kernel = CString::new(kernel).unwrap();
+        // SAFETY: takes a string and a number.
+        unsafe {
+            let set = self.call::<unsafe extern "C" fn(*const c_char, u32)>("standin_registers");
+            set(kernel.as_ptr(), registers);
+        }
+    }
+
+    /// Sets the number of GPUs.
+    pub fn devices(&self, count: usize) {
+        // SAFETY: takes a number.
+        unsafe { self.call::<unsafe extern "C" fn(usize)>("standin_devices")(count) }
+    }
+
+    /// Lets threads take turns between their calls, in an order of this seed; 0 ends it.
+    pub fn interleave(&self, seed: u64) {
+        // SAFETY: takes a number.
+        unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_interleave")(seed) }
+    }
+
+    /// Live allocations of the GPUs' memory.
+    pub fn live_allocations(&self) -> usize {
+        // SAFETY: returns a number.
+        unsafe { self.call::<unsafe extern "C" fn() -> usize>("standin_live_allocations")() }
     }
 
     /// Sets the size of the GPU's memory; returns the size before.
