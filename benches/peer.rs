@@ -6,17 +6,19 @@
 //! - `conv_bf16`, with the arguments of `conv`: the same in bf16, with the moments of a batch norm in the forward pass.
 //! - `tiles`: 1 if the processor multiplies bf16 by instructions of its own, otherwise 0.
 //! - `step DEPTH WIDTH image|small SIZE BATCH`: the same for a SimCLR step.
+//! - `median`, with the arguments of `step`: the median instead, on a GPU of the replayed step, without the host's launches.
 //! - `phases`, with the arguments of `step`: the seconds of the forward pass, the backward pass and the update.
 //! - `crops DEPTH WIDTH BATCH SIDE SMALL`: the seconds of a SwAV step on two crops of `SIDE` pixels, and on two plus six of `SMALL`.
 //! - `memory`: the peak resident bytes of the process.
 //!
-//! With the argument `bf16` steps run in bf16, with `cuda` on the GPU in bf16, launched one by one, not captured.
+//! With the argument `bf16` steps run in bf16, with `cuda` on the GPU in bf16; `step` and `phases` are launched one by one there.
 
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use selfsup::arena::Arena;
+use selfsup::bench::{Bench, Chip};
 use selfsup::device::{Bf16Path, Device, Philox, Precision, Purpose};
 use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::methods::swav::{self, Swav};
@@ -208,6 +210,23 @@ impl Training {
         [forward, both - forward, start.elapsed().as_secs_f64() - both]
     }
 
+    /// The median seconds of a step with a fixed learning rate, whose loss nobody reads.
+    fn median(&mut self, device: &Device) -> f64 {
+        self.step(); // which gets the memory, and whose loss is checked
+        self.optimizer.set_rate(1e-3);
+        let Self { method, online, optimizer, views } = self;
+        // Of the chip only the cache counts, which is emptied for the cold times.
+        let chip = Chip::known("H200").expect("in the table");
+        let mut bench = Bench::against(device, chip, Duration::from_secs(2));
+        let timing = bench.measure_replayed(|| {
+            let views = std::slice::from_ref(views);
+            step(online, |tape| method.loss(tape, views)).expect("a training step");
+            optimizer.update(online);
+            method.take_embeddings();
+        });
+        timing.expect("the device").hot.median
+    }
+
     /// The minimum of each phase over a few steps, after a warm-up step.
     fn phases(&mut self) -> String {
         self.step();
@@ -246,7 +265,7 @@ fn main() {
             ["conv", rest @ ..] => conv(&device, rest).to_string(),
             ["conv_bf16", rest @ ..] => conv_bf16(&device, rest).to_string(),
             ["tiles"] => u8::from(Bf16Path::current().instructions().is_some()).to_string(),
-            [what @ ("step" | "phases"), rest @ ..] => {
+            [what @ ("step" | "median" | "phases"), rest @ ..] => {
                 let name = rest.join(" ");
                 if training.as_ref().is_none_or(|(made, _)| *made != name) {
                     training = Some((name, Training::new(&device, rest)));
@@ -259,6 +278,7 @@ fn main() {
                         };
                         minimum_time(Duration::from_secs(2), step).to_string()
                     }
+                    "median" => training.median(&device).to_string(),
                     _ => training.phases(),
                 }
             }

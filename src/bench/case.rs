@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::problem::on_tape;
-use super::{Problem, Unit, Work};
+use super::{Bench, Problem, Timing, Unit, Work};
 use crate::arena::{Arena, Init, Layout, Param, SlotKind};
 use crate::device::Device;
+use crate::error::Result;
 use crate::ops::kernels::Gemm;
 use crate::tape::{Tape, Var, step};
 use crate::tensor::{DType, Tensor};
@@ -88,6 +89,21 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether a run consists of launches only on a GPU, so that it can be replayed from a graph. Augmentation copies its parameters
+    /// from the host, and kNN its features and what it found.
+    pub fn is_replayed(&self) -> bool {
+        !["augment ", "knn "].iter().any(|word| self.name.starts_with(word))
+    }
+
+    /// Measures a run on the bench's device: [replayed](Bench::measure_replayed) if it can be.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn measure(&self, bench: &mut Bench, device: &Device) -> Result<Timing> {
+        let run = self.prepare(device);
+        if self.is_replayed() { bench.measure_replayed(run) } else { bench.measure(run) }
+    }
+
     /// Allocates the operands on a device and returns a closure that runs (on a GPU: queues) the operation once.
     pub fn prepare(&self, device: &Device) -> impl FnMut() + use<> {
         (self.prepare)(device)

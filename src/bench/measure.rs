@@ -7,7 +7,7 @@ use crate::cpu::parallel::Each;
 use rayon::prelude::*;
 
 use super::{Chip, Unit, Work};
-use crate::device::cuda::Timer;
+use crate::device::cuda::{Graph, Timer};
 use crate::device::{Device, DeviceKind};
 use crate::error::Result;
 use crate::ops::linear;
@@ -32,7 +32,7 @@ pub struct Timing {
     pub hot: Quantiles,
     /// Runs with the caches emptied before each one.
     pub cold: Quantiles,
-    /// Number of runs, hot and again cold.
+    /// Number of runs, hot and again cold; hot at least as many if they were replayed.
     pub runs: usize,
 }
 
@@ -48,6 +48,8 @@ pub struct Bench {
 
 /// The fewest and most runs of an operation.
 const RUNS: [usize; 2] = [5, 1000];
+/// Seconds of a graph's runs, against which the launch of the graph is little; and the most runs of a graph.
+const REPLAYED: (f64, usize) = (2e-3, 200);
 /// Bytes copied to measure the copy ceiling.
 const COPIED: usize = 256 << 20;
 /// A CPU's last-level cache, as much as one program can count on.
@@ -80,7 +82,8 @@ impl Bench {
         &self.chip
     }
 
-    /// Measures what `f` does or, on a GPU, queues.
+    /// Measures what `f` does or, on a GPU, queues. A GPU that is faster than the host launches is measured waiting for the host:
+    /// see [`Bench::measure_replayed`].
     ///
     /// # Errors
     /// If the device fails.
@@ -96,6 +99,47 @@ impl Bench {
             cold.push(self.time(&mut f)?);
         }
         Ok(Timing { hot: quantiles(hot), cold: quantiles(cold), runs })
+    }
+
+    /// Measures what `f` queues on a GPU, replayed from a graph, without the host's time for launches: hot, many runs in one graph,
+    /// one of which counts as a run; cold, a graph of one run behind the emptying of the caches, which takes longer than its launch.
+    /// `f` must consist of launches only. On a CPU, with `SELFSUP_SYNC=1` and without memory for a graph it is [`Bench::measure`].
+    ///
+    /// # Errors
+    /// If the device fails, or `f` cannot be captured: it copies from the host or waits.
+    pub fn measure_replayed(&mut self, mut f: impl FnMut()) -> Result<Timing> {
+        if self.device.kind() != DeviceKind::Cuda || self.device.gpu().is_synchronous() {
+            return self.measure(f);
+        }
+        f(); // warms up memory and the code
+        f(); // takes all memory from the free list
+        let Some(one) = self.captured(1, &mut f)? else { return self.measure(f) };
+        self.time(&mut || one.replay())?;
+        let once = self.time(&mut || one.replay())?.max(1e-9);
+        let times = ((REPLAYED.0 / once) as usize).clamp(1, REPLAYED.1);
+        let many = self.captured(times, &mut f)?;
+        let (hot, times) = many.as_ref().map_or((&one, 1), |many| (many, times));
+        let runs = ((self.budget.as_secs_f64() / once) as usize).clamp(RUNS[0], RUNS[1]);
+        let replays = runs.div_ceil(times).max(RUNS[0]);
+        self.time(&mut || hot.replay())?;
+        let each = |seconds: Result<f64>| seconds.map(|seconds| seconds / times as f64);
+        let hot: Result<Vec<f64>> =
+            (0..replays).map(|_| each(self.time(&mut || hot.replay()))).collect();
+        let mut cold = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            self.empty_caches();
+            cold.push(self.time(&mut || one.replay())?);
+        }
+        Ok(Timing { hot: quantiles(hot?), cold: quantiles(cold), runs })
+    }
+
+    /// A graph of `times` runs; `None` if there is too little memory for it.
+    fn captured(&self, times: usize, f: &mut impl FnMut()) -> Result<Option<Graph>> {
+        let runs = || {
+            (0..times).for_each(|_| f());
+            Ok(())
+        };
+        Ok(Graph::capture(&self.device, runs)?.ok().map(|(graph, ())| graph))
     }
 
     /// Returns roofline time over measured time, in `0..=1` up to noise.

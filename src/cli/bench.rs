@@ -111,7 +111,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         ],
     );
     for case in &cases {
-        let timing = bench.measure(case.prepare(&device))?;
+        let timing = case.measure(&mut bench, &device)?;
         let (hot, cold) = (timing.hot, timing.cold);
         let roofline = case.work.roofline(&chip, case.unit);
         // Of the hot time: operands that exceed the caches are as slow hot as cold.

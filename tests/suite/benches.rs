@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use selfsup::arena::{Arena, Layout};
 use selfsup::bench::{Bench, Chip, Extent, Peers, Unit, Work, cases};
 use selfsup::device::{Device, Precision};
-use selfsup::tensor::DType;
+use selfsup::tensor::{DType, Tensor};
+use selfsup::{ops, tape};
 use serde_json::Value;
 
-use crate::driver::gpu;
+use crate::driver::{alone, gpu};
 use crate::program::{selfsup, text};
 
 /// One line of JSON for each case.
@@ -52,7 +55,70 @@ fn cases_of_all_kernels_run_on_a_gpu() {
             }
         }
     }
-    // Timed by CUDA events.
+}
+
+/// What the host takes for launches is no time of a GPU: each case is captured, and timed by CUDA events around replays.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn cases_are_replayed_on_a_gpu() {
+    alone("benches::cases_are_replayed_on_a_gpu", |driver| {
+        driver.check(false);
+        let chip = Chip { cache: 1 << 12, ..Chip::known("H200").unwrap() };
+        let counts =
+            || ["cuGraphLaunch", "cuLaunchKernel", "cuGraphExecDestroy"].map(|of| driver.count(of));
+        let mut seen = BTreeSet::new();
+        for (precision, dtype) in [(Precision::Bf16, DType::Bf16), (Precision::F32, DType::F32)] {
+            let device = gpu(precision);
+            let mut bench = Bench::against(&device, chip.clone(), Duration::from_nanos(1));
+            for case in cases(&Extent::TINY, dtype, "") {
+                let family = case.name.split(' ').next().unwrap().to_owned();
+                let way = case.name.split(' ').nth(1).unwrap_or_default().to_owned();
+                if !seen.insert((family, way)) {
+                    continue;
+                }
+                let before = counts();
+                let timing = case.measure(&mut bench, &device);
+                let timing = timing.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+                let after = counts();
+                let [replays, _, graphs] = [0, 1, 2].map(|i| after[i] - before[i]);
+                assert!(timing.runs == 5 && timing.hot.median >= 0.0, "{}: {timing:?}", case.name);
+                // Two and one before them, five hot and five cold.
+                let want = if case.is_replayed() { (13, 2) } else { (0, 0) };
+                assert_eq!((replays, graphs), want, "{}", case.name);
+            }
+        }
+        assert!(seen.len() > 20, "{} kinds of cases", seen.len());
+    });
+}
+
+/// A replayed case runs what a launched one does, as often as it says.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_replayed_run_counts_each_of_its_runs() {
+    alone("benches::a_replayed_run_counts_each_of_its_runs", |driver| {
+        driver.check(false);
+        let device = gpu(Precision::F32);
+        let chip = Chip { cache: 1 << 12, ..Chip::known("H200").unwrap() };
+        let mut bench = Bench::against(&device, chip, Duration::from_nanos(1));
+        let from = Tensor::from_slice(&device, [64], &[1.0_f32; 64]);
+        let (mut launched, before) = (0, driver.count("kernel:relu_f32"));
+        let arena = Arena::new(&Arc::new(Layout::new()), &device, 0);
+        let timing = bench.measure_replayed(|| {
+            launched += 1;
+            tape::evaluate(&arena, |tape| ops::relu(&tape.input(&from))).unwrap();
+        });
+        let timing = timing.unwrap();
+        let runs = driver.count("kernel:relu_f32") - before;
+        // Two launched; one captured and replayed twice, and again cold; the rest in a graph of many, warmed up once.
+        let many = launched - 3;
+        assert_eq!(runs as usize, 2 + 2 + timing.runs + many * 6, "{launched} {timing:?}");
+        assert!(many > 1, "a small kernel is many in a graph");
+    });
+}
+
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn a_launched_case_is_timed_by_events() {
     let device = gpu(Precision::Bf16);
     let chip = Chip { cache: 1 << 12, ..Chip::known("H200").unwrap() };
     let mut bench = Bench::against(&device, chip, Duration::from_nanos(1));

@@ -90,7 +90,8 @@ fn arena(
 fn optimiser(device: &Device, width: usize, rule: Rule) -> Run {
     let mut arena = Arena::new(&Arc::new(layout(width)), device, 1);
     let mut optimizer = Optimizer::new(rule, &arena);
-    Box::new(move || optimizer.step(&mut arena, 1e-3))
+    optimizer.set_rate(1e-3); // a number from the host, which a graph cannot set
+    Box::new(move || optimizer.update(&mut arena))
 }
 
 /// SimCLR's views of 224 pixels from photos of 500 x 375. The parameters are drawn beforehand: pixels in, views out.
