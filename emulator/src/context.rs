@@ -91,7 +91,7 @@ impl Driver {
         self.streams.retain(|_, stream| stream.context != context);
         self.events.retain(|_, event| event.context != context);
         self.graphs.retain(|_, graph| graph.context != context);
-        self.modules.retain(|_, of| *of != context);
+        self.modules.retain(|_, module| module.context != context);
         self.functions.retain(|_, function| function.context != context);
         self.memory().end_context(device, context);
         Ok(())

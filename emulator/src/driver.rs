@@ -1,7 +1,7 @@
 //! The driver's state, and the behaviour common to all calls: each call is counted, a test can make it fail, and after a
 //! fatal error it returns that error.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::env;
 use std::io::Write;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -36,7 +36,9 @@ codes! {
     INVALID_DEVICE = 101, c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal";
     INVALID_IMAGE = 200, c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid";
     INVALID_CONTEXT = 201, c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context";
+    NO_BINARY = 209, c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device";
     ECC = 214, c"CUDA_ERROR_ECC_UNCORRECTABLE", c"uncorrectable ECC error encountered";
+    UNSUPPORTED_PTX = 222, c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", c"the provided PTX was compiled with an unsupported toolchain.";
     INVALID_HANDLE = 400, c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle";
     NOT_FOUND = 500, c"CUDA_ERROR_NOT_FOUND", c"named symbol not found";
     NOT_READY = 600, c"CUDA_ERROR_NOT_READY", c"device not ready";
@@ -70,6 +72,13 @@ struct Fault {
     code: Code,
 }
 
+/// A module that a program has loaded.
+pub(crate) struct Module {
+    pub context: usize,
+    /// Its kernels for the device; `None` if its image does not say.
+    pub kernels: Option<HashSet<String>>,
+}
+
 /// A kernel that a program has asked for.
 #[derive(Clone, Copy)]
 pub(crate) struct Function {
@@ -94,8 +103,7 @@ pub(crate) struct Driver {
     pub captures: HashMap<usize, Capture>,
     /// Graphs and executable graphs.
     pub graphs: HashMap<usize, Graph>,
-    /// The context of each loaded module.
-    pub modules: HashMap<usize, usize>,
+    pub modules: HashMap<usize, Module>,
     /// Functions by handle.
     pub functions: HashMap<usize, Function>,
     /// Registers of a thread of a kernel, where a test has said so.

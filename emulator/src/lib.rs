@@ -9,6 +9,7 @@
 //! | `context.rs` | devices and their primary contexts |
 //! | `work.rs` | streams, events and graphs: queued work, and when it runs |
 //! | `nccl.rs` | NCCL's calls: collectives between processes, as host functions on a stream |
+//! | `image.rs` | fatbins: which kernels a device finds in one |
 //! | `interleave.rs` | threads that take turns |
 //! | `memory.rs` | device and pinned memory, with guards and poison |
 //! | `engine.rs` | the kernels, and bindings to the C++ engine of `cuda-on-host`, which runs one launch on fibers |
@@ -26,6 +27,7 @@ mod context;
 mod control;
 mod driver;
 mod engine;
+mod image;
 mod interleave;
 mod memory;
 mod nccl;

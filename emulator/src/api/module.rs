@@ -1,13 +1,14 @@
-//! Modules, functions and launches. Only the first bytes of an image are checked; kernels are found by name among those
-//! compiled for the host.
+//! Modules, functions and launches. A kernel is found if the image has it for the device, and by its name among those compiled for
+//! the host.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::calls;
-use super::device::{MULTIPROCESSORS, REGISTERS, SHARED_PER_BLOCK, shared_opt_in};
-use crate::driver::{CallResult, Code, Driver, Function};
+use super::device::{MULTIPROCESSORS, REGISTERS, SHARED_PER_BLOCK, capability, shared_opt_in};
+use crate::driver::{CallResult, Code, Driver, Function, Module};
 use crate::engine::{self, Dim3, Kernel};
+use crate::image::{self, FATBIN};
 use crate::work::{Launch, Work};
 
 fn load(driver: &mut Driver, module: *mut usize, image: *const u8) -> CallResult {
@@ -17,13 +18,14 @@ fn load(driver: &mut Driver, module: *mut usize, image: *const u8) -> CallResult
     }
     let start = unsafe { std::slice::from_raw_parts(image, 4) };
     // A fatbin, its wrapper, an ELF file, or PTX.
-    let known =
-        [[0x50, 0xed, 0x55, 0xba], [0xb1, 0x43, 0x62, 0x46], *b"\x7fELF", *b"//\n/", *b".ver"];
+    let known = [FATBIN, [0xb1, 0x43, 0x62, 0x46], *b"\x7fELF", *b"//\n/", *b".ver"];
     if !known.iter().any(|k| k == start) {
         return Err(Code::INVALID_IMAGE);
     }
+    let kernels =
+        if *start == FATBIN { unsafe { image::kernels(image, capability())? } } else { None };
     let handle = driver.handle();
-    driver.modules.insert(handle, context);
+    driver.modules.insert(handle, Module { context, kernels });
     unsafe { *module = handle };
     Ok(())
 }
@@ -38,8 +40,12 @@ fn unload(driver: &mut Driver, module: usize) -> CallResult {
 
 fn find(driver: &mut Driver, to: *mut usize, module: usize, name: *const c_char) -> CallResult {
     driver.in_context()?;
-    let context = *driver.modules.get(&module).ok_or(Code::INVALID_HANDLE)?;
+    let Module { context, kernels } = driver.modules.get(&module).ok_or(Code::INVALID_HANDLE)?;
+    let context = *context;
     let name = unsafe { CStr::from_ptr(name) }.to_str().map_err(|_| Code::NOT_FOUND)?;
+    if kernels.as_ref().is_some_and(|kernels| !kernels.contains(name)) {
+        return Err(Code::NOT_FOUND);
+    }
     let kernel = engine::kernels().get(name).ok_or(Code::NOT_FOUND)?;
     let same = |f: &Function| f.module == module && std::ptr::eq(f.kernel, kernel);
     let known = driver.functions.iter().find(|(_, function)| same(function)).map(|(at, _)| *at);

@@ -1,6 +1,6 @@
 //! Programs that use the driver wrongly in a way that a kinder driver would let pass: each must fail here.
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -16,6 +16,7 @@ pub fn all() -> Vec<(&'static str, bool)> {
         ("handles that outlive their context", handles_that_outlive_their_context()),
         ("a context released twice", a_context_released_twice()),
         ("calls without a context", calls_without_a_context()),
+        ("kernels that an image has not for the device", kernels_that_an_image_has_not()),
         ("more registers than a multiprocessor has", more_registers_than_there_are()),
         ("a staging buffer of two threads", a_staging_buffer_of_two_threads()),
         ("a launch right after a copy of the default stream", a_launch_right_after_a_copy()),
@@ -243,6 +244,105 @@ fn an_event_asked_for_twice() -> bool {
         lost
     };
     !lost(0) && lost(2)
+}
+
+/// A part of a fatbin: PTX (1) or machine code (2).
+fn part(kind: u16, architecture: u32, alone: bool, ptx: [u16; 2], bytes: &[u8]) -> Vec<u8> {
+    let mut part = vec![0; 64];
+    let mut put = |at: usize, bytes: &[u8]| part[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &kind.to_le_bytes());
+    put(4, &64_u32.to_le_bytes());
+    put(8, &(bytes.len() as u64).to_le_bytes());
+    put(24, &ptx[1].to_le_bytes());
+    put(26, &ptx[0].to_le_bytes());
+    put(28, &architecture.to_le_bytes());
+    put(40, &(0x11 | u32::from(alone) << 20).to_le_bytes());
+    part.extend(bytes);
+    part
+}
+
+fn fatbin(parts: &[Vec<u8>]) -> Vec<u8> {
+    let parts = parts.concat();
+    let size = (parts.len() as u64).to_le_bytes();
+    [&0xba55_ed50_u32.to_le_bytes()[..], &[1, 0, 16, 0], &size, &parts].concat()
+}
+
+/// Machine code with these kernels and nothing in them.
+fn elf(kernels: &[&str]) -> Vec<u8> {
+    let mut names = vec![0];
+    let starts: Vec<u32> = kernels
+        .iter()
+        .map(|kernel| {
+            let start = names.len() as u32;
+            names.extend(format!(".text.{kernel}\0").bytes());
+            start
+        })
+        .collect();
+    let mut elf = vec![0; 64];
+    elf[..4].copy_from_slice(b"\x7fELF");
+    elf[0x28..0x30].copy_from_slice(&64_u64.to_le_bytes());
+    let sections = kernels.len() + 1;
+    elf[0x3a..0x3c].copy_from_slice(&64_u16.to_le_bytes());
+    elf[0x3c..0x3e].copy_from_slice(&(sections as u16).to_le_bytes());
+    let mut table = vec![0; 64 * sections];
+    let at = (64 + table.len()) as u64;
+    table[24..32].copy_from_slice(&at.to_le_bytes());
+    table[32..40].copy_from_slice(&(names.len() as u64).to_le_bytes());
+    for (i, start) in starts.iter().enumerate() {
+        table[64 * (i + 1)..][..4].copy_from_slice(&start.to_le_bytes());
+    }
+    [elf, table, names].concat()
+}
+
+/// What a device of capability 8.0 answers when an image is loaded and asked for a kernel.
+fn answer(image: &[u8], kernel: &str) -> CUresult {
+    let mut module = std::ptr::null_mut();
+    let loaded = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+    if loaded != CUresult::CUDA_SUCCESS {
+        return loaded;
+    }
+    let name = CString::new(kernel).expect("no NUL");
+    let found = unsafe { result::module::get_function(module, name) }.err().map(|e| e.0);
+    unsafe { result::module::unload(module) }.expect("unloaded");
+    found.unwrap_or(CUresult::CUDA_SUCCESS)
+}
+
+/// A program whose image was built for another chip, by a newer compiler, or from another file.
+fn kernels_that_an_image_has_not() -> bool {
+    const MACHINE_CODE: u16 = 2;
+    let _stage = Stage::take(false);
+    let code = |architecture, alone, kernels: &[&str]| {
+        part(MACHINE_CODE, architecture, alone, [0; 2], &elf(kernels))
+    };
+    let ptx = |architecture, version| {
+        part(1, architecture, false, version, b".visible .entry relu_f32(\n.param .u64 y)")
+    };
+    let (add, relu) = ("add_f32", "relu_f32");
+    let right = [
+        (fatbin(&[code(90, true, &[]), code(80, false, &[relu, add])]), add),
+        (fatbin(&[code(90, true, &[add]), ptx(75, [9, 0])]), relu),
+        (fatbin(&[]), add),
+    ];
+    for (i, (image, kernel)) in right.iter().enumerate() {
+        assert_eq!(answer(image, kernel), CUresult::CUDA_SUCCESS, "image {i}");
+    }
+    let wrong = [
+        (fatbin(&[code(80, false, &[relu])]), CUresult::CUDA_ERROR_NOT_FOUND),
+        (fatbin(&[code(90, true, &[add])]), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU),
+        (fatbin(&[code(86, false, &[add])]), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU),
+        (fatbin(&[code(75, false, &[add])]), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU),
+        (fatbin(&[ptx(90, [9, 0])]), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU),
+        (fatbin(&[ptx(80, [9, 1])]), CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION),
+        (fatbin(&[ptx(80, [9, 0])]), CUresult::CUDA_ERROR_NOT_FOUND),
+        (fatbin(&[code(80, false, &[add])[..99].to_vec()]), CUresult::CUDA_ERROR_INVALID_IMAGE),
+    ];
+    wrong.iter().enumerate().all(|(i, (image, code))| {
+        let got = answer(image, add);
+        if got != *code {
+            println!("image {i}: {got:?}, not {code:?}");
+        }
+        got == *code
+    })
 }
 
 /// A program with two devices that mixes up what belongs to which.

@@ -23,10 +23,11 @@ fn library() -> Option<&'static libloading::Library> {
     LIBRARY.get_or_init(|| (!real()).then(open)).as_ref()
 }
 
-/// The images that a program loads: for the stand-in driver, anything that looks like a fatbin; else all fatbins.
+/// The images that a program loads: for the stand-in driver, the header of a fatbin without parts; else all fatbins.
 fn images() -> Vec<Vec<u8>> {
     if library().is_some() {
-        return vec![0xba55_ed50_u32.to_le_bytes().to_vec()];
+        let magic = 0xba55_ed50_u32.to_le_bytes();
+        return vec![[&magic[..], &[1, 0, 16, 0], &[0; 8]].concat()];
     }
     let folder = std::env::var("SELFSUP_KERNELS").expect("SELFSUP_KERNELS: a folder of fatbins");
     let files = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{folder}: {e}"));
