@@ -422,7 +422,7 @@ fn a_colour_profile_takes_no_more_memory_than_the_limit() {
     // Behind the header chunk, which ends at byte 33.
     let bytes = [&plain[..33], &length, &chunk, &crc.sum().to_be_bytes(), &plain[33..]].concat();
     std::fs::write(&path, bytes).unwrap();
-    let program = env!("CARGO_BIN_EXE_selfsup");
+    let program = crate::program::path();
     let command = format!("ulimit -v 4194304; exec {program} pack set --out packed --raw");
     let run = std::process::Command::new("sh")
         .args(["-c", &command])

@@ -1,7 +1,8 @@
 //! The program as a user runs it, on small runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use crate::compare::{close, report};
 use crate::driver::with_driver;
@@ -18,11 +19,21 @@ const SMALL: &[&str] = &[
     "train.batch=16",
 ];
 
-/// The program: next to the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it.
+/// The program's path: next to the test binary in a bundle (`scripts/gpu-bundle`), else where cargo built it. Tests take it from here:
+/// the folder in which cargo built is not on the machine where a bundle runs.
+pub fn path() -> &'static str {
+    static PATH: OnceLock<String> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let bundled = std::env::current_exe().unwrap().with_file_name("selfsup");
+        let built = PathBuf::from(env!("CARGO_BIN_EXE_selfsup"));
+        let path = if bundled.is_file() { bundled } else { built };
+        path.into_os_string().into_string().expect("a path in UTF-8")
+    })
+}
+
+/// The program.
 pub fn program() -> Command {
-    let bundled = std::env::current_exe().unwrap().with_file_name("selfsup");
-    let built = Path::new(env!("CARGO_BIN_EXE_selfsup"));
-    Command::new(if bundled.is_file() { &bundled } else { built })
+    Command::new(path())
 }
 
 pub fn selfsup(folder: &Path, words: &[&str]) -> Output {

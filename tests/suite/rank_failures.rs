@@ -29,7 +29,7 @@ const SETTINGS: &[&str] = &[
 const END: Duration = Duration::from_secs(60);
 
 fn words(more: &[&str]) -> Vec<String> {
-    let program = env!("CARGO_BIN_EXE_selfsup");
+    let program = crate::program::path();
     let set = SETTINGS.iter().flat_map(|setting| ["--set", setting]);
     let start = [program, "train", "demo", "--device", "cpu"];
     start.into_iter().chain(set).chain(more.iter().copied()).map(str::to_owned).collect()
@@ -99,7 +99,7 @@ fn ranks_that_cannot_train_together_say_so_once() {
     refused(folder, &two(&["--set", "network.norm_groups=2"]), groups);
     refused(folder, &two(&["--set", "nonsense=1"]), "rank 0 of 2: ");
     refused(folder, &two(&["--out", "/dev/null/x"]), "rank 0 of 2: /dev/null/x");
-    let evaluate = vec![env!("CARGO_BIN_EXE_selfsup").to_owned(), "recipes".into()];
+    let evaluate = vec![crate::program::path().to_owned(), "recipes".into()];
     refused(folder, &[evaluate.clone(), evaluate], "only `train` runs in several");
     assert!(!folder.join("runs/demo").exists(), "a folder is left");
 }
@@ -200,7 +200,7 @@ fn a_signal_to_one_rank_stops_all_with_a_checkpoint_and_another_number_of_ranks_
     assert!(said[0].ends_with("continue with: selfsup train --resume runs/demo"), "{said:?}");
     // Three ranks cannot share a batch of eight; four can, and read nothing but what rank 0 tells them.
     let resume = |folder: &str| -> Vec<String> {
-        let words = [env!("CARGO_BIN_EXE_selfsup"), "train", "--device", "cpu", "--resume", folder];
+        let words = [crate::program::path(), "train", "--device", "cpu", "--resume", folder];
         words.map(str::to_owned).to_vec()
     };
     let three = [resume("runs/demo"), resume("runs/demo"), resume("runs/demo")];

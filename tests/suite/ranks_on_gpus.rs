@@ -67,7 +67,7 @@ impl Case {
 /// captured and replayed.
 fn losses(ranks: usize, recipe: &Path, folder: &Path) -> Vec<f64> {
     let out = folder.join(format!("of-{ranks}"));
-    let program = env!("CARGO_BIN_EXE_selfsup");
+    let program = crate::program::path();
     let mut command = Command::new(std::fs::canonicalize(".mpi/bin/mpiexec").unwrap());
     command.args(["-n", &ranks.to_string(), program, "train"]).arg(recipe);
     command.args(["--device", "cuda", "--out"]).arg(&out);

@@ -149,7 +149,7 @@ struct Program {
 
 impl Program {
     fn start(folder: &Path, words: &[&str]) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_selfsup"))
+        let child = Command::new(crate::program::path())
             .args(words)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

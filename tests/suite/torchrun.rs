@@ -30,7 +30,7 @@ fn torchrun(words: [&[&str]; 2], folder: &Path, adjust: impl Fn(&mut Command)) -
         }
     };
     let rank = |(rank, words): (&str, &[&str])| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+        let mut command = Command::new(crate::program::path());
         command.args(words).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.envs([
             ("RANK", rank),
@@ -87,7 +87,7 @@ fn two_gpus_under_torchrun_train_as_one_stop_and_resume() {
     recipe.train.epochs = 6; // long enough for a signal to come in time on a busy machine
     std::fs::write(folder.join("recipe.toml"), recipe.to_toml()).unwrap();
     let train = |out: &'static str| ["train", "recipe.toml", "--device", "cuda", "--out", out];
-    let mut one = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+    let mut one = Command::new(crate::program::path());
     let one = driver::with_driver(one.args(train("one")).current_dir(folder)).output().unwrap();
     succeed(&[one]);
 

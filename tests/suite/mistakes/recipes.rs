@@ -115,7 +115,7 @@ fn settings_of_the_environment_and_of_the_shell_are_understood_or_refused() {
         let words = with_tiny(&["train", "demo", "--device", "cpu"]);
         let own = ["--set", set, "--out", "run", "--set", "train.epochs=1"];
         let _ = std::fs::remove_dir_all(root.join("run"));
-        let output = Command::new(env!("CARGO_BIN_EXE_selfsup"))
+        let output = Command::new(crate::program::path())
             .current_dir(root)
             .env("HOME", home)
             .args([&words[..], &own].concat())
@@ -144,7 +144,7 @@ fn settings_of_the_environment_and_of_the_shell_are_understood_or_refused() {
         ("", "SELFSUP_ISA is ``; it must be"),
     ] {
         let program = || {
-            let mut program = Command::new(env!("CARGO_BIN_EXE_selfsup"));
+            let mut program = Command::new(crate::program::path());
             program.current_dir(root).env("SELFSUP_ISA", isa);
             program
         };

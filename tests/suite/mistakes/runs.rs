@@ -103,7 +103,7 @@ fn a_full_disk_leaves_the_previous_checkpoint_intact() {
     let kept = files(&run)["step-00000001.safetensors"].clone();
     let words = "trap '' XFSZ; ulimit -f 16; exec \"$0\" train --resume run --device cpu";
     let output = Command::new("sh")
-        .args(["-c", words, env!("CARGO_BIN_EXE_selfsup")])
+        .args(["-c", words, crate::program::path()])
         .current_dir(folder.path())
         .output()
         .unwrap();
@@ -120,11 +120,8 @@ fn a_full_disk_leaves_the_previous_checkpoint_intact() {
     assert!(output.status.success(), "{}", text(&output.stderr));
 
     if let Ok(full) = File::options().write(true).open("/dev/full") {
-        let output = Command::new(env!("CARGO_BIN_EXE_selfsup"))
-            .arg("recipes")
-            .stdout(full)
-            .output()
-            .unwrap();
+        let output =
+            Command::new(crate::program::path()).arg("recipes").stdout(full).output().unwrap();
         let line = "standard output: No space left on device (os error 28)";
         check_refusal(&output, &["recipes"], 1, line).unwrap();
     }
