@@ -12,6 +12,11 @@ namespace standin {
 
 static Shadow device;  // the address range of all device and pinned memory
 
+// What the running launch has moved: for every four bytes of device memory those that it has read in the low
+// half and those that it has written in the high half, and which of these are not 0.
+static uint8_t* moved;
+static std::vector<size_t> moved_granules;
+
 static void* reserve(size_t size) {
     void* at =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -37,9 +42,14 @@ static void mark(const Shadow& s, const char* at, size_t size, uint8_t state) {
 }
 
 void shadow_launch_start() {
+    for (size_t granule : moved_granules) moved[granule] = 0;
+    moved_granules.clear();
     size_t size = device.size / 4 * sizeof(Cell);
     // Twelve times the size of the range, so reserved only when instrumented kernels run.
-    if (!device.cells) device.cells = static_cast<Cell*>(reserve(size));
+    if (!device.cells) {
+        device.cells = static_cast<Cell*>(reserve(size));
+        moved = static_cast<uint8_t*>(reserve(device.size / 4));
+    }
     if (engine.time < 1u << 31) return;
     // The clock would overflow. All earlier accesses are ordered by now, so forget them.
     madvise(device.cells, size, MADV_DONTNEED);
@@ -131,6 +141,13 @@ static void track(Cell& cell, const Thread& t, uint8_t bytes, unsigned access, c
     *slot = {engine.time, t.id, bytes, static_cast<uint8_t>(access)};
 }
 
+/// Notes that the launch moves these bytes of a granule of device memory.
+static void move(size_t granule, unsigned bytes, unsigned access) {
+    unsigned now = (access & (READ | ATOMIC) ? bytes : 0) | (access & (WRITE | ATOMIC) ? bytes << 4 : 0);
+    if (!moved[granule]) moved_granules.push_back(granule);
+    moved[granule] |= static_cast<uint8_t>(now);
+}
+
 void shadow_access(const void* at, size_t size, unsigned access, size_t alignment, const void* code) {
     auto p = static_cast<const char*>(at);
     if (engine.stacks.holds(at)) return;
@@ -156,6 +173,7 @@ void shadow_access(const void* at, size_t size, unsigned access, size_t alignmen
             report(at, size, access, code, "uninitialised");
         track(s.cells[g], t, static_cast<uint8_t>(bytes), access, at, size, code);
         if (access & WRITE) state |= static_cast<uint8_t>(bytes);
+        if (s.base == device.base) move(g, bytes, access);
     }
 }
 
@@ -172,6 +190,16 @@ __attribute__((visibility("hidden"))) void engine_memory(const char* base, size_
 /// Sets the state of bytes of device memory (see `Shadow`).
 __attribute__((visibility("hidden"))) void engine_mark(const char* at, size_t size, uint8_t state) {
     standin::mark(standin::device, at, size, state);
+}
+
+/// Bytes of device memory that the last launch of the instrumented build has read and written, each once
+/// however often.
+__attribute__((visibility("hidden"))) void engine_moved(uint64_t* read, uint64_t* written) {
+    *read = *written = 0;
+    for (size_t granule : standin::moved_granules) {
+        *read += static_cast<unsigned>(__builtin_popcount(standin::moved[granule] & 0x0fu));
+        *written += static_cast<unsigned>(__builtin_popcount(standin::moved[granule] & 0xf0u));
+    }
 }
 
 /// Returns the offset from `at` of the first unwritten byte of device memory; `size` if all are written.

@@ -13,6 +13,8 @@ unsafe fn text(name: *const c_char) -> String {
 
 /// Returns how often an event happened: a driver call by its name without version suffix (`cuMemAlloc`), `kernel:NAME`,
 /// `allocations` (of any kind), `waits` (calls that make the host wait), `downloaded` (bytes that copies to the host asked for).
+/// `read:NAME` and `written:NAME` are the bytes of device memory that the launches of an instrumented kernel moved, each byte once a
+/// launch however often it was accessed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn standin_count(what: *const c_char) -> u64 {
     let what = unsafe { text(what) };

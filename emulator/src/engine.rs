@@ -174,6 +174,7 @@ unsafe extern "C" {
     fn engine_memory(base: *const u8, size: usize);
     fn engine_first_unwritten(at: *const u8, size: usize) -> usize;
     fn engine_mark(at: *const u8, size: usize, state: u8);
+    fn engine_moved(read: *mut u64, written: *mut u64);
 }
 
 /// State of a byte of device memory in the shadow memory.
@@ -194,6 +195,13 @@ pub(crate) fn set_device_range(base: usize, size: usize) {
 /// Sets the state of bytes in that range.
 pub(crate) fn mark(at: usize, size: usize, state: State) {
     unsafe { engine_mark(at as *const u8, size, state as u8) }
+}
+
+/// Bytes of device memory that the last launch of an instrumented kernel read and wrote, each once however often.
+pub(crate) fn moved() -> [u64; 2] {
+    let [mut read, mut written] = [0; 2];
+    unsafe { engine_moved(&mut read, &mut written) };
+    [read, written]
 }
 
 /// Offset of the first of these bytes that was never written.

@@ -286,6 +286,11 @@ impl Driver {
         if let Err(what) = outcome {
             return Err(self.set_sticky(Code::LAUNCH_FAILED, what));
         }
+        if checked {
+            let [read, written] = engine::moved();
+            self.count_by(&format!("read:{name}"), read);
+            self.count_by(&format!("written:{name}"), written);
+        }
         if let Some(what) = self.memory().overwritten_guard() {
             return Err(self.set_sticky(Code::LAUNCH_FAILED, format!("kernel `{name}`: {what}")));
         }

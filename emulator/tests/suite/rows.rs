@@ -100,3 +100,34 @@ fn a_row_out_of_range_is_nan() {
         [false, false, false, true, true, true]
     );
 }
+
+/// A byte counts once for each launch that reads it and once for each that writes it, however many threads do; shared memory and
+/// arguments are not counted.
+#[test]
+fn bytes_that_a_kernel_moves_are_counted() {
+    let stage = Stage::take(true);
+    let index = [3, 3, 0, 5, 0]; // three distinct rows
+    for length in LENGTHS {
+        let (x, index) = (stage.upload(&noise::<bf16>(7 * length, 1)), stage.upload(&index));
+        let y = stage.room::<bf16>(5 * length);
+        let moved =
+            || ["read", "written"].map(|way| stage.count(&format!("{way}:gather_rows_bf16")));
+        let mut arguments: Vec<Value> = vec![(&y).into(), (&x).into(), (&index).into()];
+        arguments.extend([int(5), int(7), long(length)]);
+        for _ in 0..2 {
+            let before = moved();
+            launch(&stage, "gather_rows_bf16", 5, &arguments);
+            y.read(&stage);
+            let now = moved();
+            let by = [0, 1].map(|way| now[way] - before[way]);
+            assert_eq!(by, [3 * 2 * length as u64 + 5 * 4, 5 * 2 * length as u64], "{length}");
+        }
+    }
+    // What the output holds is read, too, if it is added to.
+    let (y, partial) = (stage.upload(&noise::<f32>(33, 2)), stage.upload(&noise::<f32>(3 * 33, 3)));
+    let arguments = [(&y).into(), (&partial).into(), int(3), long(33), int(1)];
+    stage.launch("split_k_reduce_f32", [2, 1, 1], [32, 1, 1], 0, &arguments);
+    y.read(&stage);
+    let moved = ["read", "written"].map(|way| stage.count(&format!("{way}:split_k_reduce_f32")));
+    assert_eq!(moved, [4 * 4 * 33, 4 * 33]);
+}
