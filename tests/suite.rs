@@ -130,3 +130,5 @@ mod studies;
 mod surface;
 #[path = "suite/torchrun.rs"]
 mod torchrun;
+#[path = "suite/traffic.rs"]
+mod traffic;

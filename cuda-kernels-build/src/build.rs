@@ -29,7 +29,7 @@ pub enum Launches {
     /// module has in scope: the structs `File`, `Kernel`, `Resources`, `Mix` and [`Counts`](crate::sass::Counts) with the fields that
     /// the tables name, a tuple struct `Aligned` for images, the pointers `In<'_, T>` and `Out<'_, T>`, a function `argument`
     /// that returns the address of a value as an untyped pointer, and `Launch<'_>` with
-    /// `unsafe fn run(&self, kernel: usize, arguments: &[*mut c_void])`.
+    /// `unsafe fn run(&self, kernel: usize, arguments: &[A])`, `A` being what `argument` returns.
     Own,
 }
 

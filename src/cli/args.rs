@@ -275,6 +275,9 @@ pub(super) struct Inspect {
     /// without caches, memory bandwidth and the waking of threads
     #[arg(long, value_name = "THREADS", num_args = 0..=1, default_missing_value = "16", value_parser = clap::value_parser!(u16).range(2..=4096))]
     pub(super) scaling: Option<u16>,
+    /// Count the bytes that each kernel of a step would move in a GPU's memory, at the recipe's batch; needs no GPU
+    #[arg(long)]
+    pub(super) traffic: bool,
     /// Count what a step exchanges on so many machines of so many GPUs each, such as 8x8, and what that costs by a model
     #[arg(long, value_name = "MACHINESxGPUS", value_parser = machines)]
     pub(super) ranks: Option<[usize; 2]>,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::args::Inspect;
-use super::{exchanges, say};
+use super::{exchanges, say, traffic};
 use crate::arena::{Layout, Slot};
 use crate::device::Precision;
 use crate::error::Result;
@@ -25,6 +25,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let layout = method.layout();
     let graph = args.graph.then(|| train::measure(&recipe, train::fewest(&recipe))).transpose()?;
     let memory = args.memory.then(|| needs(&recipe, args.gpu_memory)).transpose()?;
+    let traffic = args.traffic.then(|| traffic::traffic(&recipe)).transpose()?;
     let exchanges = exchanges::exchanges(&recipe, args, method.views())?;
     let scaling =
         args.scaling.map(|threads| train::scaling(&recipe, threads.into())).transpose()?;
@@ -46,6 +47,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "graph": nodes,
             "memory": memory,
             "scaling": scaling,
+            "traffic": traffic,
             "exchanges": exchanges,
         });
         return say(&report.to_string());
@@ -67,6 +69,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     graph.iter().try_for_each(print_graph)?;
     memory.iter().try_for_each(|needs| print_memory(needs, &recipe))?;
     scaling.iter().try_for_each(print_scaling)?;
+    traffic.iter().try_for_each(traffic::print)?;
     exchanges.iter().try_for_each(exchanges::print)
 }
 

@@ -23,6 +23,7 @@ mod signals;
 mod skipped;
 mod stats;
 mod study;
+mod traffic;
 mod tune;
 
 use std::borrow::Cow;

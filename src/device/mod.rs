@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 pub use bf16::Bf16Path;
 use cuda::Gpu;
-pub use cuda::{Counts, Mix, Resources};
+pub use cuda::{Counts, KernelTraffic, Mix, Resources};
 pub(crate) use group::{Communicator, Reduction};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub use memory::MemoryUse;
@@ -145,6 +145,15 @@ impl Device {
         Self::cuda(launch.gpu(cuda::count()?).map_err(Error::Device)?, precision)
     }
 
+    /// Makes a GPU that does not exist, for counting what a step would move on one ([`Device::count_traffic`]): allocations succeed
+    /// at any size, operations launch nothing, and reads give NaN. Needs neither a driver nor compiled kernels.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`], for the host's threads.
+    pub fn imagined_gpu(precision: Precision) -> Result<Self> {
+        Ok(Self::gpu_with_host(Gpu::imagined(precision), Self::cpu(0)?, false))
+    }
+
     /// A new device of the same kind whose memory is filled with NaN before each use. For tests: an operation that leaves
     /// part of its output unwritten, or reads uninitialised memory, then produces NaN.
     ///
@@ -227,6 +236,15 @@ impl Device {
     /// Statistics of the device's memory pool.
     pub fn memory_use(&self) -> MemoryUse {
         self.0.pool.usage()
+    }
+
+    /// Runs `f` and returns what the GPU's launches, copies and fills that it queued move, by kernel; nothing on other devices. A
+    /// replay of a captured step is not seen.
+    pub fn count_traffic<R>(&self, f: impl FnOnce() -> R) -> (R, Vec<KernelTraffic>) {
+        let Some(gpu) = self.0.pool.gpu() else { return (f(), Vec::new()) };
+        gpu.open_ledger();
+        let result = f();
+        (result, gpu.close_ledger())
     }
 
     /// Reports the first failure of a GPU. GPU operations are queued and return no error themselves; after a failure the

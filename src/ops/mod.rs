@@ -37,6 +37,7 @@ mod sinkhorn;
 mod soft_cross_entropy;
 mod sum;
 mod transpose;
+mod window;
 
 pub use batch_norm::{BatchNorm, Running, batch_norm};
 pub(crate) use batch_norm::{EPS as BATCH_NORM_EPS, batch_norm_by};

@@ -33,6 +33,37 @@ pub(super) struct Tables {
     count: usize,
     policies: Table<i32>,
     rates: Table<f64>,
+    updated: Updated,
+}
+
+/// What the kernels touch of an arena, which has gaps between its slots.
+#[derive(Clone, Copy, Debug)]
+struct Updated {
+    /// Elements of the slots that are not frozen.
+    elements: usize,
+    /// Elements, and chunks, of those whose norms LARS takes.
+    scaled: [usize; 2],
+}
+
+impl Updated {
+    fn of(segments: &[Segment], policies: &[i32]) -> Self {
+        let with = |wanted: fn(i32) -> bool| {
+            segments.iter().zip(policies).filter(move |(_, policy)| wanted(**policy))
+        };
+        let scaled = || with(|policy| policy == DEFAULT);
+        Self {
+            elements: with(|policy| policy != FROZEN).map(|(segment, _)| segment.len).sum(),
+            scaled: [
+                scaled().map(|(segment, _)| segment.len).sum(),
+                scaled().map(|(segment, _)| segment.len.div_ceil(CHUNK)).sum(),
+            ],
+        }
+    }
+
+    /// Values, momentum or gradients.
+    fn floats(self) -> usize {
+        self.elements * size_of::<f32>()
+    }
 }
 
 impl Tables {
@@ -44,6 +75,7 @@ impl Tables {
         }
         let (policies, rates) = policies_and_rates(segments);
         Self {
+            updated: Updated::of(segments, &policies),
             slots: Table::new(gpu, &slots),
             count: chunks.len(),
             chunks: Table::new(gpu, &chunks),
@@ -55,6 +87,7 @@ impl Tables {
     /// Replaces the policies of all slots, for later steps.
     pub(super) fn set_policies(&mut self, segments: &[Segment]) {
         let (policies, rates) = policies_and_rates(segments);
+        self.updated = Updated::of(segments, &policies);
         self.policies.write(&policies);
         self.rates.write(&rates);
     }
@@ -89,16 +122,16 @@ impl Tables {
         [mean, squares]: [&mut Tensor; 2],
         lr: In<'_, f64>,
     ) {
-        let Parts { values, working, gradients } = arena;
+        let (Parts { values, working, gradients }, bytes) = (arena, self.updated.floats());
         // SAFETY: the tables, values, working copy, both means and gradients all have the arena's layout; `lr` has three numbers.
         unsafe {
             cuda::adam_step(
                 self.launch(gradients),
-                values.device_out(),
-                mean.device_out(),
-                squares.device_out(),
-                copy(working),
-                gradients.device_in(),
+                values.device_out().writing(bytes).updating(true),
+                mean.device_out().writing(bytes).updating(true),
+                squares.device_out().writing(bytes).updating(true),
+                copy(working, bytes / 2),
+                gradients.device_in().reading(bytes),
                 self.slots.device_in(),
                 self.chunks.device_in(),
                 self.policies.device_in(),
@@ -119,20 +152,20 @@ impl Tables {
     }
 
     fn sgd(&self, rule: Sgd, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
-        let Parts { values, working, gradients } = arena;
+        let (Parts { values, working, gradients }, bytes) = (arena, self.updated.floats());
         // SAFETY: the tables, values, working copy, momentum and gradients all have the arena's layout.
         unsafe {
             cuda::sgd_step(
                 self.launch(gradients),
-                values.device_out(),
-                momentum.device_out(),
-                copy(working),
-                gradients.device_in(),
+                values.device_out().writing(bytes).updating(true),
+                momentum.device_out().writing(bytes).updating(true),
+                copy(working, bytes / 2),
+                gradients.device_in().reading(bytes),
                 self.slots.device_in(),
                 self.chunks.device_in(),
                 self.policies.device_in(),
                 self.rates.device_in(),
-                lr,
+                lr.reading(size_of::<f64>()),
                 int(self.count),
                 rule.momentum,
                 rule.weight_decay,
@@ -142,15 +175,17 @@ impl Tables {
     }
 
     fn lars(&self, rule: Lars, arena: Parts<'_>, momentum: &mut Tensor, lr: In<'_, f64>) {
-        let Parts { values, working, gradients } = arena;
+        let (Parts { values, working, gradients }, bytes) = (arena, self.updated.floats());
+        let [scaled, chunks] = self.updated.scaled;
+        let (read, norms) = (scaled * size_of::<f32>(), chunks * 3 * size_of::<f64>());
         let mut partial = Tensor::empty(gradients.device(), DType::F64, [self.count, 3]);
         // SAFETY: as for SGD; `partial` has three numbers per chunk.
         unsafe {
             cuda::lars_norms(
                 self.launch(gradients),
-                partial.device_out(),
-                values.device_in(),
-                gradients.device_in(),
+                partial.device_out().writing(norms),
+                values.device_in().reading(read),
+                gradients.device_in().reading(read),
                 self.slots.device_in(),
                 self.chunks.device_in(),
                 self.policies.device_in(),
@@ -159,16 +194,16 @@ impl Tables {
             );
             cuda::lars_step(
                 self.launch(gradients),
-                values.device_out(),
-                momentum.device_out(),
-                copy(working),
-                gradients.device_in(),
-                partial.device_in(),
+                values.device_out().writing(bytes).updating(true),
+                momentum.device_out().writing(bytes).updating(true),
+                copy(working, bytes / 2),
+                gradients.device_in().reading(bytes),
+                partial.device_in().reading(norms),
                 self.slots.device_in(),
                 self.chunks.device_in(),
                 self.policies.device_in(),
                 self.rates.device_in(),
-                lr,
+                lr.reading(size_of::<f64>()),
                 int(self.count),
                 rule.momentum,
                 rule.weight_decay,
@@ -196,8 +231,9 @@ fn policies_and_rates(segments: &[Segment]) -> (Vec<i32>, Vec<f64>) {
     segments.iter().map(of).unzip()
 }
 
-fn copy(working: Option<&mut Tensor>) -> Out<'_, bf16> {
-    working.map_or(Out::null(), Tensor::device_out)
+/// The working copy, of which a kernel writes so many bytes; null if there is none.
+fn copy(working: Option<&mut Tensor>, bytes: usize) -> Out<'_, bf16> {
+    working.map_or(Out::null(), |working| working.device_out().writing(bytes))
 }
 
 /// `target = m target + (1 - m) online`, `m` on the GPU.
@@ -209,8 +245,8 @@ pub(super) fn ema(target: &mut Arena, online: &Arena, momentum: In<'_, f64>) {
     unsafe {
         cuda::ema(
             launch,
-            values.device_out(),
-            copy(working),
+            values.device_out().updating(true),
+            copy(working, n * size_of::<bf16>()),
             online.device_in(),
             momentum,
             n as i64,

@@ -351,7 +351,7 @@ impl Tensor {
     pub(crate) fn device_in<T: Element>(&self) -> In<'_, T> {
         assert_eq!(self.dtype, T::DTYPE, "a kernel reads a dtype that is not the tensor's");
         let _ = self.device().gpu();
-        In::new(self.address())
+        In::new(self.address(), self.len() * self.dtype.size())
     }
 
     /// The address of the elements, for a kernel to write.
@@ -506,7 +506,9 @@ impl<'a> TensorMut<'a> {
     fn into_out<T: Element>(self) -> Out<'a, T> {
         assert_eq!(self.dtype, T::DTYPE, "a kernel writes a dtype that is not the tensor's");
         let _ = self.memory.device().gpu();
-        Out::new(self.memory.address() + (self.offset * self.dtype.size()) as u64)
+        let (at, bytes) =
+            (self.offset * self.dtype.size(), self.shape.elements() * self.dtype.size());
+        Out::new(self.memory.address() + at as u64, bytes)
     }
 
     /// The type of the elements.

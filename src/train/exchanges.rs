@@ -2,15 +2,11 @@
 
 use serde::Serialize;
 
-use crate::arena::Arena;
-use crate::data::Batch;
 use crate::device::{Device, Group, Precision, Traffic};
 use crate::error::{Error, Result};
-use crate::methods::{RunInfo, check_micro_batches};
-use crate::optim::{Optimizer, Schedule};
 use crate::recipes::Recipe;
-use crate::train::inspect::crops;
-use crate::train::{Steps, Training, ranks};
+use crate::train::inspect::first_step;
+use crate::train::ranks;
 
 /// GPUs that train together, and their connections.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -74,32 +70,11 @@ fn traffic(recipe: &Recipe, ranks: usize, images: usize) -> Result<Vec<Traffic>>
     let group = Group::imagined(ranks);
     let device = Device::cpu(recipe.train.threads)?;
     let device = device.with_precision(recipe.train.precision.unwrap_or(Precision::Bf16))?;
-    let mut method = recipe.build_method()?;
-    ranks::check(recipe, &*method, &group)?;
-    let (batch, micro_batches) = (images * ranks, recipe.train.micro_batches);
-    check_micro_batches(&*method, batch, micro_batches)?;
-    let mut online = Arena::new(method.layout(), &device, recipe.seed)
-        .in_group(&group)
-        .with_recompute(recipe.train.recompute);
-    let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
-    let info = RunInfo { seed: recipe.seed, batch, images: batch, per_epoch: 1, total: 1 };
-    method.start(&online, &info)?;
-    let batch = Batch {
-        epoch: 0,
-        position: 0,
-        indices: (0..images as u32).collect(),
-        labels: vec![0; images],
-        crops: crops(recipe, &*method, images, &device)?,
-    };
-    let schedule: Schedule = recipe.schedule(batch.indices.len());
-    let training = Training {
-        method: &mut *method,
-        online: &mut online,
-        optimizer: &mut optimizer,
-        schedule: &schedule,
-    };
-    group.traffic(); // what the start exchanged
-    Steps::new(&device).with_micro_batches(micro_batches).run(training, &batch, 0)?;
+    ranks::check(recipe, &*recipe.build_method()?, &group)?;
+    first_step(recipe, images, &device, &group, |step| {
+        group.traffic(); // what the start exchanged
+        step()
+    })??;
     Ok(group.traffic())
 }
 

@@ -6,13 +6,15 @@ use serde::Serialize;
 
 use crate::arena::Arena;
 use crate::cpu::scaling;
-use crate::device::{Device, Precision};
+use crate::data::Batch;
+use crate::device::{Device, Group, Precision};
 use crate::error::Result;
-use crate::methods::{Method, RunInfo};
+use crate::methods::{Method, RunInfo, check_micro_batches};
 use crate::optim::Optimizer;
 use crate::recipes::Recipe;
 use crate::tape::{NodeInfo, Tape, step};
 use crate::tensor::{DType, Tensor, device_channels};
+use crate::train::{Steps, Training};
 
 /// One measured step, on black images.
 #[derive(Clone, Debug)]
@@ -140,8 +142,45 @@ impl Model {
     }
 }
 
+/// Builds the first step of a recipe on black views, `images` of this rank, and hands it to `run`.
+pub(super) fn first_step<R>(
+    recipe: &Recipe,
+    images: usize,
+    device: &Device,
+    group: &Group,
+    run: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> R,
+) -> Result<R> {
+    let mut method = recipe.build_method()?;
+    let (in_all, micro_batches) = (images * group.size(), recipe.train.micro_batches);
+    check_micro_batches(&*method, in_all, micro_batches)?;
+    let mut online = Arena::new(method.layout(), device, recipe.seed)
+        .in_group(group)
+        .with_recompute(recipe.train.recompute);
+    let mut optimizer = Optimizer::new(recipe.optim.rule, &online);
+    let info = RunInfo { seed: recipe.seed, batch: in_all, images: in_all, per_epoch: 1, total: 1 };
+    method.start(&online, &info)?;
+    let batch = Batch {
+        epoch: 0,
+        position: 0,
+        indices: (0..images as u32).collect(),
+        labels: vec![0; images],
+        crops: crops(recipe, &*method, images, device)?,
+    };
+    let schedule = recipe.schedule(images);
+    let mut steps = Steps::new(device).with_micro_batches(micro_batches).without_capture();
+    Ok(run(&mut || {
+        let training = Training {
+            method: &mut *method,
+            online: &mut online,
+            optimizer: &mut optimizer,
+            schedule: &schedule,
+        };
+        steps.run(training, &batch, 0).map(drop)
+    }))
+}
+
 /// Black views, grouped by size like the loader's.
-pub(super) fn crops(
+fn crops(
     recipe: &Recipe,
     method: &dyn Method,
     images: usize,

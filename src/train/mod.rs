@@ -25,6 +25,7 @@ mod step;
 mod study;
 mod tensorboard;
 mod trace;
+mod traffic;
 mod trained;
 mod tune;
 
@@ -51,5 +52,6 @@ pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};
 pub use study::{Arm, Outcome, Study, StudyPlan};
+pub use traffic::{StepTraffic, traffic, traffic_on};
 pub use trained::Trained;
 pub use tune::{Advice, FACTORS, Tried, advise, tune};

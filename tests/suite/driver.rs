@@ -111,6 +111,12 @@ impl StandIn {
         *unsafe { self.0.get::<F>(name) }.unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
+    /// Sets all counts to zero.
+    pub fn reset(&self) {
+        // SAFETY: takes nothing.
+        unsafe { self.call::<unsafe extern "C" fn()>("standin_reset_counts")() }
+    }
+
     /// How often an event happened in this process: `cuMemAlloc`, `kernel:NAME`, `allocations`, `waits`; the bytes that were
     /// `downloaded`.
     pub fn count(&self, what: &str) -> u64 {

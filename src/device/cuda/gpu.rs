@@ -1,5 +1,7 @@
 //! One GPU: its context, stream, kernels, and first failure.
 
+mod imagined;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -11,10 +13,12 @@ use cudarc::driver::sys::{
 
 use super::driver::{self, words};
 use super::kernels::{self, Loaded};
+use super::ledger::Ledger;
 use super::numbers::Region;
 use super::staging::{PIECE, Staging};
 use crate::device::Precision;
 use crate::error::{Error, Result};
+use imagined::Addresses;
 
 /// An open GPU. Requests are queued and run later, in the order in which they were made.
 pub(crate) struct Gpu {
@@ -39,6 +43,10 @@ pub(crate) struct Gpu {
     failure: Mutex<Option<String>>,
     /// Why the capture in progress is given up.
     given_up: Mutex<Option<String>>,
+    /// What launches move, if someone counts.
+    pub(super) ledger: Mutex<Option<Ledger>>,
+    /// For a GPU that does not exist ([`Gpu::imagined`]): no call reaches a driver.
+    imagined: Option<Addresses>,
 }
 
 // SAFETY: contexts, streams and functions may be used from any thread that makes the context current, as `attempt` does.
@@ -119,6 +127,8 @@ impl Gpu {
             ignores: AtomicBool::new(false),
             failure: Mutex::default(),
             given_up: Mutex::default(),
+            ledger: Mutex::default(),
+            imagined: None,
         })
     }
 
@@ -182,7 +192,7 @@ impl Gpu {
         what: impl FnOnce() -> String,
         f: impl FnOnce(&Self) -> Result<T, DriverError>,
     ) -> Option<T> {
-        if self.ignores.load(Ordering::Acquire) {
+        if self.ignores.load(Ordering::Acquire) || self.imagined.is_some() {
             return None;
         }
         // SAFETY: the context lives as long as `self`.
@@ -247,6 +257,9 @@ impl Gpu {
 
     /// Allocates device memory from the driver. Returns `None` if none is left; the caller reports it.
     pub(crate) fn allocate(&self, bytes: usize) -> Option<u64> {
+        if let Some(addresses) = &self.imagined {
+            return Some(addresses.take(bytes));
+        }
         self.attempt(
             || format!("allocation of {bytes} bytes"),
             // SAFETY: `free` gives it back.
@@ -278,6 +291,7 @@ impl Gpu {
     /// # Safety
     /// There are that many bytes at `to`.
     pub(crate) unsafe fn set(&self, to: u64, byte: u8, bytes: usize) {
+        self.note("memset", || [0, bytes as u64]);
         self.attempt(
             || "filling memory".into(),
             // SAFETY: the caller vouches for `to`.
@@ -293,6 +307,7 @@ impl Gpu {
         if self.capturing.load(Ordering::Acquire) {
             self.refuse("copies from the host");
         }
+        self.note("copy from the host", || [0, from.len() as u64]);
         self.attempt(
             || format!("copy of {} bytes to the GPU", from.len()),
             // SAFETY: the caller vouches for `to`; the context is current and owns the stream.
@@ -335,6 +350,7 @@ impl Gpu {
         if bytes == 0 {
             return;
         }
+        self.note("copy", || [bytes as u64; 2]);
         self.attempt(
             || format!("copy of {bytes} bytes on the GPU"),
             |gpu| {
@@ -461,6 +477,9 @@ impl Gpu {
 
     /// Releases resources with the context current, even after a failure.
     pub(super) fn finish(&self, f: impl FnOnce()) {
+        if self.imagined.is_some() {
+            return;
+        }
         // SAFETY: the context lives as long as `self`. An error is ignored: `f` only releases.
         let _ = unsafe { result::ctx::set_current(self.context) };
         f();
@@ -469,6 +488,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        if self.imagined.is_some() {
+            return;
+        }
         // SAFETY: this is the last handle, so nothing new is queued, and everything here was created by `new`. Errors are
         // ignored: nothing uses the GPU any more.
         unsafe {
@@ -493,7 +515,7 @@ pub(super) fn attribute(device: CUdevice, what: CUdevice_attribute) -> Result<i3
     unsafe { result::device::get_attribute(device, what) }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing panics while it holds one of these locks, so a poisoned lock still guards consistent data.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,16 +3,17 @@
 //! The build (`cuda-kernels-build`) reads each `KERNEL void name(arguments)` line and writes a function of that name whose arguments
 //! have the kernel's types: [`In`] for pointers that are read, [`Out`] for those that are written.
 
-use std::ffi::{CString, c_int, c_void};
-use std::marker::PhantomData;
+use std::ffi::{CString, c_int};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUfunction, CUmodule, CUresult};
 
 pub use cuda_kernels_build::sass::Counts;
 
-use super::Gpu;
 use super::driver::words;
+use super::ledger;
+use super::pointers::{Argument, argument};
+use super::{Gpu, In, Out};
 use crate::error::{Error, Result};
 
 /// A kernel file.
@@ -81,82 +82,6 @@ pub struct Mix {
     pub prologue: usize,
 }
 
-/// A device pointer that a kernel reads `T` from; may be null where the kernel allows it.
-#[derive(Debug)]
-#[repr(transparent)]
-pub(crate) struct In<'a, T>(u64, PhantomData<&'a [T]>);
-
-/// A device pointer that a kernel writes `T` to.
-#[derive(Debug)]
-#[repr(transparent)]
-pub(crate) struct Out<'a, T>(u64, PhantomData<&'a mut [T]>);
-
-impl<T> Clone for In<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for In<'_, T> {}
-
-impl<T> In<'_, T> {
-    pub(crate) fn new(address: u64) -> Self {
-        Self(address, PhantomData)
-    }
-
-    /// A null pointer, for an optional argument.
-    pub(crate) fn null() -> Self {
-        Self::new(0)
-    }
-
-    pub(crate) fn address(self) -> u64 {
-        self.0
-    }
-
-    /// Whether the address is aligned for 16-byte accesses.
-    pub(crate) fn is_aligned_16(self) -> bool {
-        self.0.is_multiple_of(16)
-    }
-}
-
-impl<'a> In<'a, i32> {
-    /// The same address as bytes, which are not a tensor type.
-    pub(crate) fn bytes(self) -> In<'a, u8> {
-        In::new(self.0)
-    }
-}
-
-impl<'a> Out<'a, i32> {
-    /// The same address as bytes, which are not a tensor type.
-    pub(crate) fn bytes(self) -> Out<'a, u8> {
-        Out::new(self.0)
-    }
-}
-
-impl<'a, T> Out<'a, T> {
-    pub(crate) fn new(address: u64) -> Self {
-        Self(address, PhantomData)
-    }
-
-    /// A null pointer, for an optional argument.
-    pub(crate) fn null() -> Self {
-        Self::new(0)
-    }
-
-    pub(crate) fn address(&self) -> u64 {
-        self.0
-    }
-
-    /// The same address to read, for kernels that work in place.
-    pub(crate) fn also_in(&self) -> In<'a, T> {
-        In::new(self.0)
-    }
-
-    /// The pointer without its borrow, for a launch that writes two gradients, which can only be borrowed one at a time.
-    pub(crate) fn unbound<'b>(self) -> Out<'b, T> {
-        Out::new(self.0)
-    }
-}
-
 /// A launch configuration: GPU, grid and block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Launch<'d> {
@@ -193,11 +118,12 @@ impl<'d> Launch<'d> {
     ///
     /// # Safety
     /// The arguments have the kernel's types, and the kernel stays within the memory behind its pointers.
-    unsafe fn run(&self, index: usize, arguments: &[*mut c_void]) {
+    unsafe fn run(&self, index: usize, arguments: &[Argument]) {
         if self.grid.contains(&0) {
             return;
         }
         let kernel = &KERNELS[index];
+        self.gpu.note(kernel.name, || ledger::moved(arguments));
         self.gpu.attempt(
             || {
                 format!(
@@ -211,7 +137,7 @@ impl<'d> Launch<'d> {
                     .function(index)
                     .ok_or(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU))?;
                 let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
-                let mut arguments = arguments.to_vec();
+                let mut arguments: Vec<_> = arguments.iter().map(|argument| argument.at).collect();
                 let stream = gpu.stream();
                 crate::device::trace::kernel(kernel.name, || {
                     // SAFETY: the caller vouches for the arguments; the function belongs to the current context.
@@ -230,11 +156,6 @@ impl<'d> Launch<'d> {
             },
         );
     }
-}
-
-/// An argument in the form that a launch takes: the address of its value.
-fn argument<T>(value: &T) -> *mut c_void {
-    std::ptr::from_ref(value).cast_mut().cast()
 }
 
 /// Alignment for a fatbin, whose header the driver reads as integers.

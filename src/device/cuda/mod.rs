@@ -2,7 +2,8 @@
 //!
 //! [`Gpu`] holds one device's context, its compute stream, pinned staging memory and all kernels of the program, loaded and
 //! checked. All work is queued on the compute stream, so memory that one operation frees may serve the next without waiting.
-//! A [`Graph`] is work captured once and replayed as a whole. Operations do not return errors: the first error is kept, later
+//! A [`Graph`] is work captured once and replayed as a whole. A GPU counts what its launches move if it is asked to, and one that
+//! is only imagined does nothing else. Operations do not return errors: the first error is kept, later
 //! work is ignored, and [`Device::check`](super::Device::check) reports the error. No failure of the machine panics here.
 
 mod conformance;
@@ -11,8 +12,10 @@ mod driver;
 mod gpu;
 mod graph;
 mod kernels;
+mod ledger;
 mod marks;
 mod numbers;
+mod pointers;
 mod ring;
 mod staging;
 mod table;
@@ -25,7 +28,9 @@ pub(crate) use graph::Graph;
 pub(crate) use kernels::*;
 #[allow(unused_imports)] // a test checks that every kernel has a caller
 pub use kernels::{Counts, Mix, Resources};
+pub use ledger::KernelTraffic;
 pub(crate) use marks::Marks;
+pub(crate) use pointers::{In, Out};
 pub(crate) use ring::Ring;
 pub(crate) use table::Table;
 pub(crate) use timer::Timer;

@@ -59,12 +59,12 @@ impl<T: bytemuck::Pod> Table<T> {
 
     /// Its address, for a kernel to read.
     pub(crate) fn device_in(&self) -> In<'_, T> {
-        In::new(self.memory.address())
+        In::new(self.memory.address(), self.len * size_of::<T>())
     }
 
     /// Its address, for a kernel to write.
     pub(crate) fn device_out(&mut self) -> Out<'_, T> {
-        Out::new(self.memory.address())
+        Out::new(self.memory.address(), self.len * size_of::<T>())
     }
 
     /// Its values. Waits for the GPU, so not for use inside a step.

@@ -271,7 +271,7 @@ impl Communicator {
     pub(super) fn settle(&self, patience: &Patience) -> Result<(), String> {
         let (mut ended, begin) = (lock(&self.ended), Instant::now());
         let (ring, number) = &mut *ended;
-        ring.send(In::new(number.address()));
+        ring.send(In::new(number.address(), size_of::<f32>()));
         while ring.poll(|| "waiting for the other ranks' GPUs".into()).is_none() {
             self.device.check().map_err(|e| e.to_string())?;
             if let Some(reason) = self.failure() {

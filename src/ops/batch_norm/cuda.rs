@@ -90,17 +90,17 @@ fn of_ranks(own: &BlockMoments, dims: BatchNormDims, group: &Group) -> BlockMome
     let mut pair = Tensor::zeros(device, [2, c]);
     let [mut unused, mut scaled] = [(); 2].map(|()| Tensor::zeros(device, [c]));
     {
-        let pair = pair.device_out::<f32>();
-        let (mean, deviations) = (pair.address(), pair.address() + (c * size_of::<f32>()) as u64);
+        let (pair, bytes) = (pair.device_out::<f32>(), c * size_of::<f32>());
+        let (mean, deviations) = (pair.address(), pair.address() + bytes as u64);
         // The kernel moves a running variance of 0 by `weight` towards M2 / (rows - 1): with rows - 1 as weight, to M2.
         // SAFETY: as in `moments`; `pair` has two rows of `c`, the other tensors one.
         unsafe {
             cuda::batch_norm_finish(
                 over_chunks(&own.partial, c, chunks),
-                Out::new(mean),
+                Out::new(mean, bytes),
                 unused.device_out(),
                 scaled.device_out(),
-                Out::new(deviations),
+                Out::new(deviations, bytes),
                 own.partial.device_in(),
                 1,
                 int(chunks),
@@ -140,8 +140,11 @@ pub(super) fn moments(
     let (mut running_mean, mut running_variance) = (Out::null(), Out::null());
     if let Some(running) = running {
         // Both stay null if the tape does not update running statistics.
-        tape.update_stat(running.mean, |mut old| running_mean = old.device_out().unbound());
-        tape.update_stat(running.variance, |mut old| running_variance = old.device_out().unbound());
+        for (stat, to) in
+            [(running.mean, &mut running_mean), (running.variance, &mut running_variance)]
+        {
+            tape.update_stat(stat, |mut old| *to = old.device_out().updating(true).unbound());
+        }
     }
     // SAFETY: `partial` has two rows of `c` per group and chunk. Running statistics have `c` channels and are in the arena,
     // which outlives the tape; nothing else writes them before this launch.
@@ -262,11 +265,11 @@ fn backward_sums(
     let (mut dshift, mut dgain, mut accumulate) = (Out::null(), Out::null(), 0);
     let channel_shape = [c].into();
     if let Some((mut to, old)) = ids.shift.and_then(|id| gradients.target(id, &channel_shape)) {
-        dshift = to.device_out().unbound();
+        dshift = to.device_out().updating(old).unbound();
         accumulate |= flag_if(old, ACCUMULATE_DSHIFT);
     }
     if let Some((mut to, old)) = ids.gain.and_then(|id| gradients.target(id, &channel_shape)) {
-        dgain = to.device_out().unbound();
+        dgain = to.device_out().updating(old).unbound();
         accumulate |= flag_if(old, ACCUMULATE_DGAIN);
     }
     // SAFETY: sizes as in the forward pass. `gradients` owns the targets, and both launches are queued before anything else
@@ -383,14 +386,14 @@ impl<T: Element> Targets<'_, T> {
             Some(id) if !masked => gradients.add(id, dy.clone()),
             Some(id) => {
                 if let Some((mut to, old)) = gradients.target_like(id, dy, own_residual) {
-                    dresidual = to.device_out().unbound();
+                    dresidual = to.device_out().updating(old).unbound();
                     accumulate |= flag_if(old, ACCUMULATE_DRESIDUAL);
                 }
             }
             None => {}
         }
         if let Some((mut to, old)) = gradients.target_like(ids.x, dy, own_x) {
-            dx = to.device_out().unbound();
+            dx = to.device_out().updating(old).unbound();
             accumulate |= flag_if(old, ACCUMULATE_DX);
         }
         Self { dx, dresidual, accumulate }

@@ -7,6 +7,7 @@ use crate::ops::gemm::{
     BlockMoments, Gemm, GemmKind, GemmSize, TileShape, gemm, gemm_with_moments, is_aligned,
     split_k_reduce,
 };
+use crate::ops::window::Axis;
 use crate::tensor::{DType, Tensor, TensorMut};
 
 /// Calls a kernel with the sizes after the pointers, where all directions have them.
@@ -47,6 +48,28 @@ fn table(gemm: Gemm, operands: [&Tensor; 2]) -> Gemm {
     Gemm { run, ..gemm }
 }
 
+/// Both axes of the images.
+fn axes(d: &Conv2dDims) -> [Axis; 2] {
+    let Conv2dDims { stride, pad, .. } = *d;
+    [(d.h, d.r, d.p), (d.w, d.s, d.q)].map(|(size, taps, outputs)| Axis {
+        size,
+        taps,
+        stride,
+        pad,
+        outputs,
+    })
+}
+
+/// The number of pixels, outputs or taps of an image by that along each axis.
+fn of_both(d: &Conv2dDims, along: impl Fn(Axis) -> usize) -> usize {
+    axes(d).map(along).iter().product()
+}
+
+/// The bytes of `x` that the forward pass and the weight gradient read.
+fn read_bytes(x: &Tensor, d: &Conv2dDims) -> usize {
+    d.n * of_both(d, Axis::pixels_covered) * d.c * x.dtype().size()
+}
+
 /// Threads of a block.
 fn threads(dtype: DType) -> [usize; 3] {
     [if dtype == DType::Bf16 { 128 } else { 256 }, 1, 1]
@@ -73,16 +96,23 @@ pub(super) fn forward(
     let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
     let mut moments = groups.and_then(|groups| BlockMoments::new(y, rows, groups, &tile));
     let partial = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
+    let read = read_bytes(x, d);
     macro_rules! of_bf16 {
         ($kernel:ident) => {
-            call!($kernel, launch, d, (y.device_out(), partial, x.device_in(), filters.device_in()))
+            call!(
+                $kernel,
+                launch,
+                d,
+                (y.device_out(), partial, x.device_in().reading(read), filters.device_in())
+            )
         };
     }
     // SAFETY: the tensors have these sizes, which `check` has accepted; the table picks only tiles that support them.
     unsafe {
         match (x.dtype(), tile.shape) {
             (DType::F32, _) => {
-                call!(conv2d_f32, launch, d, (y.device_out(), x.device_in(), filters.device_in()));
+                let x = x.device_in().reading(read);
+                call!(conv2d_f32, launch, d, (y.device_out(), x, filters.device_in()));
             }
             (_, TileShape::Large) => of_bf16!(conv2d_bf16_128x128),
             (_, TileShape::Half) => of_bf16!(conv2d_bf16_128x64),
@@ -109,13 +139,26 @@ pub(super) fn data_gradient(
     let tile = phases.tile();
     let grid = [tile.tiles / phases.count, 1, phases.count];
     let launch = Launch::new(dy.device().gpu(), grid, threads(dy.dtype()));
+    let pixels = match dy.dtype() {
+        // Phases without taps, whose gradient is zero, are left alone.
+        DType::Bf16 if accumulate => of_both(d, Axis::pixels_with_taps),
+        _ => d.h * d.w,
+    };
+    let size = dy.dtype().size();
+    let written = d.n * pixels * d.c * size;
+    let read = d.n * of_both(d, Axis::outputs_inside) * d.k * size;
+    let filters_read = d.k * of_both(d, Axis::taps_with_pixels) * d.c * size;
     macro_rules! run {
         ($kernel:ident) => {
             call!(
                 $kernel,
                 launch,
                 d,
-                (dx.device_out(), dy.device_in(), filters.device_in()),
+                (
+                    dx.device_out().writing(written).updating(accumulate),
+                    dy.device_in().reading(read),
+                    filters.device_in().reading(filters_read)
+                ),
                 i32::from(accumulate)
             )
         };
@@ -146,6 +189,7 @@ pub(super) fn weight_gradient(
     let tile = table(Gemm::weight_gradient(d), [x, dy]).tile();
     let grid = [tile.tiles, 1, tile.splits];
     let launch = Launch::new(x.device().gpu(), grid, threads(x.dtype()));
+    let read = read_bytes(x, d);
     let run = |out: &mut TensorMut<'_>, accumulate: bool| {
         macro_rules! run {
             ($kernel:ident) => {
@@ -153,7 +197,11 @@ pub(super) fn weight_gradient(
                     $kernel,
                     launch,
                     d,
-                    (out.device_out(), x.device_in(), dy.device_in()),
+                    (
+                        out.device_out().updating(accumulate),
+                        x.device_in().reading(read),
+                        dy.device_in()
+                    ),
                     int(tile.k_per_split),
                     i32::from(accumulate)
                 )

@@ -123,7 +123,7 @@ pub(super) fn split_k_reduce(
 ) {
     let len = partial.len() / splits;
     let launch = Launch::over(partial.device().gpu(), len, 1);
-    let (splits, accumulate) = (int(splits), i32::from(accumulate));
+    let (splits, accumulates, accumulate) = (int(splits), accumulate, i32::from(accumulate));
     // SAFETY: `partial` has `splits` times the elements of `y`.
     unsafe {
         by_dtype!(
@@ -131,7 +131,7 @@ pub(super) fn split_k_reduce(
             split_k_reduce_f32
                 | split_k_reduce_bf16(
                     launch,
-                    y.device_out(),
+                    y.device_out().updating(accumulates),
                     partial.device_in(),
                     splits,
                     len as i64,
@@ -167,19 +167,20 @@ impl Matmul<'_, '_> {
         let bias = bias.map_or(In::null(), Tensor::device_in);
         let moments = moments.map_or(Out::null(), Tensor::device_out);
         let [m, n, k, k_per_split] = [gemm.m, gemm.n, gemm.k, tile.k_per_split].map(int);
-        let accumulate = i32::from(accumulate);
+        let (accumulates, accumulate) = (accumulate, i32::from(accumulate));
         // `$input`: extra inputs before the sizes; `$flag`: flags after them.
         macro_rules! of_f32 {
             ($kernel:ident, [$($input:expr),*], [$($flag:expr),*]) => {{
-                let (c, a, b) = (c.device_out(), a.device_in(), b.device_in());
+                let (c, a, b) =
+                    (c.device_out().updating(accumulates), a.device_in(), b.device_in());
                 cuda::$kernel(to, c, a, b, $($input,)* m, n, k, k_per_split $(, $flag)*)
             }};
         }
         macro_rules! of_bf16 {
             ($kernel:ident, [$($input:expr),*], [$($flag:expr),*]) => {{
                 let (out_bf16, out_f32) = match c.dtype() {
-                    DType::Bf16 => (c.device_out(), Out::null()),
-                    _ => (Out::null(), c.device_out()),
+                    DType::Bf16 => (c.device_out().updating(accumulates), Out::null()),
+                    _ => (Out::null(), c.device_out().updating(accumulates)),
                 };
                 let (a, b) = (a.device_in(), b.device_in());
                 cuda::$kernel(

@@ -49,7 +49,7 @@ pub(super) fn in_place(device: &Device, x: &mut TensorMut<'_>, mut copy: Option<
     let (n, d, launch) = over(device, x.shape());
     let copy = copy.as_mut().map_or(Out::null(), TensorMut::device_out);
     // SAFETY: `x` and its copy have `n` rows of `d`.
-    unsafe { cuda::normalize_rows(launch, x.device_out(), copy, n, d) };
+    unsafe { cuda::normalize_rows(launch, x.device_out().updating(true), copy, n, d) };
 }
 
 /// Number of rows, their length, and a launch of eight warps per block.

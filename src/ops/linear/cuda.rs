@@ -47,14 +47,14 @@ pub(super) fn bias_gradient(
     accumulate: bool,
 ) {
     let launch = Launch::new(dy.device().gpu(), [dims.k.div_ceil(32), 1, 1], [32, 8, 1]);
+    let db = db.device_out().updating(accumulate);
     let (n, k, accumulate) = (dims.n as i64, int(dims.k), i32::from(accumulate));
     let dtype = dy.dtype();
     // SAFETY: `dy` has `n` rows of `k`, `db` has `k`.
     unsafe {
         by_dtype!(
             dtype,
-            column_sums_f32
-                | column_sums_bf16(launch, db.device_out(), dy.device_in(), n, k, accumulate)
+            column_sums_f32 | column_sums_bf16(launch, db, dy.device_in(), n, k, accumulate)
         );
     }
 }

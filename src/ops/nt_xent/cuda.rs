@@ -124,7 +124,7 @@ pub(super) fn backward(
             columns,
             1.0 / dims.temperature,
         );
-        let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out());
+        let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out().updating(accumulate));
         let (count, accumulate) = (int(splits.count), i32::from(accumulate));
         cuda::split_k_reduce_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }

@@ -3,6 +3,7 @@
 use super::{average, max};
 use crate::device::Device;
 use crate::device::cuda::{Launch, Out, int};
+use crate::ops::window::Axis;
 use crate::tensor::{DType, Tensor};
 
 /// A launch over the pixels of the output `to [pixels.., c]`.
@@ -20,6 +21,13 @@ fn over<'d>(device: &'d Device, to: &Tensor) -> Launch<'d> {
     let down = THREADS / across;
     let grid = [pixels.div_ceil(down), vectors.div_ceil(across), 1];
     Launch::new(device.gpu(), grid, [across, down, 1])
+}
+
+/// The bytes of `x [n, h, w, c]` that windows of `taps` pixels from `pad` pixels before its edge cover, `outputs` along each side.
+fn covered(x: &Tensor, taps: usize, stride: usize, pad: usize, outputs: [usize; 2]) -> usize {
+    let [n, h, w, c] = x.dims("pooling: the input");
+    let along = |size, outputs| Axis { size, taps, stride, pad, outputs }.pixels_covered();
+    n * along(h, outputs[0]) * along(w, outputs[1]) * c * x.dtype().size()
 }
 
 /// The sizes in the types of the kernels' arguments.
@@ -44,7 +52,10 @@ pub(super) fn max_forward(
     );
     let device = y.device().clone();
     let mut index = wanted.then(|| Tensor::empty(&device, DType::I32, [y.len().div_ceil(4)]));
-    let bytes = index.as_mut().map_or(Out::null(), |index| index.device_out().bytes());
+    let count = y.len();
+    let bytes =
+        index.as_mut().map_or(Out::null(), |index| index.device_out().bytes().writing(count));
+    let read = covered(x, dims.size, dims.stride, dims.pad, [dims.p, dims.q]);
     let (to, [n, h, w, c, p, q, size, stride, pad]) = (over(&device, y), sizes(x.shape()[0], dims));
     // SAFETY: `x` and `y` have these sizes, `index` one byte per element of `y`.
     unsafe {
@@ -55,7 +66,7 @@ pub(super) fn max_forward(
                     to,
                     y.device_out(),
                     bytes,
-                    x.device_in(),
+                    x.device_in().reading(read),
                     n,
                     h,
                     w,
@@ -83,7 +94,7 @@ pub(super) fn max_backward(dx: &mut Tensor, dy: &Tensor, index: &Tensor, dims: m
                     to,
                     dx.device_out(),
                     dy.device_in(),
-                    index.device_in().bytes(),
+                    index.device_in().bytes().reading(dy.len()),
                     n,
                     h,
                     w,
@@ -126,6 +137,7 @@ pub(super) fn mean_backward(dx: &mut Tensor, dy: &Tensor) {
 
 /// The mean of each small window: `x [n, h, w, c]`, `y [n, p, q, c]`.
 pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::AvgPoolDims) {
+    let read = covered(x, dims.size, dims.stride, 0, [dims.p, dims.q]);
     let (to, [n, h, w, c, p, q, size, stride]) =
         (over(x.device(), y), average_sizes(x.shape()[0], dims));
     // SAFETY: the tensors have these sizes.
@@ -133,7 +145,19 @@ pub(super) fn average_forward(y: &mut Tensor, x: &Tensor, dims: average::AvgPool
         by_dtype!(
             x.dtype(),
             avg_pool_f32
-                | avg_pool_bf16(to, y.device_out(), x.device_in(), n, h, w, c, p, q, size, stride)
+                | avg_pool_bf16(
+                    to,
+                    y.device_out(),
+                    x.device_in().reading(read),
+                    n,
+                    h,
+                    w,
+                    c,
+                    p,
+                    q,
+                    size,
+                    stride
+                )
         );
     }
 }

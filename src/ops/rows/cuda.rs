@@ -26,6 +26,8 @@ fn row_length(x: &Tensor) -> usize {
 pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
     let (device, length) = (x.device().clone(), row_length(x));
     let launch = over(&device, index.len(), length, x.dtype());
+    // As many rows as it writes, if the indices are distinct.
+    let read = index.len().min(x.shape()[0]) * length * x.dtype().size();
     let (n, m, length) = (int(index.len()), int(x.shape()[0]), length as i64);
     // SAFETY: `x` has `m` rows of this length and `y` has `n`; the kernel checks an index before it uses it.
     unsafe {
@@ -35,7 +37,7 @@ pub(super) fn gather(y: &mut Tensor, x: &Tensor, index: &Tensor) {
                 | gather_rows_bf16(
                     launch,
                     y.device_out(),
-                    x.device_in(),
+                    x.device_in().reading(read),
                     index.device_in(),
                     n,
                     m,
@@ -75,6 +77,7 @@ pub(super) fn scatter(dx: &mut Tensor, dy: &Tensor, index: &Tensor) {
 pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
+    let written = rows.len().min(to.len()) * rows.dtype().size();
     let (n, m, length) = (int(rows.shape()[0]), int(to.shape()[0]), length as i64);
     // SAFETY: `to` has `m` rows of this length, `rows` has `n`; the kernel takes row numbers modulo `m`.
     unsafe {
@@ -83,7 +86,7 @@ pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
             write_rows_f32
                 | write_rows_bf16(
                     launch,
-                    to.device_out(),
+                    to.device_out().writing(written),
                     rows.device_in(),
                     at.device_in(),
                     n,
@@ -98,13 +101,22 @@ pub(super) fn write(to: &mut Tensor, at: &Tensor, rows: &Tensor) {
 pub(super) fn push(queue: &mut Tensor, rows: &Tensor) {
     let (device, length) = (rows.device().clone(), row_length(rows));
     let launch = over(&device, rows.shape()[0], length, rows.dtype());
+    // All but the oldest rows move.
+    let moved = queue.len().saturating_sub(rows.len()) * rows.dtype().size();
     let (n, m, length) = (int(rows.shape()[0]), int(queue.shape()[0]), length as i64);
     // SAFETY: `queue` has `m` rows of this length, `rows` has `n <= m`.
     unsafe {
         by_dtype!(
             rows.dtype(),
             push_rows_f32
-                | push_rows_bf16(launch, queue.device_out(), rows.device_in(), n, m, length)
+                | push_rows_bf16(
+                    launch,
+                    queue.device_out().reading(moved),
+                    rows.device_in(),
+                    n,
+                    m,
+                    length
+                )
         );
     }
 }
