@@ -1,10 +1,10 @@
 // Batch norm over the rows of x [groups rows, c], channels last; see src/ops/batch_norm.
 //
-// Every kernel but the `finish` ones has the same layout: threadIdx.x is a vector of channels, threadIdx.y a
-// row; the block (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y rows_per_chunk,
-// ...) of group g. A thread has four rows in flight, two in the backward pass: 16 bytes each of one, two or
-// three tensors. Sums over rows have two levels, both in an order that the shape alone determines: within a
-// chunk, then over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256
+// Every kernel but `merge` and the `finish` ones has the same layout: threadIdx.x is a vector of channels,
+// threadIdx.y a row; the block (x, y, g) takes the channel vectors from x blockDim.x on and the rows [y
+// rows_per_chunk, ...) of group g. A thread has four rows in flight, two in the backward pass: 16 bytes each
+// of one, two or three tensors. Sums over rows have two levels, both in an order that the shape alone
+// determines: within a chunk, then over chunks in `finish`, in f64. blockDim.y is a power of two, and the block has at most 256
 // threads.
 //
 // All are bound by memory. Bytes per element in bf16: moments reads 2, apply reads 2 (4 with a residual) and
@@ -194,6 +194,48 @@ __device__ __forceinline__ void reduce_chunks(double& first, double& second, int
     }
 }
 
+/// Mean and sum of squared deviations.
+struct WideMoments {
+    double mean, m2;
+};
+
+/// The moments of a channel over the chunks [first, first + count) of its group, in f64, for thread row 0;
+/// `of_group` points to the channel in the group's partial [chunks, 2, c]. All threads must call it the same
+/// number of times.
+__device__ __forceinline__ WideMoments merge_chunks(const float* of_group, int first, int count, int64_t rows,
+                                                    int rows_per_chunk, int c) {
+    const float* own = of_group + int64_t{first} * 2 * c;
+    // Shifted by the first chunk's mean, so that the subtraction at the end loses no digits.
+    const double shift = count > 0 ? own[0] : 0.0;
+    double sum = 0.0, square = 0.0;
+    reduce_chunks(sum, square, count, [&](int i) {
+        const float* chunk = own + int64_t{i} * 2 * c;
+        int64_t rest = rows - (int64_t{first} + i) * rows_per_chunk;
+        double n = static_cast<double>(rest < rows_per_chunk ? rest : rows_per_chunk),
+               delta = chunk[0] - shift;
+        sum += n * delta;
+        square += chunk[c] + n * delta * delta;
+    });
+    int64_t begin = int64_t{first} * rows_per_chunk, end = begin + int64_t{count} * rows_per_chunk;
+    int64_t n = (end < rows ? end : rows) - begin;
+    const double shifted_mean = n > 0 ? sum / static_cast<double>(n) : 0.0;
+    return {shift + shifted_mean, fmax(square - shifted_mean * sum, 0.0)};
+}
+
+/// merged [groups, ceil(chunks / run), 2, c]: the moments of each run of chunks, as those of a chunk of run
+/// rows_per_chunk rows. Where a convolution's tiles leave tens of thousands of chunks, the few blocks of
+/// batch_norm_finish would read them alone. Block (x, y, g): channels from x blockDim.x on, run y of group g.
+KERNEL BOUNDS(THREADS) void batch_norm_merge(float* merged, const float* partial, int chunks, int run,
+                                             int64_t rows, int rows_per_chunk, int c) {
+    const int j = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * run;
+    const int count = j >= c ? 0 : chunks - first < run ? chunks - first : run;
+    const float* of_group = partial + int64_t{blockIdx.z} * chunks * 2 * c + j;
+    const WideMoments m = merge_chunks(of_group, first, count, rows, rows_per_chunk, c);
+    if (count <= 0 || threadIdx.y > 0) return;
+    float* to = merged + (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * 2 * c + j;
+    to[0] = static_cast<float>(m.mean), to[c] = static_cast<float>(m.m2);
+}
+
 /// mean, inv_std [groups, c] from the chunks' moments, partial [groups, chunks, 2, c]; blocks of 8 channels
 /// and a power of two of thread rows. Running statistics, unless null, move by `weight` towards the groups'
 /// mean of means and of unbiased variances.
@@ -206,21 +248,9 @@ KERNEL BOUNDS(FINISH_THREADS) void batch_norm_finish(float* mean, float* inv_std
     double sum_means = 0.0, sum_variances = 0.0;
     for (int g = 0; g < groups; g++) {
         const float* of_group = partial + int64_t{g} * chunks * 2 * c + j;
-        // Shifted by the first chunk's mean, so that the subtraction at the end loses no digits.
-        const double shift = exists && chunks > 0 ? of_group[0] : 0.0;
-        double sum = 0.0, square = 0.0;
-        reduce_chunks(sum, square, exists ? chunks : 0, [&](int i) {
-            const float* chunk = of_group + int64_t{i} * 2 * c;
-            int64_t rest = rows - int64_t{i} * rows_per_chunk;
-            double n = static_cast<double>(rest < rows_per_chunk ? rest : rows_per_chunk),
-                   delta = chunk[0] - shift;
-            sum += n * delta;
-            square += chunk[c] + n * delta * delta;
-        });
+        const auto [mu, m2] = merge_chunks(of_group, 0, exists ? chunks : 0, rows, rows_per_chunk, c);
         if (!writes) continue;
-        const double n = static_cast<double>(rows), shifted_mean = rows > 0 ? sum / n : 0.0,
-                     mu = shift + shifted_mean;
-        const double m2 = fmax(square - shifted_mean * sum, 0.0), variance = rows > 0 ? m2 / n : 0.0;
+        const double n = static_cast<double>(rows), variance = rows > 0 ? m2 / n : 0.0;
         mean[int64_t{g} * c + j] = static_cast<float>(mu);
         inv_std[int64_t{g} * c + j] = static_cast<float>(1.0 / sqrt(variance + eps));
         sum_means += mu;

@@ -10,8 +10,8 @@
 //
 // Grid (ceil(m / M) ceil(n / N), 1, splits), blocks of 128 threads for bf16 and of 256 for f32. Split-K:
 // blockIdx.z takes `k_per_split` of k, a multiple of 32. With more than one split, the output is f32 [splits,
-// m, n] without bias, and split_k_reduce adds the splits in order: enough blocks for a weight gradient, whose
-// k is all the rows, and still one order of summation.
+// m, n] without bias, and split_k_reduce adds the splits in an order that the launch alone determines: enough
+// blocks for a weight gradient, whose k is all the rows.
 #include "gather.cuh"
 #include "gemm_operands.cuh"
 
@@ -140,22 +140,43 @@ KERNEL BOUNDS(256) void matmul_tn_f32(float* c, const float* a, const float* b, 
     matmul_f32<false, false>(c, a, b, /*bias=*/nullptr, m, n, k, k_per_split, accumulate);
 }
 
-/// y [n] = the sum of partial [splits, n] in order, plus what y holds if `accumulate`.
+constexpr int REDUCE_THREADS = 512;
+
+/// y [n] = the sum of partial [splits, n], plus what y holds if `accumulate`. threadIdx.x is an element,
+/// threadIdx.y a run of splits: a small matrix has few elements and up to 128 splits, which one thread would
+/// wait for eight at a time. The splits of a run are added in order, then the runs.
 template <typename T>
 __device__ __forceinline__ void split_k_reduce(T* y, const float* partial, int splits, int64_t n,
                                                bool accumulate) {
-    for (int64_t i = grid_rank(); i < n; i += grid_threads()) {
-        float sum = accumulate ? to_float(y[i]) : 0.0f;
-        // Loads of eight splits in flight: a small matrix has few threads and up to 128 splits.
+    __shared__ float sums[REDUCE_THREADS];
+    const int runs = blockDim.y, run = (splits + runs - 1) / runs, begin = threadIdx.y * run,
+              end = begin + run < splits ? begin + run : splits;
+    const int64_t step = int64_t{gridDim.x} * blockDim.x;
+    // All threads of a block go round equally often, for the barriers.
+    for (int64_t first = int64_t{blockIdx.x} * blockDim.x; first < n; first += step) {
+        const int64_t i = first + threadIdx.x;
+        float sum = 0.0f;
+        if (i < n) {
+            if (accumulate && threadIdx.y == 0) sum = to_float(y[i]);
 #pragma unroll 8
-        for (int s = 0; s < splits; s++) sum += partial[s * n + i];
-        y[i] = from_float<T>(sum);
+            for (int s = begin; s < end; s++) sum += partial[s * n + i];
+        }
+        if (runs > 1) {
+            __syncthreads();  // the sums of the last round have been read
+            sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+            __syncthreads();
+            for (int other = 1; threadIdx.y == 0 && other < runs; other++)
+                sum += sums[other * blockDim.x + threadIdx.x];
+        }
+        if (i < n && threadIdx.y == 0) y[i] = from_float<T>(sum);
     }
 }
 
-KERNEL void split_k_reduce_f32(float* y, const float* partial, int splits, int64_t n, int accumulate) {
+KERNEL BOUNDS(REDUCE_THREADS) void split_k_reduce_f32(float* y, const float* partial, int splits, int64_t n,
+                                                      int accumulate) {
     split_k_reduce(y, partial, splits, n, accumulate);
 }
-KERNEL void split_k_reduce_bf16(bf16* y, const float* partial, int splits, int64_t n, int accumulate) {
+KERNEL BOUNDS(REDUCE_THREADS) void split_k_reduce_bf16(bf16* y, const float* partial, int splits, int64_t n,
+                                                       int accumulate) {
     split_k_reduce(y, partial, splits, n, accumulate);
 }

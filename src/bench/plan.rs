@@ -143,10 +143,11 @@ mod tests {
     use crate::tensor::DType;
 
     /// Prefixes of the names of kernels that no case launches, each with the reason.
-    const WITHOUT_CASE: [(&str, &str); 24] = [
+    const WITHOUT_CASE: [(&str, &str); 25] = [
         ("augment_channels", "images that are not RGB of 8 bits"),
         ("avg_pool", "shortcuts of ResNet-D"),
         ("batch_norm_inv_std", "evaluation"),
+        ("batch_norm_merge", "only behind the moments of a convolution"),
         ("cast", "once a step, a few activations"),
         ("column_sums", "gradients of biases"),
         ("conform_", "checks of the driver"),

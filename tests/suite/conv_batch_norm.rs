@@ -73,6 +73,23 @@ fn fused_batch_norm_equals_convolution_then_batch_norm() {
     });
 }
 
+/// So many tiles that a launch of its own merges runs of their moments; the pass over the output has fewer chunks.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn moments_of_many_tiles_are_merged_first() {
+    alone("conv_batch_norm::moments_of_many_tiles_are_merged_first", |driver| {
+        driver.check(false);
+        let gpu = gpu(Precision::Bf16);
+        let (sizes, merges) = ([2, 512, 1, 1, 1], || driver.count("kernel:batch_norm_merge"));
+        let got = unit(&gpu, sizes, true);
+        assert_eq!(merges(), 1);
+        let want = unit(&gpu, sizes, false);
+        assert_eq!(merges(), 1);
+        let y = close("y", &got.0, &want.0, 1e-3);
+        report("merged moments", vec![y, close("statistics", &got.1, &want.1, 1e-6)]);
+    });
+}
+
 /// Measured at a quarter of 256 pixels and an eighth of the channels, to which all saved memory is proportional except the images.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]

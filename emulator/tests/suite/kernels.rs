@@ -101,8 +101,13 @@ fn casts_keep_special_values() {
 }
 
 /// Batch norm forward and backward of `groups` times `rows` rows of `c` channels, with a mean far from zero. Without a
-/// residual the backward pass gets no `y`, and derives the ReLU's mask from `x`.
-fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize, with_residual: bool) {
+/// residual the backward pass gets no `y`, and derives the ReLU's mask from `x`. Runs of `run` chunks are merged before the end.
+fn batch_norm<T: Float>(
+    stage: &Stage,
+    [groups, rows, c]: [usize; 3],
+    run: usize,
+    with_residual: bool,
+) {
     let what = format!("batch norm of {groups} x {rows} x {c}");
     let name = |kernel: &str| format!("batch_norm_{kernel}_{}", T::NAME);
     let n = groups * rows * c;
@@ -138,10 +143,18 @@ fn batch_norm<T: Float>(stage: &Stage, groups: usize, rows: usize, c: usize, wit
     let mut arguments = vec![(&partial).into(), (&x_).into()];
     arguments.extend(sizes());
     stage.launch(&name("moments"), grid, block, 0, &arguments);
+    let runs = chunks.div_ceil(run);
+    let merged = stage.room::<f32>(groups * runs * 2 * c);
+    if run > 1 {
+        let grid = [c.div_ceil(8) as u32, runs as u32, groups as u32];
+        let mut arguments = vec![(&merged).into(), (&partial).into(), int(chunks), int(run)];
+        arguments.extend(sizes());
+        stage.launch("batch_norm_merge", grid, [8, 4, 1], 0, &arguments);
+    }
+    let moments = if run > 1 { &merged } else { &partial };
     let mut arguments: Vec<Value> =
-        [&mean_, &inv_std_, &running_mean, &running_variance, &partial].map(Value::from).into();
-    arguments.extend([int(groups), int(chunks)]);
-    arguments.extend(sizes());
+        [&mean_, &inv_std_, &running_mean, &running_variance, moments].map(Value::from).into();
+    arguments.extend([int(groups), int(runs), (rows as i64).into(), int(run * per_chunk), int(c)]);
     arguments.extend([0.1_f32.into(), 1e-5_f32.into()]);
     stage.launch("batch_norm_finish", per_channel, down, 0, &arguments);
     let y_ = stage.room::<T>(n);
@@ -239,7 +252,9 @@ fn batch_norms<T: Float>() {
             (2, 300, 64),
             (2, 75, 131),
         ] {
-            batch_norm::<T>(&stage, groups, rows, c, c % 2 == 1);
+            for run in [1, 3] {
+                batch_norm::<T>(&stage, [groups, rows, c], run, c % 2 == 1);
+            }
         }
     }
 }

@@ -105,13 +105,22 @@ fn gemm<In: Float, Out: Float>(stage: &Stage, transposition: Transposition, [m, 
         let partial: Memory<f32> = stage.room(splits * m * n);
         launch((&partial).into(), 0_u64.into(), splits, 32, 0);
         let (sum, sum_bf16) = (stage.room::<f32>(m * n), stage.room::<bf16>(m * n));
-        for (y, dtype) in [(Value::from(&sum), "f32"), ((&sum_bf16).into(), "bf16")] {
-            let count = Value::from((m * n) as i64);
-            let arguments = [y, (&partial).into(), (splits as i32).into(), count, 0.into()];
-            stage.launch(&format!("split_k_reduce_{dtype}"), [3, 1, 1], [64, 1, 1], 0, &arguments);
+        // A thread for each element, and a thread for each run of the splits of one.
+        for block in [[64, 1, 1], [16, 4, 1], [32, 16, 1]] {
+            let what = format!("{what}, split-K by {block:?}");
+            for (y, dtype) in [(Value::from(&sum), "f32"), ((&sum_bf16).into(), "bf16")] {
+                let count = Value::from((m * n) as i64);
+                let arguments = [y, (&partial).into(), (splits as i32).into(), count, 0.into()];
+                stage.launch(&format!("split_k_reduce_{dtype}"), [3, 1, 1], block, 0, &arguments);
+            }
+            close(&what, &sum.read(stage), &want, 1e-5);
+            close(&what, &sum_bf16.read(stage), &want, bf16::TOLERANCE);
+            let more = [(&sum).into(), (&partial).into(), (splits as i32).into()];
+            let more = [&more[..], &[Value::from((m * n) as i64), 1.into()]].concat();
+            stage.launch("split_k_reduce_f32", [3, 1, 1], block, 0, &more);
+            let twice: Vec<f64> = want.iter().map(|w| 2.0 * w).collect();
+            close(&format!("{what}, added"), &sum.read(stage), &twice, 1e-5);
         }
-        close(&format!("{what}, split-K"), &sum.read(stage), &want, 1e-5);
-        close(&format!("{what}, split-K"), &sum_bf16.read(stage), &want, bf16::TOLERANCE);
     }
 }
 

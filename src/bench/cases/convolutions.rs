@@ -3,6 +3,7 @@
 use crate::bench::case::{Case, Extent, Launched, suffix};
 use crate::bench::{Problem, Unit, Work};
 use crate::ops::Conv2dDims;
+use crate::ops::gemm::reduce_block;
 use crate::ops::kernels::conv2d::Direction;
 use crate::ops::kernels::{Gemm, GemmKind, Tile, TileShape};
 use crate::tensor::DType;
@@ -163,7 +164,14 @@ pub(super) fn gemm_launches(
     }];
     if splits > 1 {
         let bytes = 4.0 * outputs * (splits as f64 + 1.0);
-        all.push(Launched::over("split_k_reduce_f32", bytes, outputs * splits as f64));
+        let [elements, runs] = reduce_block(gemm.m * gemm.n, splits);
+        let blocks = (gemm.m * gemm.n).div_ceil(elements);
+        all.push(Launched {
+            threads: elements * runs,
+            // Of many elements, the chip gets as many blocks as it holds.
+            blocks: if blocks < 8 * 132 { blocks } else { 0 },
+            ..Launched::over("split_k_reduce_f32", bytes, outputs * splits as f64)
+        });
     }
     all
 }

@@ -82,6 +82,37 @@ fn partial_moments(x: &Tensor, dims: BatchNormDims) -> BlockMoments {
     BlockMoments { partial, rows: shape.rows_per_chunk }
 }
 
+/// The number of chunks from which a launch of its own merges them, and to how many: below, the finish kernel's blocks of 128 thread
+/// rows read them themselves in less time than a launch takes.
+const MANY_CHUNKS: usize = 4096;
+const MERGED_CHUNKS: usize = 512;
+
+/// Merges runs of the chunks of each group, if they are many, for the finish kernel: after a stem there are 25,088 of them for 8 blocks.
+fn with_fewer_chunks(own: BlockMoments, dims: BatchNormDims) -> BlockMoments {
+    let BatchNormDims { groups, rows, c, .. } = dims;
+    let chunks = rows.div_ceil(own.rows);
+    if chunks < MANY_CHUNKS {
+        return own;
+    }
+    let run = chunks.div_ceil(MERGED_CHUNKS);
+    let mut merged = Tensor::floats(own.partial.device(), [groups * chunks.div_ceil(run), 2, c]);
+    let grid = [c.div_ceil(32), chunks.div_ceil(run), groups];
+    // SAFETY: `partial` has two rows of `c` per group and chunk, `merged` two per group and run.
+    unsafe {
+        cuda::batch_norm_merge(
+            Launch::new(own.partial.device().gpu(), grid, [32, 8, 1]),
+            merged.device_out(),
+            own.partial.device_in(),
+            int(chunks),
+            int(run),
+            rows as i64,
+            int(own.rows),
+            int(c),
+        );
+    }
+    BlockMoments { partial: merged, rows: own.rows * run }
+}
+
 /// Returns the moments of each rank's rows, in rank order, from those of this rank's chunks. A rank is a chunk of equal size, so
 /// that the finish kernel merges ranks as it merges chunks, by mean and squared deviations.
 fn of_ranks(own: &BlockMoments, dims: BatchNormDims, group: &Group) -> BlockMoments {
@@ -128,7 +159,7 @@ pub(super) fn moments(
     let BatchNormDims { groups, c, .. } = dims;
     let device = x.device();
     let own = match given {
-        Some(Moments::Blocks(given)) => given,
+        Some(Moments::Blocks(given)) => with_fewer_chunks(given, dims),
         _ => partial_moments(x, dims),
     };
     let BlockMoments { partial, rows: per_chunk } =

@@ -3,7 +3,7 @@
 pub(crate) mod similarity;
 mod tiles;
 
-use crate::device::cuda::{self, In, Launch, Out, int};
+use crate::device::cuda::{self, Gpu, In, Launch, Out, int};
 use crate::tensor::{DType, Tensor, TensorMut};
 pub use tiles::{Gemm, GemmKind, Tile, TileShape};
 
@@ -114,7 +114,26 @@ pub(super) fn is_aligned(x: &Tensor) -> bool {
     x.dtype() == DType::Bf16 && x.device_in::<half::bf16>().is_aligned_16()
 }
 
-/// Adds the splits of `partial [splits, …]`, in order, into `y`; to what `y` holds if `accumulate`.
+/// How a block of `split_k_reduce` shares its threads: elements, and runs of the splits of each. A large matrix fills a GPU by its
+/// elements; a small one needs more threads than that, but each at least four splits.
+pub(crate) fn reduce_block(len: usize, splits: usize) -> [usize; 2] {
+    /// Threads that fill a GPU.
+    const FILL: usize = 1 << 18;
+    /// The most runs; the kernel's blocks have at most 512 threads.
+    const RUNS: usize = 16;
+    let wanted = (FILL / len.max(1)).min(splits / 4).clamp(1, RUNS);
+    let runs = 1 << wanted.ilog2();
+    [(256 / runs).max(32), runs]
+}
+
+/// The launch of `split_k_reduce` over `len` elements.
+pub(super) fn reduce_launch(gpu: &Gpu, len: usize, splits: usize) -> Launch<'_> {
+    let [elements, runs] = reduce_block(len, splits);
+    let blocks = len.div_ceil(elements).min(8 * gpu.multiprocessors());
+    Launch::new(gpu, [blocks, 1, 1], [elements, runs, 1])
+}
+
+/// Adds the splits of `partial [splits, …]` into `y`, in an order that the sizes alone determine; to what `y` holds if `accumulate`.
 pub(super) fn split_k_reduce(
     y: &mut TensorMut<'_>,
     partial: &Tensor,
@@ -122,7 +141,7 @@ pub(super) fn split_k_reduce(
     accumulate: bool,
 ) {
     let len = partial.len() / splits;
-    let launch = Launch::over(partial.device().gpu(), len, 1);
+    let launch = reduce_launch(partial.device().gpu(), len, splits);
     let (splits, accumulates, accumulate) = (int(splits), accumulate, i32::from(accumulate));
     // SAFETY: `partial` has `splits` times the elements of `y`.
     unsafe {
@@ -212,6 +231,27 @@ impl Matmul<'_, '_> {
                 (_, _, TileShape::Half) => of_bf16!(matmul_tn_bf16_64x128, [], [accumulate]),
                 _ => of_bf16!(matmul_tn_bf16_64x64, [], [accumulate]),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reduce_block;
+
+    #[test]
+    fn small_sums_of_many_splits_are_shared_by_more_threads() {
+        for (len, splits, block) in [
+            (64 * 64, 128, [32, 16]), // ResNet's first 1x1 convolution
+            (64 * 576, 52, [64, 4]),  // and 3x3
+            (64 * 576, 16, [64, 4]),
+            (512 * 4608, 5, [256, 1]), // elements enough
+            (64, 7, [256, 1]),         // too few splits to share
+            (64, 8, [128, 2]),
+            (1, 10_000, [32, 16]),
+            (0, 0, [256, 1]),
+        ] {
+            assert_eq!(reduce_block(len, splits), block, "{len} elements of {splits} splits");
         }
     }
 }

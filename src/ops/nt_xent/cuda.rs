@@ -3,6 +3,7 @@
 
 use super::{NtXentDims, Rows};
 use crate::device::cuda::{self, In, Launch, int};
+use crate::ops::gemm::reduce_launch;
 use crate::ops::gemm::similarity::{
     ColumnSplits, FIXED_MAXIMUM_FROM, SplitRows, THREADS, TILE, WEIGHT_TILE, WEIGHT_WIDTH,
 };
@@ -124,7 +125,8 @@ pub(super) fn backward(
             columns,
             1.0 / dims.temperature,
         );
-        let (sum, to) = (Launch::over(device.gpu(), n, 1), dz.device_out().updating(accumulate));
+        let (sum, to) =
+            (reduce_launch(device.gpu(), n, splits.count), dz.device_out().updating(accumulate));
         let (count, accumulate) = (int(splits.count), i32::from(accumulate));
         cuda::split_k_reduce_f32(sum, to, partial.device_in(), count, n as i64, accumulate);
     }
