@@ -57,8 +57,10 @@ fn every_primitive_moves_what_its_launches_say() {
         let (mut wrong, mut kernels) = (Vec::new(), 0);
         for precision in [Precision::F32, Precision::Bf16] {
             let device = Device::cuda(0, precision).unwrap();
+            // Both precisions share their launch lines: in f32 one route is enough.
+            let routes = if precision == Precision::Bf16 { &ROUTES[..] } else { &ROUTES[..1] };
             for case in table().iter().filter(|case| !HOST_ONLY.contains(&case.primitive())) {
-                for route in ROUTES {
+                for &route in routes {
                     let work = || drop(case.run(&device, route));
                     let (differ, count) = differences(driver, &device, work);
                     kernels += count;
@@ -81,10 +83,10 @@ fn small(name: &str) -> Recipe {
     Recipe::load(name, &small.map(str::to_owned)).unwrap()
 }
 
-const METHODS: [&str; 8] = [
+/// MoCo v1 is MoCo v2 without its head's hidden layer.
+const METHODS: [&str; 7] = [
     "simclr-cifar10-small",
     "simclr-v2-cifar10-small",
-    "moco-v1-cifar10-cpu",
     "moco-v2-cifar10-small",
     "supervised-cifar10-small",
     "swav-cifar10-small",
