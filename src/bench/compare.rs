@@ -84,10 +84,9 @@ impl Peers {
             outcome: Err(lack),
         };
         let Some(problem) = &case.problem else {
-            let lack = |peer: &Box<dyn Peer>| {
-                lacking(&**peer, format!("{} has no such operation", peer.name()))
-            };
-            return Ok(self.all.iter().map(lack).collect());
+            let lack = |peer: &dyn Peer| format!("{} has no such operation", peer.name());
+            let all = self.all.iter().map(|peer| lacking(&**peer, lack(&**peer)));
+            return Ok(all.collect());
         };
         let setting = Setting::new(problem, &self.device);
         let mut exact = None;

@@ -211,7 +211,7 @@ fn weight_gradient_on(
     match Algorithm::select(d, Direction::WeightGradient) {
         Algorithm::Direct => weight::run(d, isa, dw, x, dy, workspace, accumulate),
         Algorithm::Winograd(form) => {
-            winograd_weight::run(d, form, isa, dw, x, dy, workspace, accumulate);
+            winograd_weight::run(d, (form, isa), dw, x, dy, workspace, accumulate);
         }
     }
 }

@@ -139,7 +139,7 @@ impl Case {
                 let mut workspace = vec![f32::NAN; winograd_weight::workspace_len(d, form, isa)];
                 let mut dw = output(w.len());
                 let accumulate = before.is_some();
-                winograd_weight::run(d, form, isa, &mut dw, x, dy, &mut workspace, accumulate);
+                winograd_weight::run(d, (form, isa), &mut dw, x, dy, &mut workspace, accumulate);
                 return dw;
             }
         };

@@ -106,8 +106,7 @@ pub fn workspace_len(d: &Conv2dDims, form: Form, isa: Isa) -> usize {
 /// `dw` `[k, 3, 3, c]`; `dw +=` if `accumulate`. `d` must [fit](winograd::fits).
 pub fn run(
     d: &Conv2dDims,
-    form: Form,
-    isa: Isa,
+    (form, isa): (Form, Isa),
     dw: &mut [f32],
     x: &[f32],
     dy: &[f32],
