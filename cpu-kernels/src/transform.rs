@@ -227,7 +227,7 @@ mod four {
     pub const O: f32 = 1.0 / (2.0 * B2 * (B2 - A2));
 }
 
-/// The numbers with which [`Four`] turns sums of components into taps: those of a row of `G'`, by the power of the point.
+/// The numbers with which [`Form::Four`] turns sums of components into taps: those of a row of `G'`, by the power of the point.
 pub const BACK: [[f32; 3]; 2] = [
     [four::N, four::N * four::A, four::N * four::A2],
     [four::O, four::O * four::B, four::O * four::B2],
