@@ -56,7 +56,7 @@ pub trait Vector: Copy {
 
 /// Prefetches the cache line at `p`, which may be an invalid address.
 #[inline(always)]
-pub fn prefetch(p: *const f32) {
+pub fn prefetch<T>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults, and SSE is part of x86-64.
     unsafe {
@@ -69,22 +69,25 @@ pub fn prefetch(p: *const f32) {
 /// Memory that will be read next, prefetched in shares, so that it arrives while tiles are computed.
 #[derive(Clone, Copy)]
 pub struct Coming<'a> {
-    floats: &'a [f32],
+    bytes: &'a [u8],
     share: usize,
 }
 
 impl<'a> Coming<'a> {
     /// In `shares` equal shares.
-    pub fn new(floats: &'a [f32], shares: usize) -> Self {
-        Self { floats, share: floats.len().div_ceil(shares.max(1)).next_multiple_of(LINE) }
+    pub fn new(bytes: &'a [u8], shares: usize) -> Self {
+        Self {
+            bytes,
+            share: bytes.len().div_ceil(shares.max(1)).next_multiple_of(LINE * size_of::<f32>()),
+        }
     }
 
     /// Prefetches the next share.
     #[inline]
     pub fn prefetch_share(&mut self) {
-        let (now, later) = self.floats.split_at(self.share.min(self.floats.len()));
-        now.iter().step_by(LINE).for_each(|line| prefetch(line));
-        self.floats = later;
+        let (now, later) = self.bytes.split_at(self.share.min(self.bytes.len()));
+        now.iter().step_by(LINE * size_of::<f32>()).for_each(|line| prefetch(line));
+        self.bytes = later;
     }
 }
 

@@ -6,6 +6,7 @@ use super::conv2d::*;
 use super::gemm::{gemm_on, workspace_len_on as gemm_workspace_len_on};
 use super::*;
 use crate::cpu::conv2d::{Conv2dDims, Direction};
+use selfsup_cpu_kernels::transform::Form;
 
 const DIRECTIONS: [Direction; 3] =
     [Direction::Forward, Direction::DataGradient, Direction::WeightGradient];
@@ -303,6 +304,20 @@ fn check_moments(y: &[f64], [mean, variance]: [Vec<f32>; 2], columns: usize, wha
     }
 }
 
+/// Large enough for Winograd's F(4x4, 3x3) in all directions, with tiles that end outside the image.
+const TRANSFORMED: Conv2dDims =
+    Conv2dDims { n: 10, h: 15, w: 16, c: 32, k: 48, r: 3, s: 3, stride: 1, pad: 1, p: 15, q: 16 };
+
+#[test]
+fn transforms_stand_in_for_dot_products_and_not_for_tiles() {
+    for direction in DIRECTIONS {
+        let by = |path| Algorithm::select(path, &TRANSFORMED, direction);
+        assert_eq!(by(Bf16Path::Portable), Algorithm::Winograd(Form::Four));
+        assert_eq!(by(Bf16Path::Avx512), Algorithm::Winograd(Form::Four));
+        assert_eq!(by(Bf16Path::Amx), Algorithm::Blocks);
+    }
+}
+
 #[test]
 fn convolutions_agree_with_the_definition() {
     let shapes = [
@@ -329,6 +344,9 @@ fn convolutions_agree_with_the_definition() {
         dims([2, 9, 11, 6], [7, 2, 4], 3, 2),
         dims([1, 11, 10, 5], [4, 2, 1], 4, 0),
         dims([2, 3, 2, 8], [8, 5, 6], 1, 3),
+        TRANSFORMED,
+        // By transforms forward only; two blocks of outputs, of which one is narrower.
+        dims([3, 8, 8, 16], [48, 3, 3], 1, 1),
     ];
     for path in paths() {
         for (seed, d) in shapes.into_iter().enumerate() {
@@ -385,6 +403,7 @@ fn threads_do_not_change_bits() {
         dims([16, 9, 9, 24], [40, 3, 3], 1, 1),
         dims([4, 20, 20, 32], [32, 1, 1], 1, 0),
         dims([3, 12, 40, 8], [24, 3, 3], 2, 1),
+        TRANSFORMED,
     ];
     for path in paths() {
         for d in shapes {

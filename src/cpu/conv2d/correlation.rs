@@ -256,7 +256,7 @@ impl Lane<'_> {
             };
             let ahead = &x[from.min(x.len())..(from + len).min(x.len())];
             let row0 = start * step + f.row0;
-            let coming = Coming::new(ahead, self.plan.tiles(f, &shape));
+            let coming = Coming::new(bytemuck::cast_slice(ahead), self.plan.tiles(f, &shape));
             let mut band = Band { lane: self, f, shape, slab, first, row0, rows, coming };
             let mut packed = filters;
             for b in 0..self.plan.blocks.count() {

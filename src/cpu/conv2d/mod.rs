@@ -11,10 +11,12 @@
 //!
 //! Work is partitioned by shape and instruction set, never by thread count, so every rayon pool gives
 //! the same bits. Call the functions inside the pool that should do the work. They allocate nothing.
-//! Bias, dilation, groups and bf16 are not supported.
+//! Bias, dilation and groups are not supported; `crate::cpu::bf16` has convolutions in bf16.
 
+pub(in crate::cpu) mod bf16;
 mod correlation;
 mod dims;
+mod element;
 mod filter;
 mod problem;
 mod slab;
@@ -127,14 +129,14 @@ fn aligned_len(isa: Isa, d: &Conv2dDims, direction: Direction) -> usize {
     match (direction, Algorithm::select(d, direction)) {
         (Forward, Direct) => correlation::workspace_len(&Problem::forward(d), isa),
         (Forward, Winograd(form)) => {
-            winograd::workspace_len(&winograd::Problem::forward(d, form), isa)
+            winograd::workspace_len::<f32>(&winograd::Problem::forward(d, form), isa)
         }
         (DataGradient, Direct) => correlation::workspace_len(&Problem::data_gradient(d), isa),
         (DataGradient, Winograd(form)) => {
-            winograd::workspace_len(&winograd::Problem::data_gradient(d, form), isa)
+            winograd::workspace_len::<f32>(&winograd::Problem::data_gradient(d, form), isa)
         }
         (WeightGradient, Direct) => weight::workspace_len(d, isa),
-        (WeightGradient, Winograd(form)) => winograd_weight::workspace_len(d, form, isa),
+        (WeightGradient, Winograd(form)) => winograd_weight::workspace_len::<f32>(d, form, isa),
     }
 }
 
@@ -238,6 +240,11 @@ fn checked<'a>(
         "conv2d {direction:?}: workspace of {} floats, {needed} needed for {d:?}",
         workspace.len()
     );
+    aligned(workspace, aligned_len(isa, d, direction))
+}
+
+/// `len` floats of the workspace that start on a cache line.
+fn aligned(workspace: &mut [f32], len: usize) -> &mut [f32] {
     let start = workspace.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
-    &mut workspace[start..start + aligned_len(isa, d, direction)]
+    &mut workspace[start..start + len]
 }

@@ -136,14 +136,15 @@ impl Case {
             Direction::Forward => (winograd::Problem::forward(d, form), x, dy.len()),
             Direction::DataGradient => (winograd::Problem::data_gradient(d, form), dy, x.len()),
             Direction::WeightGradient => {
-                let mut workspace = vec![f32::NAN; winograd_weight::workspace_len(d, form, isa)];
+                let mut workspace =
+                    vec![f32::NAN; winograd_weight::workspace_len::<f32>(d, form, isa)];
                 let mut dw = output(w.len());
                 let accumulate = before.is_some();
                 winograd_weight::run(d, (form, isa), &mut dw, x, dy, &mut workspace, accumulate);
                 return dw;
             }
         };
-        let mut workspace = vec![f32::NAN; winograd::workspace_len(&p, isa)];
+        let mut workspace = vec![f32::NAN; winograd::workspace_len::<f32>(&p, isa)];
         let mut out = output(len);
         winograd::run(&p, isa, &mut out, x, w, &mut workspace, before.is_some());
         out

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use super::Conv2dDims;
 use super::Isa;
 use super::LINE;
+use super::element::{Element, Row};
 use super::filter::{Blocks, FilterView};
 use super::slots::{self, Slots};
 use selfsup_cpu_kernels::Coming;
@@ -58,14 +59,18 @@ pub fn products(d: &Conv2dDims, form: Form) -> usize {
     d.n * form.components() * form.tiles(d.h) * form.tiles(d.w)
 }
 
+/// Products for each pair of channels of the direct sum, which skips taps outside the image.
+pub fn direct_products(d: &Conv2dDims) -> usize {
+    let taps = |len: usize| (3 * len).saturating_sub(2);
+    d.n * taps(d.h) * taps(d.w)
+}
+
 /// Whether a form is faster than the direct sum. Measured, time of the direct sum over time of this, with 4,096 to 131,072 pixels:
 /// F(2x2, 3x3) with AVX-512 1.2 with 16 channels, 1.6 to 1.8 with 64 and 128, 1.5 with 256, 1.1 to 1.3 with 512; F(4x4, 3x3) with
 /// AVX2 (in brackets F(2x2, 3x3) there) 1.8 (1.2), 2.0 to 2.6 (1.4 to 1.7), 2.6 (1.7), 2.1 (1.6). No gain with 5x5 pixels, or if too few
 /// tiles share the transformed filters.
 pub fn is_faster(d: &Conv2dDims, form: Form) -> bool {
-    // the direct sum skips taps outside the image
-    let taps = |len: usize| (3 * len).saturating_sub(2);
-    let (direct, here) = (d.n * taps(d.h) * taps(d.w), products(d, form));
+    let (direct, here) = (direct_products(d), products(d, form));
     fits(d) && 5 * direct >= 7 * here && 4096 * (direct - here) >= form.components() * d.c * d.k
 }
 
@@ -167,25 +172,31 @@ impl WinogradPlan {
         (self.tiles * p.c + LINE, self.tiles * self.blocks.width(0) + LINE)
     }
 
-    fn slot_len(&self, p: &Problem) -> usize {
+    fn slot_len<E: Element>(&self, p: &Problem) -> usize {
         let (v, m) = self.components(p);
-        p.form.components() * (v + m)
+        p.form.components() * (v + m) + self.rows_len::<E>(p)
+    }
+
+    /// Floats of scratch for the rows of a row of tiles, of the input or of a block of outputs.
+    fn rows_len<E: Element>(&self, p: &Problem) -> usize {
+        let (input, output) = (p.form.inputs() * p.c, p.form.outputs() * self.blocks.width(0));
+        E::scratch_len(p.w * input.max(output))
     }
 }
 
 /// Floats of scratch: the transformed filters, and one group of tiles per lane.
-pub fn workspace_len(p: &Problem, isa: Isa) -> usize {
+pub fn workspace_len<E: Element>(p: &Problem, isa: Isa) -> usize {
     let plan = WinogradPlan::new(p, isa);
-    plan.filters_len(p) + plan.lanes(p) * plan.slot_len(p)
+    plan.filters_len(p) + plan.lanes(p) * plan.slot_len::<E>(p)
 }
 
 /// `out` `[n, h, w, k]`, `x` `[n, h, w, c]`, `w` in the convolution's own layout; `out +=` if
 /// `accumulate`.
-pub fn run(
+pub fn run<E: Element>(
     p: &Problem,
     isa: Isa,
-    out: &mut [f32],
-    x: &[f32],
+    out: &mut [E],
+    x: &[E],
     w: &[f32],
     workspace: &mut [f32],
     accumulate: bool,
@@ -194,7 +205,7 @@ pub fn run(
     let (filters, slots) = workspace.split_at_mut(plan.filters_len(p));
     transform_filters(p, &plan, filters, w);
     let lane = Lane { p, plan: &plan, filters, accumulate };
-    let slots = Slots::new(slots, plan.slot_len(p));
+    let slots = Slots::new(slots, plan.slot_len::<E>(p));
     let whole_images = plan.lane_rows == p.tiles().0;
     let span_len = plan.span * p.image_len();
     let lane_rows = p.form.outputs() * plan.lane_rows;
@@ -241,12 +252,13 @@ struct Lane<'a> {
 impl Lane<'_> {
     /// Fills `out`: whole images, or the rows of one image that start at the tiles of row
     /// `first_row`. `x` starts with the first image.
-    fn run(&self, out: &mut [f32], x: &[f32], slot: &mut [f32], first_row: usize) {
+    fn run<E: Element>(&self, out: &mut [E], x: &[E], slot: &mut [f32], first_row: usize) {
         let (p, images) = (self.p, self.plan.group);
         let (v_component, m_component) = self.plan.components(p);
         let components = p.form.components();
         let (v, m) = slot.split_at_mut(components * v_component);
-        let m = &mut m[..components * m_component];
+        let (m, rows) = m.split_at_mut(components * m_component);
+        let rows = &mut rows[..self.plan.rows_len::<E>(p)];
         for (g, out) in out.chunks_mut(images * p.image_len()).enumerate() {
             let x = &x[g * images * p.h * p.w * p.c..];
             let images = out.len().div_ceil(p.image_len());
@@ -257,7 +269,7 @@ impl Lane<'_> {
                 let first_row = first_row + i * self.plan.group_rows;
                 let coming = Coming::new(&[], 1);
                 let mut group = Group { lane: self, images, first_row, out_rows, coming };
-                group.transform_input(v, x);
+                group.transform_input(v, x, rows);
                 group.look_ahead(x);
                 let mut filters = self.filters;
                 for b in 0..self.plan.blocks.count() {
@@ -265,7 +277,7 @@ impl Lane<'_> {
                     let (block, rest) = filters.split_at(len);
                     filters = rest;
                     group.multiply(m, v, block, b, out);
-                    group.transform_output(out, m, b);
+                    group.transform_output(out, m, rows, b);
                 }
             }
         }
@@ -291,19 +303,31 @@ impl Tiles {
         self.most * c + LINE
     }
 
-    /// `x` `[images, h, w, c]` into `[component][c / BLOCK][tile][BLOCK]`.
-    pub fn transform(&self, isa: Isa, v: &mut [f32], x: &[f32], [h, w, c]: [usize; 3]) {
+    /// `x` `[images, h, w, c]` into `[component][c / BLOCK][tile][BLOCK]`. `scratch` has room for the rows of a row of tiles.
+    pub fn transform<E: Element>(
+        &self,
+        isa: Isa,
+        v: &mut [f32],
+        x: &[E],
+        [h, w, c]: [usize; 3],
+        scratch: &mut [f32],
+    ) {
         let (transform, outputs) = (kernel::transforms(isa, self.form).input, self.form.outputs());
+        let whole = Row { pixels: w, width: c, channels: c };
         for row in 0..self.images * self.rows {
             let (image, y) = (row / self.rows, outputs * (self.first_row + row % self.rows));
+            let mut scratch = scratch.chunks_exact_mut(w * c);
             let rows: [_; MOST[0]] = std::array::from_fn(|i| match (y + i).checked_sub(1) {
-                Some(y) if y < h => x[(image * h + y) * w * c..].as_ptr(),
+                Some(y) if y < h && i < self.form.inputs() => {
+                    let x = &x[(image * h + y) * w * c..];
+                    E::read(x, whole, scratch.next().unwrap_or_default())
+                }
                 _ => std::ptr::null(),
             });
             let tile = row * self.form.tiles(w);
             let (component, block) = (self.component(c), self.most * BLOCK);
             let v = v[tile * BLOCK..].as_mut_ptr();
-            // SAFETY: the rows are complete rows of `x`; a component of `v` holds `most` tiles of
+            // SAFETY: the rows are complete rows of `x`, or copies of them in `scratch`; a component of `v` holds `most` tiles of
             // every block of channels, including the tiles of this row.
             unsafe { transform(&Input { rows, w, c, v, component, block }) }
         }
@@ -331,7 +355,7 @@ impl<'a> Group<'a> {
     }
 
     /// Transforms `x`, which starts at the group's first image, into `[component][c / BLOCK][tile][BLOCK]`.
-    fn transform_input(&self, v: &mut [f32], x: &[f32]) {
+    fn transform_input<E: Element>(&self, v: &mut [f32], x: &[E], scratch: &mut [f32]) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let tiles = Tiles {
             form: p.form,
@@ -340,7 +364,7 @@ impl<'a> Group<'a> {
             rows: self.rows(),
             most: plan.tiles,
         };
-        tiles.transform(plan.isa, v, x, [p.h, p.w, p.c]);
+        tiles.transform(plan.isa, v, x, [p.h, p.w, p.c], scratch);
     }
 
     /// Tile kernel calls per component of block `b`.
@@ -349,18 +373,26 @@ impl<'a> Group<'a> {
         self.tiles().div_ceil(plan.isa.tile_rows(plan.blocks.vectors(b)))
     }
 
-    fn look_ahead(&mut self, x: &'a [f32]) {
+    fn look_ahead<E: Element>(&mut self, x: &'a [E]) {
         let p = self.lane.p;
         let last = (self.images - 1) * p.h + p.form.outputs() * self.first_row + self.out_rows;
         let (from, len) = (last * p.w * p.c, self.images * self.out_rows * p.w * p.c);
         let blocks = self.lane.plan.blocks;
         let calls = (0..blocks.count()).map(|b| p.form.components() * self.runs(b)).sum();
-        self.coming = Coming::new(&x[from.min(x.len())..(from + len).min(x.len())], calls);
+        let next = &x[from.min(x.len())..(from + len).min(x.len())];
+        self.coming = Coming::new(bytemuck::cast_slice(next), calls);
     }
 
     /// Multiplies all components by the filters of block `b`, into `[component][tile][width]`.
     /// `out` is only prefetched.
-    fn multiply(&mut self, m: &mut [f32], v: &[f32], filters: &[f32], b: usize, out: &[f32]) {
+    fn multiply<E: Element>(
+        &mut self,
+        m: &mut [f32],
+        v: &[f32],
+        filters: &[f32],
+        b: usize,
+        out: &[E],
+    ) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let (v_component, m_component) = plan.components(p);
         let (width, vectors) = (plan.blocks.width(b), plan.blocks.vectors(b));
@@ -388,8 +420,9 @@ impl<'a> Group<'a> {
                     Ahead { from, step: 2 * LINE, pairs: filter_pairs }
                 } else {
                     let first = (component * runs + run) * pixels * p.k + b * plan.blocks.full();
-                    let from = out.as_ptr().wrapping_add(first);
-                    Ahead { from, step: p.k, pairs: pixel_pairs }
+                    let from = out.as_ptr().wrapping_add(first).cast();
+                    let step = p.k * size_of::<E>() / size_of::<f32>();
+                    Ahead { from, step, pairs: pixel_pairs }
                 };
                 self.coming.prefetch_share();
                 let tile = Correlate {
@@ -421,25 +454,41 @@ impl<'a> Group<'a> {
     }
 
     /// Transforms block `b` of the group's outputs back.
-    fn transform_output(&self, out: &mut [f32], m: &[f32], b: usize) {
+    fn transform_output<E: Element>(
+        &self,
+        out: &mut [E],
+        m: &[f32],
+        scratch: &mut [f32],
+        b: usize,
+    ) {
         let (p, plan) = (self.lane.p, self.lane.plan);
         let (transform, outputs) = (kernel::transforms(plan.isa, p.form).output, p.form.outputs());
         let width = plan.blocks.width(b);
+        let block = Row { pixels: p.w, width, channels: p.k };
         for row in 0..self.images * self.rows() {
             let (image, y) = (row / self.rows(), outputs * (row % self.rows()));
-            let rows: [_; MOST[1]] = std::array::from_fn(|i| {
+            let first = |i| {
                 let pixel = (image * self.out_rows + y + i) * p.w;
-                if i < outputs && y + i < self.out_rows {
-                    out[pixel * p.k + b * plan.blocks.full()..].as_mut_ptr()
-                } else {
-                    std::ptr::null_mut()
-                }
+                (i < outputs && y + i < self.out_rows)
+                    .then_some(pixel * p.k + b * plan.blocks.full())
+            };
+            let mut floats = scratch.chunks_exact_mut(p.w * width);
+            let rows: [_; MOST[1]] = std::array::from_fn(|i| {
+                first(i).map_or(std::ptr::null_mut(), |first| {
+                    E::place(&mut out[first..], block, floats.next().unwrap_or_default())
+                })
             });
             let m = m[row * p.tiles().1 * width..].as_ptr();
             let (component, accumulate) = (plan.components(p).1, self.lane.accumulate);
+            let (w, k, in_place) = (p.w, E::step(block), accumulate && E::IN_PLACE);
             // SAFETY: a component holds `width` floats of every tile of the group; the rows are rows
-            // of `out`, whose pixels have `width` outputs from the block's first on.
-            unsafe { transform(&Output { m, component, width, rows, w: p.w, k: p.k, accumulate }) }
+            // of `out`, or of `scratch`, whose pixels have `width` outputs from the block's first on and are `k` floats apart.
+            unsafe { transform(&Output { m, component, width, rows, w, k, accumulate: in_place }) }
+            for (i, floats) in scratch.chunks_exact(p.w * width).enumerate() {
+                if let Some(first) = first(i) {
+                    E::store(&mut out[first..], block, floats, accumulate);
+                }
+            }
         }
     }
 }

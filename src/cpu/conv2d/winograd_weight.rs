@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::Conv2dDims;
 use super::Isa;
 use super::LINE;
+use super::element::{Element, Row};
 use super::filter::Blocks;
 use super::slots::{self, Slots};
 use super::winograd::{self, Tiles, group_tiles};
@@ -93,29 +94,37 @@ impl WinogradWeightPlan {
         self.form.components() * d.c * self.blocks.padded()
     }
 
-    fn scratch_len(&self, d: &Conv2dDims) -> usize {
+    fn scratch_len<E: Element>(&self, d: &Conv2dDims) -> usize {
         self.form.components() * (self.tiles(d) * (d.c + self.blocks.width(0)) + 2 * LINE)
+            + self.rows_len::<E>(d)
+    }
+
+    /// Floats of scratch for the rows of a row of tiles, of the input or of a block of the gradient.
+    fn rows_len<E: Element>(&self, d: &Conv2dDims) -> usize {
+        let (input, gradient) =
+            (self.form.inputs() * d.c, self.form.outputs() * self.blocks.width(0));
+        E::scratch_len(d.w * input.max(gradient))
     }
 }
 
-pub fn workspace_len(d: &Conv2dDims, form: Form, isa: Isa) -> usize {
+pub fn workspace_len<E: Element>(d: &Conv2dDims, form: Form, isa: Isa) -> usize {
     let plan = WinogradWeightPlan::new(d, form, isa);
-    plan.chunks * (plan.sums_len(d) + plan.scratch_len(d))
+    plan.chunks * (plan.sums_len(d) + plan.scratch_len::<E>(d))
 }
 
 /// `dw` `[k, 3, 3, c]`; `dw +=` if `accumulate`. `d` must [fit](winograd::fits).
-pub fn run(
+pub fn run<E: Element>(
     d: &Conv2dDims,
     (form, isa): (Form, Isa),
     dw: &mut [f32],
-    x: &[f32],
-    dy: &[f32],
+    x: &[E],
+    dy: &[E],
     workspace: &mut [f32],
     accumulate: bool,
 ) {
     let plan = WinogradWeightPlan::new(d, form, isa);
     let (sums, scratch) = workspace.split_at_mut(plan.chunks * plan.sums_len(d));
-    let slots = Slots::new(scratch, plan.scratch_len(d));
+    let slots = Slots::new(scratch, plan.scratch_len::<E>(d));
     let task = Task { d, plan: &plan, x, dy };
     sums.par_chunks_mut(plan.sums_len(d)).enumerate().each(|(chunk, sums)| {
         slots.lend(|scratch| task.run(sums, scratch, chunk));
@@ -123,14 +132,14 @@ pub fn run(
     finish(d, &plan, dw, sums, accumulate);
 }
 
-struct Task<'a> {
+struct Task<'a, E> {
     d: &'a Conv2dDims,
     plan: &'a WinogradWeightPlan,
-    x: &'a [f32],
-    dy: &'a [f32],
+    x: &'a [E],
+    dy: &'a [E],
 }
 
-impl Task<'_> {
+impl<E: Element> Task<'_, E> {
     /// Computes the sum over one chunk of groups.
     fn run(&self, sums: &mut [f32], scratch: &mut [f32], chunk: usize) {
         let (d, plan) = (self.d, self.plan);
@@ -146,41 +155,53 @@ impl Task<'_> {
                 rows: plan.rows.min(plan.form.tiles(d.h).saturating_sub(first_row)),
                 most: plan.tiles(d),
             };
-            let (v, m) = scratch.split_at_mut(plan.form.components() * tiles.component(d.c));
+            let (rows, rest) = scratch.split_at_mut(plan.rows_len::<E>(d));
+            let (v, m) = rest.split_at_mut(plan.form.components() * tiles.component(d.c));
             let x = &self.x[first_image * d.h * d.w * d.c..];
-            tiles.transform(plan.isa, v, x, [d.h, d.w, d.c]);
+            tiles.transform(plan.isa, v, x, [d.h, d.w, d.c], rows);
             let dy = &self.dy[first_image * d.h * d.w * d.k..];
             let mut rest = &mut *sums;
             for b in 0..plan.blocks.count() {
                 let len = plan.form.components() * d.c * plan.blocks.width(b);
                 let (sums, later) = rest.split_at_mut(len);
                 rest = later;
-                self.transform_gradient(m, dy, &tiles, b);
+                self.transform_gradient(m, dy, rows, &tiles, b);
                 self.multiply(sums, v, m, &tiles, b);
             }
         }
     }
 
     /// Transforms block `b` of `dy`, which starts at the group's first image, into `[component][tile][width]`.
-    fn transform_gradient(&self, m: &mut [f32], dy: &[f32], tiles: &Tiles, b: usize) {
+    fn transform_gradient(
+        &self,
+        m: &mut [f32],
+        dy: &[E],
+        scratch: &mut [f32],
+        tiles: &Tiles,
+        b: usize,
+    ) {
         let (d, blocks) = (self.d, self.plan.blocks);
         let (transform, outputs) =
             (kernel::transforms(self.plan.isa, tiles.form).gradient, tiles.form.outputs());
         let width = blocks.width(b);
         let component = tiles.component(width);
+        let block = Row { pixels: d.w, width, channels: d.k };
         for row in 0..tiles.images * tiles.rows {
             let (image, y) = (row / tiles.rows, outputs * (tiles.first_row + row % tiles.rows));
+            let mut scratch = scratch.chunks_exact_mut(d.w * width);
             let rows: [_; MOST[1]] = std::array::from_fn(|i| {
                 if i < outputs && y + i < d.h {
-                    dy[(image * d.h + y + i) * d.w * d.k + b * blocks.full()..].as_ptr()
+                    let first = (image * d.h + y + i) * d.w * d.k + b * blocks.full();
+                    E::read(&dy[first..], block, scratch.next().unwrap_or_default())
                 } else {
                     std::ptr::null()
                 }
             });
             let m = m[row * tiles.form.tiles(d.w) * width..].as_mut_ptr();
-            // SAFETY: the rows are rows of `dy`, whose pixels have `width` outputs from the block's
-            // first on (`k` is a multiple of a vector); a component holds the tiles of the group.
-            unsafe { transform(&Gradient { rows, w: d.w, k: d.k, m, component, width }) }
+            let (w, k) = (d.w, E::step(block));
+            // SAFETY: the rows are rows of `dy`, or copies in `scratch`, whose pixels have `width` outputs from the block's first on (`k`
+            // is a multiple of a vector) and are `k` floats apart; a component holds the tiles of the group.
+            unsafe { transform(&Gradient { rows, w, k, m, component, width }) }
         }
     }
 
