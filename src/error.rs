@@ -78,6 +78,16 @@ pub(crate) fn printable(name: &OsStr) -> String {
     text
 }
 
+/// Returns a path as one word of a shell's command line, for commands that a message suggests.
+pub(crate) fn as_word(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:,@%~".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.into_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

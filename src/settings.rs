@@ -105,8 +105,24 @@ pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
         let message = one_line(&error);
         let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
         let quote = if message.contains(WANTS_STRING) { ": put it in quotes" } else { "" };
+        if let Some(number) = too_large(&message) {
+            return Error::Config(format!(
+                "recipe: {place}{number} is too large: the largest whole number is {}{}",
+                i64::MAX,
+                message.rfind(" in `").map_or("", |key| &message[key..])
+            ));
+        }
         Error::Config(format!("recipe: {place}{message}{}{quote}", nearest(&message)))
     })
+}
+
+/// The whole number in a message that calls it a string, as [`set`] reads numbers that TOML has no room for.
+fn too_large(message: &str) -> Option<&str> {
+    let (_, rest) = message.split_once("invalid type: string \"")?;
+    let (text, _) = rest.split_once('"')?;
+    let digits = text.trim().trim_start_matches(['+', '-']);
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    (is_number && text.trim().parse::<i64>().is_err()).then_some(text)
 }
 
 /// What serde says of a number where a string is wanted.
@@ -234,6 +250,33 @@ pub(crate) fn bytes(text: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_that_toml_has_no_room_for_is_called_too_large() {
+        #[derive(Debug, serde::Deserialize)]
+        struct Seeded {
+            seed: u64,
+        }
+        for (text, said) in [
+            ("9223372036854775807", None),
+            (
+                "9223372036854775808",
+                Some(
+                    "recipe: 9223372036854775808 is too large: the largest whole number is 9223372036854775807",
+                ),
+            ),
+            ("99999999999999999999", Some("recipe: 99999999999999999999 is too large")),
+            ("seven", Some("recipe: invalid type: string \"seven\"")),
+        ] {
+            let mut table = toml::Table::new();
+            set(&mut table, &format!("seed={text}")).unwrap();
+            match (read::<Seeded>(&table, ""), said) {
+                (Ok(read), None) => assert_eq!(read.seed, i64::MAX as u64),
+                (Err(error), Some(said)) => assert!(error.to_string().contains(said), "{error}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
 
     #[test]
     fn sizes_of_gpus_are_read_as_people_write_them() {

@@ -85,7 +85,7 @@ and `labels`, and names and classes as JSON lists in its header.")]
     #[command(after_help = "Examples:
   selfsup pack photos --out photos-packed
   selfsup pack data/imagenet --size 256 --out data/imagenet-256
-  selfsup pack data/cifar10 --raw --out data/cifar10-raw
+  selfsup pack photos --raw --out photos-raw
   selfsup train simclr-imagenet --set data.path=data/imagenet-256")]
     Pack(PackArgs),
     /// Show a recipe or a run in detail: settings, parameters, the graph of a step, memory

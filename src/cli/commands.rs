@@ -15,9 +15,9 @@ use super::progress::Progress;
 use super::{check, device, say, signals, talk};
 use crate::arena::Layout;
 use crate::device::{Device, Group};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, as_word};
 use crate::eval::{self, Knn};
-use crate::files::write_file;
+use crate::files::{is_folder, write_file};
 use crate::recipes::{self, Recipe};
 use crate::train::{self, Finding, Paused, Run};
 
@@ -104,6 +104,11 @@ pub(super) fn train(train: &Train) -> Result<()> {
         (None, name) => {
             let name = name.as_deref().unwrap_or_default(); // one of the two is required
             for_a_folder(train, name)?;
+            if recipes::builtin(name).is_some() && is_folder(Path::new(name))? && group.leads() {
+                talk(&format!(
+                    "{name} is the built-in recipe; to train on the images of the folder of this name: selfsup train ./{name}"
+                ));
+            }
             let recipe = group.together(Recipe::load(name, &train.set))?;
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
@@ -138,7 +143,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
 
 /// The command that follows a training. Without labelled held-out images an evaluation of the run's own set is refused.
 fn what_next(out: &Path, held_out: bool) -> String {
-    let out = out.display();
+    let out = as_word(out);
     match held_out {
         true => format!("evaluate with: selfsup eval knn {out}"),
         false => format!(

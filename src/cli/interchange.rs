@@ -88,8 +88,9 @@ fn in_torchvision(network: &ResNetConfig) -> String {
 }
 
 pub(super) fn embed(args: &Embed) -> Result<()> {
+    let list = args.out.with_extension("skipped.txt");
     let files = Embedded::files(&args.out)?;
-    files.iter().try_for_each(|file| output::check(file, Kind::of(file)))?;
+    files.iter().chain([&list]).try_for_each(|file| output::check(file, Kind::of(file)))?;
     let (folder, network) = match (&args.weights, &*args.paths) {
         (Some(file), [folder]) => (folder, Network::foreign(args, file)?),
         (None, [run, folder]) => (folder, Network::own(args, run)?),
@@ -114,7 +115,6 @@ pub(super) fn embed(args: &Embed) -> Result<()> {
             *name = inner.to_string_lossy().into_owned();
         }
     }
-    let list = args.out.with_extension("skipped.txt");
     LeftOut::new(list, args.max_skipped).add("source", source.len(), &all.skipped)?;
     let written = all.write(&args.out)?;
     talk(&format!("{} rows of {} features", all.names.len(), all.d));

@@ -15,7 +15,7 @@ use super::nvcc::{self, Compiled};
 use super::primitives::primitive;
 use super::{say, talk};
 use crate::bench::Chip;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, as_word};
 
 #[derive(Debug, Arguments)]
 pub(super) struct JudgeArgs {
@@ -217,8 +217,8 @@ fn aspect(
         say(&format!("  {} ({} of the launches)", finding.what, finding.times))?;
         say(&format!(
             "    again: selfsup judge {} --case {}{at} --seed {}",
-            kernel.display(),
-            case.display(),
+            as_word(kernel),
+            as_word(case),
             finding.seed
         ))?;
     }

@@ -51,6 +51,7 @@ pub fn main() -> ExitCode {
 /// Runs the program with these words, the program's name first, and returns its exit code: for programs that carry this one, as
 /// the Python package does. Help texts and wrong usage end the process, and signals are handled as in the program.
 pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
+    signals::let_writes_fail();
     let args = Args::parse_from(words); // exits with 2 by itself
     let launch = Launch::detect();
     SILENT.store(launch.as_ref().is_some_and(|launch| launch.rank > 0), Ordering::Relaxed);

@@ -25,6 +25,8 @@ pub(super) enum Kind {
     Page,
     /// A trace.
     Trace,
+    /// A list of images that were left out.
+    LeftOut,
 }
 
 impl Kind {
@@ -36,6 +38,7 @@ impl Kind {
             Some("tsv") => Self::Table,
             Some("html") => Self::Page,
             Some("json") => Self::Trace,
+            Some("txt") => Self::LeftOut,
             _ => Self::Features,
         }
     }
@@ -58,6 +61,14 @@ pub(super) fn check(path: &Path, kind: Kind) -> Result<()> {
         ));
     }
     check_writable(path)?; // shows when it is tried
+    check_replaced(path, kind)
+}
+
+/// Checks that a file that is there already may be replaced.
+///
+/// # Errors
+/// If it is of another kind: a checkpoint, an image, a note.
+pub(super) fn check_replaced(path: &Path, kind: Kind) -> Result<()> {
     let is_there = match std::fs::symlink_metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == ErrorKind::NotFound => false,
@@ -116,9 +127,20 @@ fn found(path: &Path, kind: Kind) -> Result<Found> {
             _ => Found::Foreign,
         },
         Kind::Table => ours(start.starts_with(b"file\tlabel\tclass")),
+        Kind::LeftOut => {
+            ours(super::skipped::KINDS.iter().any(|kind| start.starts_with(kind.as_bytes())))
+        }
         Kind::Page => ours(holds(b"<title>selfsup")),
         Kind::Trace => ours(start.starts_with(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":")),
     })
+}
+
+/// Whether a file is there that a command wrote which writes this kind.
+///
+/// # Errors
+/// If the file cannot be read.
+pub(super) fn is_own(path: &Path, kind: Kind) -> Result<bool> {
+    Ok(is_file(path)? && found(path, kind)? == Found::Ours)
 }
 
 /// Whether a file holds a run's state.
@@ -158,6 +180,7 @@ mod tests {
             ("a.npy", &b"\x93NUMPY\x01\x00"[..], &b"precious"[..]),
             ("a.onnx", b"\x08\x08\x12\x07selfsup\x1a", b"\x08\x08\x12\x07pytorch"),
             ("a.tsv", b"file\tlabel\tclass\n", b"name\tage\n"),
+            ("a.txt", b"source image 3: a.png: is damaged\n", b"3: a.png\n"),
             ("a.html", b"<!DOCTYPE html>\n<title>selfsup</title>", b"<!DOCTYPE html>\n<title>mine"),
             ("a.json", b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[]}", b"{\"traceEvents\":1}"),
             (
@@ -186,6 +209,6 @@ mod tests {
             }
         }
         assert!(said("a.safetensors").ends_with("is a run's checkpoint: choose another --out"));
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 7, "a check leaves nothing");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 8, "a check leaves nothing");
     }
 }

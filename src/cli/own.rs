@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::args::Train;
 use super::{device, say, talk};
 use crate::device::{Device, Group};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, as_word};
 use crate::recipes::Recipe;
 use crate::train::{self, Plan, Wishes};
 
@@ -23,7 +23,8 @@ pub(super) struct Planned {
 pub(super) fn planned(folder: &str, args: &Train, group: &Group) -> Result<Option<Planned>> {
     if group.size() > 1 {
         return Err(Error::Config(format!(
-            "a folder is planned for one process: run `selfsup train {folder} --plan` alone, and train a recipe with several"
+            "a folder is planned for one process: run `selfsup train {} --plan` alone, and train a recipe with several",
+            as_word(Path::new(folder))
         )));
     }
     let path = Path::new(folder);
@@ -42,7 +43,7 @@ pub(super) fn planned(folder: &str, args: &Train, group: &Group) -> Result<Optio
     let plan = train::plan(path, wishes, &device, &talk)?;
     if args.plan {
         lines(folder, &plan, &out).iter().try_for_each(|line| say(line))?;
-        say(&format!("train: selfsup train {folder}{}", given(args)))?;
+        say(&format!("train: selfsup train {}{}", as_word(path), given(args)))?;
         return Ok(None);
     }
     lines(folder, &plan, &out).iter().for_each(|line| talk(line));
@@ -73,10 +74,10 @@ fn given(args: &Train) -> String {
         words += &format!(" --budget {}s", budget.as_secs());
     }
     for setting in &args.set {
-        words += &format!(" --set {setting}");
+        words += &format!(" --set {}", as_word(Path::new(setting)));
     }
     if let Some(out) = &args.out {
-        words += &format!(" --out {}", out.display());
+        words += &format!(" --out {}", as_word(out));
     }
     words
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args as Arguments;
 use indicatif::ProgressBar;
 
+use super::output::{self, Kind};
 use super::skipped::{LeftOut, share};
 use super::{on_terminal, say, talk};
 use crate::data::{self, LabelTable, PackSettings, Packed, Stored};
@@ -45,6 +46,8 @@ pub(super) struct PackArgs {
 
 pub(super) fn pack(args: &PackArgs) -> Result<()> {
     let stored = if args.raw { Stored::Raw } else { Stored::Files { quality: args.quality } };
+    output::check_replaced(&list_of_skipped(args), Kind::LeftOut)?;
+    train::only_reading(&args.set)?;
     let reading = train::pack_reading(&args.folder, &args.set)?;
     if !reading.is_rgb() {
         talk(&format!("images of {}, stored as samples", reading.format));
@@ -87,8 +90,12 @@ pub(super) fn pack(args: &PackArgs) -> Result<()> {
 /// Counts, names and lists the images that are left out.
 fn list_skipped(args: &PackArgs, packed: &Packed) -> Result<()> {
     let all = packed.images + packed.skipped.len();
-    // Next to the folder, which has to be empty for another attempt.
+    LeftOut::new(list_of_skipped(args), args.max_skipped).add("source", all, &packed.skipped)
+}
+
+/// The file that lists them: next to the folder, which has to be empty for another attempt.
+fn list_of_skipped(args: &PackArgs) -> PathBuf {
     let mut list = args.out.components().collect::<PathBuf>().into_os_string();
     list.push(".skipped.txt");
-    LeftOut::new(list.into(), args.max_skipped).add("source", all, &packed.skipped)
+    list.into()
 }

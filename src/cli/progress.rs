@@ -51,8 +51,10 @@ impl Watch for Progress {
 
     fn epoch(&mut self, report: &EpochReport) {
         let EpochReport { epoch, epochs, loss, views_per_second, .. } = *report;
-        let mut line =
-            format!("epoch {epoch}/{epochs}: loss {loss:.3}, {views_per_second:.0} views/s");
+        let mut line = format!("epoch {epoch}/{epochs}: loss {loss:.3}");
+        if views_per_second.is_finite() {
+            line += &format!(", {views_per_second:.0} views/s");
+        }
         if let Some(spread) = report.spread {
             line += &format!(
                 ", embedding std {:.2}/sqrt(d), effective rank {:.1}",

@@ -22,6 +22,14 @@ pub(super) fn stop() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// Lets a write beyond the largest file that the process may have (`ulimit -f`) fail with an error, as one on a full disk does, in
+/// place of ending the program.
+pub(super) fn let_writes_fail() {
+    #[cfg(unix)]
+    // Without the handler the signal ends the program, which is no worse than before.
+    let _ = flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
+}
+
 /// How long an evaluation may take to notice that it is to stop.
 const PATIENCE: Duration = Duration::from_millis(1500);
 

@@ -2,10 +2,14 @@
 
 use std::path::PathBuf;
 
+use super::output::{self, Kind};
 use super::talk;
 use crate::data::Skipped;
 use crate::error::{Error, Result};
 use crate::files::write_file;
+
+/// How the lines of a list begin.
+pub(super) const KINDS: [&str; 3] = ["source image ", "training image ", "held-out image "];
 
 /// The most names that are printed; the file has all of them.
 const PRINTED: usize = 10;
@@ -26,12 +30,16 @@ impl LeftOut {
         Self { file, most, lines: String::new() }
     }
 
-    /// Prints and writes down which of `total` images of a kind could not be read.
+    /// Prints and writes down which of `total` images of a kind could not be read. If there are none, the list of an earlier call,
+    /// which would belong to other results now, is removed.
     ///
     /// # Errors
     /// If their share is too large.
     pub(super) fn add(&mut self, kind: &str, total: usize, skipped: &[Skipped]) -> Result<()> {
         if skipped.is_empty() {
+            if self.lines.is_empty() && output::is_own(&self.file, Kind::LeftOut)? {
+                std::fs::remove_file(&self.file).map_err(Error::io(&self.file))?;
+            }
             return Ok(());
         }
         let count = skipped.len();

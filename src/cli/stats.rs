@@ -9,7 +9,7 @@ use super::{say, talk};
 use crate::data::{self, Split};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::{read_text, write_file};
+use crate::files::{is_file, read_text, write_file};
 use crate::recipes::{self, Recipe};
 use crate::train;
 
@@ -32,6 +32,7 @@ pub(super) struct Stats {
 }
 
 pub(super) fn stats(args: &Stats) -> Result<()> {
+    train::only_reading(&args.set)?;
     let name = args.write.as_ref().map(|file| file.display().to_string());
     let reading = match &name {
         Some(name) if recipes::builtin(name).is_some() && !PathBuf::from(name).exists() => {
@@ -58,6 +59,12 @@ pub(super) fn stats(args: &Stats) -> Result<()> {
     let mean: Vec<f64> = survey.mean.iter().map(|&v| rounded(v)).collect();
     let std: Vec<f64> = survey.std.iter().map(|&v| rounded(v.max(1e-3))).collect();
     if let (Some(file), Some(name)) = (&args.write, &name) {
+        if is_file(&file.with_file_name("metrics.jsonl"))? {
+            return Err(Error::format(
+                file,
+                "is the recipe of a run, whose weights were trained with it: copy it to another folder first",
+            ));
+        }
         let text = read_text(file, "a recipe (TOML)")?;
         let new = recipes::with_normalise(&text, name, &mean, &std)?;
         write_file(file, new.as_bytes())?;

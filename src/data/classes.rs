@@ -91,6 +91,23 @@ pub fn merge(path: &Path, first: &[String], own: &[String]) -> Result<Merged> {
     Ok(merged)
 }
 
+/// A sentence on classes of one split that look alike, if there are any: they count as different ones.
+pub fn twins(path: &Path, classes: &[String]) -> Option<String> {
+    let mut seen: HashMap<String, &str> = HashMap::new();
+    let twins = classes.iter().filter_map(|name| {
+        let first = seen.insert(look(name), name)?;
+        Some(format!("{first} and {name} (in {})", difference(first, name)))
+    });
+    let twins: Vec<String> = twins.collect();
+    (!twins.is_empty()).then(|| {
+        format!(
+            "{}: classes that look alike count as different ones: {}; if they are the same, give them the same name",
+            printable(path.as_os_str()),
+            list(&twins)
+        )
+    })
+}
+
 /// Compares the classes that a split's images have with those of the training split's images, where both have the numbers of one list:
 /// the errors of [`merge`], or a sentence on those that no training image has.
 pub fn compare(
@@ -176,6 +193,14 @@ mod tests {
         // Within the training split they are classes of their own: letters, for instance.
         let merged = merge(Path::new("set/test"), &names("A a"), &names("A a")).unwrap();
         assert_eq!(merged.numbers, [0, 1]);
+    }
+
+    #[test]
+    fn twins_of_one_split_are_told() {
+        let said = twins(Path::new("set/train"), &names("A a cat dog 1 01")).unwrap();
+        let expected = "set/train: classes that look alike count as different ones: A and a (in case), 1 and 01 (in how the number is written); if";
+        assert!(said.starts_with(expected), "{said}");
+        assert_eq!(twins(Path::new("set/train"), &names("ape bee 1 2")), None);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::Path;
 
+use unicode_normalization::UnicodeNormalization;
+
 use super::source::Source;
 use crate::device::{Philox, Purpose};
 use crate::error::{Error, Result, printable};
@@ -90,8 +92,8 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
     let lines: Vec<(usize, &str)> =
         (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
     let all = lines.iter().flat_map(|(_, line)| readings(line));
-    let wanted: HashSet<String> = all.map(|reading| last_part(&reading)).collect();
-    let named = || (0..source.len()).map(|i| (i as u32, slashes(&source.name(i))));
+    let wanted: HashSet<String> = all.map(|reading| last_part(&comparable(&reading))).collect();
+    let named = || (0..source.len()).map(|i| (i as u32, comparable(&source.name(i))));
     let names = Names::of(named().filter(|(_, name)| wanted.contains(&last_part(name))));
     let without_extension = named().map(|(i, name)| (i, stem(&name).to_owned()));
     let stems = Names::of(without_extension.filter(|(_, name)| wanted.contains(&last_part(name))));
@@ -149,6 +151,11 @@ fn readings(line: &str) -> [String; 5] {
     [printed(line), line.into(), printed(trimmed), trimmed.into(), trimmed.replace('\\', "/")]
 }
 
+/// A path as paths are compared: macOS decomposes the accents of file names, and who writes a list does not see it.
+fn comparable(path: &str) -> String {
+    slashes(path).nfc().collect()
+}
+
 fn slashes(path: &str) -> String {
     if cfg!(windows) { path.replace('\\', "/") } else { path.to_owned() }
 }
@@ -174,7 +181,7 @@ impl Names {
     pub(super) fn of(images: impl IntoIterator<Item = (u32, String)>) -> Self {
         let mut all: HashMap<String, Vec<(u32, String)>> = HashMap::new();
         for (image, name) in images {
-            let name = slashes(&name);
+            let name = comparable(&name);
             all.entry(last_part(&name)).or_default().push((image, name));
         }
         Self(all)
@@ -193,7 +200,7 @@ impl Names {
     /// absolute path, which may be that of another machine, only the longest common end counts, at least a folder and a file.
     /// Comes with the length of that end, in parts; 0 without an image.
     fn ending(&self, line: &str) -> (usize, Vec<u32>) {
-        let line = slashes(line);
+        let line = comparable(line);
         let parts = |path: &str| -> Vec<String> {
             path.split('/').filter(|part| !matches!(*part, "" | ".")).map(Into::into).collect()
         };

@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::classes;
 use super::pack::MANIFEST;
 use crate::error::{Error, Result, printable};
 use crate::files::is_file;
@@ -98,6 +99,7 @@ impl Listing {
             return Err(Error::format(root, format!("has two class folders called {}", pair[0])));
         }
         listing.notes = passed_over.notes();
+        listing.notes.extend(classes::twins(root, &listing.classes));
         Ok(listing)
     }
 }

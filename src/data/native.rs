@@ -13,8 +13,15 @@ use crate::files::{find, is_folder};
 /// Files that are looked at.
 const LOOKED_AT: usize = 64;
 
-/// The files of a folder's training split, some of them.
-fn some_files(folder: &Path, reading: &Reading) -> Result<Option<(Folder, Vec<usize>)>> {
+/// Files that are looked at if all of the first are grey: one in colour makes the set one in colour.
+const LOOKED_AT_IN_GREY: usize = 4096;
+
+/// The files of a folder's training split, and the places of at most `most` of them.
+fn some_files(
+    folder: &Path,
+    reading: &Reading,
+    most: usize,
+) -> Result<Option<(Folder, Vec<usize>)>> {
     if !is_folder(folder)? || Pack::is_at(folder)? {
         return Ok(None);
     }
@@ -22,9 +29,14 @@ fn some_files(folder: &Path, reading: &Reading) -> Result<Option<(Folder, Vec<us
     let Ok(all) = Folder::open_as(train.as_deref().unwrap_or(folder), reading) else {
         return Ok(None); // opening it as a set says what is wrong
     };
-    let count = all.len().min(LOOKED_AT);
-    let places = (0..count).map(|i| i * all.len() / count).collect();
+    let places = spread(all.len(), most);
     Ok(Some((all, places)))
+}
+
+/// At most `most` of the numbers below `len`, spread over them.
+fn spread(len: usize, most: usize) -> Vec<usize> {
+    let count = len.min(most);
+    (0..count).map(|i| i * len / count).collect()
 }
 
 /// Channels and bits of the images in a folder, if all that are looked at have the same: alpha channels aside, and 16 bits for
@@ -39,15 +51,24 @@ pub fn native_format(folder: &Path, reading: &Reading) -> Result<Option<(Format,
     if is_folder(folder)? && Pack::is_at(folder)? {
         return Pack::open(folder, Split::Train).map(|pack| Some((pack.format(), false)));
     }
-    let Some((all, places)) = some_files(folder, reading)? else { return Ok(None) };
-    let mut found: Vec<(PathBuf, Native)> = Vec::new();
-    for place in places {
-        let path = all.file(place);
-        match decode::native(path, reading.axes) {
-            Ok(native) => found.push((path.to_path_buf(), native)),
-            Err(Error::Format { .. }) => {}
-            Err(error) => return Err(error),
+    let Some((all, places)) = some_files(folder, reading, LOOKED_AT)? else { return Ok(None) };
+    let look = |places: Vec<usize>| -> Result<Vec<(PathBuf, Native)>> {
+        let mut found = Vec::new();
+        for place in places {
+            let path = all.file(place);
+            match decode::native(path, reading.axes) {
+                Ok(native) => found.push((path.to_path_buf(), native)),
+                Err(Error::Format { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok(found)
+    };
+    let mut found = look(places)?;
+    let is_grey =
+        |native: &Native| (native.channels - usize::from(native.alpha), native.bits) == (1, 8);
+    if found.iter().all(|(_, native)| is_grey(native)) {
+        found = look(spread(all.len(), LOOKED_AT_IN_GREY))?;
     }
     let format = |native: &Native| {
         let of_pages = reading.pages == Some(decode::Pages::Channels) && native.pages > 1;
@@ -90,7 +111,7 @@ pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
     }
     let mut all = [f64::INFINITY, f64::NEG_INFINITY];
     let mut add = |[low, high]: [f64; 2]| all = [all[0].min(low), all[1].max(high)];
-    if let Some((files, places)) = some_files(folder, reading)? {
+    if let Some((files, places)) = some_files(folder, reading, LOOKED_AT)? {
         for place in places {
             match decode::extent(files.file(place), files.page(place).unwrap_or(0), reading) {
                 Ok(extent) => add(extent),
@@ -100,8 +121,8 @@ pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
         }
     } else {
         let set = open_as(folder, Split::Train, reading)?;
-        let (count, mut image) = (set.len().min(LOOKED_AT), super::Image::default());
-        for place in (0..count).map(|i| i * set.len() / count) {
+        let mut image = super::Image::default();
+        for place in spread(set.len(), LOOKED_AT) {
             if set.read(place, &mut image).is_ok() {
                 for sample in image.pixels.as_chunks::<2>().0 {
                     let value = f64::from(u16::from_le_bytes(*sample));

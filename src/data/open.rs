@@ -287,12 +287,15 @@ fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn So
         return Err(not_recognised(path, "is a file; name the folder it lies in"));
     }
     if Pack::is_at(path)? {
+        alone(path, "a pack")?;
         return Ok(Box::new(Pack::open(path, split)?.in_range(path, reading.range)?));
     }
     if Cifar::is_at(path)? {
+        alone(path, "CIFAR's binary files")?;
         return Ok(Box::new(Cifar::open(path, split)?));
     }
     if Idx::is_at(path)? {
+        alone(path, "idx files")?;
         return Ok(Box::new(Idx::open(path, split)?));
     }
     if let Some(splits) = SplitFolders::of(path)? {
@@ -312,6 +315,7 @@ fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn So
         Error::Io { .. } => e, // the disk or the network, not the set
         _ => not_recognised(path, &format!("is not a data set ({e})")),
     })?;
+    whole(path)?;
     match (split, folder.classes().is_empty()) {
         (Split::Train, _) => Ok(Box::new(folder)),
         (Split::Test, true) => Err(Error::format(
@@ -323,6 +327,47 @@ fn recognised(path: &Path, split: Split, reading: &Reading) -> Result<Box<dyn So
             "has class folders but no test/, val/, valid/ or validation/: put the class folders into train/ and test/ to hold some out",
         )),
     }
+}
+
+/// Fails if folders of images lie beside files that hold a set: only one of the two would be read.
+fn alone(path: &Path, what: &str) -> Result<()> {
+    let beside = |folder: &&PathBuf| {
+        SPLITS.iter().any(|split| **folder == path.join(split)) && seems_to_hold_images(folder)
+    };
+    match sub_folders(path)?.iter().find(beside) {
+        None => Ok(()),
+        Some(folder) => Err(Error::format(
+            path,
+            format!(
+                "holds {what} and a folder of images, {}/: which is the set? Move one of them away",
+                name_of(folder)
+            ),
+        )),
+    }
+}
+
+/// Fails if a class folder holds splits of its own, as an archive's top folder does: its training and held-out images would be mixed in
+/// one class.
+fn whole(path: &Path) -> Result<()> {
+    for class in sub_folders(path)? {
+        let Ok(Some(SplitFolders { train: Some(_), held_out, .. })) = SplitFolders::of(&class)
+        else {
+            continue;
+        };
+        if let [held_out, ..] = &held_out[..] {
+            return Err(Error::format(
+                path,
+                format!(
+                    "has the folder {}/, which holds splits of its own (train/ and {}/): name it as the set (data.path={}), or, if it is a \
+                     class, move its images into one folder",
+                    name_of(&class),
+                    name_of(held_out),
+                    printable(class.as_os_str())
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn not_recognised(path: &Path, what: &str) -> Error {

@@ -4,21 +4,28 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use super::classes;
 use super::labels::{Names, stem};
+use super::listing::is_image_name;
 use super::source::Split;
 use crate::error::{Error, Result, printable};
 
 /// Names, in lower case, that the column of files has in tables of others, the likeliest first.
-const FILES: [&str; 11] = [
+const FILES: [&str; 16] = [
     "file",
     "filename",
     "file_name",
     "filepath",
+    "file_path",
     "path",
     "image",
     "image_name",
+    "image_path",
+    "image_file",
     "image_id",
     "img",
+    "img_path",
+    "img_name",
     "id",
     "name",
 ];
@@ -150,6 +157,19 @@ impl LabelTable {
         if classes.is_empty() {
             return Err(Error::format(file, "has no row with a file and a class"));
         }
+        if let Some((row, class)) =
+            rows.iter().zip(&names).find(|(_, class)| is_image_name(Path::new(class)))
+        {
+            let class = printable(OsStr::new(class));
+            return Err(Error::format(
+                file,
+                format!(
+                    "line {}: the class would be {class}, which is called like an image: name the columns of files and of classes `file` and \
+                     `label` in the first row, and leave a column of numbers in front of them out (pandas: index=False)",
+                    row.line
+                ),
+            ));
+        }
         if classes.iter().all(|class| class.parse::<i64>().is_ok()) {
             classes.sort_by_key(|class| class.parse::<i64>().unwrap_or(0));
         }
@@ -245,7 +265,7 @@ impl LabelTable {
             .filter(|(_, class)| class.is_none())
             .map(|(i, _)| i)
             .collect();
-        let mut notes = Vec::new();
+        let mut notes = Vec::from_iter(classes::twins(&self.file, &self.classes));
         if let [first, ..] = unlisted[..] {
             let (some, all) = (unlisted.len(), images.len());
             notes.push(format!(

@@ -41,7 +41,13 @@ fn table_at(name: &str, folder: &Path, depth: usize) -> Result<toml::Table> {
     };
     let mut table = parsed(&text, name)?;
     let Some(base) = table.remove("base") else { return Ok(table) };
-    let Some(base) = base.as_str().filter(|_| depth < DEEPEST) else {
+    if depth >= DEEPEST {
+        return Err(Error::Config(format!(
+            "recipe {name}: its base, {base}, is the {}th in a row: at most {DEEPEST} recipes may be based on one another, and none on itself",
+            DEEPEST + 1
+        )));
+    }
+    let Some(base) = base.as_str() else {
         return Err(Error::Config(format!(
             "recipe {name}: base must be another recipe's name or file, not {base}"
         )));

@@ -9,6 +9,15 @@ const CHANGEABLE: &str = "data.path, data.max_skipped, data.gpu_memory, watch.* 
 
 /// Fails unless a run goes on as another recipe began it: only [`CHANGEABLE`] settings may differ.
 pub(super) fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
+    let Some((key, now, then)) = changed(now, then) else { return Ok(()) };
+    Err(Error::Config(format!(
+        "{key} was {then} and is now {now}, which makes another run: start it with --out; a resumed run may change only {CHANGEABLE}"
+    )))
+}
+
+/// Returns the first key of a run that differs from the recipe that it was begun with, and its value now and then;
+/// [`CHANGEABLE`] ones apart.
+pub(super) fn changed(now: &Recipe, then: &Recipe) -> Option<(String, String, String)> {
     let mut same = now.clone();
     same.source.clone_from(&then.source); // describes settings and is none
     same.data.path.clone_from(&then.data.path);
@@ -24,10 +33,7 @@ pub(super) fn same_run(now: &Recipe, then: &Recipe) -> Result<()> {
     own.checkpoint_every_minutes = old.checkpoint_every_minutes;
     let tables = [same, then.clone()].map(|recipe| recipe.to_toml().parse::<toml::Table>());
     let [Ok(now), Ok(then)] = tables else { unreachable!("a recipe can be read back") };
-    let Some((key, now, then)) = difference("", &now.into(), &then.into()) else { return Ok(()) };
-    Err(Error::Config(format!(
-        "{key} was {then} and is now {now}, which makes another run: start it with --out; a resumed run may change only {CHANGEABLE}"
-    )))
+    difference("", &now.into(), &then.into())
 }
 
 /// Returns the first key in which two values differ, and its value in both.

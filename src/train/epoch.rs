@@ -113,7 +113,12 @@ impl Run {
             accuracy: accuracies.classifier,
             quality: accuracies.quality.clone(),
             monitors: self.progress.monitors.clone(),
-            views_per_second: views as f64 / training.as_secs_f64(),
+            // Of no views at all, where an epoch had only its evaluation left, there is no speed.
+            views_per_second: if views > 0 {
+                views as f64 / training.as_secs_f64()
+            } else {
+                f64::NAN
+            },
             waiting: waiting.as_secs_f64() / training.as_secs_f64().max(1e-9),
         };
         let best = self.is_best(&accuracies);

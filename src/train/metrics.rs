@@ -18,6 +18,7 @@ pub struct Metrics {
     file: File,
     length: u64,
     events: Option<Events>,
+    loss: Option<String>,
 }
 
 impl Metrics {
@@ -30,7 +31,8 @@ impl Metrics {
     }
 
     /// Opens `metrics.jsonl` in a run's folder to append after its first `length` bytes; drops the rest. Of a shorter file, which
-    /// somebody removed or cut off, it keeps the complete lines: a damaged log does not cost the run.
+    /// somebody removed or cut off, it keeps the complete lines, and of a damaged one those that can be read: a damaged log does not cost
+    /// the run, but [`loss`](Metrics::loss) says so.
     ///
     /// # Errors
     /// If the folder cannot be written to, or the file is a link.
@@ -39,12 +41,31 @@ impl Metrics {
         let mut file = open_own(&path, true)?;
         let mut text = Vec::new();
         Read::by_ref(&mut file).take(length).read_to_end(&mut text).map_err(Error::io(&path))?;
-        if (text.len() as u64) < length {
+        let short = (text.len() as u64) < length;
+        if short {
             text.truncate(text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1));
         }
-        let length = text.len() as u64;
+        let missing = length - text.len() as u64;
+        let (kept, damaged) = readable(&text);
+        if damaged > 0 {
+            write_file(&path, &kept)?;
+            file = open_own(&path, true)?;
+        }
+        let length = kept.len() as u64;
         file.set_len(length).map_err(Error::io(&path))?;
-        Ok(Self { path, file, length, events: None })
+        let loss = (short || damaged > 0).then(|| {
+            format!(
+                "{}: the last {missing} bytes that the checkpoint knows are missing and {damaged} lines are damaged, so the report lacks the \
+                 figures of these steps; weights and later figures are not touched by it",
+                path.display()
+            )
+        });
+        Ok(Self { path, file, length, events: None, loss })
+    }
+
+    /// A sentence on what the file had lost when it was opened.
+    pub fn loss(&self) -> Option<&str> {
+        self.loss.as_deref()
     }
 
     /// Also writes the numbers to a TensorBoard event file next to this one.
@@ -105,9 +126,50 @@ impl Metrics {
     }
 }
 
+/// The lines that are JSON, and the number of those that are not.
+fn readable(text: &[u8]) -> (Vec<u8>, usize) {
+    let mut damaged = 0;
+    let is_json = |line: &&[u8]| serde_json::from_slice::<serde::de::IgnoredAny>(line).is_ok();
+    let lines = text.split_inclusive(|&byte| byte == b'\n');
+    let kept = lines.filter(|line| {
+        let whole = is_json(line);
+        damaged += usize::from(!whole);
+        whole
+    });
+    (kept.collect::<Vec<_>>().concat(), damaged)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_that_lost_lines_says_so_and_keeps_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for (text, length, kept, lost) in [
+            ("10\n20\n", 6, "10\n20\n", None),
+            ("10\n20\n30\n", 6, "10\n20\n", None),
+            ("", 6, "", Some("the last 6 bytes that the checkpoint knows are missing and 0 lines")),
+            (
+                "10\n{\"step\n30\n",
+                13,
+                "10\n30\n",
+                Some("the last 0 bytes that the checkpoint knows are missing and 1 lines"),
+            ),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let mut metrics = Metrics::open(folder.path(), length).unwrap();
+            match (metrics.loss(), lost) {
+                (None, None) => {}
+                (Some(found), Some(lost)) => assert!(found.contains(lost), "{found}"),
+                other => panic!("{text:?}: {other:?}"),
+            }
+            metrics.write(&40).unwrap();
+            assert_eq!(metrics.synced().unwrap() as usize, kept.len() + 3);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{kept}40\n"));
+        }
+    }
 
     #[test]
     fn a_log_that_was_removed_is_written_again() {

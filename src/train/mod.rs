@@ -45,8 +45,8 @@ pub use inspect::{
 pub use metrics::Metrics;
 pub use onnx::export_onnx;
 pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
-pub use reading::own_reading;
 pub(crate) use reading::pack_reading;
+pub use reading::{only_reading, own_reading};
 pub use report::{REPORT, diagnosis, report, write_report};
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};

@@ -141,6 +141,12 @@ pub fn plan(
         Error::format(folder, "a recipe cannot hold a path that is not UTF-8: rename the folder")
     })?;
     wishes.method.map_or(Ok(()), recipes::check_method)?;
+    if let Some(setting) = wishes.settings.iter().find(|s| s.trim_start().starts_with("data.path="))
+    {
+        return Err(Error::Config(format!(
+            "--set {setting}: the folder {path} is the set that is looked at and trained on: name the other folder in its place"
+        )));
+    }
     let reading = own_reading(folder, wishes.settings)?;
     let labels = table_in(wishes.settings);
     let table = labels.map(|file| LabelTable::read(Path::new(file))).transpose()?;

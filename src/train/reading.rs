@@ -32,6 +32,22 @@ pub(crate) fn pack_reading(folder: &Path, settings: &[String]) -> Result<Reading
     Ok(reading)
 }
 
+/// Refuses settings that say nothing of how files are read, for commands that take no others.
+///
+/// # Errors
+/// If there is one.
+pub fn only_reading(settings: &[String]) -> Result<()> {
+    let is_other = |s: &&String| {
+        !READING_KEYS.iter().any(|key| s.trim_start().starts_with(&format!("data.{key}=")))
+    };
+    let keys = READING_KEYS.map(|key| format!("data.{key}")).join(", ");
+    settings.iter().find(is_other).map_or(Ok(()), |other| {
+        Err(Error::Config(format!(
+            "--set {other}: this command takes {keys}, which say how files are read; a table of classes is given with --labels"
+        )))
+    })
+}
+
 /// What was given, and what the files have.
 struct Found {
     range: Option<[f64; 2]>,

@@ -13,12 +13,12 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Device, DeviceKind, Group, Precision};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, as_word};
 use crate::eval::Spread;
 use crate::files::{find, is_file, is_folder, write_file};
 use crate::methods::Reading;
 use crate::recipes::Recipe;
-use crate::train::changes::same_run;
+use crate::train::changes::{changed, same_run};
 use crate::train::folder::{self, Folder, RECIPE};
 use crate::train::{Images, Run, checkpoint, ranks};
 use crate::weights::WeightFile;
@@ -59,6 +59,9 @@ pub(super) struct Progress {
     /// Checksums of the names and labels of the training images, and of the pixels of some; `None` in files of earlier versions.
     #[serde(default)]
     pub(super) checksums: Option<[u32; 2]>,
+    /// The same of the held-out images, if there are any.
+    #[serde(default)]
+    pub(super) held_out: Option<[u32; 2]>,
     /// The length of `metrics.jsonl` in bytes.
     pub(super) metrics: u64,
     /// Prototypes in use after the epoch's last step, once all batches are done.
@@ -246,10 +249,23 @@ pub fn recipe_in(checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
 /// Returns the recipe in a run's `recipe.toml`, with `key.path=value` settings on top; `checkpoint` is one of the run's.
 ///
 /// # Errors
-/// As [`recipe_in`].
+/// As [`recipe_in`]; if the two differ in more than a resumed run may change: somebody edited the recipe, or put the checkpoint of
+/// another run there, and its figures would be those of neither.
 pub fn recipe_of(recipe: &Path, checkpoint: &Path, settings: &[String]) -> Result<Recipe> {
-    let recipe = Recipe::load(&recipe.to_string_lossy(), &[])?;
-    as_meant(recipe, &WeightFile::open(checkpoint)?).with(settings)
+    let then = recipe_in(checkpoint, &[])?;
+    let now =
+        as_meant(Recipe::load(&recipe.to_string_lossy(), &[])?, &WeightFile::open(checkpoint)?);
+    if let Some((key, now, then)) = changed(&now, &then) {
+        return Err(Error::format(
+            recipe,
+            format!(
+                "{key} is {now}, and was {then} when {} was written: restore it (settings for one evaluation are given with --set), or \
+                 name the checkpoint itself, which has its recipe",
+                checkpoint.display()
+            ),
+        ));
+    }
+    now.with(settings)
 }
 
 /// Fails unless a device computes in the precision in which the run was trained that wrote a checkpoint.
@@ -347,19 +363,25 @@ impl Run {
                 run.progress.classes.join(", ")
             )));
         }
-        let checksums = run.progress.checksums;
-        if let (Some(then), Some(now)) = (progress.checksums, checksums)
-            && then != now
-        {
-            let what = if then[0] != now[0] { "names or labels" } else { "pixels" };
-            return Err(Error::Config(format!(
-                "{data}: the training images have other {what} than those that the run was started with: restore them, or start another run"
-            )));
+        let (checksums, held_out) = (run.progress.checksums, run.progress.held_out);
+        for (split, then, now) in [
+            ("training", progress.checksums, checksums),
+            // Figures of later epochs would be of other images than those of earlier ones, and the best checkpoint chosen among both.
+            ("held-out", progress.held_out, held_out),
+        ] {
+            if let (Some(then), Some(now)) = (then, now)
+                && then != now
+            {
+                let what = if then[0] != now[0] { "names or labels" } else { "pixels" };
+                return Err(Error::Config(format!(
+                    "{data}: the {split} images have other {what} than those that the run was started with: restore them, or start another run"
+                )));
+            }
         }
         run.optimizer.set_updates(step);
         run.saved_step = Some(step);
         let classes = std::mem::take(&mut run.progress.classes);
-        run.progress = Progress { classes, checksums, ..progress };
+        run.progress = Progress { classes, checksums, held_out, ..progress };
         if run.group().leads() {
             restore_best(path, &mut run.progress)?;
         }
@@ -433,7 +455,7 @@ impl Run {
         let stopped = format!("stopped at step {} of {}", self.progress.step, self.schedule.total);
         match &self.folder {
             Some(Folder { path, .. }) => {
-                format!("{stopped}; continue with: selfsup train --resume {}", path.display())
+                format!("{stopped}; continue with: selfsup train --resume {}", as_word(path))
             }
             None => format!("{stopped}; nothing is saved without --out"),
         }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::arena::Arena;
-use crate::data::Loader;
+use crate::data::{Loader, Source};
 use crate::device::{Device, DeviceKind, Group};
 use crate::error::{Error, Result};
 use crate::eval::{Quality, Spread};
@@ -60,7 +60,7 @@ pub struct EpochReport {
     pub quality: Option<Quality>,
     /// The method's monitors after the last step.
     pub monitors: BTreeMap<String, Reading>,
-    /// Views per second, without evaluation.
+    /// Views per second, without evaluation; NaN if the run was resumed after the epoch's last batch.
     pub views_per_second: f64,
     /// The share of the training time spent waiting for data.
     pub waiting: f64,
@@ -226,6 +226,7 @@ impl Run {
         let extremes = [labels.clone().min().unwrap_or(-1), labels.max().unwrap_or(-1)];
         method.labels(&extremes)?;
         method.prepare(0);
+        let checksums = |set: &Arc<dyn Source>| sets::checksums(&**set, recipe.seed, device);
         let mut run = Self {
             recipe: recipe.clone(),
             method,
@@ -236,7 +237,8 @@ impl Run {
             progress: Progress {
                 images: images.train.len(),
                 classes: images.train.classes().to_vec(),
-                checksums: Some(sets::checksums(&*images.train, recipe.seed, device)?),
+                checksums: Some(checksums(&images.train)?),
+                held_out: images.test.as_ref().map(checksums).transpose()?,
                 ..Progress::default()
             },
             images,
@@ -315,6 +317,9 @@ impl Run {
             // An error here would hide the first one. A resumed run drops the line.
             let _ = metrics.write(&json!({ "stopped": error.to_string() }));
         }
+        if let Some(trace) = &self.trace {
+            watch.note(&trace.unwritten());
+        }
         self.diagnose(watch);
         self.write_report(watch);
         trained
@@ -339,6 +344,9 @@ impl Run {
     fn train_epochs(&mut self, watch: &mut dyn Watch) -> Result<()> {
         let epochs = self.epochs();
         self.images.notes().for_each(|note| watch.note(note));
+        if let Some(loss) = self.folder.as_ref().and_then(|folder| folder.metrics.loss()) {
+            watch.note(loss);
+        }
         if let Some(sentence) = self.loader.place_images()? {
             watch.note(&sentence);
         }

@@ -6,7 +6,7 @@
 //!
 //! One process at a time works in a study's folder, and a study replaces or deletes only files that it or its runs wrote.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -20,7 +20,8 @@ use crate::device::Device;
 use crate::error::{Error, Result, printable};
 use crate::files::{create_folder, find, is_file, is_folder, is_partial, read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
-use crate::train::{Run, Watch, folder, newest};
+use crate::train::images::checksums;
+use crate::train::{Images, Run, Watch, folder, newest};
 
 /// A question and the runs that answer it.
 #[derive(Clone, Debug, Deserialize)]
@@ -84,6 +85,9 @@ pub struct Outcome {
     pub values: BTreeMap<String, f64>,
     /// The recipe of the run.
     recipe: String,
+    /// Checksums of its training images; `None` in files of earlier versions, and of an arm that did not run.
+    #[serde(default)]
+    images: Option<[u32; 2]>,
 }
 
 /// How to run a study.
@@ -185,7 +189,25 @@ impl Study {
                 self.write_tables(plan.out, &outcomes)?;
             }
         }
+        self.unmeasured(&outcomes).iter().for_each(|sentence| (plan.tell)(sentence));
         Ok(outcomes)
+    }
+
+    /// A sentence for each column that no run has a number for.
+    fn unmeasured(&self, outcomes: &[Outcome]) -> Vec<String> {
+        let completed: Vec<_> = outcomes.iter().filter(|o| o.stopped.is_none()).collect();
+        let known: BTreeSet<&str> = completed
+            .iter()
+            .flat_map(|outcome| outcome.values.keys().map(String::as_str))
+            .collect();
+        let missing = |column: &&String| !completed.is_empty() && !known.contains(column.as_str());
+        let all = known.iter().copied().collect::<Vec<_>>().join(", ");
+        let sentence = |column: &String| {
+            format!(
+                "the column {column} is empty: no run of this study has such a number; they have {all}"
+            )
+        };
+        self.columns.iter().filter(missing).map(sentence).collect()
     }
 
     fn write_tables(&self, out: &Path, outcomes: &[Outcome]) -> Result<()> {
@@ -245,6 +267,7 @@ impl Study {
         let place = |arm: &str| plan.out.join(folder_name(arm)).join(format!("seed-{seed}"));
         let folder = place(&arm.name);
         if let Some(outcome) = finished(&folder, &recipe)? {
+            outcome.check_images(&recipe, &folder)?;
             (plan.tell)(&format!("{}, seed {}: done before", arm.name, outcome.seed));
             return Ok(outcome);
         }
@@ -254,6 +277,7 @@ impl Study {
             stopped: None,
             values: BTreeMap::new(),
             recipe: recipe.to_toml(),
+            images: None,
         };
         if let Some(after) = &arm.after {
             // Outcomes are in the order of arms and seeds.
@@ -270,6 +294,7 @@ impl Study {
         (plan.tell)(&format!("{}, seed {}", arm.name, recipe.seed));
         let device = (plan.device)(&recipe.train)?;
         let mut run = Run::new(&recipe, &device, Some(&folder))?;
+        outcome.images = run.progress.checksums;
         let start = Instant::now();
         let mut watch = (plan.watch)(run.schedule().total);
         match run.train(&mut *watch) {
@@ -328,8 +353,11 @@ impl Study {
 
     /// Returns the table in Markdown with aligned columns, under the question and its source.
     pub fn markdown(&self, outcomes: &[Outcome]) -> String {
-        let mut lines = vec![self.header()];
-        lines.extend(self.rows(outcomes));
+        // A bar would end the cell.
+        let cell = |cell: String| cell.replace('|', "\\|");
+        let lines = std::iter::once(self.header()).chain(self.rows(outcomes));
+        let mut lines: Vec<Vec<String>> =
+            lines.map(|line| line.into_iter().map(cell).collect()).collect();
         let width = |column: usize| {
             lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0)
         };
@@ -344,6 +372,8 @@ impl Study {
     }
 
     fn csv(&self, outcomes: &[Outcome]) -> String {
+        // RFC 4180: quotes are doubled.
+        let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
         let mut text = format!("arm,seed,{},stopped\n", self.columns.join(","));
         for outcome in outcomes {
             let Outcome { arm, seed, stopped, values, .. } = outcome;
@@ -351,7 +381,8 @@ impl Study {
                 |column| values.get(column).map_or(String::new(), |value| format!("{value}"));
             let cells = self.columns.iter().map(value).collect::<Vec<_>>().join(",");
             let stopped = stopped.as_deref().unwrap_or_default();
-            let _ = writeln!(text, "{:?},{seed},{cells},{stopped:?}", arm); // a String does not fail
+            let (arm, stopped) = (quoted(arm), quoted(stopped));
+            let _ = writeln!(text, "{arm},{seed},{cells},{stopped}"); // a String does not fail
         }
         text
     }
@@ -373,7 +404,7 @@ fn stops(own: &[&Outcome]) -> String {
 
 /// Replaces characters that file systems may not accept.
 fn folder_name(arm: &str) -> String {
-    arm.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect()
+    arm.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect()
 }
 
 /// Formats the mean: shares in percent, small numbers to three decimals; for several values with their standard deviation.
@@ -502,6 +533,21 @@ fn write_outcome(folder: &Path, outcome: &Outcome) -> Result<()> {
 impl Outcome {
     /// Reads the numbers of the last epoch, monitors included, from a run's metrics. A last loss that is NaN or infinite makes the
     /// run one without a usable result.
+    /// Fails if the images are no longer those that the run was trained on. A set that is gone changes no result.
+    fn check_images(&self, recipe: &Recipe, folder: &Path) -> Result<()> {
+        let (Some(then), Ok(images)) = (self.images, Images::open(&recipe.data)) else {
+            return Ok(());
+        };
+        let device = Device::cpu(recipe.train.threads)?;
+        match checksums(&*images.train, recipe.seed, &device)? == then {
+            true => Ok(()),
+            false => Err(Error::format(
+                &folder.join(RESULT),
+                "is the result of other training images: restore them, choose another --out, or remove it",
+            )),
+        }
+    }
+
     fn read_metrics(&mut self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let records = text.lines().rev().filter_map(|line| serde_json::from_str(line).ok());
@@ -541,7 +587,7 @@ mod tests {
     fn outcome(arm: &str, seed: u64, knn: f64, stopped: Option<&str>) -> Outcome {
         let values = BTreeMap::from([("knn".to_owned(), knn)]);
         let stopped = stopped.map(String::from);
-        Outcome { arm: arm.into(), seed, stopped, values, recipe: String::new() }
+        Outcome { arm: arm.into(), seed, stopped, values, recipe: String::new(), images: None }
     }
 
     #[test]
@@ -563,6 +609,32 @@ mod tests {
         // The numbers of each run are in the other table.
         let csv = study.csv(&outcomes);
         assert!(csv.contains("\n\"b, longer\",1,0.1,,\"the embeddings"), "{csv}");
+    }
+
+    #[test]
+    fn names_cannot_shift_the_columns_of_a_table() {
+        let name = "5\", a|b";
+        let text = TWO.replace("name = \"a\"", "name = '5\", a|b'").replace("after = \"a\"", "");
+        let study: Study = toml::from_str(&text).unwrap();
+        study.check("two").unwrap();
+        let outcomes = [outcome(name, 1, 0.5, None)];
+        let table = study.markdown(&outcomes);
+        assert!(table.contains("| 5\", a\\|b | 50.0 | -    |         |"), "{table}");
+        let csv = study.csv(&outcomes);
+        assert!(csv.contains("\n\"5\"\", a|b\",1,0.5,,\"\"\n"), "{csv}");
+        let row = csv::ReaderBuilder::new().from_reader(csv.as_bytes()).records().next();
+        assert_eq!(&row.unwrap().unwrap()[0], name);
+    }
+
+    #[test]
+    fn a_column_that_no_run_measured_is_named() {
+        let study: Study = toml::from_str(TWO).unwrap();
+        let said = study.unmeasured(&[outcome("a", 1, 0.5, None)]);
+        assert_eq!(
+            said,
+            ["the column loss is empty: no run of this study has such a number; they have knn"]
+        );
+        assert!(study.unmeasured(&[outcome("a", 1, 0.5, Some("collapsed"))]).is_empty());
     }
 
     #[test]

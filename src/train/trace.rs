@@ -42,6 +42,17 @@ impl Trace {
         Ok(true)
     }
 
+    /// Says why nothing was written: the run was over before the last step to trace.
+    pub(super) fn unwritten(&self) -> String {
+        format!(
+            "{}: no trace is written, as this took {} steps and a trace of {} needs {}: ask for fewer with --trace-steps",
+            self.file.display(),
+            self.done,
+            self.steps.end - self.steps.start,
+            self.steps.end
+        )
+    }
+
     /// Says what was written.
     pub(super) fn sentence(&self) -> String {
         let steps = self.steps.end - self.steps.start;

@@ -14,8 +14,10 @@ use super::manifest::{MANIFEST, Manifest, SplitInfo};
 use super::{Pack, left_by_a_pack};
 use crate::data::augment::{Buffers, CropBox, Filter, Resize};
 use crate::data::batch::Skipped;
+use crate::data::cifar::Cifar;
 use crate::data::decode::{Reading, decode, decode_page};
 use crate::data::folder::Folder;
+use crate::data::idx::Idx;
 use crate::data::open::{SplitFolders, folders, labelled_part};
 use crate::data::source::{Format, Image, Source, Split};
 use crate::data::table::LabelTable;
@@ -131,6 +133,12 @@ fn open_splits(from: &Path, settings: &PackSettings) -> Result<(Vec<OpenSplit>, 
     }
     if !is_folder(from)? {
         return Err(Error::format(from, "is a file: name the folder that the images are in"));
+    }
+    if Cifar::is_at(from)? || Idx::is_at(from)? {
+        return Err(Error::format(
+            from,
+            "holds CIFAR's binary files or idx files, which are read as fast as a pack: train on them as they are",
+        ));
     }
     if Pack::is_at(from)? {
         return Err(Error::format(

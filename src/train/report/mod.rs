@@ -195,7 +195,11 @@ impl Metrics {
                 Ok(record) => all.add(record),
                 Err(_) if lines.peek().is_none() => break, // being written, or its writer was killed
                 Err(error) => {
-                    return Err(Error::format(file, format!("line {}: {error}", i + 1)));
+                    let reason = format!(
+                        "line {}: {error}: remove this line, or resume the run, which does",
+                        i + 1
+                    );
+                    return Err(Error::format(file, reason));
                 }
             }
         }
