@@ -1,6 +1,8 @@
 //! Every mistake and fault ends in one line that names the thing and the remedy, and an exit code; no file is left half
 //! written.
 
+#[path = "mistakes/changed.rs"]
+mod changed;
 #[path = "mistakes/data.rs"]
 mod data;
 #[path = "mistakes/recipes.rs"]
