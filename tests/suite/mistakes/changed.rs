@@ -308,3 +308,33 @@ fn a_limit_on_the_size_of_files_is_an_error_and_no_signal() {
     let partial: Vec<_> = left.filter(|name| name.to_string_lossy().contains("partial")).collect();
     assert!(partial.is_empty(), "{partial:?}");
 }
+
+#[test]
+fn a_study_does_not_take_results_for_those_of_other_images() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    hues(&root.join("set"));
+    let study = format!(
+        "question = \"which?\"\nsource = \"here\"\nbase = \"demo\"\ncolumns = [\"knn\", \"kn\"]\nset = {SMALL:?}\n[[arm]]\nname = \"日本\"\n"
+    );
+    write(
+        root,
+        "study.toml",
+        (study + "[[arm]]\nname = \"中国\"\nset = [\"seed=2\"]\n").as_bytes(),
+    );
+    let words = ["study", "study.toml", "--out", "so", "--device", "cpu"];
+    let output = selfsup(root, &words);
+    let [_, said] = done(&output);
+    assert!(
+        said.contains("the column kn is empty: no run of this study has such a number; they have"),
+        "{said}"
+    );
+    let output = selfsup(root, &words);
+    assert_eq!(done(&output)[1].matches("done before").count(), 2);
+    std::fs::copy(root.join("set/train/ape/1.png"), root.join("set/train/bee/1.png")).unwrap();
+    let refused = "so/日本/seed-0/result.json: is the result of other training images: restore them, choose another --out, or remove it";
+    check_refusals(root, &[(&words, 1, refused)], &[]);
+    // Without the images their results stay what they are.
+    std::fs::rename(root.join("set"), root.join("away")).unwrap();
+    done(&selfsup(root, &words));
+}
