@@ -124,6 +124,8 @@ mod step_views;
 mod steps;
 #[path = "suite/stepwise_f32.rs"]
 mod stepwise_f32;
+#[path = "suite/streaming.rs"]
+mod streaming;
 #[path = "suite/studies.rs"]
 mod studies;
 #[path = "suite/surface.rs"]

@@ -162,6 +162,18 @@ impl StandIn {
         unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_interleave")(seed) }
     }
 
+    /// Makes a slow GPU, which an event is asked for in vain so often; 0 ends it.
+    pub fn stall(&self, polls: u64) {
+        // SAFETY: takes a number.
+        unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_stall")(polls) }
+    }
+
+    /// Seeds the order in which threads, blocks and streams run.
+    pub fn seed(&self, seed: u64) {
+        // SAFETY: takes a number.
+        unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_seed")(seed) }
+    }
+
     /// Live allocations of the GPUs' memory.
     pub fn live_allocations(&self) -> usize {
         // SAFETY: returns a number.

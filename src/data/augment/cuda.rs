@@ -47,11 +47,6 @@ impl GpuAugmenter {
         }
     }
 
-    /// Returns how many views it makes at a time.
-    pub fn views(&self) -> usize {
-        self.count
-    }
-
     /// Writes `views` `[n, size, size, 4]` of images in `pixels` to `out`, f32 or bf16, in stream order; `gaussian` holds the
     /// weights of their blurs.
     ///
@@ -119,17 +114,6 @@ impl Made {
         let groups =
             views.flat_map(|(view, policy, params)| ChannelView::of(view, policy, params, format));
         Self::Channels(groups.collect())
-    }
-
-    /// Sets where the image of view `index` of `count` lies.
-    pub fn place(&mut self, index: usize, count: usize, at: i64) {
-        match self {
-            Self::Rgb(views) => views[index].pixels = at,
-            Self::Channels(groups) => {
-                let each = groups.len() / count;
-                groups[index * each..][..each].iter_mut().for_each(|g| g.view.pixels = at);
-            }
-        }
     }
 }
 

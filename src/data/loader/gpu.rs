@@ -9,7 +9,7 @@ use super::prepared::{AugmentParams, Place};
 use crate::data::augment::GpuAugmenter;
 use crate::data::batch::Skipped;
 use crate::data::source::{Image, Source};
-use crate::device::cuda::Table;
+use crate::device::cuda::{Feed, Pinned, Table};
 use crate::device::{Device, gib};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -21,11 +21,17 @@ const UPLOAD: i64 = 32 << 20;
 
 /// Makes a loader's crops on a GPU.
 pub struct GpuCrops {
-    device: Device,
     /// One per crop size.
     augmenters: Vec<GpuAugmenter>,
-    /// The pixels of the set, or of one batch.
-    pixels: Table<u8>,
+    pixels: Pixels,
+}
+
+/// Where the pixels come from.
+enum Pixels {
+    /// The whole set.
+    Set(Table<u8>),
+    /// Batch after batch.
+    Batches(Feed),
 }
 
 impl GpuCrops {
@@ -51,52 +57,37 @@ impl GpuCrops {
             Some((pixels, places)) => {
                 let bytes = gib(pixels.len());
                 let sentence = format!("images: all {images} lie on the GPU, {bytes}");
-                (pixels, CropBackend::GpuFromSet(places), sentence)
+                (Pixels::Set(pixels), CropBackend::GpuFromSet(places), sentence)
             }
             None => {
                 let sentence = format!(
                     "images: uploaded batch by batch, because all {images} need more than their {} of the GPU (data.gpu_memory)",
                     gib(budget)
                 );
-                (Table::room(device, 0), CropBackend::GpuFromBatch, sentence)
+                let backend = CropBackend::GpuFromBatch(Pinned::new(device));
+                (Pixels::Batches(Feed::new(device)), backend, sentence)
             }
         };
         plan.backend = backend;
-        Ok((Self { device: device.clone(), augmenters, pixels }, sentence))
+        Ok((Self { augmenters, pixels }, sentence))
     }
 
-    /// Queues the kernels that make a batch's crops; one tensor per crop size.
+    /// Queues the kernels that make a batch's crops, and before them the copy of its pixels if the set is not on the GPU; one
+    /// tensor per crop size.
     #[track_caller]
-    pub fn make(&mut self, mut params: AugmentParams, crops: &mut [Tensor]) {
-        self.upload(&mut params);
-        for ((augmenter, (views, gaussian)), crops) in
-            self.augmenters.iter_mut().zip(&params.groups).zip(crops)
-        {
-            augmenter.make_any(views, gaussian, &self.pixels, crops);
-        }
-    }
-
-    /// Uploads a batch's images and writes their offsets into its views.
-    fn upload(&mut self, params: &mut AugmentParams) {
-        let bytes = params.images.iter().map(Vec::len).sum::<usize>();
-        if bytes == 0 {
-            return;
-        }
-        if bytes > self.pixels.len() {
-            // Rounded up to few distinct sizes, because the pool keeps freed memory by size.
-            self.pixels = Table::room(&self.device, bytes.next_power_of_two());
-        }
-        let mut at = 0;
-        for (sample, image) in params.images.iter().enumerate() {
-            self.pixels.write_at(at, image);
-            let images = params.images.len();
-            for ((made, _), count) in params.groups.iter_mut().zip(self.augmenters.iter()) {
-                let count = count.views();
-                for index in (sample..count).step_by(images) {
-                    made.place(index, count, at as i64);
-                }
+    pub fn make(&mut self, params: AugmentParams, crops: &mut [Tensor]) {
+        let Self { augmenters, pixels } = self;
+        let augment = |pixels: &Table<u8>| {
+            for ((augmenter, (views, gaussian)), crops) in
+                augmenters.iter_mut().zip(&params.groups).zip(crops)
+            {
+                augmenter.make_any(views, gaussian, pixels, crops);
             }
-            at += image.len();
+        };
+        match (pixels, params.pixels) {
+            (Pixels::Set(pixels), _) => augment(pixels),
+            (Pixels::Batches(feed), Some(batch)) => feed.send(batch, augment),
+            (Pixels::Batches(_), None) => unreachable!("the threads read the pixels of each batch"),
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::data::augment::{
 use crate::data::batch::{Batch, Skipped};
 use crate::data::rows::{Row, rows_of};
 use crate::data::source::{Image, Source};
+use crate::device::cuda::{Pinned, PinnedBatch};
 use crate::device::{Device, Philox, Purpose};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -67,8 +68,8 @@ impl Share {
 pub enum CropBackend {
     /// The worker threads, from images that they read.
     Host,
-    /// A GPU, from images that the threads read.
-    GpuFromBatch,
+    /// A GPU, from images that the threads read into pinned memory.
+    GpuFromBatch(Arc<Pinned>),
     /// A GPU that holds all images.
     GpuFromSet(Arc<[Place]>),
 }
@@ -97,13 +98,8 @@ struct Slot<'a> {
     order: &'a [u32],
 }
 
-/// A sample as a GPU needs it.
-#[derive(Default)]
-struct PreparedSample {
-    /// One entry per view, each with the weights of its blur.
-    views: Vec<(View, Vec<f32>, Params)>,
-    pixels: Vec<u8>,
-}
+/// A sample as a GPU needs it: one entry per view, each with the weights of its blur.
+type PreparedSample = Vec<(View, Vec<f32>, Params)>;
 
 impl BatchPlan {
     /// Prepares batch after batch until the consumer is gone or an error occurs.
@@ -206,9 +202,12 @@ impl BatchPlan {
         slot: &Slot<'_>,
         indices: &mut [u32],
     ) -> Result<AugmentParams> {
-        let mut samples: Vec<PreparedSample> =
-            (0..self.batch).map(|_| PreparedSample::default()).collect();
+        let mut samples: Vec<PreparedSample> = (0..self.batch).map(|_| Vec::new()).collect();
         let jobs = indices.iter_mut().zip(&mut samples).collect();
+        let pixels = match &self.backend {
+            CropBackend::GpuFromBatch(pinned) => Some(pinned.take()),
+            _ => None,
+        };
         let format = self.source.format();
         pool.each(jobs, |i, (index, sample), Worker { image, .. }| {
             let Place { at, size: [width, height], pixel } = match &self.backend {
@@ -218,8 +217,9 @@ impl BatchPlan {
                 }
                 _ => {
                     *index = self.read(slot, i, |index| self.source.read(index, image))?;
-                    sample.pixels = std::mem::take(&mut image.pixels);
-                    Place { at: 0, size: [image.width, image.height], pixel: format.bytes() }
+                    let pixels = pixels.as_ref().expect("taken for images that are read");
+                    let (at, size) = (pixels.append(&image.pixels), [image.width, image.height]);
+                    Place { at: at as i64, size, pixel: format.bytes() }
                 }
             };
             debug_assert_eq!(pixel, format.bytes());
@@ -234,7 +234,7 @@ impl BatchPlan {
                 let params = policy.draw(&mut self.stream(slot, i, view), width, height);
                 let mut gaussian = Vec::new();
                 let made = View::new(policy, &params, [width, height], at, &mut gaussian);
-                sample.views.push((made, gaussian, params));
+                sample.push((made, gaussian, params));
             }
             Ok(())
         })?;
@@ -243,14 +243,15 @@ impl BatchPlan {
             return Ok(params); // some samples may be missing, but the batch is no longer wanted
         }
         for (_, views) in &self.groups {
-            let all = || views.iter().flat_map(|&v| samples.iter().map(move |s| (v, &s.views[v])));
+            let all = || views.iter().flat_map(|&v| samples.iter().map(move |s| (v, &s[v])));
             let gaussian: Vec<&[f32]> =
                 all().map(|(_, (_, gaussian, _))| gaussian.as_slice()).collect();
             let needed = views.iter().any(|&v| channels_are_needed(&self.policies[v], format));
             let drawn = all().map(|(v, (view, _, params))| (view, &self.policies[v], Some(params)));
             params.groups.push((Made::of(drawn, format, needed), gaussian.concat()));
         }
-        params.images = samples.into_iter().map(|sample| sample.pixels).collect();
+        pixels.iter().for_each(PinnedBatch::complete);
+        params.pixels = pixels;
         Ok(params)
     }
 

@@ -2,6 +2,7 @@
 
 use crate::data::augment::Made;
 use crate::data::batch::Batch;
+use crate::device::cuda::PinnedBatch;
 
 /// A batch from the threads. If a GPU makes the crops, the batch has none yet and the parameters come with it.
 pub type PreparedBatch = (Batch, Option<AugmentParams>);
@@ -11,8 +12,8 @@ pub type PreparedBatch = (Batch, Option<AugmentParams>);
 pub struct AugmentParams {
     /// For each crop size the views, and the weights of their blurs.
     pub groups: Vec<(Made, Vec<f32>)>,
-    /// The pixels of each sample; empty if the whole set is on the GPU.
-    pub images: Vec<Vec<u8>>,
+    /// The pixels of all samples, where the views have them; `None` if the whole set is on the GPU.
+    pub pixels: Option<PinnedBatch>,
 }
 
 /// Where an image of a set on a GPU lies.

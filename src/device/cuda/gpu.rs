@@ -1,15 +1,13 @@
 //! One GPU: its context, stream, kernels, and first failure.
 
+mod capture;
 mod imagined;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUgraphExec,
-    CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode,
-};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUstream};
 
 use super::driver::{self, words};
 use super::kernels::{self, Loaded};
@@ -195,6 +193,27 @@ impl Gpu {
         if self.ignores.load(Ordering::Acquire) || self.imagined.is_some() {
             return None;
         }
+        self.run(what, f)
+    }
+
+    /// As [`Gpu::attempt`], for a thread beside the one that queues the steps: it goes on while a capture of theirs is given up, because
+    /// what it does is no part of that capture and would be missing afterwards.
+    pub(super) fn attempt_beside<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        f: impl FnOnce(&Self) -> Result<T, DriverError>,
+    ) -> Option<T> {
+        if lock(&self.failure).is_some() || self.imagined.is_some() {
+            return None;
+        }
+        self.run(what, f)
+    }
+
+    fn run<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        f: impl FnOnce(&Self) -> Result<T, DriverError>,
+    ) -> Option<T> {
         // SAFETY: the context lives as long as `self`.
         let done = unsafe { result::ctx::set_current(self.context) }.and_then(|()| f(self));
         match done {
@@ -304,9 +323,7 @@ impl Gpu {
     /// # Safety
     /// There are that many bytes at `to`.
     pub(crate) unsafe fn upload(&self, to: u64, from: &[u8]) {
-        if self.capturing.load(Ordering::Acquire) {
-            self.refuse("copies from the host");
-        }
+        self.expect_no_capture("copies from the host");
         self.note("copy from the host", || [0, from.len() as u64]);
         self.attempt(
             || format!("copy of {} bytes to the GPU", from.len()),
@@ -409,70 +426,18 @@ impl Gpu {
         );
     }
 
+    /// Fails the GPU if a step is being captured.
+    pub(super) fn expect_no_capture(&self, what: &str) {
+        if self.capturing.load(Ordering::Acquire) {
+            self.refuse(what);
+        }
+    }
+
     fn refuse(&self, what: &str) {
         self.fail(format!(
             "GPU {}: a captured step {what}, which a replay would not repeat: set such numbers before the step",
             self.ordinal
         ));
-    }
-
-    /// Starts capturing queued work.
-    pub(super) fn begin_capture(&self) {
-        self.attempt(
-            || "starting to capture a step".into(),
-            |gpu| {
-                gpu.send_numbers()?;
-                // Relaxed: the pool may have to allocate memory meanwhile.
-                let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-                // SAFETY: the stream lives as long as `self` and is not the default stream.
-                unsafe { result::stream::begin_capture(gpu.compute, mode)? };
-                gpu.capturing.store(true, Ordering::Release);
-                Ok(())
-            },
-        );
-    }
-
-    /// Ends a capture and returns its graph; `None` if no capture is in progress, it is given up, or the GPU has failed.
-    pub(super) fn end_capture(&self) -> Option<CUgraphExec> {
-        if !self.capturing.swap(false, Ordering::AcqRel) {
-            return None;
-        }
-        let mut executable = None;
-        // Even after a failure: a capturing stream runs nothing.
-        self.finish(|| {
-            // SAFETY: the stream is capturing; the graph is not used after it is destroyed.
-            unsafe {
-                let graph = result::stream::end_capture(self.compute);
-                executable = self.attempt(
-                    || "instantiating the graph of a step".into(),
-                    |_| result::graph::instantiate(graph?, CUgraphInstantiate_flags(0)),
-                );
-                if let Ok(graph) = graph {
-                    let _ = result::graph::destroy(graph);
-                }
-            }
-        });
-        executable
-    }
-
-    /// Queues a graph.
-    pub(super) fn replay(&self, executable: CUgraphExec) {
-        self.attempt(
-            || "replay of a step".into(),
-            |gpu| {
-                gpu.send_numbers()?;
-                // SAFETY: the graph belongs to this context and is alive.
-                unsafe { result::graph::launch(executable, gpu.compute) }
-            },
-        );
-    }
-
-    /// Destroys a graph; replays that are already queued still run.
-    pub(super) fn destroy(&self, executable: CUgraphExec) {
-        self.finish(|| {
-            // SAFETY: the caller owned the graph and gives it up. An error is ignored: nothing depends on the graph.
-            let _ = unsafe { result::graph::exec_destroy(executable) };
-        });
     }
 
     /// Releases resources with the context current, even after a failure.
