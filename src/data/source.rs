@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::device::cuda::Table;
 use crate::error::{Error, Result};
 use crate::tensor::device_channels;
 
@@ -167,11 +168,28 @@ pub trait Source: Send + Sync {
     /// and differ where files do: control characters, backslashes and bytes that are not UTF-8 are escaped.
     fn name(&self, index: usize) -> String;
 
+    /// Returns where image `index` lies on a GPU, if it does: what computes there need not read it.
+    fn on_gpu(&self, index: usize) -> Option<OnGpu> {
+        let _ = index;
+        None
+    }
+
     /// Returns sentences that a user of the set should read: what lies there and is not read, classes that the training split
     /// lacks.
     fn notes(&self) -> &[String] {
         &[]
     }
+}
+
+/// An image whose pixels lie on a GPU.
+#[derive(Debug)]
+pub struct OnGpu {
+    /// The pixels of a set.
+    pub(crate) pixels: Arc<Table<u8>>,
+    /// Where the image begins in them.
+    pub(crate) at: i64,
+    /// Its width and height.
+    pub(crate) size: [usize; 2],
 }
 
 /// Some images of another source.
@@ -244,6 +262,10 @@ impl Source for Subset {
 
     fn name(&self, index: usize) -> String {
         self.source.name(self.indices[index] as usize)
+    }
+
+    fn on_gpu(&self, index: usize) -> Option<OnGpu> {
+        self.source.on_gpu(self.indices[index] as usize)
     }
 
     fn notes(&self) -> &[String] {

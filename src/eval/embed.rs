@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 
 use crate::arena::Arena;
 use crate::data::augment::Policy;
-use crate::data::{Skipped, Source, Transform, transformed_batch};
+use crate::data::{Skipped, Source, Transform};
 use crate::error::{Error, Result};
-use crate::eval::features::{check_finite, some_readable};
+use crate::eval::features::some_readable;
+use crate::eval::rows::Images;
 use crate::files::write_pair;
 use crate::nn::ResNet;
 use crate::tape::evaluate;
+use crate::tensor::Tensor;
 use crate::weights::{EXPORT, Entry, FEATURES, write_weights};
 
 /// Images per forward pass.
@@ -56,23 +58,17 @@ pub fn embed(
         classes: source.classes().to_vec(),
         skipped: Vec::new(),
     };
-    for from in (0..source.len()).step_by(BATCH) {
-        let to = (from + BATCH).min(source.len());
-        let (batch, skipped) =
-            transformed_batch(transform, source, from..to, policy, arena.device())?;
-        all.skipped.extend(skipped);
-        if !batch.indices.is_empty() {
-            let features = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
-            let rows: Vec<f32> = features.to_f64().iter().map(|&v| v as f32).collect();
-            arena.device().check()?; // a failed device yields NaN, not features
-            let name = |row: usize| source.name(batch.indices[row] as usize);
-            check_finite(&rows, all.d, "features", name)?;
-            all.values.extend(rows);
-            all.names.extend(batch.indices.iter().map(|&index| source.name(index as usize)));
-            all.labels.extend(&batch.labels);
-        }
-        progress(to);
-    }
+    let (range, by, device) = (0..source.len(), transform, arena.device());
+    let images = Images { source, range, batch: BATCH, by, policy, device };
+    let forward = |images: &Tensor| evaluate(arena, |tape| backbone.forward(&tape.input(images)));
+    images.rows(("features", all.d), forward, |rows| {
+        all.values.extend(rows.values);
+        all.names.extend(rows.indices.iter().map(|&index| source.name(index as usize)));
+        all.labels.extend(rows.labels);
+        all.skipped.extend(rows.skipped);
+        progress(all.names.len() + all.skipped.len());
+        Ok(())
+    })?;
     some_readable(all.names.len(), &all.skipped)?;
     Ok(all)
 }

@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::rows::Images;
 use crate::arena::Arena;
 use crate::data::augment::Policy;
-use crate::data::{Image, Skipped, Source, center_batch};
+use crate::data::{Image, Skipped, Source, Transform};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Classifier;
@@ -150,20 +151,16 @@ pub(super) fn features_of(
     share: Range<usize>,
     policy: &Policy,
 ) -> Result<Vec<f32>> {
-    let mut all = Vec::with_capacity(share.len() * backbone.features());
-    for from in share.clone().step_by(BATCH) {
-        let range = from..(from + BATCH).min(share.end);
-        let (batch, _) = center_batch(source, range, policy, arena.device())?;
-        if batch.indices.is_empty() {
-            continue;
-        }
-        let found = evaluate(arena, |tape| backbone.forward(&tape.input(&batch.crops[0])))?;
-        let rows: Vec<f32> = found.to_f64().iter().map(|&v| v as f32).collect();
-        arena.device().check()?;
-        let name = |row: usize| source.name(batch.indices[row] as usize);
-        check_finite(&rows, backbone.features(), "features", name)?;
-        all.extend(rows);
-    }
+    let d = backbone.features();
+    let mut all = Vec::with_capacity(share.len() * d);
+    let device = arena.device();
+    let images =
+        Images { source, range: share, batch: BATCH, by: Transform::Center, policy, device };
+    let forward = |images: &Tensor| evaluate(arena, |tape| backbone.forward(&tape.input(images)));
+    images.rows(("features", d), forward, |rows| {
+        all.extend(rows.values);
+        Ok(())
+    })?;
     Ok(all)
 }
 
@@ -236,7 +233,7 @@ fn collect(
     policy: &Policy,
     device: &Device,
     (what, d): (&str, usize),
-    mut features: impl FnMut(&Tensor) -> Result<Tensor>,
+    features: impl FnMut(&Tensor) -> Result<Tensor>,
 ) -> Result<Features> {
     let mut all = Features {
         values: Vec::with_capacity(source.len() * d),
@@ -244,25 +241,19 @@ fn collect(
         labels: Vec::with_capacity(source.len()),
         skipped: Vec::new(),
     };
-    for from in (0..source.len()).step_by(BATCH) {
-        let to = (from + BATCH).min(source.len());
-        let (batch, skipped) = center_batch(source, from..to, policy, device)?;
-        all.skipped.extend(skipped);
-        for (&index, &label) in batch.indices.iter().zip(&batch.labels) {
+    let (range, by) = (0..source.len(), Transform::Center);
+    let images = Images { source, range, batch: BATCH, by, policy, device };
+    images.rows((what, d), features, |rows| {
+        for (&index, &label) in rows.indices.iter().zip(&rows.labels) {
             let label = u32::try_from(label).map_err(|_| {
                 let name = source.name(index as usize);
                 Error::Config(format!("{name} has no label: evaluation needs a labelled set"))
             })?;
             all.labels.push(label);
         }
-        if batch.indices.is_empty() {
-            continue;
-        }
-        let rows: Vec<f32> =
-            features(&batch.crops[0])?.to_f64().iter().map(|&v| v as f32).collect();
-        device.check()?; // a failed device yields NaN, not features
-        check_finite(&rows, d, what, |row| source.name(batch.indices[row] as usize))?;
-        all.values.extend(rows);
-    }
+        all.values.extend(rows.values);
+        all.skipped.extend(rows.skipped);
+        Ok(())
+    })?;
     Ok(all)
 }

@@ -11,6 +11,7 @@ mod monitor;
 mod probe;
 mod protocol;
 mod rank;
+mod rows;
 mod spectrum;
 mod views;
 

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::arena::Arena;
 use crate::data::{Source, Subset};
-use crate::device::Group;
+use crate::device::DeviceKind;
 use crate::error::{Error, Result};
 use crate::eval::{self, Answer, Features, Knn, Quality};
 use crate::methods::Reading;
@@ -19,6 +20,9 @@ use crate::train::{Images, Run};
 
 /// Images that a rank evaluates between two checks whether the run is to stop: a multiple of the evaluation's batch.
 const PIECE: usize = 1024;
+
+/// The same of a GPU without others: it computes them in as little time, and in each piece begins with nothing to compute.
+const PIECE_OF_GPU: usize = 16 * PIECE;
 
 /// The results of an evaluation, in `0..=1`; `None` if there are no images or no classifier to measure.
 #[derive(Default)]
@@ -71,7 +75,8 @@ impl Run {
         if validation.is_none() && test.is_none() {
             return Ok(accuracies);
         }
-        let bank = self.features(RunSplit::Training, &train)?;
+        // Not `train` itself: it does not know which of its images lie on the GPU.
+        let bank = self.features(RunSplit::Training, &self.loader.images())?;
         let mut skipped = BTreeMap::from([(RunSplit::Training, bank.skipped.len())]);
         if let Some(validation) = validation {
             let queries = self.features(RunSplit::Validation, &validation)?;
@@ -100,8 +105,8 @@ impl Run {
         let asked = self.asked_to_stop();
         self.together(asked)?;
         let policies = self.recipe.policies(self.method.views())?;
-        let (backbone, train) = (self.method.backbone(), &self.images.train);
-        eval::quality(&self.online, backbone, train, &policies, self.recipe.seed)
+        let (backbone, train) = (self.method.backbone(), self.loader.images());
+        eval::quality(&self.online, backbone, &train, &policies, self.recipe.seed)
     }
 
     /// Returns what kNN answers for each of `queries`, with the `keep` nearest images. Each rank asks for a share of them.
@@ -150,7 +155,7 @@ impl Run {
     /// If no image can be read.
     fn features(&mut self, split: RunSplit, source: &Arc<dyn Source>) -> Result<Features> {
         let mut own = Features::none(self.method.backbone().features());
-        for piece in pieces(source, self.group()) {
+        for piece in pieces(source, &self.online) {
             let (backbone, policy) = (self.method.backbone(), &self.recipe.augment[0]);
             let found = self
                 .asked_to_stop()
@@ -191,7 +196,7 @@ impl Run {
     /// Accuracy of the method's classifier on a set, of which each rank has a share; `None` without a classifier.
     fn classifier_accuracy(&mut self, test: &Arc<dyn Source>) -> Result<Option<f64>> {
         let mut counts = [0; 2]; // right, all
-        for piece in pieces(test, self.group()) {
+        for piece in pieces(test, &self.online) {
             let Some(classifier) = self.method.classifier() else { return Ok(None) };
             let policy = &self.recipe.augment[0];
             let found = self
@@ -260,13 +265,15 @@ fn accuracy(answers: &[Answer], queries: &Features) -> f64 {
     right.count() as f64 / answers.len() as f64
 }
 
-/// Splits this rank's share of a set into pieces of [`PIECE`] images: as many on every rank, of which the last may be empty.
-fn pieces(source: &Arc<dyn Source>, group: &Group) -> impl Iterator<Item = Subset> + use<> {
+/// Splits this rank's share of a set into pieces: as many on every rank, of which the last may be empty.
+fn pieces(source: &Arc<dyn Source>, arena: &Arena) -> impl Iterator<Item = Subset> + use<> {
+    let (group, on_gpu) = (arena.group(), arena.device().kind() == DeviceKind::Cuda);
+    let piece = if on_gpu && group.size() == 1 { PIECE_OF_GPU } else { PIECE };
     let (source, share) = (source.clone(), group.share(source.len()));
-    let rounds = source.len().div_ceil(group.size()).div_ceil(PIECE);
+    let rounds = source.len().div_ceil(group.size()).div_ceil(piece);
     (0..rounds).map(move |round| {
-        let from = (share.start + round * PIECE).min(share.end);
-        let to = (from + PIECE).min(share.end);
+        let from = (share.start + round * piece).min(share.end);
+        let to = (from + piece).min(share.end);
         Subset::new(source.clone(), (from as u32..to as u32).collect())
     })
 }

@@ -1,27 +1,48 @@
 //! Sets that do not fit on a GPU: their batches are copied while the GPU computes, and nothing waits for that.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use selfsup::arena::Arena;
 use selfsup::data::augment::Policy;
-use selfsup::data::{Batch, Image, Loader, Source};
+use selfsup::data::{Batch, Image, Loader, Source, Transform, transformed_batch};
 use selfsup::device::{Device, Precision};
+use selfsup::methods::Method;
+use selfsup::methods::simclr::{Settings, SimClr};
 use selfsup::tensor::Tensor;
+use selfsup::{Error, eval, tape};
 
 use crate::driver::{StandIn, alone, gpu};
 use crate::graph_replay::{ManualRun, Outcome};
+use crate::methods::small;
 use crate::seeded::{bits, seed};
 
-/// Images of noise, of several shapes and about as many pixels, so that no later batch needs more room than the first.
-struct Noise;
+/// Images of noise, of several shapes and as many pixels, so that no later batch needs more room than the first.
+struct Noise {
+    images: usize,
+    /// This one cannot be read.
+    broken: Option<usize>,
+    reads: AtomicUsize,
+}
+
+impl Noise {
+    fn new(images: usize, broken: Option<usize>) -> Arc<Self> {
+        Arc::new(Self { images, broken, reads: AtomicUsize::new(0) })
+    }
+}
 
 const SHAPES: [[usize; 2]; 4] = [[24, 10], [12, 20], [16, 15], [30, 8]];
 
 impl Source for Noise {
     fn len(&self) -> usize {
-        24
+        self.images
     }
 
     fn read(&self, index: usize, into: &mut Image) -> selfsup::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        if self.broken == Some(index) {
+            return Err(Error::format(self.name(index), "is broken".to_owned()));
+        }
         let [width, height] = SHAPES[index % SHAPES.len()];
         let seed = seed(&format!("noise {index}"));
         let value = |i| (bits(seed, i) >> 56) as u8;
@@ -46,7 +67,7 @@ impl Source for Noise {
 /// A loader of pairs of views of [`ManualRun`]'s size; the images stay on the GPU if they take at most `budget` bytes.
 fn loader(device: &Device, budget: usize) -> Loader {
     let policies = vec![Policy { flip: 0.5, ..Policy::crop(8) }; 2];
-    Loader::new(Arc::new(Noise), policies, 4, 11, 2, device).unwrap().keep_at_most(budget)
+    Loader::new(Noise::new(24, None), policies, 4, 11, 2, device).unwrap().keep_at_most(budget)
 }
 
 const COUNTED: [&str; 3] = ["allocations", "waits", "cuGraphLaunch"];
@@ -137,4 +158,56 @@ fn a_failure_to_pin_a_batch_is_an_error_of_the_device() {
         drop::<Vec<Tensor>>(batch.crops);
         drop(loader);
     });
+}
+
+/// Features of 200 images, 64 at a time, one of which is broken.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn an_evaluation_reads_ahead_and_reads_nothing_that_lies_on_the_gpu() {
+    alone(
+        "streaming::an_evaluation_reads_ahead_and_reads_nothing_that_lies_on_the_gpu",
+        |driver| {
+            driver.check(false);
+            let device = gpu(Precision::Bf16);
+            let settings = Settings { hidden: 16, embedding: 8, ..Settings::default() };
+            let method = SimClr::new(&small(1), &settings);
+            let (arena, backbone) = (Arena::new(method.layout(), &device, 3), method.backbone());
+            let (set, policy, by) = (Noise::new(200, Some(70)), Policy::crop(8), Transform::Center);
+            // Batch after batch, each waited for.
+            let mut want = Vec::new();
+            for from in (0..200).step_by(64) {
+                let range = from..(from + 64).min(200);
+                let (batch, _) = transformed_batch(by, &*set, range, &policy, &device).unwrap();
+                let features =
+                    tape::evaluate(&arena, |tape| backbone.forward(&tape.input(&batch.crops[0])));
+                want.extend(features.unwrap().to_f64().into_iter().map(|v| v as f32));
+            }
+            assert!(want.iter().all(|v| v.is_finite()) && want.len() == 199 * backbone.features());
+            let mut loader =
+                Loader::new(set.clone(), vec![policy.clone()], 4, 11, 2, &device).unwrap();
+            assert!(loader.images().on_gpu(3).is_none(), "before they are placed");
+            loader.place_images().unwrap();
+            assert!(loader.images().on_gpu(3).is_some() && loader.images().on_gpu(70).is_none());
+            let read_again = [(set.clone() as Arc<dyn Source>, 200), (loader.images(), 1)];
+            for (source, reads) in &read_again {
+                for (seed, polls) in [(1, 0), (2, 0), (3, 50)] {
+                    driver.seed(seed);
+                    driver.stall(polls);
+                    let before = set.reads.load(Ordering::Relaxed);
+                    let mut done = Vec::new();
+                    let found = eval::embed(&arena, backbone, &**source, &policy, by, |images| {
+                        done.push(images);
+                    });
+                    driver.stall(0);
+                    let found = found.unwrap();
+                    assert!(found.values == want, "{seed}, {reads} read");
+                    assert_eq!(set.reads.load(Ordering::Relaxed) - before, *reads);
+                    assert_eq!(done, [64, 128, 192, 200]);
+                    let skipped: Vec<u32> = found.skipped.iter().map(|image| image.index).collect();
+                    assert_eq!(skipped, [70]);
+                    assert_eq!((found.names.len(), found.labels), (199, vec![-1; 199]));
+                }
+            }
+        },
+    );
 }

@@ -47,6 +47,11 @@ impl GpuAugmenter {
         }
     }
 
+    /// Returns how many views it makes at a time.
+    pub fn views(&self) -> usize {
+        self.count
+    }
+
     /// Writes `views` `[n, size, size, 4]` of images in `pixels` to `out`, f32 or bf16, in stream order; `gaussian` holds the
     /// weights of their blurs.
     ///

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::plan::{BatchPlan, CropBackend, lock};
 use super::prepared::{AugmentParams, Place};
+use super::resident::Resident;
 use crate::data::augment::GpuAugmenter;
 use crate::data::batch::Skipped;
 use crate::data::source::{Image, Source};
@@ -28,10 +29,10 @@ pub struct GpuCrops {
 
 /// Where the pixels come from.
 enum Pixels {
-    /// The whole set.
-    Set(Table<u8>),
+    /// The whole set, which lies there.
+    Set(Arc<Table<u8>>, Arc<[Place]>),
     /// Batch after batch.
-    Batches(Feed),
+    Batches(Box<Feed>),
 }
 
 impl GpuCrops {
@@ -57,7 +58,8 @@ impl GpuCrops {
             Some((pixels, places)) => {
                 let bytes = gib(pixels.len());
                 let sentence = format!("images: all {images} lie on the GPU, {bytes}");
-                (Pixels::Set(pixels), CropBackend::GpuFromSet(places), sentence)
+                let pixels = Pixels::Set(Arc::new(pixels), places.clone());
+                (pixels, CropBackend::GpuFromSet(places), sentence)
             }
             None => {
                 let sentence = format!(
@@ -65,11 +67,18 @@ impl GpuCrops {
                     gib(budget)
                 );
                 let backend = CropBackend::GpuFromBatch(Pinned::new(device));
-                (Pixels::Batches(Feed::new(device)), backend, sentence)
+                (Pixels::Batches(Box::new(Feed::new(device))), backend, sentence)
             }
         };
         plan.backend = backend;
         Ok((Self { augmenters, pixels }, sentence))
+    }
+
+    /// Returns the set as a source that knows where its images lie, if they lie on the GPU.
+    pub fn resident(&self, source: &Arc<dyn Source>) -> Option<Arc<dyn Source>> {
+        let Pixels::Set(pixels, places) = &self.pixels else { return None };
+        let (source, pixels, places) = (source.clone(), pixels.clone(), places.clone());
+        Some(Arc::new(Resident { source, pixels, places }))
     }
 
     /// Queues the kernels that make a batch's crops, and before them the copy of its pixels if the set is not on the GPU; one
@@ -85,7 +94,7 @@ impl GpuCrops {
             }
         };
         match (pixels, params.pixels) {
-            (Pixels::Set(pixels), _) => augment(pixels),
+            (Pixels::Set(pixels, _), _) => augment(pixels),
             (Pixels::Batches(feed), Some(batch)) => feed.send(batch, augment),
             (Pixels::Batches(_), None) => unreachable!("the threads read the pixels of each batch"),
         }

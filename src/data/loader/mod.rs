@@ -7,14 +7,17 @@
 //! broken one's stream, so that the two crops of that image in the batch differ).
 //!
 //! For a GPU the threads draw the parameters and read the images; a kernel makes the crops, bit-identical in 8 bits. A set
-//! that fits there is uploaded once, before the first batch.
+//! that fits there is uploaded once, before the first batch. Of a larger one the threads write each batch to pinned memory, and it
+//! is copied while the GPU computes with the one before ([`Feed`](crate::device::cuda::Feed)).
 //!
-//! Files, lowest first: `order`, `prepared` (what threads hand over), `plan` (the threads' side), `gpu`, this one.
+//! Files, lowest first: `order`, `prepared` (what threads hand over), `resident` (a set on a GPU), `plan` (the threads' side), `gpu`,
+//! this one.
 
 mod gpu;
 mod order;
 mod plan;
 mod prepared;
+mod resident;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -195,6 +198,14 @@ impl Loader {
         let (gpu_crops, sentence) = GpuCrops::new(plan, &self.device, self.budget)?;
         self.gpu_crops = Some(gpu_crops);
         Ok(Some(sentence))
+    }
+
+    /// Returns the loader's images as a source. Once they are [placed](Loader::place_images) and lie on a GPU, it knows where, and
+    /// an evaluation there does not read them again.
+    pub fn images(&self) -> Arc<dyn Source> {
+        let source = &self.plan.source;
+        let resident = self.gpu_crops.as_ref().and_then(|crops| crops.resident(source));
+        resident.unwrap_or_else(|| source.clone())
     }
 
     /// Returns empty tensors for the crops of a batch, on the loader's device in its activation type.

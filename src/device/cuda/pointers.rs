@@ -47,6 +47,11 @@ impl<T> In<'_, T> {
         self.address
     }
 
+    /// The number of values behind it.
+    pub(crate) fn count(self) -> usize {
+        self.read as usize / size_of::<T>()
+    }
+
     /// Whether the address is aligned for 16-byte accesses.
     pub(crate) fn is_aligned_16(self) -> bool {
         self.address.is_multiple_of(16)

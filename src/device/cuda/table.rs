@@ -29,6 +29,11 @@ impl<T: bytemuck::Pod> Table<T> {
         Self { memory: Memory::new(gpu, len * size_of::<T>()), len, element: PhantomData }
     }
 
+    /// The GPU that holds it.
+    pub(crate) fn device(&self) -> &Device {
+        self.memory.device()
+    }
+
     /// The number of values.
     pub(crate) fn len(&self) -> usize {
         self.len

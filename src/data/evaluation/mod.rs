@@ -1,19 +1,20 @@
 //! Images in order under the evaluation's transform.
 
+mod gpu;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::augment::{
-    GpuAugmenter, MOST_SHRINKING, Made, Policy, Scratch, Transform, View, taps, transform,
-};
+use gpu::Wanted;
+
+use super::augment::{Policy, Scratch, Transform, transform};
 use super::batch::{Batch, Skipped};
 use super::rows::rows_of;
-use super::source::{Format, Image, Source};
-use crate::device::cuda::Table;
+use super::source::{Image, Source};
 use crate::device::{Device, DeviceKind};
-use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// Returns the images `range` of a source under [`Transform::Center`], in order, as one tensor `[n, size, size, channels]` of a batch
 /// of epoch 0, with the policy's size, resampling, pixels and normalisation; and the broken images, which are left out. Images
@@ -47,12 +48,57 @@ pub fn transformed_batch(
     policy: &Policy,
     device: &Device,
 ) -> Result<(Batch, Vec<Skipped>)> {
-    let wanted: Vec<usize> = range.collect();
-    let (mut indices, mut skipped) = (wanted, Vec::new());
+    let (mut made, all) = (None, range.len());
+    each_batch(by, source, (range, all.max(1)), policy, device, &mut |batch, skipped| {
+        made = Some((batch, skipped));
+        Ok(())
+    })?;
+    Ok(made.expect("all images are one batch"))
+}
+
+/// Hands the images `range` of a source to `take`, so many at a time and in order, as [`transformed_batch`] returns them. For a
+/// GPU the next images are read while it computes, and are copied beside its other work; images that lie there
+/// ([`Source::on_gpu`]) are not read.
+///
+/// # Errors
+/// If an image cannot be read for another reason than that it is broken, or `take` fails.
+///
+/// # Panics
+/// If the range exceeds the source.
+pub(crate) fn each_batch(
+    by: Transform,
+    source: &dyn Source,
+    (range, batch): (Range<usize>, usize),
+    policy: &Policy,
+    device: &Device,
+    take: &mut dyn FnMut(Batch, Vec<Skipped>) -> Result<()>,
+) -> Result<()> {
+    if device.kind() == DeviceKind::Cuda {
+        return Wanted { by, source, policy, device }.each(range, batch, take);
+    }
+    let mut from = range.start;
     loop {
-        let make =
-            if device.kind() == DeviceKind::Cuda { transform_on_gpu } else { transform_on_host };
-        let (images, read) = make(by, source, &indices, policy, device);
+        let to = (from + batch).min(range.end);
+        let (batch, skipped) = batch_on_host(by, source, from..to, policy, device)?;
+        take(batch, skipped)?;
+        if to == range.end {
+            return Ok(());
+        }
+        from = to;
+    }
+}
+
+/// A batch of the images in `range`.
+fn batch_on_host(
+    by: Transform,
+    source: &dyn Source,
+    range: Range<usize>,
+    policy: &Policy,
+    device: &Device,
+) -> Result<(Batch, Vec<Skipped>)> {
+    let (mut indices, mut skipped): (Vec<usize>, Vec<_>) = (range.collect(), Vec::new());
+    loop {
+        let (images, read) = transform_on_host(by, source, &indices, policy, device);
         if read.iter().all(Result::is_ok) {
             let labels =
                 indices.iter().map(|&i| source.label(i).map_or(-1, |l| l as i32)).collect();
@@ -99,57 +145,11 @@ fn transform_on_host(
     (images, read)
 }
 
-/// Makes the views on a GPU; makes none if an image is broken.
-fn transform_on_gpu(
-    by: Transform,
-    source: &dyn Source,
-    indices: &[usize],
-    policy: &Policy,
-    device: &Device,
-) -> (Tensor, Vec<Result<()>>) {
-    let (size, format) = (policy.size, source.format());
-    let shape = [indices.len(), size, size, format.device_channels()];
-    let mut out = Tensor::empty(device, DType::of_activations(device), shape);
-    let read = |&index: &usize| {
-        let mut image = Image::default();
-        source.read(index, &mut image)?;
-        let view = View::middle(by, [image.width, image.height], policy, 0)
-            .filter(|view| view.shrinks_by() <= MOST_SHRINKING)
-            .ok_or_else(|| {
-                let reason = format!(
-                    "has too many pixels for a GPU ({} x {}): make it smaller",
-                    image.width, image.height
-                );
-                Error::format(source.name(index), reason)
-            })?;
-        Ok((image, view))
-    };
-    let images: Vec<Result<_>> = device.run(|| indices.par_iter().map(read).collect());
-    let readable = images.iter().flatten();
-    let bytes = readable.map(|(image, _)| image.pixels.len()).sum::<usize>();
-    if images.iter().any(Result::is_err) || bytes == 0 {
-        return (out, images.into_iter().map(|image| image.map(drop)).collect());
-    }
-    // Rounded up to few distinct sizes, because the pool keeps freed memory by size.
-    let mut pixels = Table::room(device, bytes.next_power_of_two());
-    let (mut all, mut views) = (Vec::with_capacity(bytes), Vec::new());
-    for (image, view) in images.iter().flatten() {
-        views.push(*view);
-        views.last_mut().expect("pushed just now").pixels = all.len() as i64;
-        all.extend_from_slice(&image.pixels);
-    }
-    pixels.write_at(0, &all);
-    let gaussian = vec![0.0; views.len() * taps(size)];
-    let needed = format != Format::RGB;
-    let made = Made::of(views.iter().map(|view| (view, policy, None)), format, needed);
-    GpuAugmenter::new(device, views.len(), size).make_any(&made, &gaussian, &pixels, &mut out);
-    (out, images.into_iter().map(|_| Ok(())).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::{Folder, Split, fashion_scattered};
+    use crate::error::Error;
 
     #[test]
     fn images_come_in_order_the_same_on_both_devices() {
