@@ -11,8 +11,9 @@ use std::{env, fs};
 use cuda_kernels_build::{Build, Error, Launches};
 
 const HOPPER: &str = "arch=compute_90a,code=sm_90a";
-// SASS for every 8.x chip, and PTX from which the driver compiles for later chips.
-const AMPERE: &str = "arch=compute_80,code=[sm_80,compute_80]";
+/// Machine code for further chips, such as `sm_100,sm_120`. Without it the driver compiles the PTX for them at the first use, which
+/// takes some 20 seconds. Not in every build: these two need half a minute of nvcc's time, and make the program 29 MB larger.
+const CHIPS: &str = "SELFSUP_CHIPS";
 
 fn main() -> Result<(), Error> {
     println!("cargo::rerun-if-changed=build.rs");
@@ -27,8 +28,11 @@ fn main() -> Result<(), Error> {
         // Tests of several processes carry `cfg_attr(no_mpi, ignore = ...)`, so that they are counted as ignored.
         println!("cargo::rustc-cfg=no_mpi");
     }
+    println!("cargo::rerun-if-env-changed={CHIPS}");
+    // SASS for every 8.x chip and those that are asked for, and PTX from which the driver compiles for later chips.
+    let ampere = format!("arch=compute_80,code=[{}compute_80]", chips(&["sm_80"]));
     Build::new("kernels")
-        .targets([HOPPER, AMPERE])
+        .targets([HOPPER, &ampere])
         // These use instructions that only Hopper has.
         .targets_of("_sm90", [HOPPER])
         .flags(["-std=c++20", "-O3", "-lineinfo"])
@@ -41,6 +45,19 @@ fn main() -> Result<(), Error> {
     let recipes = embedded("RECIPES", "recipes") + &embedded("STUDIES", "recipes/studies");
     fs::write(out.join("recipes.rs"), recipes).expect("OUT_DIR is writable");
     Ok(())
+}
+
+/// A list of `usual` chips and those that are asked for, for nvcc: each with a comma behind it.
+fn chips(usual: &[&str]) -> String {
+    let asked = env::var(CHIPS).unwrap_or_default();
+    let asked = asked.split(',').map(str::trim).filter(|chip| !chip.is_empty());
+    let mut list = String::new();
+    for chip in usual.iter().copied().chain(asked) {
+        let number = chip.strip_prefix("sm_").and_then(|number| number.parse::<u32>().ok());
+        assert!(number.is_some(), "{CHIPS}: `{chip}` is no chip like sm_120");
+        list += &format!("{chip},");
+    }
+    list
 }
 
 /// A table of the names and texts of the TOML files in `folder`, as Rust.

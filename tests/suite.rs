@@ -20,6 +20,8 @@ mod channel_views;
 mod channels;
 #[path = "suite/check.rs"]
 mod check;
+#[path = "suite/chips.rs"]
+mod chips;
 #[path = "suite/collapse.rs"]
 mod collapse;
 #[path = "suite/compare.rs"]

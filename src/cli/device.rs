@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::talk;
-use crate::device::{Bf16Path, Device, DeviceKind, Launch, Precision};
+use crate::device::{Bf16Path, Device, DeviceKind, Launch, Precision, compiles_first};
 use crate::error::{Error, Result};
 use crate::recipes::{MOST_THREADS, TrainSettings};
 
@@ -59,9 +59,16 @@ pub(super) fn choose(
         // This thread does nothing but drive the device.
         Device::cpu_with_this_thread(threads)?.with_precision(on(DeviceKind::Cpu))
     };
-    let gpu = |ordinal| Device::cuda(ordinal, on(DeviceKind::Cuda));
+    let tell = |ordinal| compiles_first(ordinal).iter().for_each(|sentence| talk(sentence));
+    let gpu = |ordinal| {
+        tell(ordinal);
+        Device::cuda(ordinal, on(DeviceKind::Cuda))
+    };
     let first = || match &launch {
-        Some(launch) => Device::cuda_of_rank(launch, on(DeviceKind::Cuda)),
+        Some(launch) => {
+            tell(0); // GPUs of a machine are of one model, or nearly always
+            Device::cuda_of_rank(launch, on(DeviceKind::Cuda))
+        }
         None => gpu(0),
     };
     let (device, why) = match name {

@@ -318,6 +318,12 @@ pub fn gpus() -> Vec<String> {
     cuda::describe()
 }
 
+/// Returns a sentence to show before GPU `ordinal` is opened if that takes long, because the program has no machine code for it and
+/// the driver compiles the kernels; `None` if not, or if there is no such GPU.
+pub fn compiles_first(ordinal: usize) -> Option<String> {
+    cuda::compiles_first(ordinal)
+}
+
 /// The model of a GPU and the CUDA version of its driver: what decides whether its kernels have been proved.
 ///
 /// # Panics

@@ -30,6 +30,36 @@ impl File {
     fn is_hopper_only(&self) -> bool {
         self.targets == ["sm_90a"]
     }
+
+    /// Whether it has machine code for a chip: that of an older chip of its generation runs, too, unless it is for that one alone.
+    fn has_code_for(&self, (major, minor): (i32, i32)) -> bool {
+        let runs = |target: &&str| {
+            let chip = target.strip_prefix("sm_")?;
+            match chip.strip_suffix('a') {
+                Some(alone) => (alone.parse() == Ok(10 * major + minor)).then_some(()),
+                None => {
+                    let number: i32 = chip.parse().ok()?;
+                    (number / 10 == major && number % 10 <= minor).then_some(())
+                }
+            }
+        };
+        self.targets.iter().any(|target| runs(target).is_some())
+    }
+}
+
+/// The chips that the kernels have machine code for, in nvcc's words, the oldest first.
+pub(super) fn chips() -> Vec<&'static str> {
+    let all = FILES.iter().flat_map(|file| file.targets);
+    let mut chips: Vec<&str> = all.copied().filter(|target| target.starts_with("sm_")).collect();
+    chips.sort_unstable_by_key(|chip| (chip.len(), *chip));
+    chips.dedup();
+    chips
+}
+
+/// Whether the driver has to compile kernels for a chip when they are loaded.
+pub(super) fn are_compiled_for(capability: (i32, i32)) -> bool {
+    let missing = |file: &File| !file.is_hopper_only() && !file.has_code_for(capability);
+    COMPILER.is_some() && FILES.iter().any(missing)
 }
 
 /// An entry point.
@@ -191,14 +221,7 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
         if file.is_hopper_only() && capability != (9, 0) {
             continue;
         }
-        let refused = |e| {
-            let (major, minor) = capability;
-            Error::Device(format!(
-                "the driver does not load kernels/{}.cu for compute capability {major}.{minor}: {}",
-                file.name,
-                words(e)
-            ))
-        };
+        let refused = |e| refusal(file, capability, e);
         // SAFETY: the image is a complete fatbin, whose header holds its length.
         let module =
             unsafe { result::module::load_data(file.image.as_ptr().cast()) }.map_err(refused)?;
@@ -216,6 +239,20 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
         }
     }
     Ok(loaded)
+}
+
+/// Why a driver does not load a file, and what to do about it.
+fn refusal(file: &File, (major, minor): (i32, i32), e: DriverError) -> Error {
+    let (name, why) = (file.name, words(e));
+    Error::Device(match e.0 {
+        CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => format!(
+            "the driver has to compile the kernels for compute capability {major}.{minor} and does not know the PTX that nvcc wrote ({}): install a newer driver, or build the program with SELFSUP_CHIPS=sm_{major}{minor}",
+            COMPILER.unwrap_or_default()
+        ),
+        _ => format!(
+            "the driver does not load kernels/{name}.cu for compute capability {major}.{minor}: {why}"
+        ),
+    })
 }
 
 /// Asks for all of a multiprocessor's shared memory rather than cache for kernels whose blocks hold much of it, those of the

@@ -24,7 +24,7 @@ mod table;
 mod timer;
 
 pub(crate) use conformance::check as conformance;
-pub(crate) use describe::{describe, driver_version};
+pub(crate) use describe::{compiles_first, describe, driver_version};
 pub(crate) use feed::{Feed, Pinned, PinnedBatch};
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;
