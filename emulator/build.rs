@@ -32,6 +32,7 @@ struct Folders {
 }
 
 fn main() {
+    println!("cargo::rerun-if-env-changed={MARCH}");
     let here = PathBuf::from(env::var("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
     let folders = Folders { host: out.join("host"), here, out };
@@ -117,6 +118,9 @@ fn main() {
     fs::write(folders.out.join("files.rs"), table).expect("OUT_DIR is writable");
 }
 
+/// The processor that kernels are compiled for, in place of the one that builds: for a library that is carried to another machine.
+const MARCH: &str = "SELFSUP_STAND_IN_MARCH";
+
 fn stem(path: &Path) -> String {
     path.file_stem().expect("a file").to_string_lossy().into_owned()
 }
@@ -143,8 +147,11 @@ fn compile(
     let path = source.path.canonicalize().expect("it was read");
     let wrapper = format!("#include \"{}\"\n{}", path.display(), table(&source.kernels));
     let own = if checked { CHECKED_FLAGS } else { PLAIN_FLAGS };
-    let flags: Vec<&str> =
+    let mut flags: Vec<&str> =
         KERNEL_FLAGS.iter().chain(own).chain(&["-DSELFSUP_ON_HOST"]).copied().collect();
+    // Of two, the compiler takes the last.
+    let march = env::var(MARCH).ok().map(|of| format!("-march={of}"));
+    flags.extend(march.as_deref());
 
     let mut key = DefaultHasher::new();
     (headers, &wrapper, &flags, fs::read(&source.path).expect("a readable kernel file"))

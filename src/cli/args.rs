@@ -467,7 +467,7 @@ mod tests {
 
     #[test]
     fn every_command_of_the_pages_is_accepted() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let root = Path::new(""); // not the path of the machine that built it: these tests are in bundles, too
         let Ok(pages) = std::fs::read_dir(root.join("docs")) else {
             return; // a package has no pages
         };

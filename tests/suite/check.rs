@@ -6,7 +6,7 @@ use std::process::Output;
 use selfsup::check::{self, Verdict, WIDER};
 use selfsup::device::{Device, Precision};
 
-use crate::driver::with_driver;
+use crate::driver::{on_stand_in, with_driver};
 use crate::golden::Goldens;
 use crate::program::{program, with_settings};
 
@@ -92,14 +92,20 @@ fn training_proves_a_gpu_model_once_and_refuses_one_that_computes_wrongly() {
     let second = train(folder.path(), "second", &cache, "");
     assert!(second.status.success() && !told(&second).contains(proved), "{}", told(&second));
 
-    if crate::driver::open().is_none() {
-        return; // a real GPU computes nothing wrong on request
-    }
-    // A cache that cannot be written is no error; a kernel that fails is one, before anything is trained.
-    let nowhere = Path::new("/dev/null");
-    let wrong = train(folder.path(), "wrong", nowhere, "kernel:conform_warp:1:719");
-    let told = told(&wrong);
-    assert!(told.contains("fails this program's self-test") && told.contains("warp"), "{told}");
-    assert_eq!(wrong.status.code(), Some(1), "{told}");
-    assert!(!folder.path().join("wrong").exists(), "{told}");
+    on_stand_in(
+        "check::training_proves_a_gpu_model_once_and_refuses_one_that_computes_wrongly",
+        || {
+            // A real GPU computes nothing wrong on request. A cache that cannot be written is no error; a kernel that fails is one,
+            // before anything is trained.
+            let nowhere = Path::new("/dev/null");
+            let wrong = train(folder.path(), "wrong", nowhere, "kernel:conform_warp:1:719");
+            let told = told(&wrong);
+            assert!(
+                told.contains("fails this program's self-test") && told.contains("warp"),
+                "{told}"
+            );
+            assert_eq!(wrong.status.code(), Some(1), "{told}");
+            assert!(!folder.path().join("wrong").exists(), "{told}");
+        },
+    );
 }

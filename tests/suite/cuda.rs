@@ -110,6 +110,50 @@ fn large_tiles_agree_with_the_f64_reference() {
     });
 }
 
+/// Small problems for which the launch lines choose a large tile, because its GEMM is one tile high or its sum short.
+const TILED: [(&str, &[&str]); 11] = [
+    ("linear n=16896 d=8 k=8 bias=1", &["matmul_nt_bf16_128x64", "matmul_nn_bf16_128x64"]),
+    ("linear n=1100 d=8 k=1024 bias=0", &["matmul_nt_bf16_128x128"]),
+    ("linear n=1100 d=1024 k=8 bias=0", &["matmul_nn_bf16_128x128"]),
+    ("linear n=8 d=768 k=768 bias=0", &["matmul_tn_bf16_64x128"]),
+    ("linear n=8 d=512 k=2176 bias=0", &["matmul_tn_bf16_128x128"]),
+    ("conv2d n=8 h=33 w=34 c=8 k=8 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_128x64"]),
+    ("conv2d n=16 h=16 w=17 c=8 k=256 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_128x128"]),
+    ("conv2d n=8 h=32 w=33 c=8 k=32 r=3 s=3 stride=2 pad=1", &["conv2d_data_gradient_bf16_128x64"]),
+    (
+        "conv2d n=1 h=2 w=2 c=1024 k=32 r=3 s=3 stride=2 pad=1",
+        &["conv2d_weight_gradient_bf16_64x128"],
+    ),
+    (
+        "conv2d n=1 h=2 w=2 c=64 k=2048 r=3 s=3 stride=2 pad=1",
+        &["conv2d_weight_gradient_bf16_128x128"],
+    ),
+    ("conv2d n=4 h=80 w=80 c=4 k=8 r=7 s=7 stride=1 pad=3", &["conv2d_weight_gradient_bf16_stem"]),
+];
+
+/// Every tile that a launch line can choose, chosen by one.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn every_large_tile_is_chosen_and_agrees_with_the_f64_reference() {
+    let name = "cuda::every_large_tile_is_chosen_and_agrees_with_the_f64_reference";
+    alone(name, |driver| {
+        driver.check(false);
+        let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+        for (line, kernels) in TILED {
+            let case = case(line).rounded();
+            let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
+            let parts = got.parts(&case).zip(want.parts(&case));
+            let results = parts.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
+            report(line, results.collect());
+            for kernel in kernels {
+                let launches = driver.count(&format!("kernel:{kernel}"));
+                assert!(launches > 0, "{line}: {kernel} was not chosen");
+            }
+            driver.reset();
+        }
+    });
+}
+
 /// More rows than there are groups of tiles: blocks with several tiles each way.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]

@@ -2,7 +2,8 @@
 //!
 //! The stand-in is opened before anything asks for `libcuda.so`, so the loader returns it from then on.
 //! `SELFSUP_DRIVER=real` or `stand-in` overrides. Its counters, injected faults and errors are per process, so tests that use
-//! them run in a separate process ([`alone`]).
+//! them run in a separate process ([`alone`]). That process has the stand-in, whatever the driver of the others: no test is left out
+//! on a machine with a GPU.
 //!
 //! A test that runs kernels carries `#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]`, so that
 //! a build without nvcc reports and counts it as ignored instead of failing.
@@ -207,18 +208,23 @@ pub fn unchecked(name: &str, test: impl FnOnce()) {
     again(name, |program| program.env(CHECK, "0").env("SELFSUP_DRIVER", "stand-in"));
 }
 
-/// Runs `test` in a separate process, given the full name of the calling test: starts the test binary again for that one test. A
-/// real driver has no counters, so there the test prints that it was skipped.
+/// Runs `test` in a separate process, given the full name of the calling test: starts the test binary again for that one test. It runs
+/// on the stand-in, which has counters and fails on request, on machines with a GPU too.
 pub fn alone(name: &str, test: impl FnOnce(&StandIn)) {
     const MARK: &str = "SELFSUP_TEST_ALONE";
     if std::env::var_os(MARK).is_some() {
-        return test(open().expect("the parent saw the stand-in driver"));
-    }
-    if open().is_none() {
-        println!("skipped on a real driver: {name}");
-        return;
+        return test(open().expect("the parent asked for the stand-in driver"));
     }
     again(name, |program| program.env(MARK, "1").env("SELFSUP_DRIVER", "stand-in"));
+}
+
+/// Runs `test`, given the full name of the calling test, on the stand-in: where the other tests run on a real driver, in a separate
+/// process. For what a real GPU does not do on request, and for several GPUs.
+pub fn on_stand_in(name: &str, test: impl FnOnce()) {
+    match open() {
+        Some(_) => test(),
+        None => again(name, |program| program.env("SELFSUP_DRIVER", "stand-in")),
+    }
 }
 
 /// Starts the test binary again for one test and prints its output.

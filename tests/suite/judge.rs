@@ -8,8 +8,9 @@ use crate::program::{program, text};
 
 fn judge(words: &[&str]) -> Output {
     let mut command = program();
-    // Engines are compiled once for all tests.
-    command.arg("judge").args(words).env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
+    // Engines are compiled once for all tests; next to the tests, where a bundle can write, too.
+    let cache = std::env::current_exe().unwrap().with_file_name("judge-cache");
+    command.arg("judge").args(words).env("XDG_CACHE_HOME", cache);
     command.output().expect("the program starts")
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use selfsup::train;
 
-use crate::driver::{self, StandIn};
+use crate::driver::{self, StandIn, on_stand_in};
 use crate::faults::preload;
 use crate::program::{selfsup, text};
 
@@ -316,19 +316,18 @@ fn on_gpus(folder: &Path) -> Command {
     ignore = "needs MPI and CUDA kernels: run scripts/fetch-mpi and scripts/fetch-nvcc"
 )]
 fn ranks_on_gpus_that_cannot_train_together_say_so_once() {
-    if driver::open().is_none() {
-        return println!("skipped on a real driver: it may have one GPU");
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let mut shared = on_gpus(folder.path());
-    shared.env("SELFSUP_STAND_IN_SHARED", "1");
-    fails(shared, "ranks 0 and 1 have the same GPU: there are more ranks than GPUs");
-    let mut missing = on_gpus(folder.path());
-    missing.env("SELFSUP_NCCL", "/nowhere/libnccl.so.2");
-    fails(missing, "rank 0 of 2: no NCCL can be opened, which several GPUs need: ");
-    let mut other = on_gpus(folder.path());
-    other.env("SELFSUP_NCCL", "libc.so.6");
-    fails(other, "(lacks ncclGetVersion: it is no NCCL, or one older than 2.14)");
+    on_stand_in("rank_failures::ranks_on_gpus_that_cannot_train_together_say_so_once", || {
+        let folder = tempfile::tempdir().unwrap();
+        let mut shared = on_gpus(folder.path());
+        shared.env("SELFSUP_STAND_IN_SHARED", "1");
+        fails(shared, "ranks 0 and 1 have the same GPU: there are more ranks than GPUs");
+        let mut missing = on_gpus(folder.path());
+        missing.env("SELFSUP_NCCL", "/nowhere/libnccl.so.2");
+        fails(missing, "rank 0 of 2: no NCCL can be opened, which several GPUs need: ");
+        let mut other = on_gpus(folder.path());
+        other.env("SELFSUP_NCCL", "libc.so.6");
+        fails(other, "(lacks ncclGetVersion: it is no NCCL, or one older than 2.14)");
+    });
 }
 
 #[test]
@@ -337,24 +336,27 @@ fn ranks_on_gpus_that_cannot_train_together_say_so_once() {
     ignore = "needs MPI and CUDA kernels: run scripts/fetch-mpi and scripts/fetch-nvcc"
 )]
 fn a_rank_that_hangs_in_the_middle_of_a_step_on_gpus_is_named() {
-    if driver::open().is_none() {
-        return println!("skipped on a real driver: it may have one GPU");
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let mut command = on_gpus(folder.path());
-    command.env("SELFSUP_RANK_TIMEOUT", "2").env("SELFSUP_STAND_IN_NCCL_SECONDS", "1");
-    let launcher = command.spawn().unwrap();
-    wait_for(folder.path(), 7);
-    signal(&processes(&launcher)[1], "STOP");
-    let output = end(launcher);
-    let said = sentences(&output);
-    // It depends on the moment whether the other rank waits in a collective of the step or between two steps.
-    let in_step = |said: &str| {
-        said.contains("rank 0 of 2: ")
-            && said.contains(" failed in step ")
-            && said.contains("rank 1 has not come within 1 s")
-    };
-    let between = |said: &str| said.contains("rank 0 has waited ") && said.contains(" in step ");
-    assert!(said.len() == 1 && (in_step(said[0]) || between(said[0])), "{output:?}");
-    resumes(folder.path());
+    on_stand_in(
+        "rank_failures::a_rank_that_hangs_in_the_middle_of_a_step_on_gpus_is_named",
+        || {
+            let folder = tempfile::tempdir().unwrap();
+            let mut command = on_gpus(folder.path());
+            command.env("SELFSUP_RANK_TIMEOUT", "2").env("SELFSUP_STAND_IN_NCCL_SECONDS", "1");
+            let launcher = command.spawn().unwrap();
+            wait_for(folder.path(), 7);
+            signal(&processes(&launcher)[1], "STOP");
+            let output = end(launcher);
+            let said = sentences(&output);
+            // It depends on the moment whether the other rank waits in a collective of the step or between two steps.
+            let in_step = |said: &str| {
+                said.contains("rank 0 of 2: ")
+                    && said.contains(" failed in step ")
+                    && said.contains("rank 1 has not come within 1 s")
+            };
+            let between =
+                |said: &str| said.contains("rank 0 has waited ") && said.contains(" in step ");
+            assert!(said.len() == 1 && (in_step(said[0]) || between(said[0])), "{output:?}");
+            resumes(folder.path());
+        },
+    );
 }
