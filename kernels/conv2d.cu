@@ -13,13 +13,15 @@
 // The host's table of tile shapes chooses the tile and the split-K of a weight gradient. A kernel requires,
 // in addition to pointers that are multiples of 16:
 //
-//     bf16_128x128, 128x64, 64x128   r and s at most 8, an image of at most 2^24 elements, c a multiple of 8;
+//     bf16_256x64, 128x128, 128x64, 64x128
+//                                    r and s at most 8, an image of at most 2^24 elements, c a multiple of 8;
 //                                    the weight gradient: k a multiple of 8, an x of less than 2^31 pieces of
 //                                    8 channels (bf16_stem: of 4); the data gradient: k a multiple of 32
 //     bf16_stem (128x64, 64x128)     the same, but c a multiple of 4: images of four channels
 //     bf16_64x64, f32 (64x64)        nothing, not even aligned pointers
 //
-// Blocks of (128, 1, 1) for bf16 and (256, 1, 1) for f32, no dynamic shared memory. Grids, the tile M x N:
+// Blocks of (128, 1, 1) for bf16 and (256, 1, 1) for f32. Dynamic shared memory: 61,440 bytes for
+// bf16_256x64, none for the others. Grids, the tile M x N:
 //
 //     conv2d                  (ceil(n p q / M) ceil(k / N), 1, 1)
 //     conv2d_data_gradient    (ceil(n ceil(h / stride) ceil(w / stride) / M) ceil(c / N), 1, stride stride)
@@ -38,8 +40,9 @@
 
 using Small = Tile64x64;
 static_assert(Tile128x128::THREADS == 128 && Tile128x64::THREADS == 128 && Tile64x128::THREADS == 128 &&
-                  Small::THREADS == 128 && TileF32::THREADS == 256,
+                  Tile256x64::THREADS == 128 && Small::THREADS == 128 && TileF32::THREADS == 256,
               "as in BOUNDS below");
+static_assert(Tile256x64::BYTES == 61440, "what the launch gives");
 
 __device__ __forceinline__ PatchGeometry patches_of_x(const Dims& d) {
     return {.n = d.n,
@@ -213,6 +216,11 @@ KERNEL BOUNDS(128, 2) void conv2d_bf16_128x128(bf16* y, float* moments, const bf
                                                int stride, int pad) {
     conv2d<Tile128x128, 8>(y, moments, x, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad});
 }
+KERNEL BOUNDS(128, 2) void conv2d_bf16_256x64(bf16* y, float* moments, const bf16* x, const bf16* filters,
+                                              int n, int h, int w, int c, int k, int r, int s, int p, int q,
+                                              int stride, int pad) {
+    conv2d<Tile256x64, 8>(y, moments, x, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad});
+}
 KERNEL BOUNDS(128, 2) void conv2d_bf16_128x64(bf16* y, float* moments, const bf16* x, const bf16* filters,
                                               int n, int h, int w, int c, int k, int r, int s, int p, int q,
                                               int stride, int pad) {
@@ -235,6 +243,13 @@ KERNEL BOUNDS(128, 2) void conv2d_data_gradient_bf16_128x128(bf16* dx, const bf1
                                                              int accumulate) {
     conv2d_data_gradient<Tile128x128>(dx, dy, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad},
                                       accumulate);
+}
+KERNEL BOUNDS(128, 2) void conv2d_data_gradient_bf16_256x64(bf16* dx, const bf16* dy, const bf16* filters,
+                                                            int n, int h, int w, int c, int k, int r, int s,
+                                                            int p, int q, int stride, int pad,
+                                                            int accumulate) {
+    conv2d_data_gradient<Tile256x64>(dx, dy, filters, Dims{n, h, w, c, k, r, s, p, q, stride, pad},
+                                     accumulate);
 }
 KERNEL BOUNDS(128, 2) void conv2d_data_gradient_bf16_128x64(bf16* dx, const bf16* dy, const bf16* filters,
                                                             int n, int h, int w, int c, int k, int r, int s,

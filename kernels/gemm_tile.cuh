@@ -15,7 +15,8 @@
 // takes for it. Warps of 64 x 32 move 288 bytes per mma and those of 32 x 32 384, so small tiles are for
 // problems that would otherwise not fill the chip. 48 KB and at most 255 registers for 128 threads: an
 // occupancy of two blocks per multiprocessor from sm_80 on, where 64 mma keep each of the four schedulers
-// busy for 410 to 512 cycles.
+// busy for 410 to 512 cycles. The tall tile, 256 x 64 for few columns, has four warps of 64 x 64, too, and
+// 208 bytes per mma; its three stages take 60 KB, and a multiprocessor holds two blocks.
 //
 // One main-loop step of a warp of the 128 x 128 tile, by nvcc 13.0 for sm_90a: 64 HMMA, 16 LDSM, 8 LDGSTS,
 // one barrier, in 146 to 156 instructions for matmul.cu, 175 for a convolution, 188 for its data gradient and
@@ -116,11 +117,20 @@ struct CopyMap {
     }
 };
 
-/// The block's static shared memory: one allocation, however many tiles a kernel chooses from.
+/// The shared memory that a block has without asking the driver.
+constexpr int STATIC_SHARED = 48 << 10;
+
+/// The block's shared memory: static, one allocation, however many tiles a kernel chooses from; or, of more
+/// than STATIC_SHARED bytes, what the launch gives.
 template <int BYTES>
 __device__ __forceinline__ unsigned char* shared_memory() {
-    __shared__ __align__(128) unsigned char memory[BYTES];
-    return memory;
+    if constexpr (BYTES > STATIC_SHARED) {
+        DYNAMIC_SHARED(unsigned char, memory);
+        return memory;
+    } else {
+        __shared__ __align__(128) unsigned char memory[BYTES];
+        return memory;
+    }
 }
 
 /// Where the epilogue writes.
@@ -151,7 +161,6 @@ struct TensorTile {
     static constexpr int MMA_M = WARP_M / 16, MMA_N = WARP_N / 8;
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "fragments of B are loaded in pairs");
     static constexpr int STAGE = (M + N) * TILE_K, BYTES = STAGES * STAGE * 2;
-    static_assert(BYTES <= 48 << 10, "static shared memory");
     // The epilogue stages bf16 results in one pass, rounded, and f32 ones STAGED of each warp's MMA_M rows of
     // fragments at a time, as many as fit in the memory of the main loop. Rows are padded by 8 elements: the
     // rows of a fragment that are written at once are in different banks.
@@ -514,8 +523,9 @@ struct TensorTile {
 };
 
 // The tiles that kernels are instantiated for; the host's table of tile shapes lists the same. Three stages
-// of the large one are all the static shared memory that a block may have.
+// of the large one are all the static shared memory that a block may have; those of the tall one are dynamic.
 using Tile128x128 = TensorTile<128, 128, 2, 2, 3>;
+using Tile256x64 = TensorTile<256, 64, 4, 1, 3>;
 using Tile128x64 = TensorTile<128, 64, 2, 2, 4>;
 using Tile64x128 = TensorTile<64, 128, 2, 2, 4>;
 using Tile64x64 = TensorTile<64, 64, 2, 2, 4>;

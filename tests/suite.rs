@@ -132,6 +132,8 @@ mod streaming;
 mod studies;
 #[path = "suite/surface.rs"]
 mod surface;
+#[path = "suite/tiles.rs"]
+mod tiles;
 #[path = "suite/torchrun.rs"]
 mod torchrun;
 #[path = "suite/traffic.rs"]

@@ -251,9 +251,9 @@ impl Kernel {
         self.build(false).entry.bounds as u32
     }
 
-    /// Bytes of static shared memory of the entire file, an upper bound for this kernel.
+    /// Bytes of static shared memory of the entire file, or the most that a kernel may have: an upper bound for this kernel.
     pub fn static_shared(&self) -> usize {
-        self.build(false).loaded.tls_size
+        self.build(false).loaded.tls_size.min(48 << 10)
     }
 
     /// Runs one launch to completion.

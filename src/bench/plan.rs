@@ -29,7 +29,7 @@ pub struct Planned {
     /// Waves: blocks over the number that the chip holds at once.
     pub waves: f64,
     /// Registers per thread and bytes of shared memory per block; `None` in a build without nvcc.
-    pub resources: Option<&'static Resources>,
+    pub resources: Option<Resources>,
     /// Blocks that a multiprocessor holds at once; 2 in a build without nvcc.
     pub held: usize,
     /// Warps on a multiprocessor, as a share of the 64 that it can hold.
@@ -63,7 +63,10 @@ pub fn plan(case: &Case, chip: &Chip, sm: &str) -> LaunchPlan {
 }
 
 fn planned(launched: &Launched, chip: &Chip, sm: &str) -> Planned {
+    // What the launch gives of a tile comes on top of what the assembler has counted.
+    let dynamic = launched.gemm.map_or(0, |gemm| gemm.tile().dynamic_shared());
     let resources = RESOURCES.iter().find(|r| r.kernel == launched.kernel && r.chip == sm);
+    let resources = resources.map(|r| Resources { shared: r.shared + dynamic, ..*r });
     let held = resources.map_or(2, |r| chip.blocks(launched.threads, r.registers, r.shared).max(1));
     // A loop that fills the chip has at most 8 blocks per multiprocessor.
     let blocks = match launched.blocks {
@@ -190,7 +193,8 @@ mod tests {
                 let resources = RESOURCES.iter().find(|r| r.kernel == name && r.chip == "sm_90a");
                 let resources = resources.unwrap();
                 let mix = resources.mix.unwrap();
-                let held = chip.blocks(launched.threads, resources.registers, resources.shared);
+                let shared = resources.shared + gemm.tile().dynamic_shared();
+                let held = chip.blocks(launched.threads, resources.registers, shared);
                 let outputs = (gemm.m * gemm.n) as f64;
                 let partial = 8.0 * outputs / gemm.tile().m as f64;
                 let seconds = |moments: bool| {

@@ -248,7 +248,7 @@ fn paper(args: &BenchArgs, cases: &[Case], chip: &Chip, extent: &Extent) -> Resu
         for (i, kernel) in plan.kernels.iter().enumerate() {
             let first = |text: String| if i == 0 { text } else { String::new() };
             let resource = |of: fn(&crate::device::Resources) -> usize| {
-                kernel.resources.map_or("?".into(), |r| of(r).to_string())
+                kernel.resources.as_ref().map_or("?".into(), |r| of(r).to_string())
             };
             table.row([
                 first(case.name.clone()),

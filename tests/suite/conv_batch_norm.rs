@@ -10,7 +10,7 @@ use selfsup::tape;
 use selfsup::tensor::{DType, Tensor};
 
 use crate::compare::{close, report};
-use crate::driver::{alone, gpu};
+use crate::driver::{alone, gpu, open, unchecked};
 use crate::network::images;
 use crate::seeded;
 
@@ -77,14 +77,16 @@ fn fused_batch_norm_equals_convolution_then_batch_norm() {
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
 fn moments_of_many_tiles_are_merged_first() {
-    alone("conv_batch_norm::moments_of_many_tiles_are_merged_first", |driver| {
-        driver.check(false);
+    unchecked("conv_batch_norm::moments_of_many_tiles_are_merged_first", || {
         let gpu = gpu(Precision::Bf16);
-        let (sizes, merges) = ([2, 512, 1, 1, 1], || driver.count("kernel:batch_norm_merge"));
+        // A real driver has no counters.
+        let merges = || open().map(|driver| driver.count("kernel:batch_norm_merge"));
+        let (sizes, none) = ([2, 512, 1, 1, 1], merges());
         let got = unit(&gpu, sizes, true);
-        assert_eq!(merges(), 1);
+        let one = none.map(|none| none + 1);
+        assert_eq!(merges(), one);
         let want = unit(&gpu, sizes, false);
-        assert_eq!(merges(), 1);
+        assert_eq!(merges(), one);
         let y = close("y", &got.0, &want.0, 1e-3);
         report("merged moments", vec![y, close("statistics", &got.1, &want.1, 1e-6)]);
     });

@@ -85,92 +85,6 @@ fn long_sums_agree_with_the_f64_reference() {
     agree("long sums in bf16", &gpu(Precision::Bf16), rounded, |_, _| 1e-2);
 }
 
-/// Problems whose large tiles fill a GPU, with short sums. They run on all blocks, without access checks for speed.
-#[test]
-#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn large_tiles_agree_with_the_f64_reference() {
-    alone("cuda::large_tiles_agree_with_the_f64_reference", |driver| {
-        driver.check(false);
-        let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
-        let kernels = [
-            &["matmul_nt_bf16_128x128", "matmul_nn_bf16_128x64"][..],
-            &["conv2d_data_gradient_bf16_128x128"],
-            &["conv2d_bf16_stem"],
-        ];
-        for (line, kernels) in LARGE.iter().zip(kernels) {
-            let case = case(line).rounded();
-            let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
-            let parts = got.parts(&case).zip(want.parts(&case));
-            let results = parts.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
-            report(line, results.collect());
-            for kernel in kernels {
-                assert_eq!(driver.count(&format!("kernel:{kernel}")), 1, "{line}: {kernel}");
-            }
-        }
-    });
-}
-
-/// Small problems for which the launch lines choose a large tile, because its GEMM is one tile high or its sum short.
-const TILED: [(&str, &[&str]); 11] = [
-    ("linear n=16896 d=8 k=8 bias=1", &["matmul_nt_bf16_128x64", "matmul_nn_bf16_128x64"]),
-    ("linear n=1100 d=8 k=1024 bias=0", &["matmul_nt_bf16_128x128"]),
-    ("linear n=1100 d=1024 k=8 bias=0", &["matmul_nn_bf16_128x128"]),
-    ("linear n=8 d=768 k=768 bias=0", &["matmul_tn_bf16_64x128"]),
-    ("linear n=8 d=512 k=2176 bias=0", &["matmul_tn_bf16_128x128"]),
-    ("conv2d n=8 h=33 w=34 c=8 k=8 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_128x64"]),
-    ("conv2d n=16 h=16 w=17 c=8 k=256 r=3 s=3 stride=1 pad=1", &["conv2d_bf16_128x128"]),
-    ("conv2d n=8 h=32 w=33 c=8 k=32 r=3 s=3 stride=2 pad=1", &["conv2d_data_gradient_bf16_128x64"]),
-    (
-        "conv2d n=1 h=2 w=2 c=1024 k=32 r=3 s=3 stride=2 pad=1",
-        &["conv2d_weight_gradient_bf16_64x128"],
-    ),
-    (
-        "conv2d n=1 h=2 w=2 c=64 k=2048 r=3 s=3 stride=2 pad=1",
-        &["conv2d_weight_gradient_bf16_128x128"],
-    ),
-    ("conv2d n=4 h=80 w=80 c=4 k=8 r=7 s=7 stride=1 pad=3", &["conv2d_weight_gradient_bf16_stem"]),
-];
-
-/// Every tile that a launch line can choose, chosen by one.
-#[test]
-#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn every_large_tile_is_chosen_and_agrees_with_the_f64_reference() {
-    let name = "cuda::every_large_tile_is_chosen_and_agrees_with_the_f64_reference";
-    alone(name, |driver| {
-        driver.check(false);
-        let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
-        for (line, kernels) in TILED {
-            let case = case(line).rounded();
-            let (got, want) = (case.run(&gpu, Route::Node), case.run(&reference, Route::Node));
-            let parts = got.parts(&case).zip(want.parts(&case));
-            let results = parts.map(|((part, got), (_, want))| close(&part, got, want, 1e-2));
-            report(line, results.collect());
-            for kernel in kernels {
-                let launches = driver.count(&format!("kernel:{kernel}"));
-                assert!(launches > 0, "{line}: {kernel} was not chosen");
-            }
-            driver.reset();
-        }
-    });
-}
-
-/// More rows than there are groups of tiles: blocks with several tiles each way.
-#[test]
-#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
-fn groups_of_similarity_tiles_agree_with_the_f64_reference() {
-    alone("cuda::groups_of_similarity_tiles_agree_with_the_f64_reference", |driver| {
-        driver.check(false);
-        let case = case("nt_xent rows=4226 d=8 t=0.2");
-        let loss = |device: &Device| {
-            let (mut arena, params) = case.arena(device);
-            case.loss(&mut arena, &params)
-        };
-        let (got, want) = (loss(&gpu(Precision::F32)), loss(&Device::reference()));
-        report("34 tiles in 17 groups", vec![close("loss", &[got], &[want], 1e-6)]);
-        assert_eq!(driver.count("kernel:nt_xent_sums"), 1);
-    });
-}
-
 /// Two steps that move running statistics, then an evaluation by them; the residual is the input itself.
 #[test]
 #[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
@@ -364,6 +278,7 @@ fn tensors_travel_to_a_gpu_and_back() {
     let small = Tensor::from_f64(&gpu, [3], &[1.0, 1.00390625, -2.0]).cast(DType::Bf16);
     assert_eq!(small.to_f64(), [1.0, 1.0, -2.0]); // halfway, to even
     assert_eq!(small.cast(DType::F32).to_f64(), [1.0, 1.0, -2.0]);
+    assert_eq!(Tensor::from_slice(&gpu, [3], &[1.0_f32, -2.0, 2.0]).squared_norm(), 9.0);
     let mut filled = Tensor::empty(&gpu, DType::Bf16, [5]);
     filled.view_mut().slice(1, [3].into()).fill(2.5);
     assert_eq!(filled.to_f64()[1..4], [2.5; 3]);
@@ -418,6 +333,27 @@ fn assignments_on_a_gpu_agree_with_the_f64_reference() {
     }
     gpu.check().unwrap();
     report("assignments", results);
+}
+
+/// A teacher's logits are bf16, its targets f32.
+#[test]
+#[cfg_attr(no_kernels, ignore = "needs CUDA kernels: run scripts/fetch-nvcc")]
+fn targets_of_a_teacher_agree_with_the_f64_reference() {
+    let (gpu, reference) = (gpu(Precision::Bf16), Device::reference());
+    let mut results = Vec::new();
+    for [n, k] in [[1, 1], [7, 13], [9, 300]] {
+        let mut logits = seeded::unit(seeded::seed("logits"), n * k);
+        logits.iter_mut().for_each(|v| *v = half::bf16::from_f64(*v).to_f64());
+        let want = ops::softmax(&Tensor::from_f64(&reference, [n, k], &logits), 0.5).to_f64();
+        for dtype in [DType::F32, DType::Bf16] {
+            let got = ops::softmax(&Tensor::from_f64(&gpu, [n, k], &logits).cast(dtype), 0.5);
+            assert_eq!(got.dtype(), DType::F32);
+            let what = format!("softmax of [{n}, {k}] in {dtype:?}");
+            results.push(close(&what, &got.to_f64(), &want, 1e-5));
+        }
+    }
+    gpu.check().unwrap();
+    report("targets", results);
 }
 
 #[test]

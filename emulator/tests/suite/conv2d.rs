@@ -73,9 +73,11 @@ fn forms<T: Float>(d: &Dims) -> [Vec<Form>; 3] {
     let mut all = [vec![SMALL], vec![SMALL], vec![SMALL]];
     let by = |channels: usize, run: usize| channels.is_multiple_of(run);
     if by(d.c, 8) {
-        all[0].extend([("_128x128", [128, 128]), ("_128x64", [128, 64])]);
+        let large: [Form; 3] =
+            [("_128x128", [128, 128]), ("_128x64", [128, 64]), ("_256x64", [256, 64])];
+        all[0].extend(large);
         if by(d.k, 32) {
-            all[1].extend([("_128x128", [128, 128]), ("_128x64", [128, 64])]);
+            all[1].extend(large);
         }
         if by(d.k, 8) {
             all[2].extend([("_128x128", [128, 128]), ("_64x128", [64, 128])]);
@@ -110,7 +112,8 @@ impl Launcher<'_> {
         arguments.extend(more.iter().map(|x| Value::from(*x)));
         let threads = if T::NAME == "bf16" { 128 } else { 256 };
         let name = format!("{name}_{}{}", T::NAME, form.0);
-        self.stage.launch(&name, grid, [threads, 1, 1], 0, &arguments);
+        let shared = if form.0 == "_256x64" { 61_440 } else { 0 };
+        self.stage.launch(&name, grid, [threads, 1, 1], shared, &arguments);
     }
 
     fn forward<T: Float>(

@@ -326,6 +326,39 @@ fn launches_beyond_the_limits_are_refused() {
     assert_eq!(x.read(&stage), [1.0; 4]);
 }
 
+/// More than 48 KB have to be asked for, kernel by kernel.
+#[test]
+fn dynamic_shared_memory_that_was_not_asked_for_is_refused() {
+    let stage = Stage::take(false);
+    // No other test lets this kernel have more.
+    let function = stage.function("relu_f32");
+    let x = stage.upload(&[-1.0_f32, 2.0]);
+    let launch = |shared| {
+        let (to, from, n) = (x.at, x.at, 2_i64);
+        let mut pointers = [
+            std::ptr::from_ref(&to).cast_mut().cast(),
+            std::ptr::from_ref(&from).cast_mut().cast(),
+            std::ptr::from_ref(&n).cast_mut().cast(),
+        ];
+        let (grid, block) = ((1, 1, 1), (32, 1, 1));
+        unsafe { result::launch_kernel(function, grid, block, shared, stage.stream, &mut pointers) }
+            .map_err(|e| e.0)
+    };
+    let allow = |bytes| {
+        let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        unsafe { sys::cuFuncSetAttribute(function, which, bytes) }.result().map_err(|e| e.0)
+    };
+    let invalid = Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+    assert_eq!(launch(48 << 10), Ok(()));
+    assert_eq!(launch(60 << 10), invalid);
+    assert_eq!(allow(60 << 10), Ok(()));
+    assert_eq!(launch(60 << 10), Ok(()));
+    assert_eq!(launch((60 << 10) + 1), invalid);
+    assert_eq!(allow(164 << 10), invalid, "more than the device has");
+    assert_eq!(launch(60 << 10), Ok(()), "as before");
+    assert_eq!(x.read(&stage), [0.0, 2.0]);
+}
+
 /// The same seed gives the same run; different seeds give different orders.
 #[test]
 fn seeds_choose_the_schedule() {

@@ -3,6 +3,7 @@
 mod capture;
 mod imagined;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +29,8 @@ pub(crate) struct Gpu {
     context: CUcontext,
     compute: CUstream,
     kernels: Loaded,
+    /// The dynamic shared memory that kernels have been allowed to have, by their index.
+    allowed: Mutex<HashMap<usize, u32>>,
     staging: Mutex<Staging>,
     numbers: Mutex<Region>,
     /// Numbers have been set and not yet queued for copying.
@@ -117,6 +120,7 @@ impl Gpu {
             context,
             compute,
             kernels,
+            allowed: Mutex::default(),
             staging: Mutex::default(),
             numbers: Mutex::default(),
             unsent: AtomicBool::new(false),
@@ -149,6 +153,22 @@ impl Gpu {
 
     pub(super) fn function(&self, index: usize) -> Option<CUfunction> {
         self.kernels.functions[index]
+    }
+
+    /// Lets a kernel have so much dynamic shared memory, once.
+    pub(super) fn allow_shared(
+        &self,
+        index: usize,
+        function: CUfunction,
+        bytes: u32,
+    ) -> Result<(), DriverError> {
+        let mut allowed = lock(&self.allowed);
+        let before = allowed.entry(index).or_default();
+        if *before < bytes {
+            kernels::allow_shared(function, bytes)?;
+            *before = bytes;
+        }
+        Ok(())
     }
 
     pub(super) fn stream(&self) -> CUstream {

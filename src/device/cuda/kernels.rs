@@ -136,6 +136,11 @@ impl<'d> Launch<'d> {
         Self { gpu, grid, block, shared: 0 }
     }
 
+    /// The same with `bytes` of dynamic shared memory for each block.
+    pub(crate) fn with_shared(self, bytes: usize) -> Self {
+        Self { shared: bytes as u32, ..self }
+    }
+
     /// A one-dimensional launch for a grid-stride loop over `n` elements, `each` of them per thread and iteration, with at
     /// most as many blocks as fill the GPU.
     pub(crate) fn over(gpu: &'d Gpu, n: usize, each: usize) -> Self {
@@ -157,8 +162,14 @@ impl<'d> Launch<'d> {
         self.gpu.attempt(
             || {
                 format!(
-                    "launch of {}, {:?} blocks of {:?} threads",
-                    kernel.name, self.grid, self.block
+                    "launch of {}, {:?} blocks of {:?} threads{}",
+                    kernel.name,
+                    self.grid,
+                    self.block,
+                    match self.shared {
+                        0 => String::new(),
+                        bytes => format!(" with {bytes} bytes of dynamic shared memory"),
+                    }
                 )
             },
             |gpu| {
@@ -166,6 +177,9 @@ impl<'d> Launch<'d> {
                 let function = gpu
                     .function(index)
                     .ok_or(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU))?;
+                if self.shared > STATIC_SHARED {
+                    gpu.allow_shared(index, function, self.shared)?;
+                }
                 let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
                 let mut arguments: Vec<_> = arguments.iter().map(|argument| argument.at).collect();
                 let stream = gpu.stream();
@@ -239,6 +253,24 @@ pub(super) fn load(capability: (i32, i32)) -> Result<Loaded> {
         }
     }
     Ok(loaded)
+}
+
+/// The shared memory that a block has without asking the driver.
+const STATIC_SHARED: u32 = 48 << 10;
+
+/// Lets a kernel have that much dynamic shared memory, and the multiprocessors as much of it as they can.
+pub(super) fn allow_shared(
+    function: CUfunction,
+    bytes: u32,
+) -> std::result::Result<(), DriverError> {
+    use sys::CUfunction_attribute as Attribute;
+    // SAFETY: changes two numbers of a loaded function; the driver refuses more than the GPU has.
+    unsafe {
+        let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        sys::cuFuncSetAttribute(function, most, bytes as c_int).result()?;
+        let carve_out = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        sys::cuFuncSetAttribute(function, carve_out, 100).result()
+    }
 }
 
 /// Why a driver does not load a file, and what to do about it.

@@ -93,7 +93,8 @@ pub(super) fn forward(
         return None;
     }
     let tile = table(Gemm::convolution(d), [x, filters]).tile();
-    let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()));
+    let launch = Launch::new(x.device().gpu(), [tile.tiles, 1, 1], threads(x.dtype()))
+        .with_shared(tile.dynamic_shared());
     let mut moments = groups.and_then(|groups| BlockMoments::new(y, rows, groups, &tile));
     let partial = moments.as_mut().map_or(Out::null(), |m| m.partial.device_out());
     let read = read_bytes(x, d);
@@ -115,6 +116,7 @@ pub(super) fn forward(
                 call!(conv2d_f32, launch, d, (y.device_out(), x, filters.device_in()));
             }
             (_, TileShape::Large) => of_bf16!(conv2d_bf16_128x128),
+            (_, TileShape::Tall) => of_bf16!(conv2d_bf16_256x64),
             (_, TileShape::Half) => of_bf16!(conv2d_bf16_128x64),
             (_, TileShape::Stem) => of_bf16!(conv2d_bf16_stem),
             (_, TileShape::Small) => of_bf16!(conv2d_bf16_64x64),
@@ -138,7 +140,8 @@ pub(super) fn data_gradient(
     let phases = table(Gemm::data_gradient(d), [dy, filters]);
     let tile = phases.tile();
     let grid = [tile.tiles / phases.count, 1, phases.count];
-    let launch = Launch::new(dy.device().gpu(), grid, threads(dy.dtype()));
+    let launch = Launch::new(dy.device().gpu(), grid, threads(dy.dtype()))
+        .with_shared(tile.dynamic_shared());
     let pixels = match dy.dtype() {
         // Phases without taps, whose gradient is zero, are left alone.
         DType::Bf16 if accumulate => of_both(d, Axis::pixels_with_taps),
@@ -168,6 +171,7 @@ pub(super) fn data_gradient(
         match (dy.dtype(), tile.shape) {
             (DType::F32, _) => run!(conv2d_data_gradient_f32),
             (_, TileShape::Large) => run!(conv2d_data_gradient_bf16_128x128),
+            (_, TileShape::Tall) => run!(conv2d_data_gradient_bf16_256x64),
             (_, TileShape::Half) => run!(conv2d_data_gradient_bf16_128x64),
             _ => run!(conv2d_data_gradient_bf16_64x64),
         }
@@ -214,7 +218,7 @@ pub(super) fn weight_gradient(
                 (_, TileShape::Large) => run!(conv2d_weight_gradient_bf16_128x128),
                 (_, TileShape::Half) => run!(conv2d_weight_gradient_bf16_64x128),
                 (_, TileShape::Stem) => run!(conv2d_weight_gradient_bf16_stem),
-                (_, TileShape::Small) => run!(conv2d_weight_gradient_bf16_64x64),
+                (_, TileShape::Small | TileShape::Tall) => run!(conv2d_weight_gradient_bf16_64x64),
             }
         }
     };

@@ -51,6 +51,8 @@ pub enum GemmKind {
 pub enum TileShape {
     /// 128 x 128
     Large,
+    /// 256 x 64, of convolutions: as many mma as the large one for half the columns. Needs dynamic shared memory.
+    Tall,
     /// 128 x 64 or 64 x 128
     Half,
     /// `Half`, with one operand loaded in pieces of 8 bytes.
@@ -91,6 +93,8 @@ const DEPTH: usize = 32;
 const MIN_K_PER_SPLIT: usize = 512;
 /// The most splits.
 const MAX_SPLITS: usize = 128;
+/// The most static shared memory of a kernel.
+const STATIC_SHARED: usize = 48 << 10;
 /// The most elements of an image for the large tiles, whose 31-bit offsets cover 128 images.
 const MAX_IMAGE: usize = 1 << 24;
 
@@ -134,6 +138,9 @@ impl Gemm {
     /// Selects the tile and the number of splits.
     pub fn tile(&self) -> Tile {
         let shapes: &[TileShape] = match (self.run, self.kind) {
+            (8, GemmKind::Convolution | GemmKind::DataGradient) => {
+                &[TileShape::Large, TileShape::Tall, TileShape::Half, TileShape::Small]
+            }
             (8, _) => &[TileShape::Large, TileShape::Half, TileShape::Small],
             (4, GemmKind::Convolution | GemmKind::WeightGradient) => {
                 &[TileShape::Stem, TileShape::Small]
@@ -153,6 +160,7 @@ impl Gemm {
         let mn_major = matches!(self.kind, GemmKind::Tn | GemmKind::WeightGradient);
         let (m, n, stages) = match shape {
             TileShape::Large => (128, 128, 3),
+            TileShape::Tall => (256, 64, 3),
             TileShape::Half | TileShape::Stem if mn_major => (64, 128, 4),
             TileShape::Half | TileShape::Stem => (128, 64, 4),
             TileShape::Small => (64, 64, 4),
@@ -164,7 +172,7 @@ impl Gemm {
             n,
             depth: DEPTH,
             stages,
-            warps: [2, 2],
+            warps: if shape == TileShape::Tall { [4, 1] } else { [2, 2] },
             tiles: self.m.div_ceil(m) * self.n.div_ceil(n) * self.count,
             splits: self.k.div_ceil(k_per_split).max(1),
             k_per_split,
@@ -200,6 +208,13 @@ impl Gemm {
 }
 
 impl Tile {
+    /// Bytes of dynamic shared memory that a launch gives each block: of the stages in bf16, if they are more than a kernel may have
+    /// as static shared memory.
+    pub fn dynamic_shared(&self) -> usize {
+        let bytes = self.stages * (self.m + self.n) * self.depth * 2;
+        if bytes > STATIC_SHARED { bytes } else { 0 }
+    }
+
     /// Shared-memory bytes read and written per mma of 16 x 8 x 16: its share of the fragment loads and tile stores.
     pub fn bytes_per_mma(&self) -> f64 {
         let warp = [self.m / self.warps[0], self.n / self.warps[1]];
@@ -235,7 +250,7 @@ mod tests {
         let rows = [
             // image, filters, stride: forward, data gradient, weight gradient
             ([224, 4], [64, 7], 2, "Stem 128x64", "Small 64x64", "Stem 64x128"),
-            ([56, 64], [64, 3], 1, "Half 128x64", "Half 128x64", "Half 64x128"),
+            ([56, 64], [64, 3], 1, "Tall 256x64", "Tall 256x64", "Half 64x128"),
             ([56, 128], [128, 3], 2, "Large 128x128", "Large 128x128", "Large 128x128"),
             ([14, 256], [256, 3], 1, "Large 128x128", "Large 128x128", "Large 128x128"),
             ([7, 512], [512, 3], 1, "Large 128x128", "Large 128x128", "Large 128x128"),

@@ -38,6 +38,7 @@ impl Gpu {
             context: std::ptr::null_mut(),
             compute: std::ptr::null_mut(),
             kernels: Loaded { modules: Vec::new(), functions: Vec::new() },
+            allowed: Mutex::default(),
             staging: Mutex::default(),
             numbers: Mutex::default(),
             unsent: AtomicBool::new(false),
