@@ -32,8 +32,7 @@ impl Wanted {
         let gpu = |ordinal| Device::cuda(ordinal, self.precision.unwrap_or(Precision::Bf16));
         match self.name.as_deref() {
             Some("cpu") => cpu(),
-            Some("cuda") => gpu(0),
-            Some(name) => match name.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
+            Some(name) => match gpu_number(name) {
                 Some(ordinal) => gpu(ordinal),
                 None => Err(Error::config(format!(
                     "unknown device `{name}`: expected cpu, cuda or cuda:N with N from 0"
@@ -41,5 +40,13 @@ impl Wanted {
             },
             None => gpu(0).or_else(|_| cpu()),
         }
+    }
+}
+
+/// The number of the GPU of this name.
+pub fn gpu_number(name: &str) -> Option<usize> {
+    match name.strip_prefix("cuda")? {
+        "" => Some(0),
+        number => number.strip_prefix(':')?.parse().ok(),
     }
 }

@@ -3,6 +3,7 @@
 
 mod arrays;
 mod device;
+mod dlpack;
 mod error;
 mod evaluate;
 mod images;
@@ -26,13 +27,15 @@ fn main(py: Python<'_>, words: Vec<OsString>) -> PyResult<u8> {
 #[pymodule]
 mod _native {
     #[pymodule_export]
+    use super::dlpack::GpuArray;
+    #[pymodule_export]
     use super::error::{Bug, Error};
     #[pymodule_export]
     use super::evaluate::{Encoder, export, few_label_probe, knn, report, run_knn, run_linear};
     #[pymodule_export]
     use super::loader::{Augmentation, Loader};
     #[pymodule_export]
-    use super::losses::{loss_and_gradients, sinkhorn};
+    use super::losses::{loss_and_gradients, loss_and_gradients_on_gpu, sinkhorn, sinkhorn_on_gpu};
     #[pymodule_export]
     use super::main;
     #[pymodule_export]

@@ -10,10 +10,12 @@ use rayon::prelude::*;
 use selfsup::Error;
 use selfsup::data::augment::Scratch;
 use selfsup::data::{self, Batch, Image, Policy};
-use selfsup::device::{Device, Philox, Purpose};
+use selfsup::device::{Device, Philox, Precision, Purpose, as_guest};
 use selfsup::tensor::Tensor;
 
 use crate::arrays::Shared;
+use crate::device::{Wanted, gpu_number};
+use crate::dlpack::GpuArray;
 use crate::error::{Error as Raised, raised, released};
 use crate::images::Array;
 use crate::reading::ReadingKeys;
@@ -35,11 +37,30 @@ struct Layout {
     contiguous: bool,
 }
 
+/// The device on which views are made, and its number where it is a GPU.
+#[derive(Clone)]
+struct Place {
+    device: Device,
+    gpu: Option<usize>,
+}
+
+impl Place {
+    /// Opens the device of this name.
+    fn open(name: Option<&str>, threads: usize) -> selfsup::Result<Self> {
+        let name = Some(name.unwrap_or("cpu").to_string());
+        let gpu = name.as_deref().and_then(gpu_number);
+        let precision = Some(Precision::F32);
+        let device = Wanted { name, precision, threads, own_thread: false }.open()?;
+        Ok(Self { device, gpu })
+    }
+}
+
 /// The engine's loader.
 #[pyclass(frozen, module = "selfsup._native")]
 pub struct Loader {
     loader: Mutex<Option<data::Loader>>,
-    device: Device,
+    /// Taken by `drop` alone.
+    place: Option<Place>,
     /// For each size the views that have it, as the engine groups them.
     groups: Vec<(usize, Vec<usize>)>,
     views: usize,
@@ -52,7 +73,7 @@ pub struct Loader {
 #[pymethods]
 impl Loader {
     #[new]
-    #[pyo3(signature = (source, policies, *, batch, seed, threads, channels_first, bytes, contiguous))]
+    #[pyo3(signature = (source, policies, *, batch, seed, threads, channels_first, bytes, contiguous, device, gpu_memory))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
     fn new(
         py: Python<'_>,
@@ -64,7 +85,15 @@ impl Loader {
         channels_first: bool,
         bytes: bool,
         contiguous: bool,
+        device: Option<&str>,
+        gpu_memory: Option<usize>,
     ) -> PyResult<Self> {
+        let on_gpu = device.is_some_and(|name| gpu_number(name).is_some());
+        if on_gpu && (bytes || contiguous) {
+            return Err(PyValueError::new_err(
+                "on a GPU views are float32 in the engine's layout: leave dtype and contiguous as they are",
+            ));
+        }
         let policies = self::policies(policies)?;
         if bytes && policies.iter().any(|policy| policy.normalise.is_some()) {
             return Err(PyValueError::new_err(
@@ -88,16 +117,22 @@ impl Loader {
             }
         }
         let (views, source) = (policies.len(), source.0.clone());
-        let (loader, device) = released(py, || {
-            let device = Device::cpu(threads)?;
-            let mut loader = data::Loader::new(source, policies, batch, seed, threads, &device)?;
-            // Each wait ends soon, so that signals are seen.
-            loader.stop_when(Arc::new(AtomicBool::new(true)));
-            Ok((loader, device))
+        let (loader, place) = released(py, || {
+            as_guest(|| {
+                let place = Place::open(device, threads)?;
+                let device = &place.device;
+                let mut loader = data::Loader::new(source, policies, batch, seed, threads, device)?;
+                if let Some(bytes) = gpu_memory {
+                    loader = loader.keep_at_most(bytes);
+                }
+                // Each wait ends soon, so that signals are seen.
+                loader.stop_when(Arc::new(AtomicBool::new(true)));
+                Ok((loader, place))
+            })
         })?;
         Ok(Self {
             loader: Mutex::new(Some(loader)),
-            device,
+            place: Some(place),
             groups,
             views,
             batch,
@@ -137,6 +172,7 @@ impl Loader {
                 Err(Error::Stopped(_)) => Ok(None),
                 batch => batch.map(Some),
             })?;
+            self.device().check().map_err(|e| raised(&e))?;
             py.check_signals()?;
             if let Some(batch) = next {
                 break batch;
@@ -183,8 +219,16 @@ impl Loader {
         }
         released(py, || {
             let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
-            work(loader.as_mut().expect("it is taken by `drop` alone"))
+            as_guest(|| work(loader.as_mut().expect("it is taken by `drop` alone")))
         })
+    }
+
+    fn place(&self) -> &Place {
+        self.place.as_ref().expect("it is taken by `drop` alone")
+    }
+
+    fn device(&self) -> &Device {
+        &self.place().device
     }
 
     /// The arrays of the `views` of one size, each `[batch, …]`, whose crops are `[views * batch, size, size, padded]`.
@@ -205,6 +249,13 @@ impl Loader {
                 true => [size * row, 1, row, padded],
                 false => [size * row, row, padded, 1],
             };
+            if let Some(gpu) = self.place().gpu {
+                let view = |i| {
+                    let rows = crops.rows(i * n, n);
+                    Ok(Bound::new(py, GpuArray::strided(rows, gpu, &shape, &strides))?.into_any())
+                };
+                return (0..views).map(view).collect();
+            }
             let shared = Shared::tensor(py, crops)?;
             let view = |i| shared.array(i * n * area * padded, &shape, &strides).into_any();
             return Ok((0..views).map(view).collect());
@@ -239,7 +290,7 @@ impl Loader {
         let Layout { channels, padded, channels_first, .. } = self.layout;
         let crops = crops.data::<f32>();
         let mut packed = vec![T::default(); crops.len() / padded * channels].into_boxed_slice();
-        self.device.run(|| {
+        self.device().run(|| {
             let images =
                 packed.par_chunks_mut(area * channels).zip(crops.par_chunks(area * padded));
             images.for_each(|(to, from)| {
@@ -269,11 +320,12 @@ impl Loader {
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        if self.process != std::process::id() {
-            // Its threads are in another process: to wait for them here would be in vain.
-            let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-            std::mem::forget(loader);
-            std::mem::forget(self.device.clone());
+        let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let held = (loader, self.place.take());
+        match self.process == std::process::id() {
+            true => as_guest(|| drop(held)),
+            // Its threads are in another process: to wait for them here would be in vain. Nor are contexts of GPUs here.
+            false => std::mem::forget(held),
         }
     }
 }

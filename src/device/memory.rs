@@ -15,7 +15,7 @@ use std::thread::ThreadId;
 
 use memmap2::MmapMut;
 
-use super::cuda::Gpu;
+use super::cuda::{Foreign, Gpu};
 use super::{Device, gib};
 
 /// Alignment of every block in bytes: a cache line, and a full vector of the widest instruction set.
@@ -196,9 +196,9 @@ impl Pool {
         block(0)
     }
 
-    /// Returns the free list to the GPU.
+    /// Returns the free list to the GPU, even if that has failed: other handles on it may work.
     fn trim(&self, gpu: &Gpu) {
-        gpu.wait();
+        gpu.wait_to_free();
         let mut state = self.lock();
         let free = std::mem::take(&mut state.free);
         for (bytes, blocks) in free {
@@ -358,8 +358,18 @@ pub(crate) struct Memory {
     bytes: usize,
     device: Device,
     place: &'static Location<'static>,
-    /// Allocated in the GPU's region of host-set numbers.
-    numbers: bool,
+    origin: Origin,
+}
+
+/// Where memory comes from, and so where it goes.
+#[derive(Debug)]
+enum Origin {
+    /// The device's pool.
+    Pool,
+    /// The GPU's region of host-set numbers.
+    Numbers,
+    /// Another library; `None` once it is returned.
+    Foreign(Option<Foreign>),
 }
 
 // SAFETY: `&Memory` gives only shared reads of plain bytes; writing needs `&mut Memory`.
@@ -374,7 +384,7 @@ impl Memory {
         let place = Location::caller();
         let block = device.pool().take(bytes, place);
         let device = device.clone();
-        let mut memory = Self { block: Some(block), bytes, device, place, numbers: false };
+        let mut memory = Self { block: Some(block), bytes, device, place, origin: Origin::Pool };
         if memory.device.pool().poison {
             // All bits set is a NaN in every float format, and -1 in integers.
             match memory.device.pool().gpu() {
@@ -391,12 +401,22 @@ impl Memory {
     pub(crate) fn for_numbers(device: &Device, bytes: usize) -> Self {
         let address = device.gpu().take_numbers(bytes).unwrap_or(0);
         let block = Some(Block(std::ptr::without_provenance_mut(address as usize)));
-        Self { block, bytes, device: device.clone(), place: Location::caller(), numbers: true }
+        let (device, place) = (device.clone(), Location::caller());
+        Self { block, bytes, device, place, origin: Origin::Numbers }
+    }
+
+    /// `bytes` of another library's memory on a GPU, which goes back to it in the order of its stream.
+    #[track_caller]
+    pub(crate) fn foreign(device: &Device, bytes: usize, foreign: Foreign) -> Self {
+        let block = Some(Block(std::ptr::without_provenance_mut(foreign.address as usize)));
+        let (device, place) = (device.clone(), Location::caller());
+        Self { block, bytes, device, place, origin: Origin::Foreign(Some(foreign)) }
     }
 
     /// Sets all the numbers, for work queued from now on.
     pub(crate) fn set_numbers(&self, bytes: &[u8]) {
-        assert!(self.numbers && bytes.len() == self.bytes, "numbers: the length cannot change");
+        let fits = matches!(self.origin, Origin::Numbers) && bytes.len() == self.bytes;
+        assert!(fits, "numbers: the length cannot change");
         self.device.gpu().set_numbers(self.address(), bytes);
     }
 
@@ -485,10 +505,18 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            if self.numbers {
-                return self.device.gpu().give_back_numbers(block.0.addr() as u64, self.bytes);
+            match &mut self.origin {
+                Origin::Pool => self.device.pool().give_back(block, self.bytes, self.place),
+                Origin::Numbers => {
+                    self.device.gpu().give_back_numbers(block.0.addr() as u64, self.bytes);
+                }
+                Origin::Foreign(foreign) => {
+                    let foreign = foreign.take().expect("present until dropped");
+                    if !self.device.gpu().return_to(foreign.stream) {
+                        std::mem::forget(foreign); // a graph may use it for as long as the program runs
+                    }
+                }
             }
-            self.device.pool().give_back(block, self.bytes, self.place);
         }
     }
 }

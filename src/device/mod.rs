@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 pub use bf16::Bf16Path;
 use cuda::Gpu;
-pub use cuda::{Counts, KernelTraffic, Mix, Resources};
+pub use cuda::{Counts, Foreign, ForeignStream, KernelTraffic, Mix, Resources, as_guest};
 pub(crate) use group::{Communicator, Reduction};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
 pub use memory::MemoryUse;
@@ -278,6 +278,24 @@ impl Device {
         if let Some(gpu) = self.0.pool.gpu() {
             gpu.wait();
         }
+    }
+
+    /// Makes what is queued from now on wait for what another library's stream holds now. Returns at once on a CPU, as nothing is
+    /// queued there. [`Tensor::adopt`](crate::tensor::Tensor::adopt) calls it.
+    ///
+    /// # Errors
+    /// If the GPU has failed, or a CUDA graph is being captured on the stream or by this device.
+    pub fn wait_for(&self, stream: ForeignStream) -> Result<()> {
+        self.0.pool.gpu().map_or(Ok(()), |gpu| gpu.wait_for(stream))
+    }
+
+    /// Makes another library's stream wait for all that is queued so far, as [`Device::wait_for`] the other way about.
+    /// [`Tensor::lend`](crate::tensor::Tensor::lend) calls it, and so does an adopted tensor when it is dropped.
+    ///
+    /// # Errors
+    /// As [`Device::wait_for`].
+    pub fn let_wait(&self, stream: ForeignStream) -> Result<()> {
+        self.0.pool.gpu().map_or(Ok(()), |gpu| gpu.let_wait(stream))
     }
 
     /// Whether both handles refer to the same device.

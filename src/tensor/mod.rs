@@ -5,10 +5,11 @@
 //! pass cannot change.
 //!
 //! [`Tensor::data`] and [`Tensor::data_mut`] give access to host memory; [`Tensor::to_vec`], [`Tensor::from_slice`] and
-//! [`TensorMut::write`] copy from and to any device.
+//! [`TensorMut::write`] copy from and to any device. [`Tensor::adopt`] and [`Tensor::lend`] share a GPU's memory with another library.
 
 mod arithmetic;
 mod dtype;
+mod foreign;
 mod numbers;
 mod views;
 
@@ -23,6 +24,7 @@ use crate::device::{Device, DeviceKind, Memory};
 pub(crate) use arithmetic::{CHUNK, add_into, fill};
 pub(crate) use dtype::{Activation, Float, by_activation};
 pub use dtype::{DType, Element, Shape};
+pub use foreign::Lent;
 pub use numbers::Numbers;
 pub(crate) use views::{
     gather_views, interleave_views, mean_over_ranks, pick_views, reduce_over_ranks, row_shape,

@@ -166,6 +166,17 @@ calls! {
         *to = at;
     }
 
+    fn cuPointerGetAttribute(driver, value: *mut c_void, which: c_uint, at: usize) {
+        let (kind, context, device) = driver.memory().owner(at).ok_or(Code::INVALID_VALUE)?;
+        match which {
+            1 => *value.cast::<usize>() = context,
+            // Host memory, or the device's.
+            2 => *value.cast::<c_uint>() = if kind == Kind::Pinned { 1 } else { 2 },
+            9 => *value.cast::<c_int>() = device as c_int,
+            _ => return Err(Code::NOT_SUPPORTED),
+        }
+    }
+
     fn cuDeviceGetDefaultMemPool(driver, pool: *mut usize, _device: c_int) { *pool = POOL }
 
     fn cuDeviceGetMemPool(driver, pool: *mut usize, _device: c_int) { *pool = POOL }

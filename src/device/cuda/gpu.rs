@@ -36,7 +36,7 @@ pub(crate) struct Gpu {
     /// Numbers have been set and not yet queued for copying.
     unsent: AtomicBool,
     /// Queued work goes into a graph.
-    capturing: AtomicBool,
+    pub(super) capturing: AtomicBool,
     /// `SELFSUP_SYNC=1`: wait after each launch, to find out which kernel failed.
     synchronous: bool,
     /// It ignores all work: it has failed, or the capture in progress is given up.
@@ -285,6 +285,14 @@ impl Gpu {
         if self.synchronous { unsafe { result::stream::synchronize(self.compute) } } else { Ok(()) }
     }
 
+    /// Waits for all queued work, even after a failure.
+    pub(crate) fn wait_to_free(&self) {
+        self.finish(|| {
+            // SAFETY: the stream lives as long as `self`. An error is ignored: nothing runs after one.
+            let _ = unsafe { result::stream::synchronize(self.compute) };
+        });
+    }
+
     /// Waits for all queued work.
     pub(crate) fn wait(&self) {
         // SAFETY: the stream lives as long as `self`.
@@ -315,6 +323,13 @@ impl Gpu {
     /// # Safety
     /// It came from `allocate`, and no queued work uses it.
     pub(crate) unsafe fn free(&self, address: u64) {
+        if self.ignores.load(Ordering::Acquire) {
+            // A program that goes on without this GPU's handle, or with another one, needs the memory.
+            return self.finish(|| {
+                // SAFETY: the caller vouches for it. An error is ignored: one was reported.
+                let _ = unsafe { result::free_sync(address) };
+            });
+        }
         // SAFETY: the caller vouches for it.
         self.attempt(|| "freeing memory".into(), |_| unsafe { result::free_sync(address) });
     }

@@ -2,7 +2,7 @@
 //!
 //! [`Gpu`] holds one device's context, its compute stream, pinned staging memory and all kernels of the program, loaded and
 //! checked. All work is queued on the compute stream, so memory that one operation frees may serve the next without waiting; only a
-//! [`Feed`] copies the pixels of batches on a stream of its own.
+//! [`Feed`] copies the pixels of batches on a stream of its own, and other libraries' memory is used in the order of their streams.
 //! A [`Graph`] is work captured once and replayed as a whole. A GPU counts what its launches move if it is asked to, and one that
 //! is only imagined does nothing else. Operations do not return errors: the first error is kept, later
 //! work is ignored, and [`Device::check`](super::Device::check) reports the error. No failure of the machine panics here.
@@ -11,6 +11,7 @@ mod conformance;
 mod describe;
 mod driver;
 mod feed;
+mod foreign;
 mod gpu;
 mod graph;
 mod kernels;
@@ -26,6 +27,7 @@ mod timer;
 pub(crate) use conformance::check as conformance;
 pub(crate) use describe::{compiles_first, describe, driver_version};
 pub(crate) use feed::{Feed, Pinned, PinnedBatch};
+pub use foreign::{Foreign, ForeignStream, as_guest};
 pub(crate) use gpu::Gpu;
 pub(crate) use graph::Graph;
 pub(crate) use kernels::*;

@@ -1,19 +1,17 @@
-//! Losses with their gradients, over arrays: what `selfsup.torch` makes operations of.
+//! Losses over arrays of the host.
 
-use std::cell::RefCell;
-use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
+use selfsup::Result;
+use selfsup::arena::{Arena, Param};
 use selfsup::device::{Device, Group};
-use selfsup::ops::{self, Negatives};
-use selfsup::tape::{self, Tape, Var};
+use selfsup::ops;
 use selfsup::tensor::{DType, Tensor};
-use selfsup::{Error, Result};
 
+use super::{computed, root};
 use crate::arrays::Shared;
 use crate::error::released;
 
@@ -24,7 +22,6 @@ struct Engine {
     threads: usize,
     f32: Arena,
     f64: Arena,
-    /// What all inputs seem to be computed from, so that they get gradients.
     root: Param,
 }
 
@@ -32,9 +29,7 @@ static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
 
 impl Engine {
     fn new(threads: usize) -> Result<Self> {
-        let mut layout = Layout::new();
-        let root = layout.param("root", [1], SlotKind::Matrix, Init::Constant(0.0));
-        let layout = Arc::new(layout);
+        let (layout, root) = root();
         let f32 = Arena::new(&layout, &Device::cpu(threads)?, 0);
         let f64 = Arena::new(&layout, &Device::reference(), 0);
         Ok(Self { process: std::process::id(), threads, f32, f64, root })
@@ -124,31 +119,6 @@ fn arrays<'py>(inputs: &[Bound<'py, PyAny>]) -> PyResult<Vec<Array<'py>>> {
     inputs.iter().map(Array::of).collect()
 }
 
-/// Where a value's gradient is put.
-type Slot = Rc<RefCell<Option<Tensor>>>;
-
-/// Puts a tensor on a tape as a value that wants a gradient, which `slot` gets.
-fn leaf<'t>(tape: &'t Tape<'t>, root: Param, value: &Tensor, slot: &Slot) -> Var<'t> {
-    let slot = slot.clone();
-    let root = tape.param(root);
-    tape.record("input", value.clone(), &[&root], move |dy, _| *slot.borrow_mut() = Some(dy))
-}
-
-/// The loss of `name` over values on a tape.
-fn loss<'t>(name: &str, inputs: &[Var<'t>], temperature: f64) -> Result<Var<'t>> {
-    Ok(match (name, inputs) {
-        ("nt_xent", [z]) => ops::nt_xent(z, temperature),
-        ("info_nce", [q, k, queue]) => {
-            ops::info_nce(q, k, &Negatives { queue: queue.value(), own: None }, temperature)
-        }
-        ("neg_cosine", [p, z]) => ops::neg_cosine(p, z),
-        ("soft_cross_entropy", [scores, targets]) => {
-            ops::soft_cross_entropy(scores, targets.value(), temperature)
-        }
-        _ => return Err(Error::config(format!("no loss {name} of {} arrays", inputs.len()))),
-    })
-}
-
 /// The mean loss of `name` over contiguous arrays of one dtype, and the gradient of each that `wanted` says.
 #[pyfunction]
 pub fn loss_and_gradients<'py>(
@@ -167,31 +137,12 @@ pub fn loss_and_gradients<'py>(
             let arena = engine.arena(views[0].dtype());
             let device = arena.device().clone();
             let tensors: Vec<Tensor> = views.iter().map(|view| view.tensor(&device)).collect();
-            let slots: Vec<Slot> = views.iter().map(|_| Slot::default()).collect();
-            let mut failed = Ok(());
-            let value = tape::step(arena, |tape| {
-                let input = |(i, tensor): (usize, &Tensor)| match wanted[i] {
-                    true => leaf(tape, root, tensor, &slots[i]),
-                    false => tape.input(tensor),
-                };
-                let inputs: Vec<Var<'_>> = tensors.iter().enumerate().map(input).collect();
-                loss(name, &inputs, temperature).unwrap_or_else(|error| {
-                    failed = Err(error);
-                    tape.constant(0.0)
-                })
-            })?;
-            failed?;
-            Ok((value.scalar(), slots.iter().map(taken).collect::<Vec<_>>()))
+            let (value, gradients) = computed(arena, root, name, &tensors, &wanted, temperature)?;
+            Ok((value.scalar(), gradients))
         })
     })?;
     let arrays = gradients.into_iter().map(|gradient| gradient.map(|g| array(py, g)).transpose());
     Ok((value, arrays.collect::<PyResult<_>>()?))
-}
-
-/// A gradient from its slot, with no other handle on its memory.
-fn taken(slot: &Slot) -> Option<Tensor> {
-    let gradient = slot.borrow_mut().take()?;
-    Some(if gradient.is_unique() { gradient } else { gradient.copy() })
 }
 
 /// A tensor as an array.
