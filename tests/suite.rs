@@ -52,6 +52,8 @@ mod faults;
 #[cfg(unix)]
 #[path = "suite/folders.rs"]
 mod folders;
+#[path = "suite/foreign.rs"]
+mod foreign;
 #[path = "suite/golden.rs"]
 mod golden;
 #[path = "suite/graph_replay.rs"]

@@ -64,7 +64,14 @@ class Loader:
         contiguous: whether the channels lie without gaps. The engine makes views of four channels (of a multiple of eight for images of
             more than three), of which float32 views are strided windows, without a copy; PyTorch takes them as they are. ``True``
             packs them, in the threads of the call. uint8 views are always packed.
-        framework: ``"numpy"``, or ``"torch"`` for tensors on the CPU that share the arrays' memory. NumPy's arrays are DLPack too.
+        framework: ``"numpy"``, or ``"torch"`` for tensors that share the arrays' memory. NumPy's arrays are DLPack too. On a GPU
+            ``"torch"``, or ``"dlpack"`` for objects of which any library's ``from_dlpack`` makes arrays.
+        device: ``"cpu"``, or an NVIDIA GPU, ``"cuda"`` or ``"cuda:1"``, where kernels make the views: to the bit those of the CPU for
+            8-bit policies. Threads read the images and draw what happens to them. The views are float32 in the engine's memory on that
+            GPU, ready in the consumer's stream without a wait (with ``"torch"`` its current stream at ``next``, which must be the one
+            that uses them, or be waited for), strided windows as on the CPU. PyTorch's labels are on the GPU too, ``indices`` never.
+        gpu_memory: the most bytes of images that stay on the GPU; half of what is free there without it. A larger set is uploaded
+            batch by batch.
         reading: how images that are not RGB of 8 bits are read: a dictionary with any of ``channels`` (1 to 256), ``bits`` (8 or 16),
             ``range`` (``(LOW, HIGH)``, the values that become 0 and the largest sample of 16 bits; floats need it), ``pages``
             (``"channels"`` or ``"images"``, of TIFF files) and ``axes`` (such as ``"nchw"``, of NumPy arrays and files); or
@@ -73,7 +80,8 @@ class Loader:
             ``pixels="float"``.
 
     Raises:
-        Error: the images cannot be opened, a recipe is unknown, a setting is out of range, or the set holds less than a batch.
+        Error: the images cannot be opened, a recipe is unknown, a setting is out of range, the set holds less than a batch, or there is
+            no such GPU or no driver.
         TypeError, ValueError: arguments of another type or shape.
     """
 
@@ -91,12 +99,20 @@ class Loader:
         dtype: Literal["float32", "uint8"] = "float32",
         normalise: bool = True,
         contiguous: bool = False,
-        framework: Literal["numpy", "torch"] = "numpy",
+        framework: Literal["numpy", "torch", "dlpack"] = "numpy",
         reading: _images.Reading = None,
+        device: str = "cpu",
+        gpu_memory: int | None = None,
     ) -> None:
         _one_of("channels", channels, ("first", "last"))
         _one_of("dtype", dtype, ("float32", "uint8"))
-        self._framework = _framework(framework)
+        on_gpu = device != "cpu"
+        if on_gpu and framework == "numpy":
+            raise ValueError(f"NumPy has no arrays on {device}: say framework=\"torch\", or \"dlpack\" for other libraries")
+        if not on_gpu and (framework == "dlpack" or gpu_memory is not None):
+            raise ValueError("framework=\"dlpack\" and gpu_memory are for a GPU: say which with device=\"cuda:0\"")
+        self._framework = _framework_on_gpu(framework) if on_gpu else _framework(framework)
+        self._labels_on = device if on_gpu and framework == "torch" else None
         self._source = _images.source(images, labels, split, reading=_reading(reading, recipe))
         self._native = _native.Loader(
             self._source,
@@ -107,6 +123,8 @@ class Loader:
             channels_first=channels == "first",
             bytes=dtype == "uint8",
             contiguous=contiguous,
+            device=device,
+            gpu_memory=gpu_memory,
         )
         self._batches = self._native.batches_per_epoch()
         self._batch, self._seed = batch, seed
@@ -145,13 +163,21 @@ class Loader:
         views, labels, indices, epoch, position = self._native.next()
         last = position + 1 == self._batches
         self._next = (epoch + 1, 0) if last else (epoch, position + 1)
-        batch = Batch((self._made(views), self._made([np.array(labels, dtype=np.int64)])[0]))
+        batch = Batch((self._made(views), self._made_labels(np.array(labels, dtype=np.int64))))
         batch.indices = np.array(indices, dtype=np.int64)
         batch.epoch, batch.position = epoch, position
         return batch
 
-    def _made(self, arrays: list[NDArray[Any]]) -> list[Any]:
+    def _made(self, arrays: list[Any]) -> list[Any]:
         return [self._framework(array) for array in arrays] if self._framework else arrays
+
+    def _made_labels(self, labels: NDArray[np.int64]) -> Any:
+        if self._labels_on is None:
+            # An array of the host, which "dlpack" leaves as it is.
+            return self._framework(labels) if self._framework else labels
+        import torch
+
+        return torch.from_numpy(labels).to(self._labels_on)
 
     def seek(self, epoch: int, position: int = 0) -> None:
         """Makes a batch of an epoch, both from 0, the next one."""
@@ -233,6 +259,16 @@ def _framework(name: str) -> Any:
     import torch
 
     return torch.from_numpy
+
+
+def _framework_on_gpu(name: str) -> Any:
+    """What makes the framework's arrays of the engine's on a GPU; ``None`` to leave them."""
+    _one_of("framework", name, ("torch", "dlpack"))
+    if name == "dlpack":
+        return None
+    import torch
+
+    return torch.from_dlpack
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -27,6 +27,21 @@ class Source:
     @property
     def format(self) -> tuple[int, int]: ...
 
+class GpuArray:
+    """Float32 values in the engine's memory on a GPU."""
+
+    @property
+    def shape(self) -> list[int]: ...
+    def __dlpack__(
+        self,
+        stream: int | None = None,
+        *,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[Any, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
 Given = tuple[Source, Source | None]
 
 class Loader:
@@ -41,10 +56,12 @@ class Loader:
         channels_first: bool,
         bytes: bool,
         contiguous: bool,
+        device: str | None,
+        gpu_memory: int | None,
     ) -> Loader: ...
     def batches_per_epoch(self) -> int: ...
     def seek(self, epoch: int, position: int) -> None: ...
-    def next(self) -> tuple[list[NDArray[Any]], list[int], list[int], int, int]: ...
+    def next(self) -> tuple[list[NDArray[Any]] | list[GpuArray], list[int], list[int], int, int]: ...
     def skipped(self) -> list[tuple[int, str]]: ...
 
 class Augmentation:
@@ -114,3 +131,11 @@ def loss_and_gradients(
 def sinkhorn(
     scores: NDArray[Any], epsilon: float, iterations: int, threads: int
 ) -> NDArray[Any]: ...
+def loss_and_gradients_on_gpu(
+    name: str,
+    inputs: Sequence[Any],
+    wanted: Sequence[bool],
+    temperature: float,
+    stream: int,
+) -> tuple[GpuArray, list[GpuArray | None]]: ...
+def sinkhorn_on_gpu(scores: Any, epsilon: float, iterations: int, stream: int) -> GpuArray: ...

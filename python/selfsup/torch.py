@@ -4,9 +4,13 @@ The contrastive losses compute similarities in tiles and never store the N x N m
 custom operation of ``torch.library`` with a fake implementation, so ``torch.compile`` keeps it in its graph as one call. The gradient is
 computed together with the loss, where one is wanted; second derivatives are refused.
 
-Tensors are float32 or float64 on the CPU; float16 and bfloat16 are computed in float32. float64 runs on the engine's reference device, which
-is exact and slow: for checks. Rows are copied once, and tensors that are not contiguous are made so. A tensor on a GPU is refused: the
-engine's CUDA kernels do not work in PyTorch's memory yet.
+Tensors are on the CPU or on an NVIDIA GPU, all of a call on one. They are float32, or, on the CPU, float64, which runs on the engine's
+reference device: exact and slow, for checks. float16 and bfloat16 are computed in float32. Tensors that are not contiguous are made so.
+
+On the CPU rows are copied once. On a GPU nothing is: the engine's kernels read PyTorch's memory, and the loss and the gradients are
+tensors in the engine's, handed over by DLPack. The kernels run on a stream of the engine's own, which waits for PyTorch's current stream and
+for which that one waits, by events; the host never waits, and the loss stays on the GPU. Memory of freed gradients goes back to the engine,
+which keeps it for later calls: ``torch.cuda.empty_cache`` does not free it, and a CUDA graph cannot capture the losses.
 
 The losses are over the rows that they are given. Under ``torch.distributed`` they take no process group: gather the embeddings of all
 processes first if the loss is meant to be over all of them.
@@ -45,7 +49,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5, *, normalize: bool =
     Returns a scalar, which lightly's ``NTXentLoss(temperature)(a, b)`` returns too.
 
     Raises:
-        ValueError: shapes differ, there is one pair only, the temperature is not above 0, or a tensor is on a GPU.
+        ValueError: shapes differ, there is one pair only, the temperature is not above 0, or devices do not fit.
     """
     _matrices("nt_xent", a=a, b=b)
     _same("nt_xent", a, b)
@@ -70,7 +74,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07, *, 
     Returns a scalar.
 
     Raises:
-        ValueError: shapes do not fit, the temperature is not above 0, or a tensor is on a GPU.
+        ValueError: shapes do not fit, the temperature is not above 0, or devices do not fit.
     """
     _matrices("info_nce", q=q, k=k, queue=queue)
     _same("info_nce", q, k)
@@ -88,7 +92,7 @@ def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
     Returns a scalar in -1 to 1.
 
     Raises:
-        ValueError: shapes differ, or a tensor is on a GPU.
+        ValueError: shapes differ, or devices do not fit.
     """
     _matrices("neg_cosine", p=p, z=z)
     _same("neg_cosine", p, z)
@@ -107,7 +111,7 @@ def swapped_prediction(scores: Tensor, assignments: Tensor, temperature: float =
     Returns a scalar.
 
     Raises:
-        ValueError: shapes differ, the temperature is not above 0, or a tensor is on a GPU.
+        ValueError: shapes differ, the temperature is not above 0, or devices do not fit.
     """
     _matrices("swapped_prediction", scores=scores, assignments=assignments)
     _same("swapped_prediction", scores, assignments)
@@ -125,7 +129,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     Returns ``[n, k]``, rows that sum to 1, without a gradient.
 
     Raises:
-        ValueError: the shape is another one, a setting is out of range, or the tensor is on a GPU.
+        ValueError: the shape is another one, a setting is out of range, or the device does not fit.
     """
     _matrices("sinkhorn", scores=scores)
     if not epsilon > 0 or iterations < 1:
@@ -163,11 +167,16 @@ def _matrices(name: str, anywhere: bool = False, **tensors: Tensor) -> None:
             raise ValueError(f"{name}: {which} is {list(tensor.shape)}; it must be [rows, columns], neither of them 0")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: {which} is {tensor.dtype}; it must hold floats")
-        if tensor.device.type != "cpu" and not anywhere:
+        if tensor.device.type not in ("cpu", "cuda") and not anywhere:
+            raise ValueError(f"{name}: {which} is on {tensor.device}; selfsup's losses compute on the CPU and on NVIDIA GPUs")
+        if tensor.device.type == "cuda" and tensor.dtype == torch.float64 and not anywhere:
             raise ValueError(
-                f"{name}: {which} is on {tensor.device}; selfsup's losses compute on the CPU only: its CUDA kernels do not work in "
-                "PyTorch's memory yet"
+                f"{name}: {which} is float64 on {tensor.device}, and the engine computes float64 on the CPU only: "
+                f"pass {which}.float(), or {which}.cpu()"
             )
+    devices = {str(tensor.device) for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: tensors are on {' and '.join(sorted(devices))}; all must be on one device")
 
 
 def _same(name: str, a: Tensor, b: Tensor) -> None:
@@ -187,10 +196,32 @@ def _loss_now(
     name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], wanted: list[bool], temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [_array(x.to(a.dtype)) for x in (a, b, constant) if x is not None]
-    of_inputs = [wanted[0], *([wanted[1]] if b is not None else []), *([False] if constant is not None else [])]
-    value, gradients = _native.loss_and_gradients(name, inputs, of_inputs, temperature, torch.get_num_threads())
+    of_inputs, threads = _wanted_of_inputs(b, constant, wanted), torch.get_num_threads()
+    value, gradients = _native.loss_and_gradients(name, inputs, of_inputs, temperature, threads)
     made = [a.new_empty(0) if g is None else torch.from_numpy(g) for g in [*gradients, None][:2]]
     return torch.tensor(value, dtype=a.dtype), made[0], made[1]
+
+
+def _loss_on_gpu(
+    name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], wanted: list[bool], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = [x.detach().to(a.dtype).contiguous() for x in (a, b, constant) if x is not None]
+    # PyTorch hands over tensors of its current GPU only.
+    with torch.cuda.device(a.device):
+        value, gradients = _native.loss_and_gradients_on_gpu(
+            name, inputs, _wanted_of_inputs(b, constant, wanted), temperature, _stream()
+        )
+        made = [a.new_empty(0) if g is None else torch.from_dlpack(g) for g in [*gradients, None][:2]]
+        return torch.from_dlpack(value), made[0], made[1]
+
+
+def _stream() -> int:
+    """The number of PyTorch's current stream on its current GPU in DLPack, where 0 means nothing."""
+    return torch.cuda.current_stream().cuda_stream or 1
+
+
+def _wanted_of_inputs(b: Optional[Tensor], constant: Optional[Tensor], wanted: list[bool]) -> list[bool]:
+    return [wanted[0], *([wanted[1]] if b is not None else []), *([False] if constant is not None else [])]
 
 
 def _loss_fake(
@@ -217,8 +248,18 @@ def _sinkhorn_now(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     return torch.from_numpy(_native.sinkhorn(_array(scores), epsilon, iterations, torch.get_num_threads()))
 
 
-def _define(name: str, schema: str, now: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    op = torch.library.custom_op(f"selfsup::{name}", now, mutates_args=(), device_types="cpu", schema=schema)
+def _sinkhorn_on_gpu(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    with torch.cuda.device(scores.device):
+        given = scores.detach().contiguous()
+        return torch.from_dlpack(_native.sinkhorn_on_gpu(given, epsilon, iterations, _stream()))
+
+
+def _define(name: str, schema: str, now: Callable[..., Any], on_gpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    # Where PyTorch knows the tag, `torch.compile` leaves the operation out of its CUDA graphs.
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    words = {} if unsafe is None else {"tags": [unsafe]}
+    op = torch.library.custom_op(f"selfsup::{name}", now, mutates_args=(), device_types="cpu", schema=schema, **words)
+    op.register_kernel("cuda", on_gpu)
     op.register_fake(fake)
     return op
 
@@ -227,12 +268,14 @@ _define(
     "loss",
     "(str name, Tensor a, Tensor? b, Tensor? constant, bool[] wanted, float temperature) -> (Tensor, Tensor, Tensor)",
     _loss_now,
+    _loss_on_gpu,
     _loss_fake,
 ).register_autograd(_loss_backward, setup_context=_loss_setup)
 _define(
     "sinkhorn",
     "(Tensor scores, float epsilon, int iterations) -> Tensor",
     _sinkhorn_now,
+    _sinkhorn_on_gpu,
     lambda scores, epsilon, iterations: scores.new_empty(scores.shape),
 )
 

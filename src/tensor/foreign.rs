@@ -22,8 +22,7 @@ impl Tensor {
     /// library therefore may write to the memory, or free it in the order of its stream, as soon as the owner is gone.
     ///
     /// ```no_run
-    /// use selfsup::device::{Device, Foreign, ForeignStream, Precision};
-    /// use selfsup::ops::normalize_rows;
+    /// use selfsup::device::{Device, Foreign, ForeignStream, Group, Precision};
     /// use selfsup::tensor::{DType, Tensor};
     /// # struct Theirs; impl Theirs { fn address(&self) -> u64 { 0 } fn stream(&self) -> usize { 0 } }
     /// # fn other_library() -> Theirs { Theirs }
@@ -36,7 +35,8 @@ impl Tensor {
     ///     let foreign = Foreign { address, stream, owner: Box::new(theirs) };
     ///     Tensor::adopt(&device, DType::F32, [8, 128], foreign)?
     /// };
-    /// # let _ = x;
+    /// let assignments = selfsup::ops::sinkhorn(&x, 0.05, 3, &Group::alone());
+    /// # let _ = assignments;
     /// # Ok::<(), selfsup::Error>(())
     /// ```
     ///

@@ -169,7 +169,7 @@ impl StandIn {
         unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_stall")(polls) }
     }
 
-    /// Seeds the order in which threads, blocks and streams run.
+    /// Sets the seed of the order in which threads, blocks and streams run.
     pub fn seed(&self, seed: u64) {
         // SAFETY: takes a number.
         unsafe { self.call::<unsafe extern "C" fn(u64)>("standin_seed")(seed) }
