@@ -53,6 +53,11 @@ impl Place {
         let device = Wanted { name, precision, threads, own_thread: false }.open()?;
         Ok(Self { device, gpu })
     }
+
+    /// Runs `f`, on a GPU as a guest in a thread that other libraries' calls of CUDA share.
+    fn run<R>(&self, f: impl FnOnce() -> R) -> R {
+        if self.gpu.is_some() { as_guest(f) } else { f() }
+    }
 }
 
 /// The engine's loader.
@@ -219,7 +224,7 @@ impl Loader {
         }
         released(py, || {
             let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
-            as_guest(|| work(loader.as_mut().expect("it is taken by `drop` alone")))
+            self.place().run(|| work(loader.as_mut().expect("it is taken by `drop` alone")))
         })
     }
 
@@ -322,8 +327,10 @@ impl Drop for Loader {
     fn drop(&mut self) {
         let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         let held = (loader, self.place.take());
+        let on_gpu = held.1.as_ref().is_some_and(|place| place.gpu.is_some());
         match self.process == std::process::id() {
-            true => as_guest(|| drop(held)),
+            true if on_gpu => as_guest(|| drop(held)),
+            true => drop(held),
             // Its threads are in another process: to wait for them here would be in vain. Nor are contexts of GPUs here.
             false => std::mem::forget(held),
         }

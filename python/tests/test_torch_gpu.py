@@ -44,8 +44,9 @@ class Registration(unittest.TestCase):
     def test_fake_tensors_on_a_gpu(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        # Without gradients: a tensor that wants one asks the GPU for its stream, even a fake one.
         with FakeTensorMode():
-            a, b = (torch.empty(4, 3, device="cuda", requires_grad=True) for _ in range(2))
+            a, b = (torch.empty(4, 3, device="cuda") for _ in range(2))
             for loss in (own.nt_xent(a, b), own.neg_cosine(a, b), own.info_nce(a, b, torch.empty(5, 3, device="cuda"))):
                 self.assertEqual((loss.shape, loss.device.type), ((), "cuda"))
             self.assertEqual(own.sinkhorn(a).device.type, "cuda")
@@ -55,6 +56,40 @@ class Registration(unittest.TestCase):
             ):
                 with self.assertRaisesRegex(ValueError, sentence):
                     call()
+
+
+    def test_what_is_passed_to_the_engine_and_what_comes_back(self):
+        """With the CPU's computation in the place of the GPU's, and NumPy's arrays, which are DLPack too, in that of the engine's."""
+        from contextlib import nullcontext
+        from unittest import mock
+
+        def losses(name, inputs, wanted, temperature, stream):
+            self.assertEqual(stream, 1)
+            value, gradients = selfsup._native.loss_and_gradients(name, [x.numpy() for x in inputs], wanted, temperature, 1)
+            return np.array(value, np.float32), gradients
+
+        def sinkhorn(scores, epsilon, iterations, stream):
+            return selfsup._native.sinkhorn(scores.numpy(), epsilon, iterations, 1)
+
+        a, b, queue = F.normalize(torch.randn(6, 5)), F.normalize(torch.randn(6, 5).T.contiguous().T), F.normalize(torch.randn(9, 5))
+        calls = (
+            ("nt_xent", a, None, None, [True, False], 0.5),
+            ("nt_xent", a, None, None, [False, False], 0.5),
+            ("info_nce", a, b, queue, [True, True], 0.2),
+            ("info_nce", a, b, queue, [False, True], 0.2),
+            ("neg_cosine", a, b, None, [True, False], 1.0),
+            ("soft_cross_entropy", a, None, own.sinkhorn(b), [True, False], 0.1),
+        )
+        with (
+            mock.patch.object(own.torch.cuda, "device", lambda _: nullcontext()),
+            mock.patch.object(own, "_stream", lambda: 1),
+            mock.patch.object(own._native, "loss_and_gradients_on_gpu", losses),
+            mock.patch.object(own._native, "sinkhorn_on_gpu", sinkhorn),
+        ):
+            for call in calls:
+                for got, want in zip(own._loss_on_gpu(*call), own._loss_now(*call)):
+                    torch.testing.assert_close(got, want)
+            torch.testing.assert_close(own._sinkhorn_on_gpu(b, 0.05, 3), own._sinkhorn_now(b, 0.05, 3))
 
 
 class OnAGpu(unittest.TestCase):

@@ -306,6 +306,32 @@ fn counts_device_memory() {
 }
 
 #[test]
+fn an_address_says_where_it_lies() {
+    let stage = Stage::take(false);
+    let (x, host) = (stage.room::<f32>(4), Pinned::new(1.0));
+    let ask = |which, at| {
+        let mut number = -1_i32;
+        let to = std::ptr::from_mut(&mut number).cast();
+        unsafe { sys::cuPointerGetAttribute(to, which, at) }.result().map(|()| number)
+    };
+    use sys::CUpointer_attribute as Attribute;
+    let (kind, ordinal) = (
+        Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+        Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+    );
+    let (device, pinned) = (x.at + 15, host.0.expose_provenance() as u64);
+    assert_eq!([ask(kind, device), ask(ordinal, device)], [Ok(2), Ok(0)]);
+    assert_eq!([ask(kind, pinned), ask(ordinal, pinned)], [Ok(1), Ok(0)]);
+    let at = x.at;
+    drop(x);
+    let local = 0.0_f32;
+    for unknown in [at, at + 16, std::ptr::from_ref(&local).expose_provenance() as u64] {
+        let refused = ask(kind, unknown).expect_err("nothing is there");
+        assert_eq!(refused.0, CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+}
+
+#[test]
 fn launches_beyond_the_limits_are_refused() {
     let stage = Stage::take(false);
     let x = stage.upload(&[0.0_f32; 4]);

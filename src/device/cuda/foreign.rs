@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use cudarc::driver::result::{self, DriverError};
@@ -70,9 +71,14 @@ pub fn as_guest<R>(f: impl FnOnce() -> R) -> R {
             let _ = unsafe { result::ctx::set_current(context) };
         }
     }
-    // SAFETY: opens a library by name and calls none of its functions.
-    if !unsafe { sys::is_culib_present() } {
-        return f();
+    // Asked until there is one: to look for it takes longer than what follows.
+    static PRESENT: OnceLock<()> = OnceLock::new();
+    if PRESENT.get().is_none() {
+        // SAFETY: opens a library by name and calls none of its functions.
+        if !unsafe { sys::is_culib_present() } {
+            return f();
+        }
+        PRESENT.get_or_init(|| ());
     }
     // Before the driver's start it is an error, and none is current.
     let _restore = Restore(result::ctx::get_current().ok().flatten());
