@@ -294,6 +294,7 @@ class Mistakes(cuda.TestCase):
         for words, expected, sentence in (
             ({"stream": -1}, BufferError, "stream is -1"),
             ({"stream": 0}, ValueError, "stream is 0"),
+            ({"stream": 2}, BufferError, "the default stream of each thread"),
             ({"stream": -2}, ValueError, "stream is -2"),
             ({"stream": 1, "copy": True}, BufferError, "without a copy"),
             ({"stream": 1, "dl_device": (1, 0)}, BufferError, "on cuda:0, and selfsup moves it nowhere else"),

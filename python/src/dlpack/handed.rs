@@ -132,9 +132,14 @@ fn stream_of(number: Option<i64>) -> PyResult<ForeignStream> {
                 "stream is -1, which asks for no order; selfsup needs the stream in which the array is used",
             ));
         }
+        Some(2) => {
+            return Err(PyBufferError::new_err(
+                "stream is 2, the default stream of each thread, which is another one where the array is given back",
+            ));
+        }
         Some(0) => {
             return Err(PyValueError::new_err(
-                "stream is 0, which DLPack leaves undefined on CUDA: say 1 or 2",
+                "stream is 0, which DLPack leaves undefined on CUDA: say 1",
             ));
         }
         Some(number) => usize::try_from(number).map_err(|_| {

@@ -32,7 +32,7 @@ impl ForeignStream {
     pub const LEGACY: Self = Self(std::ptr::without_provenance_mut(1));
 
     /// The stream with this handle, the driver's `CUstream` or the runtime's `cudaStream_t`: 0 and 1 are the legacy default stream,
-    /// 2 is that of the calling thread.
+    /// 2 is that of whichever thread uses it, so all that is shared with it must be dropped on the thread that shared it.
     ///
     /// # Safety
     /// Any other handle is that of a stream in the primary context of each GPU with which this is used, and the stream lives until
