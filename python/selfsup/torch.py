@@ -7,8 +7,8 @@ computed together with the loss, where one is wanted; second derivatives are ref
 Tensors are on the CPU or on an NVIDIA GPU, all of a call on one. They are float32, or, on the CPU, float64, which runs on the engine's
 reference device: exact and slow, for checks. float16 and bfloat16 are computed in float32. Tensors that are not contiguous are made so.
 
-On the CPU rows are copied once. On a GPU nothing is: the engine's kernels read PyTorch's memory, and the loss and the gradients are
-tensors in the engine's, handed over by DLPack. The kernels run on a stream of the engine's own, which waits for PyTorch's current stream and
+On the CPU rows are copied once. On a GPU nothing is copied from one to the other: the engine's kernels read PyTorch's memory, and the loss
+and the gradients are tensors in the engine's, handed over by DLPack. The kernels run on a stream of the engine's own, which waits for PyTorch's current stream and
 for which that one waits, by events; the host never waits, and the loss stays on the GPU. Memory of freed gradients goes back to the engine,
 which keeps it for later calls: ``torch.cuda.empty_cache`` does not free it, and a CUDA graph cannot capture the losses.
 

@@ -213,7 +213,10 @@ class OnAGpu(unittest.TestCase):
 
     def test_the_program_ends(self):
         """With the engine's memory in PyTorch's hands, and both contexts going away."""
-        lines = "import torch, selfsup.torch as own; a = torch.ones(4, 3, device='cuda', requires_grad=True); own.nt_xent(a, a).backward(); print(a.grad.sum().isfinite().item())"
+        lines = (
+            "import torch, selfsup.torch as own; a = torch.ones(4, 3, device='cuda', requires_grad=True); "
+            "own.nt_xent(a, a).backward(); print(a.grad.sum().isfinite().item())"
+        )
         ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
         self.assertEqual((ended.returncode, ended.stdout.strip()), (0, "True"), ended.stderr)
 
