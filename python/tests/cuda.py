@@ -73,16 +73,19 @@ _rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_ch
 
 
 class Gpu:
-    """A GPU's primary context, and a stream in it that waits for no other."""
+    """A GPU's primary context, and a stream in it: one that waits for no other, or the legacy default stream, as PyTorch's is."""
 
-    def __init__(self, ordinal=0):
+    def __init__(self, ordinal=0, legacy=False):
         self.driver = driver()
-        self.ordinal = ordinal
+        self.ordinal, self.legacy = ordinal, legacy
         self.context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuInit", 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), ordinal)
         self.enter()
-        self.call("cuStreamCreate", ctypes.byref(self.stream), 1)
+        if legacy:
+            self.stream.value = 1
+        else:
+            self.call("cuStreamCreate", ctypes.byref(self.stream), 1)
         # Copies from pinned memory land in the stream's order, not at once.
         self.pinned = []
 
@@ -102,7 +105,8 @@ class Gpu:
         self.wait()
         for at in self.pinned:
             self.call("cuMemFreeHost", at)
-        self.call("cuStreamDestroy_v2", self.stream)
+        if not self.legacy:
+            self.call("cuStreamDestroy_v2", self.stream)
         self.call("cuDevicePrimaryCtxRelease_v2", self.ordinal)
 
     def allocate(self, count):

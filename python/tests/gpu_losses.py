@@ -157,25 +157,26 @@ class Losses(cuda.TestCase):
 
 
 class Order(cuda.TestCase):
-    def test_the_host_never_waits(self):
+    def test_the_host_never_waits_and_each_stream_waits_for_the_other(self):
         z = unit(np.random.default_rng(2).standard_normal((6, 17))).astype(np.float32)
         want, _ = nt_xent(0.5, z.astype(np.float64))
-        for seed in range(1, 9):
+        for seed, legacy in [(seed, legacy) for seed in range(1, 9) for legacy in (False, True)]:
             cuda.stand_in("seed", ctypes.c_uint64(seed))
-            given = self.gpu.array(z)
+            gpu = cuda.Gpu(legacy=legacy)
+            given = gpu.array(z)
             cuda.stand_in("reset_counts")
-            loss, (gradient,) = native.loss_and_gradients_on_gpu("nt_xent", [given], [True], 0.5, self.gpu.stream.value)
-            taken = cuda.Taken(self.gpu, loss)
+            loss, (gradient,) = native.loss_and_gradients_on_gpu("nt_xent", [given], [True], 0.5, gpu.stream.value)
+            taken = cuda.Taken(gpu, loss)
             to, count = taken.copy()
             # Memory that is given back serves the next calls, which may not overwrite what the copy above reads later.
             taken.give_back()
             del loss, gradient
-            more = [self.gpu.array(2 * z) for _ in range(3)]
-            for other in more:
-                native.loss_and_gradients_on_gpu("neg_cosine", [other, self.gpu.array(z)], [True, True], 1.0, self.gpu.stream.value)
+            for other in [gpu.array(2 * z) for _ in range(3)]:
+                native.loss_and_gradients_on_gpu("neg_cosine", [other, gpu.array(z)], [True, True], 1.0, gpu.stream.value)
             self.assertEqual(self.count("waits"), 0)
-            self.assertAlmostEqual(float(self.gpu.download(to, count)[0]), want, places=5, msg=seed)
-            self.gpu.free(to)
+            self.assertAlmostEqual(float(gpu.download(to, count)[0]), want, places=5, msg=(seed, legacy))
+            gpu.free(to)
+            gpu.close()
 
     def test_memory_is_kept_as_long_as_someone_has_it_and_no_longer(self):
         z = unit(np.random.default_rng(2).standard_normal((6, 17))).astype(np.float32)
