@@ -358,18 +358,16 @@ pub(crate) struct Memory {
     bytes: usize,
     device: Device,
     place: &'static Location<'static>,
-    origin: Origin,
+    /// Where it comes from, and so where it goes, if that is not the device's pool. Boxed, because it is rare.
+    origin: Option<Box<Origin>>,
 }
 
-/// Where memory comes from, and so where it goes.
 #[derive(Debug)]
 enum Origin {
-    /// The device's pool.
-    Pool,
     /// The GPU's region of host-set numbers.
     Numbers,
-    /// Another library; `None` once it is returned.
-    Foreign(Option<Foreign>),
+    /// Another library.
+    Foreign(Foreign),
 }
 
 // SAFETY: `&Memory` gives only shared reads of plain bytes; writing needs `&mut Memory`.
@@ -384,7 +382,7 @@ impl Memory {
         let place = Location::caller();
         let block = device.pool().take(bytes, place);
         let device = device.clone();
-        let mut memory = Self { block: Some(block), bytes, device, place, origin: Origin::Pool };
+        let mut memory = Self { block: Some(block), bytes, device, place, origin: None };
         if memory.device.pool().poison {
             // All bits set is a NaN in every float format, and -1 in integers.
             match memory.device.pool().gpu() {
@@ -402,7 +400,7 @@ impl Memory {
         let address = device.gpu().take_numbers(bytes).unwrap_or(0);
         let block = Some(Block(std::ptr::without_provenance_mut(address as usize)));
         let (device, place) = (device.clone(), Location::caller());
-        Self { block, bytes, device, place, origin: Origin::Numbers }
+        Self { block, bytes, device, place, origin: Some(Box::new(Origin::Numbers)) }
     }
 
     /// `bytes` of another library's memory on a GPU, which goes back to it in the order of its stream.
@@ -410,12 +408,14 @@ impl Memory {
     pub(crate) fn foreign(device: &Device, bytes: usize, foreign: Foreign) -> Self {
         let block = Some(Block(std::ptr::without_provenance_mut(foreign.address as usize)));
         let (device, place) = (device.clone(), Location::caller());
-        Self { block, bytes, device, place, origin: Origin::Foreign(Some(foreign)) }
+        let origin = Some(Box::new(Origin::Foreign(foreign)));
+        Self { block, bytes, device, place, origin }
     }
 
     /// Sets all the numbers, for work queued from now on.
     pub(crate) fn set_numbers(&self, bytes: &[u8]) {
-        let fits = matches!(self.origin, Origin::Numbers) && bytes.len() == self.bytes;
+        let fits =
+            matches!(self.origin.as_deref(), Some(Origin::Numbers)) && bytes.len() == self.bytes;
         assert!(fits, "numbers: the length cannot change");
         self.device.gpu().set_numbers(self.address(), bytes);
     }
@@ -505,13 +505,12 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            match &mut self.origin {
-                Origin::Pool => self.device.pool().give_back(block, self.bytes, self.place),
-                Origin::Numbers => {
+            match self.origin.take().map(|origin| *origin) {
+                None => self.device.pool().give_back(block, self.bytes, self.place),
+                Some(Origin::Numbers) => {
                     self.device.gpu().give_back_numbers(block.0.addr() as u64, self.bytes);
                 }
-                Origin::Foreign(foreign) => {
-                    let foreign = foreign.take().expect("present until dropped");
+                Some(Origin::Foreign(foreign)) => {
                     if !self.device.gpu().return_to(foreign.stream) {
                         std::mem::forget(foreign); // a graph may use it for as long as the program runs
                     }
