@@ -283,7 +283,9 @@ def why_not():
 
         driver()
         try:
-            selfsup._native.sinkhorn_on_gpu(Gpu().array(np.ones((2, 2), np.float32)), 0.05, 3, 1)
+            gpu = Gpu(legacy=True)
+            selfsup._native.sinkhorn_on_gpu(gpu.array(np.ones((2, 2), np.float32)), 0.05, 3, 1)
+            gpu.close()
             return None
         except selfsup.Error as error:
             reason = f"NOT TESTED: {error}"

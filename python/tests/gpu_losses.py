@@ -273,12 +273,12 @@ class Mistakes(cuda.TestCase):
         with self.assertRaisesRegex(ValueError, "stream is 0"):
             native.sinkhorn_on_gpu(array(ones), 0.05, 3, 0)
         with self.assertRaisesRegex(ValueError, "wanted says something of each"):
-            native.loss_and_gradients_on_gpu("nt_xent", [array(ones)], [], 0.5, 1)
+            native.loss_and_gradients_on_gpu("nt_xent", [array(ones)], [], 0.5, self.gpu.stream.value)
         with self.assertRaisesRegex(selfsup.Error, "no loss nt_xnet of 1 arrays"):
-            native.loss_and_gradients_on_gpu("nt_xnet", [array(ones)], [True], 0.5, 1)
+            native.loss_and_gradients_on_gpu("nt_xnet", [array(ones)], [True], 0.5, self.gpu.stream.value)
         # The engine's own last check.
         with self.assertRaisesRegex(selfsup.Bug, "nt_xent: 3 rows"):
-            native.loss_and_gradients_on_gpu("nt_xent", [array(ones[:3])], [True], 0.5, 1)
+            native.loss_and_gradients_on_gpu("nt_xent", [array(ones[:3])], [True], 0.5, self.gpu.stream.value)
         self.assertEqual(self.gpu.read(native.sinkhorn_on_gpu(array(ones), 0.05, 3, self.gpu.stream.value)).sum(), 4)
 
     def test_arrays_on_two_gpus(self):
@@ -286,12 +286,12 @@ class Mistakes(cuda.TestCase):
         ones = np.ones((4, 2), np.float32)
         given = [self.gpu.array(ones), other.array(ones)]
         with self.assertRaisesRegex(ValueError, "on GPU 0 and on GPU 1; all must be on one"):
-            native.loss_and_gradients_on_gpu("neg_cosine", given, [True, True], 1.0, 1)
+            native.loss_and_gradients_on_gpu("neg_cosine", given, [True, True], 1.0, self.gpu.stream.value)
         self.assertEqual([array.given_back for array in given], [1, 1])
         other.close()
 
     def test_what_a_consumer_may_not_ask_for(self):
-        array = native.sinkhorn_on_gpu(self.gpu.array(np.ones((4, 2), np.float32)), 0.05, 3, 1)
+        array = native.sinkhorn_on_gpu(self.gpu.array(np.ones((4, 2), np.float32)), 0.05, 3, self.gpu.stream.value)
         for words, expected, sentence in (
             ({"stream": -1}, BufferError, "stream is -1"),
             ({"stream": 0}, ValueError, "stream is 0"),
