@@ -8,6 +8,7 @@ in that stream's order once it is given back.
 import ctypes
 import math
 import os
+import sys
 import unittest
 
 import numpy as np
@@ -301,6 +302,7 @@ class TestCase(unittest.TestCase):
     def setUpClass(cls):
         reason = why_not()
         if reason:
+            print(f"{cls.__name__}: {reason}", file=sys.stderr)
             raise unittest.SkipTest(reason)
 
     def setUp(self):
