@@ -76,9 +76,6 @@ fn gpu_of(given: &[Given]) -> PyResult<usize> {
     }
 }
 
-/// What a call computes, and the tensors that it gives back after the GPU is free for others: their owners may run any code.
-type Done<T> = (T, Vec<Tensor>);
-
 /// Runs `work` on the GPU over given arrays as tensors.
 fn over<T: Send>(
     py: Python<'_>,
@@ -89,14 +86,15 @@ fn over<T: Send>(
 ) -> PyResult<T> {
     released(py, || {
         as_guest(|| {
-            let (value, tensors): Done<T> = with_gpu(ordinal, |arena, root| {
+            // Given back after the GPU is free for others: what gives them back may run any code.
+            let (mut given, mut tensors) = (given.into_iter(), Vec::new());
+            with_gpu(ordinal, |arena, root| {
                 let device = arena.device().clone();
-                let tensors = given.into_iter().map(|given| given.tensor(&device, stream));
-                let tensors = tensors.collect::<Result<Vec<_>>>()?;
-                Ok((work(arena, root, &tensors)?, tensors))
-            })?;
-            drop(tensors);
-            Ok(value)
+                for given in given.by_ref() {
+                    tensors.push(given.tensor(&device, stream)?);
+                }
+                work(arena, root, &tensors)
+            })
         })
     })
 }
