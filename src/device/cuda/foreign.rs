@@ -91,7 +91,7 @@ impl Gpu {
     /// # Errors
     /// If the GPU has failed, or a graph is being captured on the stream.
     pub(crate) fn wait_for(&self, stream: ForeignStream) -> Result<()> {
-        self.expect_no_capture(stream)?;
+        self.expect_no_capture_on(stream)?;
         self.attempt(
             || "waiting for another library's stream".into(),
             |gpu| order(stream.0, gpu.stream()),
@@ -104,7 +104,7 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::wait_for`].
     pub(crate) fn let_wait(&self, stream: ForeignStream) -> Result<()> {
-        self.expect_no_capture(stream)?;
+        self.expect_no_capture_on(stream)?;
         self.attempt(
             || "letting another library's stream wait".into(),
             |gpu| order(gpu.stream(), stream.0),
@@ -183,7 +183,7 @@ impl Gpu {
     }
 
     /// Fails while a graph is being captured on a stream: what would be queued for it is not part of its graph.
-    fn expect_no_capture(&self, stream: ForeignStream) -> Result<()> {
+    fn expect_no_capture_on(&self, stream: ForeignStream) -> Result<()> {
         self.check()?;
         let capturing = self.attempt(
             || "asking whether a stream is capturing".into(),
