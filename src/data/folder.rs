@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
 use super::classes;
-use super::decode::{Reading, decode, decode_page, images, page_size, size};
+use super::decode::{Place, Reading, decode, decode_page, images, page_size, size};
 use super::listing::Listing;
 use super::source::{Format, Image, Source, Split};
 use super::table::{LabelTable, Labelled};
@@ -28,7 +28,7 @@ struct ImageFile {
     path: PathBuf,
     class: u32,
     /// Which of the images of a file that holds several.
-    page: Option<usize>,
+    page: Option<Place>,
 }
 
 impl Folder {
@@ -143,8 +143,8 @@ impl Folder {
         &self.files[index].path
     }
 
-    /// Returns the image's number in its file, if the file holds several.
-    pub(super) fn page(&self, index: usize) -> Option<usize> {
+    /// Returns the image's place in its file, if the file holds several.
+    pub(super) fn page(&self, index: usize) -> Option<Place> {
         self.files[index].page
     }
 
@@ -169,7 +169,7 @@ impl ImageFile {
 
     /// What stands behind the file's name in that of the image.
     fn number(&self) -> String {
-        self.page.map_or_else(String::new, |page| format!("[{page}]"))
+        self.page.map_or_else(String::new, |page| format!("[{}]", page.number))
     }
 }
 
@@ -186,11 +186,11 @@ fn each_image(listed: Vec<(PathBuf, u32)>, reading: &Reading) -> Result<Vec<Imag
     let mut all = Vec::with_capacity(listed.len());
     for (path, class) in listed {
         match images(&path, reading) {
-            Ok(1) | Err(Error::Format { .. }) => all.push(ImageFile { path, class, page: None }),
-            Ok(count) => {
+            Ok(places) if !places.is_empty() => {
                 let page = |page| ImageFile { path: path.clone(), class, page: Some(page) };
-                all.extend((0..count).map(page));
+                all.extend(places.into_iter().map(page));
             }
+            Ok(_) | Err(Error::Format { .. }) => all.push(ImageFile { path, class, page: None }),
             Err(error) => return Err(error),
         }
     }

@@ -113,7 +113,7 @@ pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
     let mut add = |[low, high]: [f64; 2]| all = [all[0].min(low), all[1].max(high)];
     if let Some((files, places)) = some_files(folder, reading, LOOKED_AT)? {
         for place in places {
-            match decode::extent(files.file(place), files.page(place).unwrap_or(0), reading) {
+            match decode::extent(files.file(place), files.page(place), reading) {
                 Ok(extent) => add(extent),
                 Err(Error::Format { .. }) => {}
                 Err(error) => return Err(error),

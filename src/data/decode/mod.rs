@@ -8,18 +8,18 @@
 //! channels and bits as they are in the file, and refuses what it would have to guess. Sizes are checked before anything is decoded.
 //! A JPEG file that ends early is an error, not a picture with a grey lower part.
 
-mod bands;
+mod bmp;
 mod jpeg;
 mod npy;
 mod samples;
 mod tiff;
+mod webp;
 
 use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use image::ImageDecoder;
 pub use samples::{Axes, MOST_CHANNELS, Native, Pages, Reading, Samples, Values, stretch};
 
 use super::source::{Format, Image};
@@ -30,6 +30,15 @@ pub const PIXEL_LIMIT: usize = 178_956_970;
 
 /// The most bytes of a PNG file's chunks besides pixels, unpacked.
 const CHUNK_LIMIT: usize = 64 << 20;
+
+/// Where one image of a file that holds several is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Its number in the file.
+    pub number: usize,
+    /// Where a page's directory stands; a walk to it through those before it would take long in a file of thousands.
+    at: u64,
+}
 
 /// A format, by the first bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +82,9 @@ pub fn decode(path: &Path, bytes: &[u8], reading: &Reading, into: &mut Image) ->
         Kind::Png if reading.is_rgb() => png(bytes, into),
         Kind::Jpeg => jpeg_samples(bytes)?.convert(reading, into),
         Kind::Png => png_samples(bytes)?.convert(reading, into),
-        Kind::WebP => webp(bytes)?.convert(reading, into),
-        Kind::Bmp => bmp(bytes)?.convert(reading, into),
-        Kind::Tiff => tiff::read(Cursor::new(bytes), 0, reading)?.convert(reading, into),
+        Kind::WebP => webp::read(bytes)?.convert(reading, into),
+        Kind::Bmp => bmp::read(bytes)?.convert(reading, into),
+        Kind::Tiff => tiff::read(Cursor::new(bytes), None, reading)?.convert(reading, into),
         Kind::Npy => npy::read(Cursor::new(bytes), 0, reading.axes)?.convert(reading, into),
     })
 }
@@ -84,11 +93,11 @@ pub fn decode(path: &Path, bytes: &[u8], reading: &Reading, into: &mut Image) ->
 ///
 /// # Errors
 /// As [`decode`], and if the file cannot be read.
-pub fn decode_page(path: &Path, page: usize, reading: &Reading, into: &mut Image) -> Result<()> {
+pub fn decode_page(path: &Path, page: Place, reading: &Reading, into: &mut Image) -> Result<()> {
     let (kind, file) = opened(path)?;
     guarded(path, || match kind? {
-        Kind::Tiff => tiff::read(file, page, reading)?.convert(reading, into),
-        Kind::Npy => npy::read(file, page, reading.axes)?.convert(reading, into),
+        Kind::Tiff => tiff::read(file, Some(page), reading)?.convert(reading, into),
+        Kind::Npy => npy::read(file, page.number, reading.axes)?.convert(reading, into),
         _ => Err("has changed: it was a file of several images".into()),
     })
 }
@@ -102,17 +111,21 @@ fn opened(path: &Path) -> Result<(Result<Kind, String>, BufReader<File>)> {
     Ok((kind(&start), file))
 }
 
-/// Number of images in a file: more than 1 if pages are images, or the array has an axis `n`.
+/// Places of the images in a file, if pages are images, or the array has an axis `n`; none if the file is one image.
 ///
 /// # Errors
 /// As [`size`].
-pub fn images(path: &Path, reading: &Reading) -> Result<usize> {
+pub fn images(path: &Path, reading: &Reading) -> Result<Vec<Place>> {
     let (kind, file) = opened(path)?;
-    guarded(path, || match kind? {
-        Kind::Tiff if reading.pages == Some(Pages::Images) => Ok(tiff::look(file)?.pages),
-        Kind::Npy => Ok(npy::look(file, reading.axes)?.pages),
-        _ => Ok(1),
-    })
+    let all = guarded(path, || match kind? {
+        Kind::Tiff if reading.pages == Some(Pages::Images) => tiff::places(file),
+        Kind::Npy => {
+            let count = npy::look(file, reading.axes)?.pages;
+            Ok((0..count).map(|number| Place { number, at: 0 }).collect())
+        }
+        _ => Ok(Vec::new()),
+    })?;
+    Ok(if all.len() == 1 { Vec::new() } else { all })
 }
 
 /// Width and height of an image, from the headers of its file.
@@ -123,9 +136,9 @@ pub fn size(path: &Path, bytes: &[u8], reading: &Reading) -> Result<[usize; 2]> 
     guarded(path, || match kind(bytes)? {
         Kind::Jpeg => jpeg_header(bytes).map(|decoder| decoder.size()),
         Kind::Png => png_header(bytes).map(|reader| sides(reader.info())),
-        Kind::WebP => webp_header(bytes).map(|(_, size)| size),
-        Kind::Bmp => bmp_header(bytes).map(|(_, size)| size),
-        Kind::Tiff => tiff::size(Cursor::new(bytes), 0),
+        Kind::WebP => webp::size(bytes),
+        Kind::Bmp => bmp::size(bytes),
+        Kind::Tiff => tiff::size(Cursor::new(bytes), None),
         Kind::Npy => npy::size(Cursor::new(bytes), reading.axes),
     })
 }
@@ -134,10 +147,10 @@ pub fn size(path: &Path, bytes: &[u8], reading: &Reading) -> Result<[usize; 2]> 
 ///
 /// # Errors
 /// As [`decode_page`].
-pub fn page_size(path: &Path, page: usize, reading: &Reading) -> Result<[usize; 2]> {
+pub fn page_size(path: &Path, page: Place, reading: &Reading) -> Result<[usize; 2]> {
     let (kind, file) = opened(path)?;
     guarded(path, || match kind? {
-        Kind::Tiff => tiff::size(file, page),
+        Kind::Tiff => tiff::size(file, Some(page)),
         Kind::Npy => npy::size(file, reading.axes),
         _ => Err("has changed: it was a file of several images".into()),
     })
@@ -176,11 +189,14 @@ pub fn native(path: &Path, axes: Option<Axes>) -> Result<Native> {
 ///
 /// # Errors
 /// As [`decode_page`].
-pub fn extent(path: &Path, page: usize, reading: &Reading) -> Result<[f64; 2]> {
+pub fn extent(path: &Path, page: Option<Place>, reading: &Reading) -> Result<[f64; 2]> {
     let (kind, mut file) = opened(path)?;
     guarded(path, || match kind? {
         Kind::Tiff => Ok(tiff::read(file, page, reading)?.extent()),
-        Kind::Npy => Ok(npy::read(file, page, reading.axes)?.extent()),
+        Kind::Npy => {
+            let number = page.unwrap_or_default().number;
+            Ok(npy::read(file, number, reading.axes)?.extent())
+        }
         Kind::Png => {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
@@ -224,6 +240,8 @@ fn png_header(bytes: &[u8]) -> Result<png::Reader<Cursor<&[u8]>>, String> {
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
     decoder.set_transformations(png::Transformations::EXPAND);
+    // The crate passes over that of the pixels by default.
+    decoder.ignore_checksums(false);
     let [width, height] = sides(decoder.read_header_info().map_err(damaged_png)?);
     check_size(width, height)?;
     // Rows count, too: at most 8 bytes a pixel, and two of them.
@@ -293,65 +311,6 @@ fn png_samples(bytes: &[u8]) -> Result<Samples, String> {
     Ok(Samples { size, channels: kind.samples(), alpha, premultiplied: false, values })
 }
 
-type WebP<'a> = image_webp::WebPDecoder<Cursor<&'a [u8]>>;
-
-fn webp_header(bytes: &[u8]) -> Result<(WebP<'_>, [usize; 2]), String> {
-    let mut decoder = WebP::new(Cursor::new(bytes)).map_err(damaged_webp)?;
-    decoder.set_memory_limit(CHUNK_LIMIT);
-    let (width, height) = decoder.dimensions();
-    let size = [width as usize, height as usize];
-    check_size(size[0], size[1])?;
-    Ok((decoder, size))
-}
-
-fn damaged_webp(e: image_webp::DecodingError) -> String {
-    format!("is a damaged WebP file: {e}")
-}
-
-/// A WebP file; of an animation the first picture.
-fn webp(bytes: &[u8]) -> Result<Samples, String> {
-    let (mut decoder, size) = webp_header(bytes)?;
-    let alpha = decoder.has_alpha();
-    let length = decoder.output_buffer_size().ok_or("is too large for this machine")?;
-    let mut values = vec![0; length];
-    decoder.read_image(&mut values).map_err(damaged_webp)?;
-    Ok(Samples {
-        size,
-        channels: if alpha { 4 } else { 3 },
-        alpha,
-        premultiplied: false,
-        values: Values::U8(values),
-    })
-}
-
-type Bmp<'a> = image::codecs::bmp::BmpDecoder<Cursor<&'a [u8]>>;
-
-fn bmp_header(bytes: &[u8]) -> Result<(Bmp<'_>, [usize; 2]), String> {
-    let decoder = Bmp::new(Cursor::new(bytes)).map_err(damaged_bmp)?;
-    let (width, height) = decoder.dimensions();
-    let size = [width as usize, height as usize];
-    check_size(size[0], size[1])?;
-    Ok((decoder, size))
-}
-
-fn damaged_bmp(e: image::ImageError) -> String {
-    format!("is a damaged BMP file: {e}")
-}
-
-fn bmp(bytes: &[u8]) -> Result<Samples, String> {
-    let (decoder, size) = bmp_header(bytes)?;
-    let channels = usize::from(decoder.color_type().channel_count());
-    let mut values = vec![0; size[0] * size[1] * channels];
-    decoder.read_image(&mut values).map_err(damaged_bmp)?;
-    Ok(Samples {
-        size,
-        channels,
-        alpha: channels == 4,
-        premultiplied: false,
-        values: Values::U8(values),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use png::{BitDepth, ColorType};
@@ -402,6 +361,34 @@ mod tests {
         assert_eq!(read(&fixture("palette.png")).pixels, [255, 0, 0, 0, 0, 255]);
     }
 
+    /// Puts the checksum of the PNG chunk at `start` right.
+    fn with_crc(file: &mut [u8], start: usize) {
+        let length = u32::from_be_bytes(file[start..start + 4].try_into().unwrap()) as usize;
+        let end = start + 8 + length;
+        let mut crc = flate2::Crc::new();
+        crc.update(&file[start + 4..end]);
+        file[end..end + 4].copy_from_slice(&crc.sum().to_be_bytes());
+    }
+
+    #[test]
+    fn png_pixels_without_their_checksum_are_refused() {
+        for (pixels, kind) in
+            [(&[1, 2][..], ColorType::Grayscale), (&[1, 2, 3, 4, 5, 6], ColorType::Rgb)]
+        {
+            let mut file = encode(pixels, kind, BitDepth::Eight);
+            let start = file.windows(4).position(|name| name == b"IDAT").unwrap() - 4;
+            let length = u32::from_be_bytes(file[start..start + 4].try_into().unwrap()) as usize;
+            file[start + 8 + length - 1] ^= 1;
+            with_crc(&mut file, start);
+            let grey = Reading { format: Format { channels: 1, bits: 8 }, ..RGB };
+            for reading in [RGB, grey] {
+                let said = decode(Path::new("x"), &file, &reading, &mut Image::default());
+                let said = said.unwrap_err().to_string();
+                assert!(said.contains("is a damaged PNG file"), "{kind:?}: {said}");
+            }
+        }
+    }
+
     #[test]
     fn every_kind_of_jpeg_becomes_rgb() {
         // Each fixture is 16 x 8 of one colour, made by Pillow (tests/fixtures/README.md).
@@ -430,12 +417,10 @@ mod tests {
     fn errors_say_what_is_wrong_with_an_image() {
         let png = encode(&[1, 2], ColorType::Grayscale, BitDepth::Eight);
         let jpeg = fixture("grey.jpg");
-        // A size of 2^31 - 1 squared in the header, with its checksum (of `IHDR` and what follows) put right.
+        // A size of 2^31 - 1 squared in the header.
         let mut bomb = png.clone();
         bomb[16..24].copy_from_slice(&[0x7F, 0xFF, 0xFF, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF]);
-        let mut crc = flate2::Crc::new();
-        crc.update(&bomb[12..29]);
-        bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+        with_crc(&mut bomb, 8);
         let mut wide = jpeg.clone();
         let frame = wide.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
         wide[frame + 5..frame + 9].fill(0xFF);

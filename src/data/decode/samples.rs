@@ -161,7 +161,15 @@ impl Samples {
         let [width, height] = self.size;
         into.reshape(width, height, reading.format);
         let samples = into.pixels.as_mut_slice();
-        let divided = (self.premultiplied && wanted == colours).then(|| self.divided());
+        let divided = match (&self.values, self.premultiplied && wanted != from) {
+            // What is opaque is 1, or the range's end: nobody says.
+            (Values::F32(_), true) => {
+                return Err(format!(
+                    "has floats that were multiplied by alpha: set data.channels={from}"
+                ));
+            }
+            (_, drops_alpha) => drops_alpha.then(|| self.divided()),
+        };
         match (divided.as_ref().unwrap_or(&self.values), reading.format.bits) {
             (Values::U8(values), 8) => {
                 let pixels = samples.chunks_exact_mut(wanted).zip(values.chunks_exact(from));
