@@ -16,6 +16,15 @@ fn damaged(what: impl std::fmt::Display) -> String {
     format!("is a damaged BMP file: {what}")
 }
 
+fn refused(error: image::ImageError) -> String {
+    match error {
+        image::ImageError::Unsupported(what) => {
+            format!("is a BMP file of a kind that is not read: {what}")
+        }
+        other => damaged(other),
+    }
+}
+
 /// What stands in the headers, as far as it says where pixels lie and how.
 struct Header {
     /// Where pixels begin, by the file.
@@ -80,7 +89,7 @@ fn corrected<'a>(bytes: &'a [u8], header: &Header) -> Found<Cow<'a, [u8]>> {
 }
 
 fn opened(bytes: &[u8]) -> Found<(Decoder<'_>, [usize; 2])> {
-    let decoder = Decoder::new(Cursor::new(bytes)).map_err(damaged)?;
+    let decoder = Decoder::new(Cursor::new(bytes)).map_err(refused)?;
     let (width, height) = decoder.dimensions();
     let size = [width as usize, height as usize];
     check_size(size[0], size[1])?;
@@ -108,7 +117,7 @@ pub fn read(bytes: &[u8]) -> Found<Samples> {
     }
     let channels = usize::from(decoder.color_type().channel_count());
     let mut values = vec![0; size[0] * size[1] * channels];
-    decoder.read_image(&mut values).map_err(damaged)?;
+    decoder.read_image(&mut values).map_err(refused)?;
     let (alpha, values) = (channels == 4, Values::U8(values));
     Ok(Samples { size, channels, alpha, premultiplied: false, values })
 }

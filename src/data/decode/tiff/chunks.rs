@@ -1,12 +1,13 @@
 //! From the strips or tiles of a page to its samples.
 //!
-//! The crate `tiff` reads these, too, but takes padding for damage (tiles in LZW), panics (tiles in planes) and does not know
-//! reversed bits. flate2 and weezl unpack; what is done here is to put samples in their places.
+//! The crate `tiff` reads these, too, but takes padding for damage (tiles in LZW), panics (tiles in planes), drops samples beside
+//! RGB and does not know reversed bits. flate2 and weezl unpack; what is done here is to put samples in their places.
 
 use std::io::{Read, Seek, SeekFrom};
 
 use super::super::PIXEL_LIMIT;
 use super::Found;
+use super::directory::damaged;
 use super::page::{Packing, Page, Predictor};
 
 /// A sample as it stands in a file.
@@ -82,10 +83,12 @@ pub fn read<T: Sample>(file: &mut (impl Read + Seek), page: &Page) -> Found<Vec<
     for index in 0..chunks.planes * down * across {
         let (plane, place) = (index / (down * across), index % (down * across));
         let [left, top] = [place % across * chunks.size[0], place / across * chunks.size[1]];
-        // What reaches beyond the image is not read.
         let [columns, rows] = [chunks.size[0].min(width - left), chunks.size[1].min(height - top)];
-        unpack(file, page, index, rows * row_bytes, (&mut packed, &mut bytes))?;
-        for (y, bytes) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+        // What reaches beyond the image is unpacked, too: damage often shows at the end only.
+        let whole = chunks.tiled && chunks.packing != Packing::Plain;
+        let stored = if whole { chunks.size[1] } else { rows };
+        unpack(file, page, index, stored * row_bytes, (&mut packed, &mut bytes))?;
+        for (y, bytes) in bytes.chunks_exact_mut(row_bytes).take(rows).enumerate() {
             samples(bytes, page, beside, columns, &mut row);
             let start = ((top + y) * width + left) * channels + plane;
             if chunks.planes == 1 {
@@ -171,7 +174,7 @@ fn unpack(
             flate2::read::ZlibDecoder::new(packed.as_slice())
                 .take(len as u64 + 1)
                 .read_to_end(bytes)
-                .map_err(|error| format!("is a damaged TIFF file: {error}"))?;
+                .map_err(damaged)?;
         }
     }
     if bytes.len() < len {
@@ -200,7 +203,7 @@ fn lzw(packed: &[u8], len: usize, bytes: &mut Vec<u8>) -> Found<()> {
         match step.status {
             Ok(weezl::LzwStatus::Ok) if step.consumed_in + step.consumed_out > 0 => {}
             Ok(_) => break,
-            Err(error) => return Err(format!("is a damaged TIFF file: {error}")),
+            Err(error) => return Err(damaged(error)),
         }
     }
     bytes.truncate(to);

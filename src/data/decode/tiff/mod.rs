@@ -1,8 +1,9 @@
 //! TIFF files of any number of channels, of 8 and 16 bits and of 32-bit floats.
 //!
-//! The crate `tiff` reads directories, `page` says what they mean, and `chunks` reads the samples.
+//! `directory` reads the numbers in a file, `page` says what they mean, and `chunks` reads the samples.
 
 mod chunks;
+mod directory;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -11,10 +12,8 @@ use std::collections::HashSet;
 use std::io::{Read, Seek};
 
 use chunks::Sample;
+use directory::Tiff;
 use page::Page;
-use tiff::TiffError;
-use tiff::decoder::Decoder;
-use tiff::tags::IfdPointer;
 
 use super::Place;
 use super::samples::{MOST_CHANNELS, Native, Pages, Reading, Samples, Values};
@@ -29,42 +28,21 @@ pub fn is(start: &[u8]) -> bool {
     matches!(start, [b'I', b'I', 42 | 43, 0, ..] | [b'M', b'M', 0, 42 | 43, ..])
 }
 
-fn damaged(error: TiffError) -> String {
-    match error {
-        TiffError::UnsupportedError(what) => {
-            format!("is a TIFF file of a kind that is not read: {what}")
-        }
-        TiffError::IntSizeError | TiffError::LimitsExceeded => {
-            "is a TIFF file that is too large".into()
-        }
-        other => format!("is a damaged TIFF file: {other}"),
-    }
-}
-
-/// A decoder of the file's directories.
-fn open<R: Read + Seek>(file: R) -> Found<Decoder<R>> {
-    Decoder::new(file).map_err(damaged)
-}
-
 /// Where the directories of all pages stand; an error if there are more than `most`.
-fn directories<R: Read + Seek>(decoder: &mut Decoder<R>, most: usize) -> Found<Vec<IfdPointer>> {
-    let mut next = Some(first(decoder)?);
+fn directories<R: Read + Seek>(tiff: &mut Tiff<R>, most: usize) -> Found<Vec<u64>> {
+    let mut next = Some(tiff.first);
     let (mut all, mut seen) = (Vec::new(), HashSet::new());
     while let Some(at) = next {
         if all.len() == most {
             return Err(format!("has more than {most} pages"));
         }
-        if !seen.insert(at.0) {
+        if !seen.insert(at) {
             return Err("is a damaged TIFF file: its pages go round in a circle".into());
         }
         all.push(at);
-        next = decoder.read_directory(at).map_err(damaged)?.next();
+        next = tiff.directory(at)?.next;
     }
     Ok(all)
-}
-
-fn first<R: Read + Seek>(decoder: &mut Decoder<R>) -> Found<IfdPointer> {
-    decoder.ifd_pointer().ok_or_else(|| "is a TIFF file without a page".into())
 }
 
 /// Turns `[height, width, channels]` as an orientation says.
@@ -96,36 +74,37 @@ fn turned<T: Copy>(
 
 /// What a file holds.
 pub fn look<R: Read + Seek>(file: R) -> Found<Native> {
-    let mut decoder = open(file)?;
-    let at = first(&mut decoder)?;
-    let Page { channels, bits, alpha, .. } = Page::at(&mut decoder, at)?;
-    let pages = directories(&mut decoder, MOST_PAGES)?.len();
+    let mut tiff = Tiff::open(file)?;
+    let Page { channels, bits, alpha, .. } = page_at(&mut tiff, None)?;
+    let pages = directories(&mut tiff, MOST_PAGES)?.len();
     Ok(Native { channels, bits, alpha, pages })
 }
 
 /// The places of all pages, with which each is found without a walk through those before it.
 pub fn places<R: Read + Seek>(file: R) -> Found<Vec<Place>> {
-    let all = directories(&mut open(file)?, MOST_PAGES)?;
-    Ok(all.into_iter().enumerate().map(|(number, at)| Place { number, at: at.0 }).collect())
+    let all = directories(&mut Tiff::open(file)?, MOST_PAGES)?;
+    Ok(all.into_iter().enumerate().map(|(number, at)| Place { number, at }).collect())
+}
+
+/// The page whose directory stands at a place, or the first.
+fn page_at<R: Read + Seek>(tiff: &mut Tiff<R>, at: Option<u64>) -> Found<Page> {
+    let directory = tiff.directory(at.unwrap_or(tiff.first))?;
+    Page::of(tiff, &directory)
 }
 
 /// Width and height of a page, of the first if none is named.
 pub fn size<R: Read + Seek>(file: R, place: Option<Place>) -> Found<[usize; 2]> {
-    let mut decoder = open(file)?;
-    let at = first(&mut decoder)?;
-    let at = place.map_or(at, |place| IfdPointer(place.at));
-    Page::at(&mut decoder, at).map(|page| page.shown())
+    page_at(&mut Tiff::open(file)?, place.map(|place| place.at)).map(|page| page.shown())
 }
 
 /// Reads the image of a file, or one of its pages if pages are images.
 pub fn read<R: Read + Seek>(file: R, place: Option<Place>, reading: &Reading) -> Found<Samples> {
-    let mut decoder = open(file)?;
-    if let Some(place) = place {
-        return read_page(&mut decoder, IfdPointer(place.at));
+    let mut tiff = Tiff::open(file)?;
+    let first = read_page(&mut tiff, place.map(|place| place.at))?;
+    if place.is_some() {
+        return Ok(first);
     }
-    let at = first(&mut decoder)?;
-    let has_more = decoder.more_images();
-    let first = read_page(&mut decoder, at)?;
+    let has_more = tiff.directory(tiff.first)?.next.is_some();
     if reading.pages == Some(Pages::Images) || !has_more {
         return Ok(first);
     }
@@ -136,7 +115,7 @@ pub fn read<R: Read + Seek>(file: R, place: Option<Place>, reading: &Reading) ->
     }
     let mut all = vec![first];
     // No more than are channels, since a page has one at least.
-    for at in directories(&mut decoder, MOST_CHANNELS)?.into_iter().skip(1) {
+    for at in directories(&mut tiff, MOST_CHANNELS)?.into_iter().skip(1) {
         let channels: usize = all.iter().map(|page| page.channels).sum();
         // Before the next page takes memory.
         if channels >= reading.format.channels {
@@ -145,7 +124,7 @@ pub fn read<R: Read + Seek>(file: R, place: Option<Place>, reading: &Reading) ->
                 reading.format.channels
             ));
         }
-        let next = read_page(&mut decoder, at)?;
+        let next = read_page(&mut tiff, Some(at))?;
         if next.size != all[0].size {
             return Err(
                 "has pages of different sizes, which cannot be channels of one image".into()
@@ -156,7 +135,7 @@ pub fn read<R: Read + Seek>(file: R, place: Option<Place>, reading: &Reading) ->
     joined(&all)
 }
 
-fn read_page<R: Read + Seek>(decoder: &mut Decoder<R>, at: IfdPointer) -> Found<Samples> {
+fn read_page<R: Read + Seek>(tiff: &mut Tiff<R>, at: Option<u64>) -> Found<Samples> {
     fn of<T: Sample>(file: &mut (impl Read + Seek), page: &Page) -> Found<Vec<T>> {
         let values = chunks::read(file, page)?;
         Ok(match page.orientation {
@@ -164,8 +143,8 @@ fn read_page<R: Read + Seek>(decoder: &mut Decoder<R>, at: IfdPointer) -> Found<
             how => turned(&values, page.size, page.channels, how),
         })
     }
-    let page = Page::at(decoder, at)?;
-    let file = decoder.inner();
+    let page = page_at(tiff, at)?;
+    let file = &mut tiff.file;
     let values = match page.bits {
         8 => Values::U8(of(file, &page)?),
         16 => Values::U16(of(file, &page)?),

@@ -1,16 +1,13 @@
 //! What the directory of a page says: size, samples, and where and how its strips or tiles are stored.
 //!
-//! The crate `tiff` reads directories. What they mean is decided here, since the crate passes over the order of bits, leaves out
-//! samples beside RGB, and takes alpha beside grey for a second channel. What is not known for certain is refused.
+//! What is not known for certain is refused.
 
 use std::io::{Read, Seek};
 
-use tiff::decoder::{Decoder, IfdDecoder};
-use tiff::tags::{ByteOrder, IfdPointer, Tag};
-
 use super::super::samples::MOST_CHANNELS;
 use super::super::{PIXEL_LIMIT, check_size};
-use super::{Found, damaged};
+use super::Found;
+use super::directory::{Directory, Tag, Tiff, damaged};
 
 /// How the strips or tiles of a page are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +53,8 @@ pub struct Page {
 pub struct Chunks {
     /// Width and height of each.
     pub size: [usize; 2],
+    /// Whether they are tiles, which have this size at the edges of the image, too.
+    pub tiled: bool,
     /// Numbers of samples that are stored apart: 1 if they lie side by side in a pixel.
     pub planes: usize,
     /// Places of the chunks in the file, row by row, plane by plane.
@@ -74,11 +73,22 @@ const ASSOCIATED: u64 = 1;
 const UNASSOCIATED: u64 = 2;
 
 /// A directory's values.
-struct Tags<'a>(IfdDecoder<'a>);
+struct Tags<'a, R> {
+    tiff: &'a mut Tiff<R>,
+    directory: &'a Directory,
+}
 
-impl Tags<'_> {
+impl<R: Read + Seek> Tags<'_, R> {
+    fn all(&mut self, tag: Tag) -> Found<Option<Vec<u64>>> {
+        self.tiff.all(self.directory, tag)
+    }
+
     fn one(&mut self, tag: Tag) -> Found<Option<u64>> {
-        self.0.find_tag_unsigned(tag).map_err(damaged)
+        match self.all(tag)?.as_deref() {
+            None => Ok(None),
+            Some(&[value]) => Ok(Some(value)),
+            Some(values) => Err(damaged(format!("{} values of {tag:?}", values.len()))),
+        }
     }
 
     fn or(&mut self, tag: Tag, absent: u64) -> Found<u64> {
@@ -90,15 +100,11 @@ impl Tags<'_> {
         Ok(usize::try_from(side).unwrap_or(usize::MAX))
     }
 
-    fn all(&mut self, tag: Tag) -> Found<Option<Vec<u64>>> {
-        self.0.find_tag_unsigned_vec(tag).map_err(damaged)
-    }
-
     /// The value that a tag gives to all samples; an error if it gives them different ones.
     fn of_samples(&mut self, tag: Tag, absent: u64, samples: usize) -> Found<u64> {
         let values = self.all(tag)?.unwrap_or_else(|| vec![absent]);
         let Some(&first) = values.first().filter(|_| [1, samples].contains(&values.len())) else {
-            return Err(format!("is a damaged TIFF file: {} values of {tag:?}", values.len()));
+            return Err(damaged(format!("{} values of {tag:?}", values.len())));
         };
         match values.iter().all(|&value| value == first) {
             true => Ok(first),
@@ -108,15 +114,14 @@ impl Tags<'_> {
 }
 
 fn lacks(tag: Tag) -> String {
-    format!("is a damaged TIFF file: it has no {tag:?}")
+    damaged(format!("it has no {tag:?}"))
 }
 
 impl Page {
-    /// Reads the page whose directory stands at `at`.
-    pub fn at<R: Read + Seek>(decoder: &mut Decoder<R>, at: IfdPointer) -> Found<Self> {
-        let big_endian = matches!(decoder.byte_order(), ByteOrder::BigEndian);
-        let directory = decoder.read_directory(at).map_err(damaged)?;
-        let mut tags = Tags(decoder.read_directory_tags(&directory));
+    /// The page of a directory.
+    pub fn of<R: Read + Seek>(tiff: &mut Tiff<R>, directory: &Directory) -> Found<Self> {
+        let big_endian = tiff.big_endian;
+        let mut tags = Tags { tiff, directory };
         let size = [tags.side(Tag::ImageWidth)?, tags.side(Tag::ImageLength)?];
         check_size(size[0], size[1])?;
         let samples = tags.or(Tag::SamplesPerPixel, 1)?;
@@ -131,10 +136,10 @@ impl Page {
         let (colours, white_is_zero) = interpretation(&mut tags)?;
         let extra = tags.all(Tag::ExtraSamples)?.unwrap_or_default();
         if channels < colours + extra.len() {
-            return Err(format!(
-                "is a damaged TIFF file: it has {channels} samples a pixel, {} of them beside {colours} of colour",
+            return Err(damaged(format!(
+                "it has {channels} samples a pixel, {} of them beside {colours} of colour",
                 extra.len()
-            ));
+            )));
         }
         if white_is_zero && channels > 1 {
             return Err(format!("is a TIFF file of {channels} channels whose 0 is white"));
@@ -166,7 +171,7 @@ impl Page {
 }
 
 /// Bits of a sample, if samples of this kind are read.
-fn bits_of(tags: &mut Tags<'_>, channels: usize) -> Found<usize> {
+fn bits_of(tags: &mut Tags<'_, impl Read + Seek>, channels: usize) -> Found<usize> {
     let bits = tags.of_samples(Tag::BitsPerSample, 1, channels)?;
     let kind = match tags.of_samples(Tag::SampleFormat, 1, channels)? {
         1 => "unsigned integers",
@@ -183,7 +188,7 @@ fn bits_of(tags: &mut Tags<'_>, channels: usize) -> Found<usize> {
 }
 
 /// How many samples are grey or colour, and whether 0 is white.
-fn interpretation(tags: &mut Tags<'_>) -> Found<(usize, bool)> {
+fn interpretation(tags: &mut Tags<'_, impl Read + Seek>) -> Found<(usize, bool)> {
     let name = match tags.one(Tag::PhotometricInterpretation)? {
         Some(0) => return Ok((1, true)),
         Some(1) => return Ok((1, false)),
@@ -201,7 +206,7 @@ fn interpretation(tags: &mut Tags<'_>) -> Found<(usize, bool)> {
 }
 
 /// How the page is packed.
-fn packing(tags: &mut Tags<'_>) -> Found<Packing> {
+fn packing(tags: &mut Tags<'_, impl Read + Seek>) -> Found<Packing> {
     let name = match tags.or(Tag::Compression, 1)? {
         1 => return Ok(Packing::Plain),
         5 => return Ok(Packing::Lzw),
@@ -222,7 +227,11 @@ fn packing(tags: &mut Tags<'_>) -> Found<Packing> {
     ))
 }
 
-fn predictor(tags: &mut Tags<'_>, packing: Packing, bits: usize) -> Found<Predictor> {
+fn predictor(
+    tags: &mut Tags<'_, impl Read + Seek>,
+    packing: Packing,
+    bits: usize,
+) -> Found<Predictor> {
     let found = tags.or(Tag::Predictor, 1)?;
     if found != 1 && [Packing::Plain, Packing::PackBits].contains(&packing) {
         // libtiff passes over it, other programs do not.
@@ -238,7 +247,7 @@ fn predictor(tags: &mut Tags<'_>, packing: Packing, bits: usize) -> Found<Predic
 
 impl Chunks {
     fn of(
-        tags: &mut Tags<'_>,
+        tags: &mut Tags<'_, impl Read + Seek>,
         [width, height]: [usize; 2],
         channels: usize,
         bits: usize,
@@ -247,9 +256,9 @@ impl Chunks {
         let planes = match tags.or(Tag::PlanarConfiguration, 1)? {
             1 => 1,
             2 => channels,
-            other => return Err(format!("is a damaged TIFF file: planar configuration {other}")),
+            other => return Err(damaged(format!("planar configuration {other}"))),
         };
-        let tiled = tags.0.directory().contains(Tag::TileOffsets);
+        let tiled = tags.directory.has(Tag::TileOffsets);
         let (size, offsets, counts) = match tiled {
             true => {
                 let size = [tags.side(Tag::TileWidth)?, tags.side(Tag::TileLength)?];
@@ -278,16 +287,16 @@ impl Chunks {
         };
         let there = offsets.len().min(counts.len());
         if there < needed {
-            return Err(format!(
-                "is a damaged TIFF file: it has {there} strips or tiles where {needed} are expected"
-            ));
+            return Err(damaged(format!(
+                "it has {there} strips or tiles where {needed} are expected"
+            )));
         }
         let reversed = match tags.or(Tag::FillOrder, 1)? {
             1 => false,
             2 => true,
-            other => return Err(format!("is a damaged TIFF file: fill order {other}")),
+            other => return Err(damaged(format!("fill order {other}"))),
         };
         let predictor = predictor(tags, packing, bits)?;
-        Ok(Self { size, planes, offsets, counts, packing, predictor, reversed, big_endian })
+        Ok(Self { size, tiled, planes, offsets, counts, packing, predictor, reversed, big_endian })
     }
 }

@@ -446,3 +446,30 @@ fn damaged_files_are_refused_without_a_panic() {
         }
     }
 }
+
+#[test]
+fn directories_are_taken_at_their_word_only_if_it_is_one() {
+    let page = Written { more: vec![(274, vec![1])], ..Written::of(1, 8) };
+    let file = Written::pages(&[page.clone(), page.clone()]);
+    let place = |tag: u16| {
+        let entry = [tag, 3].map(u16::to_le_bytes).concat();
+        file.windows(4).position(|bytes| bytes == entry).unwrap()
+    };
+    let changed = |at: usize, bytes: &[u8]| {
+        let mut file = file.clone();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        bytes_of(&file, Some(Pages::Channels))
+    };
+    assert!(bytes_of(&file, Some(Pages::Channels)).is_ok());
+    // The last page names the first as the next.
+    let circle = changed(file.len() - 4, &file[4..8]).unwrap_err();
+    assert!(circle.contains("its pages go round in a circle"), "{circle}");
+    // A second width, beside the width of 5.
+    let twice = changed(place(274), &[0, 1, 3, 0, 1, 0, 0, 0, 4]).unwrap_err();
+    assert!(twice.contains("two values of tag 256"), "{twice}");
+    let float = changed(place(274) + 2, &[11]).unwrap_err();
+    assert!(float.contains("Orientation is no whole number"), "{float}");
+    // What is not packed needs no word on its bytes.
+    let at = file.windows(4).position(|bytes| bytes == [23, 1, 4, 0]).unwrap();
+    assert!(changed(at, &[0xE8, 3]).is_ok());
+}
