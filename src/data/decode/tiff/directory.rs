@@ -153,11 +153,10 @@ impl<R: Read + Seek> Tiff<R> {
         let Some(len) = count.checked_mul(size).filter(|&len| len <= MOST_BYTES) else {
             return Err(damaged(format!("{count} values of {tag:?}")));
         };
-        let apart = match len > value.len() as u64 {
-            true => Some(self.bytes(self.number(value), len)?),
-            false => None,
+        let bytes = match len > value.len() as u64 {
+            true => self.bytes(self.number(value), len)?,
+            false => value[..len as usize].to_vec(),
         };
-        let bytes = apart.as_deref().unwrap_or(&value[..len as usize]);
         Ok(Some(bytes.chunks_exact(size as usize).map(|bytes| self.number(bytes)).collect()))
     }
 }
