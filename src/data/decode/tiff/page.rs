@@ -285,8 +285,9 @@ impl Chunks {
             Packing::Plain => vec![0; needed],
             _ => tags.all(counts)?.ok_or_else(|| lacks(counts))?,
         };
-        let there = offsets.len().min(counts.len());
-        if there < needed {
+        // More of them than there is room for would have to be guessed at, too.
+        let there = if counts.len() < needed { counts.len() } else { offsets.len() };
+        if there != needed {
             return Err(damaged(format!(
                 "it has {there} strips or tiles where {needed} are expected"
             )));
