@@ -54,8 +54,10 @@ pub fn native_format(folder: &Path, reading: &Reading) -> Result<Option<(Format,
     let Some((all, places)) = some_files(folder, reading, LOOKED_AT)? else { return Ok(None) };
     let look = |places: Vec<usize>| -> Result<Vec<(PathBuf, Native)>> {
         let mut found = Vec::new();
-        for place in places {
-            let path = all.file(place);
+        // The pages of a file follow one another, and have one look.
+        let mut files: Vec<&Path> = places.into_iter().map(|place| all.file(place)).collect();
+        files.dedup();
+        for path in files {
             match decode::native(path, reading.axes) {
                 Ok(native) => found.push((path.to_path_buf(), native)),
                 Err(Error::Format { .. }) => {}
@@ -132,4 +134,23 @@ pub fn extent(folder: &Path, reading: &Reading) -> Result<Option<[f64; 2]>> {
         }
     }
     Ok((all[0] < all[1]).then_some(all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_photo_in_colour_makes_a_grey_folder_one_in_colour() {
+        let root = tempfile::tempdir().unwrap();
+        let name = |i: usize| root.path().join(format!("{i:03}.png"));
+        for i in 0..100 {
+            image::GrayImage::new(2, 2).save(name(i)).unwrap();
+        }
+        let format = || native_format(root.path(), &Reading::default()).unwrap().unwrap().0;
+        assert_eq!(format(), Format { channels: 1, bits: 8 });
+        assert!(!spread(100, LOOKED_AT).contains(&2));
+        image::RgbImage::new(2, 2).save(name(2)).unwrap();
+        assert_eq!(format(), Format::RGB);
+    }
 }

@@ -45,7 +45,7 @@ impl Outcome {
         match checksums(&*images.train, recipe.seed, &device)? == then {
             true => Ok(()),
             false => Err(Error::format(
-                &folder.join(RESULT),
+                folder.join(RESULT),
                 "is the result of other training images: restore them, choose another --out, or remove it",
             )),
         }
