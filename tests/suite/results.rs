@@ -18,7 +18,7 @@ const OPEN: &str = "
 - None of the published recipes, at their full length: they need a GPU. Their figures in `selfsup recipes` are those of the
   sources, not of this program.
 - The seven methods and the supervised baseline at half an hour each on two cores (the recipes that end in `-cifar10-cpu`), and
-  three of the sixteen studies: `scripts/half-hours CIFAR10` runs them and goes on where it stopped.
+  one of the sixteen studies, simclr-v2-head: `scripts/half-hours CIFAR10` runs them and goes on where it stopped.
 ";
 
 fn row(run: &MeasuredRun) -> String {
