@@ -17,8 +17,8 @@ const OPEN: &str = "
 
 - None of the published recipes, at their full length: they need a GPU. Their figures in `selfsup recipes` are those of the
   sources, not of this program.
-- The seven methods and the supervised baseline at half an hour each on two cores (the recipes that end in `-cifar10-cpu`), and
-  one of the sixteen studies, simclr-v2-head: `scripts/half-hours CIFAR10` runs them and goes on where it stopped.
+- The seven methods and the supervised baseline at half an hour each on two cores (the recipes that end in `-cifar10-cpu`):
+  `scripts/half-hours CIFAR10` runs them and goes on where it stopped.
 ";
 
 fn row(run: &MeasuredRun) -> String {
