@@ -103,3 +103,15 @@ fn the_picture_in_lib_is_the_tested_order() {
         "ORDER names a module that src/lib.rs does not declare"
     );
 }
+
+/// A source distribution has the manifest as it is and neither tests nor benches, for which cargo would look if it had to guess.
+#[test]
+fn the_manifest_says_where_tests_and_benches_are() {
+    let manifest: toml::Table = std::fs::read_to_string("Cargo.toml").unwrap().parse().unwrap();
+    for kind in ["test", "bench"] {
+        for target in manifest[kind].as_array().unwrap() {
+            let path = target.get("path").and_then(toml::Value::as_str);
+            assert!(path.is_some_and(|path| Path::new(path).is_file()), "{kind} {target}");
+        }
+    }
+}
