@@ -228,6 +228,13 @@ pub(super) fn backward_sums<T: Activation>(
     });
 }
 
+/// `dz` where `y > 0`, otherwise 0. As a function, so that `dz` is loaded in either case: a load under a condition keeps the
+/// compiler from whole vectors.
+#[inline(always)]
+fn if_positive(y: f32, dz: f32) -> f32 {
+    if y > 0.0 { dz } else { 0.0 }
+}
+
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn add_rectified_products<T: Activation>(
     sum: &mut [f32],
@@ -244,7 +251,7 @@ fn add_rectified_products<T: Activation>(
         let line = mean.iter().zip(a).zip(b);
         for ((((sum, dot), dz), x), ((mean, a), b)) in out.zip(dz).zip(x).zip(line) {
             let deviation = x.load() - mean;
-            let dz = if deviation * a + b > 0.0 { dz.load() } else { 0.0 }; // the same bits as `y`
+            let dz = if_positive(deviation * a + b, dz.load()); // the same bits as `y`
             *sum += dz;
             *dot += dz * deviation;
         }
@@ -326,7 +333,7 @@ fn mask_and_add_products<T: Activation>(
     for (dz, (y, x)) in dz.chunks_mut(width).zip(y.chunks(width).zip(x.chunks(width))) {
         let out = sum.iter_mut().zip(dot.iter_mut());
         for ((((sum, dot), dz), (y, x)), mean) in out.zip(dz).zip(y.iter().zip(x)).zip(mean) {
-            let kept = if y.load() > 0.0 { dz.load() } else { 0.0 };
+            let kept = if_positive(y.load(), dz.load());
             *dz = T::store(kept);
             *sum += kept;
             *dot += kept * (x.load() - mean);
@@ -414,7 +421,7 @@ fn rectified_input_gradient_rows<T: Activation>(
         for ((dx, x), (((mean, a), b), ((to_dz, to_x), constant))) in dx.iter_mut().zip(x).zip(line)
         {
             let x = x.load();
-            let dz = if (x - mean) * a + b > 0.0 { dx.load() } else { 0.0 };
+            let dz = if_positive((x - mean) * a + b, dx.load());
             *dx = T::store(to_dz * dz + to_x * x + constant);
         }
     }
