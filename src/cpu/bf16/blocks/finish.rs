@@ -106,14 +106,22 @@ impl Finish {
         rows: usize,
         moments: Option<&mut ColumnSums>,
     ) {
-        let plain = self.columns == SIDE && self.bias.is_null() && !self.accumulate;
+        let whole = self.columns == SIDE && self.bias.is_null();
         // SAFETY: the caller vouches for the memory and for AVX2; the other instructions are there if they are detected.
         unsafe {
             match to {
-                Target::Bf16(to) if plain && is_x86_feature_detected!("avx512bf16") => {
-                    rows_avx512(sums, to, line, rows, moments);
+                Target::Bf16(to) if whole && is_x86_feature_detected!("avx512bf16") => {
+                    if !self.accumulate {
+                        rows_avx512(sums, to, line, rows, moments);
+                    } else if moments.is_none() {
+                        add_rows_avx512(sums, to, line, rows);
+                    } else {
+                        self.write_any(sums, Target::Bf16(to), line, rows, moments);
+                    }
                 }
-                Target::Bf16(to) if plain => rows_avx2(sums, to, line, rows, moments),
+                Target::Bf16(to) if whole && !self.accumulate => {
+                    rows_avx2(sums, to, line, rows, moments);
+                }
                 _ => self.write_any(sums, to, line, rows, moments),
             }
         }
@@ -253,14 +261,8 @@ unsafe fn rows_avx512(
     moments: Option<&mut ColumnSums>,
 ) {
     let sums = &sums[..rows * SIDE];
-    let round = |row: &[f32]| {
-        let row = &row[..SIDE];
-        // SAFETY: two halves of 32 floats; both vectors are 512 bits without a meaning of their own.
-        unsafe {
-            let (low, high) = (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row[16..].as_ptr()));
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-        }
-    };
+    // SAFETY: the caller vouches for the instructions.
+    let round = |row: &[f32]| unsafe { round_avx512(halves_avx512(row)) };
     let Some(moments) = moments else {
         for (i, row) in sums.chunks_exact(SIDE).enumerate() {
             // SAFETY: the caller vouches for the row.
@@ -268,12 +270,8 @@ unsafe fn rows_avx512(
         }
         return;
     };
-    let widen = |x: __m512i| {
-        let half = |half: __m256i| {
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
-        };
-        [half(_mm512_castsi512_si256(x)), half(_mm512_extracti64x4_epi64::<1>(x))]
-    };
+    // SAFETY: the caller vouches for the instructions.
+    let widen = |x: __m512i| unsafe { widen_avx512(x) };
     let ColumnSums { started, lines, .. } = &mut *moments;
     if !*started && rows > 0 {
         *started = true;
@@ -304,4 +302,53 @@ unsafe fn rows_avx512(
         }
     }
     moments.count(rows);
+}
+
+/// Adds whole rows of 32 to what is there, and rounds the sums as [`rows_avx512`] does.
+///
+/// # Safety
+/// As [`rows_avx512`]; the rows are readable, too.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn add_rows_avx512(sums: &[f32], to: *mut u16, line: usize, rows: usize) {
+    for (i, row) in sums[..rows * SIDE].chunks_exact(SIDE).enumerate() {
+        // SAFETY: the caller vouches for the row.
+        unsafe {
+            let to = to.add(i * line).cast();
+            let [low, high] = halves_avx512(row);
+            let [low_before, high_before] = widen_avx512(_mm512_loadu_si512(to));
+            let sums = [_mm512_add_ps(low, low_before), _mm512_add_ps(high, high_before)];
+            _mm512_storeu_si512(to.cast(), round_avx512(sums));
+        }
+    }
+}
+
+/// The halves of a row of 32.
+///
+/// # Safety
+/// The processor has AVX-512F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn halves_avx512(row: &[f32]) -> [__m512; 2] {
+    let row = &row[..SIDE];
+    // SAFETY: two halves of 32 floats.
+    unsafe { [_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row[16..].as_ptr())] }
+}
+
+/// # Safety
+/// The processor has AVX-512F and BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn round_avx512([low, high]: [__m512; 2]) -> __m512i {
+    // SAFETY: both vectors are 512 bits without a meaning of their own.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// # Safety
+/// The processor has AVX-512F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn widen_avx512(x: __m512i) -> [__m512; 2] {
+    let half =
+        |half: __m256i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
+    [half(_mm512_castsi512_si256(x)), half(_mm512_extracti64x4_epi64::<1>(x))]
 }
