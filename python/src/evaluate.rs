@@ -65,7 +65,7 @@ impl Network {
 fn of_recipe(trained: &Trained, name: Option<String>) -> Result<Device> {
     let train = &trained.recipe.train;
     let (precision, threads) = (train.precision, train.threads);
-    Wanted { name, precision, threads, own_thread: false }.open()
+    Wanted { name, precision, threads, ..Wanted::default() }.open()
 }
 
 /// A backbone with its weights, for features.

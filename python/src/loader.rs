@@ -50,7 +50,7 @@ impl Place {
         let name = Some(name.unwrap_or("cpu").to_string());
         let gpu = name.as_deref().and_then(gpu_number);
         let precision = Some(Precision::F32);
-        let device = Wanted { name, precision, threads, own_thread: false }.open()?;
+        let device = Wanted { name, precision, threads, ..Wanted::default() }.open()?;
         Ok(Self { device, gpu })
     }
 

@@ -42,7 +42,9 @@ pub fn train(
 ) -> PyResult<()> {
     let (recipe, given) = (parsed(recipe)?, given.map(sources));
     run(py, on_report, move |reports, stop| {
-        let device = opened(device, recipe.train.precision, recipe.train.threads, reports)?;
+        let (precision, threads) = (recipe.train.precision, recipe.train.threads);
+        let wanted = Wanted { name: device, precision, threads, own_thread: true, to_train: true };
+        let device = opened(wanted, reports)?;
         let mut run = match given {
             Some((train, held_out)) => {
                 let images = Images::given(&recipe.data, train, held_out)?;
@@ -69,7 +71,11 @@ pub fn resume(
     run(py, on_report, move |reports, stop| {
         let paused = Paused::open(&folder, &settings)?;
         let recipe = paused.recipe().clone();
-        let device = opened(device, paused.precision(), recipe.train.threads, reports)?;
+        let (precision, threads) = (paused.precision(), recipe.train.threads);
+        // A checkpoint without a precision is of a version that trained on every processor in f32.
+        let to_train = paused.starts_again();
+        let wanted = Wanted { name: device, precision, threads, own_thread: true, to_train };
+        let device = opened(wanted, reports)?;
         let mut run = match given {
             Some((train, held_out)) => {
                 let images = Images::given(&recipe.data, train, held_out)?;
@@ -82,13 +88,8 @@ pub fn resume(
 }
 
 /// Opens the device that this thread is to drive, and says which.
-fn opened(
-    name: Option<String>,
-    precision: Option<Precision>,
-    threads: usize,
-    reports: &mut Reports,
-) -> selfsup::Result<Device> {
-    let device = Wanted { name, precision, threads, own_thread: true }.open()?;
+fn opened(wanted: Wanted, reports: &mut Reports) -> selfsup::Result<Device> {
+    let device = wanted.open()?;
     reports.note(&format!("device: {device}"));
     Ok(device)
 }

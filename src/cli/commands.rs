@@ -27,7 +27,7 @@ const LABELS: usize = 10;
 pub(super) fn demo(demo: &Demo) -> Result<()> {
     let recipe = Recipe::load("demo", &demo.set)?;
     let start = Instant::now();
-    let device = device::open(demo.device, &recipe.train)?;
+    let device = device::open_to_train(demo.device, &recipe.train)?;
     check::before_training(&device)?;
     let out = match &demo.out {
         Some(out) => out.clone(),
@@ -86,8 +86,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
         (Some(folder), _) => {
             let paused = Paused::open_in(folder, &train.set, &group)?;
             let recipe = paused.recipe().clone();
-            let (precision, threads) = (paused.precision(), recipe.train.threads);
-            let device = group.together(device::choose(train.device, precision, threads))?;
+            let device = group.together(device::open_to_resume(train.device, &paused))?;
             group.together(check::before_training(&device))?;
             let run = Run::resume(paused, &device)?;
             let what = if run.has_ended() { "the run has ended," } else { "going on" };
@@ -112,7 +111,7 @@ pub(super) fn train(train: &Train) -> Result<()> {
             let recipe = group.together(Recipe::load(name, &train.set))?;
             let stem = Path::new(name).file_stem().unwrap_or_default();
             let out = train.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(stem));
-            let device = group.together(device::open(train.device, &recipe.train))?;
+            let device = group.together(device::open_to_train(train.device, &recipe.train))?;
             group.together(check::before_training(&device))?;
             let run = Run::in_group(&recipe, &device, Some(&out), &group)?;
             if let Some(file) = &recipe.train.init {

@@ -6,6 +6,7 @@ use super::talk;
 use crate::device::{Bf16Path, Device, DeviceKind, Launch, Precision, compiles_first};
 use crate::error::{Error, Result};
 use crate::recipes::{MOST_THREADS, TrainSettings};
+use crate::train::Paused;
 
 /// A device by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,26 @@ impl FromStr for Name {
     }
 }
 
-/// Opens the device of that name with a recipe's precision and threads.
+/// What a device is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Training,
+    Other,
+}
+
+/// Opens the device of that name with a recipe's precision and threads, to train on it.
+pub(super) fn open_to_train(name: Option<Name>, settings: &TrainSettings) -> Result<Device> {
+    choose_for(Work::Training, name, settings.precision, settings.threads)
+}
+
+/// Opens the device of that name to go on with a run, in the precision in which it was trained.
+pub(super) fn open_to_resume(name: Option<Name>, paused: &Paused) -> Result<Device> {
+    // A checkpoint without a precision is of a version that trained on every processor in f32.
+    let work = if paused.starts_again() { Work::Training } else { Work::Other };
+    choose_for(work, name, paused.precision(), paused.recipe().train.threads)
+}
+
+/// Opens the device of that name with a recipe's precision and threads, for anything but training.
 pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Device> {
     choose(name, settings.precision, settings.threads)
 }
@@ -40,6 +60,15 @@ pub(super) fn open(name: Option<Name>, settings: &TrainSettings) -> Result<Devic
 /// Opens the device of that name; without a name, a GPU if there is one, else the CPU. Without a precision it gets the one that is
 /// usual on it. Prints which.
 pub(super) fn choose(
+    name: Option<Name>,
+    precision: Option<Precision>,
+    threads: usize,
+) -> Result<Device> {
+    choose_for(Work::Other, name, precision, threads)
+}
+
+fn choose_for(
+    work: Work,
     name: Option<Name>,
     precision: Option<Precision>,
     threads: usize,
@@ -54,20 +83,24 @@ pub(super) fn choose(
         Some(launch) if threads == 0 => launch.threads(),
         _ => threads,
     };
-    let on = |kind| precision.unwrap_or(Precision::usual(kind));
+    let on = |kind| match (precision, work) {
+        (Some(precision), _) => Ok(precision),
+        (None, Work::Training) => Precision::of_training(kind, launch.is_some()),
+        (None, Work::Other) => Ok(Precision::usual(kind)),
+    };
     let cpu = || {
         // This thread does nothing but drive the device.
-        Device::cpu_with_this_thread(threads)?.with_precision(on(DeviceKind::Cpu))
+        Device::cpu_with_this_thread(threads)?.with_precision(on(DeviceKind::Cpu)?)
     };
     let tell = |ordinal| compiles_first(ordinal).iter().for_each(|sentence| talk(sentence));
     let gpu = |ordinal| {
         tell(ordinal);
-        Device::cuda(ordinal, on(DeviceKind::Cuda))
+        Device::cuda(ordinal, on(DeviceKind::Cuda)?)
     };
     let first = || match &launch {
         Some(launch) => {
             tell(0); // GPUs of a machine are of one model, or nearly always
-            Device::cuda_of_rank(launch, on(DeviceKind::Cuda))
+            Device::cuda_of_rank(launch, on(DeviceKind::Cuda)?)
         }
         None => gpu(0),
     };
@@ -86,17 +119,18 @@ pub(super) fn choose(
             Err(reason) => (cpu()?, format!("; {reason}")),
         },
     };
-    talk(&format!("device: {device}{}{why}", how(&device)));
+    talk(&format!("device: {device}{}{why}", how(&device, precision)));
     Ok(device)
 }
 
-/// How a CPU multiplies bf16 matrices, and what follows from it.
-fn how(device: &Device) -> &'static str {
+/// How a CPU multiplies bf16 matrices, and what follows from it; `asked` is the precision that was asked for.
+fn how(device: &Device, asked: Option<Precision>) -> &'static str {
     if device.kind() != DeviceKind::Cpu || device.precision() == Precision::F32 {
         return "";
     }
     match Bf16Path::current() {
         Bf16Path::Avx512 => " by AVX512-BF16",
+        Bf16Path::Amx if asked.is_none() => " by AMX tiles (train.precision=f32 for f32)",
         Bf16Path::Amx => " by AMX tiles",
         Bf16Path::Portable => " without instructions for it: slower than train.precision=f32",
     }

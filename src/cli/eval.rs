@@ -224,7 +224,7 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     tuned.train.batch = tuned.train.batch.min(images.train.len());
     let mut tuned = with_labels(tuned.with(&args.of.set)?, labels);
     tuned.data.max_skipped = args.of.max_skipped.unwrap_or(tuned.data.max_skipped);
-    let device = device::open(args.of.device, &tuned.train)?;
+    let device = device::open_to_train(args.of.device, &tuned.train)?;
     let unread = eval::unreadable(&**test, &device)?;
     left_out.add("held-out", test.len(), &unread)?;
     let not_used = eval::unreadable(&*images.train, &device)?;

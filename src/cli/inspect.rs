@@ -8,7 +8,7 @@ use serde_json::json;
 use super::args::Inspect;
 use super::{exchanges, say, traffic};
 use crate::arena::{Layout, Slot};
-use crate::device::Precision;
+use crate::device::{DeviceKind, Precision};
 use crate::error::Result;
 use crate::recipes::{self, Recipe};
 use crate::tape::NodeInfo;
@@ -127,7 +127,8 @@ struct Largest {
 fn needs(recipe: &Recipe, gpu: Option<usize>) -> Result<Needs> {
     let mut recipe = recipe.clone();
     let recompute = recipe.train.recompute;
-    let usual = if gpu.is_some() { Precision::Bf16 } else { Precision::F32 };
+    let kind = if gpu.is_some() { DeviceKind::Cuda } else { DeviceKind::Cpu };
+    let usual = Precision::of_training(kind, false)?;
     let precision = recipe.train.precision.unwrap_or(usual);
     let mut need = |recompute| {
         recipe.train.recompute = recompute;

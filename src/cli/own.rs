@@ -37,7 +37,8 @@ pub(super) fn planned(folder: &str, args: &Train, group: &Group) -> Result<Optio
         train::check_free(&out)?;
     }
     // Precision and threads of the device may be among the settings.
-    let device = device::open(args.device, &Recipe::load("demo", &only_train(&args.set))?.train)?;
+    let settings = Recipe::load("demo", &only_train(&args.set))?.train;
+    let device = device::open_to_train(args.device, &settings)?;
     let wishes =
         Wishes { method: args.method.as_deref(), budget: args.budget, settings: &args.set };
     let plan = train::plan(path, wishes, &device, &talk)?;

@@ -4,7 +4,7 @@ use super::inspect::size;
 use super::say;
 use crate::data::Source as _;
 use crate::data::{Split, fashion_scattered};
-use crate::device::{Device, Precision};
+use crate::device::{Device, DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::recipes::{self, MeasuredRun, Recipe, Source};
 use crate::train;
@@ -97,15 +97,17 @@ fn cost(recipe: &Recipe) -> Result<Vec<String>> {
         ));
         return Ok(cost);
     }
-    let measured = train::memory(recipe, Precision::F32).and_then(|need| {
-        let seconds = train::seconds_per_image(recipe)?;
+    let usual = Precision::of_training(DeviceKind::Cpu, false)?;
+    let precision = recipe.train.precision.unwrap_or(usual);
+    let measured = train::memory(recipe, precision).and_then(|need| {
+        let seconds = train::seconds_per_image(recipe, precision)?;
         Ok((need, seconds))
     });
     match measured {
         Err(error) => cost.push(format!("memory and time cannot be measured: {error}")),
         Ok((need, seconds)) => {
             cost.push(format!(
-                "memory in f32: {} at batch {}, of it {} for weights, gradients, the optimiser and state",
+                "memory in {precision}: {} at batch {}, of it {} for weights, gradients, the optimiser and state",
                 size(need.in_all),
                 recipe.train.batch,
                 size(need.fixed)
@@ -117,7 +119,7 @@ fn cost(recipe: &Recipe) -> Result<Vec<String>> {
                 format!(", {} for all epochs", duration(total * seconds))
             });
             cost.push(format!(
-                "time on this processor in f32 with {threads} threads: {rate}{}, by one step, without evaluation",
+                "time on this processor in {precision} with {threads} threads: {rate}{}, by one step, without evaluation",
                 all.unwrap_or_default()
             ));
         }
@@ -188,8 +190,9 @@ mod tests {
             assert!(about.contains(part), "{about}");
         }
         let cost = cost(&Recipe::load("demo", &["network.width=2".into()]).unwrap()).unwrap();
+        let precision = Precision::of_training(DeviceKind::Cpu, false).unwrap();
         assert!(cost[0].starts_with("steps: 780 of 64 images, 156 in an epoch"), "{cost:?}");
-        assert!(cost[1].starts_with("memory in f32: "), "{cost:?}");
+        assert!(cost[1].starts_with(&format!("memory in {precision}: ")), "{cost:?}");
         assert!(cost[2].contains(" for all epochs"), "{cost:?}");
         let exact = Recipe::load("simsiam-imagenet", &[]).unwrap();
         assert!(super::about(&exact).contains(&"deviations: none known".to_owned()));

@@ -27,7 +27,7 @@ const BAR: f64 = 24.0;
 
 pub(super) fn tune_lr(args: &TuneLr) -> Result<()> {
     let recipe = Recipe::load(&args.recipe, &args.set)?;
-    let device = device::open(args.device, &recipe.train)?;
+    let device = device::open_to_train(args.device, &recipe.train)?;
     let rates = train::FACTORS.len();
     talk(&format!(
         "{rates} short runs of about {} steps around optim.lr={}",

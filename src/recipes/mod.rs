@@ -226,7 +226,8 @@ pub struct TrainSettings {
     /// Number of checkpoints that are kept; at least 1.
     #[serde(default = "three")]
     pub keep: usize,
-    /// The type in which a device stores activations and multiplies: `bf16` or `f32`. If absent, bf16 on a GPU and f32 on a CPU.
+    /// The type in which a device stores activations and multiplies: `bf16` or `f32`. If absent, bf16 on a
+    /// GPU and on a processor with AMX tiles, f32 on others and where several processes train together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<Precision>,
     /// The views of the first `dump_views` steps, and the initial weights, are written to the run's `parity/` folder for

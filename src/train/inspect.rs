@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::arena::Arena;
 use crate::cpu::scaling;
 use crate::data::Batch;
-use crate::device::{Device, Group, Precision};
+use crate::device::{Device, DeviceKind, Group, Precision};
 use crate::error::Result;
 use crate::methods::{Method, RunInfo, check_micro_batches};
 use crate::optim::Optimizer;
@@ -255,18 +255,22 @@ pub fn memory_within(recipe: &Recipe, precision: Precision, longest: f64) -> Res
     }
 }
 
-/// Measures how many seconds of computing an image of the recipe costs on this processor, all its views together, by a step of
-/// about a second. Loading and augmentation run beside it and are not counted.
+/// Measures how many seconds of computing an image of the recipe costs on this processor in this precision, all its views together, by
+/// a step of about a second. Loading and augmentation run beside it and are not counted.
 ///
 /// # Errors
 /// As for [`measure`].
-pub fn seconds_per_image(recipe: &Recipe) -> Result<f64> {
+pub fn seconds_per_image(recipe: &Recipe, precision: Precision) -> Result<f64> {
+    let measured = |images| {
+        let device = Device::cpu(recipe.train.threads)?.with_precision(precision)?;
+        measure_on(recipe, images, &device)
+    };
     let least = fewest(recipe);
-    let first = measure(recipe, least)?;
+    let first = measured(least)?;
     let most = recipe.train.batch / recipe.train.micro_batches.max(1);
     let fit = (first.images as f64 / first.seconds.max(1e-6)) as usize;
     let images = fit.min(most).min(MOST_IMAGES) / least * least;
-    let timed = if images > least { measure(recipe, images)? } else { first };
+    let timed = if images > least { measured(images)? } else { first };
     Ok(timed.seconds / timed.images as f64)
 }
 
@@ -332,8 +336,9 @@ pub fn scaling(recipe: &Recipe, threads: usize) -> Result<Scaling> {
 /// Runs a step of the recipe's batch, or of as many images as take about `MEASURED_SECONDS`; returns its images and what the thread
 /// did.
 fn one_thread(recipe: &Recipe) -> Result<(usize, scaling::Task)> {
-    let device = Device::cpu_with_this_thread(1)?;
-    let device = device.with_precision(recipe.train.precision.unwrap_or(Precision::F32))?;
+    let usual = Precision::of_training(DeviceKind::Cpu, false)?;
+    let precision = recipe.train.precision.unwrap_or(usual);
+    let device = Device::cpu_with_this_thread(1)?.with_precision(precision)?;
     let least = fewest(recipe);
     let most = recipe.train.batch / recipe.train.micro_batches.max(1);
     let most = (most / least * least).max(least);

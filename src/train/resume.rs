@@ -176,6 +176,11 @@ impl Paused {
         self.precision
     }
 
+    /// Whether the run was stopped before its first checkpoint, so that it starts again. Known on rank 0.
+    pub fn starts_again(&self) -> bool {
+        self.checkpoint.is_none()
+    }
+
     /// The run's recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe

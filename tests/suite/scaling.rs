@@ -13,9 +13,9 @@ fn settings(words: &[&str]) -> Vec<String> {
 #[test]
 fn no_part_of_a_step_keeps_sixteen_threads_waiting() {
     for (name, words) in [
-        ("simclr-cifar10-small", &["train.batch=128"][..]),
-        ("byol-cifar10-small", &["train.batch=128"]),
-        ("simclr-imagenet", &["train.batch=6", "augment.size=112"]),
+        ("simclr-cifar10-small", &["train.batch=128", "train.precision=f32"][..]),
+        ("byol-cifar10-small", &["train.batch=128", "train.precision=f32"]),
+        ("simclr-imagenet", &["train.batch=6", "augment.size=112", "train.precision=f32"]),
     ] {
         let recipe = Recipe::load(name, &settings(words)).unwrap();
         let found = scaling(&recipe, 16).unwrap();

@@ -107,17 +107,15 @@ impl Finish {
         moments: Option<&mut ColumnSums>,
     ) {
         let whole = self.columns == SIDE && self.bias.is_null();
+        let wide = whole && is_x86_feature_detected!("avx512bf16");
         // SAFETY: the caller vouches for the memory and for AVX2; the other instructions are there if they are detected.
         unsafe {
             match to {
-                Target::Bf16(to) if whole && is_x86_feature_detected!("avx512bf16") => {
-                    if !self.accumulate {
-                        rows_avx512(sums, to, line, rows, moments);
-                    } else if moments.is_none() {
-                        add_rows_avx512(sums, to, line, rows);
-                    } else {
-                        self.write_any(sums, Target::Bf16(to), line, rows, moments);
-                    }
+                Target::Bf16(to) if wide && !self.accumulate => {
+                    rows_avx512(sums, to, line, rows, moments);
+                }
+                Target::Bf16(to) if wide && moments.is_none() => {
+                    add_rows_avx512(sums, to, line, rows);
                 }
                 Target::Bf16(to) if whole && !self.accumulate => {
                     rows_avx2(sums, to, line, rows, moments);
