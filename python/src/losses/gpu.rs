@@ -1,7 +1,7 @@
 //! Losses over arrays of other libraries on GPUs, by DLPack.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -11,34 +11,27 @@ use selfsup::device::{Device, ForeignStream, Group, Precision, as_guest};
 use selfsup::ops;
 use selfsup::tensor::Tensor;
 
-use super::{computed, root};
+use super::{PerProcess, computed, root};
 use crate::dlpack::{Given, GpuArray};
 use crate::error::released;
 
 /// The GPUs that losses run on, in f32, by number.
 struct Gpus {
-    /// The process that opened them: a forked one has no contexts.
-    process: u32,
     arenas: BTreeMap<usize, Arena>,
     /// Of all the arenas.
     layout: Arc<Layout>,
     root: Param,
 }
 
-static GPUS: Mutex<Option<Gpus>> = Mutex::new(None);
+static GPUS: PerProcess<Gpus> = PerProcess::new();
 
 /// Works with a GPU; opens it if it is not open. One that has failed is opened anew at the next call: it may have run out of memory that
 /// the other library has freed since.
 fn with_gpu<T>(ordinal: usize, work: impl FnOnce(&mut Arena, Param) -> Result<T>) -> Result<T> {
-    let mut held = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
-    let process = std::process::id();
-    if held.as_ref().is_some_and(|gpus| gpus.process != process) {
-        // Their contexts are in the process that this one was forked from.
-        std::mem::forget(held.take());
-    }
+    let mut held = GPUS.lock();
     let gpus = held.get_or_insert_with(|| {
         let (layout, root) = root();
-        Gpus { process, arenas: BTreeMap::new(), layout, root }
+        Gpus { arenas: BTreeMap::new(), layout, root }
     });
     if !gpus.arenas.contains_key(&ordinal) {
         let device = Device::cuda(ordinal, Precision::F32)?;

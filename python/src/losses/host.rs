@@ -1,7 +1,5 @@
 //! Losses over arrays of the host.
 
-use std::sync::{Mutex, PoisonError};
-
 use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -11,28 +9,26 @@ use selfsup::device::{Device, Group};
 use selfsup::ops;
 use selfsup::tensor::{DType, Tensor};
 
-use super::{computed, root};
+use super::{PerProcess, computed, root};
 use crate::arrays::Shared;
 use crate::error::released;
 
 /// The devices that losses run on: f32 on the CPU's threads, f64 on the reference device.
 struct Engine {
-    /// The process that made it: its threads exist nowhere else.
-    process: u32,
     threads: usize,
     f32: Arena,
     f64: Arena,
     root: Param,
 }
 
-static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
+static ENGINE: PerProcess<Engine> = PerProcess::new();
 
 impl Engine {
     fn new(threads: usize) -> Result<Self> {
         let (layout, root) = root();
         let f32 = Arena::new(&layout, &Device::cpu(threads)?, 0);
         let f64 = Arena::new(&layout, &Device::reference(), 0);
-        Ok(Self { process: std::process::id(), threads, f32, f64, root })
+        Ok(Self { threads, f32, f64, root })
     }
 
     fn arena(&mut self, dtype: DType) -> &mut Arena {
@@ -42,16 +38,9 @@ impl Engine {
 
 /// Works with the engine; makes it for `threads` threads if there is none in this process.
 fn with_engine<T>(threads: usize, work: impl FnOnce(&mut Engine) -> Result<T>) -> Result<T> {
-    let mut held = ENGINE.lock().unwrap_or_else(PoisonError::into_inner);
-    let process = std::process::id();
-    if held.as_ref().is_some_and(|engine| engine.process != process || engine.threads != threads)
-        && let Some(old) = held.take()
-        && old.process != process
-    {
-        // Its threads are in the process that this one was forked from: to end them here would wait for ever.
-        std::mem::forget(old);
-    }
-    if held.is_none() {
+    let mut held = ENGINE.lock();
+    if held.as_ref().is_none_or(|engine| engine.threads != threads) {
+        *held = None;
         *held = Some(Engine::new(threads)?);
     }
     work(held.as_mut().expect("made above"))

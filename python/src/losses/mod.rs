@@ -4,8 +4,10 @@ mod gpu;
 mod host;
 
 use std::cell::RefCell;
+use std::ptr::null_mut;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use selfsup::arena::{Arena, Init, Layout, Param, SlotKind};
 use selfsup::ops::{self, Negatives};
@@ -16,6 +18,42 @@ use selfsup::{Error, Result};
 pub use gpu::{loss_and_gradients_on_gpu, sinkhorn_on_gpu};
 pub use host::{loss_and_gradients, sinkhorn};
 
+/// A value of each process, behind a lock. A forked process begins with none: the other one's lock may be held by a thread that is not in
+/// it, and the other one's value has threads and contexts that are not.
+struct PerProcess<T: 'static>(AtomicPtr<Slot<T>>);
+
+struct Slot<T> {
+    process: u32,
+    value: Mutex<Option<T>>,
+}
+
+impl<T: Send> PerProcess<T> {
+    const fn new() -> Self {
+        Self(AtomicPtr::new(null_mut()))
+    }
+
+    fn lock(&self) -> MutexGuard<'static, Option<T>> {
+        let process = std::process::id();
+        let mut at = self.0.load(Ordering::Acquire);
+        loop {
+            // SAFETY: null or a slot of this function, which are shared and never freed once they are in `self.0`.
+            let slot: Option<&'static Slot<T>> = unsafe { at.as_ref() };
+            if let Some(slot) = slot.filter(|slot| slot.process == process) {
+                return slot.value.lock().unwrap_or_else(PoisonError::into_inner);
+            }
+            let own = Box::into_raw(Box::new(Slot { process, value: Mutex::new(None) }));
+            match self.0.compare_exchange(at, own, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => at = own,
+                Err(other) => {
+                    // SAFETY: made above, and seen by nobody else.
+                    drop(unsafe { Box::from_raw(own) });
+                    at = other;
+                }
+            }
+        }
+    }
+}
+
 /// The layout of an arena with nothing but what all inputs seem to be computed from, so that they get gradients.
 fn root() -> (Arc<Layout>, Param) {
     let mut layout = Layout::new();
@@ -24,10 +62,10 @@ fn root() -> (Arc<Layout>, Param) {
 }
 
 /// Where a value's gradient is put.
-type Slot = Rc<RefCell<Option<Tensor>>>;
+type Taken = Rc<RefCell<Option<Tensor>>>;
 
 /// Puts a tensor on a tape as a value that wants a gradient, which `slot` gets.
-fn leaf<'t>(tape: &'t Tape<'t>, root: Param, value: &Tensor, slot: &Slot) -> Var<'t> {
+fn leaf<'t>(tape: &'t Tape<'t>, root: Param, value: &Tensor, slot: &Taken) -> Var<'t> {
     let slot = slot.clone();
     let root = tape.param(root);
     tape.record("input", value.clone(), &[&root], move |dy, _| *slot.borrow_mut() = Some(dy))
@@ -57,7 +95,7 @@ fn computed(
     wanted: &[bool],
     temperature: f64,
 ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
-    let slots: Vec<Slot> = tensors.iter().map(|_| Slot::default()).collect();
+    let slots: Vec<Taken> = tensors.iter().map(|_| Taken::default()).collect();
     let mut failed = Ok(());
     let value = tape::step(arena, |tape| {
         let input = |(i, tensor): (usize, &Tensor)| match wanted[i] {
@@ -75,7 +113,7 @@ fn computed(
 }
 
 /// A gradient from its slot, with no other handle on its memory.
-fn taken(slot: &Slot) -> Option<Tensor> {
+fn taken(slot: &Taken) -> Option<Tensor> {
     let gradient = slot.borrow_mut().take()?;
     Some(if gradient.is_unique() { gradient } else { gradient.copy() })
 }
