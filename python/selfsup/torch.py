@@ -2,10 +2,14 @@
 
 The contrastive losses compute similarities in tiles and never store the N x N matrix: memory is linear in the number of rows. Each is a
 custom operation of ``torch.library`` with a fake implementation, so ``torch.compile`` keeps it in its graph as one call. The gradient is
-computed together with the loss, where one is wanted; second derivatives are refused.
+computed together with the loss, where one is wanted; second and forward-mode derivatives are refused.
 
 Tensors are on the CPU or on an NVIDIA GPU, all of a call on one. They are float32, or, on the CPU, float64, which runs on the engine's
-reference device: exact and slow, for checks. float16 and bfloat16 are computed in float32. Tensors that are not contiguous are made so.
+reference device: exact and slow, for checks. Of float16 and bfloat16 all is computed in float32, and the loss and the gradients are
+rounded. Tensors that are not contiguous are made so.
+
+Float32 similarities are off by about 1e-7, so a contrastive loss may be off by about 1e-7 / temperature, however small it is; where that
+makes it negative it is 0.
 
 On the CPU rows are copied once. On a GPU nothing is copied from one to the other: the engine's kernels read PyTorch's memory, and the loss
 and the gradients are tensors in the engine's, handed over by DLPack. The kernels run on a stream of the engine's own, which waits for PyTorch's current stream and
@@ -23,6 +27,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from selfsup import _native
 
@@ -43,22 +48,23 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5, *, normalize: bool =
 
     Args:
         a, b: ``[n, d]``, the embeddings of two views, n at least 2; row i of one is the positive of row i of the other.
-        temperature: above 0. SimCLR's CIFAR-10 runs have 0.5, its ImageNet runs 0.1.
+        temperature: a number within 1e-6 to 1e6; no tensor, which would get no gradient. SimCLR's CIFAR-10 runs have 0.5, its ImageNet
+            runs 0.1.
         normalize: whether rows are scaled to unit length first; if not, they must have it.
 
     Returns a scalar, which lightly's ``NTXentLoss(temperature)(a, b)`` returns too.
 
     Raises:
-        ValueError: shapes differ, there is one pair only, the temperature is not above 0, or devices do not fit.
+        ValueError: shapes differ, there is one pair only, the temperature is out of range, or devices do not fit.
     """
     _matrices("nt_xent", a=a, b=b)
     _same("nt_xent", a, b)
     if len(a) < 2:
         raise ValueError("nt_xent: one pair has no negatives; at least two are needed")
-    rows = torch.cat([a, b])
+    dtype, rows = torch.promote_types(a.dtype, b.dtype), torch.cat([_wide(a), _wide(b)])
     if normalize:
         rows = l2_normalize(rows)
-    return _loss("nt_xent", rows, None, None, temperature)
+    return _loss("nt_xent", dtype, rows, None, None, temperature)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07, *, normalize: bool = True) -> Tensor:
@@ -68,26 +74,29 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07, *, 
         q: ``[n, d]``, the queries.
         k: ``[n, d]``, their keys; MoCo detaches them.
         queue: ``[m, d]``, the negatives, one per row (lightly's and MoCo's are ``[d, m]``: pass ``queue.T``). It has no gradient.
-        temperature: above 0.
+        temperature: as for :func:`nt_xent`.
         normalize: whether the rows of ``q`` and ``k`` are scaled to unit length first; if not, they must have it. Those of ``queue`` must.
 
     Returns a scalar.
 
     Raises:
-        ValueError: shapes do not fit, the temperature is not above 0, or devices do not fit.
+        ValueError: shapes do not fit, the temperature is out of range, or devices do not fit.
     """
     _matrices("info_nce", q=q, k=k, queue=queue)
     _same("info_nce", q, k)
     if queue.shape[1] != q.shape[1]:
         raise ValueError(f"info_nce: queries {list(q.shape)}, queue {list(queue.shape)}: rows differ in length")
+    dtype, q, k = q.dtype, _wide(q), _wide(k)
     if normalize:
         q, k = l2_normalize(q), l2_normalize(k)
-    return _loss("info_nce", q, k, queue.detach().to(q.dtype), temperature)
+    return _loss("info_nce", dtype, q, k, _wide(queue.detach()), temperature)
 
 
 def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
     """The mean negative cosine of the rows of ``p`` and ``z``, both ``[n, d]``: SimSiam's loss (Chen and He 2021, equation 1,
     arXiv:2011.10566), and half of BYOL's minus a constant. Pass ``z.detach()`` to stop the gradient, as both do.
+
+    Norms are at least 1e-12, as in ``torch.nn.functional.normalize``; in ``cosine_similarity`` they are at least 1e-8.
 
     Returns a scalar in -1 to 1.
 
@@ -96,7 +105,7 @@ def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
     """
     _matrices("neg_cosine", p=p, z=z)
     _same("neg_cosine", p, z)
-    return _loss("neg_cosine", p, z, None, 1.0)
+    return _loss("neg_cosine", p.dtype, _wide(p), _wide(z), None, 1.0)
 
 
 def swapped_prediction(scores: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:
@@ -106,16 +115,16 @@ def swapped_prediction(scores: Tensor, assignments: Tensor, temperature: float =
     Args:
         scores: ``[n, k]``, products of embeddings and prototypes.
         assignments: ``[n, k]``, from :func:`sinkhorn`. They have no gradient.
-        temperature: above 0.
+        temperature: as for :func:`nt_xent`.
 
     Returns a scalar.
 
     Raises:
-        ValueError: shapes differ, the temperature is not above 0, or devices do not fit.
+        ValueError: shapes differ, the temperature is out of range, or devices do not fit.
     """
     _matrices("swapped_prediction", scores=scores, assignments=assignments)
     _same("swapped_prediction", scores, assignments)
-    return _loss("soft_cross_entropy", scores, None, assignments.detach().to(scores.dtype), temperature)
+    return _loss("soft_cross_entropy", scores.dtype, _wide(scores), None, _wide(assignments.detach()), temperature)
 
 
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
@@ -126,7 +135,9 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         epsilon: above 0.
         iterations: at least 1.
 
-    Returns ``[n, k]``, rows that sum to 1, without a gradient.
+    Returns ``[n, k]``, rows that sum to 1, without a gradient. Scores whose exponentials leave the range of their dtype (in float32 a row
+    whose largest score is more than 87 epsilon below the largest of all) are computed by logarithms in float64 on the CPU; on a GPU such a
+    row is 0. On the CPU a NaN makes all NaN.
 
     Raises:
         ValueError: the shape is another one, a setting is out of range, or the device does not fit.
@@ -148,14 +159,20 @@ def l2_normalize(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1, eps=1e-12)
 
 
-def _loss(name: str, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], temperature: float) -> Tensor:
-    if not temperature > 0:
-        raise ValueError(f"{name}: the temperature is {temperature}; it must be above 0")
-    dtype = a.dtype
-    a, b, constant = _wide(a), None if b is None else _wide(b), None if constant is None else _wide(constant)
+def _loss(
+    name: str, dtype: torch.dtype, a: Tensor, b: Optional[Tensor], constant: Optional[Tensor], temperature: float
+) -> Tensor:
+    """The loss of tensors of float32 or float64, rounded to ``dtype``."""
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"{name}: the temperature is a tensor, which would get no gradient; it must be a number")
+    # Below, the similarities' errors in float32 are of the size of the loss, and then overflow; above, gradients vanish.
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"{name}: the temperature is {temperature}; it must be within 1e-6 to 1e6")
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in (a, b)):
+        raise NotImplementedError("selfsup's losses have no forward-mode derivative")
     gradients = torch.is_grad_enabled()
     wanted = [gradients and a.requires_grad, gradients and b is not None and b.requires_grad]
-    loss, _, _ = torch.ops.selfsup.loss(name, a, b, constant, wanted, temperature)
+    loss, _, _ = torch.ops.selfsup.loss(name, a, b, constant, wanted, float(temperature))
     return loss.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -188,6 +205,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+# Losses that are below 0 by rounding alone.
+_ABOVE_ZERO = ("nt_xent", "info_nce")
+
+
 def _array(x: Tensor) -> Any:
     return x.detach().contiguous().numpy()
 
@@ -199,6 +220,7 @@ def _loss_now(
     of_inputs, threads = _wanted_of_inputs(b, constant, wanted), torch.get_num_threads()
     value, gradients = _native.loss_and_gradients(name, inputs, of_inputs, temperature, threads)
     made = [a.new_empty(0) if g is None else torch.from_numpy(g) for g in [*gradients, None][:2]]
+    value = max(value, 0.0) if name in _ABOVE_ZERO else value
     return torch.tensor(value, dtype=a.dtype), made[0], made[1]
 
 
@@ -212,7 +234,8 @@ def _loss_on_gpu(
             name, inputs, _wanted_of_inputs(b, constant, wanted), temperature, _stream()
         )
         made = [a.new_empty(0) if g is None else torch.from_dlpack(g) for g in [*gradients, None][:2]]
-        return torch.from_dlpack(value), made[0], made[1]
+        loss = torch.from_dlpack(value)
+        return loss.clamp(min=0) if name in _ABOVE_ZERO else loss, made[0], made[1]
 
 
 def _stream() -> int:
@@ -245,7 +268,20 @@ def _loss_backward(ctx: Any, d: Optional[Tensor], da: Optional[Tensor], db: Opti
 
 
 def _sinkhorn_now(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    below = scores.max() - scores.amax(1).min()
+    # Not where it is NaN, either.
+    if not below <= epsilon * (87.0 if scores.dtype == torch.float32 else 708.0):
+        return _sinkhorn_of_logarithms(scores.double() / epsilon, iterations).to(scores.dtype)
     return torch.from_numpy(_native.sinkhorn(_array(scores), epsilon, iterations, torch.get_num_threads()))
+
+
+def _sinkhorn_of_logarithms(scores: Tensor, iterations: int) -> Tensor:
+    """Constant factors of rows and columns are left out: the last step, over rows, cancels them."""
+    of_rows = scores.new_zeros(len(scores), 1)
+    for _ in range(iterations):
+        of_columns = torch.logsumexp(scores - of_rows, 0)
+        of_rows = torch.logsumexp(scores - of_columns, 1, keepdim=True)
+    return torch.exp(scores - of_columns - of_rows)
 
 
 def _sinkhorn_on_gpu(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
@@ -282,18 +318,18 @@ _define(
 Variant = Literal["simclr", "byol", "larc", "lightly", "solo-learn"]
 
 # What the published implementations differ in: the trust coefficient, the denominator of the ratio, whether the ratio is clipped, whether
-# the rate is applied inside the momentum, and whether biases and norms are exempt.
+# the rate is applied inside the momentum, whether biases and norms are exempt, and whether all is without weight decay.
 _VARIANTS: dict[str, dict[str, Any]] = {
     # google-research/simclr, lars_optimizer.py
-    "simclr": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": True, "exempt": True},
+    "simclr": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": True, "exempt": True, "exempt_undecayed": False},
     # deepmind-research, byol/utils/optimizers.py
-    "byol": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": False, "exempt": True},
+    "byol": {"trust": 1e-3, "of_decayed": True, "clip": False, "lr_in_momentum": False, "exempt": True, "exempt_undecayed": False},
     # NVIDIA/apex, apex/parallel/LARC.py, around SGD, as used by SwAV and SimSiam's linear evaluation
-    "larc": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": False},
+    "larc": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": False, "exempt_undecayed": False},
     # lightly, utils/lars.py, with biases and batch norm in its group without weight decay
-    "lightly": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": True},
+    "lightly": {"trust": 1e-3, "of_decayed": False, "clip": False, "lr_in_momentum": False, "exempt": True, "exempt_undecayed": True},
     # solo-learn, utils/lars.py, with the settings of its CIFAR recipes
-    "solo-learn": {"trust": 0.02, "of_decayed": False, "clip": True, "lr_in_momentum": False, "exempt": True},
+    "solo-learn": {"trust": 0.02, "of_decayed": False, "clip": True, "lr_in_momentum": False, "exempt": True, "exempt_undecayed": False},
 }
 
 
@@ -304,16 +340,20 @@ class LARS(torch.optim.Optimizer):
     enters the momentum, and in what is exempt. Works on any device, on tensors of any dtype.
 
     Args:
-        params: parameters or groups of them. A group may set ``exempt`` to ``True`` (no weight decay, no trust ratio) or ``False``.
+        params: parameters or groups of them. A group may set ``lr``, ``momentum``, ``weight_decay``, ``trust`` and ``exempt``: ``True``
+            (no weight decay, no trust ratio) or ``False``.
         lr: the learning rate, at least 0.
-        momentum: in 0 to 1.
+        momentum: at least 0 and below 1.
         weight_decay: at least 0.
         variant: ``"simclr"`` and ``"byol"`` (ratio by ``|g + wd w|``, biases and norms exempt; SimCLR applies the rate inside the
-            momentum), ``"larc"`` (apex: ratio by ``|g| + wd |w|``, nothing exempt), ``"lightly"`` (as LARC, biases and norms exempt), or
-            ``"solo-learn"`` (as lightly's, clipped to the rate of SGD, trust 0.02).
-        trust: the trust coefficient; the variant's without it.
+            momentum), ``"larc"`` (apex: ratio by ``|g| + wd |w|``, nothing exempt), ``"lightly"`` (as LARC, biases and norms exempt, and so
+            is all where ``weight_decay`` is 0), or ``"solo-learn"`` (as lightly's, clipped to the rate of SGD, trust 0.02).
+        trust: the trust coefficient, above 0; the variant's without it.
 
-    Biases and norms are the parameters of fewer than two dimensions.
+    Biases and norms are the parameters of fewer than two dimensions. A ``state_dict`` carries the variant.
+
+    Raises:
+        ValueError: a setting, of a group too, is out of range, or a loaded state is of another variant.
     """
 
     def __init__(
@@ -327,17 +367,47 @@ class LARS(torch.optim.Optimizer):
     ) -> None:
         if variant not in _VARIANTS:
             raise ValueError(f"variant is {variant!r}; it is one of {', '.join(map(repr, _VARIANTS))}")
-        if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0:
-            raise ValueError(f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: one is out of range")
-        self._variant = _VARIANTS[variant]
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "trust": self._variant["trust"] if trust is None else trust,
+            "trust": _VARIANTS[variant]["trust"] if trust is None else trust,
             "exempt": None,
+            "variant": variant,
         }
         super().__init__(params, defaults)
+
+    @property
+    def _variant(self) -> dict[str, Any]:
+        # Of the defaults, which copies and pickles have, too.
+        return _VARIANTS[self.defaults["variant"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, with settings of its own where it has any."""
+        own = {**self.defaults, **param_group} if isinstance(param_group, dict) else self.defaults
+        ranges = {
+            "lr": own["lr"] >= 0,
+            "momentum": 0 <= own["momentum"] < 1,
+            "weight_decay": own["weight_decay"] >= 0,
+            "trust": own["trust"] > 0,
+        }
+        for name, is_within in ranges.items():
+            if not is_within:
+                raise ValueError(f"LARS: {name} is {own[name]}, which is out of range")
+        if own["variant"] != self.defaults["variant"]:
+            raise ValueError(f"LARS: a group is of variant {own['variant']!r}, and the optimizer of {self.defaults['variant']!r}")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of another LARS of the same variant."""
+        own = self.defaults["variant"]
+        for group in state_dict["param_groups"]:
+            # A state of an older version has none.
+            if group.get("variant", own) != own:
+                raise ValueError(f"the state is of a LARS of variant {group['variant']!r}, and this one is of {own!r}")
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("variant", own)
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
@@ -355,6 +425,8 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _is_exempt(self, group: dict[str, Any], p: Tensor) -> bool:
+        if self._variant["exempt_undecayed"] and group["weight_decay"] == 0:
+            return True
         if group["exempt"] is not None:
             return bool(group["exempt"])
         return bool(self._variant["exempt"]) and p.ndim < 2
@@ -403,18 +475,24 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def update_momentum(online: torch.nn.Module, target: torch.nn.Module, tau: float) -> None:
     """Moves the parameters of a momentum encoder: ``target = tau target + (1 - tau) online``, for all of them in one call of PyTorch's
-    foreach kernels.
+    foreach kernels. Parameters are paired by their names, in whatever order the modules have them.
 
     Buffers such as running statistics are not averaged, as in MoCo's and BYOL's code. The modules may be on any device.
 
     Raises:
-        ValueError: the modules' parameters differ in name or shape, or ``tau`` is not in 0 to 1.
+        ValueError: the modules' parameters differ in name, shape or dtype, one holds integers, or ``tau`` is not in 0 to 1.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"update_momentum: tau is {tau}; it must lie in 0 to 1")
     of_online, of_target = dict(online.named_parameters()), dict(target.named_parameters())
-    shapes = [{name: p.shape for name, p in of.items()} for of in (of_online, of_target)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("update_momentum: the two modules have different parameters")
+    if of_online.keys() != of_target.keys():
+        names = ", ".join(sorted(of_online.keys() ^ of_target.keys()))
+        raise ValueError(f"update_momentum: the two modules have different parameters: only one has {names}")
+    for name, p in of_online.items():
+        of_both = [f"{list(of[name].shape)} of {of[name].dtype}" for of in (of_online, of_target)]
+        if of_both[0] != of_both[1]:
+            raise ValueError(f"update_momentum: the two modules have different parameters: {name} is {of_both[0]} and {of_both[1]}")
+        if not (p.is_floating_point() or p.is_complex()):
+            raise ValueError(f"update_momentum: {name} is of {p.dtype}, which has no mean")
     if of_online:
-        torch._foreach_lerp_(list(of_target.values()), list(of_online.values()), 1 - tau)
+        torch._foreach_lerp_([of_target[name] for name in of_online], list(of_online.values()), 1 - tau)

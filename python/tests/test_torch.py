@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import shutil
 import unittest
 
@@ -147,6 +148,20 @@ class Losses(unittest.TestCase):
                 self.assertLess((got - eager_sinkhorn(scores, 0.05, 3)).abs().max().item(), tolerance)
                 self.assertFalse(got.requires_grad)
 
+    def test_sinkhorn_of_scores_beyond_the_range_of_exponentials(self):
+        unit, wide = F.normalize(torch.randn(7, 3, dtype=torch.float64)), 50 * torch.randn(6, 4, dtype=torch.float64)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+            for scores, epsilon in ((unit, 0.01), (wide, 0.05)):
+                got = own.sinkhorn(scores.to(dtype), epsilon)
+                self.assertEqual(got.dtype, dtype)
+                self.assertLess((got.double().sum(1) - 1).abs().max().item(), tolerance)
+        # Of scores that float64's exponentials hold, what the reference has.
+        got = own.sinkhorn(unit.float(), 0.01)
+        self.assertLess((got - own.sinkhorn(unit.float().double(), 0.01)).abs().max().item(), 1e-6)
+        broken = torch.randn(6, 4)
+        broken[0, 0] = torch.nan
+        self.assertTrue(own.sinkhorn(broken).isnan().all())
+
     def test_strides_dtypes_and_gradients_that_are_not_wanted(self):
         wide = torch.randn(17, 18, dtype=torch.float32)
         a, b = wide[:, ::2].T, wide[:, 1::2].T
@@ -164,6 +179,62 @@ class Losses(unittest.TestCase):
             (first,) = torch.autograd.grad(loss, p, create_graph=True)
             with self.assertRaises(NotImplementedError):
                 torch.autograd.grad(first.sum(), p)
+
+    def test_halves_are_computed_in_float32(self):
+        for dtype in (torch.float16, torch.bfloat16):
+            a = self.rows(9, 17, torch.float32, grad=False)
+            b = a + 0.3 * self.rows(9, 17, torch.float32, grad=False)
+            queue, assigned = F.normalize(torch.randn(30, 17)), torch.softmax(torch.randn(9, 17), 1)
+            a, b = a.to(dtype), b.to(dtype)
+            zero, large = a.clone(), 9000 * a.to(torch.float16)
+            zero[3] = 0
+            for name, loss, pair in (
+                ("nt_xent", lambda a, b: own.nt_xent(a, b, 0.05), (a, b)),
+                ("nt_xent, a row of zeros", own.nt_xent, (zero, b)),
+                ("nt_xent, norms above the range", own.nt_xent, (large, 9000 * b.to(torch.float16))),
+                ("nt_xent, rows as they are", lambda a, b: own.nt_xent(a, b, 5.0, normalize=False), (a, b)),
+                # What has no gradient stays in float32.
+                ("info_nce", lambda q, k: own.info_nce(q, k, queue), (a, b)),
+                ("neg_cosine", own.neg_cosine, (a, b)),
+                ("swapped_prediction", lambda s, _: own.swapped_prediction(s, assigned), (a, b)),
+            ):
+                with self.subTest(name, dtype=dtype):
+                    given = [x.clone().requires_grad_() for x in pair]
+                    wide = [x.float().requires_grad_() for x in pair]
+                    got, want = loss(*given), loss(*wide)
+                    self.assertTrue(torch.equal(got, want.to(given[0].dtype)))
+                    (1024 * got).backward()
+                    (1024 * want).backward()
+                    for x, y in zip(given, wide):
+                        if y.grad is not None:
+                            self.assertTrue(torch.equal(x.grad, y.grad.to(x.dtype)))
+
+    def test_losses_of_sure_pairs(self):
+        a = torch.randn(33, 128)
+        b = a + 0.1 * torch.randn(33, 128)
+        queue = F.normalize(torch.randn(9, 128))
+        for t in (0.07, 0.01, 1e-3):
+            for got, want in (
+                (own.nt_xent(a, b, t), eager_nt_xent(a.double(), b.double(), t)),
+                (own.info_nce(a, b, queue, t), eager_info_nce(a.double(), b.double(), queue.double(), t)),
+            ):
+                self.assertGreaterEqual(got.item(), 0)
+                self.assertLess(abs(got - want).item(), 2e-7 / t)
+
+    def test_forward_mode_is_refused(self):
+        a, b = torch.randn(5, 4), torch.randn(5, 4)
+        for loss in (
+            lambda x: own.nt_xent(x, b),
+            lambda x: own.info_nce(b, x, a),
+            lambda x: own.neg_cosine(x, b),
+            lambda x: own.swapped_prediction(x, b.softmax(1)),
+        ):
+            with self.assertRaisesRegex(NotImplementedError, "no forward-mode derivative"):
+                torch.func.jvp(loss, (a,), (b,))
+            with torch.autograd.forward_ad.dual_level():
+                with self.assertRaisesRegex(NotImplementedError, "no forward-mode derivative"):
+                    loss(torch.autograd.forward_ad.make_dual(a, b))
+                self.assertTrue(loss(a).isfinite())
 
     def test_compiled(self):
         a, b = self.rows(8, 5, torch.float32), self.rows(8, 5, torch.float32)
@@ -207,11 +278,16 @@ class Losses(unittest.TestCase):
                 self.assertAlmostEqual(a, b, delta=1e-5 * max(1.0, abs(a)), msg=name)
 
     def test_mistakes(self):
-        a = torch.randn(4, 3)
+        a, row, linear, counts = torch.randn(4, 3), torch.nn.Parameter(torch.randn(3)), torch.nn.Linear, torch.nn.Module()
+        counts.count = torch.nn.Parameter(torch.arange(3), requires_grad=False)
         for call, expected, sentence in (
             (lambda: own.nt_xent(a, a[:3]), ValueError, r"\[4, 3\] and \[3, 3\] differ"),
             (lambda: own.nt_xent(a[:1], a[:1]), ValueError, "one pair has no negatives"),
             (lambda: own.nt_xent(a, a, 0.0), ValueError, "temperature is 0.0"),
+            (lambda: own.nt_xent(a, a, float("inf")), ValueError, "temperature is inf; it must be within 1e-6 to 1e6"),
+            (lambda: own.info_nce(a, a, a, float("nan")), ValueError, "temperature is nan"),
+            (lambda: own.swapped_prediction(a, a, 1e-46), ValueError, "temperature is 1e-46"),
+            (lambda: own.nt_xent(a, a, torch.nn.Parameter(torch.tensor(0.5))), TypeError, "a tensor, which would get no gradient"),
             (lambda: own.nt_xent(a[0], a[0]), ValueError, r"a is \[3\]"),
             (lambda: own.nt_xent(a.long(), a.long()), TypeError, "must hold floats"),
             (lambda: own.nt_xent(a.numpy(), a), TypeError, "a is a ndarray"),
@@ -221,10 +297,22 @@ class Losses(unittest.TestCase):
             (lambda: own.sinkhorn(a, 0.0), ValueError, "epsilon is 0.0"),
             (lambda: own.sinkhorn(a, iterations=0), ValueError, "iterations 0"),
             (lambda: own.l2_normalize(a[:0]), ValueError, "neither of them 0"),
-            (lambda: own.LARS([a.requires_grad_()], lr=-1.0), ValueError, "out of range"),
-            (lambda: own.LARS([a.requires_grad_()], lr=1.0, variant="lars"), ValueError, "variant is 'lars'"),
-            (lambda: own.update_momentum(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2), 0.9), ValueError, "different parameters"),
-            (lambda: own.update_momentum(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), 2.0), ValueError, "tau is 2.0"),
+            (lambda: own.LARS([row], lr=-1.0), ValueError, "lr is -1.0, which is out of range"),
+            (lambda: own.LARS([row], lr=1.0, trust=-1.0), ValueError, "trust is -1.0, which is out of range"),
+            (lambda: own.LARS([{"params": [row], "lr": -1.0}], lr=1.0), ValueError, "lr is -1.0, which is out of range"),
+            (lambda: own.LARS([{"params": [row], "momentum": 1.0}], lr=1.0), ValueError, "momentum is 1.0, which is out of range"),
+            (lambda: own.LARS([{"params": [row], "variant": "byol"}], lr=1.0), ValueError, "a group is of variant 'byol'"),
+            (lambda: own.LARS([row], lr=1.0, variant="lars"), ValueError, "variant is 'lars'"),
+            (
+                lambda: own.LARS([row], lr=1.0).load_state_dict(own.LARS([row], lr=1.0, variant="byol").state_dict()),
+                ValueError,
+                "the state is of a LARS of variant 'byol', and this one is of 'simclr'",
+            ),
+            (lambda: own.update_momentum(linear(2, 3), linear(3, 2), 0.9), ValueError, r"weight is \[3, 2\] of .*float32 and \[2, 3\] of"),
+            (lambda: own.update_momentum(linear(2, 2), linear(2, 2, bias=False), 0.9), ValueError, "only one has bias"),
+            (lambda: own.update_momentum(linear(2, 2), linear(2, 2).half(), 0.9), ValueError, "weight is .*float32 and .*float16"),
+            (lambda: own.update_momentum(counts, counts, 0.9), ValueError, "count is of torch.int64, which has no mean"),
+            (lambda: own.update_momentum(linear(2, 2), linear(2, 2), 2.0), ValueError, "tau is 2.0"),
         ):
             with self.subTest(sentence), self.assertRaisesRegex(expected, sentence):
                 call()
@@ -268,6 +356,37 @@ class Updates(unittest.TestCase):
             again = own.LARS([p.detach().clone().requires_grad_() for p in given], lr=0.1, variant=variant)
             again.load_state_dict(optimizer.state_dict())
             self.assertTrue(torch.equal(again.state[again.param_groups[0]["params"][0]]["momentum"], optimizer.state[given[0]]["momentum"]))
+
+    def test_lars_of_lightly_scales_nothing_without_decay(self):
+        for decay, exempt in ((0.0, True), (1e-2, False)):
+            weight, gradient = torch.randn(5, 4), torch.randn(5, 4)
+            given = weight.clone().requires_grad_()
+            given.grad = gradient
+            own.LARS([{"params": [given], "weight_decay": decay}], lr=0.3, variant="lightly").step()
+            self.assertEqual(torch.allclose(given, weight - 0.3 * gradient), exempt)
+
+    def test_lars_is_copied_and_pickled(self):
+        given = torch.nn.Parameter(torch.randn(5, 4))
+        optimizer = own.LARS([given], lr=0.3, weight_decay=1e-2, variant="lightly")
+        given.grad = torch.randn(5, 4)
+        optimizer.step()
+        copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+        optimizer.step()
+        for other in copies:
+            (p,) = other.param_groups[0]["params"]
+            p.grad = given.grad.clone()
+            other.step()
+            self.assertTrue(torch.equal(p, given))
+        # A state without a variant, as an older version wrote it, is of the optimizer that takes it.
+        state = optimizer.state_dict()
+        del state["param_groups"][0]["variant"]
+        optimizer.load_state_dict(state)
+        self.assertEqual(optimizer.state_dict()["param_groups"][0]["variant"], "lightly")
+
+    def test_a_momentum_encoder_is_paired_by_names(self):
+        online, target = (torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in order}) for order in ("ab", "ba"))
+        own.update_momentum(online, target, 0.0)
+        self.assertTrue(all(torch.equal(online[name].weight, target[name].weight) for name in "ab"))
 
     def test_a_momentum_encoder_follows(self):
         online, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
