@@ -45,7 +45,7 @@ def embed(
     reading = encoder.reading
     if not _images.are_files(images):
         del reading["axes"]  # those of the run's files
-    source = _images.source(images, split=split, keep=False, reading=reading)
+    source = _images.source(images, split=split, keep=False, reading=reading, where="run")
     return encoder.embed(source, size, on_images or (lambda _: None))
 
 

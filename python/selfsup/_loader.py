@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsup import _images, _native
-from selfsup._recipes import Policies, RecipeLike, policies_of, reading_of
+from selfsup._recipes import Policies, RecipeLike, policies_of, reading_of, without_none
 
 
 class Batch(tuple[list[Any], Any]):
@@ -54,7 +54,7 @@ class Loader:
             of them, dictionaries such as ``{"size": 32, "flip": 0.5, "repeat": 2}`` (``selfsup.recipe(name)["augment"]`` shows the
             keys). Each policy makes one view, or ``repeat`` views.
         batch: images per batch.
-        labels: the class of each image, from 0, where ``images`` are arrays.
+        labels: the class of each image, from 0 and below 2**24, where ``images`` is no path of a data set.
         split: ``"train"`` or ``"test"``, where ``images`` is a path.
         seed: of the order and of the views.
         threads: that make the views; 0 for one per core.
@@ -129,6 +129,8 @@ class Loader:
         self._batches = self._native.batches_per_epoch()
         self._batch, self._seed = batch, seed
         self._next = (0, 0)
+        # Whether the engine may be elsewhere.
+        self._lost = False
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -157,16 +159,31 @@ class Loader:
         """
         epoch = self._next[0]
         while self._next[0] == epoch:
-            yield self._take()
+            try:
+                batch, after = self._take()
+                self._next = after
+            except _native.Error:
+                raise
+            except BaseException:
+                # That of a signal, say: the engine may have handed out a batch that nobody got.
+                self._lost = True
+                raise
+            # Python looks for signals nowhere between the assignment above and the caller's loop.
+            yield batch
 
-    def _take(self) -> Batch:
-        views, labels, indices, epoch, position = self._native.next()
+    def _take(self) -> tuple[Batch, tuple[int, int]]:
+        """The next batch, and where the one after it is."""
+        made = self._native.next()
+        if self._lost and made[3:] != self._next:
+            self._native.seek(*self._next)
+            made = self._native.next()
+        self._lost = False
+        views, labels, indices, epoch, position = made
         last = position + 1 == self._batches
-        self._next = (epoch + 1, 0) if last else (epoch, position + 1)
         batch = Batch((self._made(views), self._made_labels(np.array(labels, dtype=np.int64))))
         batch.indices = np.array(indices, dtype=np.int64)
         batch.epoch, batch.position = epoch, position
-        return batch
+        return batch, (epoch + 1, 0) if last else (epoch, position + 1)
 
     def _made(self, arrays: list[Any]) -> list[Any]:
         return [self._framework(array) for array in arrays] if self._framework else arrays
@@ -180,7 +197,10 @@ class Loader:
         return torch.from_numpy(labels).to(self._labels_on)
 
     def seek(self, epoch: int, position: int = 0) -> None:
-        """Makes a batch of an epoch, both from 0, the next one."""
+        """Makes a batch of an epoch, both from 0, the next one.
+
+        Raises ``ValueError`` if an epoch has no such batch, or the epoch is not below 2**31.
+        """
         self._native.seek(epoch, position)
         self._next = (epoch, position)
 
@@ -222,7 +242,7 @@ class Views:
     ) -> None:
         _one_of("channels", channels, ("first", "last"))
         self._policies = policies_of(recipe, normalise)
-        self._reading = dict(reading_of(recipe) if reading is None else reading)
+        self._reading = reading_of(recipe) if reading is None else without_none(reading)
         self._first, self._name = channels == "first", framework
         self._start()
 
@@ -233,8 +253,8 @@ class Views:
         """The views ``[c, s, s]`` (or ``[s, s, c]``) of a Pillow image or an array ``[h, w, c]`` or ``[h, w]`` of uint8, uint16 or floats; of
         the random numbers of a seed, if one is given."""
         seed = random.getrandbits(64) if seed is None else seed
-        array = _images.image(image, self._reading)
-        _images.check_floats([array], self._reading)
+        array = _images.image(image, self._reading, "reading")
+        _images.check_floats([array], self._reading, "reading")
         views = self._native.apply(array, seed, self._first)
         return [self._framework(view) for view in views] if self._framework else list(views)
 
@@ -248,7 +268,9 @@ class Views:
 
 def _reading(asked: _images.Reading, recipe: RecipeLike | Policies) -> _images.Reading:
     """How images are read: as asked, or else as a recipe says."""
-    return asked if asked is not None else reading_of(recipe) or None
+    if asked is None:
+        return reading_of(recipe) or None
+    return "native" if asked == "native" else without_none(asked)
 
 
 def _framework(name: str) -> Any:

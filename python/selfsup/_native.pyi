@@ -13,7 +13,13 @@ class Source:
     @staticmethod
     def open(path: str, split: str, reading: Mapping[str, Any] | None) -> Source: ...
     @staticmethod
-    def of_files(files: Sequence[str], keep: bool, reading: Mapping[str, Any] | None) -> Source: ...
+    def of_files(
+        files: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: int,
+        keep: bool,
+        reading: Mapping[str, Any] | None,
+    ) -> Source: ...
     @staticmethod
     def of_arrays(
         arrays: Sequence[NDArray[Any]],

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from selfsup import _native
-from selfsup._images import KEYS
+from selfsup._images import KEYS, plain
 
 RecipeLike = Union[str, "os.PathLike[str]", Mapping[str, Any]]
 """A built-in recipe's name, a recipe file, or a complete recipe as a dictionary."""
@@ -70,9 +70,10 @@ def settings(set: Mapping[str, Any] | None) -> list[str]:
 
 
 def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table without keys that hold nothing, at any depth: TOML has no null."""
+    """A table without keys that hold nothing, at any depth: TOML has no null. NumPy's numbers become Python's."""
 
     def clean(value: Any) -> Any:
+        value = plain(value)
         if isinstance(value, Mapping):
             return without_none(value)
         if isinstance(value, (list, tuple)):
@@ -83,6 +84,7 @@ def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
+    value = plain(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -93,6 +95,4 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key} = {_toml(inner)}' for key, inner in value.items())}}}"
-    if hasattr(value, "item"):
-        return _toml(value.item())  # a NumPy scalar
     raise TypeError(f"a setting is a number, a string, a bool or a list, not {value!r}")

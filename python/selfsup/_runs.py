@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -54,7 +55,8 @@ class Run:
 
     def backbone(self, framework: Literal["numpy", "torch"] = "numpy") -> dict[str, Any]:
         """The newest weights of the backbone under torchvision's names, as arrays or as tensors: a ``state_dict`` for
-        ``load_state_dict`` of torchvision's ResNet whose ``fc`` is ``torch.nn.Identity()``."""
+        ``load_state_dict`` of torchvision's ResNet whose ``fc`` is ``torch.nn.Identity()``, where the recipe's ``network`` has width 64,
+        the stem ``"image"``, and neither ``project`` nor ``sk_ratio`` (docs/python.md says how one with the stem ``"small"`` is taken)."""
         if framework not in ("numpy", "torch"):
             raise ValueError(f"framework is {framework!r}; it is one of 'numpy', 'torch'")
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +135,7 @@ def train(
         changed["data.path"] = os.fspath(data)
         data = None
     reading = {**reading_of(recipe), **{key: changed[f"data.{key}"] for key in _images.KEYS if f"data.{key}" in changed}}
-    sources = _given(data, held_out, reading)
+    sources = _given(data, held_out, reading, "set")
     if sources and sources[0].format != (3, 8):
         changed["data.channels"], changed["data.bits"] = sources[0].format
     text = text_of(recipe, changed)
@@ -172,15 +174,19 @@ def resume(
 
 def given(run: str | os.PathLike[str], data: _images.Images, held_out: _images.Images) -> _native.Given | None:
     """Images in place of those at the path of a run's recipe, read as the recipe says."""
-    recipe = Path(run) / "recipe.toml"
+    folder = Path(run)
+    # One of its checkpoints stands for the run.
+    recipe = (folder.parent if folder.is_file() else folder) / "recipe.toml"
     if data is None or not recipe.is_file():
-        return _given(data, held_out, None)
-    return _given(data, held_out, reading_of(recipe))
+        return _given(data, held_out, None, "run")
+    return _given(data, held_out, reading_of(recipe), "run")
 
 
-def _given(data: _images.Images, held_out: _images.Images, reading: _images.Reading) -> _native.Given | None:
+def _given(
+    data: _images.Images, held_out: _images.Images, reading: _images.Reading, where: _images.Where
+) -> _native.Given | None:
     if data is not None:
-        return _images.given(data, held_out, reading or None)
+        return _images.given(data, held_out, reading or None, where)
     if held_out is not None:
         raise TypeError("held_out goes with images in memory, data=(images, labels); a data set at a path has a held-out split of its own")
     return None
@@ -205,14 +211,15 @@ def _interruptible(work: Callable[[], None], run: str | os.PathLike[str]) -> Non
     try:
         work()
     except BaseException as error:
-        stopped = getattr(error, "stopped", None)
+        stopped = vars(error).get("_selfsup_stopped")
         if stopped is None:
             raise
         sentence = f"{stopped}; selfsup.resume({os.fspath(run)!r}) goes on"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(sentence) from None
-        if hasattr(error, "add_note"):
-            error.add_note(sentence)
+        # The caller's exception may take none, and Python 3.10 has none.
+        with contextlib.suppress(Exception):
+            error.add_note(sentence)  # type: ignore[attr-defined,unused-ignore]
         raise
 
 

@@ -22,6 +22,9 @@ use crate::reading::ReadingKeys;
 use crate::recipe::policies;
 use crate::source::Source;
 
+/// Epochs that a loader can go to; it counts on in 32 bits from there.
+const EPOCHS: u32 = 1 << 31;
+
 /// How the views of a batch lie in memory.
 #[derive(Clone, Copy)]
 struct Layout {
@@ -152,7 +155,11 @@ impl Loader {
     }
 
     /// Makes a batch of an epoch the next one.
-    fn seek(&self, py: Python<'_>, epoch: u32, position: usize) -> PyResult<()> {
+    fn seek(&self, py: Python<'_>, epoch: u64, position: usize) -> PyResult<()> {
+        let number = u32::try_from(epoch).ok().filter(|&epoch| epoch < EPOCHS);
+        let Some(epoch) = number else {
+            return Err(PyValueError::new_err(format!("epoch {epoch}: epochs are below {EPOCHS}")));
+        };
         let length = self.batches_per_epoch(py)?;
         if position >= length {
             return Err(PyValueError::new_err(format!(
@@ -178,9 +185,10 @@ impl Loader {
                 batch => batch.map(Some),
             })?;
             self.device().check().map_err(|e| raised(&e))?;
-            py.check_signals()?;
-            if let Some(batch) = next {
-                break batch;
+            // A signal's exception would lose a batch that is there.
+            match next {
+                Some(batch) => break batch,
+                None => py.check_signals()?,
             }
         };
         let Batch { epoch, position, indices, labels, crops } = batch;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pythonize::pythonize;
-use selfsup::data::{self, Folder, Format, Split};
+use selfsup::data::{self, Folder, Format, Image, Source as _, Split};
 use selfsup::train;
 
 use crate::error::{raised, released};
@@ -29,6 +29,57 @@ pub fn sources((train, held_out): Given<'_>) -> Sources {
     (train.0.clone(), held_out.map(|held_out| held_out.0.clone()))
 }
 
+/// The names of the classes, at least `classes` of them, where `images` images have these labels; none without labels.
+fn classes(labels: Option<&[u32]>, classes: u32, images: usize) -> PyResult<Vec<String>> {
+    if labels.is_some_and(|labels| labels.len() != images) {
+        return Err(PyValueError::new_err("as many labels as images are needed"));
+    }
+    let most = labels.and_then(|labels| labels.iter().max());
+    let classes = most.map_or(0, |most| most.saturating_add(1).max(classes));
+    Ok((0..classes).map(|class| class.to_string()).collect())
+}
+
+/// Image files with a class each.
+struct Labelled {
+    files: Folder,
+    labels: Vec<u32>,
+    classes: Vec<String>,
+}
+
+impl data::Source for Labelled {
+    fn format(&self) -> Format {
+        self.files.format()
+    }
+
+    fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    fn read(&self, index: usize, into: &mut Image) -> selfsup::Result<()> {
+        self.files.read(index, into)
+    }
+
+    fn size(&self, index: usize) -> selfsup::Result<[usize; 2]> {
+        self.files.size(index)
+    }
+
+    fn file_bytes(&self, index: usize) -> Option<u64> {
+        self.files.file_bytes(index)
+    }
+
+    fn label(&self, index: usize) -> Option<u32> {
+        Some(self.labels[index])
+    }
+
+    fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.files.name(index)
+    }
+}
+
 #[pymethods]
 impl Source {
     /// The images of a split of the data set at a path.
@@ -47,19 +98,25 @@ impl Source {
         })
     }
 
-    /// Image files, without labels, in this order; `keep` says whether decoded images stay in memory, up to the engine's limit.
+    /// Image files in this order, with a class each, or without; `keep` says whether decoded images stay in memory, up to the engine's
+    /// limit. There are at least `classes` classes.
     #[staticmethod]
     fn of_files(
         py: Python<'_>,
         files: Vec<PathBuf>,
+        labels: Option<Vec<u32>>,
+        classes: u32,
         keep: bool,
         reading: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let keys = ReadingKeys::of(reading)?;
-        released(py, || {
+        let files = released(py, || {
             let files = Folder::of_files(files, &keys.for_format(Format::RGB)?)?;
-            Ok(Self(Arc::new(if keep { files } else { files.with_cache(0) })))
-        })
+            Ok(if keep { files } else { files.with_cache(0) })
+        })?;
+        let Some(labels) = labels else { return Ok(Self(Arc::new(files))) };
+        let classes = self::classes(Some(&labels), classes, files.len())?;
+        Ok(Self(Arc::new(Labelled { files, labels, classes })))
     }
 
     /// Arrays `[h, w, c]` of u8, u16 or f32, contiguous, with a class each, or without. They are not copied. There are at least
@@ -80,12 +137,7 @@ impl Source {
                 return Err(PyValueError::new_err(format!("image {i} {reason}")));
             }
         }
-        if labels.as_ref().is_some_and(|labels| labels.len() != images.len()) {
-            return Err(PyValueError::new_err("as many labels as images are needed"));
-        }
-        let most = labels.iter().flatten().max();
-        let classes = most.map_or(0, |most| (most + 1).max(classes));
-        let classes = (0..classes).map(|class| class.to_string()).collect();
+        let classes = self::classes(labels.as_deref(), classes, images.len())?;
         Ok(Self(Arc::new(Arrays { images, reading, labels, classes })))
     }
 

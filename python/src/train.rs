@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pythonize::pythonize;
-use selfsup::device::{Device, Precision};
+use selfsup::device::Device;
 use selfsup::recipes::Recipe;
 use selfsup::train::{EpochReport, Images, Paused, Run, StepReport, Watch};
 use serde_json::{Value, json};
@@ -145,7 +145,8 @@ fn run(
         (Err(raised), Err(stopped)) => {
             let sentence = stopped.value(py).to_string();
             if stopped.is_instance_of::<Error>(py) {
-                raised.value(py).setattr("stopped", sentence)?;
+                // The exception is the caller's, and may take no attributes.
+                let _ = raised.value(py).setattr("_selfsup_stopped", sentence);
             }
             Err(raised)
         }

@@ -1,9 +1,11 @@
 import pickle
 import random
+import signal
 import tempfile
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -80,6 +82,58 @@ class Loading(unittest.TestCase):
             self.loader(seed=8).load_state_dict(stopped.state_dict())
         with self.assertRaisesRegex(ValueError, "batch 4 of an epoch of 4 batches"):
             self.loader().seek(0, 4)
+
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs timers")
+    def test_the_exception_of_a_signal_loses_no_batch(self):
+        class Alarm(Exception):
+            pass
+
+        def hear(*_):
+            raise Alarm
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, hear))
+        draw, interrupted, seen = random.Random(1), 0, []
+        loader = selfsup.Loader(pictures.pixels(64, size=64), {"size": 64, "repeat": 4, "flip": 0.5}, 8, threads=1)
+        while len(seen) < 40 or not interrupted:
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0002, 0.005))
+                    for batch in loader:
+                        seen.append((batch.epoch, batch.position))
+                        break
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Alarm:
+                interrupted += 1
+        self.assertEqual(seen, [(i // 8, i % 8) for i in range(len(seen))])
+        # One that comes when the engine has handed out a batch.
+        native, loader._native = loader._native, mock.Mock(wraps=loader._native)
+        loader._native.next.side_effect = lambda: (native.next(), hear())
+        with self.assertRaises(Alarm):
+            next(iter(loader))
+        loader._native = native
+        state = loader.state_dict()
+        batch = next(iter(loader))
+        self.assertEqual((batch.epoch, batch.position), (state["epoch"], state["position"]))
+
+    def test_files_have_labels(self):
+        images, labels = pictures.pixels(8), [0, 1] * 4
+        with tempfile.TemporaryDirectory() as root:
+            files = [Path(root, f"{i}.png") for i in range(8)]
+            for file, image in zip(files, images):
+                file.write_bytes(pictures.png(image))
+            of_files, of_arrays = (selfsup.Loader(given, POLICY, 4, labels=labels) for given in (files, images))
+            self.assertEqual(digest(of_files), digest(of_arrays))
+            self.assertEqual(of_files.classes, of_arrays.classes)
+
+    def test_numbers_of_numpy_are_settings(self):
+        policy = {**POLICY, "size": np.int64(16), "flip": np.float32(0.5), "jitter": {**POLICY["jitter"], "p": np.float64(0.8)}}
+        self.assertEqual(digest(self.loader(recipe=policy)), digest(self.loader()))
+        floats = pictures.pixels(8).astype(np.float32)
+        policy = {"size": 16, "pixels": "float"}
+        readings = {"range": (floats.min(), floats.max())}, {"range": (float(floats.min()), float(floats.max()))}
+        self.assertEqual(*(digest(selfsup.Loader(floats, policy, 8, reading=reading)) for reading in readings))
+        self.assertEqual(*(selfsup.Views(policy, reading=reading)(floats[0], seed=1)[0].tobytes() for reading in readings))
 
     def test_layouts_and_types_hold_the_same_values(self):
         plain = next(iter(self.loader()))[0]

@@ -1,7 +1,10 @@
 """What a caller may get wrong: each case names the call, the exception's class and a part of its sentence."""
 
 import os
+import signal
 import tempfile
+import threading
+import time
 import unittest
 from pathlib import Path
 
@@ -29,8 +32,8 @@ CASES = [
     (loader(IMAGES[..., :2], reading={"channels": 3}), ValueError, "image 0 has 2 channels, and data.channels is 3"),
     (loader(IMAGES[0]), ValueError, r"an array \[24, 24, 3\] may be one image"),
     (loader(IMAGES[0, 0]), ValueError, r"\[n, height, width\], not \[24, 3\]"),
-    (loader(np.moveaxis(IMAGES, 3, 1)), ValueError, r"array \[8, 3, 24, 24\] seems to have its channels first: say reading=\{'axes': 'nchw'\}"),
-    (loader(list(np.moveaxis(IMAGES, 3, 1))), ValueError, r"image \[3, 24, 24\] seems .* reading=\{'axes': 'chw'\}"),
+    (loader(np.moveaxis(IMAGES, 3, 1)), ValueError, r"array \[8, 3, 24, 24\] seems to have its channels first: say reading=\{\"axes\": \"nchw\"\}, or"),
+    (loader(list(np.moveaxis(IMAGES, 3, 1))), ValueError, r"image \[3, 24, 24\] seems .* reading=\{\"axes\": \"chw\"\}"),
     (loader(IMAGES, reading={"axes": "chwn"}), ValueError, "axes is 'chwn'"),
     (loader(IMAGES, reading={"axes": "nhw"}), ValueError, r"an array of images is nhw, not \[8, 24, 24, 3\]"),
     (loader(IMAGES, reading={"chanels": 3}), ValueError, "unknown field `chanels`"),
@@ -46,6 +49,9 @@ CASES = [
     (loader(labels=[-1] * 8), ValueError, "integers from 0"),
     (loader(labels=np.zeros(8)), ValueError, "integers from 0"),
     (loader("nowhere"), selfsup.Error, "nowhere: no such file or folder"),
+    (loader(labels=[0] * 7 + [2**24]), ValueError, "a label is 16777216; labels count classes, and are below 16777216"),
+    (loader(labels=[0] * 7 + [2**32 - 1]), ValueError, "a label is 4294967295"),
+    (loader([__file__] * 4, labels=[0, 1]), ValueError, "as many labels as images"),
     (loader("nowhere", labels=[0]), TypeError, "labels are those of arrays"),
     (loader(".", split="held-out"), selfsup.Error, "unknown split `held-out`"),
     (loader(["nowhere.png"] * 4, batch=4, threads=1), None, ""),
@@ -73,6 +79,9 @@ CASES = [
     (loader(device="cuda:9999", framework="dlpack"), selfsup.Error, "NVIDIA driver|no GPU 9999|without CUDA kernels"),
     (loader(device="cuda", framework="dlpack", dtype="uint8"), ValueError, "on a GPU views are float32"),
     (loader(device="cuda", framework="dlpack", contiguous=True), ValueError, "on a GPU views are float32"),
+    (lambda: loader()().seek(0, 2), ValueError, "batch 2 of an epoch of 2 batches"),
+    (lambda: loader()().seek(2**32 - 1), ValueError, "epoch 4294967295: epochs are below 2147483648"),
+    (lambda: loader()().seek(2**32), ValueError, "epochs are below 2147483648"),
     (lambda: selfsup.Views(POLICY)(IMAGES), ValueError, r"an image is \[height, width, channels\]"),
     (lambda: selfsup.Views(POLICY)(IMAGES[0].astype(int)), TypeError, "uint8"),
     (lambda: selfsup.Views(POLICY)(IMAGES[0].astype(np.float64)), ValueError, "images are floats"),
@@ -89,7 +98,13 @@ CASES = [
     (lambda: selfsup.train("demo", data="photos", held_out=(IMAGES, [0] * 8)), TypeError, "held_out goes with images in memory"),
     (lambda: selfsup.train("demo", data=(IMAGES, [0, 1])), ValueError, "as many labels as images"),
     (lambda: selfsup.train("demo", data=IMAGES[..., 0]), selfsup.Error, "1 channel"),
-    (lambda: selfsup.train("demo", data=IMAGES / np.float32(255)), ValueError, r"data.range"),
+    (lambda: selfsup.train("demo", data=IMAGES / np.float32(255)), ValueError, r'with set=\{"data.range": \(LOW, HIGH\)\}$'),
+    (lambda: selfsup.train("demo", data=np.moveaxis(IMAGES, 3, 1)), ValueError, r'say set=\{"data.axes": "nchw"\}, or "nhwc" if not'),
+    (lambda: selfsup.train("demo", data=IMAGES[0]), ValueError, r'write \[image\], or say set=\{"data.axes": "nhw"\}'),
+    (lambda: selfsup.knn("nowhere", data=np.moveaxis(IMAGES, 3, 1)), ValueError, r"move them last, numpy.moveaxis\(images, -3, -1\)"),
+    (lambda: selfsup.knn("nowhere", data=IMAGES[0]), ValueError, r"write \[image\], or images\[..., None\]"),
+    (lambda: selfsup.knn("nowhere", data=IMAGES / np.float32(255)), ValueError, "images are floats, and the run read none"),
+    (lambda: selfsup.knn_accuracy(FEATURES, [0, 1, 2, 2**32 - 1], FEATURES, [0] * 4), ValueError, "a label is 4294967295"),
     (lambda: selfsup.resume("nowhere"), selfsup.Error, "nowhere"),
     (lambda: selfsup.Run("nowhere"), selfsup.Error, "is not the folder of a run"),
     (lambda: selfsup.embed("nowhere", IMAGES), selfsup.Error, "neither a run's folder"),
@@ -175,10 +190,31 @@ class Mistakes(unittest.TestCase):
         with os.fdopen(read) as pipe:
             self.assertRegex(pipe.read(), "2 views, this Loader was made before the process was forked")
 
-    def test_ctrl_c_ends_a_wait_for_images(self):
-        import signal
-        import threading
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_process_forked_while_a_loss_is_computed_computes_its_own(self):
+        rows, done = np.eye(600, 64, dtype=np.float32), threading.Event()
+        loss = lambda rows: selfsup._native.loss_and_gradients("nt_xent", [rows], [True], 0.5, 1)[0]
 
+        def compute():
+            while not done.is_set():
+                loss(rows)
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        try:
+            time.sleep(0.2)
+            for _ in range(3):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)  # ends a child that waits for ever
+                    loss(rows[:8])
+                    os._exit(0)
+                self.assertEqual(os.waitpid(child, 0)[1], 0)
+        finally:
+            done.set()
+            thread.join()
+
+    def test_ctrl_c_ends_a_wait_for_images(self):
         pictures.hear_ctrl_c(self)
         with tempfile.TemporaryDirectory() as root:
             # A pipe that nobody writes to: a read of it never returns.

@@ -102,6 +102,21 @@ class Training(unittest.TestCase):
         whole, resumed = self.trained.backbone(), run.backbone()
         self.assertTrue(all(np.array_equal(whole[name], resumed[name]) for name in whole))
 
+    def test_an_exception_in_a_callback_stays_the_callers(self):
+        class Own(Exception):
+            stopped = property(lambda self: None)
+
+            def __setattr__(self, name, value):
+                raise TypeError(name)
+
+            add_note = None
+
+        def stop(_):
+            raise Own("mine")
+
+        with self.assertRaisesRegex(Own, "mine"):
+            train(self.folder, self.path / "own", on_step=stop)
+
     def test_ctrl_c_writes_a_checkpoint(self):
         pictures.hear_ctrl_c(self)
         out = self.path / "interrupted"
@@ -119,8 +134,15 @@ class Training(unittest.TestCase):
         table = selfsup.recipe("simclr-cifar10-small", set={"train.epochs": 1, "data.path": self.folder})
         table["train"].update(batch=16, threads=1)
         table["network"]["width"] = 8
+        table["optim"]["lr"] = np.float32(0.25)
         run = selfsup.train(table, out=self.path / "dict", device="cpu", progress=False)
-        self.assertEqual(run.recipe["train"]["batch"], 16)
+        self.assertEqual((run.recipe["train"]["batch"], run.recipe["optim"]["lr"]), (16, 0.25))
+
+    def test_numbers_of_numpy_are_settings(self):
+        given = {"method.temperature": np.float64(0.3), "optim.lr": np.float32(0.5), "train.epochs": np.int64(7), "data.range": np.array([0.5, 9])}
+        table = selfsup.recipe("demo", set={**given, "data.bits": 16, "augment.pixels": "float"})
+        found = table["method"]["temperature"], table["optim"]["lr"], table["train"]["epochs"], tuple(table["data"]["range"])
+        self.assertEqual(found, (0.3, 0.5, 7, (0.5, 9)))
 
     def test_progress_is_printed(self):
         code = "import selfsup, sys; selfsup.resume(sys.argv[1], device='cpu')"
@@ -202,6 +224,24 @@ class Memory(unittest.TestCase):
         floats = pictures.pixels(48)[..., :2] / np.float32(255)
         of_floats = train_dict(table, floats, self.path / "floats", set={"data.range": (0, 1)})
         self.assertEqual(of_floats.recipe["data"]["bits"], 16)
+        # A checkpoint is of its run, whose range it has.
+        checkpoint = max(Path(self.path, "floats").glob("step-*.safetensors"))
+        data = {"data": (floats, self.labels), "held_out": (floats[:8], self.labels[:8])}
+        self.assertEqual(*(selfsup.knn(run, k=5, device="cpu", **data) for run in (of_floats, checkpoint)))
+
+    def test_axes_are_set(self):
+        channels_first = np.moveaxis(self.images, 3, 1)
+        run = train(channels_first, self.path / "first", set={"data.axes": "nchw", "train.epochs": 1})
+        other = train(self.images, self.path / "last", set={"train.epochs": 1})
+        weights, others = run.backbone(), other.backbone()
+        self.assertTrue(all(np.array_equal(weights[name], others[name]) for name in weights))
+
+    def test_files_have_labels(self):
+        files = sorted(Path(self.folder, "train").rglob("*.png")), sorted(Path(self.folder, "test").rglob("*.png"))
+        run = train((files[0], self.labels), self.path / "listed", held_out=(files[1], self.held_out[1]), set={"train.epochs": 1})
+        data = {"data": (files[0], self.labels), "held_out": (files[1], self.held_out[1])}
+        self.assertGreater(selfsup.knn(run, k=5, device="cpu", **data)["raw pixels"], 0.9)
+        self.assertEqual(sorted(selfsup.linear_probe(run, epochs=2, device="cpu", **data)), ["random init", "trained"])
 
 
 def train_dict(table, images, out, **words):
