@@ -34,6 +34,16 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     replace_file(path, |partial| fill(path, partial, bytes))
 }
 
+/// Writes new contents into a file of the user's, which keeps its permissions; of a link, into the file that it names.
+pub(crate) fn rewrite_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let path = path.canonicalize().map_err(Error::io(path))?;
+    let permissions = std::fs::metadata(&path).map_err(Error::io(&path))?.permissions();
+    replace_file(&path, |partial| {
+        fill(&path, partial, bytes)?;
+        std::fs::set_permissions(partial, permissions).map_err(|e| write_error(&path, e))
+    })
+}
+
 /// Writes two small files that belong together: there is never a `main` file next to the other one of an earlier pair. If the
 /// process is killed in between, the `main` file is missing.
 pub(crate) fn write_pair(other: (&Path, &[u8]), main: (&Path, &[u8])) -> Result<()> {

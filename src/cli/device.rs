@@ -17,6 +17,16 @@ pub(super) enum Name {
     CudaNumber(usize),
 }
 
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda => f.write_str("cuda"),
+            Self::CudaNumber(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
 impl FromStr for Name {
     type Err = String;
 
@@ -129,6 +139,7 @@ fn how(device: &Device, asked: Option<Precision>) -> &'static str {
         return "";
     }
     match Bf16Path::current() {
+        Bf16Path::Avx512 if asked.is_none() => " by AVX512-BF16 (train.precision=f32 for f32)",
         Bf16Path::Avx512 => " by AVX512-BF16",
         Bf16Path::Amx if asked.is_none() => " by AMX tiles (train.precision=f32 for f32)",
         Bf16Path::Amx => " by AMX tiles",
@@ -145,6 +156,9 @@ mod tests {
         assert_eq!("cpu".parse(), Ok(Name::Cpu));
         assert_eq!("cuda".parse(), Ok(Name::Cuda));
         assert_eq!("cuda:3".parse(), Ok(Name::CudaNumber(3)));
+        for name in ["cpu", "cuda", "cuda:3"] {
+            assert_eq!(name.parse::<Name>().unwrap().to_string(), name);
+        }
         for wrong in ["gpu", "cuda:", "cuda:-1", "cpu:0", ""] {
             assert!(wrong.parse::<Name>().is_err(), "{wrong}");
         }

@@ -35,6 +35,11 @@ impl Networks {
         let device = device::open(of.device, &run.recipe.train)?;
         let (method, trained) = run.load(&device)?;
         let images = labelled_images(&run.recipe)?;
+        // Whoever names images means them.
+        if labels.is_none() && !of.set.iter().any(|setting| setting.trim().starts_with("data.")) {
+            let data = &run.recipe.data.path;
+            train::check_trained_on(&run.checkpoint, data, &*images.train, &device)?;
+        }
         let left_out = left_out(of, &run);
         Ok(Self { run, device, method, trained, images, left_out })
     }

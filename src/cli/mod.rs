@@ -28,7 +28,7 @@ mod tune;
 
 use std::borrow::Cow;
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -49,10 +49,13 @@ pub fn main() -> ExitCode {
 }
 
 /// Runs the program with these words, the program's name first, and returns its exit code: for programs that carry this one, as
-/// the Python package does. Help texts and wrong usage end the process, and signals are handled as in the program.
+/// the Python package does. Signals are handled as in the program.
 pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
     signals::let_writes_fail();
-    let args = Args::parse_from(words); // exits with 2 by itself
+    let args = match Args::try_parse_from(words) {
+        Ok(args) => args,
+        Err(error) => return told(&error),
+    };
     let launch = Launch::detect();
     SILENT.store(launch.as_ref().is_some_and(|launch| launch.rank > 0), Ordering::Relaxed);
     if let Err(error) = in_one_process(&args.command, launch.as_ref()) {
@@ -62,7 +65,7 @@ pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
     match check_instruction_set().and_then(|()| run(args.command)) {
         Ok(()) => ranks::leave(),
         // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => 0,
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => 0,
         Err(error) => {
             let code = if matches!(error, Error::Config(_)) { 2 } else { 1 };
             match launch {
@@ -71,6 +74,18 @@ pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
             }
             code
         }
+    }
+}
+
+/// Prints a help text, or what is wrong with the words; returns the exit code.
+fn told(error: &clap::Error) -> u8 {
+    let printed = error.print().and_then(|()| std::io::stdout().flush());
+    match printed {
+        Err(reason) if reason.kind() != ErrorKind::BrokenPipe => {
+            talk(&format!("selfsup: standard output: {reason}"));
+            1
+        }
+        _ => u8::try_from(error.exit_code()).unwrap_or(2),
     }
 }
 

@@ -72,7 +72,10 @@ fn given(args: &Train) -> String {
         words += &format!(" --method {method}");
     }
     if let Some(budget) = args.budget {
-        words += &format!(" --budget {}s", budget.as_secs());
+        words += &format!(" --budget {}s", budget.as_secs_f64());
+    }
+    if let Some(device) = args.device {
+        words += &format!(" --device {device}");
     }
     for setting in &args.set {
         words += &format!(" --set {}", as_word(Path::new(setting)));

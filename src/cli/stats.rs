@@ -9,7 +9,7 @@ use super::{say, talk};
 use crate::data::{self, Split};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::{is_file, read_text, write_file};
+use crate::files::{is_file, read_text, rewrite_file};
 use crate::recipes::{self, Recipe};
 use crate::train;
 
@@ -67,7 +67,9 @@ pub(super) fn stats(args: &Stats) -> Result<()> {
         }
         let text = read_text(file, "a recipe (TOML)")?;
         let new = recipes::with_normalise(&text, name, &mean, &std)?;
-        write_file(file, new.as_bytes())?;
+        // TOML's writer ends lines as Unix does.
+        let new = if text.contains("\r\n") { new.replace('\n', "\r\n") } else { new };
+        rewrite_file(file, new.as_bytes())?;
         talk(&format!("{name}: normalise set in every view"));
     }
     let images = source.len();

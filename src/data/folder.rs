@@ -95,10 +95,10 @@ impl Folder {
         let mut names: Vec<String> = self.files.iter().map(file).collect();
         names.dedup();
         let Labelled { classes, notes } = table.of_images(&self.root, &names, others)?;
-        let classes: HashMap<String, Option<(u32, Split)>> =
+        let classes: HashMap<String, Option<(u32, Option<Split>)>> =
             names.into_iter().zip(classes).collect();
         self.files.retain_mut(|image| {
-            let of_split = |(_, of): &(u32, Split)| split.is_none_or(|split| split == *of);
+            let of_split = |(_, of): &(u32, Option<Split>)| split.is_none() || split == *of;
             let class = classes[&file(image)].filter(of_split);
             image.class = class.map_or(0, |(class, _)| class);
             class.is_some()
@@ -110,6 +110,7 @@ impl Folder {
         self.classes = table.classes().to_vec();
         if split != Some(Split::Test) {
             self.notes.extend(notes); // once, with the training split
+            self.notes.extend(split.and_then(|_| table.not_read()));
         }
         self.cache = Cache::new(self.files.len());
         Ok(self)

@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use unicode_normalization::UnicodeNormalization;
 
@@ -93,7 +93,10 @@ fn listed(source: &dyn Source, file: &Path) -> Result<Vec<u32>> {
         (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
     let all = lines.iter().flat_map(|(_, line)| readings(line));
     let wanted: HashSet<String> = all.map(|reading| last_part(&comparable(&reading))).collect();
-    let named = || (0..source.len()).map(|i| (i as u32, comparable(&source.name(i))));
+    let named = || {
+        let all = whole_paths((0..source.len()).map(|i| source.name(i)));
+        (0_u32..).zip(all.map(|name| comparable(&name)))
+    };
     let names = Names::of(named().filter(|(_, name)| wanted.contains(&last_part(name))));
     let without_extension = named().map(|(i, name)| (i, stem(&name).to_owned()));
     let stems = Names::of(without_extension.filter(|(_, name)| wanted.contains(&last_part(name))));
@@ -158,6 +161,24 @@ fn comparable(path: &str) -> String {
 
 fn slashes(path: &str) -> String {
     if cfg!(windows) { path.replace('\\', "/") } else { path.to_owned() }
+}
+
+/// The names of images as they are compared with those in lists and tables: whole paths where they are files, so that it is the same how
+/// the folder was typed.
+pub(super) fn whole_paths(names: impl IntoIterator<Item = String>) -> impl Iterator<Item = String> {
+    let mut names = names.into_iter().peekable();
+    // Images of a pack have names of files that need not be there any more.
+    let are_files = names.peek().is_some_and(|name| Path::new(name).is_file());
+    names.map(move |name| if are_files { whole_path(&name).unwrap_or(name) } else { name })
+}
+
+fn whole_path(name: &str) -> Option<String> {
+    let path = Path::new(name);
+    let whole = match path.components().any(|part| part == Component::ParentDir) {
+        true => path.parent()?.canonicalize().ok()?.join(path.file_name()?),
+        false => std::path::absolute(path).ok()?,
+    };
+    whole.to_str().map(Into::into)
 }
 
 pub(super) fn last_part(path: &str) -> String {

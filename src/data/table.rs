@@ -5,8 +5,9 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::classes;
-use super::labels::{Names, stem};
+use super::labels::{Names, stem, whole_paths};
 use super::listing::is_image_name;
+use super::open::{folders, not_used};
 use super::source::Split;
 use crate::error::{Error, Result, printable};
 
@@ -56,6 +57,8 @@ pub struct LabelTable {
     rows: Vec<Row>,
     classes: Vec<String>,
     has_splits: bool,
+    /// A sentence on rows of splits that are not read.
+    not_read: Option<String>,
     /// Whether the first row names the columns.
     has_header: bool,
 }
@@ -66,8 +69,8 @@ struct Row {
     line: u64,
     name: String,
     class: u32,
-    /// The training split if nothing is said.
-    split: Split,
+    /// The training split if nothing is said; `None` for `val` beside `test`, of which one is held out.
+    split: Option<Split>,
 }
 
 /// Places of the columns.
@@ -80,8 +83,8 @@ struct Columns {
 
 /// What a table says of the images of a folder.
 pub(super) struct Labelled {
-    /// The class of each image and the split of its row; `None` if the table has no class for it.
-    pub(super) classes: Vec<Option<(u32, Split)>>,
+    /// The class of each image and the split of its row, if it has one; `None` if the table has no class for it.
+    pub(super) classes: Vec<Option<(u32, Option<Split>)>>,
     /// Sentences on images without a class and rows without an image.
     pub(super) notes: Vec<String>,
 }
@@ -135,7 +138,7 @@ impl LabelTable {
             .delimiter(separator(file, bytes))
             .from_reader(bytes);
         let (mut columns, mut rows, mut names) = (None, Vec::new(), Vec::new());
-        let mut has_header = false;
+        let (mut has_header, mut splits) = (false, Vec::new());
         for record in reader.records() {
             let record = record.map_err(|error| Error::format(file, error.to_string()))?;
             if columns.is_none() {
@@ -150,8 +153,10 @@ impl LabelTable {
             if let Some((row, class)) = columns.row(file, &record)? {
                 rows.push(row);
                 names.push(class);
+                splits.push(columns.split_of(&record));
             }
         }
+        let not_read = one_held_out(&mut rows, &splits);
         let mut classes: Vec<String> =
             names.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect();
         if classes.is_empty() {
@@ -177,7 +182,7 @@ impl LabelTable {
         rows.iter_mut().zip(&names).for_each(|(row, name)| row.class = numbers[name]);
         let classes = classes.iter().map(|class| printable(OsStr::new(class))).collect();
         let has_splits = columns.is_some_and(|columns| columns.split.is_some());
-        Ok(Self { file: file.to_path_buf(), rows, classes, has_splits, has_header })
+        Ok(Self { file: file.to_path_buf(), rows, classes, has_splits, not_read, has_header })
     }
 
     /// The file that it was read from.
@@ -192,7 +197,12 @@ impl LabelTable {
 
     /// Whether it says of a file that it belongs to a split.
     pub(super) fn names(&self, split: Split) -> bool {
-        self.has_splits && self.rows.iter().any(|row| row.split == split)
+        self.has_splits && self.rows.iter().any(|row| row.split == Some(split))
+    }
+
+    /// A sentence on rows of splits that are not read.
+    pub(super) fn not_read(&self) -> Option<String> {
+        self.not_read.as_ref().map(|what| format!("{}: {what}", self.file.display()))
     }
 
     /// Returns the names of the classes, printable.
@@ -233,9 +243,12 @@ impl LabelTable {
             };
             let first = found[image].get_or_insert(row);
             if (first.class, first.split) != (row.class, row.split) {
-                let [here, there] = [row, *first].map(|row| match self.has_splits {
-                    true => format!("{} ({})", self.classes[row.class as usize], row.split),
-                    false => self.classes[row.class as usize].clone(),
+                let [here, there] = [row, *first].map(|row| {
+                    let class = self.classes[row.class as usize].clone();
+                    match row.split.filter(|_| self.has_splits) {
+                        Some(split) => format!("{class} ({split})"),
+                        None => class,
+                    }
                 });
                 let (name, line) = (&images[image], first.line);
                 return wrong(
@@ -301,9 +314,10 @@ struct Named {
 
 impl Named {
     fn new(images: &[String]) -> Self {
+        let images: Vec<String> = whole_paths(images.iter().cloned()).collect();
         Self {
-            whole: Names::of((0..).zip(images.iter().cloned())),
             stems: Names::of((0..).zip(images.iter().map(|name| stem(name).to_owned()))),
+            whole: Names::of((0..).zip(images)),
         }
     }
 
@@ -347,12 +361,33 @@ impl Columns {
         if name.contains(['\n', '\r']) || class.contains(['\n', '\r']) {
             return Err(wrong("a quote begins here that is not closed in the same line".into()));
         }
-        let split = match self.split.and_then(|column| record.get(column)).map(str::trim) {
-            None | Some("") => Split::Train,
-            Some(split) => split.to_lowercase().parse().map_err(|e: Error| wrong(e.to_string()))?,
+        let split = match &*self.split_of(record) {
+            "" => Split::Train,
+            split => split.parse().map_err(|e: Error| wrong(e.to_string()))?,
         };
-        Ok(Some((Row { line, name: name.to_owned(), class: 0, split }, class.to_owned())))
+        let row = Row { line, name: name.to_owned(), class: 0, split: Some(split) };
+        Ok(Some((row, class.to_owned())))
     }
+
+    /// What a row says of its split; nothing if it says nothing.
+    fn split_of(self, record: &csv::StringRecord) -> String {
+        let split = self.split.and_then(|column| record.get(column)).unwrap_or_default();
+        split.trim().to_lowercase()
+    }
+}
+
+/// Of several splits that could be the held-out one takes the one that would be among folders of these names, and the rows of the
+/// others out of all; returns a sentence on them. `splits` are the words of the rows.
+fn one_held_out(rows: &mut [Row], splits: &[String]) -> Option<String> {
+    let named = |split: &&str| splits.iter().any(|word| word == split);
+    let held_out: Vec<&str> = folders(Split::Test).iter().copied().filter(named).collect();
+    let sentence = not_used(held_out.iter().map(|split| (*split).to_owned()))?;
+    for (row, word) in rows.iter_mut().zip(splits) {
+        if held_out[1..].contains(&word.as_str()) {
+            row.split = None;
+        }
+    }
+    Some(sentence)
 }
 
 #[cfg(test)]
@@ -429,11 +464,21 @@ mod tests {
 
     #[test]
     fn a_column_of_splits_holds_images_out() {
-        let table =
-            "file,label,split\na.png,cat,train\nb.png,dog,VAL\nc.png,dog,\nd.png,cat,test\n";
+        let table = "file,label,split\na.png,cat,train\nb.png,dog,VAL\nc.png,dog,\nd.png,cat,val\n";
         assert_eq!(rows(table), ["a.png cat", "c.png dog"]);
         let (held_out, notes) = labelled(table, Split::Test).unwrap();
         assert_eq!((held_out, notes.len()), (vec!["b.png dog".into(), "d.png cat".into()], 0));
+        // As of folders, one of two is held out.
+        let both = table.replace(",val", ",test");
+        let (training, notes) = labelled(&both, Split::Train).unwrap();
+        assert_eq!(training, ["a.png cat", "c.png dog"]);
+        assert!(
+            notes.len() == 1
+                && notes[0]
+                    .ends_with("labels.csv: test is the held-out split, and val is not read"),
+            "{notes:?}"
+        );
+        assert_eq!(labelled(&both, Split::Test).unwrap().0, ["d.png cat"]);
     }
 
     #[test]

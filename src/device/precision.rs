@@ -25,15 +25,17 @@ impl Precision {
         }
     }
 
-    /// The precision in which to train on a device for which none is asked: bf16 on a GPU and on a processor with AMX tiles, whose
-    /// steps take half of the time and learn as much; f32 on other processors, where narrow networks gain nothing, and where
-    /// several processes train together (`ranks`), because their processors may differ.
+    /// The precision in which to train on a device for which none is asked: bf16 on a GPU and on a processor whose instructions for
+    /// bf16 are faster than f32, where networks of all widths gain and learn as much (benches/results/2026-11-30-zen4.md); f32 on other
+    /// processors, and where several processes train together (`ranks`), because their processors may differ.
     ///
     /// # Errors
     /// If the variable `SELFSUP_BF16` is wrong.
     pub fn of_training(kind: DeviceKind, ranks: bool) -> Result<Self> {
         Ok(match kind {
-            DeviceKind::Cpu if !ranks && Bf16Path::selected()? == Bf16Path::Amx => Self::Bf16,
+            DeviceKind::Cpu if !ranks && Bf16Path::selected()?.instructions().is_some() => {
+                Self::Bf16
+            }
             _ => Self::usual(kind),
         })
     }
@@ -53,13 +55,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_processor_with_tiles_trains_alone_in_bf16() {
+    fn only_a_processor_with_instructions_trains_alone_in_bf16() {
         let trains = |kind, ranks| Precision::of_training(kind, ranks).unwrap();
         assert_eq!(trains(DeviceKind::Cpu, true), Precision::F32);
         assert_eq!(trains(DeviceKind::Reference, false), Precision::F32);
         assert_eq!(trains(DeviceKind::Cuda, true), Precision::Bf16);
-        let has_tiles = Bf16Path::selected().unwrap() == Bf16Path::Amx;
-        assert_eq!(trains(DeviceKind::Cpu, false) == Precision::Bf16, has_tiles);
+        let pays = Bf16Path::selected().unwrap() != Bf16Path::Portable;
+        assert_eq!(trains(DeviceKind::Cpu, false) == Precision::Bf16, pays);
         assert_eq!(Precision::usual(DeviceKind::Cpu), Precision::F32);
     }
 }

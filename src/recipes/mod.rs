@@ -227,7 +227,7 @@ pub struct TrainSettings {
     #[serde(default = "three")]
     pub keep: usize,
     /// The type in which a device stores activations and multiplies: `bf16` or `f32`. If absent, bf16 on a
-    /// GPU and on a processor with AMX tiles, f32 on others and where several processes train together.
+    /// GPU and on a processor whose instructions for bf16 are faster, f32 on others and where several processes train together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<Precision>,
     /// The views of the first `dump_views` steps, and the initial weights, are written to the run's `parity/` folder for
@@ -462,6 +462,10 @@ impl Recipe {
                 Err(Error::config(format!("{key} is {value}; it must be 0 or more")))
             }
         };
+        if self.train.init.as_deref().is_some_and(|file| file.trim().is_empty()) {
+            let reason = "train.init is empty: name a file of weights, or leave it out";
+            return Err(Error::config(reason));
+        }
         self.data.gpu_bytes()?;
         let limited = |value: f64, most: f64, key: &str| match value > most {
             true => Err(Error::config(format!("{key} is {value:e}; it must be at most {most:e}"))),

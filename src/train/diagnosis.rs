@@ -113,6 +113,12 @@ pub fn diagnose(run: &History<'_>) -> Vec<Finding> {
     if found.iter().all(|finding| !finding.alarm) {
         found.extend(trend(run));
     }
+    if found.is_empty() && !run.epochs.is_empty() {
+        let sentence =
+            "nothing is measured that shows a fault: the run has no embeddings, or too few steps"
+                .into();
+        found.push(Finding { kind: Kind::Sound, alarm: false, sentence });
+    }
     found
 }
 
@@ -299,6 +305,8 @@ mod tests {
             );
         }
         assert!(diagnose(&History::default()).is_empty());
+        // A supervised run has no embeddings.
+        assert_eq!(kinds(&epoch(&[("embedding_std", Value::Null)]), &[]), [Kind::Sound]);
     }
 
     #[test]

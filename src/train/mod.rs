@@ -48,6 +48,7 @@ pub use plan::{Pace, Plan, Wishes, check_outside, is_own_folder, plan};
 pub(crate) use reading::pack_reading;
 pub use reading::{only_reading, own_reading};
 pub use report::{REPORT, diagnosis, report, write_report};
+pub(crate) use resume::check_trained_on;
 pub use resume::{Paused, recipe_in, recipe_of};
 pub use run::{EpochReport, Run, StepReport, Watch};
 pub use step::{StepResult, Steps, Training};

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Source;
 use crate::device::{Device, DeviceKind, Group, Precision};
 use crate::error::{Error, Result, as_word};
 use crate::eval::Spread;
@@ -20,7 +21,7 @@ use crate::methods::Reading;
 use crate::recipes::Recipe;
 use crate::train::changes::{changed, same_run};
 use crate::train::folder::{self, Folder, RECIPE};
-use crate::train::{Images, Run, checkpoint, ranks};
+use crate::train::{Images, Run, checkpoint, images, ranks};
 use crate::weights::WeightFile;
 
 /// Notes in a checkpoint's header.
@@ -286,6 +287,38 @@ fn check_precision(file: &WeightFile, device: &Device) -> Result<()> {
     }
 }
 
+/// Fails unless the training images, which were found at `data`, are those of the run that wrote a checkpoint: a relative path is another
+/// folder in another place.
+///
+/// # Errors
+/// If they are not, or the checkpoint cannot be read.
+pub(crate) fn check_trained_on(
+    checkpoint: &Path,
+    data: &str,
+    set: &dyn Source,
+    device: &Device,
+) -> Result<()> {
+    let file = checkpoint::open(checkpoint)?;
+    let (Some(_), Some(recipe)) = (file.note(PROGRESS_NOTE), file.note(RECIPE_NOTE)) else {
+        return Ok(());
+    };
+    let seed = Recipe::parse(recipe, &checkpoint.display().to_string(), &[])?.seed;
+    let Some(then) = progress_in(&file)?.checksums else { return Ok(()) };
+    match differing(then, images::checksums(set, seed, device)?) {
+        None => Ok(()),
+        Some(what) => Err(Error::Config(format!(
+            "{data}: the training images have other {what} than those that the run was trained on: name the folder of those with --set \
+             data.path=…, or say that these are meant with --set data.path={}",
+            as_word(Path::new(data))
+        ))),
+    }
+}
+
+/// In what checksums of images differ.
+fn differing(then: [u32; 2], now: [u32; 2]) -> Option<&'static str> {
+    (then != now).then(|| if then[0] != now[0] { "names or labels" } else { "pixels" })
+}
+
 impl Run {
     /// Resumes a run from its newest checkpoint. Its results equal those of a run that never stopped, to the last bit.
     ///
@@ -375,9 +408,8 @@ impl Run {
             ("held-out", progress.held_out, held_out),
         ] {
             if let (Some(then), Some(now)) = (then, now)
-                && then != now
+                && let Some(what) = differing(then, now)
             {
-                let what = if then[0] != now[0] { "names or labels" } else { "pixels" };
                 return Err(Error::Config(format!(
                     "{data}: the {split} images have other {what} than those that the run was started with: restore them, or start another run"
                 )));

@@ -364,6 +364,11 @@ mod tests {
         for prefix in chains {
             assert_eq!(found(&[prefix], &["fc.weight", "module.fc.bias"]).unwrap(), prefix);
         }
+        // The children of a ResNet in a row.
+        let parts = ["0.weight", "1.running_var", "4.0.conv1.weight", "7.1.conv1.weight"];
+        let numbered = parts.map(|part| format!("backbone.{part}"));
+        let said = found(&[], &numbered.each_ref().map(|name| &**name)).unwrap_err();
+        assert!(said.contains("has backbone.4.0.conv1.weight: its layers are numbered"), "{said}");
         // What the published evaluation uses.
         for (both, chosen) in [
             (["module.base_encoder.", "module.momentum_encoder."], "module.base_encoder."),

@@ -73,12 +73,21 @@ impl WeightFile {
         match (&*chosen, prefixes.iter().max_by_key(|prefix| found(prefix))) {
             ([prefix], _) => Ok((*prefix).to_owned()),
             // The message about the first missing tensor then names it as the file would.
-            ([], Some(nearest)) => Ok((*nearest).to_owned()),
-            ([], None) => Err(Error::Weights(format!(
-                "{}: has no tensor {first}, with or without a prefix such as module.; its first tensor is {}",
-                self.path.display(),
-                names.first().map_or("missing, too", String::as_str)
-            ))),
+            ([], Some(nearest)) if is_chain(nearest) || numbered(&names).is_none() => {
+                Ok((*nearest).to_owned())
+            }
+            ([], _) => Err(Error::Weights(match numbered(&names) {
+                Some(name) => format!(
+                    "{}: has {name}: its layers are numbered, as those of torch.nn.Sequential(*resnet.children()); rename 0, 1, 4, 5, 6 \
+                     and 7 to conv1, bn1, layer1, layer2, layer3 and layer4, and save it again",
+                    self.path.display()
+                ),
+                None => format!(
+                    "{}: has no tensor {first}, with or without a prefix such as module.; its first tensor is {}",
+                    self.path.display(),
+                    names.first().map_or("missing, too", String::as_str)
+                ),
+            })),
             (several, _) => Err(Error::Weights(format!(
                 "{}: holds several backbones, under {}: keep one of them",
                 self.path.display(),
@@ -90,4 +99,12 @@ impl WeightFile {
             ))),
         }
     }
+}
+
+/// A name under which a file holds a convolution of the first residual block, if it numbers the parts of a ResNet.
+fn numbered(names: &BTreeSet<String>) -> Option<&str> {
+    let block = names.iter().find(|name| name.ends_with("4.0.conv1.weight"))?;
+    let prefix = block.strip_suffix("4.0.conv1.weight")?;
+    let stem = names.contains(&format!("{prefix}0.weight"));
+    (stem && (prefix.is_empty() || prefix.ends_with('.'))).then_some(block.as_str())
 }

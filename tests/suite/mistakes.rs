@@ -5,6 +5,8 @@
 mod changed;
 #[path = "mistakes/data.rs"]
 mod data;
+#[path = "mistakes/places.rs"]
+mod places;
 #[path = "mistakes/recipes.rs"]
 mod recipes;
 #[path = "mistakes/runs.rs"]

@@ -137,6 +137,7 @@ fn a_folder_is_planned_and_trained_by_one_command() {
         "epochs 2: as set",
         "best checkpoint by RankMe: ",
         "plan: 4 steps in 2 epochs, about ",
+        "train: selfsup train photos --device cpu --set network.width=2",
     ] {
         assert!(said.contains(line), "{line}: {said}");
     }

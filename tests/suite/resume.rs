@@ -140,7 +140,7 @@ const SETTINGS: &[&str] = &[
     "train.checkpoint_every_steps=7",
     "train.threads=1",
     "train.loader_threads=1",
-    // The default of processors with AMX, bf16, makes so narrow a network collapse.
+    // bf16, the default of processors that have instructions for it, makes so narrow a network collapse.
     "train.precision=f32",
 ];
 

@@ -64,6 +64,11 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
             "optim.warmup_epochs is 1e300; it must be at most 1e6",
         ),
         (
+            &["train", "demo", "--set", "train.init="],
+            2,
+            "train.init is empty: name a file of weights, or leave it out",
+        ),
+        (
             &["train", "demo", "--set", "augment.repeat=16777216"],
             2,
             "augmentation: repeat = 16777216 must be in 1..=1024",

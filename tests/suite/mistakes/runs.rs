@@ -120,10 +120,19 @@ fn a_full_disk_leaves_the_previous_checkpoint_intact() {
     assert!(output.status.success(), "{}", text(&output.stderr));
 
     if let Ok(full) = File::options().write(true).open("/dev/full") {
-        let output =
-            Command::new(crate::program::path()).arg("recipes").stdout(full).output().unwrap();
+        let output = Command::new(crate::program::path())
+            .arg("recipes")
+            .stdout(full.try_clone().unwrap())
+            .output()
+            .unwrap();
         let line = "standard output: No space left on device (os error 28)";
         check_refusal(&output, &["recipes"], 1, line).unwrap();
+        for words in [&["--help"][..], &["--version"], &["train", "--help"]] {
+            let full = full.try_clone().unwrap();
+            let output =
+                Command::new(crate::program::path()).args(words).stdout(full).output().unwrap();
+            check_refusal(&output, words, 1, line).unwrap();
+        }
     }
 }
 
