@@ -1,4 +1,4 @@
-//! Times the loader on request, for `benches/peers/loader.py`, which compares it with torchvision's.
+//! Times the loader on request, for `benches/peers/loader.py`, which compares it with those of others.
 //!
 //! Each line on stdin is a request, `32 FOLDER SECONDS THREADS` or `112 FOLDER SECONDS THREADS`; the answer on stdout is a line with
 //! the number of views, the seconds, and the CPU seconds of all threads. A pipeline stays open between requests, as the peer's does.
@@ -35,7 +35,7 @@ fn jitter(strength: f32) -> Option<Jitter> {
     })
 }
 
-/// The same pipelines as `benches/peers/loader.py` builds from torchvision's transforms.
+/// The same pipelines as `benches/peers/loader_peers.py` builds from torchvision's transforms.
 fn policy(size: usize) -> Policy {
     let (mean, std) = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]);
     let blur = Blur { p: 0.5, sigma: [0.1, 2.0], kind: BlurKind::Gaussian };

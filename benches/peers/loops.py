@@ -5,7 +5,7 @@ import statistics
 import time
 from pathlib import Path
 
-import loader as peers
+import loader_peers as peers
 import torch
 import torchvision
 from views import Endless, lightly_loader, policy

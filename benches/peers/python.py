@@ -9,7 +9,7 @@
 
 loader  views a second inside a torch loop, `selfsup.Loader` beside a `DataLoader` over torchvision's transforms (v2) on tensors and on Pillow
         images, and beside lightly's own transform and collation; the pipelines, and how the peers are measured, are those of
-        benches/peers/loader.py
+        benches/peers/loader_peers.py
 losses  time of the loss with its gradient beside eager PyTorch; error of values and gradients against f64; peak memory of NT-Xent by the
         number of rows, each in a process of its own
 waiting steps of ResNet-18 with NT-Xent that take their views from the same loaders: steps a second, and the share of a step that is spent
@@ -56,7 +56,7 @@ def measure_lightly(loader, seconds, skip):
 
 
 def loader(args):
-    import loader as peers
+    import loader_peers as peers
 
     peers.BATCH = args.batch or 256
     print(f"{args.workers} workers, batches of {peers.BATCH}, {args.rounds} rounds of {args.seconds} s")

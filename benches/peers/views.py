@@ -6,7 +6,7 @@ import torch
 
 
 def policy(size):
-    """The views of benches/peers/loader.py."""
+    """The views of benches/peers/loader_peers.py."""
     strength = 0.5 if size == 32 else 1.0
     table = {
         "size": size,
