@@ -131,3 +131,28 @@ fn bytes_that_a_kernel_moves_are_counted() {
     let moved = ["read", "written"].map(|way| stage.count(&format!("{way}:split_k_reduce_f32")));
     assert_eq!(moved, [4 * 4 * 33, 4 * 33]);
 }
+
+fn transposes<T: Float>(stage: &Stage, rows: usize, columns: usize) {
+    let name = format!("transpose_{}", T::NAME);
+    let x: Vec<T> = noise(rows * columns, 5);
+    let (x_, y_) = (stage.upload(&x), stage.room::<T>(rows * columns));
+    let grid = [rows.div_ceil(32) as u32, columns.div_ceil(32) as u32, 1];
+    let arguments = [(&y_).into(), (&x_).into(), long(rows), long(columns)];
+    stage.launch(&name, grid, [32, 8, 1], 0, &arguments);
+    let column = |j: usize| x.iter().copied().skip(j).step_by(columns);
+    let want: Vec<T> = (0..columns).flat_map(column).collect();
+    bit_equal(&format!("{name} of [{rows}, {columns}]"), &y_.read(stage), &want);
+}
+
+#[test]
+fn matrices_are_transposed() {
+    for checked in [false, true] {
+        let stage = Stage::take(checked);
+        for (rows, columns) in
+            [(1, 1), (1, 70), (70, 1), (32, 32), (31, 33), (33, 31), (64, 7), (13, 97)]
+        {
+            transposes::<f32>(&stage, rows, columns);
+            transposes::<bf16>(&stage, rows, columns);
+        }
+    }
+}
