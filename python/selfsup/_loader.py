@@ -288,9 +288,9 @@ def _framework_on_gpu(name: str) -> Any:
     _one_of("framework", name, ("torch", "dlpack"))
     if name == "dlpack":
         return None
-    import torch
+    from torch.utils.dlpack import from_dlpack
 
-    return torch.from_dlpack
+    return from_dlpack
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

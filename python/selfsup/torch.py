@@ -28,8 +28,12 @@ from typing import Any, Literal, Optional
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.dlpack import from_dlpack
 
 from selfsup import _native
+
+# Without types in PyTorch.
+_unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
 
 __all__ = [
     "LARS",
@@ -168,7 +172,7 @@ def _loss(
     # Below, the similarities' errors in float32 are of the size of the loss, and then overflow; above, gradients vanish.
     if not 1e-6 <= temperature <= 1e6:
         raise ValueError(f"{name}: the temperature is {temperature}; it must be within 1e-6 to 1e6")
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in (a, b)):
+    if any(x is not None and _unpack_dual(x).tangent is not None for x in (a, b)):
         raise NotImplementedError("selfsup's losses have no forward-mode derivative")
     gradients = torch.is_grad_enabled()
     wanted = [gradients and a.requires_grad, gradients and b is not None and b.requires_grad]
@@ -233,8 +237,8 @@ def _loss_on_gpu(
         value, gradients = _native.loss_and_gradients_on_gpu(
             name, inputs, _wanted_of_inputs(b, constant, wanted), temperature, _stream()
         )
-        made = [a.new_empty(0) if g is None else torch.from_dlpack(g) for g in [*gradients, None][:2]]
-        loss = torch.from_dlpack(value)
+        made = [a.new_empty(0) if g is None else from_dlpack(g) for g in [*gradients, None][:2]]
+        loss = from_dlpack(value)
         return loss.clamp(min=0) if name in _ABOVE_ZERO else loss, made[0], made[1]
 
 
@@ -287,7 +291,7 @@ def _sinkhorn_of_logarithms(scores: Tensor, iterations: int) -> Tensor:
 def _sinkhorn_on_gpu(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     with torch.cuda.device(scores.device):
         given = scores.detach().contiguous()
-        return torch.from_dlpack(_native.sinkhorn_on_gpu(given, epsilon, iterations, _stream()))
+        return from_dlpack(_native.sinkhorn_on_gpu(given, epsilon, iterations, _stream()))
 
 
 def _define(name: str, schema: str, now: Callable[..., Any], on_gpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
