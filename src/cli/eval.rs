@@ -35,11 +35,7 @@ impl Networks {
         let device = device::open(of.device, &run.recipe.train)?;
         let (method, trained) = run.load(&device)?;
         let images = labelled_images(&run.recipe)?;
-        // Whoever names images means them.
-        if labels.is_none() && !of.set.iter().any(|setting| setting.trim().starts_with("data.")) {
-            let data = &run.recipe.data.path;
-            train::check_trained_on(&run.checkpoint, data, &*images.train, &device)?;
-        }
+        check_images(of, labels, &run, &images, &device)?;
         let left_out = left_out(of, &run);
         Ok(Self { run, device, method, trained, images, left_out })
     }
@@ -73,6 +69,20 @@ impl Networks {
 fn left_out(of: &Evaluated, run: &Trained) -> LeftOut {
     let file = run.checkpoint.with_file_name("eval-skipped.txt");
     LeftOut::new(file, of.max_skipped.unwrap_or(run.recipe.data.max_skipped))
+}
+
+/// Fails if a run's own recipe does not lead to the images that it was trained on. Whoever names images on the command line means them.
+fn check_images(
+    of: &Evaluated,
+    labels: Option<&str>,
+    run: &Trained,
+    images: &Images,
+    device: &Device,
+) -> Result<()> {
+    if labels.is_some() || of.set.iter().any(|setting| setting.trim().starts_with("data.")) {
+        return Ok(());
+    }
+    train::check_trained_on(&run.checkpoint, &run.recipe.data.path, &*images.train, device)
 }
 
 /// The images of a recipe; every held-out image has a label.
@@ -218,8 +228,8 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
         train::check_free(out)?;
     }
     let mut left_out = left_out(&args.of, &trained);
-    let Trained { recipe, checkpoint } = trained;
-    let recipe = with_labels(recipe, labels);
+    let recipe = with_labels(trained.recipe.clone(), labels);
+    let checkpoint = trained.checkpoint.clone();
     let images = labelled_images(&recipe.with(&args.of.set)?)?;
     images.notes().for_each(|note| talk(note));
     let test = images.held_out()?;
@@ -230,6 +240,7 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let mut tuned = with_labels(tuned.with(&args.of.set)?, labels);
     tuned.data.max_skipped = args.of.max_skipped.unwrap_or(tuned.data.max_skipped);
     let device = device::open_to_train(args.of.device, &tuned.train)?;
+    check_images(&args.of, labels, &trained, &images, &device)?;
     let unread = eval::unreadable(&**test, &device)?;
     left_out.add("held-out", test.len(), &unread)?;
     let not_used = eval::unreadable(&*images.train, &device)?;

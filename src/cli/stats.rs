@@ -68,7 +68,8 @@ pub(super) fn stats(args: &Stats) -> Result<()> {
         let text = read_text(file, "a recipe (TOML)")?;
         let new = recipes::with_normalise(&text, name, &mean, &std)?;
         // TOML's writer ends lines as Unix does.
-        let new = if text.contains("\r\n") { new.replace('\n', "\r\n") } else { new };
+        let ends = if text.contains("\r\n") { "\r\n" } else { "\n" };
+        let new = new.replace("\r\n", "\n").replace('\n', ends);
         rewrite_file(file, new.as_bytes())?;
         talk(&format!("{name}: normalise set in every view"));
     }

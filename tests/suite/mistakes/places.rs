@@ -89,8 +89,9 @@ fn a_run_is_not_evaluated_on_the_images_of_another_place_unasked() {
     done(&own, &eval("knn"));
     let refused = "set: the training images have other pixels than those that the run was trained on: name the folder of those with --set \
                    data.path=…, or say that these are meant with --set data.path=set";
-    let (knn, linear) = (eval("knn"), eval("linear"));
-    check_refusals(&other, &[(&knn, 2, refused), (&linear, 2, refused)], &[]);
+    let [knn, linear, finetune] = ["knn", "linear", "finetune"].map(eval);
+    let cases = [&knn, &linear, &finetune].map(|words| (&words[..], 2, refused));
+    check_refusals(&other, &cases, &[]);
     done(&other, &[&knn[..], &["--set", "data.path=set"]].concat());
     let there = format!("data.path={}", own.join("set").display());
     done(&other, &[&knn[..], &["--set", &there]].concat());
@@ -117,6 +118,6 @@ fn a_recipe_of_the_user_stays_a_link_with_its_permissions_and_line_ends() {
     done(root, &["stats", "set", "--write", "link.toml"]);
     assert!(root.join("link.toml").is_symlink());
     let written = std::fs::read_to_string(&real).unwrap();
-    assert!(written != recipe && !written.replace("\r\n", "").contains('\n'));
+    assert!(written != recipe && !written.replace("\r\n", "").contains(['\r', '\n']));
     assert_eq!(std::fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o600);
 }
