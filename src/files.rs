@@ -6,7 +6,7 @@
 //! through it.
 
 use std::ffi::OsStr;
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,6 +15,31 @@ use crate::error::{Error, Result};
 
 /// The end of temporary names.
 const PARTIAL: &str = ".partial";
+
+/// A file that this process has locked; the kernel gives the lock back when the process ends, however it ends.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    file: File,
+    /// The process that locked it.
+    process: u32,
+}
+
+impl Lock {
+    /// Locks a file, unless another process has.
+    pub(crate) fn take(file: File) -> std::result::Result<Self, TryLockError> {
+        file.try_lock()?;
+        Ok(Self { file, process: std::process::id() })
+    }
+}
+
+impl Drop for Lock {
+    /// Gives the lock back: a process that was forked meanwhile has the file open, too, and to close it here would not be enough.
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            let _ = self.file.unlock();
+        }
+    }
+}
 
 /// Reads a text file; `what` says what the text is, for the error about a file that holds none.
 pub(crate) fn read_text(path: &Path, what: &str) -> Result<String> {
@@ -244,6 +269,20 @@ mod tests {
             entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_lock_is_given_back_though_a_forked_process_has_its_file_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(".lock");
+        let file = File::create(&path).unwrap();
+        let of_a_forked_process = file.try_clone().unwrap(); // the same open file
+        let lock = Lock::take(file).unwrap();
+        let again = || Lock::take(File::open(&path).unwrap());
+        assert!(matches!(again(), Err(TryLockError::WouldBlock)));
+        drop(lock);
+        assert!(again().is_ok());
+        drop(of_a_forked_process);
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The folder of a run, which one process at a time writes to.
 
 use std::ffi::OsString;
-use std::fs::{File, TryLockError};
+use std::fs::TryLockError;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files::{
-    check_link, create_folder, find, is_partial, open_own, remove_partial_files, write_file,
+    Lock, check_link, create_folder, find, is_partial, open_own, remove_partial_files, write_file,
 };
 use crate::recipes::Recipe;
 use crate::train::Metrics;
@@ -20,8 +20,7 @@ const LOCK: &str = ".lock";
 pub(super) struct Folder {
     pub(super) path: PathBuf,
     pub(super) metrics: Metrics,
-    /// The kernel releases it when the process ends, however it ends.
-    _lock: File,
+    _lock: Lock,
     /// Whether this process made the run.
     new: bool,
 }
@@ -43,7 +42,7 @@ impl Folder {
     }
 
     /// Opens the folder of an earlier run; the log is cut off after `length` bytes.
-    pub(super) fn open(path: &Path, lock: File, length: u64, recipe: &Recipe) -> Result<Self> {
+    pub(super) fn open(path: &Path, lock: Lock, length: u64, recipe: &Recipe) -> Result<Self> {
         Ok(Self {
             path: path.to_path_buf(),
             metrics: metrics(path, length, recipe)?,
@@ -99,13 +98,12 @@ pub(super) fn discard(folder: Folder) {
 }
 
 /// Locks a folder for this process, and removes what a killed process left half-written.
-pub(super) fn lock(folder: &Path) -> Result<File> {
+pub(super) fn lock(folder: &Path) -> Result<Lock> {
     let path = folder.join(LOCK);
-    let file = open_own(&path, false)?;
-    match file.try_lock() {
-        Ok(()) => {
+    match Lock::take(open_own(&path, false)?) {
+        Ok(lock) => {
             remove_partial_files(folder)?;
-            Ok(file)
+            Ok(lock)
         }
         Err(TryLockError::WouldBlock) => {
             let reason = "is in use: another process works in it; wait for it or stop it first";

@@ -4,7 +4,6 @@
 //! therefore only needs to know how far it has come: [`Progress`].
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,7 +15,7 @@ use crate::data::Source;
 use crate::device::{Device, DeviceKind, Group, Precision};
 use crate::error::{Error, Result, as_word};
 use crate::eval::Spread;
-use crate::files::{find, is_file, is_folder, write_file};
+use crate::files::{Lock, find, is_file, is_folder, write_file};
 use crate::methods::Reading;
 use crate::recipes::Recipe;
 use crate::train::changes::{changed, same_run};
@@ -87,7 +86,7 @@ impl Progress {
 pub struct Paused {
     path: PathBuf,
     /// Of rank 0.
-    lock: Option<File>,
+    lock: Option<Lock>,
     recipe: Recipe,
     /// Whether settings were changed.
     changed: bool,

@@ -22,7 +22,7 @@ use crate::data::open::{SplitFolders, folders, labelled_part};
 use crate::data::source::{Format, Image, Source, Split};
 use crate::data::table::LabelTable;
 use crate::error::{Error, Result};
-use crate::files::{create_folder, find, is_folder, replace_file, write_error, write_file};
+use crate::files::{Lock, create_folder, find, is_folder, replace_file, write_error, write_file};
 
 /// Images per thread that are prepared before they are written in order; bounds the memory.
 const AHEAD: usize = 4;
@@ -239,20 +239,22 @@ impl PackSettings {
     }
 }
 
-/// Creates the folder, or checks that it is empty. Returns the lock on it, which the kernel releases when the file is closed.
-fn prepare(to: &Path) -> Result<Option<File>> {
+/// Creates the folder, or checks that it is empty. Returns the lock on it.
+fn prepare(to: &Path) -> Result<Option<Lock>> {
     if find(to)?.is_some_and(|found| !found.is_dir()) {
         return Err(Error::format(to, "is a file: choose another folder to pack into"));
     }
     create_folder(to)?;
     // The folder itself is locked, so that no file remains. Not every system and file system can.
-    let lock = File::open(to).ok();
-    if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
-        return Err(Error::format(
-            to,
-            "is in use: another process packs into it; wait for it, or choose another folder to pack into",
-        ));
-    }
+    let lock = match File::open(to).ok().map(Lock::take) {
+        Some(Err(TryLockError::WouldBlock)) => {
+            return Err(Error::format(
+                to,
+                "is in use: another process packs into it; wait for it, or choose another folder to pack into",
+            ));
+        }
+        lock => lock.and_then(Result::ok),
+    };
     match std::fs::read_dir(to).map_err(Error::io(to))?.next() {
         None => Ok(lock),
         Some(_) => {

@@ -12,7 +12,6 @@ mod table;
 pub use outcome::Outcome;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Instant;
@@ -21,7 +20,7 @@ use serde::Deserialize;
 
 use crate::device::Device;
 use crate::error::{Error, Result, printable};
-use crate::files::{create_folder, find, is_file, is_folder, read_text, write_file};
+use crate::files::{Lock, create_folder, find, is_file, is_folder, read_text, write_file};
 use crate::recipes::{self, Recipe, TrainSettings};
 use crate::train::{Run, Watch, folder, newest};
 use outcome::{finished, write_outcome};
@@ -192,7 +191,7 @@ impl Study {
     }
 
     /// Locks the study's folder and marks it as the study's own.
-    fn claim(&self, out: &Path) -> Result<File> {
+    fn claim(&self, out: &Path) -> Result<Lock> {
         self.is_marked(out)?; // before a lock file is left in a folder of something else
         create_folder(out)?;
         let lock = folder::lock(out)?;
