@@ -26,7 +26,7 @@ impl Precision {
     }
 
     /// The precision in which to train on a device for which none is asked: bf16 on a GPU and on a processor whose instructions for
-    /// bf16 are faster than f32, where networks of all widths gain and learn as much (benches/results/2026-11-30-zen4.md); f32 on other
+    /// bf16 are faster than f32, where all steps that were measured gain (benches/results/2026-11-30-zen4.md); f32 on other
     /// processors, and where several processes train together (`ranks`), because their processors may differ.
     ///
     /// # Errors

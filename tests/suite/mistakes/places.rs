@@ -67,7 +67,7 @@ fn a_run_is_not_evaluated_on_the_images_of_another_place_unasked() {
     let [own, other] = ["own", "other"].map(|name| root.path().join(name));
     for (place, darker) in [(&own, 0), (&other, 20)] {
         hues(&place.join("set"));
-        for image in glob(&place.join("set")) {
+        for image in images_in(&place.join("set")) {
             let mut pixels = image::open(&image).unwrap().to_rgb8();
             pixels.iter_mut().for_each(|value| *value = value.saturating_sub(darker));
             pixels.save(&image).unwrap();
@@ -98,9 +98,9 @@ fn a_run_is_not_evaluated_on_the_images_of_another_place_unasked() {
 }
 
 /// The files of a folder and the folders in it.
-fn glob(folder: &Path) -> Vec<std::path::PathBuf> {
+fn images_in(folder: &Path) -> Vec<std::path::PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    entries.flat_map(|path| if path.is_dir() { glob(&path) } else { vec![path] }).collect()
+    entries.flat_map(|path| if path.is_dir() { images_in(&path) } else { vec![path] }).collect()
 }
 
 #[test]
