@@ -7,8 +7,9 @@ memory.
 
 Steps of PyTorch run in both memory formats, compiled (`torch.compile`, which needs g++), and in bf16 by autocast, by a network that is
 bf16 throughout, and by a compiled one under autocast. All sides take turns, so that noise hits all; ratios are medians over rounds,
-ours over PyTorch's fastest in speed (above 1: faster) and in memory (below 1: less). Our forward convolutions in bf16 also compute the
-moments of a batch norm. No test depends on this.
+ours over PyTorch's fastest in speed (above 1: faster) and in memory (below 1: less). A reading during which other programs used the
+processors is taken again; what stays disturbed is left out and named. Our forward convolutions in bf16 also compute the moments of a
+batch norm. No test depends on this.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from quiet import Readings
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"resnet18-32": (18, 64, "small", 32, 64), "resnet50-128": (50, 64, "image", 128, 8)}
@@ -222,26 +225,29 @@ def main():
 
     print(f"PyTorch {torch.__version__}, {args.threads} threads; {time.strftime('%Y-%m-%d')}")
     ours = {precision: Ours(args.threads, precision) for precision in WAYS}
-    conv_ratios = {} if args.steps else convolutions(ours["f32"], args.rounds)
+    readings = Readings()
+    conv_ratios = {} if args.steps else convolutions(ours["f32"], args.rounds, readings)
     step_ratios, memory_ratios = {}, []
     for name in STEPS:
         for precision in WAYS:
-            ratio, memory = steps(ours[precision], name, precision, args)
-            step_ratios[name, precision] = ratio
-            memory_ratios.append(memory)
+            found = steps(ours[precision], name, precision, args, readings)
+            if found:
+                step_ratios[name, precision], memory = found
+                memory_ratios.append(memory)
     for side in ours.values():
         side.end()
 
-    print()
+    print("\n" + readings.summary())
     for (name, precision), ratio in step_ratios.items():
         print(f"{name} {'' if precision == 'f32' else precision + ' '}step ratio: {ratio:.2f}")
     for dtype, ratios in conv_ratios.items():
-        mean = math.exp(statistics.mean(map(math.log, ratios)))
-        print(f"conv{dtype.replace('_', ' ')} speed ratio (geometric mean, worst): {mean:.2f} {min(ratios):.2f}")
-    print(f"peak memory ratio: {max(memory_ratios):.2f}")
+        mean = math.exp(statistics.mean(map(math.log, ratios))) if ratios else math.nan
+        print(f"conv{dtype.replace('_', ' ')} speed ratio (geometric mean, worst): {mean:.2f} {min(ratios, default=math.nan):.2f}")
+    if memory_ratios:
+        print(f"peak memory ratio: {max(memory_ratios):.2f}")
 
 
-def convolutions(ours, rounds):
+def convolutions(ours, rounds, readings):
     """Prints the speed of every convolution of ResNet-50 and returns the ratios by the suffix of the request."""
     import torch
 
@@ -259,7 +265,14 @@ def convolutions(ours, rounds):
             flop = 2 * 8 * ((size - 1) // stride + 1) ** 2 * k * c * r * r / 1e9
             for dtype, calls in theirs.items():
                 request = f"conv{dtype} 8 {size} {size} {4 if c == 3 else c} {k} {r} {stride} {r // 2} {direction}"
-                pairs = [(ours.ask(request), least(0.25, calls[direction])) for _ in range(max(1, rounds // 2))]
+                taken = [
+                    readings.take(request, lambda: (ours.ask(request), least(0.25, calls[direction])))
+                    for _ in range(max(1, rounds // 2))
+                ]
+                pairs = [pair for pair in taken if pair]
+                if not pairs:
+                    row += " " * (12 if dtype else 7) + "disturbed".rjust(15)
+                    continue
                 ratio = statistics.median(their / own for own, their in pairs)
                 conv_ratios[dtype].append(ratio)
                 own, their = (min(p[i] for p in pairs) for i in (0, 1))
@@ -268,17 +281,23 @@ def convolutions(ours, rounds):
     return conv_ratios
 
 
-def steps(ours, name, precision, args):
-    """Prints the speed of a step in all ways of a precision; returns ours over the fastest, in speed and in memory."""
+def steps(ours, name, precision, args, readings):
+    """Prints the speed of a step in all ways of a precision; returns ours over the fastest, in speed and in memory, or None where
+    no reading was undisturbed."""
     shape = STEPS[name]
     ways = {way: torch_step(name, way) for way in WAYS[precision]}
     ratios, best = [], {}
     for _ in range(args.rounds):
-        own = ours.ask("step " + " ".join(map(str, shape)))
-        times = {way: least(2.0, step) for way, step in ways.items()}
+        # Each side apart: a round is long enough for a disturbance to meet every one.
+        own = readings.take(f"{name} {precision}, ours", lambda: ours.ask("step " + " ".join(map(str, shape))))
+        times = {way: readings.take(f"{name}, {way}", lambda: least(2.0, step)) for way, step in ways.items()}
+        if None in (own, *times.values()):
+            continue
         ratios.append(min(times.values()) / own)
         for key, value in {"ours": own, **times}.items():
             best[key] = min(value, best.get(key, math.inf))
+    if not ratios:
+        return None
     views = 2 * shape[4]
     print(f"\n{name} in {precision}, SimCLR step of {views} views: " + ", ".join(f"{k} {views / v:.1f} views/s" for k, v in best.items()))
     fastest = min(ways, key=lambda way: best[way])
