@@ -11,6 +11,7 @@ use crate::files::{
 };
 use crate::recipes::Recipe;
 use crate::train::Metrics;
+use crate::train::resume::Progress;
 
 /// The name of the resolved recipe.
 pub(super) const RECIPE: &str = "recipe.toml";
@@ -35,17 +36,18 @@ impl Folder {
         write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
-            metrics: metrics(path, 0, recipe)?,
+            metrics: with_events(Metrics::create(path)?, recipe),
             _lock: lock,
             new: true,
         })
     }
 
-    /// Opens the folder of an earlier run; the log is cut off after `length` bytes.
-    pub(super) fn open(path: &Path, lock: Lock, length: u64, recipe: &Recipe) -> Result<Self> {
+    /// Opens the folder of an earlier run; the log is cut off where that run's checkpoint was.
+    pub(super) fn open(path: &Path, lock: Lock, at: &Progress, recipe: &Recipe) -> Result<Self> {
+        let log = Metrics::open(path, at.metrics, at.step)?;
         Ok(Self {
             path: path.to_path_buf(),
-            metrics: metrics(path, length, recipe)?,
+            metrics: with_events(log, recipe),
             _lock: lock,
             new: false,
         })
@@ -77,9 +79,8 @@ pub(crate) fn check_free(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn metrics(path: &Path, length: u64, recipe: &Recipe) -> Result<Metrics> {
-    let metrics = Metrics::open(path, length)?;
-    Ok(if recipe.watch.tensorboard { metrics.with_events() } else { metrics })
+fn with_events(metrics: Metrics, recipe: &Recipe) -> Metrics {
+    if recipe.watch.tensorboard { metrics.with_events() } else { metrics }
 }
 
 /// Removes the folder of a new run that failed before its first step.

@@ -27,16 +27,17 @@ impl Metrics {
     /// # Errors
     /// If the folder cannot be written to.
     pub fn create(folder: &Path) -> Result<Self> {
-        Self::open(folder, 0)
+        Self::open(folder, 0, 0)
     }
 
-    /// Opens `metrics.jsonl` in a run's folder to append after its first `length` bytes; drops the rest. Of a shorter file, which
-    /// somebody removed or cut off, it keeps the complete lines, and of a damaged one those that can be read: a damaged log does not cost
-    /// the run, but [`loss`](Metrics::loss) says so.
+    /// Opens `metrics.jsonl` in a run's folder to append after what a checkpoint of `step` knows, its first `length` bytes; drops
+    /// the rest. Of a shorter file, which somebody removed or cut off, it keeps the complete lines, and of a damaged one those that can
+    /// be read and are not of later steps, which move into the length when earlier lines shrink: a damaged log does not cost the run,
+    /// but [`loss`](Metrics::loss) says so.
     ///
     /// # Errors
     /// If the folder cannot be written to, or the file is a link.
-    pub fn open(folder: &Path, length: u64) -> Result<Self> {
+    pub fn open(folder: &Path, length: u64, step: u64) -> Result<Self> {
         let path = folder.join("metrics.jsonl");
         let mut file = open_own(&path, true)?;
         let mut text = Vec::new();
@@ -46,7 +47,7 @@ impl Metrics {
             text.truncate(text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1));
         }
         let missing = length - text.len() as u64;
-        let (kept, damaged) = readable(&text);
+        let (kept, damaged) = readable(&text, step);
         if damaged > 0 {
             write_file(&path, &kept)?;
             file = open_own(&path, true)?;
@@ -126,15 +127,18 @@ impl Metrics {
     }
 }
 
-/// The lines that are JSON, and the number of those that are not.
-fn readable(text: &[u8]) -> (Vec<u8>, usize) {
+/// The lines that are JSON and of no later step than this one, and the number of the others.
+fn readable(text: &[u8], step: u64) -> (Vec<u8>, usize) {
     let mut damaged = 0;
-    let is_json = |line: &&[u8]| serde_json::from_slice::<serde::de::IgnoredAny>(line).is_ok();
+    let is_known = |line: &[u8]| {
+        let line = serde_json::from_slice::<serde_json::Value>(line);
+        line.is_ok_and(|line| line["step"].as_u64().is_none_or(|of| of <= step))
+    };
     let lines = text.split_inclusive(|&byte| byte == b'\n');
     let kept = lines.filter(|line| {
-        let whole = is_json(line);
-        damaged += usize::from(!whole);
-        whole
+        let known = is_known(line);
+        damaged += usize::from(!known);
+        known
     });
     (kept.collect::<Vec<_>>().concat(), damaged)
 }
@@ -157,9 +161,16 @@ mod tests {
                 "10\n30\n",
                 Some("the last 0 bytes that the checkpoint knows are missing and 1 lines"),
             ),
+            // The line of step 1 was longer.
+            (
+                "{\"step\":1}\n{\"step\":9}\n",
+                22,
+                "{\"step\":1}\n",
+                Some("the last 0 bytes that the checkpoint knows are missing and 1 lines"),
+            ),
         ] {
             std::fs::write(&path, text).unwrap();
-            let mut metrics = Metrics::open(folder.path(), length).unwrap();
+            let mut metrics = Metrics::open(folder.path(), length, 5).unwrap();
             match (metrics.loss(), lost) {
                 (None, None) => {}
                 (Some(found), Some(lost)) => assert!(found.contains(lost), "{found}"),
@@ -193,7 +204,7 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         for (length, kept) in [(4, "10\n2"), (0, ""), (5, "10\n20"), (99, "10\n")] {
             std::fs::write(&path, "10\n20").unwrap();
-            let metrics = Metrics::open(folder.path(), length).unwrap();
+            let metrics = Metrics::open(folder.path(), length, 5).unwrap();
             assert_eq!(metrics.length, kept.len() as u64);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
         }

@@ -356,7 +356,7 @@ impl Run {
             if changed {
                 write_file(&path.join(RECIPE), recipe.to_toml().as_bytes())?;
             }
-            Folder::open(&path, lock, run.progress.metrics, &run.recipe)
+            Folder::open(&path, lock, &run.progress, &run.recipe)
         });
         run.folder = group.together(opened.transpose())?;
         Ok(run)
