@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Features, Frozen, Knn, Protocol};
 use crate::methods::Method;
-use crate::recipes::Recipe;
+use crate::recipes::{DataSettings, Recipe};
 use crate::train::{self, Images, Run, Trained};
 
 /// A run's trained network and its images.
@@ -35,7 +35,7 @@ impl Networks {
         let device = device::open(of.device, &run.recipe.train)?;
         let (method, trained) = run.load(&device)?;
         let images = labelled_images(&run.recipe)?;
-        check_images(of, labels, &run, &images, &device)?;
+        check_images(of, &run.checkpoint, &run.recipe.data, &images, &device)?;
         let left_out = left_out(of, &run);
         Ok(Self { run, device, method, trained, images, left_out })
     }
@@ -71,18 +71,25 @@ fn left_out(of: &Evaluated, run: &Trained) -> LeftOut {
     LeftOut::new(file, of.max_skipped.unwrap_or(run.recipe.data.max_skipped))
 }
 
-/// Fails if a run's own recipe does not lead to the images that it was trained on. Whoever names images on the command line means them.
+/// Fails if a run's own recipe does not lead to the images that it was trained on, of which `images` may be a part, read by
+/// `data`. Whoever names a folder on the command line means it.
 fn check_images(
     of: &Evaluated,
-    labels: Option<&str>,
-    run: &Trained,
+    checkpoint: &Path,
+    data: &DataSettings,
     images: &Images,
     device: &Device,
 ) -> Result<()> {
-    if labels.is_some() || of.set.iter().any(|setting| setting.trim().starts_with("data.")) {
+    let key = |setting: &String| setting.split('=').next().unwrap_or_default().trim().to_owned();
+    if of.set.iter().map(key).any(|key| ["data", "data.path"].contains(&&*key)) {
         return Ok(());
     }
-    train::check_trained_on(&run.checkpoint, &run.recipe.data.path, &*images.train, device)
+    let own = Trained::open(&of.run, &[])?.recipe.data;
+    let train = match own == *data {
+        true => images.train.clone(),
+        false => Images::open(&own)?.train,
+    };
+    train::check_trained_on(checkpoint, &own.path, &*train, device)
 }
 
 /// The images of a recipe; every held-out image has a label.
@@ -240,7 +247,7 @@ pub(super) fn finetune(args: &EvalFinetune) -> Result<()> {
     let mut tuned = with_labels(tuned.with(&args.of.set)?, labels);
     tuned.data.max_skipped = args.of.max_skipped.unwrap_or(tuned.data.max_skipped);
     let device = device::open_to_train(args.of.device, &tuned.train)?;
-    check_images(&args.of, labels, &trained, &images, &device)?;
+    check_images(&args.of, &checkpoint, &tuned.data, &images, &device)?;
     let unread = eval::unreadable(&**test, &device)?;
     left_out.add("held-out", test.len(), &unread)?;
     let not_used = eval::unreadable(&*images.train, &device)?;

@@ -90,7 +90,10 @@ fn a_run_is_not_evaluated_on_the_images_of_another_place_unasked() {
     let refused = "set: the training images have other pixels than those that the run was trained on: name the folder of those with --set \
                    data.path=…, or say that these are meant with --set data.path=set";
     let [knn, linear, finetune] = ["knn", "linear", "finetune"].map(eval);
-    let cases = [&knn, &linear, &finetune].map(|words| (&words[..], 2, refused));
+    let parts = [&linear[..], &["--labels", "50%"]].concat();
+    let limited = [&knn[..], &["--set", "data.limit=12"]].concat();
+    done(&own, &limited);
+    let cases = [&knn, &linear, &finetune, &parts, &limited].map(|words| (&words[..], 2, refused));
     check_refusals(&other, &cases, &[]);
     done(&other, &[&knn[..], &["--set", "data.path=set"]].concat());
     let there = format!("data.path={}", own.join("set").display());
