@@ -245,6 +245,7 @@ impl Study {
             values: BTreeMap::new(),
             recipe: recipe.to_toml(),
             images: None,
+            held_out: None,
         };
         if let Some(after) = &arm.after {
             // Outcomes are in the order of arms and seeds.
@@ -261,7 +262,7 @@ impl Study {
         (plan.tell)(&format!("{}, seed {}", arm.name, recipe.seed));
         let device = (plan.device)(&recipe.train)?;
         let mut run = Run::new(&recipe, &device, Some(&folder))?;
-        outcome.images = run.progress.checksums;
+        (outcome.images, outcome.held_out) = (run.progress.checksums, run.progress.held_out);
         let start = Instant::now();
         let mut watch = (plan.watch)(run.schedule().total);
         match run.train(&mut *watch) {

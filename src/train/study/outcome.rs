@@ -33,22 +33,33 @@ pub struct Outcome {
     /// Checksums of its training images; `None` in files of earlier versions, and of an arm that did not run.
     #[serde(default)]
     pub(super) images: Option<[u32; 2]>,
+    /// The same of the held-out images, if there are any.
+    #[serde(default)]
+    pub(super) held_out: Option<[u32; 2]>,
 }
 
 impl Outcome {
-    /// Fails if the images are no longer those that the run was trained on. A set that is gone changes no result.
+    /// Fails if the images are no longer those that the run was trained on and measured with. A set that is gone changes no result.
     pub(super) fn check_images(&self, recipe: &Recipe, folder: &Path) -> Result<()> {
-        let (Some(then), Ok(images)) = (self.images, Images::open(&recipe.data)) else {
-            return Ok(());
-        };
+        let Ok(images) = Images::open(&recipe.data) else { return Ok(()) };
         let device = Device::cpu(recipe.train.threads)?;
-        match checksums(&*images.train, recipe.seed, &device)? == then {
-            true => Ok(()),
-            false => Err(Error::format(
-                folder.join(RESULT),
-                "is the result of other training images: restore them, choose another --out, or remove it",
-            )),
+        let parts = [
+            ("training", self.images, Some(&images.train)),
+            ("held-out", self.held_out, images.test.as_ref()),
+        ];
+        for (part, then, set) in parts {
+            let Some(then) = then else { continue };
+            let now = set.map(|set| checksums(&**set, recipe.seed, &device)).transpose()?;
+            if now != Some(then) {
+                return Err(Error::format(
+                    folder.join(RESULT),
+                    format!(
+                        "is the result of other {part} images: restore them, choose another --out, or remove it"
+                    ),
+                ));
+            }
         }
+        Ok(())
     }
 
     /// Reads the numbers of the last epoch, monitors included, from a run's metrics. A last loss that is NaN or infinite makes the
@@ -179,7 +190,9 @@ pub(super) mod tests {
     pub(crate) fn outcome(arm: &str, seed: u64, knn: f64, stopped: Option<&str>) -> Outcome {
         let values = BTreeMap::from([("knn".to_owned(), knn)]);
         let stopped = stopped.map(String::from);
-        Outcome { arm: arm.into(), seed, stopped, values, recipe: String::new(), images: None }
+        let (images, held_out) = (None, None);
+        let recipe = String::new();
+        Outcome { arm: arm.into(), seed, stopped, values, recipe, images, held_out }
     }
 
     #[test]

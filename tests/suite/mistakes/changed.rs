@@ -334,6 +334,10 @@ fn a_study_does_not_take_results_for_those_of_other_images() {
     std::fs::copy(root.join("set/train/ape/1.png"), root.join("set/train/bee/1.png")).unwrap();
     let refused = "so/日本/seed-0/result.json: is the result of other training images: restore them, choose another --out, or remove it";
     check_refusals(root, &[(&words, 1, refused)], &[]);
+    std::fs::remove_dir_all(root.join("set")).unwrap();
+    hues(&root.join("set"));
+    std::fs::copy(root.join("set/test/ape/1.png"), root.join("set/test/bee/1.png")).unwrap();
+    check_refusals(root, &[(&words, 1, &refused.replace("training", "held-out"))], &[]);
     // Without the images their results stay what they are.
     std::fs::rename(root.join("set"), root.join("away")).unwrap();
     done(&selfsup(root, &words));
