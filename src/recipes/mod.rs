@@ -474,8 +474,12 @@ impl Recipe {
         limited(self.optim.lr, f64::from(f32::MAX), "optim.lr")?;
         limited(self.optim.warmup_epochs, MOST_EPOCHS, "optim.warmup_epochs")?;
         self.optim.rule.check()?;
-        positive(self.optim.warmup_from.unwrap_or(0.0), "optim.warmup_from")?;
-        positive(self.optim.end_lr, "optim.end_lr")?;
+        let most = f64::from(f32::MAX);
+        limited(self.optim.warmup_from.unwrap_or(0.0), most, "optim.warmup_from")?;
+        limited(self.optim.end_lr, most, "optim.end_lr")?;
+        if let Decay::Steps { factor, .. } = self.optim.decay {
+            limited(factor, 1.0, "optim.decay.steps.factor")?;
+        }
         positive(self.train.checkpoint_every_minutes, "train.checkpoint_every_minutes")?;
         for (share, key) in
             [(self.data.max_skipped, "data.max_skipped"), (self.data.validation, "data.validation")]

@@ -61,13 +61,16 @@ impl Tried {
 /// calls `tell` after each.
 ///
 /// # Errors
-/// If recipe, data and device do not fit together, or the data cannot be read. A rate that diverges or collapses is a result.
+/// If the recipe's rate is 0, if recipe, data and device do not fit together, or the data cannot be read. A rate that diverges or collapses is a result.
 pub fn tune(
     recipe: &Recipe,
     device: &Device,
     steps: u64,
     tell: &mut dyn FnMut(&Tried),
 ) -> Result<Vec<Tried>> {
+    if recipe.optim.lr == 0.0 {
+        return Err(Error::config("optim.lr is 0, and so are its multiples: give a rate above 0"));
+    }
     let mut short = recipe.clone();
     let at_most = |limit: &mut usize, most: usize| {
         *limit = if *limit == 0 { most } else { (*limit).min(most) };

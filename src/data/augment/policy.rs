@@ -139,6 +139,9 @@ pub struct Noise {
     pub std: [f32; 2],
 }
 
+/// The largest mean and deviation that pixels are normalised by; the smallest deviation is one over it. With others f32 overflows.
+const MOST_OF_PIXELS: f32 = 1e6;
+
 /// The largest standard deviation of a blur.
 pub const MOST_SIGMA: f32 = 100.0;
 
@@ -396,10 +399,21 @@ impl Policy {
             chance("solarise.threshold", solarise.threshold)?;
         }
         if let Some(normalise) = &self.normalise {
-            let holds = normalise.std.iter().all(|&s| s > 0.0);
+            let fits = |&value: &f32| value.is_finite() && value.abs() <= MOST_OF_PIXELS;
+            let holds = normalise.mean.iter().all(fits);
             rule(
                 holds,
-                format!("augmentation: normalise.std = {:?} must be positive", normalise.std),
+                format!("augmentation: normalise.mean = {:?} must be numbers", normalise.mean),
+            )?;
+            let fits = |&s: &f32| (1.0 / MOST_OF_PIXELS..=MOST_OF_PIXELS).contains(&s);
+            let holds = normalise.std.iter().all(fits);
+            rule(
+                holds,
+                format!(
+                    "augmentation: normalise.std = {:?} must be positive, between {:e} and {MOST_OF_PIXELS:e}",
+                    normalise.std,
+                    1.0 / MOST_OF_PIXELS
+                ),
             )?;
         }
         Ok(())

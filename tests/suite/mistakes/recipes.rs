@@ -69,6 +69,36 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
             "train.init is empty: name a file of weights, or leave it out",
         ),
         (
+            &["train", "demo", "--set", "optim.warmup_from=1e308"],
+            2,
+            "optim.warmup_from is 1e308; it must be at most 3.4028234663852886e38",
+        ),
+        (
+            &["train", "demo", "--set", "optim.decay={steps={epochs=[1],factor=nan}}"],
+            2,
+            "optim.decay.steps.factor is NaN; it must be 0 or more",
+        ),
+        (
+            &["train", "demo", "--set", "optim.decay={steps={epochs=[1],factor=10}}"],
+            2,
+            "optim.decay.steps.factor is 1e1; it must be at most 1e0",
+        ),
+        (
+            &["train", "demo", "--set", "augment.0.normalise={mean=[nan,0,0],std=[1,1,1]}"],
+            2,
+            "augmentation: normalise.mean = [NaN, 0.0, 0.0] must be numbers",
+        ),
+        (
+            &["train", "demo", "--set", "augment.0.normalise={mean=[0,0,0],std=[1e-30,1,1]}"],
+            2,
+            "augmentation: normalise.std = [1e-30, 1.0, 1.0] must be positive, between 1e-6 and 1e6",
+        ),
+        (
+            &["tune-lr", "demo", "--device", "cpu", "--set", "optim.lr=0"],
+            2,
+            "optim.lr is 0, and so are its multiples: give a rate above 0",
+        ),
+        (
             &["train", "demo", "--set", "augment.repeat=16777216"],
             2,
             "augmentation: repeat = 16777216 must be in 1..=1024",
