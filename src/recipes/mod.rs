@@ -243,6 +243,10 @@ pub struct TrainSettings {
     /// A weight file to start from, in torchvision's names. It must hold the complete backbone; heads are read if it has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
+    /// Whether the classifier in that file is taken, too, if it has as many classes as this run. Fine-tuning starts a new one: the
+    /// file's may number other classes.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub init_classifier: bool,
 }
 
 /// When a run is stopped because it diverged or collapsed, and what it reports.
@@ -311,6 +315,14 @@ pub(crate) const MAX_SKIPPED: f64 = 0.01;
 
 fn one_percent() -> f64 {
     MAX_SKIPPED
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 fn is_one_percent(value: &f64) -> bool {

@@ -26,6 +26,7 @@ const SQUARES: &str = "squares.";
 const METHOD: &str = "method.";
 /// The prefix of the backbone's slots in a run's own checkpoints.
 const BACKBONE: &str = "backbone.";
+const CLASSIFIER: &str = "fc.";
 
 /// The note with the format's version.
 const FORMAT_NOTE: &str = "selfsup.format";
@@ -138,23 +139,31 @@ pub fn load_weights(path: &Path, arena: &mut Arena) -> Result<()> {
 }
 
 /// Fills an arena from a weight file, to start a run from: the complete backbone, with torchvision's names or prefixed with
-/// `backbone.`, and those slots of the heads that the file has.
+/// `backbone.`, and those slots of the heads that the file has; a classifier only if it has as many classes.
 ///
 /// # Errors
 /// If the file is damaged, a slot of the backbone is missing, the file's backbone has others, or a slot has another shape.
 pub fn init_weights(path: &Path, arena: &mut Arena) -> Result<()> {
-    init_fitted(path, arena, false).map(drop)
+    init_fitted(path, arena, true, false).map(drop)
 }
 
-/// As [`init_weights`]; if `fit`, a backbone over three channels is fitted to images of other channels: the filters of its first
-/// convolution are added up for one channel, and repeated and scaled by 3 / channels for more. Returns whether they were.
-pub(super) fn init_fitted(path: &Path, arena: &mut Arena, fit: bool) -> Result<bool> {
+/// As [`init_weights`], without the classifier unless `classifier` asks for it; if `fit`, a backbone over three channels is fitted
+/// to images of other channels: the filters of its first convolution are added up for one channel, and repeated and scaled by
+/// 3 / channels for more. Returns whether they were.
+pub(super) fn init_fitted(
+    path: &Path,
+    arena: &mut Arena,
+    classifier: bool,
+    fit: bool,
+) -> Result<bool> {
     let mut file = WeightFile::open_whole(path)?;
     let prefix = file.common_prefix(&backbone_slots(arena.layout()))?;
     let names: BTreeSet<String> = file.names().into_iter().collect();
     check_architecture(&file, &prefix, arena.layout())?;
+    let starts_anew = !classifier || other_classes(&file, arena.layout()).is_some();
     let name = |slot: &str| match slot.strip_prefix(BACKBONE) {
         Some(inner) => Some(format!("{prefix}{inner}")),
+        None if starts_anew && slot.starts_with(CLASSIFIER) => None,
         None => names.contains(slot).then(|| slot.to_owned()),
     };
     let first = ["conv1.weight", "conv1.0.weight"].map(|inner| format!("{BACKBONE}{inner}"));
@@ -166,12 +175,29 @@ pub(super) fn init_fitted(path: &Path, arena: &mut Arena, fit: bool) -> Result<b
     }
 }
 
-/// Says how a weight file over three channels is fitted to images of others, if it is.
+/// The classes of a file's classifier and of a network's, if they differ in number.
+fn other_classes(file: &WeightFile, layout: &Layout) -> Option<[usize; 2]> {
+    let slot = layout.params().iter().find(|slot| slot.name == format!("{CLASSIFIER}weight"))?;
+    let (then, now) = (*file.shape(&slot.name)?.first()?, slot.shape[0]);
+    (then != now).then_some([then, now])
+}
+
+/// Says what of a weight file a run starts without or changes: a classifier of other classes is not taken, filters over three
+/// channels are fitted to images of others.
 ///
 /// # Errors
 /// If the file is damaged.
-pub fn fitted_channels(path: &Path, layout: &Layout) -> Result<Option<String>> {
+pub fn fitted(path: &Path, layout: &Layout) -> Result<Vec<String>> {
     let file = WeightFile::open(path)?;
+    let anew = other_classes(&file, layout).map(|[then, now]| {
+        format!(
+            "its classifier tells {then} classes apart, and this run {now}: a new one is trained"
+        )
+    });
+    Ok(anew.into_iter().chain(fitted_channels(&file, layout)?).collect())
+}
+
+fn fitted_channels(file: &WeightFile, layout: &Layout) -> Result<Option<String>> {
     let prefix = file.common_prefix(&backbone_slots(layout))?;
     let first = layout.params().iter().find_map(|slot| {
         let inner = slot.name.strip_prefix(BACKBONE)?;

@@ -24,7 +24,7 @@ struct Settings {
 
 /// Returns the recipe that fine-tunes `checkpoint`, from a run of `recipe`, to tell apart the `classes` classes of the same
 /// images, by a protocol of [`FINETUNES`]. Under a new classifier it keeps the backbone and the first `head_layers` layers of
-/// the projection head, as SimCLR v2 does.
+/// the projection head, as SimCLR v2 does; a classifier in the file is not taken.
 ///
 /// # Errors
 /// If the protocol is unknown (the message lists the valid names), or the checkpoint's head has fewer layers.
@@ -75,7 +75,7 @@ pub fn finetuning(
     let settings = toml::Table::try_from(settings).expect("numbers are TOML");
     tuned.method = MethodSettings { name: "supervised".into(), settings };
     (train.knn_every, train.checkpoint_every) = (0, 0);
-    train.init = Some(checkpoint.display().to_string());
+    (train.init, train.init_classifier) = (Some(checkpoint.display().to_string()), false);
     Ok(tuned)
 }
 

@@ -23,6 +23,7 @@ mod run;
 mod skipped;
 mod step;
 mod study;
+mod teacher;
 mod tensorboard;
 mod trace;
 mod traffic;
@@ -30,8 +31,7 @@ mod trained;
 mod tune;
 
 pub use checkpoint::{
-    export_backbone, fitted_channels, foreign_prefix, init_weights, load_state, load_weights,
-    newest, save,
+    export_backbone, fitted, foreign_prefix, init_weights, load_state, load_weights, newest, save,
 };
 pub use diagnosis::{Finding, History, Kind, diagnose};
 pub use exchanges::{Cluster, Exchange, exchanges};

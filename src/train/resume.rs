@@ -24,8 +24,8 @@ use crate::train::{Images, Run, checkpoint, images, ranks};
 use crate::weights::WeightFile;
 
 /// Notes in a checkpoint's header.
-const PROGRESS_NOTE: &str = "selfsup.progress";
-const RECIPE_NOTE: &str = "selfsup.recipe";
+pub(super) const PROGRESS_NOTE: &str = "selfsup.progress";
+pub(super) const RECIPE_NOTE: &str = "selfsup.recipe";
 /// In which precision the run was trained; missing in files of earlier versions.
 const PRECISION_NOTE: &str = "selfsup.precision";
 
@@ -213,7 +213,7 @@ fn as_meant(mut recipe: Recipe, checkpoint: &WeightFile) -> Recipe {
 }
 
 /// Returns how far the run was that wrote a checkpoint.
-fn progress_in(file: &WeightFile) -> Result<Progress> {
+pub(super) fn progress_in(file: &WeightFile) -> Result<Progress> {
     toml::from_str(note(file, PROGRESS_NOTE)?)
         .map_err(|e| Error::format(file.path(), format!("{PROGRESS_NOTE} is damaged: {e}")))
 }

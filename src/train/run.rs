@@ -22,7 +22,7 @@ use crate::train::folder::{self, Folder};
 use crate::train::resume::Progress;
 use crate::train::skipped::SkippedImages;
 use crate::train::trace::Trace;
-use crate::train::{GIVEN, Images, Steps, checkpoint, images as sets, ranks, report};
+use crate::train::{GIVEN, Images, Steps, checkpoint, images as sets, ranks, report, teacher};
 
 /// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
@@ -203,7 +203,8 @@ impl Run {
             .in_group(group)
             .with_recompute(recipe.train.recompute);
         if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
-            checkpoint::init_fitted(Path::new(file), &mut online, true)?;
+            let classifier = recipe.train.init_classifier;
+            checkpoint::init_fitted(Path::new(file), &mut online, classifier, true)?;
         }
         let optimizer = Optimizer::new(recipe.optim.rule, &online);
         let schedule = recipe.schedule(images.train.len());
@@ -218,6 +219,7 @@ impl Run {
             },
         )?;
         if let Some((file, teacher)) = method.teacher().filter(|_| fresh) {
+            teacher::check(&file, recipe, images.train.classes())?;
             checkpoint::load_weights(&file, teacher)?;
         }
         // A class that the method cannot take is an error now, not when its first image comes.

@@ -3,6 +3,8 @@
 
 #[path = "mistakes/changed.rs"]
 mod changed;
+#[path = "mistakes/classes.rs"]
+mod classes;
 #[path = "mistakes/data.rs"]
 mod data;
 #[path = "mistakes/places.rs"]

@@ -30,7 +30,7 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
         (
             &["train", "demo", "--set", "train.epoch=1"],
             2,
-            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `all_images`, `micro_batches`, `recompute`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `dump_views`, `threads`, `loader_threads`, `init`; in `train` (did you mean `epochs`?)",
+            "recipe: unknown field `epoch`, expected one of `epochs`, `batch`, `all_images`, `micro_batches`, `recompute`, `knn_every`, `checkpoint_every`, `checkpoint_every_steps`, `checkpoint_every_minutes`, `keep`, `precision`, `dump_views`, `threads`, `loader_threads`, `init`, `init_classifier`; in `train` (did you mean `epochs`?)",
         ),
         (
             &["train", "demo", "--set", "train.epochs"],
