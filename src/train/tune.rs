@@ -24,7 +24,7 @@ pub struct Tried {
     pub lr: f64,
     /// Mean loss of the last epoch.
     pub loss: f64,
-    /// kNN accuracy on held-out images, in `0..=1`, if there are labels.
+    /// kNN accuracy on the images of `data.validation`, without these on held-out ones, in `0..=1`, if there are labels.
     pub knn: Option<f64>,
     /// Spread of the last embeddings.
     pub spread: Option<Spread>,
@@ -113,7 +113,7 @@ fn one(recipe: &Recipe, device: &Device) -> Result<Tried> {
     Ok(Tried {
         lr: recipe.optim.lr,
         loss: report.map_or(loss, |report| report.loss),
-        knn: report.and_then(|report| report.knn.or(report.validation)),
+        knn: report.and_then(|report| report.validation.or(report.knn)),
         spread: report.and_then(|report| report.spread),
         quality: report.and_then(|report| report.quality.clone()),
         failed,
