@@ -358,7 +358,11 @@ impl Columns {
         if name.is_empty() || class.is_empty() {
             return Ok(None);
         }
-        if name.contains(['\n', '\r']) || class.contains(['\n', '\r']) {
+        let unclosed = |text: &str| text.contains(['\n', '\r']);
+        if unclosed(name)
+            || unclosed(class)
+            || record.iter().any(|field| self.has_rows(field, record.len()))
+        {
             return Err(wrong("a quote begins here that is not closed in the same line".into()));
         }
         let split = match &*self.split_of(record) {
@@ -367,6 +371,18 @@ impl Columns {
         };
         let row = Row { line, name: name.to_owned(), class: 0, split: Some(split) };
         Ok(Some((row, class.to_owned())))
+    }
+
+    /// Whether later lines of a field, such as a note in quotes, look like rows of `count` columns: its quote is not closed.
+    fn has_rows(self, field: &str, count: usize) -> bool {
+        let is_row = |line: &str, separator| {
+            let fields: Vec<&str> = line.split(separator).collect();
+            let is_name = |name: &&str| !name.is_empty() && !name.contains(char::is_whitespace);
+            fields.len() >= count
+                && fields.get(self.file).map(|name| name.trim()).is_some_and(|name| is_name(&name))
+        };
+        count > 1
+            && field.lines().skip(1).any(|line| [',', ';', '\t'].iter().any(|&by| is_row(line, by)))
     }
 
     /// What a row says of its split; nothing if it says nothing.
@@ -544,6 +560,16 @@ mod tests {
             ),
             ("a.png,cat\nb.png,\"dog\n", Split::Train, ""), // an open quote ends with the file
             ("a.png,cat\nb.png,\"dog\nc.png,cat\n", Split::Train, "line 2: a quote begins here"),
+            (
+                "file,label,size\na.png,cat,\"12 inch\nb.png,dog,5\nc.png,dog,\"9\n",
+                Split::Train,
+                "line 2: a quote begins here",
+            ),
+            (
+                "file,label,note\na.png,cat,\"two lines\nof a note, which, is long\"\nb.png,dog,\n",
+                Split::Train,
+                "",
+            ),
             (
                 "image_path,breed_name\na.png,cat\nb.png,dog\n",
                 Split::Train,
