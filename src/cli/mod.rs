@@ -35,8 +35,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Parser;
 
 use crate::cpu::Isa;
-use crate::device::Launch;
+use crate::device::{Launch, check_default_threads};
 use crate::error::{Error, Result};
+use crate::recipes::MOST_THREADS;
 use args::{Args, Command, Eval};
 
 /// Runs the program: parses the command line and runs the command.
@@ -62,7 +63,9 @@ pub fn main_with(words: impl IntoIterator<Item = OsString>) -> u8 {
         talk(&format!("selfsup: {error}"));
         return 2;
     }
-    match check_instruction_set().and_then(|()| run(args.command)) {
+    let checked = check_instruction_set()
+        .and_then(|()| check_default_threads(MOST_THREADS).map_err(Error::Config));
+    match checked.and_then(|()| run(args.command)) {
         Ok(()) => ranks::leave(),
         // The reader of stdout has closed it: `selfsup recipes demo | head -1`.
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => 0,

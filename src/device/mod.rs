@@ -27,7 +27,7 @@ pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
 pub use precision::Precision;
 pub(crate) use selfsup_cpu_kernels::Isa;
-pub(crate) use threads::thread_seconds;
+pub(crate) use threads::{check_default as check_default_threads, thread_seconds};
 pub(crate) use trace::{
     Row, Span, begin as begin_trace, end as end_trace, operation as trace_operation,
     phase as trace_phase, span as trace_span,

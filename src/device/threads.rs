@@ -96,7 +96,20 @@ fn checked(count: usize) -> Result<ThreadPoolBuilder, String> {
     if count > MAX_THREADS {
         return Err(format!("at most {MAX_THREADS} are supported"));
     }
+    if count == 0 {
+        check_default(MAX_THREADS)?;
+    }
     Ok(builder(count))
+}
+
+/// Fails if the environment asks rayon for more threads than `most` where nothing else says how many.
+pub(crate) fn check_default(most: usize) -> Result<(), String> {
+    let name = "RAYON_NUM_THREADS";
+    let asked = std::env::var(name).ok().and_then(|text| text.parse::<usize>().ok());
+    match asked.filter(|&asked| asked > most) {
+        Some(asked) => Err(format!("{name} is {asked}; it must be at most {most}")),
+        None => Ok(()),
+    }
 }
 
 fn builder(count: usize) -> ThreadPoolBuilder {
