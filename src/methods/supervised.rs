@@ -183,9 +183,12 @@ impl Method for Supervised {
     fn labels(&mut self, labels: &[i32]) -> Result<()> {
         let Settings { classes, .. } = self.settings;
         if let Some(bad) = labels.iter().find(|&&label| label < 0 || label as usize >= classes) {
-            return Err(Error::Config(format!(
-                "an image has class {bad}, and method.classes is {classes}: supervised training needs a labelled set"
-            )));
+            return Err(Error::Config(match bad {
+                ..0 => "an image has no class: supervised training needs a labelled set".into(),
+                _ => format!(
+                    "an image has class {bad}, counted from 0, and method.classes is {classes}: set it to the number of classes"
+                ),
+            }));
         }
         let device = self.device.as_ref().expect("supervised: start comes before the first step");
         match &mut self.labels {

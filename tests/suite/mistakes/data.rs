@@ -92,7 +92,7 @@ fn mistakes_with_data_sets_end_in_a_sentence() {
                 "method.classes=3",
             ],
             2,
-            "an image has class 9, and method.classes is 3: supervised training needs a labelled set",
+            "an image has class 9, counted from 0, and method.classes is 3: set it to the number of classes",
         ),
         (
             &["train", "demo", "--set", "data.path=alien"],
