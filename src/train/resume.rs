@@ -199,6 +199,26 @@ fn precision_in(file: &WeightFile) -> Option<Precision> {
     precision_named(file.note(PRECISION_NOTE)?)
 }
 
+/// Where a run's weights come from.
+#[derive(Default)]
+pub(super) struct Origin {
+    /// What its device computed in.
+    pub(super) precision: Option<Precision>,
+    /// Checksums of the training images, as in [`Progress`].
+    pub(super) training: Option<[u32; 2]>,
+    /// The same of the held-out ones.
+    pub(super) held_out: Option<[u32; 2]>,
+}
+
+/// Returns what a checkpoint notes of its run's origin; nothing for a file that notes no progress.
+pub(super) fn origin(file: &WeightFile) -> Result<Origin> {
+    if file.note(PROGRESS_NOTE).is_none() {
+        return Ok(Origin::default());
+    }
+    let Progress { checksums, held_out, .. } = progress_in(file)?;
+    Ok(Origin { precision: precision_in(file), training: checksums, held_out })
+}
+
 fn precision_named(name: &str) -> Option<Precision> {
     [Precision::Bf16, Precision::F32].into_iter().find(|precision| precision.to_string() == name)
 }

@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::checkpoint;
 use super::diagnosis::{Finding, History, diagnose};
 use super::folder::RECIPE;
+use super::resume::{Origin, origin};
 use crate::error::{Error, Result};
 use crate::files::write_file;
+use crate::weights::WeightFile;
 
 pub(super) use gallery::{Found, NEIGHBOURS, write as write_gallery};
 
@@ -103,6 +106,7 @@ impl RunData {
             toml::from_str(&recipe).map_err(|error| Error::format(&file, error.message()))?;
         let mut settings = Vec::new();
         flatten("", &recipe, &mut settings);
+        settings.extend(recorded(folder));
         Ok(Self {
             settings,
             metrics: Metrics::read(&folder.join("metrics.jsonl"))?,
@@ -132,6 +136,23 @@ impl RunData {
             "gallery": self.gallery,
         })
     }
+}
+
+/// What a run's newest checkpoint tells that its recipe does not: the precision of the device, and which images its path led to.
+/// Nothing without a checkpoint that can be read: a page is made of what is there.
+fn recorded(folder: &Path) -> Vec<(String, String)> {
+    let newest = checkpoint::last(folder).ok().flatten();
+    let file = newest.and_then(|newest| WeightFile::open(&newest).ok());
+    let Origin { precision, training, held_out } =
+        file.and_then(|file| origin(&file).ok()).unwrap_or_default();
+    let images =
+        |[names, pixels]: [u32; 2]| format!("names and labels {names:08x}, pixels {pixels:08x}");
+    let rows = [
+        ("computed in", precision.map(|precision| precision.to_string())),
+        ("training images", training.map(images)),
+        ("held-out images", held_out.map(images)),
+    ];
+    rows.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
 }
 
 /// Flattens a recipe into dotted keys and their values.

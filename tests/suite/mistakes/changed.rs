@@ -99,6 +99,34 @@ fn a_run_does_not_go_on_with_other_held_out_images() {
 }
 
 #[test]
+fn a_report_tells_runs_on_other_images_apart() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    for place in ["here", "there"] {
+        std::fs::create_dir(root.join(place)).unwrap();
+        hues(&root.join(place).join("set"));
+    }
+    let image = |name: &str| root.join("there/set/train").join(name);
+    std::fs::copy(image("ape/1.png"), image("bee/1.png")).unwrap();
+    for place in ["here", "there"] {
+        let words = ["train", "demo", "--device", "cpu", "--out", "run"];
+        let once = ["train.epochs=1", "train.precision=f32"];
+        done(&selfsup(&root.join(place), &with_settings(&with_settings(&words, SMALL), &once)));
+    }
+    done(&selfsup(root, &["report", "here/run", "there/run", "--out", "both.html"]));
+    let page = std::fs::read_to_string(root.join("both.html")).unwrap();
+    let values = |key: &str| -> Vec<String> {
+        let start = format!("[\"{key}\",\"");
+        let found = page.split(&start).skip(1).map(|rest| rest.split('"').next().unwrap().into());
+        found.collect()
+    };
+    assert_eq!(values("computed in"), ["f32", "f32"]);
+    let (training, held_out) = (values("training images"), values("held-out images"));
+    assert!(training.len() == 2 && training[0] != training[1], "{training:?}");
+    assert!(held_out.len() == 2 && held_out[0] == held_out[1], "{held_out:?}");
+}
+
+#[test]
 fn a_log_that_lost_lines_is_told_and_reported_on() {
     let root = tempfile::tempdir().unwrap();
     let root = root.path();
