@@ -104,7 +104,6 @@ pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
     T::deserialize(table.clone()).map_err(|error| {
         let message = one_line(&error);
         let place = if place.is_empty() { String::new() } else { format!("[{place}] ") };
-        let quote = if message.contains(WANTS_STRING) { ": put it in quotes" } else { "" };
         if let Some(number) = too_large(&message) {
             return Error::Config(format!(
                 "recipe: {place}{number} is too large: the largest whole number is {}{}",
@@ -112,8 +111,21 @@ pub(crate) fn read<T: DeserializeOwned>(table: &toml::Table, place: &str) -> Res
                 message.rfind(" in `").map_or("", |key| &message[key..])
             ));
         }
-        Error::Config(format!("recipe: {place}{message}{}{quote}", nearest(&message)))
+        Error::Config(format!("recipe: {place}{message}{}{}", nearest(&message), advice(&message)))
     })
+}
+
+/// What to do about serde's sentences that do not say it.
+fn advice(message: &str) -> &'static str {
+    if message.contains(WANTS_STRING) {
+        ": put it in quotes"
+    } else if message.contains("unit variant, expected string only") {
+        ": it is one of several choices, given by its name"
+    } else if message.contains("wanted exactly 1 element, more than 1 element") {
+        ": it is one of several choices: give another one whole, as {name={…}}"
+    } else {
+        ""
+    }
 }
 
 /// The whole number in a message that calls it a string, as [`set`] reads numbers that TOML has no room for.

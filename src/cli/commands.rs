@@ -117,7 +117,8 @@ pub(super) fn train(train: &Train) -> Result<()> {
             if let Some(file) = &recipe.train.init {
                 let file = Path::new(file);
                 told_prefix(file, run.online().layout())?;
-                let fitted = train::fitted(file, run.online().layout())?;
+                let fitted =
+                    train::fitted(file, run.online().layout(), run.images().train.classes())?;
                 fitted.iter().for_each(|how| talk(&format!("{}: {how}", file.display())));
             }
             (run, recipe, out)

@@ -15,6 +15,7 @@ use crate::methods::State;
 use crate::optim::Optimizer;
 use crate::tensor::Tensor;
 use crate::train::onnx::Values;
+use crate::train::teacher;
 use crate::weights::{self, Entry, WeightFile, stored_values, write_weights};
 
 const PREFIX: &str = "step-";
@@ -182,18 +183,26 @@ fn other_classes(file: &WeightFile, layout: &Layout) -> Option<[usize; 2]> {
     (then != now).then_some([then, now])
 }
 
-/// Says what of a weight file a run starts without or changes: a classifier of other classes is not taken, filters over three
-/// channels are fitted to images of others.
+/// Says what of a weight file a run starts without or changes: a classifier of other classes than its images' `classes` is not
+/// taken, filters over three channels are fitted to images of others.
 ///
 /// # Errors
 /// If the file is damaged.
-pub fn fitted(path: &Path, layout: &Layout) -> Result<Vec<String>> {
+pub fn fitted(path: &Path, layout: &Layout, classes: &[String]) -> Result<Vec<String>> {
     let file = WeightFile::open(path)?;
-    let anew = other_classes(&file, layout).map(|[then, now]| {
-        format!(
+    let slot = format!("{CLASSIFIER}weight");
+    let taken = layout.params().iter().any(|own| own.name == slot) && file.shape(&slot).is_some();
+    let anew = match other_classes(&file, layout) {
+        Some([then, now]) => Some(format!(
             "its classifier tells {then} classes apart, and this run {now}: a new one is trained"
-        )
-    });
+        )),
+        None if taken => teacher::other_classes(&file, classes)?.map(|[of, now]| {
+            format!(
+                "its classifier was trained with {of}, which is {now} here: a new one is trained"
+            )
+        }),
+        None => None,
+    };
     Ok(anew.into_iter().chain(fitted_channels(&file, layout)?).collect())
 }
 

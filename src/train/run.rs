@@ -23,6 +23,7 @@ use crate::train::resume::Progress;
 use crate::train::skipped::SkippedImages;
 use crate::train::trace::Trace;
 use crate::train::{GIVEN, Images, Steps, checkpoint, images as sets, ranks, report, teacher};
+use crate::weights::WeightFile;
 
 /// One step, as reported to a [`Watch`].
 #[derive(Clone, Copy, Debug)]
@@ -203,8 +204,10 @@ impl Run {
             .in_group(group)
             .with_recompute(recipe.train.recompute);
         if let Some(file) = recipe.train.init.as_ref().filter(|_| fresh) {
-            let classifier = recipe.train.init_classifier;
-            checkpoint::init_fitted(Path::new(file), &mut online, classifier, true)?;
+            let file = Path::new(file);
+            let other = teacher::other_classes(&WeightFile::open(file)?, images.train.classes())?;
+            let classifier = recipe.train.init_classifier && other.is_none();
+            checkpoint::init_fitted(file, &mut online, classifier, true)?;
         }
         let optimizer = Optimizer::new(recipe.optim.rule, &online);
         let schedule = recipe.schedule(images.train.len());

@@ -63,6 +63,11 @@ fn a_fine_tuned_classifier_is_a_new_one() {
         said(root, &with_settings(&with_settings(&words, &still), &["method.classes=5"]));
     let sentence = "its classifier tells 3 classes apart, and this run 5: a new one is trained";
     assert!(told.contains(sentence), "{told}");
+    std::fs::remove_dir_all(root.join("again")).unwrap();
+    let renamed = with_settings(&words, &["data.path=renamed"]);
+    let [_, told] = said(root, &with_settings(&renamed, &still));
+    let sentence = "its classifier was trained with class 0 \"ape\", which is \"bee\" here: a new one is trained";
+    assert!(told.contains(sentence), "{told}");
 }
 
 #[test]
