@@ -308,6 +308,8 @@ pub fn prepare() -> tempfile::TempDir {
     write_images(&folder.path().join("images"));
     let device = Device::cpu(1).unwrap();
     let mut recipe = reduced(small_recipe("distill"), &device);
+    recipe.data.path = folder.path().join("images").display().to_string();
+    (recipe.data.limit, recipe.data.test_limit, recipe.data.max_skipped) = (0, 0, 0.5);
     teacher(&mut recipe, folder.path(), &device);
     let file = recipe.method.settings["teacher"]["file"].as_str().unwrap().to_owned();
     std::fs::rename(file, folder.path().join("teacher.safetensors")).unwrap();

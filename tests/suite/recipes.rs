@@ -233,7 +233,7 @@ fn published_recipes_have_the_published_steps() {
     assert_eq!(steps("swav-imagenet-256"), 2_001_600);
 }
 
-/// Trains a narrow teacher for a step or two, and makes the recipe use it.
+/// Trains a narrow teacher on the recipe's images for a few steps, and makes the recipe use it.
 pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     let depth = recipe.method.settings["teacher"]["network"]["depth"].as_integer().unwrap();
     let name = if depth == 18 {
@@ -243,6 +243,7 @@ pub fn teacher(recipe: &mut Recipe, folder: &std::path::Path, device: &Device) {
     };
     let out = folder.join(format!("{name}-{}", recipe.seed + depth as u64));
     let mut own = reduced(name, device);
+    own.data = recipe.data.clone();
     own.train.dump_views = 1;
     let mut run = Run::new(&own, device, Some(&out)).unwrap();
     run.train(&mut Last(f64::NAN, 0)).unwrap();
