@@ -74,6 +74,17 @@ fn mistakes_in_recipes_and_settings_end_in_a_sentence() {
             "optim.warmup_from is 1e308; it must be at most 3.4028234663852886e38",
         ),
         (
+            &["train", "demo", "--set", "optim.decay=1"],
+            2,
+            "recipe: invalid type: unit variant, expected string only; in `optim.decay`: it is one of several choices, given by its name",
+        ),
+        (
+            &["train", "demo", "--set", "optim.rule.adam={}"],
+            2,
+            "recipe: wanted exactly 1 element, more than 1 element; in `optim.rule`: it is one of several choices: give another one whole, as \
+             {name={…}}",
+        ),
+        (
             &["train", "demo", "--set", "optim.decay={steps={epochs=[1],factor=nan}}"],
             2,
             "optim.decay.steps.factor is NaN; it must be 0 or more",
