@@ -1,15 +1,16 @@
-//! Label tables: the class of each file of a folder, from a file of comma-separated values.
+//! Label tables: the class of each file of a folder, from a file of comma-separated values. `images` finds the rows' images.
+
+mod images;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use super::classes;
-use super::labels::{Names, stem, whole_paths};
 use super::listing::is_image_name;
 use super::open::{folders, not_used};
 use super::source::Split;
 use crate::error::{Error, Result, printable};
+pub(super) use images::Labelled;
 
 /// Names, in lower case, that the column of files has in tables of others, the likeliest first.
 const FILES: [&str; 16] = [
@@ -79,14 +80,6 @@ struct Columns {
     file: usize,
     class: usize,
     split: Option<usize>,
-}
-
-/// What a table says of the images of a folder.
-pub(super) struct Labelled {
-    /// The class of each image and the split of its row, if it has one; `None` if the table has no class for it.
-    pub(super) classes: Vec<Option<(u32, Option<Split>)>>,
-    /// Sentences on images without a class and rows without an image.
-    pub(super) notes: Vec<String>,
 }
 
 /// The table of classes that a value of `data.labels` names, if it does, and the part of the images that it asks for, if it does:
@@ -209,122 +202,6 @@ impl LabelTable {
     pub fn classes(&self) -> &[String] {
         &self.classes
     }
-
-    /// Finds the class of each image of a folder by its name there. A row may leave out folders and the extension, if only one image
-    /// has that name. `others` are the names of the set's other images: rows of theirs are passed over.
-    ///
-    /// # Errors
-    /// If a row names several images, two rows give an image different classes or splits, or no row names an image.
-    pub(super) fn of_images(
-        &self,
-        folder: &Path,
-        images: &[String],
-        others: &[String],
-    ) -> Result<Labelled> {
-        let wrong = |line: u64, what: String| {
-            Err(Error::format(&self.file, format!("line {line}: {what}")))
-        };
-        let (named, named_elsewhere) = (Named::new(images), Named::new(others));
-        let mut found: Vec<Option<&Row>> = vec![None; images.len()];
-        let mut missing: Vec<&Row> = Vec::new();
-        for row in &self.rows {
-            let image = match named.find(&row.name)[..] {
-                [image] => image as usize,
-                [] if named_elsewhere.find(&row.name).is_empty() => {
-                    missing.push(row);
-                    continue;
-                }
-                [] => continue,
-                _ => {
-                    let name = printable(OsStr::new(&row.name));
-                    let what = format!("several images are called {name}: write more of the path");
-                    return wrong(row.line, what);
-                }
-            };
-            let first = found[image].get_or_insert(row);
-            if (first.class, first.split) != (row.class, row.split) {
-                let [here, there] = [row, *first].map(|row| {
-                    let class = self.classes[row.class as usize].clone();
-                    match row.split.filter(|_| self.has_splits) {
-                        Some(split) => format!("{class} ({split})"),
-                        None => class,
-                    }
-                });
-                let (name, line) = (&images[image], first.line);
-                return wrong(
-                    row.line,
-                    format!("{name} is {here} here and {there} in line {line}"),
-                );
-            }
-        }
-        if let [first, ..] = missing[..]
-            && self.may_be_header(first)
-        {
-            let what = "names no image and has a class that no other row has: if it names the columns, call them `file` and `label`; \
-                        else remove it";
-            return wrong(first.line, what.into());
-        }
-        let table = self.file.display();
-        if found.iter().all(Option::is_none) {
-            let example = images.first().map_or("", String::as_str);
-            return Err(Error::format(
-                &self.file,
-                format!("no row names an image of {}, such as {example}", folder.display()),
-            ));
-        }
-        let unlisted: Vec<&String> = images
-            .iter()
-            .zip(&found)
-            .filter(|(_, class)| class.is_none())
-            .map(|(i, _)| i)
-            .collect();
-        let mut notes = Vec::from_iter(classes::twins(&self.file, &self.classes));
-        if let [first, ..] = unlisted[..] {
-            let (some, all) = (unlisted.len(), images.len());
-            notes.push(format!(
-                "{table}: {some} of {all} images in {} have no class there and are left out, such as {first}",
-                folder.display()
-            ));
-        }
-        if let [Row { line, name, .. }, ..] = missing[..] {
-            let (count, first) = (missing.len(), printable(OsStr::new(name)));
-            notes.push(format!(
-                "{table}: {count} rows name no image of the set and are passed over, such as line {line}: {first}"
-            ));
-        }
-        let classes = found.iter().map(|row| row.map(|row| (row.class, row.split))).collect();
-        Ok(Labelled { classes, notes })
-    }
-}
-
-impl LabelTable {
-    /// Whether a row that names no image may be a first row of names that are not known.
-    fn may_be_header(&self, row: &Row) -> bool {
-        let is_first = self.rows.first().is_some_and(|first| first.line == row.line);
-        let alone = self.rows.iter().filter(|other| other.class == row.class).count() == 1;
-        !self.has_header && is_first && alone && self.rows.len() > 1
-    }
-}
-
-/// Images by their names, with the extension and without.
-struct Named {
-    whole: Names,
-    stems: Names,
-}
-
-impl Named {
-    fn new(images: &[String]) -> Self {
-        let images: Vec<String> = whole_paths(images.iter().cloned()).collect();
-        Self {
-            stems: Names::of((0..).zip(images.iter().map(|name| stem(name).to_owned()))),
-            whole: Names::of((0..).zip(images)),
-        }
-    }
-
-    fn find(&self, name: &str) -> Vec<u32> {
-        let found = self.whole.called(name);
-        if found.is_empty() { self.stems.called(name) } else { found }
-    }
 }
 
 impl Columns {
@@ -412,7 +289,10 @@ mod tests {
     use crate::data::{Reading, open_labelled};
 
     /// A folder of images `a.png` to `d.png`, and what a table says of a split of it: names and classes, then the notes.
-    fn labelled(table: &str, split: Split) -> Result<(Vec<String>, Vec<String>), String> {
+    pub(super) fn labelled(
+        table: &str,
+        split: Split,
+    ) -> Result<(Vec<String>, Vec<String>), String> {
         let root = tempfile::tempdir().unwrap();
         let photos = root.path().join("photos");
         std::fs::create_dir(&photos).unwrap();
@@ -464,18 +344,6 @@ mod tests {
         let file = root.path().join("numbers.tsv");
         std::fs::write(&file, "a\t10\nb\t9\nc\t-1\n").unwrap();
         assert_eq!(LabelTable::read(&file).unwrap().classes(), ["-1", "9", "10"]);
-    }
-
-    #[test]
-    fn images_without_a_row_and_rows_without_an_image_are_counted() {
-        let (rows, notes) =
-            labelled("file,label\na.png,cat\nx.png,cat\nc.png,\nd.png,dog\n", Split::Train)
-                .unwrap();
-        assert_eq!(rows, ["a.png cat", "d.png dog"]);
-        assert!(notes[0].contains("labels.csv: 2 of 4 images in "), "{notes:?}");
-        assert!(notes[0].ends_with("b.png"), "{notes:?}");
-        assert!(notes[1].contains("1 rows name no image of the set"), "{notes:?}");
-        assert!(notes[1].ends_with("such as line 3: x.png"), "{notes:?}");
     }
 
     #[test]
@@ -587,29 +455,5 @@ mod tests {
         assert!(labelled("a.png,cat\na.png,cat\nb,dog\nc,dog\nd,dog", Split::Train).is_ok());
         let not_text = labelled("", Split::Train).unwrap_err();
         assert!(not_text.contains("has no row"), "{not_text}");
-    }
-
-    #[test]
-    fn one_table_serves_all_splits_and_nested_folders() {
-        let root = tempfile::tempdir().unwrap();
-        for name in ["train/x/1.png", "train/y/2.png", "test/x/1.png", "test/y/3.png"] {
-            let path = root.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            image::GrayImage::new(2, 2).save(path).unwrap();
-        }
-        let file = root.path().join("labels.csv");
-        let read = |table: &str, split| {
-            std::fs::write(&file, table).unwrap();
-            let table = LabelTable::read(&file).unwrap();
-            let set = open_labelled(root.path(), split, &Reading::default(), Some(&table))
-                .map_err(|error| error.to_string())?;
-            let labels: Vec<u32> = (0..set.len()).map(|i| set.label(i).unwrap()).collect();
-            Ok::<_, String>((labels, set.notes().len()))
-        };
-        let table = "train/x/1.png,owl\n2,kea\ntest/x/1.png,kea\n3.png,owl\n";
-        assert_eq!(read(table, Split::Train), Ok((vec![1, 0], 0)));
-        assert_eq!(read(table, Split::Test), Ok((vec![0, 1], 0)));
-        // The name fits an image of each split; one image has no row, and one row no image.
-        assert_eq!(read("x/1.png,owl\n4.png,kea\n", Split::Train), Ok((vec![1], 2)));
     }
 }
