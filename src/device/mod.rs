@@ -10,6 +10,7 @@ mod group;
 mod memory;
 pub(crate) mod peer;
 mod philox;
+mod pool;
 mod precision;
 mod threads;
 mod trace;
@@ -22,9 +23,9 @@ use cuda::Gpu;
 pub use cuda::{Counts, Foreign, ForeignStream, KernelTraffic, Mix, Resources, as_guest};
 pub(crate) use group::{Communicator, Reduction};
 pub use group::{Group, Launch, Reduce, Traffic, mpi};
-pub use memory::MemoryUse;
 pub(crate) use memory::{Memory, elements};
 pub use philox::{Philox, Purpose, philox4x32};
+pub use pool::MemoryUse;
 pub use precision::Precision;
 pub(crate) use selfsup_cpu_kernels::Isa;
 pub(crate) use threads::{check_default as check_default_threads, thread_seconds};
@@ -34,7 +35,7 @@ pub(crate) use trace::{
 };
 
 use crate::error::{Error, Result};
-use memory::Pool;
+use pool::Pool;
 use threads::Threads;
 
 /// The resources of the program's CUDA kernels on each chip that they were compiled for, as the assembler printed them; empty if nvcc

@@ -1,7 +1,7 @@
 //! CUDA graphs: work captured once and replayed as a whole.
 //!
 //! A graph replays launches with the addresses that they had during the capture. It therefore owns the memory that its work
-//! used ([`Pool`](crate::device::memory::Pool) sets that memory aside), and numbers that change must be read from the device.
+//! used ([`Pool`](crate::device::pool::Pool) sets that memory aside), and numbers that change must be read from the device.
 
 use cudarc::driver::sys::CUgraphExec;
 
