@@ -1,20 +1,22 @@
-//! One GPU: its context, stream, kernels, and first failure.
+//! One GPU: its context, stream and kernels.
 
 mod capture;
+mod failure;
 mod imagined;
+mod memory;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUstream};
+use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUstream};
 
 use super::driver::{self, words};
 use super::kernels::{self, Loaded};
 use super::ledger::Ledger;
 use super::numbers::Region;
-use super::staging::{PIECE, Staging};
+use super::staging::Staging;
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use imagined::Addresses;
@@ -175,82 +177,6 @@ impl Gpu {
         self.compute
     }
 
-    /// Reports the first failure.
-    pub(crate) fn check(&self) -> Result<()> {
-        if !self.ignores.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        lock(&self.failure).clone().map_or(Ok(()), |reason| Err(Error::Device(reason)))
-    }
-
-    /// Records a failure if it is the first. From now on the GPU ignores all work.
-    pub(crate) fn fail(&self, reason: String) {
-        lock(&self.failure).get_or_insert(reason);
-        self.ignores.store(true, Ordering::Release);
-    }
-
-    /// Gives up the capture in progress, for a reason that is no failure: the GPU ignores work until the capture ends, and then
-    /// goes on as if it had never begun. The host's part of the step runs to its end meanwhile, so that nothing is left half-way.
-    pub(crate) fn give_up_capture(&self, reason: String) {
-        lock(&self.given_up).get_or_insert(reason);
-        self.ignores.store(true, Ordering::Release);
-    }
-
-    /// Ends a capture that was given up; returns the reason, or `None` if it was not.
-    pub(super) fn resume(&self) -> Option<String> {
-        let reason = lock(&self.given_up).take()?;
-        let failed = lock(&self.failure).is_some();
-        self.ignores.store(failed, Ordering::Release);
-        Some(reason)
-    }
-
-    /// Runs driver calls with the context current, or does nothing after a failure and in a capture that is given up.
-    pub(super) fn attempt<T>(
-        &self,
-        what: impl FnOnce() -> String,
-        f: impl FnOnce(&Self) -> Result<T, DriverError>,
-    ) -> Option<T> {
-        if self.ignores.load(Ordering::Acquire) || self.imagined.is_some() {
-            return None;
-        }
-        self.run(what, f)
-    }
-
-    /// As [`Gpu::attempt`], for a thread beside the one that queues the steps: it goes on while a capture of theirs is given up, because
-    /// what it does is no part of that capture and would be missing afterwards.
-    pub(super) fn attempt_beside<T>(
-        &self,
-        what: impl FnOnce() -> String,
-        f: impl FnOnce(&Self) -> Result<T, DriverError>,
-    ) -> Option<T> {
-        if lock(&self.failure).is_some() || self.imagined.is_some() {
-            return None;
-        }
-        self.run(what, f)
-    }
-
-    fn run<T>(
-        &self,
-        what: impl FnOnce() -> String,
-        f: impl FnOnce(&Self) -> Result<T, DriverError>,
-    ) -> Option<T> {
-        // SAFETY: the context lives as long as `self`.
-        let done = unsafe { result::ctx::set_current(self.context) }.and_then(|()| f(self));
-        match done {
-            Ok(value) => Some(value),
-            Err(e) => {
-                let hint = if self.synchronous {
-                    ""
-                } else {
-                    " (earlier work may have caused this error; SELFSUP_SYNC=1 names the kernel)"
-                };
-                let (gpu, name, what) = (self.ordinal, &self.name, what());
-                self.fail(format!("GPU {gpu} ({name}): {what}: {}{hint}", words(e)));
-                None
-            }
-        }
-    }
-
     /// Runs `f`, which may queue work of another library on the compute stream, with the context current. Does nothing after a
     /// failure.
     pub(crate) fn on_stream(&self, f: impl FnOnce(*mut std::ffi::c_void)) {
@@ -300,189 +226,6 @@ impl Gpu {
             || "waiting for queued work".into(),
             |gpu| unsafe { result::stream::synchronize(gpu.compute) },
         );
-    }
-
-    /// Allocates device memory from the driver. Returns `None` if none is left; the caller reports it.
-    pub(crate) fn allocate(&self, bytes: usize) -> Option<u64> {
-        if let Some(addresses) = &self.imagined {
-            return Some(addresses.take(bytes));
-        }
-        self.attempt(
-            || format!("allocation of {bytes} bytes"),
-            // SAFETY: `free` gives it back.
-            |_| match unsafe { result::malloc_sync(bytes) } {
-                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
-                other => other.map(Some),
-            },
-        )
-        .flatten()
-    }
-
-    /// Returns memory to the driver.
-    ///
-    /// # Safety
-    /// It came from `allocate`, and no queued work uses it.
-    pub(crate) unsafe fn free(&self, address: u64) {
-        if self.ignores.load(Ordering::Acquire) {
-            // A program that goes on without this GPU's handle, or with another one, needs the memory.
-            return self.finish(|| {
-                // SAFETY: the caller vouches for it. An error is ignored: one was reported.
-                let _ = unsafe { result::free_sync(address) };
-            });
-        }
-        // SAFETY: the caller vouches for it.
-        self.attempt(|| "freeing memory".into(), |_| unsafe { result::free_sync(address) });
-    }
-
-    /// Free bytes and total bytes.
-    pub(crate) fn memory(&self) -> (usize, usize) {
-        self.attempt(|| "querying free memory".into(), |_| result::mem_get_info())
-            .unwrap_or_default()
-    }
-
-    /// Queues setting `bytes` bytes.
-    ///
-    /// # Safety
-    /// There are that many bytes at `to`.
-    pub(crate) unsafe fn set(&self, to: u64, byte: u8, bytes: usize) {
-        self.note("memset", || [0, bytes as u64]);
-        self.attempt(
-            || "filling memory".into(),
-            // SAFETY: the caller vouches for `to`.
-            |gpu| unsafe { result::memset_d8_async(to, byte, bytes, gpu.compute) },
-        );
-    }
-
-    /// Queues a copy from the host. Fails the GPU during a capture: every replay would copy the bytes of now.
-    ///
-    /// # Safety
-    /// There are that many bytes at `to`.
-    pub(crate) unsafe fn upload(&self, to: u64, from: &[u8]) {
-        self.expect_no_capture("copies from the host");
-        self.note("copy from the host", || [0, from.len() as u64]);
-        self.attempt(
-            || format!("copy of {} bytes to the GPU", from.len()),
-            // SAFETY: the caller vouches for `to`; the context is current and owns the stream.
-            |gpu| unsafe { lock(&gpu.staging).upload(to, from, gpu.compute) },
-        );
-    }
-
-    /// Copies to the host and waits. After a failure all bits of the result are set, which is NaN in every float type, so
-    /// that it cannot be taken for a result.
-    ///
-    /// # Safety
-    /// There are that many bytes at `from`.
-    pub(crate) unsafe fn download(&self, to: &mut [u8], from: u64) {
-        let bytes = to.len();
-        let done = self.attempt(
-            || format!("copy of {bytes} bytes from the GPU"),
-            |gpu| {
-                gpu.send_numbers()?;
-                // SAFETY: the caller vouches for `from`; `to` stays borrowed until the copies have been waited for, also
-                // after one that failed.
-                unsafe {
-                    let mut pieces = to.chunks_mut(PIECE).enumerate();
-                    let queued = pieces.try_for_each(|(i, piece)| {
-                        result::memcpy_dtoh_async(piece, from + (i * PIECE) as u64, gpu.compute)
-                    });
-                    queued.and(result::stream::synchronize(gpu.compute))
-                }
-            },
-        );
-        if done.is_none() {
-            to.fill(0xFF);
-        }
-    }
-
-    /// Queues a copy within the GPU.
-    ///
-    /// # Safety
-    /// There are that many bytes at both addresses, and they do not overlap.
-    pub(crate) unsafe fn copy(&self, to: u64, from: u64, bytes: usize) {
-        if bytes == 0 {
-            return;
-        }
-        self.note("copy", || [bytes as u64; 2]);
-        self.attempt(
-            || format!("copy of {bytes} bytes on the GPU"),
-            |gpu| {
-                gpu.send_numbers()?;
-                // SAFETY: the caller vouches for both addresses.
-                unsafe { result::memcpy_dtod_async(to, from, bytes, gpu.compute) }
-            },
-        );
-    }
-
-    /// Allocates memory for numbers that the host sets; `None` after a failure.
-    pub(crate) fn take_numbers(&self, bytes: usize) -> Option<u64> {
-        let address = lock(&self.numbers).take(bytes, |size| self.allocate(size));
-        if address.is_none() {
-            self.fail(format!("GPU {}: out of memory: {bytes} bytes for numbers", self.ordinal));
-        }
-        address
-    }
-
-    /// Frees memory from `take_numbers`.
-    pub(crate) fn give_back_numbers(&self, address: u64, bytes: usize) {
-        if address != 0 {
-            lock(&self.numbers).give_back(address, bytes);
-        }
-    }
-
-    /// Sets numbers for all work queued from now on.
-    pub(crate) fn set_numbers(&self, address: u64, bytes: &[u8]) {
-        if self.ignores.load(Ordering::Acquire) {
-            return; // the address may be 0
-        }
-        if self.capturing.load(Ordering::Acquire) {
-            return self.refuse("sets numbers");
-        }
-        lock(&self.numbers).set(address, bytes);
-        self.unsent.store(true, Ordering::Release);
-    }
-
-    /// Queues copies of the numbers that have been set, ahead of the next work.
-    pub(super) fn send_numbers(&self) -> Result<(), DriverError> {
-        if !self.unsent.swap(false, Ordering::AcqRel) {
-            return Ok(());
-        }
-        let mut staging = lock(&self.staging);
-        lock(&self.numbers).send(|to, bytes| {
-            // SAFETY: the region owns these bytes, and the caller has made the context current.
-            unsafe { staging.upload(to, bytes, self.compute) }
-        })
-    }
-
-    /// Ends a step's copies from the host; see [`Staging::end_step`].
-    pub(crate) fn end_step(&self, steps_in_flight: Option<usize>) {
-        self.attempt(
-            || "pinning staging memory".into(),
-            |gpu| lock(&gpu.staging).end_step(steps_in_flight),
-        );
-    }
-
-    /// Fails the GPU if a step is being captured.
-    pub(super) fn expect_no_capture(&self, what: &str) {
-        if self.capturing.load(Ordering::Acquire) {
-            self.refuse(what);
-        }
-    }
-
-    fn refuse(&self, what: &str) {
-        self.fail(format!(
-            "GPU {}: a captured step {what}, which a replay would not repeat: set such numbers before the step",
-            self.ordinal
-        ));
-    }
-
-    /// Releases resources with the context current, even after a failure.
-    pub(super) fn finish(&self, f: impl FnOnce()) {
-        if self.imagined.is_some() {
-            return;
-        }
-        // SAFETY: the context lives as long as `self`. An error is ignored: `f` only releases.
-        let _ = unsafe { result::ctx::set_current(self.context) };
-        f();
     }
 }
 

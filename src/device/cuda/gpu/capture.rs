@@ -66,4 +66,18 @@ impl Gpu {
             let _ = unsafe { result::graph::exec_destroy(executable) };
         });
     }
+
+    /// Fails the GPU if a step is being captured.
+    pub(in crate::device::cuda) fn expect_no_capture(&self, what: &str) {
+        if self.capturing.load(Ordering::Acquire) {
+            self.refuse(what);
+        }
+    }
+
+    pub(super) fn refuse(&self, what: &str) {
+        self.fail(format!(
+            "GPU {}: a captured step {what}, which a replay would not repeat: set such numbers before the step",
+            self.ordinal
+        ));
+    }
 }
