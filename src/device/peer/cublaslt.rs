@@ -3,13 +3,13 @@
 //! Numbers and types are those of `cublasLt.h`, which has kept them since version 11. Matrices of this program are row-major and
 //! the library's column-major, so that it computes `cᵀ = op(b)ᵀ op(a)ᵀ`.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
 
 use libloading::Library;
 
-use super::queued::{Queued, Status, size_of};
+use super::queued::{Queued, Status, Words, size_of};
 use super::{Convolution, Direction, Operand, Peer, Prepared, Product, table};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
@@ -69,6 +69,7 @@ table! {
 #[derive(Debug)]
 pub(crate) struct CublasLt {
     calls: Calls,
+    words: Words,
     handle: Handle,
     name: String,
     device: Device,
@@ -100,13 +101,12 @@ impl CublasLt {
         // SAFETY: the argument is a handle to fill in, and the context is current.
         device.gpu().on_stream(|_| status = unsafe { (calls.create)(&mut handle) });
         device.check()?;
+        // SAFETY: the library's texts live for ever.
+        let words = unsafe { Words::new(calls.words) };
         if status != 0 {
-            return Err(Error::Device(format!(
-                "{name} cannot use {device}: {}",
-                calls.words_of(status)
-            )));
+            return Err(Error::Device(format!("{name} cannot use {device}: {}", words.of(status))));
         }
-        Ok(Self { calls, handle, name, device: device.clone(), _library: library })
+        Ok(Self { calls, words, handle, name, device: device.clone(), _library: library })
     }
 
     /// The product with results in `precision`.
@@ -118,7 +118,7 @@ impl CublasLt {
         b: Operand<'a>,
     ) -> Prepared<'a> {
         let (calls, handle) = (self.calls, self.handle);
-        let mut job = Queued::new(&self.device, &self.name, move |status| calls.words_of(status));
+        let mut job = Queued::new(&self.device, &self.name, self.words);
         let own = self.device.gpu().precision();
         let kind = |precision| if precision == Precision::Bf16 { BF16 } else { F32 };
         let Product { m, n, k, transpose_a, transpose_b } = *p;
@@ -232,13 +232,6 @@ impl CublasLt {
         let mut stream = null_mut();
         self.device.gpu().on_stream(|it| stream = it);
         stream
-    }
-}
-
-impl Calls {
-    fn words_of(&self, status: Status) -> String {
-        // SAFETY: the library returns a text that lives for ever.
-        unsafe { CStr::from_ptr((self.words)(status)) }.to_string_lossy().into_owned()
     }
 }
 

@@ -6,13 +6,13 @@
 
 mod operations;
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
 
 use libloading::Library;
 
-use super::queued::{Queued, Status};
+use super::queued::{Queued, Status, Words};
 use super::{Lack, table};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
@@ -139,6 +139,7 @@ struct Directions {
 #[derive(Debug)]
 pub(crate) struct Cudnn {
     calls: Calls,
+    words: Words,
     directions: Directions,
     handle: Handle,
     name: String,
@@ -181,17 +182,24 @@ impl Cudnn {
             }
         });
         device.check()?;
+        // SAFETY: the library's texts live for ever.
+        let words = unsafe { Words::new(calls.words) };
         if status != 0 {
-            return Err(Error::Device(format!(
-                "{name} cannot use {device}: {}",
-                calls.words_of(status)
-            )));
+            return Err(Error::Device(format!("{name} cannot use {device}: {}", words.of(status))));
         }
-        Ok(Self { calls, directions, handle, name, device: device.clone(), _library: library })
+        Ok(Self {
+            calls,
+            words,
+            directions,
+            handle,
+            name,
+            device: device.clone(),
+            _library: library,
+        })
     }
 
     fn job(&self) -> Queued<'_> {
-        Queued::new(&self.device, &self.name, |status| self.calls.words_of(status))
+        Queued::new(&self.device, &self.name, self.words)
     }
 
     /// The type of activations.
@@ -211,13 +219,6 @@ impl Cudnn {
         // SAFETY: here and below, the handle is the one just made.
         job.check("tensor", unsafe { (calls.tensor_set)(handle, layout, kind, n, c, h, w) })?;
         Ok(handle)
-    }
-}
-
-impl Calls {
-    fn words_of(&self, status: Status) -> String {
-        // SAFETY: the library returns a text that lives for ever.
-        unsafe { CStr::from_ptr((self.words)(status)) }.to_string_lossy().into_owned()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Jobs of libraries that queue work on a GPU's stream.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use half::bf16;
 
@@ -9,6 +9,23 @@ use crate::device::{Device, Memory, Precision};
 
 /// What a call returns; 0 is success.
 pub(super) type Status = c_int;
+
+/// A library's function that says what a status means.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Words(unsafe extern "C" fn(Status) -> *const c_char);
+
+impl Words {
+    /// # Safety
+    /// The function takes any status and returns a text that lives for ever, and its library stays open while this is used.
+    pub(super) unsafe fn new(function: unsafe extern "C" fn(Status) -> *const c_char) -> Self {
+        Self(function)
+    }
+
+    pub(super) fn of(self, status: Status) -> String {
+        // SAFETY: as `new` was promised.
+        unsafe { CStr::from_ptr((self.0)(status)) }.to_string_lossy().into_owned()
+    }
+}
 
 /// A description that a library has made.
 struct Description {
@@ -51,8 +68,7 @@ impl Floats {
 pub(super) struct Queued<'a> {
     device: &'a Device,
     library: &'a str,
-    /// What a status means, in the library's words.
-    words: Box<dyn Fn(Status) -> String + 'a>,
+    words: Words,
     steps: Vec<Box<dyn Fn() -> Status + 'a>>,
     results: Vec<Floats>,
     scratch: Vec<Memory>,
@@ -60,13 +76,9 @@ pub(super) struct Queued<'a> {
 }
 
 impl<'a> Queued<'a> {
-    pub(super) fn new(
-        device: &'a Device,
-        library: &'a str,
-        words: impl Fn(Status) -> String + 'a,
-    ) -> Self {
+    pub(super) fn new(device: &'a Device, library: &'a str, words: Words) -> Self {
         let (steps, results, scratch, descriptions) = Default::default();
-        Self { device, library, words: Box::new(words), steps, results, scratch, descriptions }
+        Self { device, library, words, steps, results, scratch, descriptions }
     }
 
     /// Makes a description; `destroy` must be the library's function for what `make` makes.
@@ -85,7 +97,7 @@ impl<'a> Queued<'a> {
     pub(super) fn check(&self, what: &str, status: Status) -> Result<(), Lack> {
         match status {
             0 => Ok(()),
-            status => Err(format!("{} refuses a {what}: {}", self.library, (self.words)(status))),
+            status => Err(format!("{} refuses a {what}: {}", self.library, self.words.of(status))),
         }
     }
 
@@ -139,7 +151,13 @@ impl Job for Queued<'_> {
     fn run(&mut self) {
         for step in &self.steps {
             let status = self.call(step);
-            assert_eq!(status, 0, "{} fails while it runs: {}", self.library, (self.words)(status));
+            assert_eq!(
+                status,
+                0,
+                "{} fails while it runs: {}",
+                self.library,
+                self.words.of(status)
+            );
         }
     }
 
