@@ -10,24 +10,24 @@
 //! that fits there is uploaded once, before the first batch. Of a larger one the threads write each batch to pinned memory, and it
 //! is copied while the GPU computes with the one before ([`Feed`](crate::device::cuda::Feed)).
 //!
-//! Files, lowest first: `order`, `prepared` (what threads hand over), `resident` (a set on a GPU), `plan` (the threads' side), `gpu`,
-//! this one.
+//! Files, lowest first: `order`, `prepared` (what threads hand over), `resident` (a set on a GPU), `plan` (the threads' side), `running`
+//! (the threads themselves), `gpu`, this one.
 
 mod gpu;
 mod order;
 mod plan;
 mod prepared;
 mod resident;
+mod running;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gpu::GpuCrops;
 use plan::{BatchPlan, CropBackend, Share, lock};
 use prepared::{AugmentParams, PreparedBatch};
+use running::Running;
 
 use super::augment::{Pixels, Policy, channels_are_needed};
 use super::batch::{Batch, Skipped};
@@ -35,9 +35,6 @@ use super::source::{Format, Source};
 use crate::device::{Device, DeviceKind, Group};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
-
-/// Finished batches that wait for the consumer, in addition to the one being prepared.
-const AHEAD: usize = 1;
 
 /// Hands out the batches of a run, in order.
 pub struct Loader {
@@ -54,20 +51,6 @@ pub struct Loader {
     waited: Duration,
     /// Ends a wait for a batch.
     stop: Arc<AtomicBool>,
-}
-
-/// How long a wait for a batch goes on before the stop flag is read again.
-const STOP_CHECK: Duration = Duration::from_millis(50);
-
-/// How long a dropped loader waits for its threads. A read that never returns (a network mount that is gone) keeps its thread;
-/// the program goes on without it.
-const GRACE: Duration = Duration::from_secs(1);
-
-/// The threads of a loader that has been started.
-struct Running {
-    batches: Receiver<Result<PreparedBatch>>,
-    stop: Arc<AtomicBool>,
-    coordinator: Option<JoinHandle<()>>,
 }
 
 impl Loader {
@@ -277,23 +260,15 @@ impl Loader {
     fn next_prepared(&mut self) -> Result<PreparedBatch> {
         if self.running.is_none() {
             self.place_images()?;
-            self.running = Some(self.start()?);
+            self.running = Some(Running::start(self.plan.clone(), self.next, self.threads)?);
         }
         let running = self.running.as_ref().expect("started above");
         let begin = Instant::now();
-        let received = loop {
-            match running.batches.recv_timeout(STOP_CHECK) {
-                Err(RecvTimeoutError::Timeout) if self.stop.load(Ordering::Relaxed) => {
-                    return Err(Error::Stopped("stopped while waiting for images".into()));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                received => break received,
-            }
+        let Some(received) = running.receive(&self.stop) else {
+            return Err(Error::Stopped("stopped while waiting for images".into()));
         };
         self.waited += begin.elapsed();
-        let prepared = received.unwrap_or_else(|_| {
-            Err(Error::Worker("the loader has ended: an earlier batch failed".into()))
-        })?;
+        let prepared = received?;
         let (epoch, position) = self.next;
         debug_assert_eq!((prepared.0.epoch, prepared.0.position), (epoch, position));
         let last = position + 1 == self.batches_per_epoch();
@@ -327,50 +302,12 @@ impl Loader {
         let skipped = lock(&self.plan.skipped);
         skipped.iter().map(|(&index, reason)| Skipped { index, reason: reason.clone() }).collect()
     }
-
-    fn start(&self) -> Result<Running> {
-        let refused = |e: &dyn std::fmt::Display| {
-            Error::Device(format!("cannot start the loader's threads: {e}"))
-        };
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(self.threads)
-            .thread_name(|i| format!("selfsup-loader-{i}"))
-            .build()
-            .map_err(|e| refused(&e))?;
-        let (sender, batches) = sync_channel(AHEAD);
-        let stop = Arc::new(AtomicBool::new(false));
-        let (plan, next, stopped) = (self.plan.clone(), self.next, stop.clone());
-        let coordinator = std::thread::Builder::new()
-            .name("selfsup-loader".into())
-            .spawn(move || plan.produce(&pool, next, &sender, &stopped))
-            .map_err(|e| refused(&e))?;
-        Ok(Running { batches, stop, coordinator: Some(coordinator) })
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // A closed channel wakes a coordinator that waits to hand over a batch.
-        self.batches = sync_channel(0).1;
-        if let Some(coordinator) = self.coordinator.take() {
-            let dropped = Instant::now();
-            while !coordinator.is_finished() && dropped.elapsed() < GRACE {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            if coordinator.is_finished() {
-                // Its panics are caught and sent as errors, so the result says nothing new.
-                let _ = coordinator.join();
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use super::order::order;
     use super::*;
     use crate::data::augment::{Jitter, Scratch};
     use crate::data::{Folder, Image, Split, Subset, fashion_scattered};
@@ -391,7 +328,7 @@ mod tests {
     }
 
     /// 23 images, two views of 16 pixels around one of 8, batches of 5.
-    fn loader(threads: usize, device: &Device) -> Loader {
+    pub(super) fn loader(threads: usize, device: &Device) -> Loader {
         let set = Subset::first(Arc::new(fashion_scattered(Split::Test)), 23);
         Loader::new(Arc::new(set), vec![policy(16), policy(8), policy(16)], 5, 11, threads, device)
             .unwrap()
@@ -474,16 +411,7 @@ mod tests {
         assert!(device.memory_use().allocations <= before.max(3 * 2), "{:?}", device.memory_use());
     }
 
-    #[test]
-    fn dropping_a_loader_half_way_ends_its_threads() {
-        let device = Device::cpu(1).unwrap();
-        let mut loader = loader(3, &device);
-        drop(loader.next_batch().unwrap());
-        drop(loader);
-        assert_eq!(device.memory_use().live, 0);
-    }
-
-    fn folder_with_broken(root: &Path, images: usize, broken: &[usize]) -> Arc<Folder> {
+    pub(super) fn folder_with_broken(root: &Path, images: usize, broken: &[usize]) -> Arc<Folder> {
         for i in 0..images {
             let path = root.join(format!("{i}.png"));
             if broken.contains(&i) {
@@ -493,35 +421,6 @@ mod tests {
             }
         }
         Arc::new(Folder::open(root).unwrap())
-    }
-
-    #[test]
-    fn a_broken_image_is_replaced_by_the_next_in_order_and_named_once() {
-        let root = tempfile::tempdir().unwrap();
-        let set = folder_with_broken(root.path(), 8, &[2, 5]);
-        let device = Device::reference();
-        let indices = |threads| {
-            let mut loader =
-                Loader::new(set.clone(), vec![Policy::crop(2)], 4, 3, threads, &device).unwrap();
-            let indices: Vec<u32> =
-                (0..6).flat_map(|_| loader.next_batch().unwrap().indices).collect();
-            (indices, loader.skipped())
-        };
-        let (got, skipped) = indices(1);
-        assert_eq!((&got, &skipped), (&indices(3).0, &indices(3).1));
-        for (epoch, got) in got.chunks(8).enumerate() {
-            let order = order(3, epoch as u32, 8);
-            let next = |place: usize| {
-                (place..place + 8).map(|p| order[p % 8]).find(|i| ![2, 5].contains(i)).unwrap()
-            };
-            assert_eq!(got, (0..8).map(next).collect::<Vec<_>>());
-        }
-        assert_eq!(skipped.iter().map(|s| s.index).collect::<Vec<_>>(), [2, 5]);
-        assert!(
-            skipped[0].reason.ends_with("2.png: is no JPEG, PNG, WebP, BMP or TIFF file"),
-            "{:?}",
-            skipped[0]
-        );
     }
 
     #[test]
@@ -541,90 +440,5 @@ mod tests {
         let error = loader.next_batch().unwrap_err().to_string();
         assert!(error.contains("none of the 3 images can be read; the first: "), "{error}");
         assert!(loader.next_batch().is_err());
-    }
-
-    #[test]
-    fn an_io_error_is_an_error_and_not_a_broken_image() {
-        let root = tempfile::tempdir().unwrap();
-        let set = folder_with_broken(root.path(), 8, &[2]);
-        std::fs::remove_file(root.path().join("5.png")).unwrap();
-        let device = Device::reference();
-        let mut loader = Loader::new(set, vec![Policy::crop(2)], 8, 3, 2, &device).unwrap();
-        let error = loader.next_batch().unwrap_err();
-        assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("5.png")), "{error}");
-        assert!(loader.skipped().iter().all(|skipped| skipped.index == 2));
-    }
-
-    /// A read that never returns, as on a network mount that is gone.
-    struct Stalls;
-    impl Source for Stalls {
-        fn len(&self) -> usize {
-            10
-        }
-        fn read(&self, _: usize, _: &mut Image) -> Result<()> {
-            loop {
-                std::thread::park();
-            }
-        }
-        fn label(&self, _: usize) -> Option<u32> {
-            None
-        }
-        fn classes(&self) -> &[String] {
-            &[]
-        }
-        fn name(&self, _: usize) -> String {
-            String::new()
-        }
-    }
-
-    #[test]
-    fn a_stalled_read_does_not_outlast_a_stop() {
-        let flag = Arc::new(AtomicBool::new(false));
-        let device = Device::reference();
-        let mut loader =
-            Loader::new(Arc::new(Stalls), vec![Policy::crop(2)], 4, 3, 2, &device).unwrap();
-        loader.stop_when(flag.clone());
-        let asked = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(100));
-            flag.store(true, Ordering::Relaxed);
-            Instant::now()
-        });
-        assert!(matches!(loader.next_batch(), Err(Error::Stopped(_))));
-        drop(loader);
-        assert!(asked.join().unwrap().elapsed() < Duration::from_secs(2));
-    }
-
-    struct Panics;
-    impl Source for Panics {
-        fn len(&self) -> usize {
-            10
-        }
-        fn read(&self, index: usize, _: &mut Image) -> Result<()> {
-            panic!("no image {index} today")
-        }
-        fn label(&self, _: usize) -> Option<u32> {
-            None
-        }
-        fn classes(&self) -> &[String] {
-            &[]
-        }
-        fn name(&self, _: usize) -> String {
-            String::new()
-        }
-    }
-
-    #[test]
-    fn a_panic_on_a_thread_becomes_an_error() {
-        let mut loader =
-            Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
-                .unwrap();
-        let error = loader.next_batch().unwrap_err();
-        assert!(matches!(error, Error::Worker(_)), "{error:?}");
-        let message = error.to_string();
-        assert!(
-            message.contains("a loader thread panicked, which is a bug: no image"),
-            "{message}"
-        );
-        assert!(loader.next_batch().unwrap_err().to_string().contains("an earlier batch failed"));
     }
 }

@@ -322,7 +322,9 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::folder_with_broken;
     use super::*;
+    use crate::data::Loader;
 
     #[test]
     fn the_shares_of_all_ranks_are_the_batch_and_micro_batches_keep_their_samples() {
@@ -340,5 +342,80 @@ mod tests {
             assert_eq!(places, (12 * part..12 * part + 12).collect::<Vec<_>>());
         }
         assert_eq!((0..5).map(|i| Share::WHOLE.place(i, 5)).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_broken_image_is_replaced_by_the_next_in_order_and_named_once() {
+        let root = tempfile::tempdir().unwrap();
+        let set = folder_with_broken(root.path(), 8, &[2, 5]);
+        let device = Device::reference();
+        let indices = |threads| {
+            let mut loader =
+                Loader::new(set.clone(), vec![Policy::crop(2)], 4, 3, threads, &device).unwrap();
+            let indices: Vec<u32> =
+                (0..6).flat_map(|_| loader.next_batch().unwrap().indices).collect();
+            (indices, loader.skipped())
+        };
+        let (got, skipped) = indices(1);
+        assert_eq!((&got, &skipped), (&indices(3).0, &indices(3).1));
+        for (epoch, got) in got.chunks(8).enumerate() {
+            let order = order(3, epoch as u32, 8);
+            let next = |place: usize| {
+                (place..place + 8).map(|p| order[p % 8]).find(|i| ![2, 5].contains(i)).unwrap()
+            };
+            assert_eq!(got, (0..8).map(next).collect::<Vec<_>>());
+        }
+        assert_eq!(skipped.iter().map(|s| s.index).collect::<Vec<_>>(), [2, 5]);
+        assert!(
+            skipped[0].reason.ends_with("2.png: is no JPEG, PNG, WebP, BMP or TIFF file"),
+            "{:?}",
+            skipped[0]
+        );
+    }
+
+    #[test]
+    fn an_io_error_is_an_error_and_not_a_broken_image() {
+        let root = tempfile::tempdir().unwrap();
+        let set = folder_with_broken(root.path(), 8, &[2]);
+        std::fs::remove_file(root.path().join("5.png")).unwrap();
+        let device = Device::reference();
+        let mut loader = Loader::new(set, vec![Policy::crop(2)], 8, 3, 2, &device).unwrap();
+        let error = loader.next_batch().unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("5.png")), "{error}");
+        assert!(loader.skipped().iter().all(|skipped| skipped.index == 2));
+    }
+
+    struct Panics;
+    impl Source for Panics {
+        fn len(&self) -> usize {
+            10
+        }
+        fn read(&self, index: usize, _: &mut Image) -> Result<()> {
+            panic!("no image {index} today")
+        }
+        fn label(&self, _: usize) -> Option<u32> {
+            None
+        }
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+        fn name(&self, _: usize) -> String {
+            String::new()
+        }
+    }
+
+    #[test]
+    fn a_panic_on_a_thread_becomes_an_error() {
+        let mut loader =
+            Loader::new(Arc::new(Panics), vec![Policy::crop(2)], 4, 3, 3, &Device::reference())
+                .unwrap();
+        let error = loader.next_batch().unwrap_err();
+        assert!(matches!(error, Error::Worker(_)), "{error:?}");
+        let message = error.to_string();
+        assert!(
+            message.contains("a loader thread panicked, which is a bug: no image"),
+            "{message}"
+        );
+        assert!(loader.next_batch().unwrap_err().to_string().contains("an earlier batch failed"));
     }
 }
