@@ -128,8 +128,7 @@ fn needs(recipe: &Recipe, gpu: Option<usize>) -> Result<Needs> {
     let mut recipe = recipe.clone();
     let recompute = recipe.train.recompute;
     let kind = if gpu.is_some() { DeviceKind::Cuda } else { DeviceKind::Cpu };
-    let usual = Precision::of_training(kind, false)?;
-    let precision = recipe.train.precision.unwrap_or(usual);
+    let precision = recipe.train.precision_on(kind)?;
     let mut need = |recompute| {
         recipe.train.recompute = recompute;
         train::memory(&recipe, precision)

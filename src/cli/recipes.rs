@@ -4,7 +4,7 @@ use super::inspect::size;
 use super::say;
 use crate::data::Source as _;
 use crate::data::{Split, fashion_scattered};
-use crate::device::{Device, DeviceKind, Precision};
+use crate::device::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::recipes::{self, MeasuredRun, Recipe, Source};
 use crate::train;
@@ -97,8 +97,7 @@ fn cost(recipe: &Recipe) -> Result<Vec<String>> {
         ));
         return Ok(cost);
     }
-    let usual = Precision::of_training(DeviceKind::Cpu, false)?;
-    let precision = recipe.train.precision.unwrap_or(usual);
+    let precision = recipe.train.precision_on(DeviceKind::Cpu)?;
     let measured = train::memory(recipe, precision).and_then(|need| {
         let seconds = train::seconds_per_image(recipe, precision)?;
         Ok((need, seconds))
@@ -163,6 +162,7 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Precision;
 
     #[test]
     fn a_listing_names_method_data_network_epochs_and_figure() {

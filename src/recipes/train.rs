@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::Precision;
+use crate::device::{DeviceKind, Precision};
+use crate::error::Result;
 use crate::optim::{Decay, LrRule, Rule};
 
 /// A method by name; the method itself reads the rest of its table.
@@ -96,6 +97,17 @@ pub struct TrainSettings {
     /// file's may number other classes.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub init_classifier: bool,
+}
+
+impl TrainSettings {
+    /// The precision that is asked for, or the one in which a process alone trains on a device of this kind.
+    ///
+    /// # Errors
+    /// As [`Precision::of_training`], also if a precision is asked for.
+    pub(crate) fn precision_on(&self, kind: DeviceKind) -> Result<Precision> {
+        let usual = Precision::of_training(kind, false)?;
+        Ok(self.precision.unwrap_or(usual))
+    }
 }
 
 /// When a run is stopped because it diverged or collapsed, and what it reports.

@@ -336,8 +336,7 @@ pub fn scaling(recipe: &Recipe, threads: usize) -> Result<Scaling> {
 /// Runs a step of the recipe's batch, or of as many images as take about `MEASURED_SECONDS`; returns its images and what the thread
 /// did.
 fn one_thread(recipe: &Recipe) -> Result<(usize, scaling::Task)> {
-    let usual = Precision::of_training(DeviceKind::Cpu, false)?;
-    let precision = recipe.train.precision.unwrap_or(usual);
+    let precision = recipe.train.precision_on(DeviceKind::Cpu)?;
     let device = Device::cpu_with_this_thread(1)?.with_precision(precision)?;
     let least = fewest(recipe);
     let most = recipe.train.batch / recipe.train.micro_batches.max(1);
