@@ -17,7 +17,7 @@ const OPEN: &str = "
 
 - None of the published recipes, at their full length: they need a GPU. Their figures in `selfsup recipes` are those of the
   sources, not of this program.
-- The seven methods and the supervised baseline at half an hour each on two cores (the recipes that end in `-cifar10-cpu`):
+- Six of the eight recipes of half an hour on two cores (those that end in `-cifar10-cpu`, but SimCLR's and MoCo v2's):
   `scripts/half-hours CIFAR10` runs them and goes on where it stopped.
 ";
 
